@@ -1,0 +1,412 @@
+"""The recipe: every option with its meaning, unit, range and default.
+
+The keys are a contract (they stand in every recipe that users keep); `recipe_loading` reads
+them from YAML. Nothing here imports torch, transformers or Ray.
+
+Source: this project (the formulas behind the options: `annealing`, `lora`, `aggregation`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Method = Literal["sa-fedlora", "fedavg", "fedprox", "fedlora", "spd-cfl"]
+Shape = Literal["linear", "cosine", "cubic", "exponential", "logarithmic", "step", "constant"]
+Scaling = Literal["constant", "alpha_over_rank", "rslora"]
+Auto = Literal["auto"]
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+def option(default: Any, description: str, unit: str | None = None) -> Any:
+    """Return a field with its description and, where it has one, its unit."""
+    extra = None if unit is None else {"unit": unit}
+    return Field(default, description=description, json_schema_extra=extra, validate_default=True)
+
+
+def section(kind: type[BaseModel], description: str) -> Any:
+    """Return a field that holds a sub-section with that section's defaults."""
+    return Field(default_factory=kind, description=description)
+
+
+class Section(BaseModel):
+    """A mapping of a recipe: unknown keys are faults, values cannot change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class Partition(Section):
+    """How the training examples are dealt to clients."""
+
+    kind: Literal["iid", "dirichlet", "shards", "quantity", "column"] = option(
+        "dirichlet",
+        "iid: even and random | dirichlet: label skew | shards: sorted by label, a few pieces each"
+        " | quantity: sizes differ, labels do not | column: one client a value of `column`",
+    )
+    alpha: PositiveFloat = option(
+        0.5, "concentration for dirichlet and quantity; smaller is more uneven"
+    )
+    clients: Positive = option(100, "number of clients (column: found in the data)", "clients")
+    min_examples: Count = option(
+        4, "a client with fewer is topped up from the largest ones (dirichlet, quantity)", "examples"
+    )
+    shards_per_client: Positive = option(2, "pieces a client (shards)", "shards")
+    column: str | None = option(None, "the column that names the client (column)")
+
+    @model_validator(mode="after")
+    def _column_is_named(self) -> Partition:
+        if self.kind == "column" and self.column is None:
+            raise ValueError("partition kind 'column' needs `column`, the name of a data column")
+        return self
+
+
+class Data(Section):
+    """Where the examples come from and how they are split."""
+
+    source: str = option(
+        "digits",
+        "a built-in name (digits, trec, fashion-mnist), a .parquet, .csv, .jsonl or .arrow path"
+        " or URI, or hf:<id> of a Hugging Face data set",
+    )
+    test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = option(
+        0.2, "share kept for testing where the source has no test split of its own"
+    )
+    validation_fraction: Fraction | Auto = option(
+        "auto",
+        "share of the training examples kept on the server for the annealing feedback;"
+        " auto: 0.1 when `annealing.acceptance` needs it, else 0",
+    )
+    text_column: str | Auto = option("auto", "column of the text (text tasks)")
+    image_column: str | Auto = option("auto", "column of the image (image tasks)")
+    label_column: str | Auto = option("auto", "column of the label")
+    labels: list[int | str] | None = option(
+        None, "keep only the examples with these labels (renumbered in this order); null: all"
+    )
+    max_examples: Positive | None = option(
+        None, "use a random subset of the training examples of this size", "examples"
+    )
+    max_length: Positive = option(64, "longest text, the rest is cut", "tokens")
+    partition: Partition = section(Partition, "how examples are dealt to clients")
+
+
+class Model(Section):
+    """The base model."""
+
+    task: Literal["image-classification", "text-classification"] = option(
+        "image-classification", "what the model is trained for"
+    )
+    source: str = option(
+        "config",
+        "config (random initial weights), package:<name>[/<folder>] (a model inside an installed"
+        " Python package), a local folder, or a hub id",
+    )
+    config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="for source config: `architecture` (vit, bert, ...) and transformers' own names;"
+        " for other sources: values that override the model's configuration",
+    )
+
+    @model_validator(mode="after")
+    def _architecture_is_named(self) -> Model:
+        if self.source == "config" and not isinstance(self.config.get("architecture"), str):
+            raise ValueError(
+                "model source 'config' needs `config.architecture`, a transformers model type"
+                " such as vit or bert"
+            )
+        return self
+
+
+class Adapter(Section):
+    """Where LoRA factors are put, and how they are scaled."""
+
+    target_modules: str | list[str] = option(
+        "auto",
+        "auto (query and value projections), all-linear (all but the head), a list of name"
+        " endings, or one regular expression over full names",
+    )
+    alpha: PositiveFloat = option(16.0, "LoRA alpha: the scale is alpha / heating.rank")
+    dropout: Fraction = option(0.0, "dropout before the factors")
+    scaling: Scaling = option(
+        "constant",
+        "constant: alpha / heating.rank for the whole run | alpha_over_rank: alpha / rank"
+        " | rslora: alpha / sqrt(rank); no mode changes the update when the rank changes",
+    )
+    train_head: bool = option(True, "train, send and average the task head too")
+    head_modules: list[str] | Auto = option(
+        "auto", "module names that make up the head; auto: what the model puts after its encoder"
+    )
+
+
+class Initiating(Section):
+    """The first stage: regularised training against client drift."""
+
+    rounds: Count = option(2, "length of the stage", "rounds")
+    trainable: Literal["full", "adapter", "none"] = option(
+        "full", "full: every weight | adapter: factors and head | none: skip the stage"
+    )
+    proximal_weight: NonNegative = option(
+        0.01, "mu of the proximal term (mu / 2) * ||theta - theta_received||^2"
+    )
+    lr: PositiveFloat | None = option(
+        None, "local learning rate of this stage; null: `clients.optimizer.lr`"
+    )
+
+
+class Heating(Section):
+    """The high parameter budget."""
+
+    rounds: Count = option(4, "length of the stage", "rounds")
+    rank: Count = option(16, "LoRA rank R0", "rank")
+    shape: Literal["hold", "ramp"] = option(
+        "hold", "hold: R0 throughout | ramp: linearly from cooling.rank up to R0"
+    )
+
+
+class Cooling(Section):
+    """The shrinking parameter budget."""
+
+    rounds: Count = option(10, "length of the stage", "rounds")
+    rank: Count = option(2, "LoRA rank R1 at its end", "rank")
+    shape: Shape = option("cosine", "curve from heating.rank to cooling.rank")
+    steps: Positive = option(4, "number of plateaus (shape step)", "steps")
+    residual: Literal["drop", "fold"] = option(
+        "drop", "what a shrink cuts off: dropped, or folded into the frozen base"
+    )
+
+
+class Holding(Section):
+    """Training on at the low budget."""
+
+    rounds: Count = option(4, "length of the stage", "rounds")
+
+
+class Target(Section):
+    """What the rank may not cost (acceptance target)."""
+
+    metric: Literal["accuracy", "loss"] = option("accuracy", "validation metric to watch")
+    value: float | None = option(None, "value to hold; null: the best one at the heating rank")
+    tolerance: NonNegative = option(0.01, "how far below (loss: above) the value is still held")
+
+
+class Annealing(Section):
+    """The schedule of the parameter budget: SA-FedLoRA proper."""
+
+    mode: Literal["staged", "full", "fixed"] = option(
+        "staged",
+        "staged: the four stages | full: the full model in all rounds (FedAvg) | fixed: the adapter"
+        " at heating.rank in all rounds; the number of rounds is the sum over the stages in each",
+    )
+    initiating: Initiating = section(Initiating, "regularised first rounds")
+    heating: Heating = section(Heating, "rounds at the high rank")
+    cooling: Cooling = section(Cooling, "rounds in which the rank falls")
+    holding: Holding = section(Holding, "rounds at the low rank")
+    allocation: Literal["uniform", "spectral"] = option(
+        "uniform", "uniform: one rank for all modules | spectral: by singular energy a parameter"
+    )
+    acceptance: Literal["always", "metropolis", "target"] = option(
+        "always", "whether a lower rank is taken: always, by Metropolis' rule, or while a target holds"
+    )
+    temperature: PositiveFloat = option(0.05, "first temperature (metropolis)", "nats of loss")
+    temperature_decay: Annotated[float, Field(gt=0.0, le=1.0)] = option(
+        0.8, "factor on the temperature for each cooling round (metropolis)"
+    )
+    target: Target = section(Target, "what acceptance target holds")
+
+    @property
+    def initiating_rounds(self) -> int:
+        """Rounds of the initiating stage as it will run: 0 where it is skipped."""
+        return 0 if self.initiating.trainable == "none" else self.initiating.rounds
+
+    @property
+    def total_rounds(self) -> int:
+        """T, the number of communication rounds."""
+        rest = self.heating.rounds + self.cooling.rounds + self.holding.rounds
+        return self.initiating_rounds + rest
+
+    @model_validator(mode="after")
+    def _stages_fit_together(self) -> Annealing:
+        if self.total_rounds == 0:
+            raise ValueError("need at least one round, the stages' rounds sum to 0")
+        cools = self.mode == "staged" and self.cooling.rounds > 0
+        if cools and self.cooling.rank > self.heating.rank:
+            raise ValueError(
+                f"cooling.rank must not be above heating.rank ({self.heating.rank}),"
+                f" got {self.cooling.rank}"
+            )
+        if self.acceptance == "metropolis" and self.cooling.residual == "fold":
+            raise ValueError(
+                "acceptance 'metropolis' does not go with residual 'fold': a folded shrink leaves"
+                " the model as it is, so every proposal would be accepted; use acceptance 'always'"
+            )
+        return self
+
+
+class ServerOptimizer(Section):
+    """The step the server takes along the averaged update."""
+
+    name: Literal["sgd"] = option("sgd", "sgd with lr 1 is plain averaging")
+    lr: PositiveFloat = option(1.0, "server learning rate")
+
+
+class Aggregation(Section):
+    """How client updates become the next global state."""
+
+    rule: Literal["factor-average", "product-svd"] = option(
+        "factor-average",
+        "factor-average: means of A and of B apart (FedIT) | product-svd: the exact mean of the"
+        " products, cut back to the rank (FlexLoRA)",
+    )
+    server_optimizer: ServerOptimizer = section(ServerOptimizer, "the server's step")
+
+
+class Optimizer(Section):
+    """The clients' optimiser, made anew for each client and round."""
+
+    name: Literal["sgd", "adamw"] = option("sgd", "sgd | adamw")
+    lr: PositiveFloat = option(0.05, "learning rate")
+    momentum: Fraction = option(0.0, "momentum (sgd)")
+    weight_decay: NonNegative = option(0.0, "weight decay (decoupled for adamw)")
+
+
+class LrSchedule(Section):
+    """The learning rate over rounds, as a factor on the stage's learning rate."""
+
+    shape: Literal["constant", "linear", "cosine"] = option(
+        "constant", "curve from 1 down to `final_factor` over the rounds after the warm-up"
+    )
+    final_factor: Annotated[float, Field(gt=0.0, le=1.0)] = option(0.1, "factor in the last round")
+    warmup_rounds: Count = option(0, "rounds of linear rise to 1 at the start", "rounds")
+
+
+class Clients(Section):
+    """Who takes part, and how a client trains."""
+
+    per_round: Positive | Annotated[float, Field(gt=0.0, le=1.0)] = option(
+        10, "cohort size: a number of clients, or a share of all such as 0.2", "clients"
+    )
+    local_steps: Positive | None = option(
+        None, "optimiser steps a round (default 5 where local_epochs is not given)", "steps"
+    )
+    local_epochs: Positive | None = option(None, "passes over the client's own examples", "epochs")
+    batch_size: Positive = option(16, "examples a step; a client with fewer uses all", "examples")
+    optimizer: Optimizer = section(Optimizer, "local optimiser")
+    lr_schedule: LrSchedule = section(LrSchedule, "learning rate over rounds")
+    max_grad_norm: PositiveFloat | None = option(None, "clip the gradient's 2-norm; null: never")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Clients:
+        if self.local_steps is not None and self.local_epochs is not None:
+            raise ValueError("give local_steps or local_epochs, not both")
+        return self
+
+    @property
+    def steps(self) -> int | None:
+        """Local steps a round, or None where the length is given in epochs."""
+        return (self.local_steps or 5) if self.local_epochs is None else None
+
+
+class Evaluation(Section):
+    """When and how the global model is tested."""
+
+    every: Positive = option(1, "test after every so many rounds, and after the last", "rounds")
+    batch_size: Positive = option(256, "examples a forward pass", "examples")
+
+
+class Runtime(Section):
+    """Where the work runs. Nothing here changes a result on the same kind of device."""
+
+    executor: Literal["ray", "local"] = option("ray", "ray, or local: in this process, without Ray")
+    client_actors: Positive | Auto = option("auto", "auto: as many as the cluster holds", "actors")
+    gpus_per_actor: NonNegative | Auto = option(
+        "auto", "auto: 1 where the cluster has GPUs, else 0; fractions share a GPU", "GPUs"
+    )
+    cpus_per_actor: PositiveFloat = option(1.0, "CPU cores reserved for an actor", "cores")
+    cohort_size: Positive | Auto = option(
+        "auto", "clients a block; auto: 64 blocks a round at most", "clients"
+    )
+    threads_per_actor: Positive = option(1, "torch threads; 1 makes results bit-identical", "threads")
+    precision: Literal["fp32", "bf16"] = option("fp32", "fp32 | bf16: autocast")
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "auto: a GPU where the cluster has one, else the CPU | cuda: refuse without a GPU"
+    )
+    start_timeout_s: PositiveFloat = option(
+        120.0, "how long to wait for resources that others hold", "s"
+    )
+
+    @model_validator(mode="after")
+    def _gpu_share_is_possible(self) -> Runtime:
+        share = self.gpus_per_actor
+        if share == "auto":
+            return self
+        if share > 1 and share != math.floor(share):
+            raise ValueError(f"gpus_per_actor above 1 must be a whole number, got {share:g}")
+        if abs(share * 1e4 - round(share * 1e4)) > 1e-6:
+            raise ValueError(f"gpus_per_actor goes in steps of 0.0001, got {share:g}")
+        if self.device == "cuda" and share == 0:
+            raise ValueError("device 'cuda' needs gpus_per_actor above 0")
+        return self
+
+
+class Storage(Section):
+    """Where the run folder is, and how often the run is saved."""
+
+    path: str | None = option(
+        None, "run folder, or a URI that pyarrow.fs opens; null: runs/<name>-<time>"
+    )
+    checkpoint_every: Positive = option(1, "save after every so many rounds", "rounds")
+    keep: Positive = option(2, "how many of the newest checkpoints to keep", "checkpoints")
+
+
+class Recipe(Section):
+    """A federated fine-tuning run, complete."""
+
+    name: str = Field(
+        "run", min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run"
+    )
+    seed: Count = option(0, "seed of every random draw")
+    method: Method = option("sa-fedlora", "preset that fills in keys; a key that is written wins")
+    data: Data = section(Data, "examples and clients")
+    model: Model = Field(description="base model")
+    adapter: Adapter = section(Adapter, "LoRA")
+    annealing: Annealing = section(Annealing, "schedule of the parameter budget")
+    aggregation: Aggregation = section(Aggregation, "server")
+    clients: Clients = section(Clients, "cohort and local training")
+    evaluation: Evaluation = section(Evaluation, "tests of the global model")
+    runtime: Runtime = section(Runtime, "executor")
+    storage: Storage = section(Storage, "run folder")
+
+    @model_validator(mode="after")
+    def _cohort_fits(self) -> Recipe:
+        partition = self.data.partition
+        if partition.kind != "column" and isinstance(self.clients.per_round, int):
+            if self.clients.per_round > partition.clients:
+                raise ValueError(
+                    f"clients.per_round must be at most data.partition.clients"
+                    f" ({partition.clients}), got {self.clients.per_round}"
+                )
+        if self.data.validation_fraction == 0 and self.annealing.acceptance != "always":
+            raise ValueError(
+                f"annealing.acceptance '{self.annealing.acceptance}' needs"
+                " data.validation_fraction above 0 (or auto), got 0"
+            )
+        return self
+
+    @property
+    def validation_fraction(self) -> float:
+        """Share of the training examples that the server keeps for feedback."""
+        fraction = self.data.validation_fraction
+        if fraction != "auto":
+            return fraction
+        return 0.0 if self.annealing.acceptance == "always" else 0.1
+
+    def cohort_size(self, clients: int) -> int:
+        """Return how many of `clients` clients take part in a round, at least 1."""
+        share = self.clients.per_round
+        return share if isinstance(share, int) else max(1, math.floor(share * clients + 0.5))

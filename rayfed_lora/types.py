@@ -1,0 +1,201 @@
+"""The values that pass between the parts: numpy arrays and plain frozen records.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+Stage = Literal["initiating", "heating", "cooling", "holding"]
+Trainable = Literal["full", "adapter"]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The LoRA factors of one module; its effective update is D = scale * b @ a.
+
+    Attributes:
+        a: (rank, d_in) float32.
+        b: (d_out, rank) float32.
+        scale: s, a positive number; it is part of the state, not of the rank.
+    """
+
+    a: FloatArray
+    b: FloatArray
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension, 0 where the module has no adapter now."""
+        return int(self.a.shape[0])
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """What is trained and sent: factors by module name, other tensors by parameter name.
+
+    In an adapter round `dense` holds the head; in a full-model round `factors` is empty and
+    `dense` holds every weight.
+    """
+
+    factors: Mapping[str, Factors]
+    dense: Mapping[str, FloatArray]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The frozen base: the source's weights, or a replacement of them, plus folded residuals.
+
+    Attributes:
+        version: 0 as built from its source; each change counts one up.
+        tensors: every base weight by parameter name, or None for the source's own.
+        folds: residuals to add to the adapted modules' weights, one mapping a fold, in order.
+    """
+
+    version: int = 0
+    tensors: Mapping[str, FloatArray] | None = None
+    folds: tuple[Mapping[str, Factors], ...] = ()
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """An adapted module's weight, d_out x d_in."""
+
+    d_in: int
+    d_out: int
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank that an update of this module can have."""
+        return min(self.d_in, self.d_out)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a model, all that the schedule and the ledger need to know of it.
+
+    Attributes:
+        modules: the adapted modules by name, in model order.
+        head_params: number of values in the densely trained head.
+        total_params: number of values in the whole model, head included, adapters not.
+    """
+
+    modules: Mapping[str, ModuleShape]
+    head_params: int
+    total_params: int
+
+    @property
+    def base_params(self) -> int:
+        """Number of values in the frozen base of an adapter round."""
+        return self.total_params - self.head_params
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A lower rank that the schedule proposed, and what became of it.
+
+    Attributes:
+        rank: the proposed uniform rank.
+        verdict: `accepted`, `rejected`, or `reheated` (target acceptance going up a step).
+        energy_current, energy_proposed: validation losses (metropolis), else None.
+        temperature, probability, draw: of the Metropolis step, else None.
+        metric, target: the watched metric and the value it must hold (target), else None.
+    """
+
+    rank: int
+    verdict: Literal["accepted", "rejected", "reheated"]
+    energy_current: float | None = None
+    energy_proposed: float | None = None
+    temperature: float | None = None
+    probability: float | None = None
+    draw: float | None = None
+    metric: float | None = None
+    target: float | None = None
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """What one communication round does, decided before it starts.
+
+    Attributes:
+        round: index from 0.
+        stage: stage of the schedule.
+        trainable: `full` trains and sends every weight, `adapter` the factors and the head.
+        rank: uniform rank whose parameter count is the round's budget (0 in a full round).
+        proximal_weight: mu of the proximal term, 0 for none.
+        proposal: what acceptance decided, None where nothing was proposed.
+    """
+
+    round: int
+    stage: Stage
+    trainable: Trainable
+    rank: int
+    proximal_weight: float
+    proposal: Proposal | None = None
+
+
+@dataclass(frozen=True)
+class LocalPlan:
+    """What the clients of a round need to know beside the state they train from.
+
+    Attributes:
+        round: index from 0.
+        trainable: `full` or `adapter`.
+        lr: local learning rate of this round.
+        proximal_weight: mu of the proximal term.
+    """
+
+    round: int
+    trainable: Trainable
+    lr: float
+    proximal_weight: float
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What one client sends back.
+
+    Attributes:
+        client: client id, from 0.
+        examples: number of training examples the client holds.
+        state: the trained state, or None where the client failed.
+        train_loss: mean loss over its local steps (nan where it failed).
+        seconds: its local training time.
+        error: why it failed, or None.
+    """
+
+    client: int
+    examples: int
+    state: AdapterState | None
+    train_loss: float
+    seconds: float
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationSums:
+    """Sums over one shard of examples, to be added in shard order.
+
+    Attributes:
+        examples: number of examples.
+        loss: summed cross entropy, nats.
+        correct: number classified correctly.
+    """
+
+    examples: int
+    loss: float
+    correct: int
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """A row of rounds.parquet: see `reporting.tables` for its columns."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)
