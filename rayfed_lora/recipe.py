@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 Method = Literal["sa-fedlora", "fedavg", "fedprox", "fedlora", "spd-cfl"]
 Shape = Literal["linear", "cosine", "cubic", "exponential", "logarithmic", "step", "constant"]
@@ -27,7 +27,7 @@ PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 def option(default: Any, description: str, unit: str | None = None) -> Any:
     """Return a field with its description and, where it has one, its unit."""
-    extra = None if unit is None else {"unit": unit}
+    extra: dict[str, JsonValue] | None = None if unit is None else {"unit": unit}
     return Field(default, description=description, json_schema_extra=extra, validate_default=True)
 
 
@@ -55,7 +55,9 @@ class Partition(Section):
     )
     clients: Positive = option(100, "number of clients (column: found in the data)", "clients")
     min_examples: Count = option(
-        4, "a client with fewer is topped up from the largest ones (dirichlet, quantity)", "examples"
+        4,
+        "a client with fewer is topped up from the largest ones (dirichlet, quantity)",
+        "examples",
     )
     shards_per_client: Positive = option(2, "pieces a client (shards)", "shards")
     column: str | None = option(None, "the column that names the client (column)")
@@ -109,8 +111,8 @@ class Model(Section):
     )
     config: dict[str, Any] = Field(
         default_factory=dict,
-        description="for source config: `architecture` (vit, bert, ...) and transformers' own names;"
-        " for other sources: values that override the model's configuration",
+        description="for source config: `architecture` (vit, bert, ...) and transformers' own"
+        " names; for other sources: values that override the model's configuration",
     )
 
     @model_validator(mode="after")
@@ -211,7 +213,8 @@ class Annealing(Section):
         "uniform", "uniform: one rank for all modules | spectral: by singular energy a parameter"
     )
     acceptance: Literal["always", "metropolis", "target"] = option(
-        "always", "whether a lower rank is taken: always, by Metropolis' rule, or while a target holds"
+        "always",
+        "whether a lower rank is taken: always, by Metropolis' rule, or while a target holds",
     )
     temperature: PositiveFloat = option(0.05, "first temperature (metropolis)", "nats of loss")
     temperature_decay: Annotated[float, Field(gt=0.0, le=1.0)] = option(
@@ -331,7 +334,9 @@ class Runtime(Section):
     cohort_size: Positive | Auto = option(
         "auto", "clients a block; auto: 64 blocks a round at most", "clients"
     )
-    threads_per_actor: Positive = option(1, "torch threads; 1 makes results bit-identical", "threads")
+    threads_per_actor: Positive = option(
+        1, "torch threads; 1 makes results bit-identical", "threads"
+    )
     precision: Literal["fp32", "bf16"] = option("fp32", "fp32 | bf16: autocast")
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "auto: a GPU where the cluster has one, else the CPU | cuda: refuse without a GPU"

@@ -1,0 +1,1 @@
+"""The schedule of the parameter budget: SA-FedLoRA's own part."""

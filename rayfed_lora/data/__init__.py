@@ -1,0 +1,1 @@
+"""Sources to Arrow tables, tables to clients, clients to batches."""

@@ -1,0 +1,1 @@
+"""The round loop and what it needs; knows no Ray and no torch."""

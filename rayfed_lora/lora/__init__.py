@@ -1,0 +1,1 @@
+"""Algebra on LoRA factors in numpy: products, resizing, counting."""

@@ -1,0 +1,1 @@
+"""Building, reading, writing and exporting models; the only importer of transformers and peft."""

@@ -1,0 +1,1 @@
+"""Progress, tables, summary and plots of a run."""

@@ -1,0 +1,73 @@
+"""Whether a proposed lower rank is taken.
+
+Source: this project (method.md, "Feedback"); the paper's own acceptance rule is not public.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+Verdict = Literal["accepted", "rejected", "reheated"]
+
+
+def temperature(first: float, decay: float, cooling_rounds: int) -> float:
+    """Return tau = first * decay ** cooling_rounds.
+
+    Args:
+        first: temperature of the first cooling round, > 0, nats of loss.
+        decay: factor for each cooling round so far, in (0, 1].
+        cooling_rounds: number of cooling rounds before this one, >= 0.
+
+    >>> temperature(0.1, 0.5, 2)
+    0.025
+    """
+    return first * decay**cooling_rounds
+
+
+def metropolis_probability(current: float, proposed: float, tau: float) -> float:
+    """Return min(1, exp(-(proposed - current) / tau)), 0 where `proposed` is not finite.
+
+    Args:
+        current, proposed: validation losses (energies) E0 and E1, nats.
+        tau: temperature, > 0, same unit.
+
+    Source: Metropolis et al. 1953, J. Chem. Phys. 21:1087.
+
+    >>> metropolis_probability(1.0, 0.9, 0.1)
+    1.0
+    >>> round(metropolis_probability(1.0, 1.1, 0.1), 6)
+    0.367879
+    """
+    if not math.isfinite(proposed):
+        return 0.0
+    rise = proposed - current
+    return 1.0 if rise <= 0 else math.exp(-rise / max(tau, math.ulp(0.0)))
+
+
+def target_holds(metric: float, value: float, tolerance: float, higher_is_better: bool) -> bool:
+    """Return whether `metric` is within `tolerance` of `value`, or better than it.
+
+    A metric that is not finite never holds.
+
+    >>> target_holds(0.90, 0.905, 0.01, higher_is_better=True)
+    True
+    """
+    if not math.isfinite(metric):
+        return False
+    short = value - metric if higher_is_better else metric - value
+    return short <= tolerance
+
+
+def step_rank(ladder: Sequence[int], current: int, down: bool) -> int:
+    """Return the next rank on the ladder below (or above) `current`, `current` at its end.
+
+    >>> step_rank([16, 8, 4], 8, down=True), step_rank([16, 8, 4], 8, down=False)
+    (4, 16)
+    >>> step_rank([16, 8, 4], 4, down=True)
+    4
+    """
+    if down:
+        return max((r for r in ladder if r < current), default=current)
+    return min((r for r in ladder if r > current), default=current)

@@ -1,0 +1,185 @@
+"""SA-FedLoRA's schedule: which stage a round is in, what it trains, and at which rank.
+
+Source: arXiv:2405.09394 v1 for the stages (initiating, then annealing by heating and cooling); the
+formulas are this project's (method.md), the paper's own are not public.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rayfed_lora.annealing import acceptance, schedules
+from rayfed_lora.recipe import Annealing
+from rayfed_lora.types import Proposal, RoundPlan, Stage
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What the server has seen so far; the schedule's only input beside the recipe.
+
+    Attributes:
+        rank: uniform rank in use, None before the first adapter round.
+        energy_current, energy_proposed: validation loss at the current rank and after the
+            proposed truncation (metropolis).
+        draw: uniform random number in [0, 1) of this round (metropolis).
+        metric: newest validation metric (target).
+        best_at_heating: best validation metric reached at the heating rank (target).
+    """
+
+    rank: int | None = None
+    energy_current: float | None = None
+    energy_proposed: float | None = None
+    draw: float | None = None
+    metric: float | None = None
+    best_at_heating: float | None = None
+
+
+def stage_lengths(annealing: Annealing) -> dict[Stage, int]:
+    """Return the rounds of each stage, in order.
+
+    Mode `full` makes all rounds initiating ones, mode `fixed` all rounds heating ones.
+    """
+    total = annealing.total_rounds
+    if annealing.mode == "full":
+        return {"initiating": total, "heating": 0, "cooling": 0, "holding": 0}
+    if annealing.mode == "fixed":
+        return {"initiating": 0, "heating": total, "cooling": 0, "holding": 0}
+    return {
+        "initiating": annealing.initiating_rounds,
+        "heating": annealing.heating.rounds,
+        "cooling": annealing.cooling.rounds,
+        "holding": annealing.holding.rounds,
+    }
+
+
+def locate(annealing: Annealing, t: int) -> tuple[Stage, int]:
+    """Return the stage of round `t` and the index inside it, from 0.
+
+    Raises:
+        ValueError: `t` is not a round of the schedule.
+    """
+    index = t
+    for stage, length in stage_lengths(annealing).items():
+        if 0 <= index < length:
+            return stage, index
+        index -= length
+    raise ValueError(f"need a round in [0, {annealing.total_rounds}), got {t}")
+
+
+def is_full(annealing: Annealing, t: int) -> bool:
+    """Return whether round `t` trains and sends every weight."""
+    stage, _ = locate(annealing, t)
+    full = annealing.mode == "full" or annealing.initiating.trainable == "full"
+    return stage == "initiating" and full
+
+
+def scheduled_rank(annealing: Annealing, t: int) -> int:
+    """Return the uniform rank that the schedule gives round `t`, before any feedback.
+
+    0 in a full-model round; the heating rank in an adapter initiating round. Holding stays at
+    the last cooling round's rank, which is `cooling.rank` for all shapes but `constant`.
+    """
+    stage, i = locate(annealing, t)
+    high, low = annealing.heating.rank, annealing.cooling.rank
+    if stage == "initiating":
+        return 0 if is_full(annealing, t) else high
+    if stage == "heating":
+        if annealing.heating.shape == "hold" or annealing.mode == "fixed":
+            return high
+        return schedules.to_rank(schedules.ramp(low, high, annealing.heating.rounds)(i), low, high)
+    if stage == "holding":
+        return high if annealing.cooling.shape == "constant" else low
+    shape, rounds = annealing.cooling.shape, annealing.cooling.rounds
+    value = schedules.cooling(shape, high, low, rounds, annealing.cooling.steps)
+    return schedules.to_rank(value(i), high, low)
+
+
+def ladder(annealing: Annealing) -> list[int]:
+    """Return the distinct ranks from the heating rank down that target acceptance steps on."""
+    start = stage_lengths(annealing)["initiating"] + stage_lengths(annealing)["heating"]
+    rounds = range(start, annealing.total_rounds)
+    ranks = {annealing.heating.rank, *(scheduled_rank(annealing, t) for t in rounds)}
+    return sorted(ranks, reverse=True)
+
+
+def proposed_rank(annealing: Annealing, t: int, rank: int | None) -> int | None:
+    """Return the scheduled rank of round `t` where it is below the current one, else None."""
+    if is_full(annealing, t) or rank is None:
+        return None
+    scheduled = scheduled_rank(annealing, t)
+    return scheduled if scheduled < rank else None
+
+
+def temperature(annealing: Annealing, t: int) -> float:
+    """Return the Metropolis temperature of round `t`, nats of loss."""
+    stage, i = locate(annealing, t)
+    before = {"cooling": i, "holding": annealing.cooling.rounds}.get(stage, 0)
+    return acceptance.temperature(annealing.temperature, annealing.temperature_decay, before)
+
+
+def plan_round(annealing: Annealing, t: int, feedback: Feedback) -> RoundPlan:
+    """Return what round `t` does. Pure: the same feedback gives the same plan.
+
+    Raises:
+        ValueError: `t` is out of range, or the acceptance rule lacks its feedback.
+    """
+    stage, _ = locate(annealing, t)
+    full = is_full(annealing, t)
+    weight = annealing.initiating.proximal_weight if stage == "initiating" else 0.0
+    rank, proposal = 0, None
+    if not full:
+        rank, proposal = _decide(annealing, t, feedback)
+    return RoundPlan(t, stage, "full" if full else "adapter", rank, weight, proposal)
+
+
+def _decide(annealing: Annealing, t: int, feedback: Feedback) -> tuple[int, Proposal | None]:
+    """Return the rank of an adapter round and the proposal behind it, if there was one."""
+    proposed = proposed_rank(annealing, t, feedback.rank)
+    if annealing.acceptance == "target" and feedback.rank is not None:
+        return _hold_target(annealing, t, feedback.rank, feedback)
+    if proposed is None or feedback.rank is None:
+        return scheduled_rank(annealing, t), None
+    if annealing.acceptance == "always":
+        return proposed, Proposal(proposed, "accepted")
+    return _metropolis(annealing, t, proposed, feedback.rank, feedback)
+
+
+def _metropolis(
+    annealing: Annealing, t: int, proposed: int, current: int, feedback: Feedback
+) -> tuple[int, Proposal]:
+    e0, e1, draw = feedback.energy_current, feedback.energy_proposed, feedback.draw
+    if e0 is None or e1 is None or draw is None:
+        raise ValueError(f"metropolis needs both energies and a draw, got {feedback}")
+    tau = temperature(annealing, t)
+    probability = acceptance.metropolis_probability(e0, e1, tau)
+    accepted = draw < probability
+    proposal = Proposal(
+        rank=proposed,
+        verdict="accepted" if accepted else "rejected",
+        energy_current=e0,
+        energy_proposed=e1,
+        temperature=tau,
+        probability=probability,
+        draw=draw,
+    )
+    return (proposed if accepted else current), proposal
+
+
+def _hold_target(
+    annealing: Annealing, t: int, current: int, feedback: Feedback
+) -> tuple[int, Proposal | None]:
+    """Go one step down while the target holds, one up where it does not (cooling, holding)."""
+    stage, _ = locate(annealing, t)
+    if stage not in ("cooling", "holding"):
+        return scheduled_rank(annealing, t), None
+    value = annealing.target.value
+    value = feedback.best_at_heating if value is None else value
+    if feedback.metric is None or value is None:
+        raise ValueError(f"target acceptance needs a metric and its best, got {feedback}")
+    higher = annealing.target.metric == "accuracy"
+    holds = acceptance.target_holds(feedback.metric, value, annealing.target.tolerance, higher)
+    rank = acceptance.step_rank(ladder(annealing), current, down=holds)
+    if rank == current:
+        return current, None
+    verdict: acceptance.Verdict = "accepted" if holds else "reheated"
+    return rank, Proposal(rank, verdict, metric=feedback.metric, target=value)

@@ -1,0 +1,88 @@
+"""Products of thin factors, never formed densely: the QR core.
+
+For b (d_out x r) and a (r x d_in), with b = Qb Rb and a^T = Qa Ra, the singular values of b @ a are
+those of the r x r core Rb Ra^T. Cost O((d_in + d_out) r^2). All arithmetic is float64.
+
+Source: standard linear algebra; used for rank changes by this project (method.md, "Resizing").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from rayfed_lora.types import Factors
+
+Float64Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ProductSvd:
+    """The thin SVD of a product b @ a, k = min(r, d_in, d_out).
+
+    Attributes:
+        u: (d_out, k), orthonormal columns; the largest-magnitude entry of each is positive.
+        s: (k,), falling, >= 0.
+        vt: (k, d_in), orthonormal rows.
+    """
+
+    u: Float64Array
+    s: Float64Array
+    vt: Float64Array
+
+
+def product_svd(b: npt.ArrayLike, a: npt.ArrayLike) -> ProductSvd:
+    """Return the SVD of b @ a through the QR core.
+
+    Args:
+        b: (d_out, r).
+        a: (r, d_in); r = 0 is legal.
+
+    Raises:
+        ValueError: the inner dimensions differ.
+    """
+    b64, a64 = np.asarray(b, np.float64), np.asarray(a, np.float64)
+    if b64.shape[1] != a64.shape[0]:
+        raise ValueError(f"need b (d_out, r) and a (r, d_in), got {b64.shape} and {a64.shape}")
+    if a64.shape[0] == 0:
+        return ProductSvd(b64, np.zeros(0), a64)
+    qb, rb = np.linalg.qr(b64)
+    qa, ra = np.linalg.qr(a64.T)
+    core_u, s, core_vt = np.linalg.svd(rb @ ra.T, full_matrices=False)
+    u, vt = qb @ core_u, core_vt @ qa.T
+    largest = u[np.argmax(np.abs(u), axis=0), np.arange(u.shape[1])]
+    signs = np.where(largest < 0, -1.0, 1.0)
+    return ProductSvd(u * signs, s, vt * signs[:, None])
+
+
+def norm(b: npt.ArrayLike, a: npt.ArrayLike) -> float:
+    """Return the Frobenius norm of b @ a, as sqrt(tr((b^T b)(a a^T))).
+
+    Shapes as for `product_svd`. The trace cancels where b @ a nearly vanishes: the result is good
+    to about 1e-8 of |b| |a|.
+    """
+    b64, a64 = np.asarray(b, np.float64), np.asarray(a, np.float64)
+    return math.sqrt(max(float(np.sum((b64.T @ b64) * (a64 @ a64.T))), 0.0))
+
+
+def spectrum(factors: Factors) -> Float64Array:
+    """Return the singular values of the effective update D = scale * b @ a, falling, (k,)."""
+    return product_svd(factors.b, factors.a).s * factors.scale
+
+
+def stacked(terms: Sequence[tuple[float, Factors]]) -> tuple[Float64Array, Float64Array]:
+    """Return (b, a) with b @ a = sum of weight * D over the terms, exactly.
+
+    Args:
+        terms: (weight, factors) of one module, at least one; ranks may differ.
+
+    Returns:
+        b (d_out, sum of ranks) and a (sum of ranks, d_in); weights and scales are in b.
+    """
+    b = np.concatenate([np.float64(w * f.scale) * f.b for w, f in terms], axis=1)
+    a = np.concatenate([np.asarray(f.a, np.float64) for _, f in terms], axis=0)
+    return b, a

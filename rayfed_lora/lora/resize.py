@@ -1,0 +1,140 @@
+"""Changing an adapter's rank without changing, or as little as possible, its effective update.
+
+Source: method.md, "Resizing the rank"; truncation by Eckart and Young 1936, Psychometrika 1:211.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from rayfed_lora.lora.products import ProductSvd, product_svd
+from rayfed_lora.types import Factors, FloatArray
+
+# Directions with less than this share of the largest singular value are float32 rounding noise.
+_NEGLIGIBLE = float(np.finfo(np.float32).eps)
+
+
+def module_scale(scaling: str, alpha: float, heating_rank: int, rank: int) -> float:
+    """Return s for a module of the given rank.
+
+    `constant`: alpha / heating_rank | `alpha_over_rank`: alpha / rank (arXiv:2106.09685) |
+    `rslora`: alpha / sqrt(rank) (arXiv:2312.03732). Ranks below 1 count as 1.
+
+    Raises:
+        ValueError: an unknown scaling.
+
+    >>> module_scale("constant", 16, 8, 2), module_scale("alpha_over_rank", 16, 8, 2)
+    (2.0, 8.0)
+    """
+    if scaling == "constant":
+        return alpha / max(heating_rank, 1)
+    if scaling == "alpha_over_rank":
+        return alpha / max(rank, 1)
+    if scaling == "rslora":
+        return alpha / math.sqrt(max(rank, 1))
+    raise ValueError(f"need scaling constant, alpha_over_rank or rslora, got {scaling!r}")
+
+
+def initial_rows(rank: int, d_in: int, rng: np.random.Generator) -> FloatArray:
+    """Return new rows of A, (rank, d_in), uniform in +-1 / sqrt(d_in).
+
+    The distribution is PEFT's default (Kaiming uniform with a = sqrt(5)).
+    """
+    bound = 1.0 / math.sqrt(d_in)
+    return rng.uniform(-bound, bound, (rank, d_in)).astype(np.float32)
+
+
+def from_svd(svd: ProductSvd, rank: int, scale: float) -> Factors:
+    """Return the best approximation of u s vt with at most `rank`, split as sqrt(s).
+
+    A direction without energy gets a zero column of B and a row of A of the usual initial size:
+    the update is the same, and the direction can still be trained (two zero factors could not).
+
+    Args:
+        svd: of the effective update D.
+        rank: number of directions to keep, >= 0; min(rank, k) are there to keep.
+        scale: s of the new factors, > 0.
+    """
+    u, s, vt = svd.u[:, :rank], svd.s[:rank] / scale, svd.vt[:rank]
+    root = np.sqrt(s)
+    largest = float(svd.s.max(initial=0.0))
+    dead = svd.s[:rank] <= _NEGLIGIBLE * largest
+    a_size = np.where(dead, 1.0 / math.sqrt(3.0), root)
+    b_size = np.where(dead, 0.0, root)
+    a = (vt * a_size[:, None]).astype(np.float32)
+    b = (u * b_size).astype(np.float32)
+    return Factors(a, b, scale)
+
+
+def truncate(factors: Factors, rank: int, scale: float) -> Factors:
+    """Return the best approximation of D of the given rank, with scale `scale`.
+
+    Args:
+        factors: of rank >= `rank`.
+        rank: new rank, >= 0.
+        scale: new s, > 0; it is divided out, so that D does not depend on it.
+    """
+    if rank == 0:
+        d_out, d_in = factors.b.shape[0], factors.a.shape[1]
+        empty_a, empty_b = np.zeros((0, d_in), np.float32), np.zeros((d_out, 0), np.float32)
+        return Factors(empty_a, empty_b, scale)
+    svd = product_svd(factors.b, factors.a)
+    return from_svd(ProductSvd(svd.u, svd.s * factors.scale, svd.vt), rank, scale)
+
+
+def cut_off(factors: Factors, rank: int) -> Factors:
+    """Return what `truncate` to `rank` drops: D minus its best approximation, at scale 1.
+
+    The result has rank k - min(rank, k), k = min(r, d_in, d_out).
+    """
+    svd = product_svd(factors.b, factors.a)
+    sigma = svd.s * factors.scale
+    return from_svd(ProductSvd(svd.u[:, rank:], sigma[rank:], svd.vt[rank:]), sigma.size, 1.0)
+
+
+def grow(factors: Factors, rank: int, scale: float, rng: np.random.Generator) -> Factors:
+    """Return factors of a higher rank with the same D: new rows of A drawn, new columns of B zero.
+
+    Args:
+        factors: of rank <= `rank`.
+        rank: new rank; above min(d_in, d_out) is legal.
+        scale: new s, > 0; it is divided out of B.
+        rng: stream of the new rows.
+    """
+    extra = rank - factors.rank
+    rows = initial_rows(extra, factors.a.shape[1], rng)
+    columns = np.zeros((factors.b.shape[0], extra), np.float32)
+    b = factors.b if scale == factors.scale else _rescaled(factors.b, factors.scale / scale)
+    return Factors(np.concatenate([factors.a, rows]), np.concatenate([b, columns], axis=1), scale)
+
+
+def resize(factors: Factors, rank: int, scale: float, rng: np.random.Generator) -> Factors:
+    """Return factors of exactly the given rank and scale.
+
+    Down: Eckart-Young truncation of D. Up: D unchanged. Same rank: D unchanged, B rescaled where
+    the scale changes; the very same object where nothing does.
+
+    Args:
+        factors: of one module.
+        rank: new rank, >= 0; above min(d_in, d_out) is legal.
+        scale: new s, > 0.
+        rng: stream for new rows of A.
+
+    Raises:
+        ValueError: `rank` is negative or `scale` is not positive.
+    """
+    if rank < 0 or not scale > 0:
+        raise ValueError(f"need rank >= 0 and scale > 0, got {rank} and {scale}")
+    if rank < factors.rank:
+        cut = truncate(factors, rank, scale)
+        # D has at most min(d_in, d_out) directions; a rank above that is filled up as in `grow`.
+        return cut if cut.rank == rank else grow(cut, rank, scale, rng)
+    if rank == factors.rank and scale == factors.scale:
+        return factors
+    return grow(factors, rank, scale, rng)
+
+
+def _rescaled(b: FloatArray, ratio: float) -> FloatArray:
+    return (b.astype(np.float64) * ratio).astype(np.float32)

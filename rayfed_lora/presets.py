@@ -1,0 +1,59 @@
+"""Method presets: the keys that a method's name fills in.
+
+Only what sets a method apart stands here; everything else is the recipe's default. Source:
+method.md's tables; FedAvg arXiv:1602.05629, FedProx arXiv:1812.06127, FedIT (fedlora)
+arXiv:2305.05644, SA-FedLoRA arXiv:2405.09394 v1 and v2 (SPD-CFL; target mode is a surrogate for
+its SGC measure, which is not public).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "sa-fedlora": {"annealing": {"mode": "staged"}},
+    "fedavg": {
+        "annealing": {
+            "mode": "full",
+            "initiating": {"proximal_weight": 0.0},
+            "acceptance": "always",
+        },
+    },
+    "fedprox": {
+        "annealing": {
+            "mode": "full",
+            "initiating": {"proximal_weight": 0.01},
+            "acceptance": "always",
+        },
+    },
+    "fedlora": {
+        "annealing": {
+            "mode": "fixed",
+            "allocation": "uniform",
+            "acceptance": "always",
+        },
+        "aggregation": {"rule": "factor-average"},
+    },
+    "spd-cfl": {
+        "annealing": {
+            "mode": "staged",
+            "initiating": {"trainable": "adapter"},
+            "acceptance": "target",
+        },
+    },
+}
+
+
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the deep merge of two mappings; values of `over` win.
+
+    >>> merged({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}})
+    {'a': {'x': 1, 'y': 3}}
+    """
+    result = dict(under)
+    for key, value in over.items():
+        below = result.get(key)
+        both = isinstance(value, Mapping) and isinstance(below, Mapping)
+        result[key] = merged(below, value) if both else value  # type: ignore[arg-type]
+    return result

@@ -1,0 +1,265 @@
+"""Recipes from YAML, presets and `--set`, with one error that lists every fault.
+
+Layers, each winning over the one before: defaults, the preset of the recipe's `method`, the
+recipe's own keys, the preset of a `method` named by `--set`, the other `--set` values.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from rayfed_lora.errors import Fault, RecipeError
+from rayfed_lora.presets import PRESETS, merged
+from rayfed_lora.recipe import Recipe
+
+_MAX_PASSES = 8
+
+
+def shipped_names() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    folder = resources.files("rayfed_lora") / "recipes"
+    return sorted(
+        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
+    )
+
+
+def shipped_text(name: str) -> str:
+    """Return the YAML text of a shipped recipe.
+
+    Raises:
+        RecipeError: no recipe of that name is shipped.
+    """
+    if name not in shipped_names():
+        known = ", ".join(shipped_names())
+        fault = Fault("RECIPE", f"a shipped recipe ({known}) or a path", repr(name), _nearest(name))
+        raise RecipeError(name, [fault])
+    return (resources.files("rayfed_lora") / "recipes" / f"{name}.yaml").read_text("utf-8")
+
+
+def load_recipe(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> Recipe:
+    """Return the validated recipe.
+
+    Args:
+        source: a shipped recipe's name, a path to a YAML file, or the mapping itself.
+        overrides: `key.path=value` texts (values in YAML) or a mapping of key paths to values.
+
+    Raises:
+        RecipeError: the file cannot be read, is not YAML, or has faults; all are listed.
+    """
+    name, raw = _read(source)
+    pairs = overrides.items() if isinstance(overrides, Mapping) else _pairs(name, overrides)
+    written: dict[str, Any] = {}
+    for path, value in pairs:
+        written = merged(written, _nested(name, path, value))
+    layers = [_preset(raw.get("method", "sa-fedlora")), raw]
+    if "method" in written and written["method"] != raw.get("method"):
+        layers.append(_preset(written["method"]))
+    merged_layers: dict[str, Any] = {}
+    for layer in [*layers, written]:
+        merged_layers = merged(merged_layers, layer)
+    return _validated(name, merged_layers)
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML; `load_recipe` of it gives an equal recipe."""
+    out = StringIO()
+    _yaml().dump(recipe.model_dump(mode="json"), out)
+    return out.getvalue()
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON Schema of recipes, for completion in editors."""
+    schema = Recipe.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def parse_yaml(name: str, text: str) -> Any:
+    """Return a YAML 1.2 document (`1e-3` is a number, `no` is a text).
+
+    Raises:
+        RecipeError: `text` is not YAML.
+    """
+    try:
+        return _yaml().load(text)
+    except YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise RecipeError(name, [Fault("(file)", "expected YAML", problem)]) from None
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    return yaml
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    if isinstance(source, Mapping):
+        return "recipe", dict(source)
+    path = Path(source)
+    is_name = isinstance(source, str) and path.suffix not in {".yaml", ".yml"} and not path.exists()
+    try:
+        text = shipped_text(str(source)) if is_name else path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        fault = Fault("RECIPE", "a readable YAML file", f"{path}: {error}")
+        raise RecipeError(str(source), [fault]) from None
+    raw = parse_yaml(str(source), text)
+    if not isinstance(raw, dict):
+        fault = Fault("(file)", "expected a mapping of recipe keys", type(raw).__name__)
+        raise RecipeError(str(source), [fault])
+    return str(source), raw
+
+
+def _pairs(name: str, overrides: Iterable[str]) -> list[tuple[str, Any]]:
+    pairs = []
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        if not equals or not path.strip():
+            raise RecipeError(name, [Fault("--set", "expected key.path=value", repr(text))])
+        pairs.append((path.strip(), parse_yaml(f"--set {text}", value)))
+    return pairs
+
+
+def _nested(name: str, path: str, value: Any) -> dict[str, Any]:
+    keys = path.split(".")
+    if not all(keys):
+        raise RecipeError(name, [Fault("--set", "expected key.path=value", repr(path))])
+    for key in reversed(keys):
+        value = {key: value}
+    return typing.cast(dict[str, Any], value)
+
+
+def _preset(method: Any) -> Mapping[str, Any]:
+    # An unknown method has no preset; validation names it as a fault.
+    return PRESETS.get(method, {}) if isinstance(method, str) else {}
+
+
+def _validated(name: str, raw: dict[str, Any]) -> Recipe:
+    """Validate; drop faulty values and go on, so that faults hidden behind others are found too."""
+    faults: list[Fault] = []
+    rest = raw
+    for _ in range(_MAX_PASSES):
+        try:
+            recipe = Recipe.model_validate(rest)
+        except ValidationError as error:
+            found = _faults(error, rest)
+            faults += [f for f in found if f.path not in {seen.path for seen in faults}]
+            for location in {_location(e["loc"]) for e in error.errors()}:
+                rest = _without(rest, location)
+        else:
+            if faults:
+                break
+            return recipe
+    raise RecipeError(name, faults)
+
+
+def _faults(error: ValidationError, raw: Mapping[str, Any]) -> list[Fault]:
+    by_path: dict[tuple[str, ...], list[Any]] = {}
+    for entry in error.errors():
+        by_path.setdefault(_location(entry["loc"]), []).append(entry)
+    return [_fault(path, entries) for path, entries in by_path.items()]
+
+
+def _fault(path: tuple[str, ...], entries: Sequence[Any]) -> Fault:
+    dotted = ".".join(path) or "recipe"
+    first = entries[0]
+    if first["type"] == "extra_forbidden":
+        siblings = _known_keys(path[:-1])
+        expected = f"unknown key; known here: {', '.join(siblings)}"
+        return Fault(dotted, expected, None, _nearest_key(path, siblings))
+    if first["type"] == "missing":
+        return Fault(dotted, "this key is required, and is missing")
+    if first["type"] == "value_error":
+        return Fault(dotted, str(first["ctx"]["error"]))
+    expected = " or ".join(dict.fromkeys(_expectation(e) for e in entries))
+    value = first["input"]
+    nearest = None
+    if isinstance(value, str):
+        options = [o for e in entries for o in _literal_values(e)]
+        nearest = _close(value, options)
+    return Fault(dotted, expected, json.dumps(value, default=repr), nearest)
+
+
+def _expectation(entry: Any) -> str:
+    message = str(entry["msg"])
+    return message.replace("Input should be", "expected").replace("Input should", "expected to")
+
+
+def _literal_values(entry: Any) -> list[str]:
+    expected = str(entry.get("ctx", {}).get("expected", ""))
+    return [part.strip(" '") for part in expected.replace(" or ", ",").split(",")]
+
+
+def _location(loc: Sequence[int | str]) -> tuple[str, ...]:
+    """Return the key path of a pydantic location, without its names of union members."""
+    path: list[str] = []
+    node: Any = Recipe
+    for part in loc:
+        fields = _fields_of(node)
+        if fields is None or not isinstance(part, str):
+            break
+        path.append(part)
+        node = fields.get(part)
+    return tuple(path)
+
+
+def _fields_of(node: Any) -> dict[str, Any] | None:
+    if isinstance(node, type) and issubclass(node, BaseModel):
+        return {key: info.annotation for key, info in node.model_fields.items()}
+    return None
+
+
+def _known_keys(path: Sequence[str]) -> list[str]:
+    node: Any = Recipe
+    for part in path:
+        node = (_fields_of(node) or {}).get(part)
+    return list(_fields_of(node) or {})
+
+
+def _all_paths(node: Any = Recipe, prefix: str = "") -> list[str]:
+    paths = []
+    for key, kind in (_fields_of(node) or {}).items():
+        paths.append(f"{prefix}{key}")
+        paths += _all_paths(kind, f"{prefix}{key}.")
+    return paths
+
+
+def _nearest_key(path: tuple[str, ...], siblings: list[str]) -> str | None:
+    here = _close(path[-1], siblings)
+    if here is not None:
+        return ".".join((*path[:-1], here))
+    elsewhere = [p for p in _all_paths() if p.rsplit(".", 1)[-1] == path[-1]]
+    return elsewhere[0] if elsewhere else _close(".".join(path), _all_paths())
+
+
+def _nearest(name: str) -> str | None:
+    return _close(name, shipped_names())
+
+
+def _close(word: str, known: Sequence[str]) -> str | None:
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def _without(raw: Any, path: tuple[str, ...]) -> Any:
+    if not path or not isinstance(raw, Mapping):
+        return {"model": {"config": {"architecture": "vit"}}} if isinstance(raw, Mapping) else raw
+    head, *tail = path
+    if not tail:
+        return {k: v for k, v in raw.items() if k != head}
+    return {k: _without(v, tuple(tail)) if k == head else v for k, v in raw.items()}
