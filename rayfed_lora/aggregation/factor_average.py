@@ -1,4 +1,4 @@
-"""FedIT: the means of A and of B apart. Source: arXiv:2305.05644, "Federated instruction tuning"."""
+"""FedIT: the means of A and of B apart. Source: arXiv:2305.05644."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def factor_average(
         dense.add(weight, state.dense)
         a_means.add(weight, {name: f.a for name, f in state.factors.items()})
         b_means.add(weight, {name: f.b for name, f in state.factors.items()})
-        for name, factors in state.factors.items():
-            exact[name].add(weight, factors)
+        for name, sent in state.factors.items():
+            exact[name].add(weight, sent)
     a, b = a_means.mean(), b_means.mean()
     used = {name: (np.float64(f.scale) * b[name], a[name]) for name, f in start.factors.items()}
     factors = {

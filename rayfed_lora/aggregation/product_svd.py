@@ -41,8 +41,8 @@ def product_svd(
     exact = {name: ProductMean() for name in start.factors}
     for weight, state in updates:
         dense.add(weight, state.dense)
-        for name, factors in state.factors.items():
-            exact[name].add(weight, factors)
+        for name, sent in state.factors.items():
+            exact[name].add(weight, sent)
     means = {name: product.mean() for name, product in exact.items()}
     factors = {name: _cut(f, means[name], lr) for name, f in start.factors.items()}
     used = {name: stacked([(1.0, f)]) for name, f in factors.items()} if lr == 1.0 else means

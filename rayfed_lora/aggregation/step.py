@@ -52,7 +52,8 @@ def relative_error(used: Mapping[str, Product], exact: Mapping[str, Product]) ->
     """Return ||D_used - D_exact||_F / ||D_exact||_F over all modules.
 
     Args:
-        used, exact: (b, a) by module, (d_out, R) and (R, d_in), scales in b.
+        used: (b, a) by module, (d_out, R) and (R, d_in), scales in b.
+        exact: likewise.
 
     Returns:
         The ratio, 0 where both vanish, None where there are no modules.

@@ -30,7 +30,8 @@ def metropolis_probability(current: float, proposed: float, tau: float) -> float
     """Return min(1, exp(-(proposed - current) / tau)), 0 where `proposed` is not finite.
 
     Args:
-        current, proposed: validation losses (energies) E0 and E1, nats.
+        current: validation loss (energy) E0, nats.
+        proposed: validation loss E1, nats.
         tau: temperature, > 0, same unit.
 
     Source: Metropolis et al. 1953, J. Chem. Phys. 21:1087.

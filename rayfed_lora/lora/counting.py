@@ -1,4 +1,4 @@
-"""Counting values: of states, and of what a rank costs. Source: this project (method.md, ledger)."""
+"""Counting the values of states. Source: this project (method.md, "The ledger")."""
 
 from __future__ import annotations
 
