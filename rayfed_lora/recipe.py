@@ -109,6 +109,9 @@ class Model(Section):
         "config (random initial weights), package:<name>[/<folder>] (a model inside an installed"
         " Python package), a local folder, or a hub id",
     )
+    tokenizer: str | None = option(
+        None, "where the tokenizer comes from, as `source`; null: from the model's own source"
+    )
     config: dict[str, Any] = Field(
         default_factory=dict,
         description="for source config: `architecture` (vit, bert, ...) and transformers' own"
@@ -242,6 +245,12 @@ class Annealing(Section):
             raise ValueError(
                 f"cooling.rank must not be above heating.rank ({self.heating.rank}),"
                 f" got {self.cooling.rank}"
+            )
+        no_value = self.acceptance == "target" and self.target.value is None
+        if no_value and self.mode == "staged" and self.heating.rounds == 0:
+            raise ValueError(
+                "acceptance 'target' without target.value needs heating.rounds above 0, to find"
+                " the value there"
             )
         if self.acceptance == "metropolis" and self.cooling.residual == "fold":
             raise ValueError(

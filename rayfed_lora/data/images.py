@@ -1,0 +1,137 @@
+"""Image columns as files hold them, made into float tensors (channels, height, width).
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayfed_lora.data.columns import reject_nulls
+from rayfed_lora.errors import DataError
+
+CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+LISTS = (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)
+
+
+def as_tensors(column: pa.ChunkedArray, where: str) -> pa.FixedShapeTensorArray:
+    """Return images as float32 tensors (channels, height, width), all of one size.
+
+    Whole numbers 0 .. 255 become x / 127.5 - 1; floats are kept as they are.
+
+    Args:
+        column: tensors or nested lists H x W, H x W x C or C x H x W with 1, 3 or 4 channels, or
+            encoded images (binary, or a struct with the field `bytes`). Nothing is resized.
+        where: source and column, for messages.
+
+    Raises:
+        DataError: something else, images of several sizes, a missing or undecodable image, or
+            encoded images without Pillow.
+    """
+    reject_nulls(column, where)
+    array = column.combine_chunks()
+    if isinstance(array, pa.FixedShapeTensorArray):
+        pixels = array.to_numpy_ndarray()
+    else:
+        storage = array.storage if isinstance(array, pa.ExtensionArray) else array
+        encoded = _encoded(storage, where)
+        pixels = _stack(storage, where) if encoded is None else _decode(encoded, where)
+    scaled = _scale(_channels_first(pixels, where), where)
+    return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(scaled))
+
+
+def _encoded(array: pa.Array, where: str) -> pa.Array | None:
+    if pa.types.is_struct(array.type) and array.type.get_field_index("bytes") >= 0:
+        encoded = pc.struct_field(array, "bytes")
+        reject_nulls(encoded, f"{where}, field 'bytes'")
+        return encoded
+    binary = pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type)
+    return array if binary else None
+
+
+def _stack(array: pa.Array, where: str) -> npt.NDArray[Any]:
+    """Turn nested lists of equal lengths into one array, level by level."""
+    shape = [len(array)]
+    while len(array) > 0 and isinstance(array, LISTS):
+        if array.null_count > 0:
+            raise DataError(f"{where}: need pixels, got null inside an image")
+        lengths = pc.list_value_length(array).to_numpy()
+        odd = np.flatnonzero(lengths != lengths[0])
+        if len(odd) > 0:
+            row = int(odd[0]) // math.prod(shape[1:])
+            raise DataError(
+                f"{where}: need images of one size, got lists of {lengths[0]} and"
+                f" {lengths[odd[0]]} numbers or lists, the latter in row {row + 1}"
+            )
+        shape.append(int(lengths[0]))
+        array = array.flatten()
+    if not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type)):
+        raise DataError(
+            f"{where}: need an image as nested lists of numbers or as encoded bytes,"
+            f" got {array.type} after {len(shape) - 1} levels of lists"
+        )
+    if array.null_count > 0:
+        raise DataError(f"{where}: need pixels, got null inside an image")
+    return np.asarray(array.to_numpy(zero_copy_only=False)).reshape(shape)
+
+
+def _decode(encoded: pa.Array, where: str) -> npt.NDArray[np.uint8]:
+    """Decode with Pillow: grey where all images are, else RGB."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise DataError(
+            f"{where}: need Pillow to decode images, which is not installed;"
+            " pip install 'rayfed-lora[hub]'"
+        ) from error
+    images = []
+    for row, content in enumerate(encoded, 1):
+        try:
+            image = Image.open(io.BytesIO(content.as_py()))
+            images.append(image if image.mode == "L" else image.convert("RGB"))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DataError(f"{where}: need an image in row {row}, got {error}") from error
+    sizes = sorted({image.size for image in images})
+    if len(sizes) > 1:
+        raise DataError(
+            f"{where}: need images of one size, got {len(sizes)} sizes, among them"
+            f" {sizes[0]} and {sizes[-1]}; resize them first"
+        )
+    grey = all(image.mode == "L" for image in images)
+    return np.stack([np.asarray(image if grey else image.convert("RGB")) for image in images])
+
+
+def _channels_first(pixels: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
+    shape = pixels.shape[1:]
+    if 0 not in shape and len(shape) == 2:
+        return pixels[:, np.newaxis]
+    if 0 not in shape and len(shape) == 3:
+        first, last = shape[0] in CHANNELS, shape[-1] in CHANNELS
+        if first != last:
+            return pixels if first else np.moveaxis(pixels, -1, 1)
+    raise DataError(
+        f"{where}: need images H x W, H x W x C or C x H x W with C one of {CHANNELS} and no"
+        f" doubt which is which, got {' x '.join(map(str, shape)) or 'single numbers'}"
+    )
+
+
+def _scale(pixels: npt.NDArray[Any], where: str) -> npt.NDArray[np.float32]:
+    scaled = pixels.astype(np.float32)
+    if np.issubdtype(pixels.dtype, np.floating):
+        if not np.isfinite(scaled).all():
+            raise DataError(f"{where}: need finite pixels, got nan or infinity")
+        return scaled
+    if pixels.min() < 0 or pixels.max() > 255:
+        raise DataError(
+            f"{where}: need whole pixels from 0 to 255, got {pixels.min()} to {pixels.max()}"
+        )
+    scaled /= 127.5
+    scaled -= 1.0
+    return scaled

@@ -1,0 +1,194 @@
+"""Raw tables from files, URIs and the Hugging Face hub, with every failure named.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+
+from rayfed_lora.errors import DataError
+
+HUB_PREFIX = "hf:"
+BLOCK_BYTES = 1 << 26  # the longest CSV or JSON record, such as an image written out in numbers
+HIDDEN_LABEL = -1  # the hub's mark in a test split whose labels are kept secret
+
+
+@dataclass(frozen=True)
+class RawData:
+    """What a source holds, in its own columns.
+
+    Attributes:
+        train: the training rows, or all rows where there is no official test split.
+        test: the official test rows, or None.
+        class_names: the name of integer label i at place i, or None where labels name themselves.
+    """
+
+    train: pa.Table
+    test: pa.Table | None = None
+    class_names: tuple[str, ...] | None = None
+
+
+def read_file(source: str, string_columns: Sequence[str]) -> RawData:
+    """Read a table from a path or any URI that pyarrow.fs opens.
+
+    Args:
+        source: a path or URI that ends in one of `READERS`.
+        string_columns: CSV columns never to be read as numbers or dates.
+
+    Raises:
+        DataError: no such file, or content that is not of this format.
+    """
+    suffix = suffix_of(source)
+    with _named(source, f"a readable {suffix} file"), _open(source) as stream:
+        return RawData(READERS[suffix](stream, string_columns))
+
+
+def suffix_of(source: str) -> str:
+    """Return the lower-case extension of a path or URI, with its dot."""
+    path = urlsplit(source).path if "://" in source else source
+    return PurePosixPath(path).suffix.lower()
+
+
+def read_hub(source: str, label_columns: Sequence[str]) -> RawData:
+    """Read the `train` and, where there is one, `test` split of `hf:<id>`.
+
+    Labels get the names of the data set's own ClassLabel feature. A test split whose labels are
+    all -1, the hub's mark for hidden ones, counts as absent.
+
+    Args:
+        source: `hf:` and the id of a public or cached data set.
+        label_columns: names under which the label is looked for, in this order.
+
+    Raises:
+        DataError: `datasets` is not installed, it cannot load the id, or there is no train split.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"data.source {source!r}: need the package `datasets`, which is not installed;"
+            " pip install 'rayfed-lora[hub]'"
+        ) from error
+    try:
+        splits = datasets.load_dataset(source.removeprefix(HUB_PREFIX))
+    except Exception as error:  # the hub's client has no common error
+        raise DataError(
+            f"data.source {source!r}: need a data set that `datasets` can load, got"
+            f" {type(error).__name__}: {_first_line(error)}"
+        ) from error
+    if "train" not in splits:
+        raise DataError(
+            f"data.source {source!r}: need a split `train`, got {', '.join(sorted(splits))}"
+        )
+    train = _hub_table(splits["train"])
+    test = _hub_table(splits["test"]) if "test" in splits else None
+    label = next((name for name in label_columns if name in train.column_names), None)
+    if test is not None and _labels_are_hidden(test, label):
+        test = None
+    names = getattr(splits["train"].features.get(label), "names", None)
+    return RawData(train, test, None if names is None else tuple(names))
+
+
+def _hub_table(split: Any) -> pa.Table:
+    return split.with_format("arrow")[:]
+
+
+def _labels_are_hidden(table: pa.Table, label: str | None) -> bool:
+    there = label in table.column_names
+    return there and table[label].unique().to_pylist() == [HIDDEN_LABEL]
+
+
+@contextmanager
+def _named(source: str, expected: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(
+            f"data.source {source!r}: need {expected}, there is no such file"
+        ) from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(
+            f"data.source {source!r}: need {expected}, got {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _open(source: str) -> pa.NativeFile:
+    from pyarrow import fs
+
+    if "://" in source:
+        filesystem, path = fs.FileSystem.from_uri(source)
+    else:
+        filesystem, path = fs.LocalFileSystem(), str(Path(source).expanduser())
+    return filesystem.open_input_file(path)
+
+
+def _read_parquet(stream: pa.NativeFile, string_columns: Sequence[str]) -> pa.Table:
+    from pyarrow import parquet
+
+    return parquet.ParquetFile(stream).read()
+
+
+def _read_csv(stream: pa.NativeFile, string_columns: Sequence[str]) -> pa.Table:
+    from pyarrow import csv
+
+    return csv.read_csv(
+        stream,
+        csv.ReadOptions(block_size=BLOCK_BYTES),
+        csv.ParseOptions(newlines_in_values=True),
+        csv.ConvertOptions(
+            column_types={name: pa.string() for name in string_columns},
+            null_values=[""],  # a text may well be the word "null" or "NA"
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+        ),
+    )
+
+
+def _read_json(stream: pa.NativeFile, string_columns: Sequence[str]) -> pa.Table:
+    """Read one object a line, or one array of objects."""
+    from pyarrow import json as arrow_json
+
+    if stream.read(1) == b"[":
+        return _read_json_array(stream)
+    stream.seek(0)
+    return arrow_json.read_json(stream, arrow_json.ReadOptions(block_size=BLOCK_BYTES))
+
+
+def _read_json_array(stream: pa.NativeFile) -> pa.Table:
+    import json
+
+    stream.seek(0)
+    rows = json.loads(stream.read())
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("an array of something other than objects")
+    return pa.Table.from_pylist(rows)
+
+
+def _read_arrow(stream: pa.NativeFile, string_columns: Sequence[str]) -> pa.Table:
+    """Read the file format, or the stream format that `datasets` gives the same extension."""
+    is_file = stream.read(6) == b"ARROW1"
+    stream.seek(0)
+    reader = pa.ipc.open_file(stream) if is_file else pa.ipc.open_stream(stream)
+    return reader.read_all()
+
+
+READERS: Mapping[str, Callable[[pa.NativeFile, Sequence[str]], pa.Table]] = {
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".jsonl": _read_json,
+    ".json": _read_json,
+    ".arrow": _read_arrow,
+    ".feather": _read_arrow,
+}

@@ -1,0 +1,183 @@
+"""Load a data set: pick its columns, number its labels, split it.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from rayfed_lora import recipe, seeds
+from rayfed_lora.data import builtin, columns, images, sources
+from rayfed_lora.errors import DataError
+
+IndexArray = npt.NDArray[np.int64]
+TEXT_TASK = "text-classification"
+Draw = Literal["test", "validation", "subset"]
+COUNTER: Mapping[Draw, int] = {"test": 0, "validation": 1, "subset": 2}  # of the split stream
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set ready to be dealt and trained on.
+
+    Every table has the column `text` (string) or `image` (fixed-shape tensor, float32, channels x
+    height x width, pixels in [-1, 1]) and `label` (int64, 0 .. classes - 1); with partition kind
+    `column` the training rows also have `client` (string).
+
+    Attributes:
+        train: the rows to deal to clients.
+        validation: rows kept on the server, or None.
+        test: the official test split, or rows cut from the source.
+        label_names: the name of class i at place i.
+    """
+
+    train: pa.Table
+    validation: pa.Table | None
+    test: pa.Table
+    label_names: tuple[str, ...]
+
+
+def load(data: recipe.Data, task: str, seed: int, validation_fraction: float) -> Dataset:
+    """Read, clean and split the data set that a recipe names.
+
+    Rows are drawn in this order: the test split (where the source has none), the validation split
+    out of the rest, then `data.max_examples` of what is left for training. Both splits keep the
+    class shares where every class has enough members, and are plainly random otherwise.
+
+    Args:
+        data: the recipe's section.
+        task: the recipe's `model.task`.
+        seed: the run's seed.
+        validation_fraction: share of the training rows kept for validation, 0 for none.
+
+    Raises:
+        DataError: the source cannot be found, read or used as asked.
+    """
+    raw = _read(data, task)
+    rows = _select(raw.train, data, task, with_client=data.partition.kind == "column")
+    where = f"data.source {data.source!r}"
+    classes = columns.find_classes(rows["label"], data.labels, raw.class_names, where)
+    keep_only = data.labels is not None
+    train = _number(rows, classes, keep_only, where)
+    if raw.test is None:
+        train, test = _split(train, data.test_fraction, seed, "test", where)
+    else:
+        test = _number(_select(raw.test, data, task), classes, keep_only, f"{where}, test split")
+        _require_one_shape(train, test, where)
+    validation = None
+    if validation_fraction > 0:
+        train, validation = _split(train, validation_fraction, seed, "validation", where)
+    train = _subset(train, data.max_examples, seed)
+    return Dataset(train, validation, test, classes.names)
+
+
+def _read(data: recipe.Data, task: str) -> sources.RawData:
+    source = data.source
+    if source in builtin.BUILTIN:
+        return builtin.read(source, task)
+    if source.startswith(sources.HUB_PREFIX):
+        return sources.read_hub(source, columns.names_of(data.label_column, columns.LABEL_COLUMNS))
+    if sources.suffix_of(source) not in sources.READERS:
+        near = difflib.get_close_matches(source, builtin.BUILTIN, n=1)
+        raise DataError(
+            f"data.source {source!r}: need a built-in name ({', '.join(builtin.BUILTIN)}), a path"
+            f" or URI ending in {' '.join(sources.READERS)}, or hf:<id>"
+            + (f" (did you mean {near[0]!r}?)" if near else "")
+        )
+    client = () if data.partition.column is None else (data.partition.column,)
+    texts = columns.names_of(data.text_column, columns.TEXT_COLUMNS)
+    return sources.read_file(source, (*texts, *client))
+
+
+def _select(table: pa.Table, data: recipe.Data, task: str, with_client: bool = False) -> pa.Table:
+    """Return `text` or `image`, the raw `label`, and `client`, each in its final type."""
+    source = data.source
+    if table.num_rows == 0:
+        raise DataError(f"data.source {source!r}: need rows, got an empty table")
+
+    def find(option: str, names: tuple[str, ...]) -> tuple[pa.ChunkedArray, str]:
+        name = columns.pick(table, names, option, source)
+        return table[name], f"data.source {source!r}, column {name!r}"
+
+    selected = {}
+    if task == TEXT_TASK:
+        column = find("text_column", columns.names_of(data.text_column, columns.TEXT_COLUMNS))
+        selected["text"] = columns.as_strings(*column)
+    else:
+        column = find("image_column", columns.names_of(data.image_column, columns.IMAGE_COLUMNS))
+        selected["image"] = images.as_tensors(*column)
+    column = find("label_column", columns.names_of(data.label_column, columns.LABEL_COLUMNS))
+    selected["label"] = columns.as_labels(*column)
+    if with_client and data.partition.column is not None:
+        column = find("partition.column", (data.partition.column,))
+        selected["client"] = columns.as_client_names(*column)
+    return pa.table(selected)
+
+
+def _number(rows: pa.Table, classes: columns.Classes, keep_only: bool, where: str) -> pa.Table:
+    """Replace labels by class numbers; rows of no class are dropped, or an error."""
+    numbers = columns.number(rows["label"], classes)
+    if numbers.null_count > 0 and not keep_only:
+        strange = sorted(set(rows["label"].unique().to_pylist()) - set(classes.values), key=str)
+        raise DataError(
+            f"{where}: need only labels that training rows have"
+            f" ({', '.join(map(str, classes.values))}), got {', '.join(map(str, strange))};"
+            " list those to keep in `data.labels`"
+        )
+    place = rows.column_names.index("label")
+    numbered = rows.set_column(place, "label", numbers)
+    if numbers.null_count > 0:
+        numbered = numbered.filter(numbers.is_valid())
+    if numbered.num_rows == 0:
+        raise DataError(f"{where}: need rows with data.labels, got none")
+    return numbered
+
+
+def _split(
+    table: pa.Table, fraction: float, seed: int, draw: Draw, where: str
+) -> tuple[pa.Table, pa.Table]:
+    """Cut ceil(fraction * rows) random rows off; both parts keep the order of rows."""
+    from sklearn.model_selection import train_test_split
+
+    total = table.num_rows
+    cut = math.ceil(fraction * total)
+    if cut >= total:
+        raise DataError(
+            f"{where}: need rows left for training, got {total} rows of which a share of"
+            f" {fraction:g} is kept for the {draw} split"
+        )
+    labels = table["label"].to_numpy()
+    members = np.unique(labels, return_counts=True)[1]
+    stratify = members.min() >= 2 and len(members) <= min(cut, total - cut)
+    state = int(seeds.sequence(seed, seeds.Purpose.SPLIT, COUNTER[draw]).generate_state(1)[0])
+    rest, kept = train_test_split(
+        np.arange(total),
+        test_size=cut,
+        random_state=state,
+        stratify=labels if stratify else None,
+    )
+    return table.take(np.sort(rest)), table.take(np.sort(kept))
+
+
+def _subset(table: pa.Table, size: int | None, seed: int) -> pa.Table:
+    if size is None or size >= table.num_rows:
+        return table
+    rng = seeds.generator(seed, seeds.Purpose.SPLIT, COUNTER["subset"])
+    return table.take(np.sort(rng.choice(table.num_rows, size, replace=False)))
+
+
+def _require_one_shape(train: pa.Table, test: pa.Table, where: str) -> None:
+    if train.schema.field(0).type != test.schema.field(0).type:
+        raise DataError(
+            f"{where}: need test images of the training images' shape"
+            f" {train['image'].type.shape}, got {test['image'].type.shape}"
+        )

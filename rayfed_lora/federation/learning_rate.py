@@ -1,0 +1,37 @@
+"""The local learning rate of a round. Source: this project; curves as usual in training."""
+
+from __future__ import annotations
+
+import math
+
+from rayfed_lora.annealing.stages import locate
+from rayfed_lora.recipe import LrSchedule, Recipe
+
+
+def factor(schedule: LrSchedule, t: int, rounds: int) -> float:
+    """Return the factor on the learning rate in round `t` of `rounds`.
+
+    Warm-up: (t + 1) / (warmup_rounds + 1). After it, with u from 0 in the first round to 1 in the
+    last: linear 1 + (f - 1) u, cosine f + (1 - f) (1 + cos(pi u)) / 2, f = `final_factor`.
+
+    >>> schedule = LrSchedule(shape="linear", final_factor=0.5)
+    >>> [factor(schedule, t, 3) for t in range(3)]
+    [1.0, 0.75, 0.5]
+    """
+    warmup, final = schedule.warmup_rounds, schedule.final_factor
+    if t < warmup:
+        return (t + 1) / (warmup + 1)
+    u = (t - warmup) / max(rounds - warmup - 1, 1)
+    if schedule.shape == "linear":
+        return 1.0 + (final - 1.0) * u
+    if schedule.shape == "cosine":
+        return final + (1.0 - final) * (1.0 + math.cos(math.pi * u)) / 2.0
+    return 1.0
+
+
+def learning_rate(recipe: Recipe, t: int) -> float:
+    """Return the local learning rate of round `t`: the stage's own times the schedule's factor."""
+    stage, _ = locate(recipe.annealing, t)
+    own = recipe.annealing.initiating.lr if stage == "initiating" else None
+    lr = recipe.clients.optimizer.lr if own is None else own
+    return lr * factor(recipe.clients.lr_schedule, t, recipe.annealing.total_rounds)

@@ -1,0 +1,122 @@
+"""Adapters in PEFT's format, base models in transformers', and merged models.
+
+Source: PEFT's checkpoint format (adapter_config.json, adapter_model.safetensors with rank_pattern
+and alpha_pattern).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.numpy import save_file
+from torch import nn
+from transformers import AutoTokenizer
+
+from rayfed_lora.errors import BadInputError
+from rayfed_lora.models import sources
+from rayfed_lora.models.shapes import head_modules
+from rayfed_lora.recipe import Adapter, Model
+from rayfed_lora.types import AdapterState, Factors, FloatArray
+
+PREFIX = "base_model.model."
+
+
+def peft_tensors(state: AdapterState) -> dict[str, FloatArray]:
+    """Return the state under the names of a PEFT checkpoint; modules of rank 0 have none."""
+    tensors = {f"{PREFIX}{name}": np.ascontiguousarray(t) for name, t in state.dense.items()}
+    for name, factors in state.factors.items():
+        if factors.rank > 0:
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(factors.a)
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(factors.b)
+    return tensors
+
+
+def write_adapter(
+    folder: Path, state: AdapterState, net: nn.Module, adapter: Adapter, base_name: str
+) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`.
+
+    A module of rank 0 is left out; where all are, the first gets one direction of zeros, since
+    PEFT has no adapter without modules.
+
+    Args:
+        folder: made if it is missing.
+        state: factors and head.
+        net: the plain model, for its module names.
+        adapter: the recipe's section.
+        base_name: where the base model is to be loaded from.
+    """
+    factors = {name: f for name, f in state.factors.items() if f.rank > 0} or _zeros(state)
+    top = max(f.rank for f in factors.values())
+    config = LoraConfig(
+        base_model_name_or_path=base_name,
+        inference_mode=True,
+        r=top,
+        lora_alpha=adapter.alpha,
+        target_modules=sorted(factors),
+        rank_pattern={name: f.rank for name, f in factors.items()},
+        alpha_pattern={name: f.scale * f.rank for name, f in factors.items()},
+        lora_dropout=adapter.dropout,
+        modules_to_save=head_modules(net, adapter) if adapter.train_head else None,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    tensors = peft_tensors(AdapterState(factors, state.dense))
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
+def _zeros(state: AdapterState) -> Mapping[str, Factors]:
+    name, f = next(iter(state.factors.items()))
+    a = np.zeros((1, f.a.shape[1]), np.float32)
+    return {name: Factors(a, np.zeros((f.b.shape[0], 1), np.float32), f.scale)}
+
+
+def write_base(folder: Path, net: nn.Module, tensors: Mapping[str, FloatArray]) -> None:
+    """Write a plain model with the given parameters in transformers' format.
+
+    Args:
+        folder: made if it is missing.
+        net: a plain transformers model; its parameters are overwritten.
+        tensors: every parameter by name.
+    """
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            parameter.copy_(torch.tensor(tensors[name]))
+    with sources.quiet():
+        net.save_pretrained(str(folder))  # type: ignore[operator]
+
+
+def merge(base_folder: str, adapter_folder: Path | None, model: Model, labels: int) -> Any:
+    """Return the base model with the adapter merged into its weights.
+
+    Args:
+        base_folder: folder or hub id of the base.
+        adapter_folder: PEFT checkpoint, or None where the base is the trained model itself.
+        model: the recipe's section, for the task.
+        labels: number of classes.
+    """
+    plain = model.model_copy(update={"source": base_folder, "config": {}})
+    net = sources.build(plain, sources.configuration(plain, {"num_labels": labels}), seed=0)
+    if adapter_folder is None:
+        return net
+    peft_model = PeftModel.from_pretrained(net, str(adapter_folder))
+    return peft_model.merge_and_unload()
+
+
+def write_model(folder: Path, net: Any, tokenizer_source: str | None) -> None:
+    """Write a whole model, and its tokenizer where there is one, in transformers' format.
+
+    Raises:
+        BadInputError: the folder exists and is not empty.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise BadInputError(f"--to: expected a new or empty folder, {folder} has files in it")
+    with sources.quiet():
+        net.save_pretrained(str(folder))
+        if tokenizer_source is not None:
+            AutoTokenizer.from_pretrained(tokenizer_source).save_pretrained(str(folder))

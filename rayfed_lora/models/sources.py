@@ -1,0 +1,158 @@
+"""Where a base model comes from: a configuration, an installed package, a folder or a hub id.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from rayfed_lora.errors import ModelError
+from rayfed_lora.recipe import Model
+from rayfed_lora.seeds import Purpose, torch_seed
+
+_CLASSES = {
+    "image-classification": "AutoModelForImageClassification",
+    "text-classification": "AutoModelForSequenceClassification",
+}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' load reports and bars off the terminal; its errors still raise."""
+    level, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def location(source: str) -> str:
+    """Return the folder or hub id that transformers loads `source` from.
+
+    `package:<name>` is the folder inside the installed package that holds a config.json (found
+    without importing the package); `package:<name>/<folder>` names it.
+
+    Raises:
+        ModelError: the package is not installed, or holds no model or several.
+    """
+    if not source.startswith("package:"):
+        return source
+    name, _, folder = source.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(name.replace("-", "_")) if name else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(f"model.source {source!r}: no installed Python package {name!r}")
+    root = Path(next(iter(spec.submodule_search_locations)))
+    if folder:
+        found = [root / folder] if (root / folder / "config.json").is_file() else []
+    else:
+        found = sorted(p.parent for p in root.rglob("config.json") if _is_model(p.parent))
+    if len(found) != 1:
+        names = ", ".join(str(p.relative_to(root)) for p in found) or "none"
+        raise ModelError(
+            f"model.source {source!r}: expected one folder with a model's config.json and weights"
+            f" in package {name!r}, found {names}; name one as package:{name}/<folder>"
+        )
+    return str(found[0])
+
+
+def _is_model(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+
+
+def configuration(model: Model, overrides: dict[str, Any]) -> Any:
+    """Return the transformers configuration of the model.
+
+    Args:
+        model: the recipe's section; its `config` wins over the source's own.
+        overrides: further values, used where `config` does not name them.
+
+    Raises:
+        ModelError: it cannot be read or transformers refuses a value.
+    """
+    values = {**overrides, **{k: v for k, v in model.config.items() if k != "architecture"}}
+    try:
+        with quiet():
+            if model.source == "config":
+                return AutoConfig.for_model(model.config["architecture"], **values)
+            return AutoConfig.from_pretrained(location(model.source), **values)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"model.source {model.source!r}: {_first_line(error)}") from error
+
+
+def skeleton(model: Model, config: Any) -> nn.Module:
+    """Return the model on torch's meta device: names and shapes, no weights.
+
+    Raises:
+        ModelError: transformers has no such model for the task.
+    """
+    try:
+        with quiet(), torch.device("meta"):
+            return _auto_class(model).from_config(config)  # type: ignore[no-any-return]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"model.config: {_first_line(error)}") from error
+
+
+def build(model: Model, config: Any, seed: int) -> nn.Module:
+    """Return the model in float32, new weights (all, or the head's) drawn from the run's seed.
+
+    Raises:
+        ModelError: the weights cannot be read.
+    """
+    torch.manual_seed(torch_seed(seed, Purpose.MODEL_INIT))
+    try:
+        with quiet():
+            if model.source == "config":
+                net = _auto_class(model).from_config(config)
+            else:
+                net = _auto_class(model).from_pretrained(
+                    location(model.source), config=config, dtype=torch.float32
+                )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model.source {model.source!r}: {_first_line(error)}") from error
+    return net.float()  # type: ignore[no-any-return]
+
+
+def tokenizer(model: Model) -> Any:
+    """Return the tokenizer of the model.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    source = model.tokenizer or model.source
+    if source == "config":
+        raise ModelError(
+            "model.tokenizer: expected a package, folder or hub id, since model.source 'config'"
+            " has no tokenizer of its own"
+        )
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(location(source))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"tokenizer of {source!r}: {_first_line(error)}") from error
+
+
+def _auto_class(model: Model) -> Any:
+    return getattr(transformers, _CLASSES[model.task])
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,122 @@
+"""Where a run stands: written by the round loop, read by whoever watches. Source: this project."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from rayfed_lora.types import ClientRecord, ClientUpdate, RoundPlan, RoundRecord, Stage
+
+
+@dataclass(frozen=True)
+class Status:
+    """A moment of a run.
+
+    Attributes:
+        phase: what is going on: `starting`, `training`, `exporting`, `done`.
+        rounds_done, rounds: finished and all rounds.
+        stage, rank: of the round that is running.
+        clients_done, clients: updates taken in, and cohort size, of the round that is running.
+        updates: client updates since the start of this sitting.
+        training_since: `time.time()` of the first round of this sitting, None before it.
+        rounds_before: rounds finished in earlier sittings.
+        bytes_total: bytes up and down in this sitting.
+        records: finished rounds; from `StatusBoard.status` only those asked for.
+    """
+
+    phase: str = "starting"
+    rounds_done: int = 0
+    rounds: int = 0
+    stage: Stage | None = None
+    rank: int = 0
+    clients_done: int = 0
+    clients: int = 0
+    updates: int = 0
+    training_since: float | None = None
+    rounds_before: int = 0
+    bytes_total: int = 0
+    records: tuple[RoundRecord, ...] = ()
+
+    def clients_per_s(self, now: float) -> float:
+        """Return client updates per second in this sitting, 0 before there is one."""
+        spent = 0.0 if self.training_since is None else now - self.training_since
+        return self.updates / spent if spent > 0 else 0.0
+
+    def eta_s(self, now: float) -> float | None:
+        """Return the seconds left, by the mean round so far; None before the first round."""
+        done = self.rounds_done - self.rounds_before
+        if done == 0 or self.training_since is None:
+            return None
+        return (now - self.training_since) / done * (self.rounds - self.rounds_done)
+
+
+class StatusBoard:
+    """Keeps the status; safe to read from another thread. An observer of the round loop."""
+
+    def __init__(self, rounds: int, on_change: Callable[[Status], None] | None = None) -> None:
+        """Start in phase `starting`.
+
+        Args:
+            rounds: number of rounds of the run.
+            on_change: called with the status, its records the newest round only, on each change.
+        """
+        self._status = Status(rounds=rounds)
+        self._lock = threading.Lock()
+        self._on_change = on_change
+
+    def status(self, since: int = 0) -> Status:
+        """Return the status with the records of this sitting from number `since` on."""
+        with self._lock:
+            return replace(self._status, records=self._status.records[since:])
+
+    def phase(self, phase: str) -> None:
+        """Note what is going on."""
+        self._change(replace(self._status, phase=phase))
+
+    def resumed(self, rounds_done: int) -> None:
+        """Note the rounds that earlier sittings finished."""
+        self._change(replace(self._status, rounds_done=rounds_done, rounds_before=rounds_done))
+
+    def round_started(self, plan: RoundPlan, cohort: tuple[int, ...]) -> None:
+        """Note that a round begins."""
+        now = self._status
+        since = time.time() if now.training_since is None else now.training_since
+        self._change(
+            replace(
+                now,
+                phase="training",
+                stage=plan.stage,
+                rank=plan.rank,
+                clients_done=0,
+                clients=len(cohort),
+                training_since=since,
+            )
+        )
+
+    def client_done(self, update: ClientUpdate) -> None:
+        """Note that a client's update was taken in."""
+        del update
+        now = self._status
+        self._change(replace(now, clients_done=now.clients_done + 1, updates=now.updates + 1))
+
+    def round_done(self, record: RoundRecord, clients: list[ClientRecord]) -> None:
+        """Note a finished round."""
+        del clients
+        now = self._status
+        self._change(
+            replace(
+                now,
+                rounds_done=record.round + 1,
+                bytes_total=now.bytes_total + record.bytes_up + record.bytes_down,
+                records=(*now.records, record),
+            ),
+            record,
+        )
+
+    def _change(self, status: Status, record: RoundRecord | None = None) -> None:
+        with self._lock:
+            self._status = status
+        if self._on_change is not None:
+            self._on_change(replace(status, records=() if record is None else (record,)))

@@ -1,0 +1,67 @@
+"""summary.json. Source: this project (design.md, "The run folder")."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import pyarrow as pa
+
+from rayfed_lora.federation.ledger import Totals
+from rayfed_lora.federation.server import Timing
+from rayfed_lora.recipe import Recipe
+
+_PACKAGES = ("rayfed-lora", "ray", "torch", "peft", "transformers", "numpy", "pyarrow")
+_METRICS = ("round", "eval_accuracy", "eval_loss", "train_loss")
+
+
+def summary(
+    recipe: Recipe, rounds: pa.Table, totals: Totals, timing: Timing, adapter_sha256: str
+) -> dict[str, Any]:
+    """Return the summary of a finished run.
+
+    Args:
+        recipe: the run.
+        rounds: rows of rounds.parquet.
+        totals: the ledger's.
+        timing: seconds, over all sittings.
+        adapter_sha256: checksum of the final state.
+
+    Returns:
+        JSON values; `final` is the last round, `best` the tested round of highest accuracy.
+    """
+    tested = [row for row in rounds.to_pylist() if row["eval_accuracy"] is not None]
+    best = max(tested, key=lambda row: row["eval_accuracy"])
+    training = timing.training_s
+    return {
+        "name": recipe.name,
+        "method": recipe.method,
+        "seed": recipe.seed,
+        "rounds": rounds.num_rows,
+        "final": {key: tested[-1][key] for key in _METRICS},
+        "best": {key: best[key] for key in _METRICS},
+        "failed_clients": sum(rounds["failed_clients"].to_pylist()),
+        "communication": totals.communication(),
+        "timing": {
+            "startup_s": timing.startup_s,
+            "training_s": training,
+            "evaluation_s": timing.evaluation_s,
+            "wall_s": timing.wall_s,
+            "client_updates_per_s": timing.client_updates / training if training else None,
+        },
+        "adapter_sha256": adapter_sha256,
+        "versions": versions(),
+    }
+
+
+def versions() -> Mapping[str, str]:
+    """Return the versions of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

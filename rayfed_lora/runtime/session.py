@@ -1,0 +1,229 @@
+"""One run from its folder to its summary, on any executor.
+
+Source: this project (design.md, "The run folder").
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from rayfed_lora.errors import InterruptedRunError, RecipeError, RunFolderError
+from rayfed_lora.federation import checkpoints
+from rayfed_lora.federation.checkpoints import Snapshot
+from rayfed_lora.federation.evaluation import Scores
+from rayfed_lora.federation.executor import Executor, Population
+from rayfed_lora.federation.server import Progress, Server, Timing
+from rayfed_lora.federation.transitions import GlobalModel
+from rayfed_lora.lora.fingerprint import sha256
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
+from rayfed_lora.reporting.status import StatusBoard
+from rayfed_lora.reporting.summary import summary
+from rayfed_lora.reporting.tables import Tables
+from rayfed_lora.storage import RunFolder
+from rayfed_lora.types import ClientRecord, ClientUpdate, RoundPlan, RoundRecord
+
+# Where a run happens and is kept may differ between sittings; what it computes may not.
+_FREE_KEYS = ("runtime", "storage")
+
+
+def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
+    """Check that a run may use the folder; write nothing but a probe.
+
+    Raises:
+        RunFolderError: it holds a run and `resume` is false, or another run, or cannot be written.
+    """
+    if folder.exists("recipe.yaml"):
+        if not resume:
+            raise RunFolderError(
+                f"run folder {folder.location} holds a run already; go on with it by --resume,"
+                " or choose another --out"
+            )
+        _check_same(folder, recipe)
+    elif folder.names():
+        raise RunFolderError(
+            f"run folder {folder.location}: expected a new or empty folder or one with a run,"
+            " it has other files in it"
+        )
+    folder.check_writable()
+
+
+def _check_same(folder: RunFolder, recipe: Recipe) -> None:
+    try:
+        raw = parse_yaml(folder.location, folder.read("recipe.yaml").decode())
+        kept = load_recipe(raw)
+    except (OSError, UnicodeDecodeError, RecipeError) as error:
+        raise RunFolderError(f"{folder.location}/recipe.yaml cannot be read: {error}") from None
+    before, now = (
+        kept.model_dump(exclude=set(_FREE_KEYS)),
+        recipe.model_dump(exclude=set(_FREE_KEYS)),
+    )
+    changed = sorted(_differences(before, now))
+    if changed:
+        raise RunFolderError(
+            f"run folder {folder.location} holds a run of another recipe; these keys differ:"
+            f" {', '.join(changed)}"
+        )
+
+
+def _differences(a: Any, b: Any, path: str = "") -> list[str]:
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        keys = dict.fromkeys([*a, *b])
+        return [
+            p for k in keys for p in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)
+        ]
+    return [] if a == b else [path]
+
+
+def finished(folder: RunFolder) -> dict[str, Any] | None:
+    """Return the summary of a finished run, None where it is not finished."""
+    if not folder.exists("summary.json"):
+        return None
+    result: dict[str, Any] = json.loads(folder.read("summary.json"))
+    return result
+
+
+def simulate(
+    recipe: Recipe,
+    executor: Executor,
+    folder: RunFolder,
+    board: StatusBoard,
+    should_stop: Callable[[], bool],
+    *,
+    resume: bool,
+) -> dict[str, Any]:
+    """Run a recipe to its end, or go on with it, and return its summary.
+
+    Args:
+        recipe: the run.
+        executor: not yet opened; closed on return, whatever happens.
+        folder: claimed.
+        board: told of every step.
+        should_stop: once true, the round is abandoned and the run saved.
+        resume: go on from the newest whole checkpoint where there is one.
+
+    Raises:
+        InterruptedRunError: `should_stop` said so; the finished rounds are saved.
+        RayfedError: whatever else ends a run; the last checkpoint is kept.
+    """
+    began = time.perf_counter()
+    done = finished(folder) if resume else None
+    if done is not None:
+        return done
+    if not folder.exists("recipe.yaml"):
+        folder.write("recipe.yaml", recipe_yaml(recipe).encode())
+    try:
+        population = executor.open()
+        return _Sitting(recipe, executor, folder, board, should_stop, population).run(began, resume)
+    finally:
+        executor.close()
+
+
+class _Sitting:
+    """One process's share of a run: from a checkpoint, or the start, to the end or a stop."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        executor: Executor,
+        folder: RunFolder,
+        board: StatusBoard,
+        should_stop: Callable[[], bool],
+        population: Population,
+    ) -> None:
+        self._recipe = recipe
+        self._executor = executor
+        self._folder = folder
+        self._board = board
+        self._tables = Tables(folder, list(population.shape.modules))
+        self._server = Server(recipe, executor, population, self, should_stop)
+
+    def round_started(self, plan: RoundPlan, cohort: tuple[int, ...]) -> None:
+        self._board.round_started(plan, cohort)
+
+    def client_done(self, update: ClientUpdate) -> None:
+        self._board.client_done(update)
+
+    def round_done(self, record: RoundRecord, clients: list[ClientRecord]) -> None:
+        self._tables.add(record, clients)
+        self._board.round_done(record, clients)
+
+    def run(self, began: float, resume: bool) -> dict[str, Any]:
+        snapshot = checkpoints.newest(self._folder) if resume else None
+        progress = self._server.fresh() if snapshot is None else self._restored(snapshot)
+        earlier = progress.timing
+        started = replace(earlier, startup_s=earlier.startup_s + time.perf_counter() - began)
+        progress = replace(progress, timing=started)
+        saved = progress.rounds
+        try:
+            for progress in self._server.rounds(progress):  # noqa: B020 - the run so far
+                if progress.rounds % self._recipe.storage.checkpoint_every == 0:
+                    self._save(progress, began, earlier)
+                    saved = progress.rounds
+        except InterruptedRunError as stop:
+            if progress.rounds > saved:
+                self._save(progress, began, earlier)
+            raise InterruptedRunError(
+                f"stopped after round {progress.rounds - 1} of {self._recipe.annealing.total_rounds};"
+                f" go on with --resume --out {self._folder.location}"
+                if progress.rounds
+                else "stopped before the first round was finished"
+            ) from stop
+        return self._finish(progress, began, earlier)
+
+    def _finish(self, progress: Progress, began: float, earlier: Timing) -> dict[str, Any]:
+        self._save(progress, began, earlier)
+        self._board.phase("exporting")
+        model = progress.model
+        for name, content in self._executor.export(
+            model.state, model.base, model.trainable
+        ).items():
+            self._folder.write(name, content)
+        timing = replace(progress.timing, wall_s=earlier.wall_s + time.perf_counter() - began)
+        result = summary(
+            self._recipe,
+            self._tables.rounds,
+            self._server.ledger.totals,
+            timing,
+            sha256(model.state),
+        )
+        self._folder.write("summary.json", json.dumps(result, indent=1).encode())
+        self._board.phase("done")
+        return result
+
+    def _save(self, progress: Progress, began: float, earlier: Timing) -> None:
+        """Write tables first: a checkpoint never knows of a round that the tables lack."""
+        self._tables.save()
+        ledger, held = self._server.ledger.snapshot()
+        wall_s = earlier.wall_s + time.perf_counter() - began
+        facts = {
+            "rank": progress.rank,
+            "trainable": progress.model.trainable,
+            "validation": None if progress.validation is None else asdict(progress.validation),
+            "best_at_heating": progress.best_at_heating,
+            "timing": asdict(replace(progress.timing, wall_s=wall_s)),
+            "ledger": ledger,
+        }
+        model = progress.model
+        snapshot = Snapshot(progress.rounds, model.state, model.base, held, facts)
+        checkpoints.write(self._folder, snapshot, self._recipe.storage.keep)
+
+    def _restored(self, snapshot: Snapshot) -> Progress:
+        self._tables.restore(snapshot.rounds)
+        self._board.resumed(snapshot.rounds)
+        facts = snapshot.facts
+        ledger = facts["ledger"]
+        self._server.ledger.restore(ledger["steps"], ledger["totals"], snapshot.held)
+        scores = facts["validation"]
+        return Progress(
+            rounds=snapshot.rounds,
+            model=GlobalModel(snapshot.state, snapshot.base, facts["trainable"]),
+            rank=facts["rank"],
+            validation=None if scores is None else Scores(**scores),
+            best_at_heating=facts["best_at_heating"],
+            timing=Timing(**facts["timing"]),
+        )

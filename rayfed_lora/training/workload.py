@@ -1,0 +1,184 @@
+"""A recipe's data and model, made ready: what every executor starts from.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rayfed_lora.data.examples import Examples
+from rayfed_lora.data.partition import ClientTable, deal
+from rayfed_lora.data.tables import Dataset, load
+from rayfed_lora.errors import DataError, ModelError
+from rayfed_lora.models import sources
+from rayfed_lora.models.shapes import model_shape
+from rayfed_lora.models.tokens import tokenize
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.types import ModelShape
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Everything an actor needs beside the model; arrays only, so that it is shared, not copied.
+
+    Attributes:
+        train, validation, test: model-ready examples; validation is empty where none is kept.
+        clients: which training rows each client holds.
+        label_names: name of class i at place i.
+        config: transformers' configuration of the model, as a dictionary.
+    """
+
+    train: Examples
+    validation: Examples
+    test: Examples
+    clients: ClientTable
+    label_names: tuple[str, ...]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The sizes of a workload, known without tokenising a text or loading a weight.
+
+    Attributes:
+        shape: the model's sizes.
+        examples: (clients,) number of training examples of each client.
+        test_examples: number of test examples.
+        validation_examples: number of validation examples.
+        label_names: name of class i at place i.
+    """
+
+    shape: ModelShape
+    examples: Any
+    test_examples: int
+    validation_examples: int
+    label_names: tuple[str, ...]
+
+
+def outline(recipe: Recipe) -> Outline:
+    """Return the sizes of a recipe's workload; reads the data, but no weights.
+
+    Raises:
+        DataError: the data cannot be read or dealt as asked.
+        ModelError: the model or its adapter does not fit.
+    """
+    dataset = _dataset(recipe)
+    clients = _deal(recipe, dataset)
+    net = sources.skeleton(
+        recipe.model, sources.configuration(recipe.model, _facts(recipe, dataset))
+    )
+    return Outline(
+        shape=model_shape(net, recipe),
+        examples=clients.counts,
+        test_examples=dataset.test.num_rows,
+        validation_examples=0 if dataset.validation is None else dataset.validation.num_rows,
+        label_names=dataset.label_names,
+    )
+
+
+def prepare(recipe: Recipe) -> Workload:
+    """Return a recipe's workload, texts tokenised.
+
+    Raises:
+        DataError: the data cannot be read or dealt as asked.
+        ModelError: the model's configuration or tokenizer cannot be read, or does not fit the data.
+    """
+    dataset = _dataset(recipe)
+    clients = _deal(recipe, dataset)
+    facts = _facts(recipe, dataset)
+    tokenizer = None
+    if recipe.model.task == "text-classification":
+        tokenizer = sources.tokenizer(recipe.model)
+        if recipe.model.source == "config":
+            facts["vocab_size"] = len(tokenizer)
+    config = sources.configuration(recipe.model, facts)
+    _check_config(config, facts, dataset)
+    held_back = dataset.test.slice(0, 0) if dataset.validation is None else dataset.validation
+    return Workload(
+        train=_examples(dataset.train, tokenizer, recipe),
+        validation=_by_length(_examples(held_back, tokenizer, recipe)),
+        test=_by_length(_examples(dataset.test, tokenizer, recipe)),
+        clients=clients,
+        label_names=dataset.label_names,
+        config=config.to_dict(),
+    )
+
+
+def _dataset(recipe: Recipe) -> Dataset:
+    return load(recipe.data, recipe.model.task, recipe.seed, recipe.validation_fraction)
+
+
+def _deal(recipe: Recipe, dataset: Dataset) -> ClientTable:
+    table = dataset.train
+    column = table["client"].to_pylist() if "client" in table.column_names else None
+    labels = table["label"].to_numpy()
+    clients = deal(labels, recipe.data.partition, recipe.seed, column)
+    per_round = recipe.clients.per_round
+    if isinstance(per_round, int) and per_round > clients.clients:
+        raise DataError(
+            f"clients.per_round: expected at most {clients.clients}, the number of clients found"
+            f" in column {recipe.data.partition.column!r}, got {per_round}"
+        )
+    return clients
+
+
+def _facts(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+    """Return what the data say of the model's configuration; a recipe's own values win."""
+    labels = dict(enumerate(dataset.label_names))
+    facts: dict[str, Any] = {
+        "num_labels": len(labels),
+        "id2label": labels,
+        "label2id": {name: i for i, name in labels.items()},
+    }
+    if recipe.model.task == "image-classification" and recipe.model.source == "config":
+        channels, height, _ = dataset.test["image"].type.shape
+        facts |= {"num_channels": channels, "image_size": height}
+    return facts
+
+
+def _check_config(config: Any, facts: dict[str, Any], dataset: Dataset) -> None:
+    classes = len(dataset.label_names)
+    if config.num_labels != classes:
+        raise ModelError(
+            f"model.config.num_labels: expected {classes}, the classes in the data,"
+            f" got {config.num_labels}"
+        )
+    size = getattr(config, "image_size", None)
+    if "image" not in dataset.test.column_names or not isinstance(size, int):
+        return
+    channels = getattr(config, "num_channels", 3)
+    shape = tuple(dataset.test["image"].type.shape)
+    if shape != (channels, size, size):
+        raise ModelError(
+            f"model.config: expected images of {channels} x {size} x {size}"
+            f" (num_channels, image_size), the data have {' x '.join(map(str, shape))}"
+        )
+
+
+def _examples(table: pa.Table, tokenizer: Any, recipe: Recipe) -> Examples:
+    labels = np.ascontiguousarray(table["label"].to_numpy(), dtype=np.int64)
+    if tokenizer is None:
+        column = table["image"].combine_chunks()
+        if isinstance(column, pa.ChunkedArray):
+            shape = (0, *column.type.shape)
+            return Examples({"pixel_values": np.zeros(shape, np.float32)}, labels)
+        return Examples({"pixel_values": column.to_numpy_ndarray()}, labels)
+    texts = table["text"].to_pylist()
+    if not texts:
+        return Examples({"input_ids": np.zeros((0, 1), np.int32)}, labels)
+    return Examples(tokenize(tokenizer, texts, recipe.data.max_length), labels)
+
+
+def _by_length(examples: Examples) -> Examples:
+    """Sort texts by length, so that a batch of an evaluation is padded little."""
+    mask = examples.inputs.get("attention_mask")
+    if mask is None:
+        return examples
+    order = np.argsort(mask.sum(axis=1), kind="stable")
+    inputs = {name: values[order] for name, values in examples.inputs.items()}
+    return Examples(inputs, examples.labels[order])
