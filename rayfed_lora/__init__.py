@@ -1,0 +1,31 @@
+"""Federated LoRA fine-tuning simulated on Ray, with annealed parameter budgets (SA-FedLoRA).
+
+Importing this package imports neither Ray nor torch nor transformers; its functions do.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rayfed_lora.planning import plan as plan
+    from rayfed_lora.recipe_loading import load_recipe as load_recipe
+    from rayfed_lora.runtime.launch import Result as Result
+    from rayfed_lora.runtime.launch import run as run
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Result": "rayfed_lora.runtime.launch",
+    "load_recipe": "rayfed_lora.recipe_loading",
+    "plan": "rayfed_lora.planning",
+    "run": "rayfed_lora.runtime.launch",
+}
+__all__ = ["Result", "__version__", "load_recipe", "plan", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rayfed_lora' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

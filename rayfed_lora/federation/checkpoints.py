@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,10 +70,14 @@ def write(folder: RunFolder, snapshot: Snapshot, keep: int) -> None:
     _remove_old(folder, keep)
 
 
-def newest(folder: RunFolder) -> Snapshot | None:
+def newest(folder: RunFolder, warn: Callable[[str], None]) -> Snapshot | None:
     """Return the newest checkpoint that is whole, or None where there is none.
 
     A half-written or damaged one is passed over with a warning. Nothing is removed.
+
+    Args:
+        folder: the run folder.
+        warn: called with one line for each checkpoint passed over.
 
     Raises:
         RunFolderError: there are checkpoints, but every one of them is damaged.
@@ -84,11 +87,7 @@ def newest(folder: RunFolder) -> Snapshot | None:
         try:
             return _read(folder, f"{_FOLDER}/{name}")
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            warnings.warn(
-                f"checkpoint {name} in {folder.location} is damaged ({error}); using the one"
-                " before it",
-                stacklevel=2,
-            )
+            warn(f"checkpoint {name} is damaged or half written ({error}); using the one before it")
     if any(folder.exists(f"{_FOLDER}/{name}/manifest.json") for name in names):
         raise RunFolderError(f"every checkpoint in {folder.location}/{_FOLDER} is damaged")
     return None

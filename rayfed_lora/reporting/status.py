@@ -24,6 +24,7 @@ class Status:
         rounds_before: rounds finished in earlier sittings.
         bytes_total: bytes up and down in this sitting.
         records: finished rounds; from `StatusBoard.status` only those asked for.
+        notes: warnings for the user; likewise.
     """
 
     phase: str = "starting"
@@ -38,6 +39,7 @@ class Status:
     rounds_before: int = 0
     bytes_total: int = 0
     records: tuple[RoundRecord, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def clients_per_s(self, now: float) -> float:
         """Return client updates per second in this sitting, 0 before there is one."""
@@ -60,16 +62,21 @@ class StatusBoard:
 
         Args:
             rounds: number of rounds of the run.
-            on_change: called with the status, its records the newest round only, on each change.
+            on_change: called on each change with the status, of records and notes the new one only.
         """
         self._status = Status(rounds=rounds)
         self._lock = threading.Lock()
         self._on_change = on_change
 
-    def status(self, since: int = 0) -> Status:
-        """Return the status with the records of this sitting from number `since` on."""
+    def status(self, records_seen: int = 0, notes_seen: int = 0) -> Status:
+        """Return the status with those records and notes that were not seen yet."""
         with self._lock:
-            return replace(self._status, records=self._status.records[since:])
+            now = self._status
+        return replace(now, records=now.records[records_seen:], notes=now.notes[notes_seen:])
+
+    def note(self, text: str) -> None:
+        """Note a warning for the user, one line."""
+        self._change(replace(self._status, notes=(*self._status.notes, text)), note=text)
 
     def phase(self, phase: str) -> None:
         """Note what is going on."""
@@ -115,8 +122,11 @@ class StatusBoard:
             record,
         )
 
-    def _change(self, status: Status, record: RoundRecord | None = None) -> None:
+    def _change(
+        self, status: Status, record: RoundRecord | None = None, note: str | None = None
+    ) -> None:
         with self._lock:
             self._status = status
         if self._on_change is not None:
-            self._on_change(replace(status, records=() if record is None else (record,)))
+            records = () if record is None else (record,)
+            self._on_change(replace(status, records=records, notes=() if note is None else (note,)))

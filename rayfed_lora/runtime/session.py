@@ -146,6 +146,8 @@ class _Sitting:
         self._board.round_started(plan, cohort)
 
     def client_done(self, update: ClientUpdate) -> None:
+        if update.error is not None:
+            self._board.note(f"client {update.client} failed: {update.error}")
         self._board.client_done(update)
 
     def round_done(self, record: RoundRecord, clients: list[ClientRecord]) -> None:
@@ -153,7 +155,7 @@ class _Sitting:
         self._board.round_done(record, clients)
 
     def run(self, began: float, resume: bool) -> dict[str, Any]:
-        snapshot = checkpoints.newest(self._folder) if resume else None
+        snapshot = checkpoints.newest(self._folder, self._board.note) if resume else None
         progress = self._server.fresh() if snapshot is None else self._restored(snapshot)
         earlier = progress.timing
         started = replace(earlier, startup_s=earlier.startup_s + time.perf_counter() - began)
@@ -168,10 +170,8 @@ class _Sitting:
             if progress.rounds > saved:
                 self._save(progress, began, earlier)
             raise InterruptedRunError(
-                f"stopped after round {progress.rounds - 1} of {self._recipe.annealing.total_rounds};"
-                f" go on with --resume --out {self._folder.location}"
-                if progress.rounds
-                else "stopped before the first round was finished"
+                f"stopped with {progress.rounds} of {self._recipe.annealing.total_rounds} rounds"
+                f" done; go on with --resume --out {self._folder.location}"
             ) from stop
         return self._finish(progress, began, earlier)
 

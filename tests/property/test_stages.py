@@ -21,6 +21,7 @@ SHAPES = st.sampled_from(
 @st.composite
 def schedules(draw, acceptance: str = "always") -> Annealing:
     high = draw(st.integers(0, 32))
+    heating_rounds = draw(st.integers(0, 4))
     return Annealing.model_validate(
         {
             "mode": draw(st.sampled_from(["staged", "staged", "full", "fixed"])),
@@ -29,7 +30,7 @@ def schedules(draw, acceptance: str = "always") -> Annealing:
                 "trainable": draw(st.sampled_from(["full", "adapter", "none"])),
             },
             "heating": {
-                "rounds": draw(st.integers(0, 4)),
+                "rounds": heating_rounds,
                 "rank": high,
                 "shape": draw(st.sampled_from(["hold", "ramp"])),
             },
@@ -41,6 +42,8 @@ def schedules(draw, acceptance: str = "always") -> Annealing:
             },
             "holding": {"rounds": draw(st.integers(0, 4))},
             "acceptance": acceptance,
+            # without heating there is no best value there, and the recipe must give one
+            "target": {"value": None if heating_rounds else 0.5},
             "temperature": 0.1,
             "temperature_decay": 0.5,
         }

@@ -1,0 +1,276 @@
+"""Start a run, watch it, bring its result home. Source: this project."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rayfed_lora.errors import (
+    BadInputError,
+    RayfedError,
+    ResourceError,
+    RunError,
+)
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.reporting.status import Status, StatusBoard
+from rayfed_lora.runtime.factory import Factory, TorchFactory, in_process
+from rayfed_lora.runtime.local import LocalExecutor
+from rayfed_lora.runtime.session import claim, finished, simulate
+from rayfed_lora.storage import RunFolder
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NAMESPACE = "rayfed_lora"
+_POLL_S = 0.25
+# Set before a Ray of our own starts; a value that the user has set stays.
+_QUIET_RAY = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SCHEDULER_EVENTS": "0",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        location: its run folder.
+        summary: content of summary.json.
+    """
+
+    location: str
+    summary: Mapping[str, Any]
+
+    @property
+    def rounds(self) -> pd.DataFrame:
+        """One row a round: rounds.parquet."""
+        return self._table("rounds.parquet")
+
+    @property
+    def clients(self) -> pd.DataFrame:
+        """One row a client and round: clients.parquet."""
+        return self._table("clients.parquet")
+
+    def _table(self, name: str) -> pd.DataFrame:
+        from io import BytesIO
+
+        import pandas as pd
+
+        return pd.read_parquet(BytesIO(RunFolder(self.location).read(name)))
+
+
+@dataclass(frozen=True)
+class Started:
+    """A detached run: it goes on in the cluster under this actor name."""
+
+    location: str
+    actor: str
+
+
+def default_location(recipe: Recipe) -> str:
+    """Return `storage.path`, or a new folder under `runs/` named after the recipe and the time."""
+    if recipe.storage.path is not None:
+        return recipe.storage.path
+    return f"runs/{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def run(
+    recipe: Recipe,
+    out: str | None = None,
+    *,
+    resume: bool = False,
+    address: str | None = None,
+    watch: Callable[[Status], None] | None = None,
+    factory: Factory | None = None,
+) -> Result:
+    """Run a recipe to its end and return the result.
+
+    SIGINT stops it cleanly: the round is abandoned, the finished ones are saved. A second one
+    ends it at once.
+
+    Args:
+        recipe: from `load_recipe`.
+        out: run folder or URI; default `storage.path`, or a new one under `runs/`.
+        resume: go on with the run in `out`.
+        address: of a running Ray cluster; default $RAY_ADDRESS, or a Ray of our own.
+        watch: called with the status from time to time; records and notes only once each.
+        factory: what workers make of the recipe; for tests.
+
+    Raises:
+        BadInputError: refused before anything started.
+        InterruptedRunError: stopped by SIGINT.
+        RunError: the run failed; the last checkpoint is kept.
+    """
+    location = out or default_location(recipe)
+    folder = RunFolder(location)
+    claim(folder, recipe, resume)
+    done = finished(folder) if resume else None
+    if done is not None:
+        return Result(location, done)
+    factory = factory or TorchFactory()
+    watch = watch or (lambda status: None)
+    if recipe.runtime.executor == "local":
+        return Result(location, _run_here(recipe, folder, resume, watch, factory))
+    with _ray(address):
+        server, _ = _start_server(recipe, folder, resume, factory, lifetime=None)
+        return Result(location, _follow(server, watch))
+
+
+def start(
+    recipe: Recipe, out: str | None = None, *, resume: bool = False, address: str | None = None
+) -> Started:
+    """Start a run in a cluster and return at once; it survives this process.
+
+    Args:
+        recipe: from `load_recipe`.
+        out: run folder or URI that the cluster's nodes can reach.
+        resume: go on with the run in `out`.
+        address: of the cluster; default $RAY_ADDRESS.
+
+    Raises:
+        BadInputError: no cluster is named, or the run was refused.
+    """
+    if recipe.runtime.executor != "ray" or (address or os.environ.get("RAY_ADDRESS")) is None:
+        raise BadInputError(
+            "--detach needs executor ray and a running cluster: give --address (or RAY_ADDRESS);"
+            " a cluster on this machine is started by `ray start --head`"
+        )
+    location = out or default_location(recipe)
+    folder = RunFolder(location)
+    claim(folder, recipe, resume)
+    with _ray(address):
+        server, name = _start_server(recipe, folder, resume, TorchFactory(), lifetime="detached")
+        server.run.remote()
+        return Started(location, name)
+
+
+def _run_here(
+    recipe: Recipe,
+    folder: RunFolder,
+    resume: bool,
+    watch: Callable[[Status], None],
+    factory: Factory,
+) -> dict[str, Any]:
+    runtime = recipe.runtime
+    if runtime.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ResourceError("runtime.device 'cuda': torch sees no GPU on this machine")
+    device = "cuda:0" if runtime.device == "cuda" else "cpu"
+    executor = LocalExecutor(lambda: in_process(recipe, factory, device))
+    board = StatusBoard(recipe.annealing.total_rounds, watch)
+    with _interrupts() as stop:
+        return simulate(recipe, executor, folder, board, stop.is_set, resume=resume)
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Turn the first SIGINT into an event; a second one raises KeyboardInterrupt."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def on_signal(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _ray(address: str | None) -> Iterator[None]:
+    """Connect to a cluster, or start a Ray of our own for the time of the run."""
+    where = address or os.environ.get("RAY_ADDRESS")
+    if where is None:
+        for name, value in _QUIET_RAY.items():
+            os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(
+            address=where or "local",
+            namespace=NAMESPACE,
+            logging_level="ERROR",
+            log_to_driver=False,
+            **({} if where else {"include_dashboard": False}),
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ResourceError(f"no Ray cluster at {where or 'this machine'}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_server(
+    recipe: Recipe, folder: RunFolder, resume: bool, factory: Factory, lifetime: str | None
+) -> tuple[Any, str]:
+    import ray
+
+    from rayfed_lora.runtime.simulation_server import SimulationServer
+
+    location = folder.location if folder.local is None else str(folder.local)
+    name = f"rayfed-lora {location}"
+    options = {
+        "name": name,
+        "namespace": NAMESPACE,
+        "lifetime": lifetime,
+        "num_cpus": 0,
+        "max_restarts": -1,
+        "max_task_retries": -1,
+        "max_concurrency": 2,
+    }
+    try:
+        server = ray.remote(SimulationServer).options(**options)
+        return server.remote(recipe, location, resume, factory), name
+    except ValueError as error:
+        raise BadInputError(
+            f"a run into {location} is going on in this cluster: {error}"
+        ) from error
+
+
+def _follow(server: Any, watch: Callable[[Status], None]) -> dict[str, Any]:
+    """Wait for the run, showing its status; pass SIGINT on."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    result = server.run.remote()
+    records = notes = 0
+    told = False
+    with _interrupts() as stop:
+        while True:
+            ready, _ = ray.wait([result], timeout=_POLL_S)
+            if stop.is_set() and not told:
+                server.stop.remote()
+                told = True
+            try:
+                status: Status = ray.get(server.status.remote(records, notes))
+                records, notes = records + len(status.records), notes + len(status.notes)
+                watch(status)
+                if ready:
+                    summary: dict[str, Any] = ray.get(result)
+                    return summary
+            except RayTaskError as error:
+                if isinstance(error.cause, RayfedError):
+                    raise error.cause from None
+                raise RunError(f"the server failed:\n{error}") from error
+            except RayError as error:
+                raise RunError(f"the server was lost: {error}") from error
