@@ -28,11 +28,13 @@ class Population:
         shape: the model's sizes.
         clients: number of clients.
         examples: number of examples of each split.
+        label_names: name of class i at place i.
     """
 
     shape: ModelShape
     clients: int
     examples: dict[Split, int]
+    label_names: tuple[str, ...] = ()
 
 
 class Executor(Protocol):

@@ -6,7 +6,7 @@ and alpha_pattern).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +91,19 @@ def write_base(folder: Path, net: nn.Module, tensors: Mapping[str, FloatArray]) 
         net.save_pretrained(str(folder))  # type: ignore[operator]
 
 
-def merge(base_folder: str, adapter_folder: Path | None, model: Model, labels: int) -> Any:
+def merge(
+    base_folder: str, adapter_folder: Path | None, model: Model, labels: Sequence[str]
+) -> Any:
     """Return the base model with the adapter merged into its weights.
 
     Args:
         base_folder: folder or hub id of the base.
         adapter_folder: PEFT checkpoint, or None where the base is the trained model itself.
         model: the recipe's section, for the task.
-        labels: number of classes.
+        labels: name of each class.
     """
     plain = model.model_copy(update={"source": base_folder, "config": {}})
-    net = sources.build(plain, sources.configuration(plain, {"num_labels": labels}), seed=0)
+    net = sources.build(plain, sources.configuration(plain, sources.label_facts(labels)), seed=0)
     if adapter_folder is None:
         return net
     peft_model = PeftModel.from_pretrained(net, str(adapter_folder))

@@ -6,7 +6,7 @@ Source: this project.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,16 @@ def configuration(model: Model, overrides: dict[str, Any]) -> Any:
             return AutoConfig.from_pretrained(location(model.source), **values)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"model.source {model.source!r}: {_first_line(error)}") from error
+
+
+def label_facts(names: Sequence[str]) -> dict[str, Any]:
+    """Return what a configuration says of the classes, from the name of each."""
+    labels = dict(enumerate(names))
+    return {
+        "num_labels": len(labels),
+        "id2label": labels,
+        "label2id": {name: i for i, name in labels.items()},
+    }
 
 
 def skeleton(model: Model, config: Any) -> nn.Module:

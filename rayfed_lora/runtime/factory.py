@@ -40,6 +40,7 @@ def population(workload: Workload, trainer: Trainer) -> Population:
         shape=trainer.shape(),
         clients=workload.clients.clients,
         examples={"validation": len(workload.validation), "test": len(workload.test)},
+        label_names=workload.label_names,
     )
 
 

@@ -139,6 +139,7 @@ class _Sitting:
         self._executor = executor
         self._folder = folder
         self._board = board
+        self._labels = population.label_names
         self._tables = Tables(folder, list(population.shape.modules))
         self._server = Server(recipe, executor, population, self, should_stop)
 
@@ -191,6 +192,7 @@ class _Sitting:
             timing,
             sha256(model.state),
         )
+        result["labels"] = list(self._labels)
         self._folder.write("summary.json", json.dumps(result, indent=1).encode())
         self._board.phase("done")
         return result

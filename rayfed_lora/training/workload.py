@@ -129,12 +129,7 @@ def _deal(recipe: Recipe, dataset: Dataset) -> ClientTable:
 
 def _facts(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     """Return what the data say of the model's configuration; a recipe's own values win."""
-    labels = dict(enumerate(dataset.label_names))
-    facts: dict[str, Any] = {
-        "num_labels": len(labels),
-        "id2label": labels,
-        "label2id": {name: i for i, name in labels.items()},
-    }
+    facts = sources.label_facts(dataset.label_names)
     if recipe.model.task == "image-classification" and recipe.model.source == "config":
         channels, height, _ = dataset.test["image"].type.shape
         facts |= {"num_channels": channels, "image_size": height}

@@ -1,0 +1,135 @@
+"""The commands. No logic; heavy imports stand inside the commands that need them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rayfed_lora.errors import RayfedError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Federated LoRA fine-tuning simulated on Ray, with annealed parameter budgets.",
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped name or a path.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a recipe key; repeatable."),
+]
+OutOption = Annotated[str | None, typer.Option(help="Run folder or URI.")]
+AddressOption = Annotated[str | None, typer.Option(help="A running Ray cluster.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    out: OutOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Start in a cluster, return.")] = False,
+    address: AddressOption = None,
+) -> None:
+    """Run a recipe."""
+    from rich.console import Console
+
+    from rayfed_lora.recipe_loading import load_recipe
+
+    loaded = load_recipe(recipe, set_ or ())
+    console = Console()
+    from rayfed_lora.reporting.progress import watching
+    from rayfed_lora.reporting.terminal import show_summary
+    from rayfed_lora.runtime import launch
+
+    if resume and out is None and loaded.storage.path is None:
+        raise typer.BadParameter(
+            "give --out, the folder of the run to go on with", param_hint="--resume"
+        )
+    if detach:
+        started = launch.start(loaded, out, resume=resume, address=address)
+        console.print(f"started as actor '{started.actor}'; run folder: {started.location}")
+        return
+    with watching(console) as watch:
+        result = launch.run(loaded, out, resume=resume, address=address, watch=watch)
+    show_summary(console, result.summary, result.location)
+
+
+@app.command()
+def plan(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Print the schedule with ranks, bytes and needs, before anything runs."""
+    from rich.console import Console
+
+    from rayfed_lora.recipe_loading import load_recipe
+
+    loaded = load_recipe(recipe, set_ or ())
+    from rayfed_lora import planning
+    from rayfed_lora.reporting.terminal import show_plan
+
+    show_plan(Console(), loaded, planning.plan(loaded))
+
+
+@app.command()
+def export(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A finished run's folder.")],
+    to: Annotated[Path, typer.Option(help="A new or empty folder.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="One model instead of an adapter.")
+    ] = False,
+) -> None:
+    """Write the trained PEFT adapter, or the merged model."""
+    from rayfed_lora.exporting import export_run
+
+    for line in export_run(folder, to, merge=merge):
+        typer.echo(line)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema.")] = False,
+) -> None:
+    """List the shipped recipes, or print one."""
+    from rayfed_lora.recipe_loading import recipe_schema, shipped_names, shipped_text
+
+    if schema:
+        typer.echo(json.dumps(recipe_schema(), indent=1))
+    elif name is not None:
+        typer.echo(shipped_text(name), nl=False)
+    else:
+        for shipped in shipped_names():
+            first_line = shipped_text(shipped).splitlines()[0]
+            typer.echo(f"{shipped:<20} {first_line.lstrip('# ')}")
+
+
+def _repeated(arguments: list[str]) -> list[str]:
+    """Let one `--set` take several values: repeat the option before each further key=value."""
+    result: list[str] = []
+    setting = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            setting = argument == "--set"
+        elif setting and len(result) > 1 and result[-1] != "--set":
+            if "=" in argument:
+                result.append("--set")
+            else:
+                setting = False
+        result.append(argument)
+    return result
+
+
+def main() -> None:
+    """Run the command line; a failure is one clear message and an exit status."""
+    try:
+        app(_repeated(sys.argv[1:]))
+    except RayfedError as error:
+        print(f"rayfed-lora: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("rayfed-lora: ended at once; go on with --resume --out", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,76 @@
+"""Take a finished run home: its adapter, or one merged model. Source: this project."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rayfed_lora.errors import BadInputError, RunFolderError
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe_loading import load_recipe, parse_yaml
+from rayfed_lora.storage import RunFolder
+
+
+def export_run(location: str, to: Path, *, merge: bool) -> Iterator[str]:
+    """Write a run's adapter (and its base where that changed), or the merged model.
+
+    Args:
+        location: run folder or URI.
+        to: a new or empty folder.
+        merge: write one model with the adapter in its weights.
+
+    Yields:
+        A line about each thing written.
+
+    Raises:
+        BadInputError: the folder holds no finished run, `to` has files, or a full-model run is to
+            be exported as an adapter.
+    """
+    run = RunFolder(location)
+    recipe = _finished_recipe(run)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise BadInputError(f"--to: expected a new or empty folder, {to} exists and is not one")
+    if merge:
+        _write_merged(run, recipe, to)
+        yield f"merged model: {to}"
+        return
+    if not run.exists("adapter"):
+        raise BadInputError(
+            f"{location}: this run trained the full model and has no adapter; export it by --merge"
+        )
+    for part in ("adapter", "base"):
+        if run.exists(part):
+            _copy(run, part, to / part)
+            yield f"{part}: {to / part}"
+
+
+def _finished_recipe(run: RunFolder) -> Recipe:
+    if not run.exists("summary.json"):
+        raise RunFolderError(
+            f"{run.location}: expected the folder of a finished run (summary.json)"
+        )
+    return load_recipe(parse_yaml(run.location, run.read("recipe.yaml").decode()))
+
+
+def _copy(run: RunFolder, part: str, to: Path) -> None:
+    to.mkdir(parents=True)
+    for name in run.names(part):
+        (to / name).write_bytes(run.read(f"{part}/{name}"))
+
+
+def _write_merged(run: RunFolder, recipe: Recipe, to: Path) -> None:
+    from rayfed_lora.models import export, sources
+
+    with TemporaryDirectory() as scratch:
+        for part in ("adapter", "base"):
+            if run.exists(part):
+                _copy(run, part, Path(scratch) / part)
+        base, adapter = Path(scratch) / "base", Path(scratch) / "adapter"
+        source = str(base) if base.exists() else sources.location(recipe.model.source)
+        labels = json.loads(run.read("summary.json"))["labels"]
+        net = export.merge(source, adapter if adapter.exists() else None, recipe.model, labels)
+        tokenizer = recipe.model.tokenizer or recipe.model.source
+        is_text = recipe.model.task == "text-classification"
+        export.write_model(to, net, sources.location(tokenizer) if is_text else None)

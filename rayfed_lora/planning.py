@@ -1,0 +1,164 @@
+"""What a recipe will do and send, before anything is trained. Needs no Ray and no weights.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rayfed_lora.annealing import budget
+from rayfed_lora.annealing.stages import Feedback, plan_round
+from rayfed_lora.federation import sampling
+from rayfed_lora.federation.learning_rate import learning_rate
+from rayfed_lora.federation.ledger import BYTES_A_VALUE, Ledger, Totals
+from rayfed_lora.recipe import Annealing, Recipe
+from rayfed_lora.training.workload import Outline, outline
+from rayfed_lora.types import ModelShape, RoundPlan, Stage, Trainable
+
+# Resident memory of a Python process with torch, peft and transformers loaded, measured.
+_PROCESS_MB = 303
+
+
+@dataclass(frozen=True)
+class PlannedRound:
+    """One round as it is scheduled.
+
+    Attributes:
+        round: index from 0.
+        stage: stage of the schedule.
+        trainable: `full` or `adapter`.
+        rank: uniform rank; None in a full-model round.
+        trainable_params: number of values that a client trains.
+        learning_rate: local learning rate.
+        clients: size of the cohort.
+        bytes_up, bytes_down, bytes_base: of the whole cohort.
+    """
+
+    round: int
+    stage: Stage
+    trainable: Trainable
+    rank: int | None
+    trainable_params: int
+    learning_rate: float
+    clients: int
+    bytes_up: int
+    bytes_down: int
+    bytes_base: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe's schedule and bill.
+
+    Attributes:
+        rounds: every round; with an acceptance rule, as if each proposal were accepted; with
+            spectral allocation, the upper bound that the uniform rank sets.
+        totals: the ledger's, if every client's update arrives.
+        outline: sizes of data and model.
+        needs: what it needs of the cluster, one line each.
+    """
+
+    rounds: tuple[PlannedRound, ...]
+    totals: Totals
+    outline: Outline
+    needs: tuple[str, ...]
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Return the plan of a recipe; reads its data and its model's configuration.
+
+    Raises:
+        DataError: the data cannot be read or dealt as asked.
+        ModelError: the model or its adapter does not fit.
+    """
+    sizes = outline(recipe)
+    clients = len(sizes.examples)
+    ledger = Ledger(sizes.shape, clients)
+    rounds: list[PlannedRound] = []
+    rank: int | None = None
+    for t in range(recipe.annealing.total_rounds):
+        scheduled = plan_round(_without_feedback(recipe), t, Feedback(rank=rank))
+        cohort = sampling.cohort(recipe, clients, t)
+        rounds.append(_planned(recipe, sizes.shape, ledger, scheduled, cohort, rank))
+        rank = None if scheduled.trainable == "full" else scheduled.rank
+    needs = _needs(recipe, sizes, rounds)
+    return Plan(tuple(rounds), ledger.totals, sizes, needs)
+
+
+def _without_feedback(recipe: Recipe) -> Annealing:
+    return recipe.annealing.model_copy(update={"acceptance": "always"})
+
+
+def _planned(
+    recipe: Recipe,
+    shape: ModelShape,
+    ledger: Ledger,
+    scheduled: RoundPlan,
+    cohort: tuple[int, ...],
+    rank_before: int | None,
+) -> PlannedRound:
+    full = scheduled.trainable == "full"
+    ranks = {} if full else budget.uniform(shape.modules, scheduled.rank)
+    cut = _fold(recipe, shape, ledger, ranks, rank_before)
+    bill = ledger.book(
+        scheduled.trainable,
+        ranks,
+        cohort,
+        len(cohort),
+        down_ranks=cut,
+        after_initiating=scheduled.stage != "initiating",
+    )
+    if full:
+        ledger.replace_base()
+    return PlannedRound(
+        round=scheduled.round,
+        stage=scheduled.stage,
+        trainable=scheduled.trainable,
+        rank=None if full else scheduled.rank,
+        trainable_params=bill.up_params,
+        learning_rate=learning_rate(recipe, scheduled.round),
+        clients=len(cohort),
+        bytes_up=bill.params_up * BYTES_A_VALUE,
+        bytes_down=bill.params_down * BYTES_A_VALUE,
+        bytes_base=bill.base_params * BYTES_A_VALUE,
+    )
+
+
+def _fold(
+    recipe: Recipe,
+    shape: ModelShape,
+    ledger: Ledger,
+    ranks: Mapping[str, int],
+    rank_before: int | None,
+) -> dict[str, int] | None:
+    """Book what a shrink folds into the base; return the ranks before it."""
+    if recipe.annealing.cooling.residual == "drop" or rank_before is None:
+        return None
+    before = budget.uniform(shape.modules, rank_before)
+    cut = {name: before[name] - ranks[name] for name in ranks if before[name] > ranks[name]}
+    if not cut:
+        return None
+    ledger.fold_base(budget.cost({name: shape.modules[name] for name in cut}, cut))
+    return before
+
+
+def _needs(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> tuple[str, ...]:
+    runtime = recipe.runtime
+    model_mb = sizes.shape.total_params * BYTES_A_VALUE / 1e6
+    actors = runtime.client_actors
+    most = max(planned.clients for planned in rounds)
+    count = f"1 to {most} (auto)" if actors == "auto" else str(actors)
+    gpus = runtime.gpus_per_actor
+    share = "1 GPU" if gpus == "auto" else f"{gpus:g} GPU"
+    gpu = "" if runtime.device == "cpu" or gpus == 0 else f" and {share} where the cluster has GPUs"
+    where = "this process" if runtime.executor == "local" else f"client actors: {count}"
+    full = any(planned.trainable == "full" for planned in rounds)
+    training_mb = model_mb * (4 if full else 1)
+    return (
+        f"{where}, each {runtime.cpus_per_actor:g} CPU{gpu}",
+        f"memory: about {_PROCESS_MB + training_mb:.0f} MB an actor"
+        f" ({_PROCESS_MB} MB of Python and torch, {training_mb:.0f} MB of model"
+        f"{', gradients and optimiser state' if full else ''}), without activations",
+    )

@@ -1,0 +1,104 @@
+"""Plans and summaries as tables for the terminal. Source: this project, on rich."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rayfed_lora.planning import Plan
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.reporting.progress import duration, megabytes
+
+
+def percent(share: float | None) -> str:
+    """Return a share in percent, `-` where there is none.
+
+    >>> percent(0.9362), percent(None)
+    ('93.62 %', '-')
+    """
+    return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def show_plan(console: Console, recipe: Recipe, plan: Plan) -> None:
+    """Print the schedule round by round, the bill, and what the run will need."""
+    shape, examples = plan.outline.shape, plan.outline.examples
+    console.print(
+        f"{recipe.name}: {recipe.method}, {len(plan.rounds)} rounds,"
+        f" {len(examples)} clients with {examples.min()} to {examples.max()} examples,"
+        f" {len(plan.outline.label_names)} classes, {plan.outline.test_examples} test examples",
+        highlight=False,
+    )
+    console.print(
+        f"model of {shape.total_params:,} parameters, {len(shape.modules)} adapted modules,"
+        f" head of {shape.head_params:,}",
+        highlight=False,
+    )
+    table = Table("round", "stage", "rank", "trainable", "lr", "clients", "up", "down", "base")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for r in plan.rounds:
+        rank = "full" if r.rank is None else str(r.rank)
+        table.add_row(
+            str(r.round),
+            r.stage,
+            rank,
+            f"{r.trainable_params:,}",
+            f"{r.learning_rate:.3g}",
+            str(r.clients),
+            megabytes(r.bytes_up),
+            megabytes(r.bytes_down),
+            megabytes(r.bytes_base),
+        )
+    console.print(table)
+    if recipe.annealing.acceptance != "always":
+        console.print(f"if every proposal is accepted (acceptance {recipe.annealing.acceptance})")
+    if recipe.annealing.allocation == "spectral":
+        console.print("spectral allocation: ranks are the mean, bytes an upper bound")
+    console.print(_bill(plan.totals.communication()))
+    for need in plan.needs:
+        console.print(need, highlight=False)
+
+
+def show_summary(console: Console, summary: Mapping[str, Any], location: str) -> None:
+    """Print a finished run's metrics and bill, and where its folder is."""
+    final, best, timing = summary["final"], summary["best"], summary["timing"]
+    table = Table("", "accuracy", "loss", "round", title=f"{summary['name']} ({summary['method']})")
+    for name, row in (("final", final), ("best", best)):
+        table.add_row(
+            name, f"{row['eval_accuracy']:.4f}", f"{row['eval_loss']:.4f}", str(row["round"] + 1)
+        )
+    console.print(table)
+    console.print(_bill(summary["communication"]))
+    rate = timing["client_updates_per_s"]
+    console.print(
+        f"time {duration(timing['wall_s'])} (training {duration(timing['training_s'])},"
+        f" {0.0 if rate is None else rate:.1f} client updates/s)"
+        + (f", {summary['failed_clients']} failed updates" if summary["failed_clients"] else ""),
+        highlight=False,
+    )
+    console.print(f"run folder: {location}", highlight=False, soft_wrap=True)
+
+
+def _bill(communication: Mapping[str, Any]) -> Table:
+    table = Table("communication", "whole run", "after initiating")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    c = communication
+    table.add_row("sent up", megabytes(c["bytes_up"]), "")
+    table.add_row("sent down", megabytes(c["bytes_down"]), "")
+    table.add_row("frozen base, sent once", megabytes(c["bytes_base"]), "")
+    table.add_row("FedAvg would send", megabytes(c["fedavg_total_bytes"]), "")
+    later, with_base = (
+        c["reduction_vs_fedavg_after_initiating"],
+        c["reduction_vs_fedavg_with_base_after_initiating"],
+    )
+    table.add_row("reduction against FedAvg", percent(c["reduction_vs_fedavg"]), percent(later))
+    table.add_row(
+        "the same with the base counted",
+        percent(c["reduction_vs_fedavg_with_base"]),
+        percent(with_base),
+    )
+    return table

@@ -1,0 +1,273 @@
+"""Fakes that Ray workers import too: a trainer of a few numbers whose results are known by hand.
+
+Client k holds k + 1 examples. Its update is the state it received with `step(k, round, base)` added
+to every value, so that the mean over a cohort is the start plus the weighted mean of the steps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rayfed_lora.data.examples import Examples
+from rayfed_lora.data.partition import ClientTable
+from rayfed_lora.federation.executor import Population, Split
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe_loading import load_recipe
+from rayfed_lora.runtime.factory import in_process
+from rayfed_lora.runtime.local import LocalExecutor
+from rayfed_lora.training.trainer import attributed
+from rayfed_lora.training.workload import Workload
+from rayfed_lora.types import (
+    AdapterState,
+    Base,
+    ClientUpdate,
+    EvaluationSums,
+    Factors,
+    FloatArray,
+    LocalPlan,
+    ModelShape,
+    ModuleShape,
+    Trainable,
+)
+
+TEST_ROWS = 5
+VALIDATION_ROWS = 3
+# 24 + 12 + 5 + 6 = 47 values in all, 6 of them the head's, 41 in the frozen base.
+WEIGHTS = {"embed": (5,), "q.weight": (6, 4), "v.weight": (4, 3), "head": (2, 3)}
+SHAPE = ModelShape(
+    modules={"q": ModuleShape(d_in=4, d_out=6), "v": ModuleShape(d_in=3, d_out=4)},
+    head_params=6,
+    total_params=47,
+    head=("head",),
+)
+RECIPE: dict[str, Any] = {
+    "name": "fake",
+    "seed": 3,
+    "data": {"partition": {"clients": 6, "kind": "iid"}},
+    "model": {"config": {"architecture": "vit"}},
+    "adapter": {"alpha": 6.0},
+    "annealing": {
+        "initiating": {"rounds": 1},
+        "heating": {"rounds": 2, "rank": 3},
+        "cooling": {"rounds": 2, "rank": 1, "shape": "linear"},
+        "holding": {"rounds": 1},
+    },
+    "clients": {"per_round": 3},
+    "evaluation": {"batch_size": 2},
+    "runtime": {"executor": "local", "client_actors": 1, "gpus_per_actor": 0, "device": "cpu"},
+}
+
+
+def make_recipe(**overrides: Any) -> Recipe:
+    """Return a validated recipe of six rounds; `annealing__mode="full"` sets `annealing.mode`."""
+    return load_recipe(RECIPE, {key.replace("__", "."): v for key, v in overrides.items()})
+
+
+def step(client: int, round_index: int, base: Base) -> float:
+    """Return what a client adds to every value: client + round, and an eighth for each new base."""
+    return client + round_index + (base.root + len(base.folds)) / 8
+
+
+def initial(name: str) -> FloatArray:
+    """Return a weight as the source has it: 0, 1/8, 2/8, ..."""
+    size = math.prod(WEIGHTS[name])
+    return (np.arange(size, dtype=np.float32) / 8).reshape(WEIGHTS[name])
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What goes wrong, by (client, round).
+
+    Attributes:
+        failing: the update that comes is not a number.
+        raising: training raises ValueError.
+        sleep_s: seconds that a client sleeps in each round.
+        dying: the worker's process kills itself, as long as `marker` is there; it takes it away.
+        marker: path of an empty file, needed by `dying`.
+        dying_always: likewise without a marker, each time.
+    """
+
+    failing: frozenset[tuple[int, int]] = frozenset()
+    raising: frozenset[tuple[int, int]] = frozenset()
+    sleep_s: Mapping[int, float] = field(default_factory=dict)
+    dying: frozenset[tuple[int, int]] = frozenset()
+    marker: str = ""
+    dying_always: frozenset[tuple[int, int]] = frozenset()
+
+
+def every_round(*clients: int) -> frozenset[tuple[int, int]]:
+    """Return the pairs of some clients with the first hundred rounds."""
+    return frozenset((client, t) for client in clients for t in range(100))
+
+
+class FakeTrainer:
+    """Adds known steps; its metrics are smooth functions of the effective weights."""
+
+    def __init__(self, behaviour: Behaviour, device: str) -> None:
+        self._behaviour = behaviour
+        self._device = device
+
+    def shape(self) -> ModelShape:
+        return SHAPE
+
+    def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
+        names = WEIGHTS if trainable == "full" else SHAPE.head
+        return {name: initial(name) for name in names}
+
+    def train(
+        self, clients: Sequence[int], state: AdapterState, base: Base, plan: LocalPlan
+    ) -> list[ClientUpdate]:
+        updates = []
+        for client in clients:
+            with attributed(client, plan.round):
+                updates.append(self._train_client(client, state, base, plan.round))
+        return updates
+
+    def _train_client(self, client: int, state: AdapterState, base: Base, t: int) -> ClientUpdate:
+        b = self._behaviour
+        time.sleep(b.sleep_s.get(client, 0.0))
+        if (client, t) in b.dying_always or ((client, t) in b.dying and _taken(b.marker)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (client, t) in b.raising:
+            raise ValueError(f"the fake client {client} was told to raise")
+        if (client, t) in b.failing:
+            reason = "loss is nan in local step 1 of 1"
+            return ClientUpdate(client, client + 1, None, math.nan, 0.0, reason)
+        trained = moved(state, step(client, t, base))
+        return ClientUpdate(client, client + 1, trained, float(client), 0.0)
+
+    def evaluate(
+        self, split: Split, rows: slice, state: AdapterState, base: Base, trainable: Trainable
+    ) -> EvaluationSums:
+        size = TEST_ROWS if split == "test" else VALIDATION_ROWS
+        wave = np.sin(energy(state, base, trainable) + np.arange(size)[rows])
+        return EvaluationSums(len(wave), float(np.sum(1 + 0.1 * wave)), int(np.sum(wave < 0)))
+
+    def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
+        facts = {"device": self._device, "energy": energy(state, base, trainable)}
+        return {"adapter/fake.json": json.dumps(facts).encode()}
+
+
+def _taken(marker: str) -> bool:
+    """Take the marker away; return whether it was there."""
+    try:
+        Path(marker).unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def moved(state: AdapterState, by: float) -> AdapterState:
+    """Return the state with `by` added to every value."""
+    move = np.float32(by)
+    factors = {n: Factors(f.a + move, f.b + move, f.scale) for n, f in state.factors.items()}
+    return AdapterState(factors, {name: tensor + move for name, tensor in state.dense.items()})
+
+
+def effective(state: AdapterState, base: Base, trainable: Trainable) -> dict[str, np.ndarray]:
+    """Return every weight of the global model densely, in float64; needs no rule but D = s b a."""
+    source = {name: initial(name) for name in WEIGHTS} if base.tensors is None else base.tensors
+    under = {} if trainable == "full" else source
+    weights = {name: tensor.astype(np.float64) for name, tensor in {**under, **state.dense}.items()}
+    if trainable == "full":
+        return weights
+    for factors in (*base.folds, state.factors):
+        for name, f in factors.items():
+            product = np.einsum("or,ri->oi", f.b.astype(np.float64), f.a.astype(np.float64))
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] + f.scale * product
+    return weights
+
+
+def energy(state: AdapterState, base: Base, trainable: Trainable) -> float:
+    """Return the sum over the weights of their Frobenius norms."""
+    weights = effective(state, base, trainable)
+    return float(sum(np.sqrt(np.sum(w * w)) for w in weights.values()))
+
+
+@dataclass(frozen=True)
+class FakeFactory:
+    """Makes fake trainers; travels to Ray's workers."""
+
+    behaviour: Behaviour = field(default_factory=Behaviour)
+
+    def workload(self, recipe: Recipe) -> Workload:
+        clients = recipe.data.partition.clients
+        offsets = np.cumsum([0, *range(1, clients + 1)])
+        return Workload(
+            train=_examples(int(offsets[-1])),
+            validation=_examples(VALIDATION_ROWS if recipe.validation_fraction else 0),
+            test=_examples(TEST_ROWS),
+            clients=ClientTable(np.arange(offsets[-1]), offsets),
+            label_names=("no", "yes"),
+            config={"model_type": "vit"},
+        )
+
+    def trainer(self, recipe: Recipe, workload: Workload, device: str) -> FakeTrainer:
+        return FakeTrainer(self.behaviour, device)
+
+
+def _examples(rows: int) -> Examples:
+    return Examples(
+        {"pixel_values": np.zeros((rows, 1, 2, 2), np.float32)}, np.zeros(rows, np.int64)
+    )
+
+
+def local_executor(recipe: Recipe, behaviour: Behaviour | None = None) -> LocalExecutor:
+    """Return an executor in this process, not yet opened."""
+    factory = FakeFactory(behaviour or Behaviour())
+    return LocalExecutor(lambda: in_process(recipe, factory, "cpu"))
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the code under test catches it."""
+
+
+class KilledExecutor:
+    """A local executor whose process 'is killed' when one client's update of a round is due."""
+
+    def __init__(self, recipe: Recipe, round_index: int, position: int) -> None:
+        """Kill in round `round_index` before the update at `position` of the cohort comes."""
+        self._inner = local_executor(recipe)
+        self._at = (round_index, position)
+        self.closed = False
+
+    def open(self) -> Population:
+        return self._inner.open()
+
+    def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
+        return self._inner.initial_tensors(trainable)
+
+    def train(
+        self, state: AdapterState, base: Base, plan: LocalPlan, blocks: Sequence[tuple[int, ...]]
+    ) -> Iterator[ClientUpdate]:
+        for position, update in enumerate(self._inner.train(state, base, plan, blocks)):
+            if (plan.round, position) == self._at:
+                raise Killed
+            yield update
+
+    def evaluate(
+        self,
+        split: Split,
+        shards: Sequence[slice],
+        state: AdapterState,
+        base: Base,
+        trainable: Trainable,
+    ) -> list[EvaluationSums]:
+        return self._inner.evaluate(split, shards, state, base, trainable)
+
+    def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
+        return self._inner.export(state, base, trainable)
+
+    def close(self) -> None:
+        self.closed = True
+        self._inner.close()
