@@ -11,37 +11,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+
+def _annealing(mode: str, *, trainable: str, proximal_weight: float, acceptance: str) -> Any:
+    """Return the keys that every preset sets, so that any of them can replace any other."""
+    return {
+        "mode": mode,
+        "initiating": {"trainable": trainable, "proximal_weight": proximal_weight},
+        "acceptance": acceptance,
+    }
+
+
+_STAGED = _annealing("staged", trainable="full", proximal_weight=0.01, acceptance="always")
+_TARGET = _annealing("staged", trainable="adapter", proximal_weight=0.01, acceptance="target")
+_FIXED = _annealing("fixed", trainable="full", proximal_weight=0.0, acceptance="always")
+_FULL = _annealing("full", trainable="full", proximal_weight=0.0, acceptance="always")
+_PROXIMAL = _annealing("full", trainable="full", proximal_weight=0.01, acceptance="always")
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "sa-fedlora": {"annealing": {"mode": "staged"}},
-    "fedavg": {
-        "annealing": {
-            "mode": "full",
-            "initiating": {"proximal_weight": 0.0},
-            "acceptance": "always",
-        },
-    },
-    "fedprox": {
-        "annealing": {
-            "mode": "full",
-            "initiating": {"proximal_weight": 0.01},
-            "acceptance": "always",
-        },
-    },
+    "sa-fedlora": {"annealing": _STAGED},
+    "fedavg": {"annealing": _FULL},
+    "fedprox": {"annealing": _PROXIMAL},
     "fedlora": {
-        "annealing": {
-            "mode": "fixed",
-            "allocation": "uniform",
-            "acceptance": "always",
-        },
+        "annealing": {**_FIXED, "allocation": "uniform"},
         "aggregation": {"rule": "factor-average"},
     },
-    "spd-cfl": {
-        "annealing": {
-            "mode": "staged",
-            "initiating": {"trainable": "adapter"},
-            "acceptance": "target",
-        },
-    },
+    "spd-cfl": {"annealing": _TARGET},
 }
 
 

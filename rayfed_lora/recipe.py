@@ -22,6 +22,7 @@ Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
@@ -61,12 +62,6 @@ class Partition(Section):
     )
     shards_per_client: Positive = option(2, "pieces a client (shards)", "shards")
     column: str | None = option(None, "the column that names the client (column)")
-
-    @model_validator(mode="after")
-    def _column_is_named(self) -> Partition:
-        if self.kind == "column" and self.column is None:
-            raise ValueError("partition kind 'column' needs `column`, the name of a data column")
-        return self
 
 
 class Data(Section):
@@ -117,15 +112,6 @@ class Model(Section):
         description="for source config: `architecture` (vit, bert, ...) and transformers' own"
         " names; for other sources: values that override the model's configuration",
     )
-
-    @model_validator(mode="after")
-    def _architecture_is_named(self) -> Model:
-        if self.source == "config" and not isinstance(self.config.get("architecture"), str):
-            raise ValueError(
-                "model source 'config' needs `config.architecture`, a transformers model type"
-                " such as vit or bert"
-            )
-        return self
 
 
 class Adapter(Section):
@@ -196,7 +182,7 @@ class Target(Section):
     """What the rank may not cost (acceptance target)."""
 
     metric: Literal["accuracy", "loss"] = option("accuracy", "validation metric to watch")
-    value: float | None = option(None, "value to hold; null: the best one at the heating rank")
+    value: Finite | None = option(None, "value to hold; null: the best one at the heating rank")
     tolerance: NonNegative = option(0.01, "how far below (loss: above) the value is still held")
 
 
@@ -235,29 +221,6 @@ class Annealing(Section):
         """T, the number of communication rounds."""
         rest = self.heating.rounds + self.cooling.rounds + self.holding.rounds
         return self.initiating_rounds + rest
-
-    @model_validator(mode="after")
-    def _stages_fit_together(self) -> Annealing:
-        if self.total_rounds == 0:
-            raise ValueError("need at least one round, the stages' rounds sum to 0")
-        cools = self.mode == "staged" and self.cooling.rounds > 0
-        if cools and self.cooling.rank > self.heating.rank:
-            raise ValueError(
-                f"cooling.rank must not be above heating.rank ({self.heating.rank}),"
-                f" got {self.cooling.rank}"
-            )
-        no_value = self.acceptance == "target" and self.target.value is None
-        if no_value and self.mode == "staged" and self.heating.rounds == 0:
-            raise ValueError(
-                "acceptance 'target' without target.value needs heating.rounds above 0, to find"
-                " the value there"
-            )
-        if self.acceptance == "metropolis" and self.cooling.residual == "fold":
-            raise ValueError(
-                "acceptance 'metropolis' does not go with residual 'fold': a folded shrink leaves"
-                " the model as it is, so every proposal would be accepted; use acceptance 'always'"
-            )
-        return self
 
 
 class ServerOptimizer(Section):
@@ -312,12 +275,6 @@ class Clients(Section):
     lr_schedule: LrSchedule = section(LrSchedule, "learning rate over rounds")
     max_grad_norm: PositiveFloat | None = option(None, "clip the gradient's 2-norm; null: never")
 
-    @model_validator(mode="after")
-    def _one_length(self) -> Clients:
-        if self.local_steps is not None and self.local_epochs is not None:
-            raise ValueError("give local_steps or local_epochs, not both")
-        return self
-
     @property
     def steps(self) -> int | None:
         """Local steps a round, or None where the length is given in epochs."""
@@ -354,19 +311,6 @@ class Runtime(Section):
         120.0, "how long to wait for resources that others hold", "s"
     )
 
-    @model_validator(mode="after")
-    def _gpu_share_is_possible(self) -> Runtime:
-        share = self.gpus_per_actor
-        if share == "auto":
-            return self
-        if share > 1 and share != math.floor(share):
-            raise ValueError(f"gpus_per_actor above 1 must be a whole number, got {share:g}")
-        if abs(share * 1e4 - round(share * 1e4)) > 1e-6:
-            raise ValueError(f"gpus_per_actor goes in steps of 0.0001, got {share:g}")
-        if self.device == "cuda" and share == 0:
-            raise ValueError("device 'cuda' needs gpus_per_actor above 0")
-        return self
-
 
 class Storage(Section):
     """Where the run folder is, and how often the run is saved."""
@@ -397,19 +341,12 @@ class Recipe(Section):
     storage: Storage = section(Storage, "run folder")
 
     @model_validator(mode="after")
-    def _cohort_fits(self) -> Recipe:
-        partition = self.data.partition
-        if partition.kind != "column" and isinstance(self.clients.per_round, int):
-            if self.clients.per_round > partition.clients:
-                raise ValueError(
-                    f"clients.per_round must be at most data.partition.clients"
-                    f" ({partition.clients}), got {self.clients.per_round}"
-                )
-        if self.data.validation_fraction == 0 and self.annealing.acceptance != "always":
-            raise ValueError(
-                f"annealing.acceptance '{self.annealing.acceptance}' needs"
-                " data.validation_fraction above 0 (or auto), got 0"
-            )
+    def _values_go_together(self) -> Recipe:
+        from rayfed_lora.recipe_checks import ConflictError, conflicts
+
+        found = conflicts(self)
+        if found:
+            raise ConflictError(found)
         return self
 
     @property

@@ -24,6 +24,7 @@ from ruamel.yaml.error import YAMLError
 from rayfed_lora.errors import Fault, RecipeError
 from rayfed_lora.presets import PRESETS, merged
 from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe_checks import ConflictError
 
 _MAX_PASSES = 8
 
@@ -66,9 +67,11 @@ def load_recipe(
     written: dict[str, Any] = {}
     for path, value in pairs:
         written = merged(written, _nested(name, path, value))
-    layers = [_preset(raw.get("method", "sa-fedlora")), raw]
-    if "method" in written and written["method"] != raw.get("method"):
-        layers.append(_preset(written["method"]))
+    own = raw.get("method", "sa-fedlora")
+    layers = [_preset(own), raw]
+    if written.get("method", own) != own:
+        # Another method than the recipe was written for: its preset goes over the recipe's keys.
+        layers = [raw, _preset(written["method"])]
     merged_layers: dict[str, Any] = {}
     for layer in [*layers, written]:
         merged_layers = merged(merged_layers, layer)
@@ -88,8 +91,13 @@ def recipe_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def parse_yaml(name: str, text: str) -> Any:
+def parse_yaml(name: str, text: str, where: str = "(file)") -> Any:
     """Return a YAML 1.2 document (`1e-3` is a number, `no` is a text).
+
+    Args:
+        name: of the recipe, for the error.
+        text: the document.
+        where: the place that the error names.
 
     Raises:
         RecipeError: `text` is not YAML.
@@ -98,7 +106,7 @@ def parse_yaml(name: str, text: str) -> Any:
         return _yaml().load(text)
     except YAMLError as error:
         problem = " ".join(str(error).split())
-        raise RecipeError(name, [Fault("(file)", "expected YAML", problem)]) from None
+        raise RecipeError(name, [Fault(where, "expected YAML", problem)]) from None
 
 
 def _yaml() -> YAML:
@@ -131,7 +139,7 @@ def _pairs(name: str, overrides: Iterable[str]) -> list[tuple[str, Any]]:
         path, equals, value = text.partition("=")
         if not equals or not path.strip():
             raise RecipeError(name, [Fault("--set", "expected key.path=value", repr(text))])
-        pairs.append((path.strip(), parse_yaml(f"--set {text}", value)))
+        pairs.append((path.strip(), parse_yaml(name, value, f"--set {path.strip()}")))
     return pairs
 
 
@@ -157,18 +165,41 @@ def _validated(name: str, raw: dict[str, Any]) -> Recipe:
         try:
             recipe = Recipe.model_validate(rest)
         except ValidationError as error:
-            found = _faults(error, rest)
+            conflicts = _conflicts(error, [fault.path for fault in faults])
+            if conflicts is not None:
+                faults += conflicts
+                break
+            found = _faults(error)
             faults += [f for f in found if f.path not in {seen.path for seen in faults}]
             for location in {_location(e["loc"]) for e in error.errors()}:
                 rest = _without(rest, location)
         else:
-            if faults:
-                break
-            return recipe
+            if not faults:
+                return recipe
+            break
     raise RecipeError(name, faults)
 
 
-def _faults(error: ValidationError, raw: Mapping[str, Any]) -> list[Fault]:
+def _conflicts(error: ValidationError, faulty: Sequence[str]) -> list[Fault] | None:
+    """Return the conflicts between values, but those that a faulty value takes part in.
+
+    None where the error is not about conflicts.
+    """
+    cause = error.errors()[0].get("ctx", {}).get("error")
+    if not isinstance(cause, ConflictError):
+        return None
+    return [
+        Fault(conflict.paths[0], conflict.message)
+        for conflict in cause.conflicts
+        if not any(_overlap(path, fault) for path in conflict.paths for fault in faulty)
+    ]
+
+
+def _overlap(path: str, other: str) -> bool:
+    return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
+
+
+def _faults(error: ValidationError) -> list[Fault]:
     by_path: dict[tuple[str, ...], list[Any]] = {}
     for entry in error.errors():
         by_path.setdefault(_location(entry["loc"]), []).append(entry)
@@ -184,8 +215,6 @@ def _fault(path: tuple[str, ...], entries: Sequence[Any]) -> Fault:
         return Fault(dotted, expected, None, _nearest_key(path, siblings))
     if first["type"] == "missing":
         return Fault(dotted, "this key is required, and is missing")
-    if first["type"] == "value_error":
-        return Fault(dotted, str(first["ctx"]["error"]))
     expected = " or ".join(dict.fromkeys(_expectation(e) for e in entries))
     value = first["input"]
     nearest = None
@@ -202,7 +231,8 @@ def _expectation(entry: Any) -> str:
 
 def _literal_values(entry: Any) -> list[str]:
     expected = str(entry.get("ctx", {}).get("expected", ""))
-    return [part.strip(" '") for part in expected.replace(" or ", ",").split(",")]
+    parts = [part.strip(" '") for part in expected.replace(" or ", ",").split(",")]
+    return [part for part in parts if part]
 
 
 def _location(loc: Sequence[int | str]) -> tuple[str, ...]:
@@ -240,26 +270,33 @@ def _all_paths(node: Any = Recipe, prefix: str = "") -> list[str]:
 
 
 def _nearest_key(path: tuple[str, ...], siblings: list[str]) -> str | None:
+    """Return the known key meant: one beside it, else one of that name, the closest first."""
     here = _close(path[-1], siblings)
     if here is not None:
         return ".".join((*path[:-1], here))
-    elsewhere = [p for p in _all_paths() if p.rsplit(".", 1)[-1] == path[-1]]
-    return elsewhere[0] if elsewhere else _close(".".join(path), _all_paths())
+    same_name = [p for p in _all_paths() if p.rsplit(".", 1)[-1] == path[-1]]
+    if same_name:
+        return max(same_name, key=lambda p: p.split(".")[: len(path) - 1] == list(path[:-1]))
+    written = ".".join(path)
+    return _close(written, [p for p in _all_paths() if not written.startswith(f"{p}.")], 0.75)
 
 
 def _nearest(name: str) -> str | None:
     return _close(name, shipped_names())
 
 
-def _close(word: str, known: Sequence[str]) -> str | None:
-    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+def _close(word: str, known: Sequence[str], cutoff: float = 0.5) -> str | None:
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 
 def _without(raw: Any, path: tuple[str, ...]) -> Any:
-    if not path or not isinstance(raw, Mapping):
-        return {"model": {"config": {"architecture": "vit"}}} if isinstance(raw, Mapping) else raw
+    """Return `raw` without the value at `path`; a valid model in place of a faulty one."""
+    if not isinstance(raw, Mapping) or not path:
+        return raw
     head, *tail = path
+    if head == "model" and not tail:
+        return {**raw, "model": {"config": {"architecture": "vit"}}}
     if not tail:
         return {k: v for k, v in raw.items() if k != head}
     return {k: _without(v, tuple(tail)) if k == head else v for k, v in raw.items()}

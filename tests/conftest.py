@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -20,13 +18,13 @@ def ray_session() -> Iterator[None]:
     import ray
 
     ray.init(
-            address="local",
-            num_cpus=4,
-            num_gpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            namespace="rayfed_lora",
+        address="local",
+        num_cpus=4,
+        num_gpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        namespace="rayfed_lora",
     )
     yield
     ray.shutdown()

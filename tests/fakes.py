@@ -196,17 +196,23 @@ def energy(state: AdapterState, base: Base, trainable: Trainable) -> float:
 
 @dataclass(frozen=True)
 class FakeFactory:
-    """Makes fake trainers; travels to Ray's workers."""
+    """Makes fake trainers; travels to Ray's workers.
+
+    Attributes:
+        behaviour: of its trainers.
+        side: height and width of the images; 64 makes a workload that Ray keeps in shared memory.
+    """
 
     behaviour: Behaviour = field(default_factory=Behaviour)
+    side: int = 2
 
     def workload(self, recipe: Recipe) -> Workload:
         clients = recipe.data.partition.clients
         offsets = np.cumsum([0, *range(1, clients + 1)])
         return Workload(
-            train=_examples(int(offsets[-1])),
-            validation=_examples(VALIDATION_ROWS if recipe.validation_fraction else 0),
-            test=_examples(TEST_ROWS),
+            train=_examples(int(offsets[-1]), self.side),
+            validation=_examples(VALIDATION_ROWS if recipe.validation_fraction else 0, self.side),
+            test=_examples(TEST_ROWS, self.side),
             clients=ClientTable(np.arange(offsets[-1]), offsets),
             label_names=("no", "yes"),
             config={"model_type": "vit"},
@@ -216,10 +222,9 @@ class FakeFactory:
         return FakeTrainer(self.behaviour, device)
 
 
-def _examples(rows: int) -> Examples:
-    return Examples(
-        {"pixel_values": np.zeros((rows, 1, 2, 2), np.float32)}, np.zeros(rows, np.int64)
-    )
+def _examples(rows: int, side: int) -> Examples:
+    pixels = np.zeros((rows, 1, side, side), np.float32)
+    return Examples({"pixel_values": pixels}, np.zeros(rows, np.int64))
 
 
 def local_executor(recipe: Recipe, behaviour: Behaviour | None = None) -> LocalExecutor:

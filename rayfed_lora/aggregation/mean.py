@@ -24,14 +24,24 @@ class TensorMean:
         self._weight = 0.0
 
     def add(self, weight: float, tensors: Mapping[str, FloatArray]) -> None:
-        """Add one client's tensors with its weight, > 0 (any unit, e.g. examples)."""
+        """Add one client's tensors with its weight, > 0 (any unit, e.g. examples).
+
+        Raises:
+            ValueError: their names or shapes are not those of the first client.
+        """
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        if self._weight == 0.0:
+            self._sums = {name: np.zeros(shape, np.float64) for name, shape in shapes.items()}
+        expected = {name: total.shape for name, total in self._sums.items()}
+        if shapes != expected:
+            wrong = next(n for n in {**expected, **shapes} if expected.get(n) != shapes.get(n))
+            raise ValueError(
+                f"{wrong}: expected shape {expected.get(wrong)} as of the first client, got"
+                f" {shapes.get(wrong)}"
+            )
         self._weight += weight
         for name, tensor in tensors.items():
-            term = tensor.astype(np.float64) * weight
-            if name in self._sums:
-                self._sums[name] += term
-            else:
-                self._sums[name] = term
+            self._sums[name] += tensor.astype(np.float64) * weight
 
     def mean(self) -> dict[str, Float64Array]:
         """Return sum of weight * tensor / sum of weight, by name."""

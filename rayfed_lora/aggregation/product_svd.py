@@ -44,18 +44,24 @@ def product_svd(
         for name, sent in state.factors.items():
             exact[name].add(weight, sent)
     means = {name: product.mean() for name, product in exact.items()}
-    factors = {name: _cut(f, means[name], lr) for name, f in start.factors.items()}
-    used = {name: stacked([(1.0, f)]) for name, f in factors.items()} if lr == 1.0 else means
+    stepped = {name: _stepped(f, means[name], lr) for name, f in start.factors.items()}
+    factors = {name: _cut(f, stepped[name]) for name, f in start.factors.items()}
+    used = {name: stacked([(1.0, f)]) for name, f in factors.items()}
     state = AdapterState(factors, stepped_tensors(start.dense, dense.mean(), lr))
-    return Aggregate(state, relative_error(used, means))
+    return Aggregate(state, relative_error(used, stepped))
 
 
-def _cut(start: Factors, mean: Product, lr: float) -> Factors:
-    """Return the factors nearest D_start + lr * (D_mean - D_start), at the start's rank."""
-    b, a = mean
-    if lr != 1.0:
-        old_b, old_a = stacked([(1.0 - lr, start)])
-        b, a = np.concatenate([old_b, lr * b], axis=1), np.concatenate([old_a, a])
+def _stepped(start: Factors, mean: Product, lr: float) -> Product:
+    """Return D_start + lr * (D_mean - D_start), exactly."""
+    if lr == 1.0:
+        return mean
+    old_b, old_a = stacked([(1.0 - lr, start)])
+    return np.concatenate([old_b, lr * mean[0]], axis=1), np.concatenate([old_a, mean[1]])
+
+
+def _cut(start: Factors, target: Product) -> Factors:
+    """Return the factors nearest the target, at the start's rank and scale."""
+    b, a = target
     cut = from_svd(svd_of_product(b, a), start.rank, start.scale)
     missing = start.rank - cut.rank
     if missing == 0:

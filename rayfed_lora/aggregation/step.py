@@ -5,6 +5,7 @@ Source: server step: Reddi et al., arXiv:2003.00295, Algorithm 1 (here sgd); err
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -56,7 +57,8 @@ def relative_error(used: Mapping[str, Product], exact: Mapping[str, Product]) ->
         exact: likewise.
 
     Returns:
-        The ratio, 0 where both vanish, None where there are no modules.
+        The ratio, 0 where both vanish, inf where only the exact one does, None where there are
+        no modules.
     """
     if not exact:
         return None
@@ -68,4 +70,7 @@ def relative_error(used: Mapping[str, Product], exact: Mapping[str, Product]) ->
         for m in exact
     ]
     size = float(np.linalg.norm([norm(b, a) for b, a in exact.values()]))
-    return 0.0 if size == 0.0 else float(np.linalg.norm(apart)) / size
+    distance = float(np.linalg.norm(apart))
+    if size == 0.0:
+        return 0.0 if distance == 0.0 else math.inf
+    return distance / size

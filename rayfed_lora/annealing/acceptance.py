@@ -9,6 +9,9 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+# 0.90 - 0.89 is above 0.01 in floats; a metric at the tolerance still holds.
+_ROUNDING = 1e-9
+
 Verdict = Literal["accepted", "rejected", "reheated"]
 
 
@@ -27,7 +30,7 @@ def temperature(first: float, decay: float, cooling_rounds: int) -> float:
 
 
 def metropolis_probability(current: float, proposed: float, tau: float) -> float:
-    """Return min(1, exp(-(proposed - current) / tau)), 0 where `proposed` is not finite.
+    """Return min(1, exp(-(proposed - current) / tau)); 0 where that is not a number.
 
     Args:
         current: validation loss (energy) E0, nats.
@@ -41,7 +44,7 @@ def metropolis_probability(current: float, proposed: float, tau: float) -> float
     >>> round(metropolis_probability(1.0, 1.1, 0.1), 6)
     0.367879
     """
-    if not math.isfinite(proposed):
+    if not math.isfinite(proposed) or math.isnan(current):
         return 0.0
     rise = proposed - current
     return 1.0 if rise <= 0 else math.exp(-rise / max(tau, math.ulp(0.0)))
@@ -58,7 +61,7 @@ def target_holds(metric: float, value: float, tolerance: float, higher_is_better
     if not math.isfinite(metric):
         return False
     short = value - metric if higher_is_better else metric - value
-    return short <= tolerance
+    return short <= tolerance + _ROUNDING
 
 
 def step_rank(ladder: Sequence[int], current: int, down: bool) -> int:

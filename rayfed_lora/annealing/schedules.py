@@ -115,7 +115,9 @@ def cooling(shape: str, start: float, end: float, rounds: int, steps: int = 4) -
         known = ", ".join([*CURVES, "step"])
         raise ValueError(f"need a cooling shape of {known}, got {shape!r}")
     curve = CURVES[shape]
-    return lambda i: curve(start, end, (i + 1) / rounds)
+    # The last round is at `end` itself, which the curves meet only up to rounding.
+    last = start if shape == "constant" else end
+    return lambda i: last if i + 1 == rounds else curve(start, end, (i + 1) / rounds)
 
 
 def ramp(start: float, end: float, rounds: int) -> Schedule:
@@ -140,7 +142,9 @@ def ramp(start: float, end: float, rounds: int) -> Schedule:
 def to_rank(value: float, start: int, end: int) -> int:
     """Return floor(value + 0.5), clipped to the range between `start` and `end`.
 
+    A value within 1e-9 of a half counts as one: curves land beside it by rounding.
+
     >>> to_rank(8.5, 16, 2), to_rank(1.4, 16, 2)
     (9, 2)
     """
-    return min(max(math.floor(value + 0.5), min(start, end)), max(start, end))
+    return min(max(math.floor(round(value, 9) + 0.5), min(start, end)), max(start, end))

@@ -46,28 +46,56 @@ class Snapshot:
     facts: Mapping[str, Any]
 
 
-def write(folder: RunFolder, snapshot: Snapshot, keep: int) -> None:
-    """Write a checkpoint, then remove all but the `keep` newest.
+class CheckpointWriter:
+    """Writes a run's checkpoints and removes old ones."""
 
-    Raises:
-        RunError: the folder cannot be written; older checkpoints are untouched.
-    """
-    name = f"{_FOLDER}/round-{snapshot.rounds:06d}"
-    tensors, scales = _flat(snapshot)
-    contents = {
-        "state.safetensors": save(tensors),
-        "state.json": _json({**snapshot.facts, **_own_facts(snapshot, scales)}),
-    }
-    base_file = _write_base(folder, snapshot.base)
-    for file, content in contents.items():
-        folder.write(f"{name}/{file}", content)
-    manifest = {
-        "format": _FORMAT,
-        "base": base_file,
-        "files": {file: _sha256(content) for file, content in contents.items()},
-    }
-    folder.write(f"{name}/manifest.json", _json(manifest))
-    _remove_old(folder, keep)
+    def __init__(self, folder: RunFolder, keep: int) -> None:
+        """Start; writes nothing.
+
+        Args:
+            folder: the run folder.
+            keep: how many of the newest checkpoints to keep, > 0.
+        """
+        self._folder = folder
+        self._keep = keep
+        self._bases: dict[int, dict[str, str]] = {}
+
+    def write(self, snapshot: Snapshot) -> None:
+        """Write a checkpoint, then remove all but the newest.
+
+        Checkpoints of later rounds, left by a sitting that this one does not go on from, are
+        removed too.
+
+        Raises:
+            RunError: the folder cannot be written; older checkpoints are untouched.
+        """
+        name = f"{_FOLDER}/{_round_name(snapshot.rounds)}"
+        tensors, scales = _flat(snapshot)
+        contents = {
+            "state.safetensors": save(tensors),
+            "state.json": _json({**snapshot.facts, **_own_facts(snapshot, scales)}),
+        }
+        base = self._write_base(snapshot.base)
+        for file, content in contents.items():
+            self._folder.write(f"{name}/{file}", content)
+        manifest = {
+            "format": _FORMAT,
+            "base": base,
+            "files": {file: _sha256(content) for file, content in contents.items()},
+        }
+        self._folder.write(f"{name}/manifest.json", _json(manifest))
+        _remove_old(self._folder, snapshot.rounds, self._keep)
+
+    def _write_base(self, base: Base) -> dict[str, str] | None:
+        """Write a replaced base once a sitting; return its name and checksum."""
+        if base.tensors is None:
+            return None
+        if base.root not in self._bases:
+            name = f"{_FOLDER}/{_base_name(base.root)}"
+            content = save({n: np.ascontiguousarray(t) for n, t in base.tensors.items()})
+            self._folder.write(name, content)
+            self._bases = {base.root: {"name": name, "sha256": _sha256(content)}}
+        return self._bases[base.root]
 
 
 def newest(folder: RunFolder, warn: Callable[[str], None]) -> Snapshot | None:
@@ -105,31 +133,34 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _write_base(folder: RunFolder, base: Base) -> dict[str, str] | None:
-    """Write a replaced base once; return its name and checksum."""
-    if base.tensors is None:
-        return None
-    name = f"{_FOLDER}/base-{base.root:06d}"
-    if not folder.exists(f"{name}.json"):
-        content = save({n: np.ascontiguousarray(t) for n, t in base.tensors.items()})
-        folder.write(f"{name}.safetensors", content)
-        folder.write(f"{name}.json", _json({"sha256": _sha256(content)}))
-    sha256 = json.loads(folder.read(f"{name}.json"))["sha256"]
-    return {"name": f"{name}.safetensors", "sha256": sha256}
+def _round_name(rounds: int) -> str:
+    return f"round-{rounds:06d}"
 
 
-def _remove_old(folder: RunFolder, keep: int) -> None:
+def _base_name(root: int) -> str:
+    return f"base-{root:06d}.safetensors"
+
+
+def _remove_old(folder: RunFolder, rounds: int, keep: int) -> None:
     names = _names(folder)
-    for name in names[:-keep]:
-        folder.remove(f"{_FOLDER}/{name}")
-    used = set()
-    for name in names[-keep:]:
-        file = f"{_FOLDER}/{name}/manifest.json"
-        base = json.loads(folder.read(file))["base"] if folder.exists(file) else None
-        used.add("" if base is None else base["name"].rsplit("/", 1)[-1].split(".")[0])
-    for name in folder.names(_FOLDER):
-        if name.startswith("base-") and name.split(".")[0] not in used:
+    current = names.index(_round_name(rounds)) + 1
+    kept = names[max(current - keep, 0) : current]
+    for name in names:
+        if name not in kept:
             folder.remove(f"{_FOLDER}/{name}")
+    used = {_base_of(folder, name) for name in kept}
+    for name in folder.names(_FOLDER):
+        if name.startswith("base-") and f"{_FOLDER}/{name}" not in used:
+            folder.remove(f"{_FOLDER}/{name}")
+
+
+def _base_of(folder: RunFolder, name: str) -> str | None:
+    """Return the base file that a checkpoint refers to, None where it has none or is damaged."""
+    try:
+        base = json.loads(folder.read(f"{_FOLDER}/{name}/manifest.json"))["base"]
+        return None if base is None else str(base["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _flat(snapshot: Snapshot) -> tuple[dict[str, npt.NDArray[Any]], dict[str, float]]:

@@ -192,7 +192,8 @@ class Server:
         """Note the rank in use, and the best validation metric reached at the heating rank."""
         target, scores = self._recipe.annealing.target, after.validation
         best = after.best_at_heating
-        if scores is not None and plan.stage == "heating":
+        rank = self._recipe.annealing.heating.rank
+        if scores is not None and plan.rank == rank and plan.stage in ("initiating", "heating"):
             metric = getattr(scores, target.metric)
             better = max if target.metric == "accuracy" else min
             best = metric if best is None else better(best, metric)

@@ -83,6 +83,6 @@ def stacked(terms: Sequence[tuple[float, Factors]]) -> tuple[Float64Array, Float
     Returns:
         b (d_out, sum of ranks) and a (sum of ranks, d_in); weights and scales are in b.
     """
-    b = np.concatenate([np.float64(w * f.scale) * f.b for w, f in terms], axis=1)
+    b = np.concatenate([f.b.astype(np.float64) * (w * f.scale) for w, f in terms], axis=1)
     a = np.concatenate([np.asarray(f.a, np.float64) for _, f in terms], axis=0)
     return b, a

@@ -13,7 +13,7 @@ from typing import Any
 
 from rayfed_lora.errors import InterruptedRunError, RecipeError, RunFolderError
 from rayfed_lora.federation import checkpoints
-from rayfed_lora.federation.checkpoints import Snapshot
+from rayfed_lora.federation.checkpoints import CheckpointWriter, Snapshot
 from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.executor import Executor, Population
 from rayfed_lora.federation.server import Progress, Server, Timing
@@ -140,6 +140,7 @@ class _Sitting:
         self._folder = folder
         self._board = board
         self._labels = population.label_names
+        self._checkpoints = CheckpointWriter(folder, recipe.storage.keep)
         self._tables = Tables(folder, list(population.shape.modules))
         self._server = Server(recipe, executor, population, self, should_stop)
 
@@ -212,7 +213,7 @@ class _Sitting:
         }
         model = progress.model
         snapshot = Snapshot(progress.rounds, model.state, model.base, held, facts)
-        checkpoints.write(self._folder, snapshot, self._recipe.storage.keep)
+        self._checkpoints.write(snapshot)
 
     def _restored(self, snapshot: Snapshot) -> Progress:
         self._tables.restore(snapshot.rounds)

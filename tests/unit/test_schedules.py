@@ -83,7 +83,6 @@ def test_one_cooling_round_goes_straight_to_its_end(shape):
     assert values(shape, 16, 2, 1) == [16 if shape == "constant" else 2]
 
 
-@pytest.mark.xfail(strict=True, reason="the curve's own arithmetic is rounded at u = 1")
 @pytest.mark.parametrize(
     ("shape", "start", "end"), [("exponential", 22, 15), ("logarithmic", 15, 0)]
 )
@@ -147,14 +146,12 @@ def test_a_rank_is_clipped_to_the_range_of_the_stage_whichever_way_it_runs(start
     assert schedules.to_rank(9.2, start, end) == 9
 
 
-@pytest.mark.xfail(strict=True, reason="to_rank floors a half that floats put just below it")
 def test_a_linear_rank_that_is_exactly_half_way_is_rounded_up():
     # 21 - 21 * 9/14 = 7.5
     value = schedules.cooling("linear", 21, 0, 14)(8)
     assert schedules.to_rank(value, 21, 0) == 8
 
 
-@pytest.mark.xfail(strict=True, reason="to_rank floors a half that floats put just below it")
 def test_a_ramped_rank_that_is_exactly_half_way_is_rounded_up():
     # 11 * 15/22 = 7.5
     assert schedules.to_rank(schedules.ramp(0, 11, 23)(15), 0, 11) == 8

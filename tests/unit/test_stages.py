@@ -315,7 +315,6 @@ def test_a_metric_that_is_not_finite_never_holds(metric, broken):
     assert stages.plan_round(schedule, 5, Feedback(rank=9, metric=broken)).rank == 13
 
 
-@pytest.mark.xfail(strict=True, reason="0.9 - 0.89 is 0.010000000000000009 in floats")
 @pytest.mark.parametrize(
     ("metric", "value"), [(0.89, 0.9), (0.7, 0.71), (0.29, 0.3)], ids=["0.89", "0.70", "0.29"]
 )

@@ -1,0 +1,133 @@
+"""What no single key of a recipe can tell: values that do not go together.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rayfed_lora.recipe import Annealing, Recipe, Runtime
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Values that do not go together.
+
+    Attributes:
+        paths: the keys involved, the one to change first.
+        message: what is expected of it, and what came.
+    """
+
+    paths: tuple[str, ...]
+    message: str
+
+
+class ConflictError(ValueError):
+    """Carries every conflict of a recipe through pydantic."""
+
+    def __init__(self, conflicts: Sequence[Conflict]) -> None:
+        """Word one message that lists all of them."""
+        self.conflicts = tuple(conflicts)
+        super().__init__("; ".join(f"{c.paths[0]}: {c.message}" for c in self.conflicts))
+
+
+def conflicts(recipe: Recipe) -> list[Conflict]:
+    """Return every conflict of a recipe whose values are each valid."""
+    return [
+        *_of_data_and_model(recipe),
+        *_of_stages(recipe.annealing),
+        *_of_acceptance(recipe),
+        *_of_clients(recipe),
+        *_of_gpus(recipe.runtime),
+    ]
+
+
+def _of_data_and_model(recipe: Recipe) -> Iterator[Conflict]:
+    partition, model = recipe.data.partition, recipe.model
+    if partition.kind == "column" and partition.column is None:
+        yield Conflict(
+            ("data.partition.column", "data.partition.kind"),
+            "partition kind 'column' needs the name of a data column, got null",
+        )
+    if model.source == "config" and not isinstance(model.config.get("architecture"), str):
+        yield Conflict(
+            ("model.config.architecture", "model.config", "model.source"),
+            "model source 'config' needs a transformers model type such as vit or bert",
+        )
+
+
+def _of_stages(annealing: Annealing) -> Iterator[Conflict]:
+    heating, cooling, holding = annealing.heating, annealing.cooling, annealing.holding
+    if annealing.total_rounds == 0:
+        yield Conflict(
+            tuple(f"annealing.{s}.rounds" for s in ("heating", "initiating", "cooling", "holding")),
+            "need at least one round, the stages' rounds sum to 0",
+        )
+    ramps = heating.shape == "ramp" and heating.rounds > 0
+    shrinks = cooling.shape != "constant" and cooling.rounds + holding.rounds > 0
+    if annealing.mode == "staged" and (ramps or shrinks) and cooling.rank > heating.rank:
+        yield Conflict(
+            ("annealing.cooling.rank", "annealing.heating.rank"),
+            f"expected at most heating.rank ({heating.rank}), got {cooling.rank}",
+        )
+
+
+def _of_acceptance(recipe: Recipe) -> Iterator[Conflict]:
+    annealing = recipe.annealing
+    if annealing.acceptance == "always":
+        return
+    if recipe.data.validation_fraction == 0:
+        yield Conflict(
+            ("data.validation_fraction", "annealing.acceptance"),
+            f"annealing.acceptance '{annealing.acceptance}' needs a value above 0 (or auto), got 0",
+        )
+    if annealing.acceptance == "metropolis" and annealing.cooling.residual == "fold":
+        yield Conflict(
+            ("annealing.acceptance", "annealing.cooling.residual"),
+            "'metropolis' does not go with residual 'fold': a folded shrink leaves the model as it"
+            " is, so every proposal would be accepted; use 'always'",
+        )
+    adapter_initiating = annealing.initiating.trainable == "adapter" and annealing.initiating_rounds
+    at_heating_rank = annealing.heating.rounds > 0 or adapter_initiating
+    value_is_sought = annealing.acceptance == "target" and annealing.target.value is None
+    if annealing.mode == "staged" and value_is_sought and not at_heating_rank:
+        yield Conflict(
+            ("annealing.target.value", "annealing.heating.rounds"),
+            "acceptance 'target' expects a number here, or heating.rounds above 0 to find it in",
+        )
+
+
+def _of_clients(recipe: Recipe) -> Iterator[Conflict]:
+    clients, partition = recipe.clients, recipe.data.partition
+    if clients.local_steps is not None and clients.local_epochs is not None:
+        yield Conflict(
+            ("clients.local_epochs", "clients.local_steps"),
+            "give local_steps or local_epochs, not both",
+        )
+    known = partition.kind != "column" and isinstance(clients.per_round, int)
+    if known and clients.per_round > partition.clients:
+        yield Conflict(
+            ("clients.per_round", "data.partition.clients"),
+            f"expected at most data.partition.clients ({partition.clients}),"
+            f" got {clients.per_round}",
+        )
+
+
+def _of_gpus(runtime: Runtime) -> Iterator[Conflict]:
+    share = runtime.gpus_per_actor
+    if share == "auto":
+        return
+    if share > 1 and share != int(share):
+        yield Conflict(
+            ("runtime.gpus_per_actor",), f"above 1 expected a whole number, got {share:g}"
+        )
+    if abs(share * 1e4 - round(share * 1e4)) > 1e-6:
+        yield Conflict(("runtime.gpus_per_actor",), f"expected steps of 0.0001, got {share:g}")
+    if runtime.device == "cuda" and share == 0:
+        yield Conflict(
+            ("runtime.gpus_per_actor", "runtime.device"), "device 'cuda' needs a share above 0"
+        )

@@ -1,0 +1,250 @@
+"""What every executor owes the round loop: in this process, on one Ray actor, and on two."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from rayfed_lora.errors import ClientError, RunError
+from rayfed_lora.federation.executor import Executor
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.reporting.status import StatusBoard
+from rayfed_lora.runtime.session import simulate
+from rayfed_lora.storage import RunFolder
+from rayfed_lora.types import AdapterState, Base, Factors, LocalPlan
+from tests.fakes import (
+    SHAPE,
+    WEIGHTS,
+    Behaviour,
+    FakeFactory,
+    energy,
+    every_round,
+    initial,
+    local_executor,
+    make_recipe,
+)
+
+Make = Callable[[Recipe, Behaviour], Executor]
+
+STATE = AdapterState(
+    {
+        "q": Factors(np.ones((2, 4), np.float32), np.zeros((6, 2), np.float32), 2.0),
+        "v": Factors(np.zeros((0, 3), np.float32), np.zeros((4, 0), np.float32), 2.0),
+    },
+    {"head": initial("head")},
+)
+PLAN = LocalPlan(round=2, trainable="adapter", lr=0.1, proximal_weight=0.0)
+WITHOUT_FAULTS = Behaviour()
+NO_CLOCK = ["seconds"]
+
+
+def on_ray(recipe: Recipe, behaviour: Behaviour) -> Executor:
+    from rayfed_lora.runtime.ray_executor import RayExecutor
+
+    return RayExecutor(recipe, FakeFactory(behaviour), note=lambda text: None)
+
+
+EXECUTORS = [
+    pytest.param("local", id="local"),
+    pytest.param(1, id="ray-1", marks=pytest.mark.ray),
+    pytest.param(2, id="ray-2", marks=pytest.mark.ray),
+]
+
+
+@pytest.fixture(params=EXECUTORS, scope="module")
+def executor(request: pytest.FixtureRequest) -> Iterator[Make]:
+    """Return a function that makes an executor; the test opens it."""
+    if request.param == "local":
+        yield local_executor
+        return
+    request.getfixturevalue("ray_session")
+    actors = {"runtime": {"client_actors": request.param}}
+
+    def make(recipe: Recipe, behaviour: Behaviour) -> Executor:
+        runtime = recipe.runtime.model_copy(update=actors["runtime"])
+        return on_ray(recipe.model_copy(update={"runtime": runtime}), behaviour)
+
+    yield make
+
+
+@pytest.fixture(scope="module")
+def opened(executor: Make) -> Iterator[Executor]:
+    """An executor without faults, open; shared, as tests only ask it for results."""
+    made = executor(make_recipe(name="shared"), WITHOUT_FAULTS)
+    made.open()
+    yield made
+    made.close()
+
+
+def run(executor: Executor, recipe: Recipe, location: Path) -> tuple[dict[str, Any], StatusBoard]:
+    board = StatusBoard(recipe.annealing.total_rounds)
+    folder = RunFolder(location)
+    summary = simulate(recipe, executor, folder, board, lambda: False, resume=False)
+    return summary, board
+
+
+def table(location: Path, name: str) -> pd.DataFrame:
+    return pd.read_parquet(BytesIO(RunFolder(location).read(f"{name}.parquet")))
+
+
+def test_opening_tells_the_sizes_of_the_workload(executor):
+    made = executor(make_recipe(), WITHOUT_FAULTS)
+    try:
+        population = made.open()
+    finally:
+        made.close()
+    assert population.shape == SHAPE
+    assert population.clients == 6
+    assert population.examples == {"validation": 0, "test": 5}
+
+
+def test_the_first_tensors_are_the_head_or_in_a_full_round_all(opened):
+    head = opened.initial_tensors("adapter")
+    assert list(head) == ["head"]
+    np.testing.assert_array_equal(head["head"], initial("head"))
+    assert list(opened.initial_tensors("full")) == list(WEIGHTS)
+
+
+def test_updates_come_one_a_client_in_client_order_each_with_its_own_step(opened):
+    blocks = [(0,), (1, 3), (4, 5)]
+    updates = list(opened.train(STATE, Base(), PLAN, blocks))
+    assert [update.client for update in updates] == [0, 1, 3, 4, 5]
+    assert [update.examples for update in updates] == [1, 2, 4, 5, 6]
+    assert all(update.error is None for update in updates)
+    for update in updates:
+        # The fake's step is client + round, here round 2, on every value.
+        moved = update.client + 2
+        np.testing.assert_array_equal(update.state.factors["q"].a, np.full((2, 4), 1 + moved))
+        np.testing.assert_array_equal(update.state.factors["q"].b, np.full((6, 2), moved))
+        assert update.state.factors["v"].a.shape == (0, 3)
+        np.testing.assert_array_equal(update.state.dense["head"], initial("head") + moved)
+
+
+def test_training_leaves_the_state_it_was_given_as_it_is(opened):
+    list(opened.train(STATE, Base(), PLAN, [(0, 1)]))
+    np.testing.assert_array_equal(STATE.factors["q"].a, 1)
+
+
+def test_a_new_base_and_a_new_fold_reach_the_clients(opened):
+    fold = {"q": Factors(np.ones((1, 4), np.float32), np.ones((6, 1), np.float32), 1.0)}
+    weights = {name: initial(name) for name in WEIGHTS if name != "head"}
+    moves = []
+    for base in (Base(), Base(1, weights), Base(1, weights, (fold,)), Base()):
+        (update,) = opened.train(STATE, base, PLAN, [(0,)])
+        moves.append(float(update.state.dense["head"][0, 0]))
+    # Client 0 in round 2 moves by 2, and by an eighth more for each new base and fold.
+    assert moves == [2.0, 2.125, 2.25, 2.0]
+
+
+def test_the_sums_of_shards_come_in_the_order_of_the_shards(opened):
+    shards = [slice(0, 2), slice(2, 4), slice(4, 5)]
+    sums = opened.evaluate("test", shards, STATE, Base(), "adapter")
+    # The fake's loss of row i is 1 + 0.1 sin(energy + i).
+    wave = np.sin(energy(STATE, Base(), "adapter") + np.arange(5))
+    expected = [2 + 0.1 * (wave[0] + wave[1]), 2 + 0.1 * (wave[2] + wave[3]), 1 + 0.1 * wave[4]]
+    assert [part.examples for part in sums] == [2, 2, 1]
+    np.testing.assert_allclose([part.loss for part in sums], expected, rtol=1e-12)
+
+
+def test_one_round_gives_the_weighted_mean_of_the_steps(executor, tmp_path):
+    recipe = make_recipe(
+        data__partition__clients=3,
+        clients__per_round=3,
+        annealing__mode="full",
+        annealing__initiating__rounds=1,
+        annealing__heating__rounds=0,
+        annealing__cooling__rounds=0,
+        annealing__holding__rounds=0,
+    )
+    summary, _ = run(executor(recipe, WITHOUT_FAULTS), recipe, tmp_path)
+    # Client k has k + 1 examples and moves by k in round 0: (1 * 0 + 2 * 1 + 3 * 2) / 6 = 4 / 3.
+    dense = {name: initial(name) + np.float32(4 / 3) for name in WEIGHTS}
+    export = pd.read_json(BytesIO(RunFolder(tmp_path).read("adapter/fake.json")), typ="series")
+    expected = energy(AdapterState({}, dense), Base(), "full")
+    assert export["energy"] == pytest.approx(expected, rel=1e-6)
+    assert summary["final"]["train_loss"] == pytest.approx(4 / 3)
+    (row,) = table(tmp_path, "rounds").to_dict("records")
+    assert (row["clients"], row["failed_clients"]) == (3, 0)
+    assert row["bytes_up"] == row["bytes_down"] == 3 * 47 * 4
+
+
+@pytest.mark.parametrize("cohort_size", [1, 3, "auto"])
+def test_a_whole_run_is_the_same_to_the_bit_on_every_executor(executor, cohort_size, tmp_path):
+    recipe = make_recipe(clients__per_round=5, runtime__cohort_size=cohort_size)
+    expected, _ = run(local_executor(make_recipe(clients__per_round=5)), recipe, tmp_path / "local")
+    summary, _ = run(executor(recipe, WITHOUT_FAULTS), recipe, tmp_path / "run")
+    assert summary["adapter_sha256"] == expected["adapter_sha256"]
+    assert summary["communication"] == expected["communication"]
+    for name in ("rounds", "clients"):
+        pd.testing.assert_frame_equal(
+            table(tmp_path / "run", name).drop(columns=NO_CLOCK),
+            table(tmp_path / "local", name).drop(columns=NO_CLOCK),
+            check_exact=True,
+        )
+
+
+def test_a_failed_client_is_recorded_and_left_out_and_the_run_goes_on(executor, tmp_path):
+    recipe = make_recipe(
+        data__partition__clients=3,
+        clients__per_round=3,
+        annealing__mode="full",
+        annealing__initiating__rounds=2,
+        annealing__heating__rounds=0,
+        annealing__cooling__rounds=0,
+        annealing__holding__rounds=0,
+    )
+    behaviour = Behaviour(failing=frozenset({(1, 0)}))
+    summary, board = run(executor(recipe, behaviour), recipe, tmp_path)
+    # Without client 1: (1 * 0 + 3 * 2) / 4 = 3 / 2; in round 1 all: 1 + 4 / 3.
+    dense = {name: initial(name) + np.float32(3 / 2 + 7 / 3) for name in WEIGHTS}
+    export = pd.read_json(BytesIO(RunFolder(tmp_path).read("adapter/fake.json")), typ="series")
+    expected = energy(AdapterState({}, dense), Base(), "full")
+    assert export["energy"] == pytest.approx(expected, rel=1e-6)
+    assert summary["failed_clients"] == 1
+    assert any("client 1 failed: loss is nan" in note for note in board.status().notes)
+    rounds, clients = table(tmp_path, "rounds"), table(tmp_path, "clients")
+    assert rounds["failed_clients"].tolist() == [1, 0]
+    assert rounds["train_loss"].tolist() == pytest.approx([3 / 2, 4 / 3])
+    assert rounds["bytes_up"].tolist() == [2 * 47 * 4, 3 * 47 * 4]
+    failed = clients[clients["status"] == "failed"].to_dict("records")
+    assert [(row["round"], row["client"], row["bytes_up"]) for row in failed] == [(0, 1, 0)]
+    assert failed[0]["error"] == "loss is nan in local step 1 of 1"
+
+
+def test_a_round_in_which_every_client_fails_ends_the_run_and_says_why(executor, tmp_path):
+    recipe = make_recipe()
+    behaviour = Behaviour(failing=every_round(*range(6)))
+    with pytest.raises(RunError, match=r"round 0: none of 3 clients .* loss is nan in local step"):
+        run(executor(recipe, behaviour), recipe, tmp_path)
+
+
+def test_a_client_that_raises_is_named_with_round_and_traceback_promptly(executor, tmp_path):
+    # Client 0 would keep its worker for a minute; nobody waits for it.
+    recipe = make_recipe(clients__per_round=1.0, runtime__cohort_size=1)
+    behaviour = Behaviour(raising=frozenset({(1, 2)}), sleep_s={})
+    began = time.perf_counter()
+    with pytest.raises(ClientError) as raised:
+        run(executor(recipe, behaviour), recipe, tmp_path)
+    assert time.perf_counter() - began < 60
+    error = raised.value
+    assert (error.client, error.round_index, error.exit_status) == (1, 2, 1)
+    assert "ValueError: the fake client 1 was told to raise" in error.trace
+    assert "_train_client" in error.trace
+    assert str(error).startswith("client 1 failed in round 2:\n")
+    # Rounds 0 and 1 are kept.
+    assert RunFolder(tmp_path).exists("checkpoints/round-000002/manifest.json")
+
+
+def test_after_closing_an_executor_can_be_opened_again(executor):
+    made = executor(make_recipe(), WITHOUT_FAULTS)
+    for _ in range(2):
+        assert made.open().clients == 6
+        made.close()
+    made.close()

@@ -1,0 +1,466 @@
+"""A run from its folder to its summary: who may use the folder, going on, stopping."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from rayfed_lora.errors import ClientError, InterruptedRunError, RunError, RunFolderError
+from rayfed_lora.federation import checkpoints
+from rayfed_lora.lora.fingerprint import sha256
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe_loading import load_recipe, recipe_yaml
+from rayfed_lora.reporting.status import Status, StatusBoard
+from rayfed_lora.runtime.session import claim, finished, simulate
+from rayfed_lora.storage import RunFolder
+from tests.fakes import Behaviour, Killed, KilledExecutor, local_executor, make_recipe
+
+METROPOLIS: dict[str, Any] = {
+    "seed": 1,
+    "annealing__acceptance": "metropolis",
+    "annealing__temperature": 0.02,
+    "annealing__cooling__rounds": 4,
+}
+TARGET: dict[str, Any] = {
+    "seed": 1,
+    "annealing__acceptance": "target",
+    "annealing__target__tolerance": 0.0,
+    "annealing__cooling__rounds": 4,
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "fold and spectral": {
+        "annealing__cooling__residual": "fold",
+        "annealing__allocation": "spectral",
+        "adapter__scaling": "rslora",
+    },
+    "product-svd": {"aggregation__rule": "product-svd", "annealing__initiating__trainable": "none"},
+    "full model": {"annealing__mode": "full"},
+    "metropolis": METROPOLIS,
+    "target": TARGET,
+}
+
+
+def never() -> bool:
+    return False
+
+
+def run(
+    recipe: Recipe,
+    location: Path,
+    *,
+    executor: Any = None,
+    resume: bool = False,
+    should_stop: Callable[[], bool] = never,
+    watch: Callable[[Status], None] | None = None,
+) -> tuple[dict[str, Any], StatusBoard]:
+    """Claim the folder and run, as the launcher does."""
+    folder = RunFolder(location)
+    claim(folder, recipe, resume)
+    board = StatusBoard(recipe.annealing.total_rounds, watch)
+    executor = executor or local_executor(recipe)
+    return simulate(recipe, executor, folder, board, should_stop, resume=resume), board
+
+
+def table(location: Path, name: str) -> pd.DataFrame:
+    content = RunFolder(location).read(f"{name}.parquet")
+    return pd.read_parquet(BytesIO(content)).drop(columns="seconds")
+
+
+def assert_same_run(location: Path, expected: Path) -> None:
+    """Compare all that must not depend on how often a run was interrupted."""
+    for name in ("rounds", "clients"):
+        pd.testing.assert_frame_equal(
+            table(location, name), table(expected, name), check_exact=True
+        )
+    got, wanted = (json.loads(RunFolder(p).read("summary.json")) for p in (location, expected))
+    for key in ("adapter_sha256", "communication", "final", "best", "rounds", "failed_clients"):
+        assert got[key] == wanted[key]
+    assert RunFolder(location).read("adapter/fake.json") == RunFolder(expected).read(
+        "adapter/fake.json"
+    )
+
+
+# --- who may use a folder ---------------------------------------------------------------------
+
+
+def test_a_new_and_an_empty_folder_may_be_used_and_stay_empty(tmp_path):
+    claim(RunFolder(tmp_path / "new"), make_recipe(), resume=False)
+    claim(RunFolder(tmp_path / "new"), make_recipe(), resume=True)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_folder_with_a_run_is_refused_without_resume(tmp_path):
+    run(make_recipe(), tmp_path)
+    with pytest.raises(RunFolderError, match=r"holds a run already; .*--resume.*--out"):
+        claim(RunFolder(tmp_path), make_recipe(), resume=False)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_with_foreign_files_is_refused_and_left_as_it_is(tmp_path, resume):
+    (tmp_path / "thesis.tex").write_text("do not touch")
+    with pytest.raises(RunFolderError, match="other files in it"):
+        claim(RunFolder(tmp_path), make_recipe(), resume=resume)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_of_another_recipe_is_refused_and_every_differing_key_is_listed(tmp_path):
+    run(make_recipe(), tmp_path)
+    other = make_recipe(
+        seed=4,
+        clients__per_round=2,
+        annealing__cooling__shape="cubic",
+        runtime__threads_per_actor=2,
+    )
+    with pytest.raises(RunFolderError) as refused:
+        claim(RunFolder(tmp_path), other, resume=True)
+    message = str(refused.value)
+    assert message.endswith("differ: annealing.cooling.shape, clients.per_round, seed")
+
+
+def test_where_a_run_happens_and_how_often_it_is_saved_may_change(tmp_path):
+    run(make_recipe(), tmp_path)
+    other = make_recipe(
+        runtime__cohort_size=2, runtime__executor="ray", storage__checkpoint_every=3
+    )
+    claim(RunFolder(tmp_path), other, resume=True)
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe", b"name: 3\n", b"", b"- a list\n"])
+def test_a_recipe_that_cannot_be_read_is_a_run_folder_error(tmp_path, content):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(RunFolderError, match=r"recipe\.yaml"):
+        claim(RunFolder(tmp_path), make_recipe(), resume=True)
+
+
+# --- a run without disturbance ------------------------------------------------------------------
+
+
+def test_the_folder_holds_the_resolved_recipe_the_tables_and_the_export(tmp_path):
+    recipe = make_recipe()
+    run(recipe, tmp_path)
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    assert (tmp_path / "recipe.yaml").read_text() == recipe_yaml(recipe)
+    files = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    assert files == {
+        "recipe.yaml",
+        "rounds.parquet",
+        "clients.parquet",
+        "summary.json",
+        "adapter/fake.json",
+        "checkpoints/base-000001.json",
+        "checkpoints/base-000001.safetensors",
+        *(
+            f"checkpoints/round-00000{rounds}/{name}"
+            for rounds in (5, 6)
+            for name in ("manifest.json", "state.json", "state.safetensors")
+        ),
+    }
+
+
+def test_the_summary_says_how_the_run_ended(tmp_path):
+    recipe = make_recipe(name="a-run", seed=5)
+    summary, board = run(recipe, tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    rounds = table(tmp_path, "rounds")
+    assert (summary["name"], summary["method"], summary["seed"]) == ("a-run", "sa-fedlora", 5)
+    assert (summary["rounds"], summary["failed_clients"]) == (6, 0)
+    last, best = rounds.iloc[-1], rounds.iloc[rounds["eval_accuracy"].argmax()]
+    for row, key in ((last, "final"), (best, "best")):
+        assert summary[key] == {
+            name: row[name] for name in ("round", "eval_accuracy", "eval_loss", "train_loss")
+        }
+    snapshot = checkpoints.newest(RunFolder(tmp_path), pytest.fail)
+    assert snapshot is not None
+    assert summary["adapter_sha256"] == sha256(snapshot.state)
+    assert board.status().phase == "done"
+
+
+def test_the_summary_counts_every_byte_of_the_tables(tmp_path):
+    summary, _ = run(make_recipe(clients__per_round=1.0), tmp_path)
+    # Six clients. Round 0 is full: 47 values each way. Rounds 1 and 2 are of rank 3, 3 of rank 2, 4
+    # and 5 of rank 1; 17 values a rank, 6 the head's. The base, 41 values, goes out once, in round 1.
+    adapter = 2 * (3 * 17 + 6) + (2 * 17 + 6) + 2 * (17 + 6)
+    up = 6 * (47 + adapter) * 4
+    fedavg = 6 * 2 * 6 * 47 * 4
+    communication = summary["communication"]
+    assert communication["bytes_up"] == communication["bytes_down"] == up
+    assert communication["bytes_base"] == 6 * 41 * 4
+    assert communication["total_bytes"] == 2 * up
+    assert communication["fedavg_total_bytes"] == fedavg
+    assert communication["reduction_vs_fedavg"] == pytest.approx(1 - 2 * up / fedavg)
+    assert communication["reduction_vs_fedavg_after_initiating"] == pytest.approx(
+        1 - adapter / (5 * 47)
+    )
+    rounds, clients = table(tmp_path, "rounds"), table(tmp_path, "clients")
+    assert rounds["bytes_up"].sum() == clients["bytes_up"].sum() == up
+    assert rounds["bytes_down"].sum() == clients["bytes_down"].sum() == up
+    assert rounds["bytes_base"].tolist() == [0, 6 * 41 * 4, 0, 0, 0, 0]
+
+
+def test_the_summary_has_times_and_versions(tmp_path):
+    summary, _ = run(make_recipe(), tmp_path)
+    timing = summary["timing"]
+    assert set(timing) == {
+        *("startup_s", "training_s", "evaluation_s", "wall_s", "client_updates_per_s")
+    }
+    parts = timing["startup_s"] + timing["training_s"] + timing["evaluation_s"]
+    assert 0 < parts < timing["wall_s"]
+    # Six rounds of three clients.
+    assert timing["client_updates_per_s"] == pytest.approx(18 / timing["training_s"])
+    assert {"python", "rayfed-lora", "ray", "torch", "numpy"} <= set(summary["versions"])
+    assert summary["versions"]["numpy"] == np.__version__
+
+
+def test_rounds_are_tested_as_often_as_asked_and_always_at_the_end(tmp_path):
+    summary, _ = run(make_recipe(evaluation__every=4), tmp_path)
+    tested = table(tmp_path, "rounds")["eval_loss"].notna()
+    assert tested.tolist() == [False, False, False, True, False, True]
+    assert summary["final"]["round"] == 5
+    assert summary["best"]["round"] in (3, 5)
+
+
+def test_the_schedule_reaches_the_tables(tmp_path):
+    run(make_recipe(), tmp_path)
+    rounds = table(tmp_path, "rounds")
+    # Rank 3, then linearly to 1 in two rounds.
+    assert rounds["stage"].tolist() == [
+        *("initiating", "heating", "heating", "cooling", "cooling", "holding")
+    ]
+    assert rounds["rank"].tolist()[1:] == [3, 3, 2, 1, 1]
+    assert math.isnan(rounds["rank"][0])
+    assert rounds["ranks"][3] == {"q": 2, "v": 2}
+    assert rounds["trainable_params"].tolist() == [47, 57, 57, 40, 23, 23]
+    assert rounds["proximal_weight"].tolist() == [0.01, 0, 0, 0, 0, 0]
+
+
+# --- going on ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the folder of an undisturbed run of one of `RECIPES`, run once."""
+    done: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in done:
+            done[name] = tmp_path_factory.mktemp("undisturbed")
+            run(make_recipe(**RECIPES[name]), done[name])
+        return done[name]
+
+    return folder
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_killed_in_any_round_goes_on_to_the_same_bits(name, undisturbed, tmp_path):
+    recipe = make_recipe(**RECIPES[name])
+    for t in range(recipe.annealing.total_rounds):
+        location = tmp_path / str(t)
+        killed = KilledExecutor(recipe, round_index=t, position=1)
+        with pytest.raises(Killed):
+            run(recipe, location, executor=killed)
+        assert killed.closed
+        run(recipe, location, resume=True)
+        assert_same_run(location, undisturbed(name))
+
+
+def test_a_run_killed_again_and_again_goes_on_to_the_same_bits(undisturbed, tmp_path):
+    recipe = make_recipe()
+    for t in (0, 0, 1, 2, 2, 5):
+        with pytest.raises(Killed):
+            run(recipe, tmp_path, executor=KilledExecutor(recipe, t, 2), resume=True)
+    run(recipe, tmp_path, resume=True)
+    assert_same_run(tmp_path, undisturbed("plain"))
+
+
+def test_the_feedback_recipes_do_meet_proposals_of_both_kinds(undisturbed):
+    # Else the two tests of going on above would say nothing of feedback.
+    for name, verdicts in (
+        ("metropolis", {"accepted", "rejected"}),
+        ("target", {"accepted", "reheated"}),
+    ):
+        rounds = table(undisturbed(name), "rounds")
+        assert set(rounds["verdict"].dropna()) == verdicts
+
+
+@pytest.mark.parametrize("killed_in", [2, 3, 4, 5])
+def test_a_run_saved_every_third_round_goes_on_from_the_last_save(killed_in, undisturbed, tmp_path):
+    recipe = make_recipe(storage__checkpoint_every=3)
+    with pytest.raises(Killed):
+        run(recipe, tmp_path, executor=KilledExecutor(recipe, killed_in, 0))
+    _, board = run(recipe, tmp_path, resume=True)
+    assert board.status().rounds_before == (0 if killed_in < 3 else 3)
+    assert_same_run(tmp_path, undisturbed("plain"))
+
+
+def test_a_kill_while_a_round_is_recorded_loses_nothing(undisturbed, tmp_path):
+    recipe = make_recipe()
+
+    def die_after_round_3(status: Status) -> None:
+        if status.records and status.records[-1].round == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(recipe, tmp_path, watch=die_after_round_3)
+    _, board = run(recipe, tmp_path, resume=True)
+    assert board.status().rounds_before == 3
+    assert_same_run(tmp_path, undisturbed("plain"))
+
+
+@pytest.mark.parametrize("file", ["rounds.parquet", "clients.parquet", "state.safetensors"])
+def test_a_kill_between_two_writes_of_a_save_loses_nothing(
+    file, undisturbed, tmp_path, monkeypatch
+):
+    recipe = make_recipe()
+    write, seen = RunFolder.write, []
+
+    def killed_before_the_fourth(self: RunFolder, name: str, content: bytes) -> None:
+        seen.append(name.endswith(file))
+        if seen[-1] and sum(seen) == 4:
+            raise Killed
+        write(self, name, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write", killed_before_the_fourth)
+        with pytest.raises(Killed):
+            run(recipe, tmp_path)
+    _, board = run(recipe, tmp_path, resume=True)
+    assert board.status().rounds_before == 3
+    assert_same_run(tmp_path, undisturbed("plain"))
+
+
+def test_a_run_killed_while_it_exports_needs_no_round_again(undisturbed, tmp_path):
+    recipe = make_recipe()
+
+    def die_exporting(status: Status) -> None:
+        if status.phase == "exporting":
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(recipe, tmp_path, watch=die_exporting)
+    assert finished(RunFolder(tmp_path)) is None
+    _, board = run(recipe, tmp_path, resume=True)
+    assert (board.status().rounds_before, board.status().updates) == (6, 0)
+    assert_same_run(tmp_path, undisturbed("plain"))
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_the_result_is_the_same(undisturbed, tmp_path):
+    recipe = make_recipe()
+    with pytest.raises(Killed):
+        run(recipe, tmp_path, executor=KilledExecutor(recipe, 4, 0))
+    file = tmp_path / "checkpoints" / "round-000004" / "state.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    _, board = run(recipe, tmp_path, resume=True)
+    (note,) = board.status().notes
+    assert "round-000004 is damaged" in note
+    assert board.status().rounds_before == 3
+    assert_same_run(tmp_path, undisturbed("plain"))
+
+
+def test_going_on_with_a_finished_run_returns_its_summary_and_starts_nothing(tmp_path):
+    recipe = make_recipe()
+    summary, _ = run(recipe, tmp_path)
+    before = (tmp_path / "summary.json").stat().st_mtime_ns
+    # Every client would fail: nothing is trained.
+    executor = local_executor(recipe, Behaviour(failing=frozenset({(0, 0), (1, 0), (2, 0)})))
+    again, board = run(recipe, tmp_path, executor=executor, resume=True)
+    assert again == summary
+    assert board.status() == Status(rounds=6)
+    assert (tmp_path / "summary.json").stat().st_mtime_ns == before
+
+
+def test_times_add_up_over_sittings(tmp_path):
+    recipe = make_recipe()
+    slow = local_executor(recipe, Behaviour(sleep_s=dict.fromkeys(range(6), 0.05)))
+    stop = StopAfter(updates=7)
+    with pytest.raises(InterruptedRunError):
+        run(recipe, tmp_path, executor=slow, should_stop=stop)
+    summary, _ = run(recipe, tmp_path, resume=True)
+    # Two rounds of three clients of 0.05 s in the first sitting.
+    assert summary["timing"]["training_s"] >= 6 * 0.05
+    assert summary["timing"]["wall_s"] >= summary["timing"]["training_s"]
+    rate = 18 / summary["timing"]["training_s"]
+    assert summary["timing"]["client_updates_per_s"] == pytest.approx(rate)
+
+
+# --- stopping and failing ------------------------------------------------------------------------
+
+
+class StopAfter:
+    """Says stop once it has been asked more than `updates` times; asked once an update."""
+
+    def __init__(self, updates: int) -> None:
+        self._left = updates
+
+    def __call__(self) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+
+@pytest.mark.parametrize(("updates", "rounds"), [(0, 0), (2, 0), (3, 1), (7, 2), (17, 5)])
+def test_a_stopped_run_keeps_its_finished_rounds_and_goes_on_to_the_same_bits(
+    updates, rounds, undisturbed, tmp_path
+):
+    # Rounds are saved every fourth time only, but a stop saves what is finished.
+    recipe = make_recipe(storage__checkpoint_every=4)
+    with pytest.raises(InterruptedRunError) as stopped:
+        run(recipe, tmp_path, should_stop=StopAfter(updates))
+    assert f"stopped with {rounds} of 6 rounds done; go on with --resume" in str(stopped.value)
+    assert stopped.value.exit_status == 130
+    assert finished(RunFolder(tmp_path)) is None
+    _, board = run(recipe, tmp_path, resume=True)
+    assert board.status().rounds_before == rounds
+    assert_same_run(tmp_path, undisturbed("plain"))
+
+
+def test_a_client_that_raises_ends_the_run_and_the_rounds_before_are_kept(tmp_path):
+    recipe = make_recipe(clients__per_round=1.0)
+    broken = local_executor(recipe, Behaviour(raising=frozenset({(4, 3)})))
+    with pytest.raises(ClientError, match=r"client 4 failed in round 3:\n"):
+        run(recipe, tmp_path, executor=broken)
+    _, board = run(recipe, tmp_path, resume=True)
+    assert board.status().rounds_before == 3
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_the_rounds_before_are_kept(
+    undisturbed, tmp_path, monkeypatch
+):
+    recipe = make_recipe()
+    write = RunFolder.write
+
+    def full(self: RunFolder, name: str, content: bytes) -> None:
+        if "round-000003" in name:
+            raise RunError(f"cannot write {name}: No space left on device")
+        write(self, name, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write", full)
+        with pytest.raises(RunError, match="No space left on device"):
+            run(recipe, tmp_path)
+    _, board = run(recipe, tmp_path, resume=True)
+    assert board.status().rounds_before == 2
+    assert_same_run(tmp_path, undisturbed("plain"))
+
+
+def test_an_executor_that_cannot_open_is_closed_and_the_run_can_start_again(tmp_path):
+    recipe = make_recipe()
+
+    class Unopenable(KilledExecutor):
+        def open(self) -> Any:
+            raise RunError("no data")
+
+    executor = Unopenable(recipe, 0, 0)
+    with pytest.raises(RunError, match="no data"):
+        run(recipe, tmp_path, executor=executor)
+    assert executor.closed
+    summary, _ = run(recipe, tmp_path, resume=True)
+    assert summary["rounds"] == 6
