@@ -189,9 +189,9 @@ def effective(state: AdapterState, base: Base, trainable: Trainable) -> dict[str
 
 
 def energy(state: AdapterState, base: Base, trainable: Trainable) -> float:
-    """Return the sum over the weights of their Frobenius norms."""
-    weights = effective(state, base, trainable)
-    return float(sum(np.sqrt(np.sum(w * w)) for w in weights.values()))
+    """Return the sum over the weights, by name, of their Frobenius norms."""
+    weights = sorted(effective(state, base, trainable).items())
+    return float(sum(np.sqrt(np.sum(weight * weight)) for _, weight in weights))
 
 
 @dataclass(frozen=True)

@@ -126,16 +126,16 @@ def test_only_the_newest_are_kept_and_the_newest_is_read(folder):
 
 
 def test_a_replaced_base_is_written_once_and_removed_when_no_checkpoint_needs_it(folder):
-    save_checkpoint(folder, snapshot(1, replaced(1)), keep=2)
+    writer = checkpoints.CheckpointWriter(folder, keep=2)
+    writer.write(snapshot(1, replaced(1)))
     first = (Path(folder.location) / "checkpoints" / "base-000001.safetensors").stat()
-    save_checkpoint(folder, snapshot(2, replaced(1)), keep=2)
+    writer.write(snapshot(2, replaced(1)))
     again = (Path(folder.location) / "checkpoints" / "base-000001.safetensors").stat()
     assert (again.st_ino, again.st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
-    save_checkpoint(folder, snapshot(3, replaced(2)), keep=2)
+    writer.write(snapshot(3, replaced(2)))
     assert folder.exists("checkpoints/base-000001.safetensors")
-    save_checkpoint(folder, snapshot(4, replaced(2)), keep=2)
+    writer.write(snapshot(4, replaced(2)))
     assert folder.names("checkpoints") == [
-        "base-000002.json",
         "base-000002.safetensors",
         "round-000003",
         "round-000004",
@@ -238,7 +238,7 @@ def test_a_full_disk_while_writing_leaves_the_older_checkpoint_in_use(folder, mo
     def full_at_the_manifest(self: RunFolder, name: str, content: bytes) -> None:
         if name.endswith("manifest.json"):
             raise RunError("cannot write: No space left on device")
-        save_checkpoint(self, name, content)
+        write(self, name, content)
 
     monkeypatch.setattr(RunFolder, "write", full_at_the_manifest)
     with pytest.raises(RunError, match="No space left"):

@@ -187,7 +187,7 @@ def test_the_summary_says_how_the_run_ended(tmp_path):
 def test_the_summary_counts_every_byte_of_the_tables(tmp_path):
     summary, _ = run(make_recipe(clients__per_round=1.0), tmp_path)
     # Six clients. Round 0 is full: 47 values each way. Rounds 1 and 2 are of rank 3, 3 of rank 2, 4
-    # and 5 of rank 1; 17 values a rank, 6 the head's. The base, 41 values, goes out once, in round 1.
+    # and 5 of rank 1; 17 values a rank, 6 the head's. The base, 41 values, goes out once.
     adapter = 2 * (3 * 17 + 6) + (2 * 17 + 6) + 2 * (17 + 6)
     up = 6 * (47 + adapter) * 4
     fedavg = 6 * 2 * 6 * 47 * 4
