@@ -71,7 +71,10 @@ def plan(recipe: RecipeArgument, set_: SetOption = None) -> None:
     from rayfed_lora import planning
     from rayfed_lora.reporting.terminal import show_plan
 
-    show_plan(Console(), loaded, planning.plan(loaded))
+    console = Console()
+    # Without a terminal rich takes 80 columns, too few for the table of rounds.
+    wide = console if console.is_terminal else Console(width=110)
+    show_plan(wide, loaded, planning.plan(loaded))
 
 
 @app.command()

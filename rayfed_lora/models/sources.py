@@ -6,7 +6,7 @@ Source: this project.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,12 @@ def configuration(model: Model, overrides: dict[str, Any]) -> Any:
             return AutoConfig.from_pretrained(location(model.source), **values)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"model.source {model.source!r}: {_first_line(error)}") from error
+
+
+def restored(values: Mapping[str, Any]) -> Any:
+    """Return the configuration that `to_dict` of another one gave."""
+    rest = dict(values)
+    return AutoConfig.for_model(rest.pop("model_type"), **rest)
 
 
 def label_facts(names: Sequence[str]) -> dict[str, Any]:

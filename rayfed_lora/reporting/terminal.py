@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from rayfed_lora.planning import Plan
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.progress import duration, megabytes
+
+if TYPE_CHECKING:
+    from rayfed_lora.planning import Plan
 
 
 def percent(share: float | None) -> str:
@@ -36,9 +39,11 @@ def show_plan(console: Console, recipe: Recipe, plan: Plan) -> None:
         f" head of {shape.head_params:,}",
         highlight=False,
     )
-    table = Table("round", "stage", "rank", "trainable", "lr", "clients", "up", "down", "base")
-    for column in table.columns[2:]:
-        column.justify = "right"
+    table = Table("round", "stage", "rank", "trained", "lr", "clients", "up", "down", "base")
+    table.box = box.SIMPLE
+    for column in table.columns:
+        column.no_wrap = True
+        column.justify = "left" if column.header in ("round", "stage") else "right"
     for r in plan.rounds:
         rank = "full" if r.rank is None else str(r.rank)
         table.add_row(
@@ -89,7 +94,7 @@ def _bill(communication: Mapping[str, Any]) -> Table:
     c = communication
     table.add_row("sent up", megabytes(c["bytes_up"]), "")
     table.add_row("sent down", megabytes(c["bytes_down"]), "")
-    table.add_row("frozen base, sent once", megabytes(c["bytes_base"]), "")
+    table.add_row("frozen base, sent as needed", megabytes(c["bytes_base"]), "")
     table.add_row("FedAvg would send", megabytes(c["fedavg_total_bytes"]), "")
     later, with_base = (
         c["reduction_vs_fedavg_after_initiating"],

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import ray
 
 from rayfed_lora.federation.executor import Population, Split
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.factory import Factory, population
-from rayfed_lora.training.trainer import Trainer
-from rayfed_lora.training.workload import Workload
 from rayfed_lora.types import (
     AdapterState,
     Base,
@@ -25,27 +24,9 @@ from rayfed_lora.types import (
     Trainable,
 )
 
-# Share of its GPU fraction that an actor may allocate; the rest is the driver's own.
-_MEMORY_SHARE = 0.95
-
-
-def device_of_this_actor(gpus: float) -> str:
-    """Return the torch device that Ray gave this actor, and bound its share of the memory.
-
-    An actor without GPUs sees all of them on a GPU node: it must take the CPU on purpose.
-
-    Args:
-        gpus: the actor's GPU share; logical GPUs without a card behind them count as none.
-    """
-    if gpus == 0:
-        return "cpu"
-    import torch
-
-    if not torch.cuda.is_available():
-        return "cpu"
-    if gpus < 1:
-        torch.cuda.set_per_process_memory_fraction(_MEMORY_SHARE * gpus, 0)
-    return "cuda:0"
+if TYPE_CHECKING:
+    from rayfed_lora.training.protocol import Trainer
+    from rayfed_lora.training.workload import Workload
 
 
 class ClientActor:
@@ -81,15 +62,16 @@ class ClientActor:
 
     def _opened(self) -> Trainer:
         if self._trainer is None:
-            device = device_of_this_actor(self._gpus)
+            from rayfed_lora.training.device import device_of_share
+
+            device = device_of_share(self._gpus)
             workload: Workload = ray.get(self._workload)
             self._trainer = self._factory.trainer(self._recipe, workload, device)
         return self._trainer
 
     def open(self) -> Population:
         """Build the trainer and say what it serves."""
-        import transformers  # noqa: F401 - slow to import; done while the data are being prepared
-
+        self._factory.load()
         trainer = self._opened()
         return population(ray.get(self._workload), trainer)
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol
 
 from rayfed_lora.federation.executor import Population
 from rayfed_lora.recipe import Recipe
-from rayfed_lora.training.trainer import LocalTrainer, Trainer
-from rayfed_lora.training.workload import Workload, prepare
+
+if TYPE_CHECKING:
+    from rayfed_lora.training.protocol import Trainer
+    from rayfed_lora.training.workload import Workload
 
 
 class Factory(Protocol):
     """Makes workloads and trainers; picklable, so that it can travel to actors."""
+
+    def load(self) -> None:
+        """Import what is slow to import, while others prepare the data."""
+        ...
 
     def workload(self, recipe: Recipe) -> Workload:
         """Read and prepare the data; once a run."""
@@ -23,14 +30,25 @@ class Factory(Protocol):
 
 
 class TorchFactory:
-    """The real thing: data from their source, models on torch."""
+    """The real thing: data from their source, models on torch.
+
+    torch and transformers are imported by its methods only: a driver never needs them.
+    """
+
+    def load(self) -> None:
+        """Import torch and transformers."""
+        import_module("rayfed_lora.training.trainer")
 
     def workload(self, recipe: Recipe) -> Workload:
         """Read and prepare the data."""
+        from rayfed_lora.training.workload import prepare
+
         return prepare(recipe)
 
     def trainer(self, recipe: Recipe, workload: Workload, device: str) -> Trainer:
         """Build the model and its trainer."""
+        from rayfed_lora.training.trainer import LocalTrainer
+
         return LocalTrainer(recipe, workload, device)
 
 

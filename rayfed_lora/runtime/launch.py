@@ -161,9 +161,9 @@ def _run_here(
 ) -> dict[str, Any]:
     runtime = recipe.runtime
     if runtime.device == "cuda":
-        import torch
+        from rayfed_lora.training.device import has_gpu
 
-        if not torch.cuda.is_available():
+        if not has_gpu():
             raise ResourceError("runtime.device 'cuda': torch sees no GPU on this machine")
     device = "cuda:0" if runtime.device == "cuda" else "cpu"
     executor = LocalExecutor(lambda: in_process(recipe, factory, device))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from rayfed_lora.federation.executor import Population, Split
-from rayfed_lora.training.trainer import Trainer
+from rayfed_lora.training.protocol import Trainer
 from rayfed_lora.types import (
     AdapterState,
     Base,

@@ -6,27 +6,24 @@ Source: local SGD as in FedAvg, arXiv:1602.05629; proximal term: FedProx, arXiv:
 from __future__ import annotations
 
 import time
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoConfig
 
 from rayfed_lora.data.batches import batch_indices
 from rayfed_lora.data.examples import Examples
-from rayfed_lora.errors import ClientError
 from rayfed_lora.models import export, sources
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.recipe import Clients, Recipe
 from rayfed_lora.seeds import Purpose, generator, torch_seed
+from rayfed_lora.training.protocol import Split, attributed
 from rayfed_lora.training.workload import Workload
 from rayfed_lora.types import (
     AdapterState,
@@ -38,45 +35,6 @@ from rayfed_lora.types import (
     ModelShape,
     Trainable,
 )
-
-Split = Literal["validation", "test"]
-
-
-class Trainer(Protocol):
-    """What an executor runs, in this process or in an actor. Stateless between calls."""
-
-    def shape(self) -> ModelShape:
-        """Return the model's sizes."""
-        ...
-
-    def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
-        """Return the dense tensors the first round starts from, by parameter name."""
-        ...
-
-    def train(
-        self, clients: Sequence[int], state: AdapterState, base: Base, plan: LocalPlan
-    ) -> list[ClientUpdate]:
-        """Train each client of a block from `state`; one update a client, in the same order."""
-        ...
-
-    def evaluate(
-        self, split: Split, rows: slice, state: AdapterState, base: Base, trainable: Trainable
-    ) -> EvaluationSums:
-        """Return the sums over some rows of a split under `state`."""
-        ...
-
-    def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
-        """Return the files of the trained model, by path inside the run folder."""
-        ...
-
-
-@contextmanager
-def attributed(client: int, round_index: int) -> Iterator[None]:
-    """Turn whatever a client's training raises into a ClientError that names it."""
-    try:
-        yield
-    except Exception as error:
-        raise ClientError(client, round_index, traceback.format_exc()) from error
 
 
 class LocalTrainer:
@@ -97,14 +55,12 @@ class LocalTrainer:
         self._model = AdaptedModel(self._build, recipe.adapter, device)
 
     def _build(self) -> nn.Module:
-        values = dict(self._workload.config)
-        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        config = sources.restored(self._workload.config)
         return sources.build(self._recipe.model, config, self._recipe.seed)
 
     def shape(self) -> ModelShape:
         """Return the model's sizes; raises ModelError where the adapter does not fit it."""
-        values = dict(self._workload.config)
-        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        config = sources.restored(self._workload.config)
         return model_shape(sources.skeleton(self._recipe.model, config), self._recipe)
 
     def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:

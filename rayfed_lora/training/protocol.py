@@ -1,0 +1,62 @@
+"""What an executor asks of a trainer. Imports no torch, so that fakes need none.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, Protocol
+
+from rayfed_lora.errors import ClientError
+from rayfed_lora.types import (
+    AdapterState,
+    Base,
+    ClientUpdate,
+    EvaluationSums,
+    FloatArray,
+    LocalPlan,
+    ModelShape,
+    Trainable,
+)
+
+Split = Literal["validation", "test"]
+
+
+class Trainer(Protocol):
+    """What an executor runs, in this process or in an actor. Stateless between calls."""
+
+    def shape(self) -> ModelShape:
+        """Return the model's sizes."""
+        ...
+
+    def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
+        """Return the dense tensors the first round starts from, by parameter name."""
+        ...
+
+    def train(
+        self, clients: Sequence[int], state: AdapterState, base: Base, plan: LocalPlan
+    ) -> list[ClientUpdate]:
+        """Train each client of a block from `state`; one update a client, in the same order."""
+        ...
+
+    def evaluate(
+        self, split: Split, rows: slice, state: AdapterState, base: Base, trainable: Trainable
+    ) -> EvaluationSums:
+        """Return the sums over some rows of a split under `state`."""
+        ...
+
+    def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
+        """Return the files of the trained model, by path inside the run folder."""
+        ...
+
+
+@contextmanager
+def attributed(client: int, round_index: int) -> Iterator[None]:
+    """Turn whatever a client's training raises into a ClientError that names it."""
+    try:
+        yield
+    except Exception as error:
+        raise ClientError(client, round_index, traceback.format_exc()) from error
