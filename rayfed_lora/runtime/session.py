@@ -21,6 +21,7 @@ from rayfed_lora.federation.transitions import GlobalModel
 from rayfed_lora.lora.fingerprint import sha256
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
+from rayfed_lora.reporting.report import report_html
 from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.reporting.summary import summary
 from rayfed_lora.reporting.tables import Tables
@@ -194,6 +195,9 @@ class _Sitting:
             sha256(model.state),
         )
         result["labels"] = list(self._labels)
+        page = report_html(self._recipe, result, self._tables.rounds)
+        self._folder.write("report.html", page.encode())
+        # Last: a folder with a summary is a finished run.
         self._folder.write("summary.json", json.dumps(result, indent=1).encode())
         self._board.phase("done")
         return result

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import pandas as pd
 import pytest
 
 from rayfed_lora.errors import ClientError, RunError
-from rayfed_lora.federation.executor import Executor
+from rayfed_lora.federation.executor import Executor, Population
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.runtime.session import simulate
@@ -25,13 +28,12 @@ from tests.fakes import (
     Behaviour,
     FakeFactory,
     energy,
-    every_round,
     initial,
     local_executor,
     make_recipe,
 )
 
-Make = Callable[[Recipe, Behaviour], Executor]
+Make = Callable[[str, Behaviour], Executor]
 
 STATE = AdapterState(
     {
@@ -41,45 +43,76 @@ STATE = AdapterState(
     {"head": initial("head")},
 )
 PLAN = LocalPlan(round=2, trainable="adapter", lr=0.1, proximal_weight=0.0)
+# Two actors of three executors fit on the four CPUs of the session.
+ACTOR = {"runtime__cpus_per_actor": 0.5}
 WITHOUT_FAULTS = Behaviour()
-NO_CLOCK = ["seconds"]
-
-
-def on_ray(recipe: Recipe, behaviour: Behaviour) -> Executor:
-    from rayfed_lora.runtime.ray_executor import RayExecutor
-
-    return RayExecutor(recipe, FakeFactory(behaviour), note=lambda text: None)
-
-
+# Client 1 fails in round 0, all do in round 3, client 1 raises in round 5; clients 4 and 5 are slow.
+FAULTY = Behaviour(
+    failing=frozenset({(1, 0), *((client, 3) for client in range(6))}),
+    raising=frozenset({(1, 5)}),
+    sleep_s={4: 120.0, 5: 120.0},
+)
+ONE_STAGE: dict[str, Any] = {
+    "annealing__mode": "full",
+    "annealing__heating__rounds": 0,
+    "annealing__cooling__rounds": 0,
+    "annealing__holding__rounds": 0,
+    "data__partition__clients": 3,
+    "clients__per_round": 3,
+}
 EXECUTORS = [
-    pytest.param("local", id="local"),
+    pytest.param(0, id="local"),
     pytest.param(1, id="ray-1", marks=pytest.mark.ray),
     pytest.param(2, id="ray-2", marks=pytest.mark.ray),
 ]
 
 
+class Lent:
+    """An executor that is open already and stays open: a start of Ray's actors takes seconds."""
+
+    def __init__(self, executor: Executor, population: Population) -> None:
+        self._population = population
+        self.initial_tensors = executor.initial_tensors
+        self.train = executor.train
+        self.evaluate = executor.evaluate
+        self.export = executor.export
+
+    def open(self) -> Population:
+        return self._population
+
+    def close(self) -> None:
+        """Leave it open."""
+
+
 @pytest.fixture(params=EXECUTORS, scope="module")
-def executor(request: pytest.FixtureRequest) -> Iterator[Make]:
-    """Return a function that makes an executor; the test opens it."""
-    if request.param == "local":
-        yield local_executor
-        return
+def executor(request: pytest.FixtureRequest) -> Make:
+    """Return a function that makes an executor by that name, not yet opened."""
+    actors = request.param
+    if actors == 0:
+        return lambda name, behaviour: local_executor(make_recipe(name=name), behaviour)
     request.getfixturevalue("ray_session")
-    actors = {"runtime": {"client_actors": request.param}}
+    from rayfed_lora.runtime.ray_executor import RayExecutor
 
-    def make(recipe: Recipe, behaviour: Behaviour) -> Executor:
-        runtime = recipe.runtime.model_copy(update=actors["runtime"])
-        return on_ray(recipe.model_copy(update={"runtime": runtime}), behaviour)
+    def make(name: str, behaviour: Behaviour) -> Executor:
+        recipe = make_recipe(name=name, runtime__client_actors=actors, **ACTOR)
+        return RayExecutor(recipe, FakeFactory(behaviour), note=pytest.fail)
 
-    yield make
+    return make
 
 
 @pytest.fixture(scope="module")
-def opened(executor: Make) -> Iterator[Executor]:
-    """An executor without faults, open; shared, as tests only ask it for results."""
-    made = executor(make_recipe(name="shared"), WITHOUT_FAULTS)
-    made.open()
-    yield made
+def opened(executor: Make) -> Iterator[Lent]:
+    """An open executor without faults."""
+    made = executor("without-faults", WITHOUT_FAULTS)
+    yield Lent(made, made.open())
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def faulty(executor: Make) -> Iterator[Lent]:
+    """An open executor with the faults of `FAULTY`."""
+    made = executor("faulty", FAULTY)
+    yield Lent(made, made.open())
     made.close()
 
 
@@ -94,15 +127,25 @@ def table(location: Path, name: str) -> pd.DataFrame:
     return pd.read_parquet(BytesIO(RunFolder(location).read(f"{name}.parquet")))
 
 
-def test_opening_tells_the_sizes_of_the_workload(executor):
-    made = executor(make_recipe(), WITHOUT_FAULTS)
-    try:
-        population = made.open()
-    finally:
-        made.close()
+def test_opening_tells_the_sizes_and_closing_frees_what_was_taken(executor):
+    made = executor("opened-and-closed", WITHOUT_FAULTS)
+    free = free_cpus()
+    population = made.open()
     assert population.shape == SHAPE
     assert population.clients == 6
     assert population.examples == {"validation": 0, "test": 5}
+    made.close()
+    made.close()
+    deadline = time.monotonic() + 30
+    while free_cpus() != free:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def free_cpus() -> float:
+    """Return Ray's free CPUs; 0 where Ray is not used."""
+    ray = sys.modules.get("ray")
+    return ray.available_resources()["CPU"] if ray and ray.is_initialized() else 0.0
 
 
 def test_the_first_tensors_are_the_head_or_in_a_full_round_all(opened):
@@ -153,60 +196,52 @@ def test_the_sums_of_shards_come_in_the_order_of_the_shards(opened):
     np.testing.assert_allclose([part.loss for part in sums], expected, rtol=1e-12)
 
 
-def test_one_round_gives_the_weighted_mean_of_the_steps(executor, tmp_path):
-    recipe = make_recipe(
-        data__partition__clients=3,
-        clients__per_round=3,
-        annealing__mode="full",
-        annealing__initiating__rounds=1,
-        annealing__heating__rounds=0,
-        annealing__cooling__rounds=0,
-        annealing__holding__rounds=0,
-    )
-    summary, _ = run(executor(recipe, WITHOUT_FAULTS), recipe, tmp_path)
+def exported_energy(location: Path) -> float:
+    return float(json.loads((location / "adapter" / "fake.json").read_text())["energy"])
+
+
+def full_energy(moved: float) -> float:
+    """Return the fake's energy of the source's weights with `moved` added to each."""
+    dense = {name: initial(name) + np.float32(moved) for name in WEIGHTS}
+    return energy(AdapterState({}, dense), Base(), "full")
+
+
+def test_one_round_gives_the_weighted_mean_of_the_steps(opened, tmp_path):
+    recipe = make_recipe(**ONE_STAGE, annealing__initiating__rounds=1)
+    summary, _ = run(of_three_clients(opened), recipe, tmp_path)
     # Client k has k + 1 examples and moves by k in round 0: (1 * 0 + 2 * 1 + 3 * 2) / 6 = 4 / 3.
-    dense = {name: initial(name) + np.float32(4 / 3) for name in WEIGHTS}
-    export = pd.read_json(BytesIO(RunFolder(tmp_path).read("adapter/fake.json")), typ="series")
-    expected = energy(AdapterState({}, dense), Base(), "full")
-    assert export["energy"] == pytest.approx(expected, rel=1e-6)
+    assert exported_energy(tmp_path) == pytest.approx(full_energy(4 / 3), rel=1e-6)
     assert summary["final"]["train_loss"] == pytest.approx(4 / 3)
     (row,) = table(tmp_path, "rounds").to_dict("records")
     assert (row["clients"], row["failed_clients"]) == (3, 0)
     assert row["bytes_up"] == row["bytes_down"] == 3 * 47 * 4
 
 
+def of_three_clients(lent: Lent) -> Lent:
+    return Lent(lent, replace(lent.open(), clients=3))
+
+
 @pytest.mark.parametrize("cohort_size", [1, 3, "auto"])
-def test_a_whole_run_is_the_same_to_the_bit_on_every_executor(executor, cohort_size, tmp_path):
+def test_a_whole_run_is_the_same_to_the_bit_on_every_executor(opened, cohort_size, tmp_path):
+    alone = make_recipe(clients__per_round=5)
+    expected, _ = run(local_executor(alone), alone, tmp_path / "local")
     recipe = make_recipe(clients__per_round=5, runtime__cohort_size=cohort_size)
-    expected, _ = run(local_executor(make_recipe(clients__per_round=5)), recipe, tmp_path / "local")
-    summary, _ = run(executor(recipe, WITHOUT_FAULTS), recipe, tmp_path / "run")
+    summary, _ = run(opened, recipe, tmp_path / "run")
     assert summary["adapter_sha256"] == expected["adapter_sha256"]
     assert summary["communication"] == expected["communication"]
     for name in ("rounds", "clients"):
         pd.testing.assert_frame_equal(
-            table(tmp_path / "run", name).drop(columns=NO_CLOCK),
-            table(tmp_path / "local", name).drop(columns=NO_CLOCK),
+            table(tmp_path / "run", name).drop(columns="seconds"),
+            table(tmp_path / "local", name).drop(columns="seconds"),
             check_exact=True,
         )
 
 
-def test_a_failed_client_is_recorded_and_left_out_and_the_run_goes_on(executor, tmp_path):
-    recipe = make_recipe(
-        data__partition__clients=3,
-        clients__per_round=3,
-        annealing__mode="full",
-        annealing__initiating__rounds=2,
-        annealing__heating__rounds=0,
-        annealing__cooling__rounds=0,
-        annealing__holding__rounds=0,
-    )
-    behaviour = Behaviour(failing=frozenset({(1, 0)}))
-    summary, board = run(executor(recipe, behaviour), recipe, tmp_path)
+def test_a_failed_client_is_recorded_and_left_out_and_the_run_goes_on(faulty, tmp_path):
+    recipe = make_recipe(**ONE_STAGE, annealing__initiating__rounds=2)
+    summary, board = run(of_three_clients(faulty), recipe, tmp_path)
     # Without client 1: (1 * 0 + 3 * 2) / 4 = 3 / 2; in round 1 all: 1 + 4 / 3.
-    dense = {name: initial(name) + np.float32(3 / 2 + 7 / 3) for name in WEIGHTS}
-    export = pd.read_json(BytesIO(RunFolder(tmp_path).read("adapter/fake.json")), typ="series")
-    expected = energy(AdapterState({}, dense), Base(), "full")
-    assert export["energy"] == pytest.approx(expected, rel=1e-6)
+    assert exported_energy(tmp_path) == pytest.approx(full_energy(3 / 2 + 7 / 3), rel=1e-6)
     assert summary["failed_clients"] == 1
     assert any("client 1 failed: loss is nan" in note for note in board.status().notes)
     rounds, clients = table(tmp_path, "rounds"), table(tmp_path, "clients")
@@ -218,33 +253,22 @@ def test_a_failed_client_is_recorded_and_left_out_and_the_run_goes_on(executor, 
     assert failed[0]["error"] == "loss is nan in local step 1 of 1"
 
 
-def test_a_round_in_which_every_client_fails_ends_the_run_and_says_why(executor, tmp_path):
-    recipe = make_recipe()
-    behaviour = Behaviour(failing=every_round(*range(6)))
-    with pytest.raises(RunError, match=r"round 0: none of 3 clients .* loss is nan in local step"):
-        run(executor(recipe, behaviour), recipe, tmp_path)
+def test_a_round_in_which_every_client_fails_ends_the_run_and_says_why(faulty, tmp_path):
+    recipe = make_recipe(**ONE_STAGE, annealing__initiating__rounds=5)
+    with pytest.raises(RunError, match=r"round 3: none of 3 clients .* loss is nan in local step"):
+        run(of_three_clients(faulty), recipe, tmp_path)
+    assert (tmp_path / "checkpoints" / "round-000003" / "manifest.json").exists()
 
 
-def test_a_client_that_raises_is_named_with_round_and_traceback_promptly(executor, tmp_path):
-    # Client 0 would keep its worker for a minute; nobody waits for it.
-    recipe = make_recipe(clients__per_round=1.0, runtime__cohort_size=1)
-    behaviour = Behaviour(raising=frozenset({(1, 2)}), sleep_s={})
+def test_a_client_that_raises_is_named_with_round_and_traceback_promptly(faulty):
+    # Nobody waits for clients 4 and 5, which take two minutes each. Last of those on `faulty`.
     began = time.perf_counter()
+    plan = replace(PLAN, round=5)
     with pytest.raises(ClientError) as raised:
-        run(executor(recipe, behaviour), recipe, tmp_path)
+        list(faulty.train(STATE, Base(), plan, [(0,), (1,), (4,), (5,)]))
     assert time.perf_counter() - began < 60
     error = raised.value
-    assert (error.client, error.round_index, error.exit_status) == (1, 2, 1)
+    assert (error.client, error.round_index, error.exit_status) == (1, 5, 1)
     assert "ValueError: the fake client 1 was told to raise" in error.trace
     assert "_train_client" in error.trace
-    assert str(error).startswith("client 1 failed in round 2:\n")
-    # Rounds 0 and 1 are kept.
-    assert RunFolder(tmp_path).exists("checkpoints/round-000002/manifest.json")
-
-
-def test_after_closing_an_executor_can_be_opened_again(executor):
-    made = executor(make_recipe(), WITHOUT_FAULTS)
-    for _ in range(2):
-        assert made.open().clients == 6
-        made.close()
-    made.close()
+    assert str(error).startswith("client 1 failed in round 5:\n")

@@ -1,0 +1,253 @@
+"""Whole runs on a local Ray: lost workers, GPU shares, the driver actor, what stays in memory."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from rayfed_lora.errors import InterruptedRunError, ResourceError, RunFolderError
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.reporting.status import Status, StatusBoard
+from rayfed_lora.runtime import launch
+from rayfed_lora.runtime.session import simulate
+from rayfed_lora.storage import RunFolder
+from tests.fakes import TEST_ROWS, Behaviour, FakeFactory, local_executor, make_recipe
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+
+def on_ray(**overrides: Any) -> Recipe:
+    return make_recipe(**{"runtime__executor": "ray", "runtime__cohort_size": 1, **overrides})
+
+
+def run(
+    recipe: Recipe, location: Path, factory: FakeFactory, board: StatusBoard | None = None
+) -> tuple[dict[str, Any], StatusBoard]:
+    from rayfed_lora.runtime.ray_executor import RayExecutor
+
+    board = board or StatusBoard(recipe.annealing.total_rounds)
+    executor = RayExecutor(recipe, factory, board.note)
+    folder = RunFolder(location)
+    return simulate(recipe, executor, folder, board, lambda: False, resume=False), board
+
+
+def expected_summary(location: Path, **overrides: Any) -> dict[str, Any]:
+    """Return the summary of the same recipe, undisturbed and without Ray."""
+    recipe = make_recipe(**overrides)
+    board = StatusBoard(recipe.annealing.total_rounds)
+    folder = RunFolder(location)
+    return simulate(recipe, local_executor(recipe), folder, board, lambda: False, resume=False)
+
+
+def table(location: Path, name: str) -> pd.DataFrame:
+    content = RunFolder(location).read(f"{name}.parquet")
+    return pd.read_parquet(BytesIO(content)).drop(columns="seconds")
+
+
+def assert_same_result(summary: dict[str, Any], location: Path, expected: Path) -> None:
+    wanted = json.loads((expected / "summary.json").read_text())
+    for key in ("adapter_sha256", "communication", "final", "best"):
+        assert summary[key] == wanted[key]
+    pd.testing.assert_frame_equal(
+        table(location, "rounds"), table(expected, "rounds"), check_exact=True
+    )
+
+
+# 64 x 64 images make a workload that lies in Ray's shared memory, as real ones do.
+@pytest.mark.parametrize("side", [2, 64], ids=["small workload", "workload in shared memory"])
+@pytest.mark.parametrize("actors", [1, 2])
+def test_a_client_actor_killed_in_a_block_is_told_and_the_result_is_the_same(
+    actors, side, tmp_path
+):
+    expected_summary(tmp_path / "local", clients__per_round=1.0)
+    marker = tmp_path / "marker"
+    marker.touch()
+    behaviour = Behaviour(dying=frozenset({(3, 2)}), marker=str(marker))
+    recipe = on_ray(clients__per_round=1.0, runtime__client_actors=actors)
+    summary, board = run(recipe, tmp_path / "run", FakeFactory(behaviour, side))
+    assert not marker.exists()
+    assert any("client actor was lost" in note for note in board.status().notes)
+    assert_same_result(summary, tmp_path / "run", tmp_path / "local")
+
+
+def test_two_runs_of_one_name_share_a_cluster(tmp_path):
+    from rayfed_lora.runtime.ray_executor import RayExecutor
+
+    recipe = on_ray(runtime__cpus_per_actor=0.5)
+    first = RayExecutor(recipe, FakeFactory(), note=pytest.fail)
+    first.open()
+    try:
+        summary, _ = run(recipe, tmp_path, FakeFactory())
+    finally:
+        first.close()
+    assert summary["rounds"] == 6
+
+
+def test_half_gpus_are_shared_and_without_a_card_the_device_is_the_cpu(tmp_path):
+    import ray
+    import torch
+
+    free: list[tuple[float, float]] = []
+
+    def watch(status: Status) -> None:
+        if status.records:
+            now = ray.available_resources()
+            free.append((now.get("GPU", 0.0), now.get("CPU", 0.0)))
+
+    recipe = on_ray(
+        clients__per_round=1.0,
+        runtime__client_actors="auto",
+        runtime__gpus_per_actor=0.5,
+        runtime__device="auto",
+    )
+    board = StatusBoard(recipe.annealing.total_rounds, watch)
+    run(recipe, tmp_path, FakeFactory(), board)
+    # Six clients a round, but two GPUs hold four halves: 4 * 0.5 GPU and 4 CPUs are taken.
+    assert free == [(0.0, 0.0)] * 6
+    device = json.loads((tmp_path / "adapter" / "fake.json").read_text())["device"]
+    assert device == ("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
+def test_more_actors_than_fit_are_refused_at_once_with_the_numbers(tmp_path):
+    began = time.perf_counter()
+    recipe = on_ray(runtime__client_actors=5, runtime__gpus_per_actor=0.5, runtime__device="auto")
+    with pytest.raises(ResourceError) as refused:
+        run(recipe, tmp_path, FakeFactory())
+    assert time.perf_counter() - began < 10
+    assert "cannot hold 5 client actors of 1 CPU and 0.5 GPU each" in str(refused.value)
+    assert "it holds 4. Nodes: 4 CPU, 2 GPU" in str(refused.value)
+
+
+def test_resources_that_others_hold_are_waited_for_so_long_and_no_longer(tmp_path):
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    taken = placement_group([{"CPU": 3.0}])
+    assert taken.wait(30)
+    try:
+        recipe = on_ray(runtime__client_actors=2, runtime__start_timeout_s=1.0)
+        with pytest.raises(
+            ResourceError, match=r"waited 1 s .* 2 client actors .* free now: 1 CPU"
+        ):
+            run(recipe, tmp_path, FakeFactory())
+    finally:
+        remove_placement_group(taken)
+
+
+def test_the_object_store_does_not_grow_with_the_rounds(tmp_path):
+    from ray._private.internal_api import memory_summary
+
+    objects: list[int] = []
+
+    def watch(status: Status) -> None:
+        if status.records:
+            summary = memory_summary(stats_only=True)
+            found = re.search(r"Plasma memory usage .*?, (\d+) objects", summary)
+            assert found is not None
+            objects.append(int(found.group(1)))
+
+    recipe = on_ray(
+        annealing__cooling__rounds=30, annealing__cooling__residual="fold", clients__per_round=1.0
+    )
+    run(recipe, tmp_path, FakeFactory(side=64), StatusBoard(34, watch))
+    assert len(objects) == 34
+    # What is held at a time: the workload, the base, the state in training and that in evaluation.
+    assert max(objects[20:]) <= max(objects[:10])
+
+
+def server_of(recipe: Recipe, location: Path, resume: bool, factory: FakeFactory) -> Any:
+    import ray
+
+    from rayfed_lora.runtime.simulation_server import SimulationServer
+
+    options = {"num_cpus": 0, "max_concurrency": 2, "max_restarts": -1, "max_task_retries": -1}
+    remote = ray.remote(SimulationServer).options(**options)
+    return remote.remote(recipe, str(location), resume, factory)
+
+
+def wait_for(server: Any, rounds: int) -> Status:
+    """Poll the server until so many rounds are done."""
+    import ray
+
+    deadline = time.monotonic() + 120
+    while True:
+        status: Status = ray.get(server.status.remote(), timeout=30)
+        if status.rounds_done >= rounds:
+            return status
+        assert time.monotonic() < deadline, status
+        time.sleep(0.05)
+
+
+SLOW = Behaviour(sleep_s=dict.fromkeys(range(6), 0.2))
+
+
+def test_the_server_answers_while_it_runs_and_stops_with_its_rounds_kept(tmp_path):
+    import ray
+
+    expected_summary(tmp_path / "local")
+    recipe = on_ray()
+    server = server_of(recipe, tmp_path / "run", False, FakeFactory(SLOW))
+    result = server.run.remote()
+    status = wait_for(server, rounds=2)
+    assert status.phase == "training"
+    assert (status.rounds, status.clients) == (6, 3)
+    assert [record.round for record in status.records][:2] == [0, 1]
+    assert len(ray.get(server.status.remote(records_seen=1)).records) >= 1
+    ray.get(server.stop.remote())
+    with pytest.raises(InterruptedRunError, match=r"stopped with \d of 6 rounds done"):
+        ray.get(result)
+    ray.kill(server)
+
+    assert not (tmp_path / "run" / "summary.json").exists()
+    again = server_of(recipe, tmp_path / "run", True, FakeFactory())
+    summary = ray.get(again.run.remote())
+    assert ray.get(again.status.remote()).rounds_before >= 2
+    ray.kill(again)
+    assert_same_result(summary, tmp_path / "run", tmp_path / "local")
+
+
+def test_a_server_that_is_killed_comes_back_and_goes_on_to_the_same_result(tmp_path):
+    import ray
+
+    expected_summary(tmp_path / "local")
+    server = server_of(on_ray(), tmp_path / "run", False, FakeFactory(SLOW))
+    result = server.run.remote()
+    wait_for(server, rounds=2)
+    ray.kill(server, no_restart=False)
+    summary = ray.get(result, timeout=180)
+    assert ray.get(server.status.remote()).rounds_before >= 2
+    ray.kill(server)
+    assert_same_result(summary, tmp_path / "run", tmp_path / "local")
+
+
+def test_a_run_is_launched_watched_and_brought_home(tmp_path):
+    expected_summary(tmp_path / "local")
+    seen: list[Status] = []
+    behaviour = Behaviour(sleep_s={0: 0.3})
+    result = launch.run(
+        on_ray(), str(tmp_path / "run"), watch=seen.append, factory=FakeFactory(behaviour)
+    )
+    assert result.location == str(tmp_path / "run")
+    assert_same_result(dict(result.summary), tmp_path / "run", tmp_path / "local")
+    assert len(result.rounds) == 6
+    assert len(result.clients) == 6 * 3
+    # Each record is shown once, in order.
+    assert [record.round for status in seen for record in status.records] == list(range(6))
+    assert seen[-1].rounds_done == 6
+    again = launch.run(on_ray(), str(tmp_path / "run"), resume=True, factory=FakeFactory())
+    assert again.summary == result.summary
+    with pytest.raises(RunFolderError, match="holds a run already"):
+        launch.run(on_ray(), str(tmp_path / "run"), factory=FakeFactory())
+
+
+def test_shards_of_a_test_split_are_summed_once_each(tmp_path):
+    # Five rows in shards of two: every row is counted, whichever actor takes which shard.
+    summary, _ = run(on_ray(runtime__client_actors=2), tmp_path, FakeFactory())
+    accuracy = summary["final"]["eval_accuracy"]
+    assert accuracy * TEST_ROWS == pytest.approx(round(accuracy * TEST_ROWS), abs=1e-12)
