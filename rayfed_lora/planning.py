@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from rayfed_lora.annealing import budget
 from rayfed_lora.annealing.stages import Feedback, plan_round
@@ -14,6 +16,7 @@ from rayfed_lora.federation import sampling
 from rayfed_lora.federation.learning_rate import learning_rate
 from rayfed_lora.federation.ledger import BYTES_A_VALUE, Ledger, Totals
 from rayfed_lora.recipe import Annealing, Recipe
+from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.training.workload import Outline, outline
 from rayfed_lora.types import ModelShape, RoundPlan, Stage, Trainable
 
@@ -66,13 +69,18 @@ class Plan:
     needs: tuple[str, ...]
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
     """Return the plan of a recipe; reads its data and its model's configuration.
+
+    Args:
+        recipe: from `load_recipe`, or what it takes: a shipped name, a path or a mapping.
 
     Raises:
         DataError: the data cannot be read or dealt as asked.
         ModelError: the model or its adapter does not fit.
     """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
     sizes = outline(recipe)
     clients = len(sizes.examples)
     ledger = Ledger(sizes.shape, clients)

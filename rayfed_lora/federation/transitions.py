@@ -110,12 +110,13 @@ def allocate(
 def resized(
     recipe: Recipe, state: AdapterState, ranks: Mapping[str, int], round_index: int
 ) -> AdapterState:
-    """Return the state with each module at its new rank and scale."""
+    """Return the state with each module at its new rank and scale; the same one if none changes."""
     factors = {}
     for index, (name, f) in enumerate(state.factors.items()):
         rng = generator(recipe.seed, Purpose.FACTOR_INIT, round_index, index)
         factors[name] = resize.resize(f, ranks[name], _scale(recipe, ranks[name]), rng)
-    return replace(state, factors=factors)
+    unchanged = all(factors[name] is f for name, f in state.factors.items())
+    return state if unchanged else replace(state, factors=factors)
 
 
 def _resized(recipe: Recipe, shape: ModelShape, model: GlobalModel, plan: RoundPlan) -> Entry:

@@ -123,7 +123,10 @@ def _detail(status: Status) -> str:
     now = time.time()
     if status.training_since is None:
         return ""
+    loss = "" if status.loss is None else f"loss {status.loss:.3f}  "
+    accuracy = "" if status.accuracy is None else f"accuracy {status.accuracy:.3f}  "
     return (
-        f"{status.clients_done}/{status.clients} clients  {megabytes(status.bytes_total)} sent"
+        f"{loss}{accuracy}{status.clients_done}/{status.clients} clients"
+        f"  {megabytes(status.bytes_total)} sent"
         f"  {status.clients_per_s(now):.1f} clients/s  ETA {duration(status.eta_s(now))}"
     )

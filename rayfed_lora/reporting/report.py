@@ -81,18 +81,21 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return [
         ("Accuracy on the test split", _figure(rows, "eval_accuracy", "accuracy")),
         ("Training loss", _figure(rows, "train_loss", "loss")),
-        ("Rank", _figure(rows, "rank", "mean rank over modules")),
+        ("Rank", _figure(rows, "rank", "mean rank over modules", from_zero=True)),
         (
             "Sent so far",
             _figure(
-                [{**row, "sent": t} for row, t in zip(rows, total, strict=True)], "sent", "MB", True
+                [{**row, "sent": t} for row, t in zip(rows, total, strict=True)],
+                "sent",
+                "MB, up and down",
+                from_zero=True,
             ),
         ),
     ]
 
 
 def _figure(
-    rows: Sequence[Mapping[str, Any]], column: str, label: str, logarithmic: bool = False
+    rows: Sequence[Mapping[str, Any]], column: str, label: str, *, from_zero: bool = False
 ) -> str:
     """Return one column against the round as SVG, the stages shaded behind it."""
     # The object interface of matplotlib: no global state, no window system.
@@ -109,8 +112,8 @@ def _figure(
             axes.axvspan(inside[0] - 0.5, inside[-1] + 0.5, color=shade, label=stage, lw=0)
     axes.plot([x for x, _ in points], [y for _, y in points], marker="o", ms=3, color="#1f5f99")
     axes.set(xlabel="round", ylabel=label, xlim=(0.5, len(rows) + 0.5))
-    if logarithmic:
-        axes.set_yscale("log")
+    if from_zero:
+        axes.set_ylim(bottom=0)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=4, frameon=False, fontsize=8)
     out = StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None})

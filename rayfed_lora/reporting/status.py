@@ -23,6 +23,7 @@ class Status:
         training_since: `time.time()` of the first round of this sitting, None before it.
         rounds_before: rounds finished in earlier sittings.
         bytes_total: bytes up and down in this sitting.
+        loss, accuracy: newest training loss and test accuracy, None before there is one.
         records: finished rounds; from `StatusBoard.status` only those asked for.
         notes: warnings for the user; likewise.
     """
@@ -38,6 +39,8 @@ class Status:
     training_since: float | None = None
     rounds_before: int = 0
     bytes_total: int = 0
+    loss: float | None = None
+    accuracy: float | None = None
     records: tuple[RoundRecord, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -117,6 +120,8 @@ class StatusBoard:
                 now,
                 rounds_done=record.round + 1,
                 bytes_total=now.bytes_total + record.bytes_up + record.bytes_down,
+                loss=record.train_loss,
+                accuracy=now.accuracy if record.eval_accuracy is None else record.eval_accuracy,
                 records=(*now.records, record),
             ),
             record,

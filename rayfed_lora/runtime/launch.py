@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayfed_lora.errors import (
@@ -18,6 +19,7 @@ from rayfed_lora.errors import (
     RunError,
 )
 from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.reporting.status import Status, StatusBoard
 from rayfed_lora.runtime.factory import Factory, TorchFactory, in_process
 from rayfed_lora.runtime.local import LocalExecutor
@@ -83,7 +85,7 @@ def default_location(recipe: Recipe) -> str:
 
 
 def run(
-    recipe: Recipe,
+    recipe: Recipe | str | Path | Mapping[str, Any],
     out: str | None = None,
     *,
     resume: bool = False,
@@ -97,7 +99,7 @@ def run(
     ends it at once.
 
     Args:
-        recipe: from `load_recipe`.
+        recipe: from `load_recipe`, or what it takes: a shipped name, a path or a mapping.
         out: run folder or URI; default `storage.path`, or a new one under `runs/`.
         resume: go on with the run in `out`.
         address: of a running Ray cluster; default $RAY_ADDRESS, or a Ray of our own.
@@ -109,6 +111,8 @@ def run(
         InterruptedRunError: stopped by SIGINT.
         RunError: the run failed; the last checkpoint is kept.
     """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
     location = out or default_location(recipe)
     folder = RunFolder(location)
     claim(folder, recipe, resume)

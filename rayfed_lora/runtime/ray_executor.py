@@ -57,6 +57,7 @@ class RayExecutor:
         self._group: PlacementGroup | None = None
         self._actors: list[Any] = []
         self._base: tuple[tuple[int, int], ray.ObjectRef] | None = None
+        self._state: tuple[AdapterState, ray.ObjectRef] | None = None
 
     def open(self) -> Population:
         """Check that the run fits the cluster, then start the actors and prepare the data.
@@ -126,7 +127,7 @@ class RayExecutor:
         self, state: AdapterState, base: Base, plan: LocalPlan, blocks: Sequence[tuple[int, ...]]
     ) -> Iterator[ClientUpdate]:
         """Yield one update a client, in the order of the blocks; the state is put once."""
-        state_ref, base_ref = ray.put(state), self._put_base(base)
+        state_ref, base_ref = self._put_state(state), self._put_base(base)
 
         def call(index: int, block: tuple[int, ...]) -> Call:
             name = f"round {plan.round} block {index}"
@@ -146,7 +147,7 @@ class RayExecutor:
         trainable: Trainable,
     ) -> list[EvaluationSums]:
         """Return the sums over each shard of rows, in order."""
-        state_ref, base_ref = ray.put(state), self._put_base(base)
+        state_ref, base_ref = self._put_state(state), self._put_base(base)
 
         def call(rows: slice) -> Call:
             return lambda actor: actor.evaluate.remote(split, rows, state_ref, base_ref, trainable)
@@ -158,6 +159,12 @@ class RayExecutor:
         result: dict[str, bytes]
         (result,) = self._in_order([lambda actor: actor.export.remote(state, base, trainable)])
         return result
+
+    def _put_state(self, state: AdapterState) -> ray.ObjectRef:
+        """Put a state once: a round starts from what the one before was tested with."""
+        if self._state is None or self._state[0] is not state:
+            self._state = (state, ray.put(state))
+        return self._state[1]
 
     def _put_base(self, base: Base) -> ray.ObjectRef:
         """Put a base into the object store once; the one before it is dropped."""
@@ -206,7 +213,8 @@ class RayExecutor:
         """End the actors and give their resources back."""
         if self._group is not None:
             remove_placement_group(self._group)
-        self._group, self._actors, self._base = None, [], None
+        self._group, self._actors = None, []
+        self._base, self._state = None, None
 
 
 def _result(reference: ray.ObjectRef) -> Any:

@@ -115,10 +115,11 @@ def simulate(
     done = finished(folder) if resume else None
     if done is not None:
         return done
-    if not folder.exists("recipe.yaml"):
-        folder.write("recipe.yaml", recipe_yaml(recipe).encode())
     try:
         population = executor.open()
+        # Only now: a run that was refused leaves its folder as it was.
+        if not folder.exists("recipe.yaml"):
+            folder.write("recipe.yaml", recipe_yaml(recipe).encode())
         return _Sitting(recipe, executor, folder, board, should_stop, population).run(began, resume)
     finally:
         executor.close()

@@ -46,7 +46,7 @@ PLAN = LocalPlan(round=2, trainable="adapter", lr=0.1, proximal_weight=0.0)
 # Two actors of three executors fit on the four CPUs of the session.
 ACTOR = {"runtime__cpus_per_actor": 0.5}
 WITHOUT_FAULTS = Behaviour()
-# Client 1 fails in round 0, all do in round 3, client 1 raises in round 5; clients 4 and 5 are slow.
+# Client 1 fails in round 0, all do in round 3, 1 raises in round 5; clients 4 and 5 are slow.
 FAULTY = Behaviour(
     failing=frozenset({(1, 0), *((client, 3) for client in range(6))}),
     raising=frozenset({(1, 5)}),

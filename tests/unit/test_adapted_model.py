@@ -1,0 +1,291 @@
+"""The resident model: what is loaded is what computes, trains and is read again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from transformers import ViTConfig, ViTForImageClassification
+
+from rayfed_lora.models.adapted import AdaptedModel
+from rayfed_lora.models.shapes import adapted_modules
+from rayfed_lora.recipe import Adapter
+from rayfed_lora.types import AdapterState, Base, Factors
+
+CLASSES = 3
+IMAGES = torch.from_numpy(np.random.default_rng(7).normal(size=(5, 1, 8, 8)).astype(np.float32))
+LABELS = torch.tensor([0, 1, 2, 1, 0])
+# Two layers; fc1 is 24 x 16, the others are 16 x 16.
+TARGETS = ["q_proj", "v_proj", "fc1"]
+
+
+def build() -> nn.Module:
+    """Return the source model: the same weights at each call."""
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        num_labels=CLASSES,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ViTForImageClassification(config).eval()
+
+
+def adapter(**values: Any) -> Adapter:
+    return Adapter.model_validate({"target_modules": TARGETS, **values})
+
+
+NAMES = adapted_modules(build(), adapter())
+HEAD = ("classifier.weight", "classifier.bias")
+
+
+def factors(name: str, rank: int, rng: np.random.Generator, scale: float) -> Factors:
+    d_out, d_in = build().get_submodule(name).weight.shape
+    a = rng.normal(size=(rank, d_in)).astype(np.float32)
+    b = rng.normal(size=(d_out, rank)).astype(np.float32)
+    return Factors(a, b, scale)
+
+
+def fold(ranks: Mapping[str, int], seed: int, scale: float = 0.5) -> dict[str, Factors]:
+    rng = np.random.default_rng(seed)
+    return {name: factors(name, rank, rng, scale) for name, rank in ranks.items()}
+
+
+def state(ranks: Sequence[int], seed: int = 1, scale: float = 0.5) -> AdapterState:
+    """Return random factors of the given ranks, module by module, and a random head."""
+    rng = np.random.default_rng(seed)
+    found = {n: factors(n, r, rng, scale) for n, r in zip(NAMES, ranks, strict=True)}
+    shapes = {"classifier.weight": (CLASSES, 16), "classifier.bias": (CLASSES,)}
+    head = {name: rng.normal(size=s).astype(np.float32) for name, s in shapes.items()}
+    return AdapterState(found, head)
+
+
+def everything(seed: int) -> dict[str, np.ndarray]:
+    """Return random values for every weight of the model."""
+    rng = np.random.default_rng(seed)
+    return {n: (p.detach().numpy() + rng.normal(0, 0.1, p.shape)).astype(np.float32)
+            for n, p in build().named_parameters()}  # fmt: skip
+
+
+def dense_logits(
+    weights: Mapping[str, np.ndarray], updates: Sequence[Mapping[str, Factors]]
+) -> np.ndarray:
+    """Return the logits in float64 of the plain model with W + sum of scale * B @ A in it."""
+    dense = {n: p.detach().double() for n, p in build().named_parameters()}
+    dense |= {name: torch.tensor(w, dtype=torch.float64) for name, w in weights.items()}
+    for update in updates:
+        for name, f in update.items():
+            product = f.scale * (f.b.astype(np.float64) @ f.a.astype(np.float64))
+            dense[f"{name}.weight"] = dense[f"{name}.weight"] + torch.tensor(product)
+    with torch.no_grad():
+        return functional_call(build().double(), dense, (IMAGES.double(),)).logits.numpy()
+
+
+def logits(model: AdaptedModel) -> np.ndarray:
+    model.net.eval()
+    with torch.no_grad():
+        return model.net(IMAGES).logits.numpy()
+
+
+def backward(model: AdaptedModel) -> set[str]:
+    """Take a gradient; return the names of all parameters that have one."""
+    model.net.zero_grad(set_to_none=True)
+    nn.functional.cross_entropy(model.net(IMAGES).logits, LABELS).backward()
+    return {n for n, p in model.net.named_parameters() if p.grad is not None}
+
+
+def assert_same_bits(one: AdapterState, other: AdapterState) -> None:
+    assert list(one.factors) == list(other.factors)
+    assert list(one.dense) == list(other.dense)
+    for name, f in one.factors.items():
+        g = other.factors[name]
+        assert f.scale == g.scale
+        np.testing.assert_array_equal(f.a, g.a)
+        np.testing.assert_array_equal(f.b, g.b)
+    for name, tensor in one.dense.items():
+        np.testing.assert_array_equal(tensor, other.dense[name])
+
+
+def weights_of(model: AdaptedModel) -> dict[str, np.ndarray]:
+    return model.tensors("full")
+
+
+def test_a_loaded_state_is_read_back_bit_for_bit() -> None:
+    model, given = AdaptedModel(build, adapter()), state([4, 3, 2, 1, 0, 5])
+    model.load(given, Base(), "adapter")
+    assert_same_bits(model.read(given), given)
+
+
+def test_the_model_computes_the_base_plus_scaled_products() -> None:
+    model, given = AdaptedModel(build, adapter()), state([4, 3, 2, 1, 0, 5])
+    model.load(given, Base(), "adapter")
+    expected = dense_logits(given.dense, [given.factors])
+    np.testing.assert_allclose(logits(model), expected, rtol=1e-4, atol=1e-5)
+    # The factors matter: without them the logits are others by far more than the tolerance.
+    assert np.abs(expected - dense_logits(given.dense, [])).max() > 0.1
+
+
+def test_ranks_and_scales_can_be_others_at_each_load_down_to_none_and_up_again() -> None:
+    model = AdaptedModel(build, adapter())
+    for seed, ranks in enumerate(
+        [[4] * 6, [1] * 6, [0] * 6, [0, 16, 3, 0, 2, 1], [0] * 6, [2] * 6]
+    ):
+        given = state(ranks, seed=seed, scale=1.0 / (seed + 1))
+        model.load(given, Base(), "adapter")
+        assert_same_bits(model.read(given), given)
+        expected = dense_logits(given.dense, [given.factors])
+        np.testing.assert_allclose(logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_that_the_state_lacks_has_no_update() -> None:
+    model, whole = AdaptedModel(build, adapter()), state([2] * 6)
+    model.load(whole, Base(), "adapter")
+    part = AdapterState({NAMES[0]: whole.factors[NAMES[0]]}, whole.dense)
+    model.load(part, Base(), "adapter")
+    expected = dense_logits(part.dense, [part.factors])
+    np.testing.assert_allclose(logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_full_round_sets_and_reads_every_weight_and_has_no_update() -> None:
+    model, before = AdaptedModel(build, adapter()), state([2] * 6)
+    model.load(before, Base(), "adapter")
+    given = AdapterState({}, everything(seed=3))
+    model.load(given, Base(), "full")
+    assert_same_bits(model.read(given), given)
+    np.testing.assert_allclose(logits(model), dense_logits(given.dense, []), rtol=1e-4, atol=1e-5)
+
+
+def test_the_tensors_of_a_round_have_the_plain_models_names_and_values() -> None:
+    model = AdaptedModel(build, adapter())
+    plain = {name: p.detach().numpy() for name, p in build().named_parameters()}
+    found = model.tensors("full")
+    assert list(found) == list(plain)
+    for name, tensor in plain.items():
+        np.testing.assert_array_equal(found[name], tensor)
+    assert tuple(model.tensors("adapter")) == HEAD
+
+
+def test_tensors_handed_out_do_not_change_when_the_model_does() -> None:
+    model = AdaptedModel(build, adapter())
+    head = model.tensors("adapter")["classifier.weight"]
+    before = head.copy()
+    model.load(state([1] * 6), Base(), "adapter")
+    np.testing.assert_array_equal(head, before)
+    assert not np.array_equal(model.tensors("adapter")["classifier.weight"], before)
+
+
+def test_read_only_arrays_of_the_object_store_can_be_loaded() -> None:
+    given = state([2] * 6)
+    base = Base(1, {n: w for n, w in everything(seed=4).items() if n not in HEAD}, (fold({}, 0),))
+    arrays = [*given.dense.values(), *(base.tensors or {}).values()]
+    for f in given.factors.values():
+        arrays += [f.a, f.b]
+    for array in arrays:
+        array.flags.writeable = False
+    model = AdaptedModel(build, adapter())
+    model.load(given, base, "adapter")
+    assert_same_bits(model.read(given), given)
+
+
+def test_a_replaced_base_and_its_folds_compute_as_the_dense_sum() -> None:
+    tensors = {n: w for n, w in everything(seed=3).items() if n not in HEAD}
+    first, second = fold({NAMES[0]: 2, NAMES[2]: 3}, seed=5), fold({NAMES[0]: 1}, seed=6)
+    model, given = AdaptedModel(build, adapter()), state([2, 0, 1, 3, 1, 2])
+    model.load(given, Base(1, tensors), "adapter")
+    expected = dense_logits({**tensors, **given.dense}, [given.factors])
+    np.testing.assert_allclose(logits(model), expected, rtol=1e-4, atol=1e-5)
+    model.load(given, Base(1, tensors, (first, second)), "adapter")
+    expected = dense_logits({**tensors, **given.dense}, [first, second, given.factors])
+    np.testing.assert_allclose(logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_folds_added_one_by_one_give_the_bits_of_all_at_once() -> None:
+    folds = tuple(fold({NAMES[0]: 2, NAMES[5]: 1}, seed=s) for s in range(3))
+    given = state([1] * 6)
+    gradual, at_once = AdaptedModel(build, adapter()), AdaptedModel(build, adapter())
+    for count in range(4):
+        gradual.load(given, Base(0, None, folds[:count]), "adapter")
+    at_once.load(given, Base(0, None, folds), "adapter")
+    for name, tensor in weights_of(at_once).items():
+        np.testing.assert_array_equal(weights_of(gradual)[name], tensor)
+    changed = f"{NAMES[0]}.weight"
+    assert not np.array_equal(weights_of(at_once)[changed], build().state_dict()[changed].numpy())
+
+
+def test_loading_the_same_base_again_adds_its_folds_only_once() -> None:
+    base, given = Base(0, None, (fold({NAMES[0]: 2}, seed=5),)), state([1] * 6)
+    model = AdaptedModel(build, adapter())
+    model.load(given, base, "adapter")
+    once = weights_of(model)
+    model.load(given, base, "adapter")
+    for name, tensor in once.items():
+        np.testing.assert_array_equal(weights_of(model)[name], tensor)
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["source", "replaced"])
+def test_a_base_with_fewer_folds_than_loaded_starts_anew(replaced: bool) -> None:
+    tensors = {n: w for n, w in everything(seed=3).items() if n not in HEAD} if replaced else None
+    folds = (fold({NAMES[0]: 2}, seed=5), fold({NAMES[1]: 2}, seed=6))
+    model, fresh, given = (
+        AdaptedModel(build, adapter()),
+        AdaptedModel(build, adapter()),
+        state([1] * 6),
+    )
+    base = Base(int(replaced), tensors, folds[:1])
+    model.load(given, Base(int(replaced), tensors, folds), "adapter")
+    model.load(given, base, "adapter")
+    fresh.load(given, base, "adapter")
+    for name, tensor in weights_of(fresh).items():
+        np.testing.assert_array_equal(weights_of(model)[name], tensor)
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["source", "replaced"])
+def test_a_base_is_set_anew_after_a_full_round(replaced: bool) -> None:
+    tensors = {n: w for n, w in everything(seed=3).items() if n not in HEAD} if replaced else None
+    base = Base(int(replaced), tensors, (fold({NAMES[0]: 2}, seed=5),))
+    given = state([1] * 6)
+    model, fresh = AdaptedModel(build, adapter()), AdaptedModel(build, adapter())
+    model.load(given, base, "adapter")
+    model.load(AdapterState({}, everything(seed=8)), Base(), "full")
+    model.load(given, base, "adapter")
+    fresh.load(given, base, "adapter")
+    for name, tensor in weights_of(fresh).items():
+        np.testing.assert_array_equal(weights_of(model)[name], tensor)
+
+
+def test_adapter_rounds_train_the_factors_and_the_head_and_nothing_else() -> None:
+    model, given = AdaptedModel(build, adapter()), state([1, 0, 2, 1, 0, 1])
+    model.load(given, Base(), "adapter")
+    with_factors = [n for n in NAMES if given.factors[n].rank > 0]
+    expected = {f"{n}.lora_{part}.default.weight" for n in with_factors for part in "AB"}
+    assert backward(model) == expected | set(HEAD)
+    assert list(model.parameters(given)) == [
+        *HEAD,
+        *(f"{n}.lora_{part}" for n in with_factors for part in "AB"),
+    ]
+
+
+def test_a_head_that_is_not_trained_gets_no_gradient() -> None:
+    model = AdaptedModel(build, adapter(train_head=False))
+    given = AdapterState(state([1] * 6).factors, {})
+    model.load(given, Base(), "adapter")
+    assert backward(model) == {f"{n}.lora_{part}.default.weight" for n in NAMES for part in "AB"}
+
+
+def test_full_rounds_train_every_weight_of_the_plain_model() -> None:
+    model = AdaptedModel(build, adapter())
+    model.load(state([1] * 6), Base(), "adapter")
+    given = AdapterState({}, everything(seed=3))
+    model.load(given, Base(), "full")
+    assert len(backward(model)) == len(list(build().named_parameters()))
+    assert list(model.parameters(given)) == [name for name, _ in build().named_parameters()]
