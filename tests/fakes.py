@@ -25,7 +25,7 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.runtime.factory import in_process
 from rayfed_lora.runtime.local import LocalExecutor
-from rayfed_lora.training.trainer import attributed
+from rayfed_lora.training.protocol import attributed
 from rayfed_lora.training.workload import Workload
 from rayfed_lora.types import (
     AdapterState,
@@ -205,6 +205,9 @@ class FakeFactory:
 
     behaviour: Behaviour = field(default_factory=Behaviour)
     side: int = 2
+
+    def load(self) -> None:
+        """Import nothing: the fakes need neither torch nor transformers."""
 
     def workload(self, recipe: Recipe) -> Workload:
         clients = recipe.data.partition.clients

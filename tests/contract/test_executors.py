@@ -104,16 +104,20 @@ def executor(request: pytest.FixtureRequest) -> Make:
 def opened(executor: Make) -> Iterator[Lent]:
     """An open executor without faults."""
     made = executor("without-faults", WITHOUT_FAULTS)
-    yield Lent(made, made.open())
-    made.close()
+    try:
+        yield Lent(made, made.open())
+    finally:
+        made.close()
 
 
 @pytest.fixture(scope="module")
 def faulty(executor: Make) -> Iterator[Lent]:
     """An open executor with the faults of `FAULTY`."""
     made = executor("faulty", FAULTY)
-    yield Lent(made, made.open())
-    made.close()
+    try:
+        yield Lent(made, made.open())
+    finally:
+        made.close()
 
 
 def run(executor: Executor, recipe: Recipe, location: Path) -> tuple[dict[str, Any], StatusBoard]:
@@ -130,11 +134,13 @@ def table(location: Path, name: str) -> pd.DataFrame:
 def test_opening_tells_the_sizes_and_closing_frees_what_was_taken(executor):
     made = executor("opened-and-closed", WITHOUT_FAULTS)
     free = free_cpus()
-    population = made.open()
+    try:
+        population = made.open()
+    finally:
+        made.close()
     assert population.shape == SHAPE
     assert population.clients == 6
     assert population.examples == {"validation": 0, "test": 5}
-    made.close()
     made.close()
     deadline = time.monotonic() + 30
     while free_cpus() != free:

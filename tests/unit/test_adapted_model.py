@@ -186,9 +186,10 @@ def test_tensors_handed_out_do_not_change_when_the_model_does() -> None:
 
 def test_read_only_arrays_of_the_object_store_can_be_loaded() -> None:
     given = state([2] * 6)
-    base = Base(1, {n: w for n, w in everything(seed=4).items() if n not in HEAD}, (fold({}, 0),))
+    added = fold({NAMES[0]: 2}, seed=5)
+    base = Base(1, {n: w for n, w in everything(seed=4).items() if n not in HEAD}, (added,))
     arrays = [*given.dense.values(), *(base.tensors or {}).values()]
-    for f in given.factors.values():
+    for f in (*given.factors.values(), *added.values()):
         arrays += [f.a, f.b]
     for array in arrays:
         array.flags.writeable = False

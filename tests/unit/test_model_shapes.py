@@ -182,7 +182,7 @@ def test_a_head_can_be_named_inside_the_encoder() -> None:
 
 
 def test_a_head_module_that_is_not_there_is_refused_and_the_others_are_listed() -> None:
-    with pytest.raises(ModelError, match="no module 'classifer'; there are .*classifier"):
+    with pytest.raises(ModelError, match=r"no module 'classifer'; there are .*classifier"):
         head_modules(vit(), adapter(head_modules=["classifer"]))
 
 

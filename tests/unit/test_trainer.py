@@ -1,0 +1,670 @@
+"""Local training against plain torch and plain PEFT, and what must not depend on what else ran."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from rayfed_lora.data.batches import batch_indices
+from rayfed_lora.data.examples import Examples
+from rayfed_lora.data.partition import ClientTable
+from rayfed_lora.errors import ClientError
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe_loading import load_recipe
+from rayfed_lora.seeds import Purpose, generator
+from rayfed_lora.training.trainer import LocalTrainer
+from rayfed_lora.training.workload import Workload, prepare
+from rayfed_lora.types import (
+    AdapterState,
+    Base,
+    ClientUpdate,
+    EvaluationSums,
+    Factors,
+    LocalPlan,
+)
+
+# PEFT asks transformers 5 for a property that it is about to rename.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+
+CLASSES = 3
+# Examples of clients 0 to 4; client 0 has fewer than any batch used here.
+SIZES = (3, 12, 8, 10, 7)
+HEAD = ("classifier.weight", "classifier.bias")
+VIT = {
+    "architecture": "vit",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": 8,
+    "patch_size": 4,
+    "num_channels": 1,
+}
+BERT = {
+    "architecture": "bert",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 16,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+RECIPE: dict[str, Any] = {
+    "name": "tiny",
+    "seed": 5,
+    "data": {"partition": {"clients": len(SIZES)}},
+    "model": {"config": VIT},
+    "adapter": {"alpha": 8.0},
+    "annealing": {"heating": {"rank": 4}, "cooling": {"rank": 2}},
+    "clients": {"per_round": 2, "local_steps": 5, "batch_size": 5},
+    "runtime": {"executor": "local", "device": "cpu"},
+}
+WORDS = ["how", "many", "who", "is", "where", "the", "dog", "cat", "moon", "far", "old"]
+
+
+def make_recipe(**overrides: Any) -> Recipe:
+    return load_recipe(RECIPE, {key.replace("__", "."): v for key, v in overrides.items()})
+
+
+def images(rows: int, seed: int) -> Examples:
+    rng = np.random.default_rng(seed)
+    pixels = rng.normal(size=(rows, 1, 8, 8)).astype(np.float32)
+    return Examples({"pixel_values": pixels}, rng.integers(0, CLASSES, rows))
+
+
+def image_workload(recipe: Recipe, train: Examples | None = None) -> Workload:
+    rows = sum(SIZES)
+    names = {i: str(i) for i in range(CLASSES)}
+    values = {k: v for k, v in recipe.model.config.items() if k != "architecture"}
+    config = AutoConfig.for_model("vit", num_labels=CLASSES, id2label=names, **values)
+    return Workload(
+        train=images(rows, seed=1) if train is None else train,
+        validation=images(4, seed=2),
+        test=images(23, seed=3),
+        clients=ClientTable(np.arange(rows), np.cumsum([0, *SIZES])),
+        label_names=tuple(names.values()),
+        config=config.to_dict(),
+    )
+
+
+def image_trainer(recipe: Recipe, train: Examples | None = None) -> LocalTrainer:
+    return LocalTrainer(recipe, image_workload(recipe, train))
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer of a few words and a table of questions of several lengths."""
+    folder = tmp_path_factory.mktemp("questions")
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {word: i for i, word in enumerate([*specials, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+    ).save_pretrained(str(folder))
+    rng = np.random.default_rng(0)
+    with (folder / "questions.csv").open("w", newline="") as stream:
+        table = csv.writer(stream)
+        table.writerow(["text", "label"])
+        for i in range(60):
+            words = rng.choice(WORDS, size=1 + i % 6)
+            table.writerow([" ".join(words), f"kind {rng.integers(CLASSES)}"])
+    return folder
+
+
+def text_recipe(folder: Path, **overrides: Any) -> Recipe:
+    return make_recipe(
+        data__source=str(folder / "questions.csv"),
+        data__partition__kind="iid",
+        model__task="text-classification",
+        model__tokenizer=str(folder),
+        model__config=BERT,
+        **overrides,
+    )
+
+
+def adapter_state(trainer: LocalTrainer, rank: int = 4, scale: float = 2.0) -> AdapterState:
+    """Return random factors, none of them zero, and the head as the model has it."""
+    rng = np.random.default_rng(11)
+    factors = {
+        name: Factors(
+            rng.normal(0, 0.3, (rank, shape.d_in)).astype(np.float32),
+            rng.normal(0, 0.3, (shape.d_out, rank)).astype(np.float32),
+            scale,
+        )
+        for name, shape in trainer.shape().modules.items()
+    }
+    return AdapterState(factors, trainer.initial_tensors("adapter"))
+
+
+def local_plan(**values: Any) -> LocalPlan:
+    return replace(LocalPlan(round=1, trainable="adapter", lr=0.1, proximal_weight=0.0), **values)
+
+
+def plain_net(recipe: Recipe, workload: Workload) -> nn.Module:
+    """Return a model of transformers with the weights that the recipe's trainers start from."""
+    values = dict(workload.config)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    is_text = "input_ids" in workload.train.inputs
+    kind = AutoModelForSequenceClassification if is_text else AutoModelForImageClassification
+    net = kind.from_config(config)
+    tensors = LocalTrainer(recipe, workload).initial_tensors("full")
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            parameter.copy_(torch.tensor(tensors[name]))
+    return net
+
+
+def peft_net(recipe: Recipe, workload: Workload, state: AdapterState) -> PeftModel:
+    """Return a plain PEFT model with the state's factors and head in it."""
+    ranks = {f.rank for f in state.factors.values()}
+    scales = {f.scale for f in state.factors.values()}
+    (rank,), (scale,) = ranks, scales
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=scale * rank,
+        target_modules=list(state.factors),
+        modules_to_save=["classifier"],
+    )
+    net = get_peft_model(plain_net(recipe, workload), config)
+    weights = dict(net.named_parameters())
+    with torch.no_grad():
+        for name, tensor in peft_weights(state).items():
+            weights[name].copy_(torch.tensor(tensor))
+    return net
+
+
+def peft_weights(state: AdapterState) -> dict[str, np.ndarray]:
+    """Return a state's arrays by the names that PEFT gives the trained parameters."""
+    found = {}
+    for name, f in state.factors.items():
+        found[f"base_model.model.{name}.lora_A.default.weight"] = f.a
+        found[f"base_model.model.{name}.lora_B.default.weight"] = f.b
+    for name, tensor in state.dense.items():
+        module, kind = name.rsplit(".", 1)
+        found[f"base_model.model.{module}.modules_to_save.default.{kind}"] = tensor
+    return found
+
+
+def batches_of(recipe: Recipe, workload: Workload, client: int, round_index: int) -> list[Any]:
+    """Return the row numbers of each step, from the stream that the method documents."""
+    return batch_indices(
+        workload.clients.examples(client),
+        recipe.clients.batch_size,
+        generator(recipe.seed, Purpose.BATCHES, round_index, client),
+        steps=recipe.clients.steps,
+        epochs=recipe.clients.local_epochs,
+    )
+
+
+def inputs_of(workload: Workload, rows: np.ndarray) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Return rows as tensors, padded as far as the whole table is."""
+    inputs = {name: torch.tensor(values[rows]) for name, values in workload.train.inputs.items()}
+    inputs = {n: t if t.is_floating_point() else t.long() for n, t in inputs.items()}
+    return inputs, torch.tensor(workload.train.labels[rows])
+
+
+def plain_loop(
+    net: nn.Module,
+    workload: Workload,
+    batches: Sequence[np.ndarray],
+    optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    mu: float = 0.0,
+    longest_gradient: float = math.inf,
+) -> dict[str, np.ndarray]:
+    """Train with plain torch, the proximal term as a part of the loss; return what was trained."""
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    received = {name: p.detach().clone() for name, p in trained.items()}
+    optimizer = optimizer_of(list(trained.values()))
+    net.train()
+    for rows in batches:
+        inputs, labels = inputs_of(workload, rows)
+        distance = sum(((p - received[name]) ** 2).sum() for name, p in trained.items())
+        loss = functional.cross_entropy(net(**inputs).logits, labels) + mu / 2 * distance
+        optimizer.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in trained.values()))
+        for p in trained.values():
+            p.grad.mul_(min(1.0, longest_gradient / norm))
+        optimizer.step()
+    return {name: p.detach().numpy() for name, p in trained.items()}
+
+
+def only(updates: list[ClientUpdate]) -> tuple[ClientUpdate, AdapterState]:
+    """Return the one update and its state."""
+    (update,) = updates
+    assert update.error is None
+    assert update.state is not None
+    return update, update.state
+
+
+def arrays_of(state: AdapterState) -> Iterator[tuple[str, np.ndarray]]:
+    for name, f in state.factors.items():
+        yield f"{name}|a", f.a
+        yield f"{name}|b", f.b
+    yield from state.dense.items()
+
+
+def largest_difference(one: AdapterState, other: AdapterState) -> float:
+    pairs = zip(arrays_of(one), arrays_of(other), strict=True)
+    return max((float(np.abs(a - b).max()) for (_, a), (_, b) in pairs if a.size), default=0.0)
+
+
+def assert_same_bits(one: AdapterState | None, other: AdapterState | None) -> None:
+    assert one is not None
+    assert other is not None
+    assert largest_difference(one, other) == 0.0
+
+
+def assert_matches_peft(state: AdapterState, expected: dict[str, np.ndarray]) -> None:
+    found = peft_weights(state)
+    assert set(found) == set(expected)
+    for name, tensor in found.items():
+        np.testing.assert_allclose(tensor, expected[name], rtol=1e-4, atol=2e-6, err_msg=name)
+
+
+def sgd(lr: float = 0.1, **values: float) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    return lambda parameters: torch.optim.SGD(parameters, lr=lr, **values)
+
+
+def test_one_sgd_step_follows_the_chain_rule_on_the_merged_weights() -> None:
+    recipe = make_recipe(clients__local_steps=1, clients__batch_size=100)
+    trainer, workload = image_trainer(recipe), image_workload(recipe)
+    state = adapter_state(trainer)
+    update, stepped = only(trainer.train([2], state, Base(), local_plan(lr=0.5)))
+    # A batch larger than the client is all its examples; their order does not matter.
+    pixels, labels = inputs_of(workload, workload.clients.examples(2))
+    net = plain_net(recipe, workload).double()
+    merged = {n: p.detach().clone().requires_grad_() for n, p in net.named_parameters()}
+    with torch.no_grad():
+        for name, f in state.factors.items():
+            merged[f"{name}.weight"] += torch.tensor(
+                f.scale * f.b.astype(float) @ f.a.astype(float)
+            )
+    logits = functional_call(net, merged, (pixels["pixel_values"].double(),)).logits
+    loss = functional.cross_entropy(logits, labels)
+    loss.backward()
+    assert update.train_loss == pytest.approx(loss.item(), rel=1e-5)
+    for name, f in state.factors.items():
+        # W' = W + s B A: dL/dA = s B^T dL/dW', dL/dB = s dL/dW' A^T.
+        gradient = merged[f"{name}.weight"].grad.numpy()
+        a, b = f.a.astype(float), f.b.astype(float)
+        new_a, new_b = a - 0.5 * f.scale * b.T @ gradient, b - 0.5 * f.scale * gradient @ a.T
+        assert np.abs(new_a - a).max() > 1e-3
+        np.testing.assert_allclose(stepped.factors[name].a, new_a, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(stepped.factors[name].b, new_b, rtol=1e-4, atol=1e-6)
+        assert stepped.factors[name].scale == f.scale
+    for name in HEAD:
+        expected = state.dense[name] - 0.5 * merged[name].grad.numpy()
+        np.testing.assert_allclose(stepped.dense[name], expected, rtol=1e-4, atol=1e-6)
+
+
+OPTIMIZERS: dict[str, tuple[dict[str, Any], Callable[..., torch.optim.Optimizer]]] = {
+    "sgd": ({"momentum": 0.9, "weight_decay": 0.1}, torch.optim.SGD),
+    "adamw": ({"weight_decay": 0.3}, torch.optim.AdamW),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_a_vit_equals_a_plain_peft_loop(name: str) -> None:
+    values, kind = OPTIMIZERS[name]
+    recipe = make_recipe(clients__optimizer={"name": name, **values})
+    trainer, workload = image_trainer(recipe), image_workload(recipe)
+    state = adapter_state(trainer)
+    _, trained = only(trainer.train([1], state, Base(), local_plan(lr=0.02)))
+    expected = plain_loop(
+        peft_net(recipe, workload, state),
+        workload,
+        batches_of(recipe, workload, client=1, round_index=1),
+        lambda parameters: kind(parameters, lr=0.02, **values),
+    )
+    assert largest_difference(trained, state) > 0.01
+    assert_matches_peft(trained, expected)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_a_bert_equals_a_plain_peft_loop_on_padded_texts(
+    name: str, questions: Path
+) -> None:
+    values, kind = OPTIMIZERS[name]
+    recipe = text_recipe(questions, clients__optimizer={"name": name, **values})
+    workload = prepare(recipe)
+    trainer = LocalTrainer(recipe, workload)
+    state = adapter_state(trainer)
+    _, trained = only(trainer.train([3], state, Base(), local_plan(lr=0.02)))
+    expected = plain_loop(
+        peft_net(recipe, workload, state),
+        workload,
+        batches_of(recipe, workload, client=3, round_index=1),
+        lambda parameters: kind(parameters, lr=0.02, **values),
+    )
+    assert largest_difference(trained, state) > 0.01
+    assert_matches_peft(trained, expected)
+
+
+def test_a_full_round_equals_a_plain_torch_loop_on_every_weight() -> None:
+    recipe = make_recipe()
+    trainer, workload = image_trainer(recipe), image_workload(recipe)
+    state = AdapterState({}, trainer.initial_tensors("full"))
+    plan = local_plan(trainable="full", proximal_weight=0.5)
+    _, trained = only(trainer.train([1], state, Base(), plan))
+    net = plain_net(recipe, workload)
+    batches = batches_of(recipe, workload, client=1, round_index=1)
+    expected = plain_loop(net, workload, batches, sgd(), mu=0.5)
+    assert list(trained.dense) == list(expected)
+    for name, tensor in trained.dense.items():
+        np.testing.assert_allclose(tensor, expected[name], rtol=1e-4, atol=2e-6, err_msg=name)
+
+
+def test_the_proximal_term_pulls_factors_and_head_back_to_what_was_received() -> None:
+    recipe = make_recipe()
+    trainer, workload = image_trainer(recipe), image_workload(recipe)
+    state = adapter_state(trainer)
+    _, pulled = only(trainer.train([1], state, Base(), local_plan(proximal_weight=2.0)))
+    _, free = only(trainer.train([1], state, Base(), local_plan()))
+    batches = batches_of(recipe, workload, client=1, round_index=1)
+    expected = plain_loop(peft_net(recipe, workload, state), workload, batches, sgd(), mu=2.0)
+    assert_matches_peft(pulled, expected)
+    assert largest_difference(pulled, state) < largest_difference(free, state)
+
+
+def test_the_training_loss_leaves_the_proximal_term_out() -> None:
+    recipe = make_recipe(clients__local_steps=1)
+    trainer = image_trainer(recipe)
+    state = adapter_state(trainer)
+    one, _ = only(trainer.train([1], state, Base(), local_plan(proximal_weight=0.0)))
+    other, _ = only(trainer.train([1], state, Base(), local_plan(proximal_weight=100.0)))
+    assert one.train_loss == other.train_loss
+
+
+def test_gradients_longer_than_the_limit_are_cut_to_it() -> None:
+    recipe = make_recipe(clients__max_grad_norm=0.05)
+    trainer, workload = image_trainer(recipe), image_workload(recipe)
+    state = adapter_state(trainer)
+    _, trained = only(trainer.train([1], state, Base(), local_plan()))
+    batches = batches_of(recipe, workload, client=1, round_index=1)
+    net = peft_net(recipe, workload, state)
+    expected = plain_loop(net, workload, batches, sgd(), longest_gradient=0.05)
+    assert_matches_peft(trained, expected)
+    # Five steps of lr 0.1 along gradients no longer than 0.05 lead no farther than 0.025.
+    moved = sum(float(((a - b) ** 2).sum()) for (_, a), (_, b)
+                in zip(arrays_of(trained), arrays_of(state), strict=True))  # fmt: skip
+    assert 0.005 < math.sqrt(moved) <= 0.0251
+
+
+def test_local_epochs_take_every_example_once_a_pass() -> None:
+    recipe = make_recipe(clients__local_steps=None, clients__local_epochs=2)
+    trainer, workload = image_trainer(recipe), image_workload(recipe)
+    state = adapter_state(trainer)
+    _, trained = only(trainer.train([1], state, Base(), local_plan()))
+    batches = batches_of(recipe, workload, client=1, round_index=1)
+    # 12 examples in batches of 5: 5 + 5 + 2, twice.
+    assert [len(rows) for rows in batches] == [5, 5, 2, 5, 5, 2]
+    expected = plain_loop(peft_net(recipe, workload, state), workload, batches, sgd())
+    assert_matches_peft(trained, expected)
+
+
+def test_a_client_with_fewer_examples_than_a_batch_takes_all_of_them_in_each_step() -> None:
+    recipe = make_recipe(clients__local_steps=4)
+    trainer, workload = image_trainer(recipe), image_workload(recipe)
+    state = adapter_state(trainer)
+    update, trained = only(trainer.train([0], state, Base(), local_plan()))
+    whole = [workload.clients.examples(0)] * 4
+    expected = plain_loop(peft_net(recipe, workload, state), workload, whole, sgd())
+    assert update.examples == 3
+    assert_matches_peft(trained, expected)
+
+
+def test_a_client_whose_loss_is_not_a_number_fails_alone() -> None:
+    recipe = make_recipe(clients__local_steps=2)
+    clean = image_trainer(recipe)
+    spoilt = images(sum(SIZES), seed=1)
+    rows = image_workload(recipe).clients.examples(2)
+    spoilt.inputs["pixel_values"][rows] = np.nan
+    trainer = image_trainer(recipe, spoilt)
+    state = adapter_state(trainer)
+    before, failed, after = trainer.train([1, 2, 3], state, Base(), local_plan())
+    assert failed.error == "loss is nan in local step 1 of 2"
+    assert failed.state is None
+    assert math.isnan(failed.train_loss)
+    for update, client in ((before, 1), (after, 3)):
+        _, expected = only(clean.train([client], state, Base(), local_plan()))
+        assert_same_bits(update.state, expected)
+
+
+def test_weights_that_overflow_in_the_last_step_fail_the_client() -> None:
+    # The loss is finite; a step of 1e30 along 1e30 times the weights is beyond float32's 3e38.
+    recipe = make_recipe(clients__local_steps=1, clients__optimizer__weight_decay=1e30)
+    trainer = image_trainer(recipe)
+    (failed,) = trainer.train([1], adapter_state(trainer), Base(), local_plan(lr=1e30))
+    assert failed.error == "weights are not finite after 1 local steps"
+    assert failed.state is None
+
+
+def test_bf16_computes_nearly_the_same_and_keeps_float32_weights() -> None:
+    exact, rounded = make_recipe(), make_recipe(runtime__precision="bf16")
+    state = adapter_state(image_trainer(exact))
+    reference, expected = only(image_trainer(exact).train([1], state, Base(), local_plan()))
+    update, trained = only(image_trainer(rounded).train([1], state, Base(), local_plan()))
+    # bfloat16 has 8 bits: a relative rounding error of 2**-9 in each product.
+    assert update.train_loss != reference.train_loss
+    assert update.train_loss == pytest.approx(reference.train_loss, rel=0.02)
+    assert 0 < largest_difference(trained, expected) < 0.2 * largest_difference(expected, state)
+    assert {array.dtype for _, array in arrays_of(trained)} == {np.dtype(np.float32)}
+
+
+def test_evaluation_is_in_float32_whatever_the_training_precision() -> None:
+    exact, rounded = make_recipe(), make_recipe(runtime__precision="bf16")
+    state = adapter_state(image_trainer(exact))
+    rows = slice(0, 23)
+    one = image_trainer(exact).evaluate("test", rows, state, Base(), "adapter")
+    assert image_trainer(rounded).evaluate("test", rows, state, Base(), "adapter") == one
+
+
+DROPPING = {"adapter__dropout": 0.5, "model__config": {**VIT, "hidden_dropout_prob": 0.1}}
+
+
+def test_dropout_of_a_client_does_not_depend_on_who_was_trained_before() -> None:
+    recipe = make_recipe(**DROPPING)
+    alone, busy = image_trainer(recipe), image_trainer(recipe)
+    state = adapter_state(alone)
+    _, expected = only(alone.train([2], state, Base(), local_plan()))
+    busy.evaluate("test", slice(0, 5), state, Base(), "adapter")
+    torch.manual_seed(99)
+    *_, last = busy.train([4, 0, 2], state, Base(), local_plan())
+    assert_same_bits(last.state, expected)
+
+
+def test_dropout_of_a_client_does_not_depend_on_a_full_round_before_it() -> None:
+    recipe = make_recipe(**DROPPING)
+    fresh, used = image_trainer(recipe), image_trainer(recipe)
+    state = adapter_state(fresh)
+    _, expected = only(fresh.train([2], state, Base(), local_plan()))
+    whole = AdapterState({}, used.initial_tensors("full"))
+    used.train([1], whole, Base(), local_plan(trainable="full"))
+    _, trained = only(used.train([2], state, Base(), local_plan()))
+    assert_same_bits(trained, expected)
+
+
+def test_dropout_is_drawn_anew_for_each_round_and_client() -> None:
+    # Client 0 takes all its 3 examples in its one step; only their order and dropout are drawn.
+    recipe = make_recipe(clients__local_steps=1, **DROPPING)
+    calm = make_recipe(clients__local_steps=1)
+    state = adapter_state(image_trainer(recipe))
+
+    def trained(of: Recipe, t: int) -> AdapterState:
+        return only(image_trainer(of).train([0], state, Base(), local_plan(round=t)))[1]
+
+    assert largest_difference(trained(calm, 1), trained(calm, 2)) < 1e-5
+    assert largest_difference(trained(recipe, 1), trained(recipe, 2)) > 1e-3
+
+
+def test_the_order_of_clients_changes_no_bit() -> None:
+    recipe = make_recipe(**DROPPING)
+    trainer = image_trainer(recipe)
+    state = adapter_state(trainer)
+    one = {u.client: u.state for u in trainer.train([0, 1, 2], state, Base(), local_plan())}
+    other = {u.client: u.state for u in trainer.train([2, 0, 1], state, Base(), local_plan())}
+    assert list(other) == [2, 0, 1]
+    for client, trained in one.items():
+        assert_same_bits(other[client], trained)
+
+
+def test_training_does_not_change_the_state_it_was_given() -> None:
+    recipe = make_recipe()
+    trainer = image_trainer(recipe)
+    state, copy = adapter_state(trainer), adapter_state(trainer)
+    trainer.train([1], state, Base(), local_plan())
+    assert_same_bits(state, copy)
+
+
+def test_with_no_rank_and_no_trained_head_nothing_is_trained() -> None:
+    recipe = make_recipe(adapter__train_head=False)
+    trainer, workload = image_trainer(recipe), image_workload(recipe)
+    state = replace(adapter_state(trainer, rank=0), dense={})
+    update, trained = only(trainer.train([0], state, Base(), local_plan(proximal_weight=1.0)))
+    assert_same_bits(trained, state)
+    inputs, labels = inputs_of(workload, workload.clients.examples(0))
+    with torch.no_grad():
+        logits = plain_net(recipe, workload)(**inputs).logits
+    loss = functional.cross_entropy(logits, labels).item()
+    assert update.train_loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_with_no_rank_the_head_alone_is_trained() -> None:
+    recipe = make_recipe()
+    trainer, workload = image_trainer(recipe), image_workload(recipe)
+    state = adapter_state(trainer, rank=0)
+    _, trained = only(trainer.train([1], state, Base(), local_plan()))
+    net = plain_net(recipe, workload)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name in HEAD)
+    batches = batches_of(recipe, workload, client=1, round_index=1)
+    expected = plain_loop(net, workload, batches, sgd())
+    for name in HEAD:
+        np.testing.assert_allclose(trained.dense[name], expected[name], rtol=1e-4, atol=2e-6)
+
+
+def added(parts: Sequence[EvaluationSums]) -> tuple[int, float, int]:
+    return (
+        sum(part.examples for part in parts),
+        sum(part.loss for part in parts),
+        sum(part.correct for part in parts),
+    )
+
+
+def test_evaluation_in_shards_adds_up_to_a_plain_evaluation() -> None:
+    recipe = make_recipe()
+    trainer, workload = image_trainer(recipe), image_workload(recipe)
+    state = adapter_state(trainer)
+    net = peft_net(recipe, workload, state).eval()
+    with torch.no_grad():
+        logits = net(pixel_values=torch.tensor(workload.test.inputs["pixel_values"])).logits
+    labels = torch.tensor(workload.test.labels)
+    loss = functional.cross_entropy(logits, labels, reduction="sum").item()
+    correct = int((logits.argmax(1) == labels).sum())
+    for size in (23, 7):
+        shards = [slice(i, min(i + size, 23)) for i in range(0, 23, size)]
+        parts = [trainer.evaluate("test", rows, state, Base(), "adapter") for rows in shards]
+        assert added(parts) == (23, pytest.approx(loss, rel=1e-5), correct)
+
+
+def test_evaluation_of_texts_sorted_by_length_equals_a_plain_one(questions: Path) -> None:
+    recipe = text_recipe(questions)
+    workload = prepare(recipe)
+    trainer = LocalTrainer(recipe, workload)
+    state = adapter_state(trainer)
+    net = peft_net(recipe, workload, state).eval()
+    inputs = {n: torch.tensor(v).long() for n, v in workload.test.inputs.items()}
+    labels = torch.tensor(workload.test.labels)
+    with torch.no_grad():
+        logits = net(**inputs).logits
+    loss = functional.cross_entropy(logits, labels, reduction="sum").item()
+    # 60 questions, a fifth of them held back for the test.
+    parts = [
+        trainer.evaluate("test", slice(i, i + 5), state, Base(), "adapter") for i in (0, 5, 10)
+    ]
+    correct = int((logits.argmax(1) == labels).sum())
+    assert added(parts) == (12, pytest.approx(loss, rel=1e-5), correct)
+
+
+def test_the_validation_split_is_another_one_than_the_test_split() -> None:
+    recipe = make_recipe()
+    trainer = image_trainer(recipe)
+    state = adapter_state(trainer)
+    assert trainer.evaluate("validation", slice(0, 4), state, Base(), "adapter").examples == 4
+    assert trainer.evaluate("test", slice(0, 23), state, Base(), "adapter").examples == 23
+
+
+def test_evaluation_has_no_dropout() -> None:
+    calm, dropping = image_trainer(make_recipe()), image_trainer(make_recipe(**DROPPING))
+    state = adapter_state(calm)
+    rows = slice(0, 23)
+    expected = calm.evaluate("test", rows, state, Base(), "adapter")
+    assert dropping.evaluate("test", rows, state, Base(), "adapter") == expected
+
+
+def test_a_client_that_raises_is_named_with_its_round_and_traceback() -> None:
+    recipe = make_recipe()
+    wrong = images(sum(SIZES), seed=1)
+    wrong.labels[image_workload(recipe).clients.examples(3)] = CLASSES + 4
+    trainer = image_trainer(recipe, wrong)
+    with pytest.raises(ClientError, match="client 3 failed in round 1") as raised:
+        trainer.train([1, 3], adapter_state(trainer), Base(), local_plan())
+    assert (raised.value.client, raised.value.round_index) == (3, 1)
+    assert "Target 7 is out of bounds" in raised.value.trace
+    assert "cross_entropy" in raised.value.trace
+
+
+def test_the_trainers_shape_is_that_of_its_model() -> None:
+    recipe = make_recipe()
+    trainer = image_trainer(recipe)
+    tensors = trainer.initial_tensors("full")
+    assert trainer.shape().total_params == sum(tensor.size for tensor in tensors.values())
+    assert tuple(trainer.initial_tensors("adapter")) == trainer.shape().head == HEAD
+
+
+def test_two_trainers_of_one_recipe_start_from_the_same_weights_and_seeds_differ() -> None:
+    one, same = image_trainer(make_recipe()), image_trainer(make_recipe())
+    other = image_trainer(make_recipe(seed=6))
+    for name, tensor in one.initial_tensors("full").items():
+        np.testing.assert_array_equal(same.initial_tensors("full")[name], tensor)
+    weight = "classifier.weight"
+    assert not np.array_equal(
+        other.initial_tensors("full")[weight], one.initial_tensors("full")[weight]
+    )
+
+
+def test_the_initial_tensors_are_those_of_the_seed_also_after_training() -> None:
+    trainer = image_trainer(make_recipe())
+    before = trainer.initial_tensors("adapter")
+    trainer.train([1], adapter_state(trainer), Base(), local_plan())
+    for name, tensor in trainer.initial_tensors("adapter").items():
+        np.testing.assert_array_equal(tensor, before[name])
