@@ -113,6 +113,7 @@ def run(
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
+    recipe = _with_absolute_paths(recipe)
     location = out or default_location(recipe)
     folder = RunFolder(location)
     claim(folder, recipe, resume)
@@ -147,6 +148,7 @@ def start(
             "--detach needs executor ray and a running cluster: give --address (or RAY_ADDRESS);"
             " a cluster on this machine is started by `ray start --head`"
         )
+    recipe = _with_absolute_paths(recipe)
     location = out or default_location(recipe)
     folder = RunFolder(location)
     claim(folder, recipe, resume)
@@ -154,6 +156,26 @@ def start(
         server, name = _start_server(recipe, folder, resume, TorchFactory(), lifetime="detached")
         server.run.remote()
         return Started(location, name)
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Name local files and folders absolutely: workers may run in another folder."""
+
+    def absolute(source: str) -> str:
+        # A folder that happens to be called like a built-in name does not hide it.
+        is_path = Path(source).suffix or os.sep in source or Path(source, "config.json").is_file()
+        return os.path.abspath(source) if is_path and os.path.exists(source) else source
+
+    model = recipe.model
+    tokenizer = None if model.tokenizer is None else absolute(model.tokenizer)
+    return recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update={"source": absolute(recipe.data.source)}),
+            "model": model.model_copy(
+                update={"source": absolute(model.source), "tokenizer": tokenizer}
+            ),
+        }
+    )
 
 
 def _run_here(

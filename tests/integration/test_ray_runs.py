@@ -157,8 +157,9 @@ def test_the_object_store_does_not_grow_with_the_rounds(tmp_path):
     )
     run(recipe, tmp_path, FakeFactory(side=64), StatusBoard(34, watch))
     assert len(objects) == 34
-    # What is held at a time: the workload, the base, the state in training and that in evaluation.
-    assert max(objects[20:]) <= max(objects[:10])
+    # Held at a time: the workload, the base and a state or two. Ray frees objects in batches, so
+    # the count goes up and down; one object a round that stayed would leave 24 at least.
+    assert min(objects[24:]) < 10
 
 
 def server_of(recipe: Recipe, location: Path, resume: bool, factory: FakeFactory) -> Any:
@@ -216,7 +217,9 @@ def test_a_server_that_is_killed_comes_back_and_goes_on_to_the_same_result(tmp_p
     import ray
 
     expected_summary(tmp_path / "local")
-    server = server_of(on_ray(), tmp_path / "run", False, FakeFactory(SLOW))
+    # A name of its own: what the first server leaves behind is not to trouble other tests.
+    recipe = on_ray(name="killed", runtime__start_timeout_s=30.0)
+    server = server_of(recipe, tmp_path / "run", False, FakeFactory(SLOW))
     result = server.run.remote()
     wait_for(server, rounds=2)
     ray.kill(server, no_restart=False)

@@ -1,0 +1,342 @@
+"""What a run leaves behind, loaded by plain peft and transformers, has the metrics it reported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn import functional
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from rayfed_lora import cli
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe_loading import load_recipe
+from rayfed_lora.runtime import launch
+from rayfed_lora.training.trainer import LocalTrainer
+from rayfed_lora.training.workload import Workload, prepare
+from rayfed_lora.types import AdapterState, Base, Factors
+
+# PEFT asks transformers 5 for a property that it is about to rename.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+
+RECIPE: dict[str, Any] = {
+    "name": "exported",
+    "data": {"source": "digits", "max_examples": 90, "partition": {"clients": 6}},
+    "model": {
+        "config": {
+            "architecture": "vit",
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "patch_size": 4,
+        }
+    },
+    "annealing": {
+        "initiating": {"rounds": 1},
+        "heating": {"rounds": 1, "rank": 4},
+        "cooling": {"rounds": 2, "rank": 2, "shape": "linear"},
+        "holding": {"rounds": 1},
+    },
+    "clients": {
+        "per_round": 3,
+        "local_steps": 4,
+        "batch_size": 8,
+        "optimizer": {"name": "adamw", "lr": 0.01},
+    },
+    "evaluation": {"every": 5},
+    "runtime": {"executor": "local", "device": "cpu"},
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "after a full initiating stage": {},
+    "adapter only": {"annealing.initiating.trainable": "adapter"},
+    "folded residuals": {"annealing.cooling.residual": "fold"},
+    "folded residuals on the source": {
+        "annealing.cooling.residual": "fold",
+        "annealing.initiating.trainable": "none",
+    },
+    "spectral": {"annealing.allocation": "spectral", "adapter.target_modules": "all-linear"},
+    "rslora": {"adapter.scaling": "rslora", "aggregation.rule": "product-svd"},
+    "frozen head": {"adapter.train_head": False},
+    "rank zero": {"annealing.cooling.rank": 0},
+}
+WORDS = ["how", "many", "who", "is", "where", "the", "dog", "cat", "moon", "far", "old"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, and the data it was tested on."""
+
+    recipe: Recipe
+    folder: Path
+    summary: dict[str, Any]
+
+    @property
+    def workload(self) -> Workload:
+        return prepare(self.recipe)
+
+
+def finished_run(folder: Path, recipe: Recipe) -> Run:
+    return Run(recipe, folder, dict(launch.run(recipe, str(folder)).summary))
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def lora_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that ends with an adapter."""
+    folder = tmp_path_factory.mktemp("lora") / "run"
+    return finished_run(folder, load_recipe(RECIPE, RECIPES[request.param]))
+
+
+@pytest.fixture(scope="module")
+def fedavg_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("fedavg") / "run"
+    return finished_run(folder, load_recipe(RECIPE, {"method": "fedavg"}))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model of two layers, its tokenizer and a table of questions."""
+    folder = tmp_path_factory.mktemp("source")
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(str(folder))
+    config = BertConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        vocab_size=len(fast),
+        max_position_embeddings=16,
+        initializer_range=0.2,
+        num_labels=2,
+    )
+    torch.manual_seed(0)
+    BertForSequenceClassification(config).save_pretrained(str(folder))
+    rng = np.random.default_rng(0)
+    rows = [
+        {"text": " ".join(rng.choice(WORDS, size=1 + i % 6)), "label": f"kind {i % 2}"}
+        for i in range(80)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "questions.jsonl").write_text(lines)
+    return folder
+
+
+def text_recipe(source: Path, **config: Any) -> Recipe:
+    return load_recipe(
+        RECIPE,
+        {
+            "data.source": str(source / "questions.jsonl"),
+            "data.max_examples": None,
+            "data.partition.kind": "iid",
+            "model": {
+                "task": "text-classification",
+                "source": str(source),
+                "config": config,
+            },
+            "annealing.initiating.trainable": "adapter",
+        },
+    )
+
+
+def metrics(net: torch.nn.Module, workload: Workload) -> dict[str, Any]:
+    """Return accuracy and mean loss of a model on the test split, all at once."""
+    inputs = {name: torch.tensor(v) for name, v in workload.test.inputs.items()}
+    inputs = {n: t if t.is_floating_point() else t.long() for n, t in inputs.items()}
+    labels = torch.tensor(workload.test.labels)
+    net.eval()
+    with torch.no_grad():
+        logits = net(**inputs).logits
+    return {
+        "eval_accuracy": float((logits.argmax(1) == labels).double().mean()),
+        "eval_loss": float(functional.cross_entropy(logits, labels)),
+    }
+
+
+def assert_final(run: Run, found: dict[str, Any]) -> None:
+    final = run.summary["final"]
+    assert found["eval_accuracy"] == final["eval_accuracy"]
+    assert found["eval_loss"] == pytest.approx(final["eval_loss"], abs=1e-5)
+
+
+def plain_peft(folder: Path) -> PeftModel:
+    base = AutoModelForImageClassification.from_pretrained(str(folder / "base"))
+    return PeftModel.from_pretrained(base, str(folder / "adapter"))
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Command]:
+    """Run the command line in this process; return status, output and errors."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["rayfed-lora", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(left.value.code or 0), captured.out, captured.err
+
+    yield run
+
+
+def test_plain_peft_reaches_the_final_metrics(lora_run: Run) -> None:
+    assert_final(lora_run, metrics(plain_peft(lora_run.folder), lora_run.workload))
+
+
+def test_the_adapter_matters_to_the_metrics(lora_run: Run) -> None:
+    net = plain_peft(lora_run.folder)
+    with net.disable_adapter():
+        without = metrics(net, lora_run.workload)["eval_loss"]
+    assert abs(without - lora_run.summary["final"]["eval_loss"]) > 1e-4
+
+
+def test_the_merged_model_reaches_the_final_metrics(
+    lora_run: Run, command: Command, tmp_path: Path
+) -> None:
+    status, out, err = command("export", lora_run.folder, "--to", tmp_path / "merged", "--merge")
+    assert (status, err) == (0, "")
+    assert str(tmp_path / "merged") in out.replace("\n", "")
+    net = AutoModelForImageClassification.from_pretrained(str(tmp_path / "merged"))
+    assert_final(lora_run, metrics(net, lora_run.workload))
+    assert net.config.id2label == {i: str(i) for i in range(10)}
+
+
+def test_the_exported_adapter_and_base_are_those_of_the_run(
+    lora_run: Run, command: Command, tmp_path: Path
+) -> None:
+    status, _, _ = command("export", lora_run.folder, "--to", tmp_path)
+    assert status == 0
+    assert_final(lora_run, metrics(plain_peft(tmp_path), lora_run.workload))
+
+
+def test_no_file_of_the_run_names_a_folder_of_this_machine(lora_run: Run) -> None:
+    for name in ("adapter/adapter_config.json", "base/config.json", "summary.json"):
+        assert str(lora_run.folder.parent) not in (lora_run.folder / name).read_text()
+
+
+def test_a_full_model_run_leaves_a_plain_model_with_the_final_metrics(fedavg_run: Run) -> None:
+    assert not (fedavg_run.folder / "adapter").exists()
+    net = AutoModelForImageClassification.from_pretrained(str(fedavg_run.folder / "base"))
+    assert_final(fedavg_run, metrics(net, fedavg_run.workload))
+
+
+def test_a_full_model_run_is_exported_by_merge_only(
+    fedavg_run: Run, command: Command, tmp_path: Path
+) -> None:
+    status, _, err = command("export", fedavg_run.folder, "--to", tmp_path / "adapter")
+    assert (status, "--merge" in err) == (2, True)
+    assert not (tmp_path / "adapter").exists()
+    status, _, _ = command("export", fedavg_run.folder, "--to", tmp_path / "merged", "--merge")
+    assert status == 0
+    net = AutoModelForImageClassification.from_pretrained(str(tmp_path / "merged"))
+    assert_final(fedavg_run, metrics(net, fedavg_run.workload))
+
+
+@pytest.mark.parametrize("ranks", [(0, 3, 1, 0), (0, 0, 0, 0)], ids=["some", "none"])
+def test_modules_of_rank_zero_are_left_out_and_the_rest_computes_the_same(
+    ranks: tuple[int, ...], tmp_path: Path
+) -> None:
+    recipe = load_recipe(RECIPE)
+    workload = prepare(recipe)
+    trainer = LocalTrainer(recipe, workload)
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(0, 0.5, shape).astype(np.float32)
+
+    factors = {
+        name: Factors(normal(rank, shape.d_in), normal(shape.d_out, rank), 1.7)
+        for (name, shape), rank in zip(trainer.shape().modules.items(), ranks, strict=True)
+    }
+    head = {n: normal(*t.shape) for n, t in trainer.initial_tensors("adapter").items()}
+    state = AdapterState(factors, head)
+    for name, content in trainer.export(state, Base(), "adapter").items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    rows = len(workload.test)
+    sums = trainer.evaluate("test", slice(0, rows), state, Base(), "adapter")
+    found = metrics(plain_peft(tmp_path), workload)
+    assert found["eval_accuracy"] == sums.correct / rows
+    assert found["eval_loss"] == pytest.approx(sums.loss / rows, abs=1e-5)
+
+
+def text_metrics(base: Path, adapter: Path, run: Run) -> dict[str, Any]:
+    net = AutoModelForSequenceClassification.from_pretrained(str(base))
+    return metrics(PeftModel.from_pretrained(net, str(adapter)), run.workload)
+
+
+def test_on_an_unchanged_source_the_adapter_alone_is_kept(
+    source: Path, command: Command, tmp_path: Path
+) -> None:
+    run = finished_run(tmp_path / "run", text_recipe(source))
+    assert not (run.folder / "base").exists()
+    assert_final(run, text_metrics(source, run.folder / "adapter", run))
+    status, _, _ = command("export", run.folder, "--to", tmp_path / "merged", "--merge")
+    assert status == 0
+    merged = str(tmp_path / "merged")
+    net = AutoModelForSequenceClassification.from_pretrained(merged)
+    assert_final(run, metrics(net, run.workload))
+    assert net.config.id2label == {0: "kind 0", 1: "kind 1"}
+    ids = AutoTokenizer.from_pretrained(merged)("who is far")["input_ids"]
+    assert ids == [2 + WORDS.index(word) for word in ("who", "is", "far")]
+
+
+def test_a_source_changed_by_the_recipe_is_exported_as_it_was_trained(
+    source: Path, command: Command, tmp_path: Path
+) -> None:
+    # The recipe cuts the source's second layer off.
+    run = finished_run(tmp_path / "run", text_recipe(source, num_hidden_layers=1))
+    status, _, _ = command("export", run.folder, "--to", tmp_path / "merged", "--merge")
+    assert status == 0
+    net = AutoModelForSequenceClassification.from_pretrained(str(tmp_path / "merged"))
+    assert_final(run, metrics(net, run.workload))
+
+
+@pytest.mark.parametrize("merge", [[], ["--merge"]], ids=["adapter", "merged"])
+def test_an_unfinished_run_is_not_exported(
+    fedavg_run: Run, command: Command, tmp_path: Path, merge: list[str]
+) -> None:
+    unfinished = tmp_path / "run"
+    unfinished.mkdir()
+    (unfinished / "recipe.yaml").write_bytes((fedavg_run.folder / "recipe.yaml").read_bytes())
+    status, out, err = command("export", unfinished, "--to", tmp_path / "to", *merge)
+    assert (status, out) == (2, "")
+    assert "finished run" in err
+    assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize("merge", [[], ["--merge"]], ids=["adapter", "merged"])
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_an_export_never_overwrites_anything(
+    fedavg_run: Run, command: Command, tmp_path: Path, merge: list[str], kind: str
+) -> None:
+    target = tmp_path / "to"
+    kept = target if kind == "file" else target / "notes.txt"
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("mine")
+    status, _, err = command("export", fedavg_run.folder, "--to", target, *merge)
+    assert status == 2
+    assert "expected a new or empty folder" in err
+    assert kept.read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["to"]
