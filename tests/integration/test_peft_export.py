@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,11 +206,13 @@ def test_plain_peft_reaches_the_final_metrics(lora_run: Run) -> None:
     assert_final(lora_run, metrics(plain_peft(lora_run.folder), lora_run.workload))
 
 
-def test_the_adapter_matters_to_the_metrics(lora_run: Run) -> None:
+def test_without_its_factors_the_model_is_another_one(lora_run: Run) -> None:
     net = plain_peft(lora_run.folder)
     with net.disable_adapter():
         without = metrics(net, lora_run.workload)["eval_loss"]
-    assert abs(without - lora_run.summary["final"]["eval_loss"]) > 1e-4
+    moved = abs(without - lora_run.summary["final"]["eval_loss"])
+    has_factors = lora_run.recipe.annealing.cooling.rank > 0
+    assert (moved > 1e-4) == has_factors
 
 
 def test_the_merged_model_reaches_the_final_metrics(
@@ -220,6 +224,19 @@ def test_the_merged_model_reaches_the_final_metrics(
     net = AutoModelForImageClassification.from_pretrained(str(tmp_path / "merged"))
     assert_final(lora_run, metrics(net, lora_run.workload))
     assert net.config.id2label == {i: str(i) for i in range(10)}
+
+
+@pytest.mark.parametrize("lora_run", ["adapter only"], indirect=True)
+def test_a_merged_export_says_where_it_is_and_nothing_else(lora_run: Run, tmp_path: Path) -> None:
+    program = "from rayfed_lora.cli import main; main()"
+    folder, target = str(lora_run.folder), str(tmp_path / "merged")
+    done = subprocess.run(
+        [sys.executable, "-c", program, "export", folder, "--to", target, "--merge"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == (f"merged model: {target}\n", "")
 
 
 def test_the_exported_adapter_and_base_are_those_of_the_run(

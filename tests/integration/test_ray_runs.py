@@ -69,7 +69,9 @@ def test_a_client_actor_killed_in_a_block_is_told_and_the_result_is_the_same(
     expected_summary(tmp_path / "local", clients__per_round=1.0)
     marker = tmp_path / "marker"
     marker.touch()
-    behaviour = Behaviour(dying=frozenset({(3, 2)}), marker=str(marker))
+    # With two actors the rounds take so long that the killed one comes back before the end.
+    sleep_s = dict.fromkeys(range(6), 0.5 if actors == 2 else 0.0)
+    behaviour = Behaviour(dying=frozenset({(3, 2)}), marker=str(marker), sleep_s=sleep_s)
     recipe = on_ray(clients__per_round=1.0, runtime__client_actors=actors)
     summary, board = run(recipe, tmp_path / "run", FakeFactory(behaviour, side))
     assert not marker.exists()
@@ -217,14 +219,16 @@ def test_a_server_that_is_killed_comes_back_and_goes_on_to_the_same_result(tmp_p
     import ray
 
     expected_summary(tmp_path / "local")
-    # A name of its own: what the first server leaves behind is not to trouble other tests.
-    recipe = on_ray(name="killed", runtime__start_timeout_s=30.0)
+    # 3 of 4 CPUs: the second sitting can only start if what the first one reserved was freed. A
+    # name of its own, so that what is not freed troubles no other test.
+    recipe = on_ray(name="killed", runtime__cpus_per_actor=3.0, runtime__start_timeout_s=30.0)
     server = server_of(recipe, tmp_path / "run", False, FakeFactory(SLOW))
     result = server.run.remote()
     wait_for(server, rounds=2)
     ray.kill(server, no_restart=False)
     summary = ray.get(result, timeout=180)
-    assert ray.get(server.status.remote()).rounds_before >= 2
+    # A round is shown before it is saved: the second one may have to be run again.
+    assert ray.get(server.status.remote()).rounds_before >= 1
     ray.kill(server)
     assert_same_result(summary, tmp_path / "run", tmp_path / "local")
 

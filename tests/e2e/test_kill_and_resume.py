@@ -1,0 +1,247 @@
+"""Runs that are killed or stopped and gone on with end as one that was left alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+# Eight rounds through all four stages, each long enough to be hit in its middle.
+ROUNDS = 8
+RECIPE = """\
+name: interrupted
+data: {source: digits, max_examples: 200, partition: {clients: 8}}
+model:
+  config: {architecture: vit, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2,
+    intermediate_size: 24, patch_size: 2}
+annealing:
+  initiating: {rounds: 2}
+  heating: {rounds: 2, rank: 4}
+  cooling: {rounds: 2, rank: 1, shape: linear, residual: fold}
+  holding: {rounds: 2}
+clients: {per_round: 4, local_steps: 12, batch_size: 8, optimizer: {name: adamw, lr: 0.01}}
+runtime: {device: cpu, client_actors: 1}
+"""
+PROGRAM = "from rayfed_lora.cli import main; main()"
+WAIT_S = 240.0
+EXECUTORS = [
+    pytest.param("local", id="local"),
+    pytest.param("ray", id="ray", marks=pytest.mark.ray),
+]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "interrupted.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a run that nothing happened to."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(recipe, out, "local")
+    return out
+
+
+def arguments(recipe: Path, out: Path, executor: str, *more: str) -> list[str]:
+    chosen = ["--set", f"runtime.executor={executor}"]
+    return [sys.executable, "-c", PROGRAM, "run", str(recipe), "--out", str(out), *chosen, *more]
+
+
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+
+
+def finish(recipe: Path, out: Path, executor: str, *more: str) -> None:
+    """Run to the end."""
+    done = subprocess.run(
+        arguments(recipe, out, executor, *more),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(),
+        timeout=WAIT_S,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@contextlib.contextmanager
+def started(recipe: Path, out: Path, executor: str, *more: str) -> Iterator[subprocess.Popen[str]]:
+    """Run in a process group of its own; whatever is left of it at the end is killed."""
+    process = subprocess.Popen(
+        arguments(recipe, out, executor, *more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        kill(process)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL the process and everything it started, Ray's own processes included."""
+    if process.poll() is not None:
+        return
+    parent = psutil.Process(process.pid)
+    # Stopped first, so that it starts no more while its children are being looked up.
+    parent.suspend()
+    family = [*parent.children(recursive=True), parent]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.communicate()
+    psutil.wait_procs(family, timeout=30)
+
+
+def wait_for(there: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait for something in the run folder."""
+    deadline = time.monotonic() + WAIT_S
+    while not there():
+        assert process.poll() is None, f"ended early: {process.communicate()}"
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.005)
+
+
+def saved(out: Path, rounds: int) -> Callable[[], bool]:
+    """Return whether the checkpoint after so many rounds, or a later one, is whole."""
+
+    def there() -> bool:
+        found = out.glob("checkpoints/round-*/manifest.json")
+        return any(int(path.parent.name.removeprefix("round-")) >= rounds for path in found)
+
+    return there
+
+
+def rounds_of(out: Path) -> pd.DataFrame:
+    return pd.read_parquet(out / "rounds.parquet").drop(columns="seconds")
+
+
+def clients_of(out: Path) -> pd.DataFrame:
+    return pd.read_parquet(out / "clients.parquet").drop(columns="seconds")
+
+
+def assert_same_run(out: Path, expected: Path) -> None:
+    one, other = (json.loads((f / "summary.json").read_text()) for f in (out, expected))
+    assert one["rounds"] == ROUNDS
+    for key in ("adapter_sha256", "final", "best", "communication"):
+        assert one[key] == other[key]
+    pd.testing.assert_frame_equal(rounds_of(out), rounds_of(expected), check_exact=True)
+    pd.testing.assert_frame_equal(clients_of(out), clients_of(expected), check_exact=True)
+    for name in ("adapter/adapter_model.safetensors", "base/model.safetensors"):
+        assert (out / name).read_bytes() == (expected / name).read_bytes()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_run_killed_again_and_again_ends_as_one_left_alone(
+    executor: str, recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    resume: Sequence[str] = ()
+    # After the first round; in the middle of one (of the next stage, on a replaced base); at the
+    # end, when the last checkpoint is there and the export is not.
+    for rounds, pause_s in ((1, 0.0), (4, 0.15), (ROUNDS, 0.0)):
+        with started(recipe, out, executor, *resume) as process:
+            wait_for(saved(out, rounds), process)
+            time.sleep(pause_s)
+            kill(process)
+        assert process.returncode == -signal.SIGKILL
+        resume = ["--resume"]
+    assert not (out / "summary.json").exists()
+    finish(recipe, out, executor, *resume)
+    assert_same_run(out, undisturbed)
+
+
+@pytest.mark.parametrize("at", [0, 3, 6], ids=["first round", "third round", "sixth round"])
+def test_a_local_run_killed_in_the_middle_of_a_round_ends_as_one_left_alone(
+    at: int, recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with started(recipe, out, "local") as process:
+        reached = (out / "recipe.yaml").exists if at == 0 else saved(out, at)
+        wait_for(reached, process)
+        time.sleep(0.1)
+        kill(process)
+    finish(recipe, out, "local", "--resume")
+    assert_same_run(out, undisturbed)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_an_interrupted_run_keeps_its_rounds_and_goes_on(
+    executor: str, recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with started(recipe, out, executor) as process:
+        wait_for(saved(out, 2), process)
+        # As a terminal does it: to every process of the group.
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "go on with --resume" in err
+    assert "Traceback" not in err
+    assert saved(out, 2)()
+    assert not (out / "summary.json").exists()
+    kept = files(out)
+    done = subprocess.run(
+        arguments(recipe, out, executor),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(),
+    )
+    assert done.returncode == 2
+    assert "--resume" in done.stderr
+    assert files(out) == kept
+    finish(recipe, out, executor, "--resume")
+    assert_same_run(out, undisturbed)
+
+
+@pytest.mark.ray
+def test_a_run_on_ray_can_be_gone_on_with_in_this_process_alone(
+    recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with started(recipe, out, "ray") as process:
+        wait_for(saved(out, 3), process)
+        kill(process)
+    finish(recipe, out, "local", "--resume")
+    assert_same_run(out, undisturbed)
+
+
+@pytest.mark.ray
+def test_when_its_starter_alone_is_killed_a_run_on_ray_ends_and_can_be_gone_on_with(
+    recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with started(recipe, out, "ray") as process:
+        wait_for(saved(out, 2), process)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        _, left = psutil.wait_procs(family, timeout=60)
+        for member in left:
+            member.kill()
+    assert left == []
+    assert not (out / "summary.json").exists()
+    finish(recipe, out, "local", "--resume")
+    assert_same_run(out, undisturbed)
