@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from uuid import uuid4
 
 import ray
 from ray.exceptions import (
@@ -17,7 +18,12 @@ from ray.exceptions import (
     OutOfMemoryError,
     RayTaskError,
 )
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayfed_lora.errors import RayfedError, ResourceError, RunError
@@ -43,19 +49,29 @@ Call = Callable[[Any], ray.ObjectRef]
 class RayExecutor:
     """Trains blocks on client actors; a lost actor's block is run again, to the same result."""
 
-    def __init__(self, recipe: Recipe, factory: Factory, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        factory: Factory,
+        note: Callable[[str], None],
+        run_id: str | None = None,
+    ) -> None:
         """Keep the run; Ray must be initialised before `open`.
 
         Args:
             recipe: the run.
             factory: makes workload and trainers inside the workers.
             note: told of what the user should know, e.g. a lost actor.
+            run_id: unique in the cluster, and the same when a lost driver goes on with the run:
+                what the lost one had reserved is then given back first. None: a new one.
         """
+        self._group_name = f"clients of {recipe.name} {run_id or uuid4().hex}"
         self._recipe = recipe
         self._factory = factory
         self._note = note
         self._group: PlacementGroup | None = None
         self._actors: list[Any] = []
+        self._workload: ray.ObjectRef | None = None
         self._base: tuple[tuple[int, int], ray.ObjectRef] | None = None
         self._state: tuple[AdapterState, ray.ObjectRef] | None = None
 
@@ -70,22 +86,30 @@ class RayExecutor:
         recipe = self._recipe
         most = recipe.cohort_size(recipe.data.partition.clients)
         plan = layout(recipe.runtime, nodes_of(ray.nodes()), most)
+        self._free_leftover()
         self._group = self._reserve(plan)
         prepare = ray.remote(prepare_workload).options(
             num_cpus=0, num_returns=2, name="prepare data"
         )
-        reference, prepared = prepare.remote(recipe, self._factory)
-        self._actors = [self._start(i, plan, reference) for i in range(plan.actors)]
+        # Kept for the whole run: an actor that is started again fetches the workload anew.
+        self._workload, prepared = prepare.remote(recipe, self._factory)
+        self._actors = [self._start(i, plan) for i in range(plan.actors)]
         opened = [actor.open.options(name="open").remote() for actor in self._actors]
         _result(prepared)
         populations = [_result(ready) for ready in opened]
         population: Population = populations[0]
         return population
 
+    def _free_leftover(self) -> None:
+        """Remove the placement group of a driver that died: Ray keeps it while the job lives."""
+        try:
+            leftover = get_placement_group(self._group_name)
+        except ValueError:
+            return
+        remove_placement_group(leftover)
+
     def _reserve(self, plan: Layout) -> PlacementGroup:
-        group = placement_group(
-            plan.bundles, strategy="PACK", name=f"clients of {self._recipe.name}"
-        )
+        group = placement_group(plan.bundles, strategy="PACK", name=self._group_name)
         timeout = self._recipe.runtime.start_timeout_s
         try:
             ray.get(group.ready(), timeout=timeout)
@@ -99,7 +123,7 @@ class RayExecutor:
             ) from None
         return group
 
-    def _start(self, index: int, plan: Layout, workload: ray.ObjectRef) -> Any:
+    def _start(self, index: int, plan: Layout) -> Any:
         strategy = PlacementGroupSchedulingStrategy(
             self._group,
             placement_group_bundle_index=index,
@@ -115,7 +139,7 @@ class RayExecutor:
             "scheduling_strategy": strategy,
         }
         actor = ray.remote(ClientActor).options(**options)
-        return actor.remote(self._recipe, self._factory, [workload], plan.gpus, name)
+        return actor.remote(self._recipe, self._factory, [self._workload], plan.gpus, name)
 
     def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
         """Return the dense tensors that the first round starts from."""
@@ -214,7 +238,7 @@ class RayExecutor:
         if self._group is not None:
             remove_placement_group(self._group)
         self._group, self._actors = None, []
-        self._base, self._state = None, None
+        self._workload, self._base, self._state = None, None, None
 
 
 def _result(reference: ray.ObjectRef) -> Any:

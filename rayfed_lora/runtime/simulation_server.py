@@ -46,8 +46,10 @@ class SimulationServer:
 
     def run(self) -> dict[str, Any]:
         """Run to the end and return the summary; raises what `simulate` raises."""
-        again = ray.get_runtime_context().was_current_actor_reconstructed
-        executor = RayExecutor(self._recipe, self._factory, self._board.note)
+        context = ray.get_runtime_context()
+        again = context.was_current_actor_reconstructed
+        run_id = context.get_actor_id()
+        executor = RayExecutor(self._recipe, self._factory, self._board.note, run_id)
         return simulate(
             self._recipe,
             executor,
