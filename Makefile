@@ -24,8 +24,9 @@ $(READY): pyproject.toml constraints.txt requirements-demo.txt
 demo: setup
 	$(BIN)/rayfed-lora run trec-minilm
 
+# Records coverage too, for `make check`.
 test: setup
-	$(BIN)/python -m pytest -m "not e2e and not gpu and not speed"
+	$(BIN)/python -m pytest -m "not e2e and not gpu and not speed" --cov --cov-report=
 
 # What CI checks beside the tests; a failure here is a failure there.
 check: lint types imports doctests coverage
@@ -43,10 +44,10 @@ imports: setup
 doctests: setup
 	$(BIN)/python -m pytest --doctest-modules rayfed_lora -q -p no:cacheprovider
 
-# Branch coverage of everything that needs no Ray.
+# Branch coverage of everything that needs no Ray; of the last `make test`, or of a run now.
 coverage: setup
-	$(BIN)/python -m pytest -q -m "not ray and not e2e and not gpu and not speed" \
-		--cov --cov-config=pyproject.toml --cov-report=term:skip-covered
+	@if [ ! -f .coverage ]; then $(MAKE) test; fi
+	$(BIN)/coverage report --skip-covered
 
 # Whole commands in fresh processes, killed and resumed: minutes, not part of CI.
 e2e: setup

@@ -165,7 +165,8 @@ def _validated(name: str, raw: dict[str, Any]) -> Recipe:
         try:
             recipe = Recipe.model_validate(rest)
         except ValidationError as error:
-            conflicts = _conflicts(error, [fault.path for fault in faults])
+            meant = [fault.nearest for fault in faults if fault.nearest and fault.came is None]
+            conflicts = _conflicts(error, [*meant, *(fault.path for fault in faults)])
             if conflicts is not None:
                 faults += conflicts
                 break

@@ -201,10 +201,16 @@ class FakeFactory:
     Attributes:
         behaviour: of its trainers.
         side: height and width of the images; 64 makes a workload that Ray keeps in shared memory.
+        start_s: seconds that a process takes to start, where this travels to it.
     """
 
     behaviour: Behaviour = field(default_factory=Behaviour)
     side: int = 2
+    start_s: float = 0.0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        time.sleep(self.start_s)
 
     def load(self) -> None:
         """Import nothing: the fakes need neither torch nor transformers."""

@@ -114,7 +114,7 @@ def newest(folder: RunFolder, warn: Callable[[str], None]) -> Snapshot | None:
     for name in reversed(names):
         try:
             return _read(folder, f"{_FOLDER}/{name}")
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             warn(f"checkpoint {name} is damaged or half written ({error}); using the one before it")
     if any(folder.exists(f"{_FOLDER}/{name}/manifest.json") for name in names):
         raise RunFolderError(f"every checkpoint in {folder.location}/{_FOLDER} is damaged")

@@ -54,18 +54,34 @@ class AdaptedModel:
             for name, parameter in self.net.named_parameters()
             if ".lora_" not in name
         }
+        self._buffers = {
+            name: buffer.clone()
+            for name, buffer in self.net.named_buffers()
+            if buffer.is_floating_point()
+        }
         self._root, self._folded, self._clean = 0, 0, True
+        self._as_built = True
 
     def tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
         """Return the current dense tensors of a round: the head's, or in a full round all."""
         names = self._plain if trainable == "full" else self._head
         return {name: _to_numpy(self._plain[name]) for name in names}
 
+    def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
+        """Return the dense tensors of a round as the source and the seed gave them."""
+        if self._as_built:
+            return self.tensors(trainable)
+        source = dict(self._build().named_parameters())
+        names = self._plain if trainable == "full" else self._head
+        return {name: _to_numpy(source[name]) for name in names}
+
     def load(self, state: AdapterState, base: Base, trainable: Trainable) -> None:
         """Set the weights of a round and mark what is trained.
 
-        In a full round `state.dense` is the whole model and `base` is not looked at.
+        In a full round `state.dense` is the whole model and `base` is not looked at. Running
+        statistics (batch normalisation) are always the source's own: nobody sends them.
         """
+        self._as_built = False
         if trainable == "full":
             self._clean = False
         else:
@@ -73,6 +89,9 @@ class AdaptedModel:
         with torch.no_grad():
             for name, tensor in state.dense.items():
                 self._plain[name].copy_(torch.tensor(tensor))
+            for name, buffer in self.net.named_buffers():
+                if name in self._buffers:
+                    buffer.copy_(self._buffers[name])
         for name, layer in self._layers.items():
             _set_factors(layer, state.factors.get(name))
         self.net.requires_grad_(False)

@@ -6,6 +6,7 @@ and alpha_pattern).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,10 @@ def merge(
     net = sources.build(plain, sources.configuration(plain, sources.label_facts(labels)), seed=0)
     if adapter_folder is None:
         return net
-    peft_model = PeftModel.from_pretrained(net, str(adapter_folder))
-    return peft_model.merge_and_unload()
+    with warnings.catch_warnings():
+        # PEFT reads a property that transformers has renamed; nothing a user could do about it.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return PeftModel.from_pretrained(net, str(adapter_folder)).merge_and_unload()
 
 
 def write_model(folder: Path, net: Any, tokenizer_source: str | None) -> None:

@@ -70,8 +70,8 @@ def adapted_modules(net: nn.Module, adapter: Adapter) -> list[str]:
     Raises:
         ModelError: nothing matches, or what matches is not a plain linear layer.
     """
-    head = tuple(f"{name}." for name in head_modules(net, adapter)) if adapter.train_head else ()
-    outside = {n: m for n, m in net.named_modules() if n and not f"{n}.".startswith(head or "\0")}
+    head = tuple(f"{name}." for name in head_modules(net, adapter))
+    outside = {n: m for n, m in net.named_modules() if n and not f"{n}.".startswith(head)}
     linear = [name for name, module in outside.items() if isinstance(module, nn.Linear)]
     targets = adapter.target_modules
     if targets == "all-linear":

@@ -93,8 +93,8 @@ def configuration(model: Model, overrides: dict[str, Any]) -> Any:
             if model.source == "config":
                 return AutoConfig.for_model(model.config["architecture"], **values)
             return AutoConfig.from_pretrained(location(model.source), **values)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"model.source {model.source!r}: {_first_line(error)}") from error
+    except Exception as error:  # configurations check themselves with errors of many kinds
+        raise ModelError(f"{_where(model)}: {_message(error)}") from error
 
 
 def restored(values: Mapping[str, Any]) -> Any:
@@ -122,8 +122,8 @@ def skeleton(model: Model, config: Any) -> nn.Module:
     try:
         with quiet(), torch.device("meta"):
             return _auto_class(model).from_config(config)  # type: ignore[no-any-return]
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"model.config: {_first_line(error)}") from error
+    except Exception as error:  # a model takes its configuration at its word, and fails anyhow
+        raise ModelError(f"{_where(model)}: {_message(error)}") from error
 
 
 def build(model: Model, config: Any, seed: int) -> nn.Module:
@@ -141,8 +141,8 @@ def build(model: Model, config: Any, seed: int) -> nn.Module:
                 net = _auto_class(model).from_pretrained(
                     location(model.source), config=config, dtype=torch.float32
                 )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"model.source {model.source!r}: {_first_line(error)}") from error
+    except Exception as error:  # as for configurations
+        raise ModelError(f"{_where(model)}: {_message(error)}") from error
     return net.float()  # type: ignore[no-any-return]
 
 
@@ -172,3 +172,11 @@ def _auto_class(model: Model) -> Any:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def _where(model: Model) -> str:
+    return "model.config" if model.source == "config" else f"model.source {model.source!r}"
+
+
+def _message(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

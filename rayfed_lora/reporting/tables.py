@@ -123,10 +123,12 @@ class Tables:
         """
         self._rounds = [_first(self._folder, "rounds", self._schema, rounds)]
         self._clients = [_first(self._folder, "clients", CLIENT_SCHEMA, rounds)]
-        if self.rounds["round"].to_pylist() != list(range(rounds)):
+        clients = set(self.clients["round"].to_pylist())
+        if self.rounds["round"].to_pylist() != list(range(rounds)) or len(clients) != rounds:
             raise RunFolderError(
-                f"{self._folder.location}/rounds.parquet: expected rows for rounds 0 to"
-                f" {rounds - 1}, as the checkpoint has, got {self.rounds.num_rows}"
+                f"{self._folder.location}: expected rounds.parquet and clients.parquet to have"
+                f" rounds 0 to {rounds - 1}, as the checkpoint has, got {self.rounds.num_rows} and"
+                f" {len(clients)} rounds"
             )
 
 

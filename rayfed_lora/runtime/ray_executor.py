@@ -5,6 +5,7 @@ Source: this project.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -43,6 +44,8 @@ from rayfed_lora.types import (
 )
 
 _ATTEMPTS = 4
+_RESTART_POLL_S = 0.5
+_LOST = (ActorDiedError, ActorUnavailableError, OutOfMemoryError)
 Call = Callable[[Any], ray.ObjectRef]
 
 
@@ -71,6 +74,8 @@ class RayExecutor:
         self._note = note
         self._group: PlacementGroup | None = None
         self._actors: list[Any] = []
+        # Actors that Ray is restarting, by the call that tells when they are back.
+        self._returning: dict[ray.ObjectRef, Any] = {}
         self._workload: ray.ObjectRef | None = None
         self._base: tuple[tuple[int, int], ray.ObjectRef] | None = None
         self._state: tuple[AdapterState, ray.ObjectRef] | None = None
@@ -96,7 +101,10 @@ class RayExecutor:
         self._actors = [self._start(i, plan) for i in range(plan.actors)]
         opened = [actor.open.options(name="open").remote() for actor in self._actors]
         _result(prepared)
-        populations = [_result(ready) for ready in opened]
+        try:
+            populations = [_result(ready) for ready in opened]
+        except _LOST as error:
+            raise RunError(f"a client actor was lost while it started: {error}") from error
         population: Population = populations[0]
         return population
 
@@ -204,7 +212,8 @@ class RayExecutor:
         turn. A call whose actor is lost is run again.
         """
         waiting = deque(range(len(calls)))
-        idle = deque(self._actors)
+        away = list(self._returning.values())
+        idle = deque(actor for actor in self._actors if actor not in away)
         running: dict[ray.ObjectRef, tuple[int, Any]] = {}
         results: dict[int, Any] = {}
         attempts = [0] * len(calls)
@@ -217,15 +226,53 @@ class RayExecutor:
                 yield results.pop(turn)
                 turn += 1
                 continue
-            (ready, *_), _ = ray.wait(list(running), num_returns=1, fetch_local=True)
+            ready = self._next_ready(list(running))
+            if ready in self._returning:
+                idle.extend(self._back(ready))
+                continue
             index, actor = running.pop(ready)
             try:
                 results[index] = _result(ready)
-            except (ActorDiedError, ActorUnavailableError, OutOfMemoryError) as error:
+                idle.append(actor)
+            except _LOST as error:
                 attempts[index] += 1
                 self._lost(error, attempts[index])
                 waiting.appendleft(index)
-            idle.append(actor)
+                self._revive(actor, error)
+
+    def _next_ready(self, running: list[ray.ObjectRef]) -> ray.ObjectRef:
+        """Wait for a call or for an actor that is coming back.
+
+        Raises:
+            RunError: no actor is left, or none of those restarting came back in time.
+        """
+        pending = [*running, *self._returning]
+        if not pending:
+            raise RunError("every client actor is lost for good")
+        timeout = None if running else self._recipe.runtime.start_timeout_s
+        ready, _ = ray.wait(pending, num_returns=1, timeout=timeout, fetch_local=True)
+        if not ready:
+            raise RunError(f"no client actor came back within {timeout:g} s after it was lost")
+        return ready[0]
+
+    def _back(self, opened: ray.ObjectRef) -> list[Any]:
+        """Return the actor that is back, none if it was lost again."""
+        actor = self._returning.pop(opened)
+        try:
+            _result(opened)
+        except _LOST as error:
+            # Ray refuses calls for the seconds that a restart takes; do not ask in a tight loop.
+            time.sleep(_RESTART_POLL_S)
+            self._revive(actor, error)
+            return []
+        return [actor]
+
+    def _revive(self, actor: Any, error: Exception) -> None:
+        """Wait in the background for an actor that Ray restarts; forget one it does not."""
+        if isinstance(error, ActorDiedError):
+            self._actors.remove(actor)
+        else:
+            self._returning[actor.open.options(name="open").remote()] = actor
 
     def _lost(self, error: Exception, attempts: int) -> None:
         reason = str(error).strip().splitlines()[0]
@@ -237,7 +284,7 @@ class RayExecutor:
         """End the actors and give their resources back."""
         if self._group is not None:
             remove_placement_group(self._group)
-        self._group, self._actors = None, []
+        self._group, self._actors, self._returning = None, [], {}
         self._workload, self._base, self._state = None, None, None
 
 

@@ -6,6 +6,7 @@ Source: this project (design.md, "The run folder").
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -45,7 +46,7 @@ def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
                 " or choose another --out"
             )
         _check_same(folder, recipe)
-    elif folder.names():
+    elif _foreign_files(folder):
         raise RunFolderError(
             f"run folder {folder.location}: expected a new or empty folder or one with a run,"
             " it has other files in it"
@@ -53,11 +54,23 @@ def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
     folder.check_writable()
 
 
+def _foreign_files(folder: RunFolder) -> list[str]:
+    """Return what lies in a folder without a run, but for scratch files of a killed write."""
+    try:
+        return [name for name in folder.names() if not name.startswith(".")]
+    except OSError as error:
+        raise RunFolderError(
+            f"run folder {folder.location}: expected a folder; {error.strerror or error}"
+        ) from None
+
+
 def _check_same(folder: RunFolder, recipe: Recipe) -> None:
     try:
         raw = parse_yaml(folder.location, folder.read("recipe.yaml").decode())
+        if not isinstance(raw, Mapping):
+            raise ValueError(f"expected a mapping, got {type(raw).__name__}")
         kept = load_recipe(raw)
-    except (OSError, UnicodeDecodeError, RecipeError) as error:
+    except (OSError, ValueError, RecipeError) as error:
         raise RunFolderError(f"{folder.location}/recipe.yaml cannot be read: {error}") from None
     before, now = (
         kept.model_dump(exclude=set(_FREE_KEYS)),
@@ -123,6 +136,13 @@ def simulate(
         return _Sitting(recipe, executor, folder, board, should_stop, population).run(began, resume)
     finally:
         executor.close()
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON values with None for every number that JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Sitting:
@@ -199,7 +219,9 @@ class _Sitting:
         page = report_html(self._recipe, result, self._tables.rounds)
         self._folder.write("report.html", page.encode())
         # Last: a folder with a summary is a finished run.
-        self._folder.write("summary.json", json.dumps(result, indent=1).encode())
+        self._folder.write(
+            "summary.json", json.dumps(_finite(result), indent=1, allow_nan=False).encode()
+        )
         self._board.phase("done")
         return result
 

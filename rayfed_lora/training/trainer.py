@@ -65,7 +65,7 @@ class LocalTrainer:
 
     def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
         """Return the head's tensors, or in a full-model round all, as built from the seed."""
-        return self._model.tensors(trainable)
+        return self._model.initial_tensors(trainable)
 
     def train(
         self, clients: Sequence[int], state: AdapterState, base: Base, plan: LocalPlan
@@ -94,8 +94,9 @@ class LocalTrainer:
             steps=settings.steps,
             epochs=settings.local_epochs,
         )
-        torch.manual_seed(torch_seed(seed, Purpose.DROPOUT, plan.round, client))
         self._model.load(state, base, plan.trainable)
+        # After loading, which may build a model and draw for it.
+        torch.manual_seed(torch_seed(seed, Purpose.DROPOUT, plan.round, client))
         losses = self._steps(list(self._model.parameters(state).values()), batches, plan)
         update = self._model.read(state)
         error = _fault(losses, update)
@@ -159,7 +160,8 @@ class LocalTrainer:
         everything = self._model.tensors("full")
         changed = base.root > 0 or bool(base.folds) or trainable == "full"
         new_head = not self._recipe.adapter.train_head
-        keep_base = changed or new_head or self._recipe.model.source == "config"
+        own_config = self._recipe.model.source == "config" or bool(self._recipe.model.config)
+        keep_base = changed or new_head or own_config
         with TemporaryDirectory() as scratch:
             folder = Path(scratch)
             net = self._build()

@@ -69,9 +69,10 @@ def outline(recipe: Recipe) -> Outline:
     """
     dataset = _dataset(recipe)
     clients = _deal(recipe, dataset)
-    net = sources.skeleton(
-        recipe.model, sources.configuration(recipe.model, _facts(recipe, dataset))
-    )
+    facts = _facts(recipe, dataset)
+    config = sources.configuration(recipe.model, facts)
+    _check_config(config, dataset)
+    net = sources.skeleton(recipe.model, config)
     return Outline(
         shape=model_shape(net, recipe),
         examples=clients.counts,
@@ -97,7 +98,7 @@ def prepare(recipe: Recipe) -> Workload:
         if recipe.model.source == "config":
             facts["vocab_size"] = len(tokenizer)
     config = sources.configuration(recipe.model, facts)
-    _check_config(config, facts, dataset)
+    _check_config(config, dataset)
     held_back = dataset.test.slice(0, 0) if dataset.validation is None else dataset.validation
     return Workload(
         train=_examples(dataset.train, tokenizer, recipe),
@@ -136,7 +137,7 @@ def _facts(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     return facts
 
 
-def _check_config(config: Any, facts: dict[str, Any], dataset: Dataset) -> None:
+def _check_config(config: Any, dataset: Dataset) -> None:
     classes = len(dataset.label_names)
     if config.num_labels != classes:
         raise ModelError(

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -44,8 +43,7 @@ VARIANTS = {
 }
 PLACES = {
     "again": ["runtime.executor=local"],
-    "in small blocks": ["runtime.executor=local", "runtime.cohort_size=2"],
-    "one actor": ["runtime.executor=ray", "runtime.client_actors=1"],
+    "one actor": ["runtime.executor=ray", "runtime.client_actors=1", "runtime.cohort_size=2"],
     "two actors": ["runtime.executor=ray", "runtime.client_actors=2", "runtime.cpus_per_actor=0.5"],
 }
 

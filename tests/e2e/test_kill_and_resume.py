@@ -98,26 +98,45 @@ def started(recipe: Path, out: Path, executor: str, *more: str) -> Iterator[subp
 
 def kill(process: subprocess.Popen[str]) -> None:
     """SIGKILL the process and everything it started, Ray's own processes included."""
-    if process.poll() is not None:
-        return
-    parent = psutil.Process(process.pid)
-    # Stopped first, so that it starts no more while its children are being looked up.
-    parent.suspend()
-    family = [*parent.children(recursive=True), parent]
+    family: list[psutil.Process] = []
+    if process.poll() is None:
+        parent = psutil.Process(process.pid)
+        # Stopped first, so that it starts no more while its children are being looked up.
+        parent.suspend()
+        family = [*parent.children(recursive=True), parent]
     for member in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
-    process.communicate()
-    psutil.wait_procs(family, timeout=30)
+    process.wait()
+    for stream in (process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
+    wait_until(lambda: not any(map(lives, family)))
+
+
+def lives(process: psutil.Process) -> bool:
+    """Return whether a process still does anything; who inherits a dead one may not collect it."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not done():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.005)
 
 
 def wait_for(there: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Wait for something in the run folder."""
-    deadline = time.monotonic() + WAIT_S
-    while not there():
+    """Wait for something in the run folder, as long as the run goes on."""
+
+    def happened() -> bool:
         assert process.poll() is None, f"ended early: {process.communicate()}"
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.005)
+        return there()
+
+    wait_until(happened)
 
 
 def saved(out: Path, rounds: int) -> Callable[[], bool]:
@@ -173,16 +192,14 @@ def test_a_run_killed_again_and_again_ends_as_one_left_alone(
     assert_same_run(out, undisturbed)
 
 
-@pytest.mark.parametrize("at", [0, 3, 6], ids=["first round", "third round", "sixth round"])
-def test_a_local_run_killed_in_the_middle_of_a_round_ends_as_one_left_alone(
-    at: int, recipe: Path, undisturbed: Path, tmp_path: Path
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(
+    recipe: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     with started(recipe, out, "local") as process:
-        reached = (out / "recipe.yaml").exists if at == 0 else saved(out, at)
-        wait_for(reached, process)
-        time.sleep(0.1)
+        wait_for((out / "recipe.yaml").exists, process)
         kill(process)
+    assert not (out / "checkpoints").exists()
     finish(recipe, out, "local", "--resume")
     assert_same_run(out, undisturbed)
 
@@ -202,9 +219,18 @@ def test_an_interrupted_run_keeps_its_rounds_and_goes_on(
     assert "Traceback" not in err
     assert saved(out, 2)()
     assert not (out / "summary.json").exists()
+    finish(recipe, out, executor, "--resume")
+    assert_same_run(out, undisturbed)
+
+
+def test_a_killed_run_is_not_started_again_by_mistake(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with started(recipe, out, "local") as process:
+        wait_for(saved(out, 1), process)
+        kill(process)
     kept = files(out)
     done = subprocess.run(
-        arguments(recipe, out, executor),
+        arguments(recipe, out, "local"),
         capture_output=True,
         text=True,
         check=False,
@@ -213,20 +239,6 @@ def test_an_interrupted_run_keeps_its_rounds_and_goes_on(
     assert done.returncode == 2
     assert "--resume" in done.stderr
     assert files(out) == kept
-    finish(recipe, out, executor, "--resume")
-    assert_same_run(out, undisturbed)
-
-
-@pytest.mark.ray
-def test_a_run_on_ray_can_be_gone_on_with_in_this_process_alone(
-    recipe: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    with started(recipe, out, "ray") as process:
-        wait_for(saved(out, 3), process)
-        kill(process)
-    finish(recipe, out, "local", "--resume")
-    assert_same_run(out, undisturbed)
 
 
 @pytest.mark.ray
@@ -238,10 +250,11 @@ def test_when_its_starter_alone_is_killed_a_run_on_ray_ends_and_can_be_gone_on_w
         wait_for(saved(out, 2), process)
         family = psutil.Process(process.pid).children(recursive=True)
         process.kill()
-        _, left = psutil.wait_procs(family, timeout=60)
-        for member in left:
-            member.kill()
-    assert left == []
+        try:
+            wait_until(lambda: not any(map(lives, family)))
+        finally:
+            for member in filter(lives, family):
+                member.kill()
     assert not (out / "summary.json").exists()
     finish(recipe, out, "local", "--resume")
     assert_same_run(out, undisturbed)

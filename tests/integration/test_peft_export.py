@@ -142,20 +142,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def text_recipe(source: Path, **config: Any) -> Recipe:
-    return load_recipe(
-        RECIPE,
-        {
-            "data.source": str(source / "questions.jsonl"),
-            "data.max_examples": None,
-            "data.partition.kind": "iid",
-            "model": {
-                "task": "text-classification",
-                "source": str(source),
-                "config": config,
-            },
-            "annealing.initiating.trainable": "adapter",
-        },
-    )
+    model = {"task": "text-classification", "source": str(source), "config": config}
+    data = {"source": str(source / "questions.jsonl"), "partition": {"kind": "iid", "clients": 6}}
+    overrides = {"annealing.initiating.trainable": "adapter"}
+    return load_recipe({**RECIPE, "model": model, "data": data}, overrides)
 
 
 def metrics(net: torch.nn.Module, workload: Workload) -> dict[str, Any]:
