@@ -86,15 +86,18 @@ class RunFolder:
             self._fs.delete_file(info.path)
 
     def check_writable(self) -> None:
-        """Write and remove an empty file.
+        """Write and remove an empty file, and a local folder that was not there before.
 
         Raises:
             RunFolderError: the folder cannot be made or written.
         """
         probe = f".writable-{os.getpid()}"
+        made = self.local is not None and not self.local.exists()
         try:
             self.write(probe, b"")
             self.remove(probe)
+            if made and self.local is not None:
+                self.local.rmdir()
         except (RunError, OSError) as error:
             raise RunFolderError(
                 f"run folder {self.location}: expected a folder that can be written; {error}"

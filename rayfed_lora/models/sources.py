@@ -5,6 +5,7 @@ Source: this project.
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -87,14 +88,32 @@ def configuration(model: Model, overrides: dict[str, Any]) -> Any:
     Raises:
         ModelError: it cannot be read or transformers refuses a value.
     """
-    values = {**overrides, **{k: v for k, v in model.config.items() if k != "architecture"}}
+    own = {k: v for k, v in model.config.items() if k != "architecture"}
     try:
         with quiet():
             if model.source == "config":
-                return AutoConfig.for_model(model.config["architecture"], **values)
-            return AutoConfig.from_pretrained(location(model.source), **values)
+                found = AutoConfig.for_model(model.config["architecture"], **overrides | own)
+            else:
+                found = AutoConfig.from_pretrained(location(model.source), **overrides | own)
+    except ModelError:
+        raise
     except Exception as error:  # configurations check themselves with errors of many kinds
         raise ModelError(f"{_where(model)}: {_message(error)}") from error
+    _check_keys(list(own), found)
+    return found
+
+
+def _check_keys(keys: list[str], config: Any) -> None:
+    """Refuse keys that the configuration's class does not know; transformers would keep them."""
+    known = sorted({*type(config)().to_dict(), *config.attribute_map, "num_labels"})
+    unknown = [key for key in keys if key not in known]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ModelError(
+            f"model.config.{unknown[0]}: expected a key of {type(config).__name__}{hint}; it has"
+            f" {', '.join(known)}"
+        )
 
 
 def restored(values: Mapping[str, Any]) -> Any:

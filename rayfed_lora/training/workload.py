@@ -71,7 +71,7 @@ def outline(recipe: Recipe) -> Outline:
     clients = _deal(recipe, dataset)
     facts = _facts(recipe, dataset)
     config = sources.configuration(recipe.model, facts)
-    _check_config(config, dataset)
+    _check_config(config, dataset, recipe.data.max_length)
     net = sources.skeleton(recipe.model, config)
     return Outline(
         shape=model_shape(net, recipe),
@@ -98,7 +98,7 @@ def prepare(recipe: Recipe) -> Workload:
         if recipe.model.source == "config":
             facts["vocab_size"] = len(tokenizer)
     config = sources.configuration(recipe.model, facts)
-    _check_config(config, dataset)
+    _check_config(config, dataset, recipe.data.max_length)
     held_back = dataset.test.slice(0, 0) if dataset.validation is None else dataset.validation
     return Workload(
         train=_examples(dataset.train, tokenizer, recipe),
@@ -137,12 +137,18 @@ def _facts(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     return facts
 
 
-def _check_config(config: Any, dataset: Dataset) -> None:
+def _check_config(config: Any, dataset: Dataset, max_length: int) -> None:
     classes = len(dataset.label_names)
     if config.num_labels != classes:
         raise ModelError(
             f"model.config.num_labels: expected {classes}, the classes in the data,"
             f" got {config.num_labels}"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if "text" in dataset.test.column_names and positions is not None and max_length > positions:
+        raise ModelError(
+            f"data.max_length: expected at most {positions}, the model's"
+            f" max_position_embeddings, got {max_length}"
         )
     size = getattr(config, "image_size", None)
     if "image" not in dataset.test.column_names or not isinstance(size, int):

@@ -91,10 +91,17 @@ def assert_same_run(location: Path, expected: Path) -> None:
 # --- who may use a folder ---------------------------------------------------------------------
 
 
-def test_a_new_and_an_empty_folder_may_be_used_and_stay_empty(tmp_path):
-    claim(RunFolder(tmp_path / "new"), make_recipe(), resume=False)
-    claim(RunFolder(tmp_path / "new"), make_recipe(), resume=True)
-    assert list((tmp_path / "new").iterdir()) == []
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_new_folder_may_be_used_and_is_not_made_before_the_run_starts(tmp_path, resume):
+    claim(RunFolder(tmp_path / "new"), make_recipe(), resume=resume)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_empty_folder_may_be_used_and_stays_empty(tmp_path, resume):
+    (tmp_path / "empty").mkdir()
+    claim(RunFolder(tmp_path / "empty"), make_recipe(), resume=resume)
+    assert list((tmp_path / "empty").iterdir()) == []
 
 
 def test_a_folder_with_a_run_is_refused_without_resume(tmp_path):
