@@ -15,6 +15,7 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float32]
 Stage = Literal["initiating", "heating", "cooling", "holding"]
 Trainable = Literal["full", "adapter"]
+Split = Literal["validation", "test"]
 
 
 @dataclass(frozen=True)

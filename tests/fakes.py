@@ -20,7 +20,7 @@ import numpy as np
 
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.data.partition import ClientTable
-from rayfed_lora.federation.executor import Population, Split
+from rayfed_lora.federation.executor import Population
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.runtime.factory import in_process
@@ -37,6 +37,7 @@ from rayfed_lora.types import (
     LocalPlan,
     ModelShape,
     ModuleShape,
+    Split,
     Trainable,
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from rayfed_lora.types import (
     AdapterState,
@@ -14,10 +14,9 @@ from rayfed_lora.types import (
     FloatArray,
     LocalPlan,
     ModelShape,
+    Split,
     Trainable,
 )
-
-Split = Literal["validation", "test"]
 
 
 @dataclass(frozen=True)

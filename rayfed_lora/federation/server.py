@@ -23,7 +23,7 @@ from rayfed_lora.annealing.stages import Feedback, is_full, plan_round, proposed
 from rayfed_lora.errors import InterruptedRunError, RunError
 from rayfed_lora.federation import evaluation, sampling, transitions
 from rayfed_lora.federation.evaluation import Scores
-from rayfed_lora.federation.executor import Executor, Population, Split
+from rayfed_lora.federation.executor import Executor, Population
 from rayfed_lora.federation.learning_rate import learning_rate
 from rayfed_lora.federation.ledger import BYTES_A_VALUE, Bill, Ledger
 from rayfed_lora.federation.transitions import Entry, GlobalModel
@@ -38,6 +38,7 @@ from rayfed_lora.types import (
     LocalPlan,
     RoundPlan,
     RoundRecord,
+    Split,
     Trainable,
 )
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from rayfed_lora.federation.executor import Population, Split
+from rayfed_lora.federation.executor import Population
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.factory import Factory, population
 from rayfed_lora.types import (
@@ -21,6 +21,7 @@ from rayfed_lora.types import (
     EvaluationSums,
     FloatArray,
     LocalPlan,
+    Split,
     Trainable,
 )
 

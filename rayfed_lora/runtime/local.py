@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from rayfed_lora.federation.executor import Population, Split
+from rayfed_lora.federation.executor import Population
 from rayfed_lora.training.protocol import Trainer
 from rayfed_lora.types import (
     AdapterState,
@@ -13,6 +13,7 @@ from rayfed_lora.types import (
     EvaluationSums,
     FloatArray,
     LocalPlan,
+    Split,
     Trainable,
 )
 

@@ -28,7 +28,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayfed_lora.errors import RayfedError, ResourceError, RunError
-from rayfed_lora.federation.executor import Population, Split
+from rayfed_lora.federation.executor import Population
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.actors import ClientActor, prepare_workload
 from rayfed_lora.runtime.factory import Factory
@@ -40,6 +40,7 @@ from rayfed_lora.types import (
     EvaluationSums,
     FloatArray,
     LocalPlan,
+    Split,
     Trainable,
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import Protocol
 
 from rayfed_lora.errors import ClientError
 from rayfed_lora.types import (
@@ -19,10 +19,9 @@ from rayfed_lora.types import (
     FloatArray,
     LocalPlan,
     ModelShape,
+    Split,
     Trainable,
 )
-
-Split = Literal["validation", "test"]
 
 
 class Trainer(Protocol):

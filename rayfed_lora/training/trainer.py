@@ -23,7 +23,7 @@ from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.recipe import Clients, Recipe
 from rayfed_lora.seeds import Purpose, generator, torch_seed
-from rayfed_lora.training.protocol import Split, attributed
+from rayfed_lora.training.protocol import attributed
 from rayfed_lora.training.workload import Workload
 from rayfed_lora.types import (
     AdapterState,
@@ -33,6 +33,7 @@ from rayfed_lora.types import (
     FloatArray,
     LocalPlan,
     ModelShape,
+    Split,
     Trainable,
 )
 
