@@ -15,7 +15,8 @@ class Status:
     """A moment of a run.
 
     Attributes:
-        phase: what is going on: `starting`, `training`, `exporting`, `done`.
+        phase: what is going on: `starting`, `training`, `exporting`, `done`; of a detached
+            run also `failed` and `stopped`, the newest note says why.
         rounds_done, rounds: finished and all rounds.
         stage, rank: of the round that is running.
         clients_done, clients: updates taken in, and cohort size, of the round that is running.

@@ -152,9 +152,12 @@ def start(
     location = out or default_location(recipe)
     folder = RunFolder(location)
     claim(folder, recipe, resume)
+    import ray
+
     with _ray(address):
         server, name = _start_server(recipe, folder, resume, TorchFactory(), lifetime="detached")
-        server.run.remote()
+        # Once it answers, it runs without this process.
+        ray.get(server.status.remote())
         return Started(location, name)
 
 
@@ -266,7 +269,7 @@ def _start_server(
     }
     try:
         server = ray.remote(SimulationServer).options(**options)
-        return server.remote(recipe, location, resume, factory), name
+        return server.remote(recipe, location, resume, factory, lifetime == "detached"), name
     except ValueError as error:
         raise BadInputError(
             f"a run into {location} is going on in this cluster: {error}"

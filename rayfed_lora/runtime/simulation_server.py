@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from rayfed_lora.errors import RayfedError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.status import Status, StatusBoard
 from rayfed_lora.runtime.factory import Factory
@@ -25,7 +26,14 @@ class SimulationServer:
     another: the actor needs max_concurrency 2.
     """
 
-    def __init__(self, recipe: Recipe, location: str, resume: bool, factory: Factory) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        location: str,
+        resume: bool,
+        factory: Factory,
+        detached: bool = False,
+    ) -> None:
         """Keep the run.
 
         Args:
@@ -33,6 +41,8 @@ class SimulationServer:
             location: claimed run folder.
             resume: go on from a checkpoint.
             factory: makes workload and trainers inside the workers.
+            detached: start the run at once, in a thread of its own: a call of `run` would be
+                lost with the process that made it, and not be made again after a restart.
         """
         self._recipe = recipe
         self._location = location
@@ -40,15 +50,25 @@ class SimulationServer:
         self._factory = factory
         self._stop = threading.Event()
         self._board = StatusBoard(recipe.annealing.total_rounds)
+        if detached:
+            threading.Thread(target=self._run_detached, args=_identity(), daemon=True).start()
 
     def __repr__(self) -> str:
         return f"server of {self._recipe.name}"
 
     def run(self) -> dict[str, Any]:
         """Run to the end and return the summary; raises what `simulate` raises."""
-        context = ray.get_runtime_context()
-        again = context.was_current_actor_reconstructed
-        run_id = context.get_actor_id()
+        return self._run(*_identity())
+
+    def _run_detached(self, run_id: str, again: bool) -> None:
+        """Run with nobody to raise to: a failure is what `status` tells."""
+        try:
+            self._run(run_id, again)
+        except RayfedError as error:
+            self._board.note(str(error))
+            self._board.phase("stopped" if error.exit_status == 130 else "failed")
+
+    def _run(self, run_id: str, again: bool) -> dict[str, Any]:
         executor = RayExecutor(self._recipe, self._factory, self._board.note, run_id)
         return simulate(
             self._recipe,
@@ -66,3 +86,9 @@ class SimulationServer:
     def stop(self) -> None:
         """Abandon the running round, save the run and end it."""
         self._stop.set()
+
+
+def _identity() -> tuple[str, bool]:
+    """Return this actor's id, and whether Ray has started it again; the id stays the same."""
+    context = ray.get_runtime_context()
+    return context.get_actor_id(), context.was_current_actor_reconstructed
