@@ -71,7 +71,7 @@ def outline(recipe: Recipe) -> Outline:
     clients = _deal(recipe, dataset)
     facts = _facts(recipe, dataset)
     config = sources.configuration(recipe.model, facts)
-    _check_config(config, dataset, recipe.data.max_length)
+    _check_config(config, dataset)
     net = sources.skeleton(recipe.model, config)
     return Outline(
         shape=model_shape(net, recipe),
@@ -98,12 +98,15 @@ def prepare(recipe: Recipe) -> Workload:
         if recipe.model.source == "config":
             facts["vocab_size"] = len(tokenizer)
     config = sources.configuration(recipe.model, facts)
-    _check_config(config, dataset, recipe.data.max_length)
+    _check_config(config, dataset)
     held_back = dataset.test.slice(0, 0) if dataset.validation is None else dataset.validation
+    train, test = (_examples(table, tokenizer, recipe) for table in (dataset.train, dataset.test))
+    _check_length(config, train)
+    _check_length(config, test)
     return Workload(
-        train=_examples(dataset.train, tokenizer, recipe),
+        train=train,
         validation=_by_length(_examples(held_back, tokenizer, recipe)),
-        test=_by_length(_examples(dataset.test, tokenizer, recipe)),
+        test=_by_length(test),
         clients=clients,
         label_names=dataset.label_names,
         config=config.to_dict(),
@@ -137,18 +140,12 @@ def _facts(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     return facts
 
 
-def _check_config(config: Any, dataset: Dataset, max_length: int) -> None:
+def _check_config(config: Any, dataset: Dataset) -> None:
     classes = len(dataset.label_names)
     if config.num_labels != classes:
         raise ModelError(
             f"model.config.num_labels: expected {classes}, the classes in the data,"
             f" got {config.num_labels}"
-        )
-    positions = getattr(config, "max_position_embeddings", None)
-    if "text" in dataset.test.column_names and positions is not None and max_length > positions:
-        raise ModelError(
-            f"data.max_length: expected at most {positions}, the model's"
-            f" max_position_embeddings, got {max_length}"
         )
     size = getattr(config, "image_size", None)
     if "image" not in dataset.test.column_names or not isinstance(size, int):
@@ -159,6 +156,16 @@ def _check_config(config: Any, dataset: Dataset, max_length: int) -> None:
         raise ModelError(
             f"model.config: expected images of {channels} x {size} x {size}"
             f" (num_channels, image_size), the data have {' x '.join(map(str, shape))}"
+        )
+
+
+def _check_length(config: Any, examples: Examples) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    longest = examples.inputs["input_ids"].shape[1] if "input_ids" in examples.inputs else 0
+    if positions is not None and longest > positions:
+        raise ModelError(
+            f"data.max_length: expected at most {positions}, the model's max_position_embeddings,"
+            f" for texts of up to {longest} tokens"
         )
 
 
