@@ -64,7 +64,8 @@ def assert_same_result(summary: dict[str, Any], location: Path, expected: Path) 
 
 # 64 x 64 images make a workload that lies in Ray's shared memory, as real ones do.
 @pytest.mark.parametrize("side", [2, 64], ids=["small workload", "workload in shared memory"])
-@pytest.mark.parametrize("actors", [1, 2])
+# The slower ones are kept for `make e2e`.
+@pytest.mark.parametrize("actors", [1, pytest.param(2, marks=pytest.mark.e2e)])
 def test_a_client_actor_killed_in_a_block_is_told_and_the_result_is_the_same(
     actors, side, tmp_path
 ):
@@ -81,6 +82,7 @@ def test_a_client_actor_killed_in_a_block_is_told_and_the_result_is_the_same(
     assert_same_result(summary, tmp_path / "run", tmp_path / "local")
 
 
+@pytest.mark.e2e
 def test_a_client_actor_that_takes_long_to_come_back_is_waited_for(tmp_path):
     # Ray refuses calls while it restarts an actor, after 2 s each: ten seconds are five refusals.
     expected_summary(tmp_path / "local")
