@@ -101,8 +101,6 @@ def prepare(recipe: Recipe) -> Workload:
     _check_config(config, dataset)
     held_back = dataset.test.slice(0, 0) if dataset.validation is None else dataset.validation
     train, test = (_examples(table, tokenizer, recipe) for table in (dataset.train, dataset.test))
-    _check_length(config, train)
-    _check_length(config, test)
     return Workload(
         train=train,
         validation=_by_length(_examples(held_back, tokenizer, recipe)),
@@ -156,16 +154,6 @@ def _check_config(config: Any, dataset: Dataset) -> None:
         raise ModelError(
             f"model.config: expected images of {channels} x {size} x {size}"
             f" (num_channels, image_size), the data have {' x '.join(map(str, shape))}"
-        )
-
-
-def _check_length(config: Any, examples: Examples) -> None:
-    positions = getattr(config, "max_position_embeddings", None)
-    longest = examples.inputs["input_ids"].shape[1] if "input_ids" in examples.inputs else 0
-    if positions is not None and longest > positions:
-        raise ModelError(
-            f"data.max_length: expected at most {positions}, the model's max_position_embeddings,"
-            f" for texts of up to {longest} tokens"
         )
 
 

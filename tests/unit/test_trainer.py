@@ -140,14 +140,13 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def text_recipe(folder: Path, **overrides: Any) -> Recipe:
-    return make_recipe(
-        data__source=str(folder / "questions.csv"),
-        data__partition__kind="iid",
-        model__task="text-classification",
-        model__tokenizer=str(folder),
-        model__config=BERT,
-        **overrides,
-    )
+    text = {"task": "text-classification", "tokenizer": str(folder), "config": BERT}
+    keys = {
+        "data.source": str(folder / "questions.csv"),
+        "data.partition.kind": "iid",
+        **{name.replace("__", "."): value for name, value in overrides.items()},
+    }
+    return load_recipe({**RECIPE, "model": text}, keys)
 
 
 def adapter_state(trainer: LocalTrainer, rank: int = 4, scale: float = 2.0) -> AdapterState:
