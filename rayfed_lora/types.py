@@ -16,6 +16,7 @@ FloatArray = npt.NDArray[np.float32]
 Stage = Literal["initiating", "heating", "cooling", "holding"]
 Trainable = Literal["full", "adapter"]
 Split = Literal["validation", "test"]
+Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,18 @@ class ModelShape:
         head_params: number of values in the densely trained head.
         total_params: number of values in the whole model, head included, adapters not.
         head: names of the head's tensors.
+        obstacle: why a block's clients cannot be computed together, None where they can.
+        linear_flops: mean work of one linear layer on one example, forward; 0 where unknown.
+        activation_bytes: what all linear layers give out for one example; 0 where unknown.
     """
 
     modules: Mapping[str, ModuleShape]
     head_params: int
     total_params: int
     head: tuple[str, ...] = ()
+    obstacle: str | None = None
+    linear_flops: float = 0.0
+    activation_bytes: int = 0
 
     @property
     def base_params(self) -> int:

@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ import numpy as np
 
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.data.partition import ClientTable
-from rayfed_lora.federation.executor import Population
+from rayfed_lora.federation.executor import Population, Trained
+from rayfed_lora.federation.sampling import Block
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.runtime.factory import in_process
@@ -127,12 +128,10 @@ class FakeTrainer:
 
     def train(
         self, clients: Sequence[int], state: AdapterState, base: Base, plan: LocalPlan
-    ) -> list[ClientUpdate]:
-        updates = []
+    ) -> Iterator[ClientUpdate]:
         for client in clients:
             with attributed(client, plan.round):
-                updates.append(self._train_client(client, state, base, plan.round))
-        return updates
+                yield self._train_client(client, state, base, plan.round)
 
     def _train_client(self, client: int, state: AdapterState, base: Base, t: int) -> ClientUpdate:
         b = self._behaviour
@@ -240,7 +239,7 @@ def _examples(rows: int, side: int) -> Examples:
 def local_executor(recipe: Recipe, behaviour: Behaviour | None = None) -> LocalExecutor:
     """Return an executor in this process, not yet opened."""
     factory = FakeFactory(behaviour or Behaviour())
-    return LocalExecutor(lambda: in_process(recipe, factory, "cpu"))
+    return LocalExecutor(recipe.aggregation.rule, lambda: in_process(recipe, factory, "cpu"))
 
 
 class Killed(BaseException):
@@ -263,12 +262,14 @@ class KilledExecutor:
         return self._inner.initial_tensors(trainable)
 
     def train(
-        self, state: AdapterState, base: Base, plan: LocalPlan, blocks: Sequence[tuple[int, ...]]
-    ) -> Iterator[ClientUpdate]:
-        for position, update in enumerate(self._inner.train(state, base, plan, blocks)):
-            if (plan.round, position) == self._at:
+        self, state: AdapterState, base: Base, plan: LocalPlan, calls: Sequence[tuple[Block, ...]]
+    ) -> Iterator[Trained]:
+        taken = 0
+        for part in self._inner.train(state, base, plan, calls):
+            taken += len(part.clients)
+            if plan.round == self._at[0] and taken > self._at[1]:
                 raise Killed
-            yield update
+            yield part
 
     def evaluate(
         self,
@@ -277,7 +278,7 @@ class KilledExecutor:
         state: AdapterState,
         base: Base,
         trainable: Trainable,
-    ) -> list[EvaluationSums]:
+    ) -> Callable[[], list[EvaluationSums]]:
         return self._inner.evaluate(split, shards, state, base, trainable)
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:

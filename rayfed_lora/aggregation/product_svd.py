@@ -6,49 +6,51 @@ tasks and client resources".
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 
 from rayfed_lora.aggregation.mean import ProductMean, TensorMean
 from rayfed_lora.aggregation.step import (
     Aggregate,
     Product,
-    WeightedState,
     relative_error,
     stepped_tensors,
 )
-from rayfed_lora.lora.products import product_svd as svd_of_product
-from rayfed_lora.lora.products import stacked
+from rayfed_lora.lora.products import product_svd, stacked
 from rayfed_lora.lora.resize import from_svd
 from rayfed_lora.types import AdapterState, Factors
 
 
-def product_svd(
-    start: AdapterState, updates: Iterable[WeightedState], lr: float = 1.0
-) -> Aggregate:
-    """Return the best approximation of sum p_k D_k at each module's rank; dense tensors averaged.
+class ProductSvd:
+    """The best approximation of sum p_k D_k at each module's rank; dense tensors averaged.
 
-    D_k = scale_k * B_k @ A_k and p_k = weight_k / sum of weights. The sum is exact, as stacked
-    factors; its SVD runs through the QR core. Clients may have different ranks.
-
-    Args:
-        start: the state the clients started from; its ranks and scales are kept.
-        updates: (examples, state) of each client, in client order, at least one.
-        lr: server learning rate on D, 1 for plain averaging.
+    D_k = scale_k * B_k @ A_k and p_k = weight_k / sum of weights. The sum is exact; its SVD runs
+    through the QR core. Clients may have different ranks.
     """
-    dense = TensorMean()
-    exact = {name: ProductMean() for name in start.factors}
-    for weight, state in updates:
-        dense.add(weight, state.dense)
+
+    def __init__(self) -> None:
+        self._dense = TensorMean()
+        self._exact: dict[str, ProductMean] = {}
+
+    def add(self, weight: float, state: AdapterState) -> None:
+        """Take one client in."""
+        self._dense.add(weight, state.dense)
         for name, sent in state.factors.items():
-            exact[name].add(weight, sent)
-    means = {name: product.mean() for name, product in exact.items()}
-    stepped = {name: _stepped(f, means[name], lr) for name, f in start.factors.items()}
-    factors = {name: _cut(f, stepped[name]) for name, f in start.factors.items()}
-    used = {name: stacked([(1.0, f)]) for name, f in factors.items()}
-    state = AdapterState(factors, stepped_tensors(start.dense, dense.mean(), lr))
-    return Aggregate(state, relative_error(used, stepped))
+            self._exact.setdefault(name, ProductMean()).add(weight, sent)
+
+    def join(self, other: ProductSvd) -> None:
+        """Take in what another reduction has."""
+        self._dense.join(other._dense)
+        for name, product in other._exact.items():
+            self._exact.setdefault(name, ProductMean()).join(product)
+
+    def aggregate(self, start: AdapterState, lr: float = 1.0) -> Aggregate:
+        """Return D = start + lr * (mean - start), cut to the ranks and scales of `start`."""
+        means = {name: self._exact[name].mean() for name in start.factors}
+        exact = {name: _stepped(f, means[name], lr) for name, f in start.factors.items()}
+        factors = {name: _cut(f, exact[name]) for name, f in start.factors.items()}
+        used = {name: stacked([(1.0, f)]) for name, f in factors.items()}
+        state = AdapterState(factors, stepped_tensors(start.dense, self._dense.mean(), lr))
+        return Aggregate(state, relative_error(used, exact))
 
 
 def _stepped(start: Factors, mean: Product, lr: float) -> Product:
@@ -62,7 +64,7 @@ def _stepped(start: Factors, mean: Product, lr: float) -> Product:
 def _cut(start: Factors, target: Product) -> Factors:
     """Return the factors nearest the target, at the start's rank and scale."""
     b, a = target
-    cut = from_svd(svd_of_product(b, a), start.rank, start.scale)
+    cut = from_svd(product_svd(b, a), start.rank, start.scale)
     missing = start.rank - cut.rank
     if missing == 0:
         return cut

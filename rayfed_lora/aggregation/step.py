@@ -6,8 +6,9 @@ Source: server step: Reddi et al., arXiv:2003.00295, Algorithm 1 (here sgd); err
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,6 @@ from rayfed_lora.types import AdapterState, FloatArray
 
 Float64Array = npt.NDArray[np.float64]
 Product = tuple[Float64Array, Float64Array]
-WeightedState = tuple[float, AdapterState]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,33 @@ class Aggregate:
     error: float | None
 
 
-Rule = Callable[[AdapterState, Iterable[WeightedState], float], Aggregate]
+class Reduction(Protocol):
+    """What a rule keeps of the updates it has taken in; picklable, and no larger for more of them.
+
+    A block of clients is reduced where it was trained; the reductions are joined in block order.
+    """
+
+    def add(self, weight: float, state: AdapterState) -> None:
+        """Take one client in.
+
+        Args:
+            weight: > 0, in any unit, e.g. examples.
+            state: its trained state.
+        """
+        ...
+
+    def join(self, other: Any) -> None:
+        """Take in what another reduction of the same rule has, whose clients come after."""
+        ...
+
+    def aggregate(self, start: AdapterState, lr: float) -> Aggregate:
+        """Return the next global state.
+
+        Args:
+            start: the state the clients started from.
+            lr: server learning rate, 1 for plain averaging.
+        """
+        ...
 
 
 def stepped(start: FloatArray, mean: Float64Array, lr: float) -> FloatArray:
@@ -62,15 +88,17 @@ def relative_error(used: Mapping[str, Product], exact: Mapping[str, Product]) ->
     """
     if not exact:
         return None
-    apart = [
-        norm(
-            np.concatenate([used[m][0], -exact[m][0]], axis=1),
-            np.concatenate([used[m][1], exact[m][1]]),
-        )
-        for m in exact
-    ]
+    apart = [_distance(used[m], exact[m]) for m in exact]
     size = float(np.linalg.norm([norm(b, a) for b, a in exact.values()]))
     distance = float(np.linalg.norm(apart))
     if size == 0.0:
         return 0.0 if distance == 0.0 else math.inf
     return distance / size
+
+
+def _distance(one: Product, other: Product) -> float:
+    """Return the Frobenius norm of the difference of two products."""
+    (b, a), (other_b, other_a) = one, other
+    if b.shape[1] + other_b.shape[1] < min(b.shape[0], a.shape[1]):
+        return norm(np.concatenate([b, -other_b], axis=1), np.concatenate([a, other_a]))
+    return float(np.linalg.norm(b @ a - other_b @ other_a))

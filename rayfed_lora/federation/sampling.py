@@ -3,11 +3,58 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
+from rayfed_lora.types import Device, ModelShape
 
-_BLOCKS_A_ROUND = 64
+Block = tuple[int, ...]
+_CALLS_A_ROUND = 1024
+# Blocks that a round has at least, where it has the clients.
+_BLOCKS_TO_SHARE = 4
+_FEW_BLOCKS = 16
+# Memory that training holds for a linear layer, in its outputs (gradients, attention, norms).
+_HELD_A_LINEAR_OUTPUT = 3
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of a block helps on a kind of device.
+
+    Attributes:
+        linear_flops: work of one call of a linear layer that outweighs what the call costs.
+        activation_bytes: what a block may hold.
+        clients: no more than that.
+    """
+
+    linear_flops: float
+    activation_bytes: float
+    clients: int
+
+
+# Measured: benchmarks/README.md. A GPU's are estimates from its launch time and speed.
+LIMITS: Mapping[Device, Limits] = {
+    "cpu": Limits(linear_flops=2e7, activation_bytes=1e9, clients=16),
+    "cuda": Limits(linear_flops=1e10, activation_bytes=8e9, clients=64),
+}
+
+
+@dataclass(frozen=True)
+class BlockSize:
+    """How a cohort is cut.
+
+    Attributes:
+        clients: clients a block, at most.
+        even: all blocks as large as each other, to one; else only the last one is smaller.
+        reason: why, for the user.
+    """
+
+    clients: int
+    even: bool
+    reason: str = ""
 
 
 def cohort(recipe: Recipe, clients: int, round_index: int) -> tuple[int, ...]:
@@ -23,16 +70,72 @@ def cohort(recipe: Recipe, clients: int, round_index: int) -> tuple[int, ...]:
     return tuple(sorted(int(client) for client in drawn))
 
 
-def blocks(cohort: tuple[int, ...], size: int | str) -> list[tuple[int, ...]]:
+def blocks(cohort: tuple[int, ...], size: BlockSize) -> list[Block]:
     """Cut a cohort into blocks of consecutive clients.
 
-    Args:
-        cohort: clients of the round.
-        size: clients a block, or `auto` for 64 blocks at most; never a matter of how many actors
-            there are, so that no result depends on that.
-
-    >>> blocks((1, 4, 5, 9), 3)
+    >>> blocks((1, 4, 5, 9), BlockSize(3, even=False))
     [(1, 4, 5), (9,)]
+    >>> blocks((1, 4, 5, 9), BlockSize(3, even=True))
+    [(1, 4), (5, 9)]
     """
-    step = max(1, math.ceil(len(cohort) / _BLOCKS_A_ROUND)) if isinstance(size, str) else size
-    return [cohort[i : i + step] for i in range(0, len(cohort), step)]
+    count = math.ceil(len(cohort) / size.clients)
+    if size.even:
+        edges = [i * len(cohort) // count for i in range(count + 1)]
+    else:
+        edges = [min(i * size.clients, len(cohort)) for i in range(count + 1)]
+    return [cohort[low:high] for low, high in pairwise(edges)]
+
+
+def calls(blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
+    """Cut the blocks of a round into the runs that an actor gets in one call.
+
+    A call is one block, until there are so many that the messages would cost more than they
+    balance. Never a matter of how many actors there are, so that no result depends on that.
+
+    >>> calls([(0, 1), (2,)])
+    [((0, 1),), ((2,),)]
+    """
+    count = min(len(blocks), _CALLS_A_ROUND)
+    edges = [i * len(blocks) // count for i in range(count + 1)]
+    return [tuple(blocks[low:high]) for low, high in pairwise(edges)]
+
+
+def block_size(recipe: Recipe, shape: ModelShape, clients: int, device: Device) -> BlockSize:
+    """Return how many clients are trained together, and why.
+
+    `auto` takes as many as give each linear layer enough work in one step to outweigh what a
+    call of it costs, as far as their activations fit, and no more than leave a few blocks for
+    several actors to share. A full-model round trains one client at a time.
+
+    Args:
+        recipe: gives `runtime.cohort_size` and the batch.
+        shape: the model's sizes.
+        clients: size of the cohort.
+        device: kind of device the actors train on.
+    """
+    wanted = recipe.runtime.cohort_size
+    if shape.obstacle is not None:
+        return BlockSize(1, True, f"one client at a time: {shape.obstacle}")
+    if not isinstance(wanted, str):
+        return BlockSize(wanted, False, f"{wanted} clients a block (runtime.cohort_size)")
+    if shape.linear_flops == 0:
+        return BlockSize(1, True, "one client at a time: the model's work could not be traced")
+    batch, limits = recipe.clients.batch_size, LIMITS[device]
+    work = shape.linear_flops * batch
+    by_work = math.ceil(limits.linear_flops / work)
+    held = _HELD_A_LINEAR_OUTPUT * shape.activation_bytes * batch
+    by_memory = max(1, math.floor(limits.activation_bytes / held))
+    most = min(by_work, by_memory, limits.clients)
+    count = max(math.ceil(clients / most), min(clients, _BLOCKS_TO_SHARE))
+    if count < clients and count <= _FEW_BLOCKS:
+        # Any usual number of actors then has equally many.
+        count = min(clients, 2 ** math.ceil(math.log2(count)))
+    size = math.ceil(clients / count)
+    why = {by_work: "work", by_memory: "memory"}.get(most, "the most that helps")
+    reason = (
+        f"{size} client{'s' * (size > 1)} a block of {clients} on a {device.upper()}: a step of one"
+        f" client gives a linear layer {work / 1e6:.3g} MFLOP of {limits.linear_flops / 1e6:.3g}"
+        f" that fill it, and holds {held / 1e6:.3g} of {limits.activation_bytes / 1e6:.4g} MB;"
+        f" {most} by {why}"
+    )
+    return BlockSize(size, True, reason)

@@ -12,20 +12,20 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Protocol
 
 from threadpoolctl import threadpool_limits
 
 from rayfed_lora.aggregation.rules import RULES
-from rayfed_lora.aggregation.step import Aggregate, WeightedState
+from rayfed_lora.aggregation.step import Aggregate
 from rayfed_lora.annealing.stages import Feedback, is_full, plan_round, proposed_rank
 from rayfed_lora.errors import InterruptedRunError, RunError
 from rayfed_lora.federation import evaluation, sampling, transitions
 from rayfed_lora.federation.evaluation import Scores
-from rayfed_lora.federation.executor import Executor, Population
+from rayfed_lora.federation.executor import Executor, Population, Trained
 from rayfed_lora.federation.learning_rate import learning_rate
 from rayfed_lora.federation.ledger import BYTES_A_VALUE, Bill, Ledger
+from rayfed_lora.federation.sampling import BlockSize
 from rayfed_lora.federation.transitions import Entry, GlobalModel
 from rayfed_lora.lora.counting import dense_params, factor_params
 from rayfed_lora.recipe import Recipe
@@ -91,6 +91,32 @@ class Progress:
     timing: Timing = field(default_factory=Timing)
 
 
+_Wait = Callable[[], Scores]
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A round whose clients are being trained."""
+
+    before: Progress
+    plan: RoundPlan
+    cohort: tuple[int, ...]
+    entry: Entry
+    training: Iterator[Trained]
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A round that is aggregated and being tested; `after` lacks scores and timing."""
+
+    after: Progress
+    plan: RoundPlan
+    updates: list[ClientUpdate]
+    bill: Bill
+    record: RoundRecord
+    test: tuple[_Wait | None, _Wait | None]
+
+
 class Server:
     """Runs the rounds of one recipe on an executor. Knows nothing of files or of Ray."""
 
@@ -117,6 +143,11 @@ class Server:
         self._observer = observer
         self._should_stop = should_stop
         self.ledger = Ledger(population.shape, population.clients)
+        cohort = recipe.cohort_size(population.clients)
+        # How many clients of an adapter round are trained together, and why.
+        self.block_size = sampling.block_size(recipe, population.shape, cohort, population.device)
+        self._timing = Timing()
+        self._ended = 0.0
 
     def fresh(self) -> Progress:
         """Return the run before its first round."""
@@ -127,47 +158,83 @@ class Server:
     def rounds(self, progress: Progress) -> Iterator[Progress]:
         """Run the rounds that are left; yield the run after each of them.
 
+        Where no feedback needs it, a round is tested while the next one is being trained.
+
         Raises:
             InterruptedRunError: `should_stop` said so; the last yielded progress is whole.
             ClientError: a client's training raised.
             RunError: no client of a round sent a usable update.
         """
+        watched = self._recipe.annealing.acceptance != "always"
+        tested: _Trained | None = None
         # One BLAS thread: a result must not depend on how many cores a machine has.
         with threadpool_limits(limits=1, user_api="blas"):
+            self._timing, self._ended = progress.timing, time.perf_counter()
             for t in range(progress.rounds, self._recipe.annealing.total_rounds):
-                progress = self._round(t, progress)
-                yield progress
+                if tested is not None and watched:
+                    yield (progress := self._finished(tested))
+                    tested = None
+                started = self._started(t, progress if tested is None else tested.after)
+                if tested is not None:
+                    yield self._finished(tested)
+                tested = self._trained(started)
+            if tested is not None:
+                yield self._finished(tested)
 
-    def _round(self, t: int, before: Progress) -> Progress:
-        began = time.perf_counter()
+    def _started(self, t: int, before: Progress) -> _Started:
+        """Plan a round and let its training begin."""
         recipe, shape = self._recipe, self._population.shape
         plan = plan_round(recipe.annealing, t, self._feedback(t, before))
         cohort = sampling.cohort(recipe, self._population.clients, t)
-        self._observer.round_started(plan, cohort)
         entry = transitions.enter(recipe, shape, before.model, plan)
-        aggregate, updates = self._train(entry, plan, cohort)
-        trained = time.perf_counter()
-        bill = self._book(plan, entry, cohort, updates)
-        model = replace(entry.model, state=aggregate.state)
-        tested, validation = self._test(t, model)
-        ended = time.perf_counter()
-        timing = replace(
-            before.timing,
-            training_s=before.timing.training_s + trained - began,
-            evaluation_s=before.timing.evaluation_s + ended - trained,
-            client_updates=before.timing.client_updates + bill.arrived,
+        local = LocalPlan(t, plan.trainable, learning_rate(recipe, t), plan.proximal_weight)
+        size = BlockSize(1, even=True) if plan.trainable == "full" else self.block_size
+        calls = sampling.calls(sampling.blocks(cohort, size))
+        state, base = entry.model.state, entry.model.base
+        return _Started(
+            before, plan, cohort, entry, self._executor.train(state, base, local, calls)
         )
+
+    def _trained(self, started: _Started) -> _Trained:
+        """Take a round's updates in, aggregate them, and let the test of the result begin."""
+        plan, entry = started.plan, started.entry
+        self._observer.round_started(plan, started.cohort)
+        aggregate, updates = self._aggregated(started)
+        bill = self._book(plan, entry, started.cohort, updates)
+        model = replace(entry.model, state=aggregate.state)
+        before = started.before
+        # What the next round needs of this one; the rest is known when it is tested.
+        rank = before.rank if plan.trainable == "full" else plan.rank
+        after = replace(before, rounds=plan.round + 1, model=model, rank=rank)
         record = self._record(plan, entry, aggregate, updates, bill)
+        return _Trained(after, plan, updates, bill, record, self._test(plan.round, model))
+
+    def _finished(self, trained: _Trained) -> Progress:
+        """Wait for a round's test, record the round, and return the run after it."""
+        began = time.perf_counter()
+        tested, validation = (None if wait is None else wait() for wait in trained.test)
+        now = time.perf_counter()
+        seconds, self._ended = now - self._ended, now
+        earlier = self._timing
+        self._timing = replace(
+            earlier,
+            training_s=earlier.training_s + seconds - (now - began),
+            evaluation_s=earlier.evaluation_s + now - began,
+            client_updates=earlier.client_updates + trained.bill.arrived,
+        )
         record = replace(
-            record,
+            trained.record,
             eval_accuracy=None if tested is None else tested.accuracy,
             eval_loss=None if tested is None else tested.loss,
             validation_accuracy=None if validation is None else validation.accuracy,
             validation_loss=None if validation is None else validation.loss,
-            seconds=ended - began,
+            seconds=seconds,
         )
-        self._observer.round_done(record, _client_records(t, updates, bill))
-        after = Progress(t + 1, model, before.rank, validation, before.best_at_heating, timing)
+        plan = trained.plan
+        self._observer.round_done(
+            record, _client_records(plan.round, trained.updates, trained.bill)
+        )
+        after = replace(trained.after, validation=validation, timing=self._timing)
         return after if plan.trainable == "full" else self._noted(after, plan)
 
     def _feedback(self, t: int, before: Progress) -> Feedback:
@@ -184,58 +251,42 @@ class Server:
         smaller = transitions.resized(self._recipe, model.state, ranks, t)
         return replace(
             feedback,
-            energy_current=self._evaluate("validation", model).loss,
-            energy_proposed=self._evaluate("validation", replace(model, state=smaller)).loss,
+            energy_current=self._evaluate("validation", model)().loss,
+            energy_proposed=self._evaluate("validation", replace(model, state=smaller))().loss,
             draw=float(generator(self._recipe.seed, Purpose.ACCEPTANCE, t).random()),
         )
 
     def _noted(self, after: Progress, plan: RoundPlan) -> Progress:
-        """Note the rank in use, and the best validation metric reached at the heating rank."""
+        """Note the best validation metric reached at the heating rank."""
         target, scores = self._recipe.annealing.target, after.validation
-        best = after.best_at_heating
         rank = self._recipe.annealing.heating.rank
-        if scores is not None and plan.rank == rank and plan.stage in ("initiating", "heating"):
-            metric = getattr(scores, target.metric)
-            better = max if target.metric == "accuracy" else min
-            best = metric if best is None else better(best, metric)
-        return replace(after, rank=plan.rank, best_at_heating=best)
+        if scores is None or plan.rank != rank or plan.stage not in ("initiating", "heating"):
+            return after
+        metric, best = getattr(scores, target.metric), after.best_at_heating
+        better = max if target.metric == "accuracy" else min
+        return replace(after, best_at_heating=metric if best is None else better(best, metric))
 
-    def _train(
-        self, entry: Entry, plan: RoundPlan, cohort: tuple[int, ...]
-    ) -> tuple[Aggregate, list[ClientUpdate]]:
-        """Train the cohort and aggregate its updates as they come, in client order."""
-        recipe = self._recipe
-        blocks = sampling.blocks(cohort, recipe.runtime.cohort_size)
-        local = LocalPlan(
-            plan.round, plan.trainable, learning_rate(recipe, plan.round), plan.proximal_weight
-        )
-        model = entry.model
-        updates = self._executor.train(model.state, model.base, local, blocks)
-        taken: list[ClientUpdate] = []
-        arrived = self._take_in(updates, taken)
-        first = next(arrived, None)
-        if first is None:
-            reasons = sorted({str(update.error) for update in taken})
-            raise RunError(
-                f"round {plan.round}: none of {len(cohort)} clients sent a usable update;"
-                f" {'; '.join(reasons[:3])}"
-            )
-        aggregation = recipe.aggregation
-        rule = RULES[aggregation.rule].aggregate
-        lr = aggregation.server_optimizer.lr
-        return rule(model.state, chain([first], arrived), lr), taken
-
-    def _take_in(
-        self, updates: Iterator[ClientUpdate], taken: list[ClientUpdate]
-    ) -> Iterator[WeightedState]:
-        """Yield (examples, state) of usable updates; keep of each what the record needs."""
-        for update in updates:
+    def _aggregated(self, started: _Started) -> tuple[Aggregate, list[ClientUpdate]]:
+        """Return the aggregate of a round's updates, joined as they come, and their reports."""
+        aggregation = self._recipe.aggregation
+        whole = RULES[aggregation.rule].reduction()
+        reports: list[ClientUpdate] = []
+        for part in started.training:
             if self._should_stop():
                 raise InterruptedRunError("stopped; the round was abandoned")
-            self._observer.client_done(update)
-            taken.append(replace(update, state=None))
-            if update.state is not None:
-                yield float(update.examples), update.state
+            for report in part.clients:
+                self._observer.client_done(report)
+            reports += part.clients
+            if part.reduction is not None:
+                whole.join(part.reduction)
+        if all(report.error is not None for report in reports):
+            reasons = sorted({str(report.error) for report in reports})
+            raise RunError(
+                f"round {started.plan.round}: none of {len(reports)} clients sent a usable update;"
+                f" {'; '.join(reasons[:3])}"
+            )
+        lr = aggregation.server_optimizer.lr
+        return whole.aggregate(started.entry.model.state, lr), reports
 
     def _book(
         self, plan: RoundPlan, entry: Entry, cohort: tuple[int, ...], updates: list[ClientUpdate]
@@ -254,8 +305,8 @@ class Server:
             self.ledger.replace_base()
         return bill
 
-    def _test(self, t: int, model: GlobalModel) -> tuple[Scores | None, Scores | None]:
-        """Return the test scores, and those that the annealing feedback needs."""
+    def _test(self, t: int, model: GlobalModel) -> tuple[_Wait | None, _Wait | None]:
+        """Start the test, and the evaluation that the annealing feedback needs."""
         last = t + 1 == self._recipe.annealing.total_rounds
         due = last or (t + 1) % self._recipe.evaluation.every == 0
         watched = self._recipe.annealing.acceptance == "target"
@@ -264,12 +315,13 @@ class Server:
             self._evaluate("validation", model) if watched else None,
         )
 
-    def _evaluate(self, split: Split, model: GlobalModel) -> Scores:
+    def _evaluate(self, split: Split, model: GlobalModel) -> _Wait:
         shards = evaluation.shards(
             self._population.examples[split], self._recipe.evaluation.batch_size
         )
-        sums = self._executor.evaluate(split, shards, model.state, model.base, model.trainable)
-        return evaluation.scores(sums)
+        state, base = model.state, model.base
+        wait = self._executor.evaluate(split, shards, state, base, model.trainable)
+        return lambda: evaluation.scores(wait())
 
     def _record(
         self,

@@ -1,170 +1,210 @@
-"""A base model with LoRA layers of PEFT in it, whose ranks and weights can be set at any time.
+"""A resident base model that computes for a group of clients, each with an adapter of its own.
 
-Source: LoRA, arXiv:2106.09685, as `peft.tuners.lora.Linear` computes it.
+Source: LoRA, arXiv:2106.09685; computing several clients at once: this project.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
+import numpy as np
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
-from rayfed_lora.models.shapes import adapted_modules, head_parameters
+from rayfed_lora.models.layers import AdaptedLinear, ClientLinear, GroupFactors
+from rayfed_lora.models.shapes import adapted_modules, fusion_obstacle, head_parameters
 from rayfed_lora.recipe import Adapter
 from rayfed_lora.types import AdapterState, Base, Factors, FloatArray, Trainable
 
-_ADAPTER = "default"
+_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 class AdaptedModel:
-    """One resident model that is loaded with a base and a state, trained, and read again.
+    """One resident model that is loaded with a base and states, trained, and read again.
 
-    Parameter names are the plain model's own: what PEFT's wrapping adds to them never shows.
+    Parameter names are the plain model's own. The weights it is made with are never written to:
+    they may be shared with others, read-only.
     """
 
     def __init__(
-        self, build: Callable[[], nn.Module], adapter: Adapter, device: torch.device | str = "cpu"
+        self, net: nn.Module, adapter: Adapter, device: torch.device | str = "cpu"
     ) -> None:
-        """Build the model and put LoRA layers in.
+        """Put layers for adapters into a plain model.
 
         Args:
-            build: returns the plain model with its source's weights; called again only if those
-                weights are needed after they were overwritten.
+            net: the plain model with its source's weights, changed in place.
             adapter: which modules get factors, and their dropout.
             device: where the model lives.
         """
-        self._build = build
-        self.net = build()
-        names = adapted_modules(self.net, adapter)
-        self._head = head_parameters(self.net, adapter)
-        config = LoraConfig(r=1, target_modules=names, lora_dropout=adapter.dropout)
-        with warnings.catch_warnings():
-            # PEFT warns of tied or unusual layers that this project never merges in place.
-            warnings.simplefilter("ignore", UserWarning)
-            inject_adapter_in_model(config, self.net, _ADAPTER)
-        self.net.to(device)
+        self.net = net.to(device)
         self.device = torch.device(device)
-        self._layers: dict[str, LoraLinear] = {n: self.net.get_submodule(n) for n in names}
-        self._plain: dict[str, nn.Parameter] = {
-            name.replace(".base_layer.", "."): parameter
-            for name, parameter in self.net.named_parameters()
-            if ".lora_" not in name
+        # Why the clients of a block cannot be computed together, None where they can.
+        self.obstacle = fusion_obstacle(net, adapter)
+        names = adapted_modules(net, adapter)
+        self._head = head_parameters(net, adapter)
+        self._plain = dict(net.named_parameters())
+        self._source = {name: p.data for name, p in self._plain.items()}
+        self._layers = {
+            n: _replaced(net, n, lambda m: AdaptedLinear(m, adapter.dropout)) for n in names
         }
+        owners = dict.fromkeys(name.rpartition(".")[0] for name in self._head)
+        self._copied = {} if self.obstacle else {n: _replaced(net, n, ClientLinear) for n in owners}
         self._buffers = {
             name: buffer.clone()
-            for name, buffer in self.net.named_buffers()
+            for name, buffer in net.named_buffers()
             if buffer.is_floating_point()
         }
         self._root, self._folded, self._clean = 0, 0, True
-        self._as_built = True
 
     def tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
-        """Return the current dense tensors of a round: the head's, or in a full round all."""
+        """Return the first client's dense tensors: the head's, or in a full round all."""
         names = self._plain if trainable == "full" else self._head
-        return {name: _to_numpy(self._plain[name]) for name in names}
+        return {name: self._dense(name, 0) for name in names}
 
     def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
         """Return the dense tensors of a round as the source and the seed gave them."""
-        if self._as_built:
-            return self.tensors(trainable)
-        source = dict(self._build().named_parameters())
         names = self._plain if trainable == "full" else self._head
-        return {name: _to_numpy(source[name]) for name in names}
+        return {name: _to_numpy(self._source[name]) for name in names}
 
-    def load(self, state: AdapterState, base: Base, trainable: Trainable) -> None:
-        """Set the weights of a round and mark what is trained.
+    def load(self, states: Sequence[AdapterState], base: Base, trainable: Trainable) -> None:
+        """Set the weights of a round, one state a client of the group, and mark what is trained.
 
-        In a full round `state.dense` is the whole model and `base` is not looked at. Running
-        statistics (batch normalisation) are always the source's own: nobody sends them.
+        In a full round there is one client, its `dense` is the whole model and `base` is not
+        looked at. Running statistics (batch normalisation) are always the source's own: nobody
+        sends them. Ranks may differ between clients, modules and dense names may not.
+
+        Raises:
+            ValueError: several clients, and this model can hold only one at a time.
         """
-        self._as_built = False
+        alone = trainable == "full" or self.obstacle is not None
+        if alone and len(states) != 1:
+            raise ValueError(f"need one client at a time, got {len(states)}: {self.obstacle}")
+        self.net.requires_grad_(False)
         if trainable == "full":
             self._clean = False
         else:
             self._load_base(base)
-        with torch.no_grad():
-            for name, tensor in state.dense.items():
-                self._plain[name].copy_(torch.tensor(tensor))
-            for name, buffer in self.net.named_buffers():
-                if name in self._buffers:
-                    buffer.copy_(self._buffers[name])
+        for name, buffer in self.net.named_buffers():
+            if name in self._buffers:
+                buffer.copy_(self._buffers[name])
         for name, layer in self._layers.items():
-            _set_factors(layer, state.factors.get(name))
-        self.net.requires_grad_(False)
-        for parameter in self.parameters(state).values():
+            layer.factors = self._stacked([state.factors.get(name) for state in states])
+        self._load_dense([state.dense for state in states], trainable)
+        for parameter in self.parameters(states[0]).values():
             parameter.requires_grad_(True)
 
-    def parameters(self, state: AdapterState) -> dict[str, nn.Parameter]:
-        """Return the trained parameters of a loaded state, by a stable name, in a stable order."""
-        found = {name: self._plain[name] for name in state.dense}
-        for name, factors in state.factors.items():
-            if factors.rank > 0:
-                layer = self._layers[name]
-                found[f"{name}.lora_A"] = layer.lora_A[_ADAPTER].weight
-                found[f"{name}.lora_B"] = layer.lora_B[_ADAPTER].weight
+    def parameters(self, state: AdapterState) -> dict[str, torch.Tensor]:
+        """Return the trained tensors of loaded states, by a stable name, in a stable order.
+
+        In an adapter round their first dimension is the client in the group, unless the model can
+        hold only one (`obstacle`): then the dense ones have none.
+
+        Args:
+            state: any one of the loaded states, for its modules and names.
+        """
+        found = {name: self._holder(name) for name in state.dense}
+        for name in state.factors:
+            factors = self._layers[name].factors
+            if factors is not None:
+                found |= {f"{name}.lora_A": factors.a, f"{name}.lora_B": factors.b}
         return found
 
-    def read(self, like: AdapterState) -> AdapterState:
-        """Return the current weights as a state with the modules and tensors of `like`."""
-        factors = {name: self._read_factors(name, f) for name, f in like.factors.items()}
-        return AdapterState(factors, {name: _to_numpy(self._plain[name]) for name in like.dense})
+    def read(self, like: AdapterState, client: int = 0) -> AdapterState:
+        """Return a client's current weights as a state with the modules and ranks of `like`.
 
-    def _read_factors(self, name: str, like: Factors) -> Factors:
-        if like.rank == 0:
+        Args:
+            like: the state that it was loaded with.
+            client: its place in the group.
+        """
+        factors = {name: self._read_factors(name, f, client) for name, f in like.factors.items()}
+        return AdapterState(factors, {name: self._dense(name, client) for name in like.dense})
+
+    def keep(self, clients: int) -> None:
+        """Go on with the first clients of the group only."""
+        for name, layer in self._layers.items():
+            if layer.factors is not None:
+                a, b, scale = layer.factors.a, layer.factors.b, layer.factors.scale
+                a.data, b.data = a.data[:clients], b.data[:clients]
+                self._layers[name].factors = GroupFactors(a, b, scale[:clients])
+        for copied in self._copied.values():
+            for tensor in copied.copies.values():
+                tensor.data = tensor.data[:clients]
+
+    def _read_factors(self, name: str, like: Factors, client: int) -> Factors:
+        held = self._layers[name].factors
+        if like.rank == 0 or held is None:
             return like
-        layer = self._layers[name]
-        a, b = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+        a, b = held.a[client, : like.rank], held.b[client, :, : like.rank]
         return Factors(_to_numpy(a), _to_numpy(b), like.scale)
+
+    def _holder(self, name: str) -> torch.Tensor:
+        """Return what holds a dense tensor now: copies by client, or the plain parameter."""
+        owner, _, attribute = name.rpartition(".")
+        layer = self._copied.get(owner)
+        return self._plain[name] if layer is None or not layer.copies else layer.copies[attribute]
+
+    def _dense(self, name: str, client: int) -> FloatArray:
+        held = self._holder(name)
+        return _to_numpy(held if held is self._plain[name] else held[client])
+
+    def _load_dense(self, states: Sequence[Mapping[str, FloatArray]], trainable: Trainable) -> None:
+        for owner, layer in self._copied.items():
+            mine = [name for name in states[0] if name.rpartition(".")[0] == owner]
+            layer.copies = {
+                name.rpartition(".")[2]: self._tensor(np.stack([dense[name] for dense in states]))
+                for name in mine
+                if trainable == "adapter"
+            }
+        for name, tensor in states[0].items():
+            if self._holder(name) is self._plain[name]:
+                self._set(name, self._tensor(tensor))
+
+    def _stacked(self, clients: Sequence[Factors | None]) -> GroupFactors | None:
+        """Return the clients' factors of one module, zeros behind the lower ranks."""
+        found = [f for f in clients if f is not None]
+        rank = max((f.rank for f in found), default=0)
+        if rank == 0:
+            return None
+        a = np.zeros((len(found), rank, found[0].a.shape[1]), np.float32)
+        b = np.zeros((len(found), found[0].b.shape[0], rank), np.float32)
+        for i, f in enumerate(found):
+            a[i, : f.rank], b[i, :, : f.rank] = f.a, f.b
+        scale = np.array([f.scale for f in found], np.float32).reshape(-1, 1, 1)
+        return GroupFactors(self._tensor(a), self._tensor(b), self._tensor(scale))
+
+    def _tensor(self, array: FloatArray) -> torch.Tensor:
+        return torch.tensor(array, dtype=torch.float32, device=self.device)
+
+    def _set(self, name: str, values: torch.Tensor) -> None:
+        self._plain[name].data = values
 
     def _load_base(self, base: Base) -> None:
         fits = self._clean and self._root == base.root and self._folded <= len(base.folds)
         if not fits:
-            self._reset(base.tensors)
+            for name, source in self._source.items():
+                self._set(name, source)
+            for name, tensor in (base.tensors or {}).items():
+                self._set(name, self._tensor(tensor))
         for fold in base.folds[self._folded if fits else 0 :]:
             self._add(fold)
         self._root, self._folded, self._clean = base.root, len(base.folds), True
 
-    @torch.no_grad()
-    def _reset(self, tensors: Mapping[str, FloatArray] | None) -> None:
-        if tensors is None:
-            source = dict(self._build().named_parameters())
-            for name, parameter in source.items():
-                self._plain[name].copy_(parameter)
-            return
-        for name, tensor in tensors.items():
-            self._plain[name].copy_(torch.tensor(tensor))
-
-    @torch.no_grad()
     def _add(self, fold: Mapping[str, Factors]) -> None:
         for name, f in fold.items():
             # float64, so that the sum does not depend on how a matmul splits float32 work.
             update = torch.tensor(f.b).double() @ torch.tensor(f.a).double() * f.scale
-            self._plain[f"{name}.weight"].add_(update.float().to(self.device))
+            weight = self._plain[f"{name}.weight"].data
+            self._set(f"{name}.weight", weight + update.float().to(self.device))
 
 
-def _set_factors(layer: LoraLinear, factors: Factors | None) -> None:
-    """Give a LoRA layer factors of any rank; none where the rank is 0."""
-    if factors is None or factors.rank == 0:
-        for part in (layer.lora_A, layer.lora_B):
-            if _ADAPTER in part:
-                del part[_ADAPTER]
-        return
-    weight = layer.base_layer.weight
-    for part, values in ((layer.lora_A, factors.a), (layer.lora_B, factors.b)):
-        tensor = torch.tensor(values)
-        if _ADAPTER not in part or part[_ADAPTER].weight.shape != tensor.shape:
-            out_features, in_features = tensor.shape
-            part[_ADAPTER] = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-                nn.Linear, in_features, out_features, bias=False, device=weight.device
-            )
-        with torch.no_grad():
-            part[_ADAPTER].weight.copy_(tensor)
-    layer.r[_ADAPTER] = factors.rank
-    layer.scaling[_ADAPTER] = factors.scale
+def _replaced(net: nn.Module, name: str, make: Callable[[nn.Linear], _Layer]) -> _Layer:
+    """Put a layer in the place of a linear one; return it."""
+    owner, _, attribute = name.rpartition(".")
+    parent = net.get_submodule(owner)
+    layer = make(getattr(parent, attribute))
+    setattr(parent, attribute, layer)
+    return layer
 
 
 def _to_numpy(tensor: torch.Tensor) -> FloatArray:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import ray
 
-from rayfed_lora.federation.executor import Population
+from rayfed_lora.aggregation.step import Reduction
+from rayfed_lora.federation.executor import Population, joined, reduced
+from rayfed_lora.federation.sampling import Block
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.factory import Factory, population
 from rayfed_lora.types import (
@@ -57,6 +60,7 @@ class ClientActor:
         self._gpus = gpus
         self._name = name
         self._trainer: Trainer | None = None
+        self._device = "cpu"
 
     def __repr__(self) -> str:
         return f"{self._name} of {self._recipe.name}"
@@ -65,26 +69,36 @@ class ClientActor:
         if self._trainer is None:
             from rayfed_lora.training.device import device_of_share
 
-            device = device_of_share(self._gpus)
+            self._device = device_of_share(self._gpus)
             workload: Workload = ray.get(self._workload)
-            self._trainer = self._factory.trainer(self._recipe, workload, device)
+            self._trainer = self._factory.trainer(self._recipe, workload, self._device)
         return self._trainer
 
     def open(self) -> Population:
         """Build the trainer and say what it serves."""
         self._factory.load()
         trainer = self._opened()
-        return population(ray.get(self._workload), trainer)
+        return population(ray.get(self._workload), trainer, self._device)
 
     def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
         """Return the dense tensors that the first round starts from."""
         return self._opened().initial_tensors(trainable)
 
     def train(
-        self, block: Sequence[int], state: AdapterState, base: Base, plan: LocalPlan
-    ) -> list[ClientUpdate]:
-        """Train a block's clients; arrays from the object store are read-only."""
-        return self._opened().train(block, state, base, plan)
+        self, blocks: Sequence[Block], state: AdapterState, base: Base, plan: LocalPlan
+    ) -> tuple[tuple[ClientUpdate, ...], Reduction]:
+        """Train some blocks' clients; arrays from the object store are read-only.
+
+        Returns:
+            The clients' reports, and the reduction of their updates, which stays in the store.
+        """
+        trainer = self._opened()
+        updates = (trainer.train(block, state, base, plan) for block in blocks)
+        return reduced(chain.from_iterable(updates), self._recipe.aggregation.rule)
+
+    def join(self, *parts: Reduction) -> Reduction:
+        """Join reductions of consecutive clients, in order."""
+        return joined(parts, self._recipe.aggregation.rule)
 
     def evaluate(
         self, split: Split, rows: slice, state: AdapterState, base: Base, trainable: Trainable

@@ -52,9 +52,10 @@ class TorchFactory:
         return LocalTrainer(recipe, workload, device)
 
 
-def population(workload: Workload, trainer: Trainer) -> Population:
+def population(workload: Workload, trainer: Trainer, device: str) -> Population:
     """Return what the round loop needs to know of a workload."""
     return Population(
+        device="cpu" if device == "cpu" else "cuda",
         shape=trainer.shape(),
         clients=workload.clients.clients,
         examples={"validation": len(workload.validation), "test": len(workload.test)},
@@ -66,4 +67,4 @@ def in_process(recipe: Recipe, factory: Factory, device: str) -> tuple[Trainer, 
     """Make workload and trainer here and now."""
     workload = factory.workload(recipe)
     trainer = factory.trainer(recipe, workload, device)
-    return trainer, population(workload, trainer)
+    return trainer, population(workload, trainer, device)

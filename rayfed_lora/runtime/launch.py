@@ -195,7 +195,7 @@ def _run_here(
         if not has_gpu():
             raise ResourceError("runtime.device 'cuda': torch sees no GPU on this machine")
     device = "cuda:0" if runtime.device == "cuda" else "cpu"
-    executor = LocalExecutor(lambda: in_process(recipe, factory, device))
+    executor = LocalExecutor(recipe.aggregation.rule, lambda: in_process(recipe, factory, device))
     board = StatusBoard(recipe.annealing.total_rounds, watch)
     with _interrupts() as stop:
         return simulate(recipe, executor, folder, board, stop.is_set, resume=resume)

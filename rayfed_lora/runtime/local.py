@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
-from rayfed_lora.federation.executor import Population
+from rayfed_lora.aggregation.step import Reduction
+from rayfed_lora.federation.executor import Population, Trained, joined, joins, reduced
+from rayfed_lora.federation.sampling import Block
 from rayfed_lora.training.protocol import Trainer
 from rayfed_lora.types import (
     AdapterState,
     Base,
-    ClientUpdate,
     EvaluationSums,
     FloatArray,
     LocalPlan,
@@ -21,12 +23,14 @@ from rayfed_lora.types import (
 class LocalExecutor:
     """Runs one trainer in this process."""
 
-    def __init__(self, make: Callable[[], tuple[Trainer, Population]]) -> None:
+    def __init__(self, rule: str, make: Callable[[], tuple[Trainer, Population]]) -> None:
         """Keep how the trainer is made.
 
         Args:
+            rule: name of the aggregation rule.
             make: called by `open`; returns the trainer and what it serves.
         """
+        self._rule = rule
         self._make = make
         self._trainer: Trainer | None = None
 
@@ -45,12 +49,20 @@ class LocalExecutor:
         return self._opened().initial_tensors(trainable)
 
     def train(
-        self, state: AdapterState, base: Base, plan: LocalPlan, blocks: Sequence[tuple[int, ...]]
-    ) -> Iterator[ClientUpdate]:
-        """Yield one update a client, in the order of the blocks."""
+        self, state: AdapterState, base: Base, plan: LocalPlan, calls: Sequence[tuple[Block, ...]]
+    ) -> Iterator[Trained]:
+        """Yield what comes of each call, in order."""
         trainer = self._opened()
-        for block in blocks:
-            yield from trainer.train(block, state, base, plan)
+        for run in joins(calls):
+            parts: list[Reduction] = []
+            for i, blocks in enumerate(run):
+                updates = (trainer.train(block, state, base, plan) for block in blocks)
+                reports, reduction = reduced(chain.from_iterable(updates), self._rule)
+                parts.append(reduction)
+                if i + 1 < len(run):
+                    yield Trained(reports, None)
+            whole = parts[0] if len(run) == 1 else joined(parts, self._rule)
+            yield Trained(reports, whole)
 
     def evaluate(
         self,
@@ -59,10 +71,10 @@ class LocalExecutor:
         state: AdapterState,
         base: Base,
         trainable: Trainable,
-    ) -> list[EvaluationSums]:
-        """Return the sums over each shard of rows, in order."""
+    ) -> Callable[[], list[EvaluationSums]]:
+        """Return what computes the sums over each shard of rows, in order."""
         trainer = self._opened()
-        return [trainer.evaluate(split, rows, state, base, trainable) for rows in shards]
+        return lambda: [trainer.evaluate(split, rows, state, base, trainable) for rows in shards]
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         """Return the files of the trained model."""

@@ -5,20 +5,12 @@ Source: this project.
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from uuid import uuid4
 
 import ray
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    GetTimeoutError,
-    OutOfMemoryError,
-    RayTaskError,
-)
+from ray.exceptions import GetTimeoutError, ObjectLostError
 from ray.util.placement_group import (
     PlacementGroup,
     get_placement_group,
@@ -27,27 +19,24 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rayfed_lora.errors import RayfedError, ResourceError, RunError
-from rayfed_lora.federation.executor import Population
+from rayfed_lora.aggregation.step import Reduction
+from rayfed_lora.errors import ResourceError, RunError
+from rayfed_lora.federation.executor import Population, Trained, joins
+from rayfed_lora.federation.sampling import Block
 from rayfed_lora.recipe import Recipe
+from rayfed_lora.runtime.actor_pool import ATTEMPTS, LOST, ActorPool, Call, Job, result
 from rayfed_lora.runtime.actors import ClientActor, prepare_workload
 from rayfed_lora.runtime.factory import Factory
 from rayfed_lora.runtime.placement import Layout, layout, nodes_of
 from rayfed_lora.types import (
     AdapterState,
     Base,
-    ClientUpdate,
     EvaluationSums,
     FloatArray,
     LocalPlan,
     Split,
     Trainable,
 )
-
-_ATTEMPTS = 4
-_RESTART_POLL_S = 0.5
-_LOST = (ActorDiedError, ActorUnavailableError, OutOfMemoryError)
-Call = Callable[[Any], ray.ObjectRef]
 
 
 class RayExecutor:
@@ -74,9 +63,7 @@ class RayExecutor:
         self._factory = factory
         self._note = note
         self._group: PlacementGroup | None = None
-        self._actors: list[Any] = []
-        # Actors that Ray is restarting, by the call that tells when they are back.
-        self._returning: dict[ray.ObjectRef, Any] = {}
+        self._pool: ActorPool | None = None
         self._workload: ray.ObjectRef | None = None
         self._base: tuple[tuple[int, int], ray.ObjectRef] | None = None
         self._state: tuple[AdapterState, ray.ObjectRef] | None = None
@@ -99,13 +86,14 @@ class RayExecutor:
         )
         # Kept for the whole run: an actor that is started again fetches the workload anew.
         self._workload, prepared = prepare.remote(recipe, self._factory)
-        self._actors = [self._start(i, plan) for i in range(plan.actors)]
-        opened = [actor.open.options(name="open").remote() for actor in self._actors]
-        _result(prepared)
+        actors = [self._start(i, plan) for i in range(plan.actors)]
+        opened = [actor.open.options(name="open").remote() for actor in actors]
+        result(prepared)
         try:
-            populations = [_result(ready) for ready in opened]
-        except _LOST as error:
+            populations = [result(ready) for ready in opened]
+        except LOST as error:
             raise RunError(f"a client actor was lost while it started: {error}") from error
+        self._pool = ActorPool(actors, self._note, recipe.runtime.start_timeout_s)
         population: Population = populations[0]
         return population
 
@@ -150,26 +138,73 @@ class RayExecutor:
         actor = ray.remote(ClientActor).options(**options)
         return actor.remote(self._recipe, self._factory, [self._workload], plan.gpus, name)
 
+    def _opened(self) -> ActorPool:
+        if self._pool is None:
+            raise RuntimeError("the executor is not open: call open() first")
+        return self._pool
+
     def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
         """Return the dense tensors that the first round starts from."""
-        result: dict[str, FloatArray]
-        (result,) = self._in_order([lambda actor: actor.initial_tensors.remote(trainable)])
-        return result
+        tensors: dict[str, FloatArray]
+        tensors = self._one(lambda actor: [actor.initial_tensors.remote(trainable)])
+        return tensors
+
+    def _one(self, call: Call) -> Any:
+        pool = self._opened()
+        return pool.result(*pool.submit([call]))
 
     def train(
-        self, state: AdapterState, base: Base, plan: LocalPlan, blocks: Sequence[tuple[int, ...]]
-    ) -> Iterator[ClientUpdate]:
-        """Yield one update a client, in the order of the blocks; the state is put once."""
+        self, state: AdapterState, base: Base, plan: LocalPlan, calls: Sequence[tuple[Block, ...]]
+    ) -> Iterator[Trained]:
+        """Start all calls, the state put once; yield what comes of each call, in order."""
         state_ref, base_ref = self._put_state(state), self._put_base(base)
 
-        def call(index: int, block: tuple[int, ...]) -> Call:
+        def call(index: int, blocks: tuple[Block, ...]) -> Call:
             name = f"round {plan.round} block {index}"
-            return lambda actor: actor.train.options(name=name).remote(
-                block, state_ref, base_ref, plan
+            return lambda actor: actor.train.options(name=name, num_returns=2).remote(
+                blocks, state_ref, base_ref, plan
             )
 
-        for updates in self._in_order([call(i, block) for i, block in enumerate(blocks)]):
-            yield from updates
+        jobs = self._opened().submit([call(i, blocks) for i, blocks in enumerate(calls)])
+        return self._collect(jobs)
+
+    def _collect(self, jobs: list[Job]) -> Iterator[Trained]:
+        pool = self._opened()
+        try:
+            for run in joins(jobs):
+                for job in run[:-1]:
+                    yield Trained(pool.result(job), None)
+                reports = pool.result(run[-1])
+                yield Trained(reports, self._joined(run))
+        finally:
+            pool.drop(jobs)
+
+    def _joined(self, run: Sequence[Job]) -> Reduction:
+        """Fetch the reduction of some calls, joined by an actor where there are several.
+
+        A reduction that was lost with the machine that held it is computed again.
+        """
+        pool = self._opened()
+        for _ in range(ATTEMPTS):
+            try:
+                return self._fetched([reference for job in run for reference in job.rest])
+            except ObjectLostError as error:
+                self._note(f"results were lost and are computed again: {error}")
+                for job in run:
+                    pool.again(job)
+                for job in run:
+                    pool.result(job)
+        raise RunError(f"the same results were lost {ATTEMPTS} times one after another")
+
+    def _fetched(self, parts: list[ray.ObjectRef]) -> Reduction:
+        whole: Reduction
+        if len(parts) == 1:
+            whole = result(parts[0])
+            return whole
+        pool = self._opened()
+        (join,) = pool.submit([lambda actor: [actor.join.remote(*parts)]], urgent=True)
+        whole = pool.result(join)
+        return whole
 
     def evaluate(
         self,
@@ -178,20 +213,26 @@ class RayExecutor:
         state: AdapterState,
         base: Base,
         trainable: Trainable,
-    ) -> list[EvaluationSums]:
-        """Return the sums over each shard of rows, in order."""
+    ) -> Callable[[], list[EvaluationSums]]:
+        """Start the evaluation of each shard of rows, ahead of all training that waits."""
         state_ref, base_ref = self._put_state(state), self._put_base(base)
 
         def call(rows: slice) -> Call:
-            return lambda actor: actor.evaluate.remote(split, rows, state_ref, base_ref, trainable)
+            return lambda actor: [
+                actor.evaluate.options(name=f"evaluate {split}").remote(
+                    split, rows, state_ref, base_ref, trainable
+                )
+            ]
 
-        return list(self._in_order([call(rows) for rows in shards]))
+        pool = self._opened()
+        jobs = pool.submit([call(rows) for rows in shards], urgent=True)
+        return lambda: [pool.result(job) for job in jobs]
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         """Return the files of the trained model."""
-        result: dict[str, bytes]
-        (result,) = self._in_order([lambda actor: actor.export.remote(state, base, trainable)])
-        return result
+        files: dict[str, bytes]
+        files = self._one(lambda actor: [actor.export.remote(state, base, trainable)])
+        return files
 
     def _put_state(self, state: AdapterState) -> ray.ObjectRef:
         """Put a state once: a round starts from what the one before was tested with."""
@@ -206,95 +247,9 @@ class RayExecutor:
             self._base = (key, ray.put(base))
         return self._base[1]
 
-    def _in_order(self, calls: Sequence[Call]) -> Iterator[Any]:
-        """Run each call on the next idle actor; yield the results in the calls' order.
-
-        There is no barrier but the order of yielding: actors go on while a result waits for its
-        turn. A call whose actor is lost is run again.
-        """
-        waiting = deque(range(len(calls)))
-        away = list(self._returning.values())
-        idle = deque(actor for actor in self._actors if actor not in away)
-        running: dict[ray.ObjectRef, tuple[int, Any]] = {}
-        results: dict[int, Any] = {}
-        attempts = [0] * len(calls)
-        turn = 0
-        while turn < len(calls):
-            while waiting and idle:
-                index, actor = waiting.popleft(), idle.popleft()
-                running[calls[index](actor)] = (index, actor)
-            if turn in results:
-                yield results.pop(turn)
-                turn += 1
-                continue
-            ready = self._next_ready(list(running))
-            if ready in self._returning:
-                idle.extend(self._back(ready))
-                continue
-            index, actor = running.pop(ready)
-            try:
-                results[index] = _result(ready)
-                idle.append(actor)
-            except _LOST as error:
-                attempts[index] += 1
-                self._lost(error, attempts[index])
-                waiting.appendleft(index)
-                self._revive(actor, error)
-
-    def _next_ready(self, running: list[ray.ObjectRef]) -> ray.ObjectRef:
-        """Wait for a call or for an actor that is coming back.
-
-        Raises:
-            RunError: no actor is left, or none of those restarting came back in time.
-        """
-        pending = [*running, *self._returning]
-        if not pending:
-            raise RunError("every client actor is lost for good")
-        timeout = None if running else self._recipe.runtime.start_timeout_s
-        ready, _ = ray.wait(pending, num_returns=1, timeout=timeout, fetch_local=True)
-        if not ready:
-            raise RunError(f"no client actor came back within {timeout:g} s after it was lost")
-        return ready[0]
-
-    def _back(self, opened: ray.ObjectRef) -> list[Any]:
-        """Return the actor that is back, none if it was lost again."""
-        actor = self._returning.pop(opened)
-        try:
-            _result(opened)
-        except _LOST as error:
-            # Ray refuses calls for the seconds that a restart takes; do not ask in a tight loop.
-            time.sleep(_RESTART_POLL_S)
-            self._revive(actor, error)
-            return []
-        return [actor]
-
-    def _revive(self, actor: Any, error: Exception) -> None:
-        """Wait in the background for an actor that Ray restarts; forget one it does not."""
-        if isinstance(error, ActorDiedError):
-            self._actors.remove(actor)
-        else:
-            self._returning[actor.open.options(name="open").remote()] = actor
-
-    def _lost(self, error: Exception, attempts: int) -> None:
-        reason = str(error).strip().splitlines()[0]
-        if attempts >= _ATTEMPTS:
-            raise RunError(f"the same work lost {attempts} actors one after another: {reason}")
-        self._note(f"a client actor was lost and its work is run again: {reason}")
-
     def close(self) -> None:
         """End the actors and give their resources back."""
         if self._group is not None:
             remove_placement_group(self._group)
-        self._group, self._actors, self._returning = None, [], {}
+        self._group, self._pool = None, None
         self._workload, self._base, self._state = None, None, None
-
-
-def _result(reference: ray.ObjectRef) -> Any:
-    """Return a call's result; raise the user's errors as they were, without Ray's wrapping."""
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, RayfedError):
-            raise cause from None
-        raise RunError(f"a worker failed:\n{error}") from error

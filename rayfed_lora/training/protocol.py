@@ -37,7 +37,7 @@ class Trainer(Protocol):
 
     def train(
         self, clients: Sequence[int], state: AdapterState, base: Base, plan: LocalPlan
-    ) -> list[ClientUpdate]:
+    ) -> Iterator[ClientUpdate]:
         """Train each client of a block from `state`; one update a client, in the same order."""
         ...
 

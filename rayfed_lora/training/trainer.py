@@ -1,4 +1,8 @@
-"""Local training and evaluation on torch, one client at a time.
+"""Local training and evaluation on torch, the clients of a block together.
+
+The frozen layers run once over the concatenated batches of a block's clients; factors and head act
+on each client's rows by batched products. Losses are means by client, summed, so that no client's
+gradient sees another client.
 
 Source: local SGD as in FedAvg, arXiv:1602.05629; proximal term: FedProx, arXiv:1812.06127, eq. 2.
 """
@@ -6,23 +10,23 @@ Source: local SGD as in FedAvg, arXiv:1602.05629; proximal term: FedProx, arXiv:
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from rayfed_lora.data.batches import batch_indices
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.models import export, sources
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.recipe import Clients, Recipe
-from rayfed_lora.seeds import Purpose, generator, torch_seed
+from rayfed_lora.training.dropout import ClientDropout
+from rayfed_lora.training.groups import ClientTask, GroupBatch, clip_by_client, kept
 from rayfed_lora.training.protocol import attributed
 from rayfed_lora.training.workload import Workload
 from rayfed_lora.types import (
@@ -39,10 +43,13 @@ from rayfed_lora.types import (
 
 
 class LocalTrainer:
-    """Trains one client after the other on one resident model."""
+    """Trains blocks of clients on one resident model, the clients of a block together.
+
+    Where they cannot be (a full-model round, or the model's `obstacle`), one after the other.
+    """
 
     def __init__(self, recipe: Recipe, workload: Workload, device: str = "cpu") -> None:
-        """Build the model once; it is loaded anew for each client.
+        """Build the model once; it is loaded anew for each block.
 
         Args:
             recipe: the run.
@@ -53,7 +60,10 @@ class LocalTrainer:
         self._recipe = recipe
         self._workload = workload
         self._device = torch.device(device)
-        self._model = AdaptedModel(self._build, recipe.adapter, device)
+        net = self._build()
+        sources.choose_attention(net, self._device)
+        self._model = AdaptedModel(net, recipe.adapter, device)
+        self._drops = recipe.adapter.dropout > 0 or sources.drops(workload.config)
 
     def _build(self) -> nn.Module:
         config = sources.restored(self._workload.config)
@@ -70,74 +80,102 @@ class LocalTrainer:
 
     def train(
         self, clients: Sequence[int], state: AdapterState, base: Base, plan: LocalPlan
-    ) -> list[ClientUpdate]:
-        """Train each client of a block from `state`.
+    ) -> Iterator[ClientUpdate]:
+        """Train each client of a block from `state`; yield one update a client, in that order.
 
         Raises:
             ClientError: a client's training raised; names the client and the round.
         """
-        updates = []
+        alone = plan.trainable == "full" or self._model.obstacle is not None
+        if not alone and len(clients) > 1:
+            try:
+                yield from self._train_group(clients, state, base, plan)
+                return
+            except Exception as error:
+                together = error
         for client in clients:
             with attributed(client, plan.round):
-                updates.append(self._train_client(client, state, base, plan))
-        return updates
+                yield from self._train_group([client], state, base, plan)
+        if not alone and len(clients) > 1:
+            # Each of them can be trained alone: it is the block that fails.
+            with attributed(clients[0], plan.round):
+                raise RuntimeError(
+                    f"clients {clients[0]} to {clients[-1]} cannot be trained together;"
+                    " lower runtime.cohort_size"
+                ) from together
 
-    def _train_client(
-        self, client: int, state: AdapterState, base: Base, plan: LocalPlan
-    ) -> ClientUpdate:
+    def _train_group(
+        self, clients: Sequence[int], state: AdapterState, base: Base, plan: LocalPlan
+    ) -> list[ClientUpdate]:
+        """Train some clients in the same batches; the results are those of each one alone."""
         began = time.perf_counter()
         settings, seed = self._recipe.clients, self._recipe.seed
-        examples = self._workload.clients.examples(client)
-        batches = batch_indices(
-            examples,
-            settings.batch_size,
-            generator(seed, Purpose.BATCHES, plan.round, client),
-            steps=settings.steps,
-            epochs=settings.local_epochs,
-        )
-        self._model.load(state, base, plan.trainable)
-        # After loading, which may build a model and draw for it.
-        torch.manual_seed(torch_seed(seed, Purpose.DROPOUT, plan.round, client))
-        losses = self._steps(list(self._model.parameters(state).values()), batches, plan)
-        update = self._model.read(state)
-        error = _fault(losses, update)
-        return ClientUpdate(
-            client=client,
-            examples=len(examples),
-            state=update if error is None else None,
-            train_loss=float(np.mean(losses)) if error is None else float("nan"),
-            seconds=time.perf_counter() - began,
-            error=error,
-        )
-
-    def _steps(
-        self, parameters: list[nn.Parameter], batches: list[Any], plan: LocalPlan
-    ) -> list[float]:
-        """Take one optimiser step a batch; return the losses, without the proximal term."""
-        settings = self._recipe.clients
+        tasks = [
+            ClientTask.of(client, self._workload.clients.examples(client), settings, seed, plan)
+            for client in clients
+        ]
+        # Who has done all its steps leaves the group from the end.
+        tasks.sort(key=lambda task: (-len(task.batches), task.client))
+        self._model.load([state] * len(tasks), base, plan.trainable)
+        # After loading. What draws outside of `ClientDropout` draws from torch's own state.
+        torch.manual_seed(tasks[0].dropout_seed)
+        dropout = ClientDropout([task.dropout_seed for task in tasks], self._device)
+        parameters = list(self._model.parameters(state).values())
         optimizer = _optimizer(parameters, settings, plan.lr)
         received = [p.detach().clone() for p in parameters] if plan.proximal_weight > 0 else []
         self._model.net.train()
-        losses = []
-        for batch in batches:
-            loss = self._loss(self._workload.train.rows(batch))
-            losses.append(loss.detach())
+        losses: list[torch.Tensor] = []
+        trained: dict[int, AdapterState] = {}
+        for step in range(len(tasks[0].batches)):
+            batch = GroupBatch.of(
+                [task.batches[step] for task in tasks if step < len(task.batches)]
+            )
+            if len(batch.examples) + len(trained) < len(tasks):
+                self._let_go(len(batch.examples), tasks, state, trained)
+                kept(optimizer, len(batch.examples))
+            dropout.step(batch.examples)
+            with dropout if self._drops else nullcontext():
+                each = self._losses(batch)
+            losses.append(each.detach())
             if optimizer is None:
                 continue
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            each.sum().backward()  # type: ignore[no-untyped-call]
             _add_proximal_gradient(parameters, received, plan.proximal_weight)
             if settings.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+                clip_by_client(parameters, settings.max_grad_norm, len(batch.examples))
             optimizer.step()
-        return [float(loss) for loss in torch.stack(losses).cpu()]
+        self._let_go(0, tasks, state, trained)
+        seconds = (time.perf_counter() - began) / len(tasks)
+        numbers = [step.cpu().tolist() for step in losses]
+        found = {
+            task.client: _update(task, trained[i], [n[i] for n in numbers if i < len(n)], seconds)
+            for i, task in enumerate(tasks)
+        }
+        return [found[client] for client in clients]
 
-    def _loss(self, examples: Examples) -> torch.Tensor:
-        inputs, labels = _tensors(examples, self._device)
+    def _let_go(
+        self,
+        staying: int,
+        tasks: Sequence[ClientTask],
+        state: AdapterState,
+        trained: dict[int, AdapterState],
+    ) -> None:
+        """Read out the clients from place `staying` on that are still in the group."""
+        for i in range(staying, len(tasks) - len(trained)):
+            trained[i] = self._model.read(state, i)
+        if staying > 0:
+            self._model.keep(staying)
+
+    def _losses(self, batch: GroupBatch) -> torch.Tensor:
+        """Return the mean loss of each client on its part of a batch."""
+        inputs, labels = _tensors(self._workload.train.rows(batch.indices), self._device)
         bf16 = self._recipe.runtime.precision == "bf16"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
             logits = self._model.net(**inputs).logits
-        return functional.cross_entropy(logits.float(), labels)
+        each = functional.cross_entropy(logits.float(), labels, reduction="none")
+        weights = torch.from_numpy(batch.weights).to(self._device)
+        return (each.view(weights.shape) * weights).sum(dim=1)
 
     @torch.no_grad()
     def evaluate(
@@ -145,7 +183,7 @@ class LocalTrainer:
     ) -> EvaluationSums:
         """Return the sums over some rows of a split, always in float32 arithmetic."""
         held = self._workload.test if split == "test" else self._workload.validation
-        self._model.load(state, base, trainable)
+        self._model.load([state], base, trainable)
         self._model.net.eval()
         examples = held.rows(np.arange(len(held))[rows])
         inputs, labels = _tensors(examples, self._device)
@@ -157,7 +195,7 @@ class LocalTrainer:
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         """Return `adapter/...` and, where a user could not get the base elsewhere, `base/...`."""
-        self._model.load(state, base, trainable)
+        self._model.load([state], base, trainable)
         everything = self._model.tensors("full")
         changed = base.root > 0 or bool(base.folds) or trainable == "full"
         new_head = not self._recipe.adapter.train_head
@@ -176,7 +214,7 @@ class LocalTrainer:
 
 
 def _optimizer(
-    parameters: list[nn.Parameter], settings: Clients, lr: float
+    parameters: list[torch.Tensor], settings: Clients, lr: float
 ) -> torch.optim.Optimizer | None:
     """Return a fresh optimiser; None where nothing is trained (rank 0 and no head)."""
     chosen = settings.optimizer
@@ -190,12 +228,13 @@ def _optimizer(
 
 
 def _add_proximal_gradient(
-    parameters: list[nn.Parameter], received: list[torch.Tensor], weight: float
+    parameters: list[torch.Tensor], received: list[torch.Tensor], weight: float
 ) -> None:
     """Add the gradient of (weight / 2) * ||theta - theta_received||^2."""
     for parameter, anchor in zip(parameters, received, strict=False):
         if parameter.grad is not None:
-            parameter.grad.add_(parameter.detach() - anchor, alpha=weight)
+            # Clients that have left the group are not in the parameter any more.
+            parameter.grad.add_(parameter.detach() - anchor[: len(parameter)], alpha=weight)
 
 
 def _tensors(
@@ -206,6 +245,20 @@ def _tensors(
         tensor = torch.from_numpy(np.ascontiguousarray(values))
         inputs[name] = (tensor if tensor.is_floating_point() else tensor.long()).to(device)
     return inputs, torch.from_numpy(examples.labels).to(device)
+
+
+def _update(
+    task: ClientTask, trained: AdapterState, losses: list[float], seconds: float
+) -> ClientUpdate:
+    error = _fault(losses, trained)
+    return ClientUpdate(
+        client=task.client,
+        examples=task.examples,
+        state=trained if error is None else None,
+        train_loss=float(np.mean(losses, dtype=np.float64)) if error is None else float("nan"),
+        seconds=seconds,
+        error=error,
+    )
 
 
 def _fault(losses: list[float], update: AdapterState) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayfed_lora.aggregation.factor_average import factor_average
 from rayfed_lora.aggregation.mean import ProductMean, TensorMean
-from rayfed_lora.aggregation.product_svd import product_svd
 from rayfed_lora.aggregation.rules import RULES, RuleEntry
 from rayfed_lora.aggregation.step import relative_error
 from rayfed_lora.recipe import Aggregation
@@ -21,6 +20,8 @@ from rayfed_lora.types import AdapterState, Factors
 
 SHAPES = {"q": (6, 5), "v": (4, 7)}  # (d_out, d_in)
 SCALES = {"q": 2.0, "v": 0.5}
+factor_average = RULES["factor-average"].aggregate
+product_svd = RULES["product-svd"].aggregate
 Updates = list[tuple[float, AdapterState]]
 
 
@@ -115,6 +116,35 @@ def test_equal_clients_give_their_update_back(rule):
     for name, tensor in trained.dense.items():
         np.testing.assert_allclose(got.state.dense[name], tensor, rtol=1e-6)
     assert got.error == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("cuts", [(1,), (3,), (2, 5), (1, 2, 3, 4, 5, 6, 7)])
+def test_blocks_reduced_apart_and_joined_give_the_rule_on_all_clients(rule, cuts):
+    updates, start = clients(8), state(1)
+    whole = rule.entry.aggregate(start, stream(updates), 0.5)
+    joined = rule.entry.reduction()
+    for low, high in zip((0, *cuts), (*cuts, 8), strict=True):
+        part = rule.entry.reduction()
+        for weight, update in updates[low:high]:
+            part.add(weight, update)
+        # as it comes out of Ray's object store
+        joined.join(pickle.loads(pickle.dumps(part)))
+    got = joined.aggregate(start, 0.5)
+    assert_same_update(got.state, {m: dense(f) for m, f in whole.state.factors.items()})
+    for name, tensor in whole.state.dense.items():
+        np.testing.assert_allclose(got.state.dense[name], tensor, rtol=1e-6)
+    assert got.error == pytest.approx(whole.error, abs=1e-9)
+
+
+def test_joining_changes_nothing_in_what_is_joined(rule):
+    parts = [rule.entry.reduction() for _ in range(2)]
+    for part, (weight, update) in zip(parts, clients(2), strict=True):
+        part.add(weight, update)
+    before = pickle.dumps(parts)
+    joined = rule.entry.reduction()
+    for part in (*parts, *parts):
+        joined.join(part)
+    assert pickle.dumps(parts) == before
 
 
 def test_one_client_is_taken_as_it_is(rule):

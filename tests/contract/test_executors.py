@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.errors import ClientError, RunError
-from rayfed_lora.federation.executor import Executor, Population
+from rayfed_lora.federation.executor import Executor, Population, Trained
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.runtime.session import simulate
@@ -161,23 +162,56 @@ def test_the_first_tensors_are_the_head_or_in_a_full_round_all(opened):
     assert list(opened.initial_tensors("full")) == list(WEIGHTS)
 
 
-def test_updates_come_one_a_client_in_client_order_each_with_its_own_step(opened):
-    blocks = [(0,), (1, 3), (4, 5)]
-    updates = list(opened.train(STATE, Base(), PLAN, blocks))
-    assert [update.client for update in updates] == [0, 1, 3, 4, 5]
-    assert [update.examples for update in updates] == [1, 2, 4, 5, 6]
-    assert all(update.error is None for update in updates)
-    for update in updates:
-        # The fake's step is client + round, here round 2, on every value.
-        moved = update.client + 2
-        np.testing.assert_array_equal(update.state.factors["q"].a, np.full((2, 4), 1 + moved))
-        np.testing.assert_array_equal(update.state.factors["q"].b, np.full((6, 2), moved))
-        assert update.state.factors["v"].a.shape == (0, 3)
-        np.testing.assert_array_equal(update.state.dense["head"], initial("head") + moved)
+def mean_of(parts: list[Trained]) -> AdapterState:
+    """Return the aggregate of what came back, with the reductions joined in order."""
+    whole = RULES["factor-average"].reduction()
+    for part in parts:
+        if part.reduction is not None:
+            whole.join(part.reduction)
+    return whole.aggregate(STATE, 1.0).state
+
+
+def test_reports_come_one_a_client_in_client_order_and_their_updates_reduced(opened):
+    calls = [((0,),), ((1, 3), (4,)), ((5,),)]
+    parts = list(opened.train(STATE, Base(), PLAN, calls))
+    assert [[r.client for r in part.clients] for part in parts] == [[0], [1, 3, 4], [5]]
+    reports = [report for part in parts for report in part.clients]
+    assert [report.examples for report in reports] == [1, 2, 4, 5, 6]
+    assert all(report.error is None and report.state is None for report in reports)
+    # The fake's step is client + round, here round 2, on every value; weights are the examples.
+    moved = 2 + (1 * 0 + 2 * 1 + 4 * 3 + 5 * 4 + 6 * 5) / 18
+    mean = mean_of(parts)
+    np.testing.assert_allclose(mean.factors["q"].a, np.full((2, 4), 1 + moved), rtol=1e-6)
+    np.testing.assert_allclose(mean.factors["q"].b, np.full((6, 2), moved), rtol=1e-6)
+    assert mean.factors["v"].a.shape == (0, 3)
+    np.testing.assert_allclose(mean.dense["head"], initial("head") + moved, rtol=1e-6)
+
+
+def test_of_many_calls_the_reductions_come_joined_and_nothing_is_lost(opened):
+    calls = [((k % 6,),) for k in range(70)]
+    parts = list(opened.train(STATE, Base(), PLAN, calls))
+    assert [report.client for part in parts for report in part.clients] == [
+        k % 6 for k in range(70)
+    ]
+    # 32 calls, 32 and the last 6: the server joins three.
+    assert [i for i, part in enumerate(parts) if part.reduction is not None] == [31, 63, 69]
+    weights = [k % 6 + 1 for k in range(70)]
+    moved = 2 + sum(w * (w - 1) for w in weights) / sum(weights)
+    np.testing.assert_allclose(mean_of(parts).factors["q"].b, np.full((6, 2), moved), rtol=1e-6)
+
+
+def test_an_evaluation_begun_before_a_training_gives_the_sums_of_its_own_state(opened):
+    other = replace(STATE, dense={"head": initial("head") + 1})
+    wait = opened.evaluate("test", [slice(0, 5)], STATE, Base(), "adapter")
+    training = opened.train(other, Base(), PLAN, [((k,),) for k in range(6)])
+    (sums,) = wait()
+    assert len(list(training)) == 6
+    wave = np.sin(energy(STATE, Base(), "adapter") + np.arange(5))
+    assert sums.loss == pytest.approx(5 + 0.1 * wave.sum())
 
 
 def test_training_leaves_the_state_it_was_given_as_it_is(opened):
-    list(opened.train(STATE, Base(), PLAN, [(0, 1)]))
+    list(opened.train(STATE, Base(), PLAN, [((0, 1),)]))
     np.testing.assert_array_equal(STATE.factors["q"].a, 1)
 
 
@@ -186,15 +220,15 @@ def test_a_new_base_and_a_new_fold_reach_the_clients(opened):
     weights = {name: initial(name) for name in WEIGHTS if name != "head"}
     moves = []
     for base in (Base(), Base(1, weights), Base(1, weights, (fold,)), Base()):
-        (update,) = opened.train(STATE, base, PLAN, [(0,)])
-        moves.append(float(update.state.dense["head"][0, 0]))
+        parts = list(opened.train(STATE, base, PLAN, [((0,),)]))
+        moves.append(float(mean_of(parts).dense["head"][0, 0]))
     # Client 0 in round 2 moves by 2, and by an eighth more for each new base and fold.
     assert moves == [2.0, 2.125, 2.25, 2.0]
 
 
 def test_the_sums_of_shards_come_in_the_order_of_the_shards(opened):
     shards = [slice(0, 2), slice(2, 4), slice(4, 5)]
-    sums = opened.evaluate("test", shards, STATE, Base(), "adapter")
+    sums = opened.evaluate("test", shards, STATE, Base(), "adapter")()
     # The fake's loss of row i is 1 + 0.1 sin(energy + i).
     wave = np.sin(energy(STATE, Base(), "adapter") + np.arange(5))
     expected = [2 + 0.1 * (wave[0] + wave[1]), 2 + 0.1 * (wave[2] + wave[3]), 1 + 0.1 * wave[4]]
@@ -271,7 +305,7 @@ def test_a_client_that_raises_is_named_with_round_and_traceback_promptly(faulty)
     began = time.perf_counter()
     plan = replace(PLAN, round=5)
     with pytest.raises(ClientError) as raised:
-        list(faulty.train(STATE, Base(), plan, [(0,), (1,), (4,), (5,)]))
+        list(faulty.train(STATE, Base(), plan, [((0,),), ((1,),), ((4,),), ((5,),)]))
     assert time.perf_counter() - began < 60
     error = raised.value
     assert (error.client, error.round_index, error.exit_status) == (1, 5, 1)

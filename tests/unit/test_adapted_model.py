@@ -97,11 +97,11 @@ def logits(model: AdaptedModel) -> np.ndarray:
         return model.net(IMAGES).logits.numpy()
 
 
-def backward(model: AdaptedModel) -> set[str]:
-    """Take a gradient; return the names of all parameters that have one."""
-    model.net.zero_grad(set_to_none=True)
+def backward(model: AdaptedModel, given: AdapterState) -> set[str]:
+    """Take a gradient; return the names of all tensors that have one."""
     nn.functional.cross_entropy(model.net(IMAGES).logits, LABELS).backward()
-    return {n for n, p in model.net.named_parameters() if p.grad is not None}
+    named = {**dict(model.net.named_parameters()), **model.parameters(given)}
+    return {name for name, tensor in named.items() if tensor.grad is not None}
 
 
 def assert_same_bits(one: AdapterState, other: AdapterState) -> None:
@@ -121,14 +121,14 @@ def weights_of(model: AdaptedModel) -> dict[str, np.ndarray]:
 
 
 def test_a_loaded_state_is_read_back_bit_for_bit() -> None:
-    model, given = AdaptedModel(build, adapter()), state([4, 3, 2, 1, 0, 5])
-    model.load(given, Base(), "adapter")
+    model, given = AdaptedModel(build(), adapter()), state([4, 3, 2, 1, 0, 5])
+    model.load([given], Base(), "adapter")
     assert_same_bits(model.read(given), given)
 
 
 def test_the_model_computes_the_base_plus_scaled_products() -> None:
-    model, given = AdaptedModel(build, adapter()), state([4, 3, 2, 1, 0, 5])
-    model.load(given, Base(), "adapter")
+    model, given = AdaptedModel(build(), adapter()), state([4, 3, 2, 1, 0, 5])
+    model.load([given], Base(), "adapter")
     expected = dense_logits(given.dense, [given.factors])
     np.testing.assert_allclose(logits(model), expected, rtol=1e-4, atol=1e-5)
     # The factors matter: without them the logits are others by far more than the tolerance.
@@ -136,37 +136,37 @@ def test_the_model_computes_the_base_plus_scaled_products() -> None:
 
 
 def test_ranks_and_scales_can_be_others_at_each_load_down_to_none_and_up_again() -> None:
-    model = AdaptedModel(build, adapter())
+    model = AdaptedModel(build(), adapter())
     for seed, ranks in enumerate(
         [[4] * 6, [1] * 6, [0] * 6, [0, 16, 3, 0, 2, 1], [0] * 6, [2] * 6]
     ):
         given = state(ranks, seed=seed, scale=1.0 / (seed + 1))
-        model.load(given, Base(), "adapter")
+        model.load([given], Base(), "adapter")
         assert_same_bits(model.read(given), given)
         expected = dense_logits(given.dense, [given.factors])
         np.testing.assert_allclose(logits(model), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_module_that_the_state_lacks_has_no_update() -> None:
-    model, whole = AdaptedModel(build, adapter()), state([2] * 6)
-    model.load(whole, Base(), "adapter")
+    model, whole = AdaptedModel(build(), adapter()), state([2] * 6)
+    model.load([whole], Base(), "adapter")
     part = AdapterState({NAMES[0]: whole.factors[NAMES[0]]}, whole.dense)
-    model.load(part, Base(), "adapter")
+    model.load([part], Base(), "adapter")
     expected = dense_logits(part.dense, [part.factors])
     np.testing.assert_allclose(logits(model), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_full_round_sets_and_reads_every_weight_and_has_no_update() -> None:
-    model, before = AdaptedModel(build, adapter()), state([2] * 6)
-    model.load(before, Base(), "adapter")
+    model, before = AdaptedModel(build(), adapter()), state([2] * 6)
+    model.load([before], Base(), "adapter")
     given = AdapterState({}, everything(seed=3))
-    model.load(given, Base(), "full")
+    model.load([given], Base(), "full")
     assert_same_bits(model.read(given), given)
     np.testing.assert_allclose(logits(model), dense_logits(given.dense, []), rtol=1e-4, atol=1e-5)
 
 
 def test_the_tensors_of_a_round_have_the_plain_models_names_and_values() -> None:
-    model = AdaptedModel(build, adapter())
+    model = AdaptedModel(build(), adapter())
     plain = {name: p.detach().numpy() for name, p in build().named_parameters()}
     found = model.tensors("full")
     assert list(found) == list(plain)
@@ -176,10 +176,10 @@ def test_the_tensors_of_a_round_have_the_plain_models_names_and_values() -> None
 
 
 def test_tensors_handed_out_do_not_change_when_the_model_does() -> None:
-    model = AdaptedModel(build, adapter())
+    model = AdaptedModel(build(), adapter())
     head = model.tensors("adapter")["classifier.weight"]
     before = head.copy()
-    model.load(state([1] * 6), Base(), "adapter")
+    model.load([state([1] * 6)], Base(), "adapter")
     np.testing.assert_array_equal(head, before)
     assert not np.array_equal(model.tensors("adapter")["classifier.weight"], before)
 
@@ -193,19 +193,19 @@ def test_read_only_arrays_of_the_object_store_can_be_loaded() -> None:
         arrays += [f.a, f.b]
     for array in arrays:
         array.flags.writeable = False
-    model = AdaptedModel(build, adapter())
-    model.load(given, base, "adapter")
+    model = AdaptedModel(build(), adapter())
+    model.load([given], base, "adapter")
     assert_same_bits(model.read(given), given)
 
 
 def test_a_replaced_base_and_its_folds_compute_as_the_dense_sum() -> None:
     tensors = {n: w for n, w in everything(seed=3).items() if n not in HEAD}
     first, second = fold({NAMES[0]: 2, NAMES[2]: 3}, seed=5), fold({NAMES[0]: 1}, seed=6)
-    model, given = AdaptedModel(build, adapter()), state([2, 0, 1, 3, 1, 2])
-    model.load(given, Base(1, tensors), "adapter")
+    model, given = AdaptedModel(build(), adapter()), state([2, 0, 1, 3, 1, 2])
+    model.load([given], Base(1, tensors), "adapter")
     expected = dense_logits({**tensors, **given.dense}, [given.factors])
     np.testing.assert_allclose(logits(model), expected, rtol=1e-4, atol=1e-5)
-    model.load(given, Base(1, tensors, (first, second)), "adapter")
+    model.load([given], Base(1, tensors, (first, second)), "adapter")
     expected = dense_logits({**tensors, **given.dense}, [first, second, given.factors])
     np.testing.assert_allclose(logits(model), expected, rtol=1e-4, atol=1e-5)
 
@@ -213,10 +213,10 @@ def test_a_replaced_base_and_its_folds_compute_as_the_dense_sum() -> None:
 def test_folds_added_one_by_one_give_the_bits_of_all_at_once() -> None:
     folds = tuple(fold({NAMES[0]: 2, NAMES[5]: 1}, seed=s) for s in range(3))
     given = state([1] * 6)
-    gradual, at_once = AdaptedModel(build, adapter()), AdaptedModel(build, adapter())
+    gradual, at_once = AdaptedModel(build(), adapter()), AdaptedModel(build(), adapter())
     for count in range(4):
-        gradual.load(given, Base(0, None, folds[:count]), "adapter")
-    at_once.load(given, Base(0, None, folds), "adapter")
+        gradual.load([given], Base(0, None, folds[:count]), "adapter")
+    at_once.load([given], Base(0, None, folds), "adapter")
     for name, tensor in weights_of(at_once).items():
         np.testing.assert_array_equal(weights_of(gradual)[name], tensor)
     changed = f"{NAMES[0]}.weight"
@@ -225,10 +225,10 @@ def test_folds_added_one_by_one_give_the_bits_of_all_at_once() -> None:
 
 def test_loading_the_same_base_again_adds_its_folds_only_once() -> None:
     base, given = Base(0, None, (fold({NAMES[0]: 2}, seed=5),)), state([1] * 6)
-    model = AdaptedModel(build, adapter())
-    model.load(given, base, "adapter")
+    model = AdaptedModel(build(), adapter())
+    model.load([given], base, "adapter")
     once = weights_of(model)
-    model.load(given, base, "adapter")
+    model.load([given], base, "adapter")
     for name, tensor in once.items():
         np.testing.assert_array_equal(weights_of(model)[name], tensor)
 
@@ -238,14 +238,14 @@ def test_a_base_with_fewer_folds_than_loaded_starts_anew(replaced: bool) -> None
     tensors = {n: w for n, w in everything(seed=3).items() if n not in HEAD} if replaced else None
     folds = (fold({NAMES[0]: 2}, seed=5), fold({NAMES[1]: 2}, seed=6))
     model, fresh, given = (
-        AdaptedModel(build, adapter()),
-        AdaptedModel(build, adapter()),
+        AdaptedModel(build(), adapter()),
+        AdaptedModel(build(), adapter()),
         state([1] * 6),
     )
     base = Base(int(replaced), tensors, folds[:1])
-    model.load(given, Base(int(replaced), tensors, folds), "adapter")
-    model.load(given, base, "adapter")
-    fresh.load(given, base, "adapter")
+    model.load([given], Base(int(replaced), tensors, folds), "adapter")
+    model.load([given], base, "adapter")
+    fresh.load([given], base, "adapter")
     for name, tensor in weights_of(fresh).items():
         np.testing.assert_array_equal(weights_of(model)[name], tensor)
 
@@ -255,21 +255,21 @@ def test_a_base_is_set_anew_after_a_full_round(replaced: bool) -> None:
     tensors = {n: w for n, w in everything(seed=3).items() if n not in HEAD} if replaced else None
     base = Base(int(replaced), tensors, (fold({NAMES[0]: 2}, seed=5),))
     given = state([1] * 6)
-    model, fresh = AdaptedModel(build, adapter()), AdaptedModel(build, adapter())
-    model.load(given, base, "adapter")
-    model.load(AdapterState({}, everything(seed=8)), Base(), "full")
-    model.load(given, base, "adapter")
-    fresh.load(given, base, "adapter")
+    model, fresh = AdaptedModel(build(), adapter()), AdaptedModel(build(), adapter())
+    model.load([given], base, "adapter")
+    model.load([AdapterState({}, everything(seed=8))], Base(), "full")
+    model.load([given], base, "adapter")
+    fresh.load([given], base, "adapter")
     for name, tensor in weights_of(fresh).items():
         np.testing.assert_array_equal(weights_of(model)[name], tensor)
 
 
 def test_adapter_rounds_train_the_factors_and_the_head_and_nothing_else() -> None:
-    model, given = AdaptedModel(build, adapter()), state([1, 0, 2, 1, 0, 1])
-    model.load(given, Base(), "adapter")
+    model, given = AdaptedModel(build(), adapter()), state([1, 0, 2, 1, 0, 1])
+    model.load([given], Base(), "adapter")
     with_factors = [n for n in NAMES if given.factors[n].rank > 0]
-    expected = {f"{n}.lora_{part}.default.weight" for n in with_factors for part in "AB"}
-    assert backward(model) == expected | set(HEAD)
+    expected = {f"{n}.lora_{part}" for n in with_factors for part in "AB"}
+    assert backward(model, given) == expected | set(HEAD)
     assert list(model.parameters(given)) == [
         *HEAD,
         *(f"{n}.lora_{part}" for n in with_factors for part in "AB"),
@@ -277,16 +277,16 @@ def test_adapter_rounds_train_the_factors_and_the_head_and_nothing_else() -> Non
 
 
 def test_a_head_that_is_not_trained_gets_no_gradient() -> None:
-    model = AdaptedModel(build, adapter(train_head=False))
+    model = AdaptedModel(build(), adapter(train_head=False))
     given = AdapterState(state([1] * 6).factors, {})
-    model.load(given, Base(), "adapter")
-    assert backward(model) == {f"{n}.lora_{part}.default.weight" for n in NAMES for part in "AB"}
+    model.load([given], Base(), "adapter")
+    assert backward(model, given) == {f"{n}.lora_{part}" for n in NAMES for part in "AB"}
 
 
 def test_full_rounds_train_every_weight_of_the_plain_model() -> None:
-    model = AdaptedModel(build, adapter())
-    model.load(state([1] * 6), Base(), "adapter")
+    model = AdaptedModel(build(), adapter())
+    model.load([state([1] * 6)], Base(), "adapter")
     given = AdapterState({}, everything(seed=3))
-    model.load(given, Base(), "full")
-    assert len(backward(model)) == len(list(build().named_parameters()))
+    model.load([given], Base(), "full")
+    assert len(backward(model, given)) == len(list(build().named_parameters()))
     assert list(model.parameters(given)) == [name for name, _ in build().named_parameters()]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayfed_lora.federation.sampling import blocks, cohort
-from tests.fakes import make_recipe
+from rayfed_lora.federation.sampling import BlockSize, block_size, blocks, calls, cohort
+from rayfed_lora.types import ModelShape
+from tests.fakes import SHAPE, make_recipe
 
 
 @given(seed=st.integers(0, 2**32), t=st.integers(0, 1000), per_round=st.integers(1, 6))
@@ -52,17 +55,74 @@ def test_every_client_is_drawn_equally_often():
 
 
 @given(members=st.sets(st.integers(0, 500), min_size=1), size=st.integers(1, 600))
-def test_blocks_put_together_are_the_cohort_and_only_the_last_is_smaller(members, size):
+def test_blocks_of_a_size_put_together_are_the_cohort_and_only_the_last_is_smaller(members, size):
     drawn = tuple(sorted(members))
-    cut = blocks(drawn, size)
+    cut = blocks(drawn, BlockSize(size, even=False))
     assert tuple(client for block in cut for client in block) == drawn
     assert all(len(block) == size for block in cut[:-1])
     assert 1 <= len(cut[-1]) <= size
 
 
+@given(members=st.sets(st.integers(0, 500), min_size=1), size=st.integers(1, 600))
+def test_even_blocks_put_together_are_the_cohort_and_differ_by_one_at_most(members, size):
+    drawn = tuple(sorted(members))
+    cut = blocks(drawn, BlockSize(size, even=True))
+    assert tuple(client for block in cut for client in block) == drawn
+    sizes = [len(block) for block in cut]
+    assert 1 <= min(sizes) <= max(sizes) <= min(min(sizes) + 1, size)
+
+
+@given(count=st.integers(1, 5000))
+def test_calls_put_together_are_the_blocks_and_never_more_than_1024(count):
+    cut = calls([(k,) for k in range(count)])
+    assert [client for call in cut for block in call for client in block] == list(range(count))
+    assert len(cut) == min(count, 1024)
+    sizes = [len(call) for call in cut]
+    assert 1 <= min(sizes) <= max(sizes) <= min(sizes) + 1
+
+
+def sized(flops: float, held: int = 1000, obstacle: str | None = None) -> ModelShape:
+    return replace(SHAPE, linear_flops=flops, activation_bytes=held, obstacle=obstacle)
+
+
 @pytest.mark.parametrize(
-    ("clients", "size", "count"), [(1, 1, 1), (64, 1, 64), (65, 2, 33), (128, 2, 64), (129, 3, 43)]
+    ("flops", "held", "clients", "size"),
+    [
+        # A batch of 10 of 2e5 is 2e6: ten of them are the 2e7 that a CPU wants.
+        (2e5, 1000, 100, 10),
+        (2e6, 1000, 100, 1),  # one is enough
+        (1e3, 1000, 100, 13),  # 16 at most: 7 blocks, rounded up to 8, of 12 or 13 clients
+        # 3 * 1e7 bytes * 10 examples = 0.3 of the 1 GB that a block may hold
+        (1e3, 10**7, 100, 3),
+        (2e5, 1000, 8, 2),  # four blocks at least, for several actors to share
+        (2e5, 1000, 3, 1),
+        (2e5, 1000, 20, 5),
+    ],
 )
-def test_auto_makes_64_blocks_at_most_of_the_smallest_size_that_does(clients, size, count):
-    cut = blocks(tuple(range(clients)), "auto")
-    assert (len(cut[0]), len(cut)) == (size, count)
+def test_an_automatic_block_is_as_large_as_its_work_and_memory_ask_for(flops, held, clients, size):
+    recipe = make_recipe(clients__batch_size=10)
+    found = block_size(recipe, sized(flops, held), clients, "cpu")
+    assert (found.clients, found.even) == (size, True)
+    assert found.reason.startswith(f"{size} client")
+
+
+def test_a_gpu_takes_larger_blocks_than_a_cpu():
+    recipe = make_recipe(clients__batch_size=10)
+    assert block_size(recipe, sized(2e5), 1000, "cuda").clients > 16
+
+
+def test_a_block_of_a_given_size_is_kept_and_says_where_it_comes_from():
+    found = block_size(make_recipe(runtime__cohort_size=7), sized(2e5), 20, "cpu")
+    assert (found.clients, found.even) == (7, False)
+    assert "runtime.cohort_size" in found.reason
+
+
+@pytest.mark.parametrize("cohort_size", [7, "auto"])
+def test_an_obstacle_leaves_one_client_at_a_time_and_is_named(cohort_size):
+    recipe = make_recipe(runtime__cohort_size=cohort_size)
+    found = block_size(recipe, sized(2e5, obstacle="norm over the batch"), 20, "cpu")
+    assert (found.clients, found.reason) == (1, "one client at a time: norm over the batch")
+
+
+def test_a_model_that_cannot_be_traced_is_trained_one_client_at_a_time():
+    assert block_size(make_recipe(), sized(0.0), 20, "cpu").clients == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -256,7 +256,7 @@ def plain_loop(
     return {name: p.detach().numpy() for name, p in trained.items()}
 
 
-def only(updates: list[ClientUpdate]) -> tuple[ClientUpdate, AdapterState]:
+def only(updates: Iterable[ClientUpdate]) -> tuple[ClientUpdate, AdapterState]:
     """Return the one update and its state."""
     (update,) = updates
     assert update.error is None
@@ -280,6 +280,15 @@ def assert_same_bits(one: AdapterState | None, other: AdapterState | None) -> No
     assert one is not None
     assert other is not None
     assert largest_difference(one, other) == 0.0
+
+
+def assert_close(one: AdapterState | None, other: AdapterState | None) -> None:
+    """Equal but for the rounding of float32: batched products add in another order."""
+    assert one is not None
+    assert other is not None
+    assert list(one.factors) == list(other.factors)
+    for (name, a), (_, b) in zip(arrays_of(one), arrays_of(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6, err_msg=name)
 
 
 def assert_matches_peft(state: AdapterState, expected: dict[str, np.ndarray]) -> None:
@@ -455,7 +464,7 @@ def test_a_client_whose_loss_is_not_a_number_fails_alone() -> None:
     assert math.isnan(failed.train_loss)
     for update, client in ((before, 1), (after, 3)):
         _, expected = only(clean.train([client], state, Base(), local_plan()))
-        assert_same_bits(update.state, expected)
+        assert_close(update.state, expected)
 
 
 def test_weights_that_overflow_in_the_last_step_fail_the_client() -> None:
@@ -498,7 +507,7 @@ def test_dropout_of_a_client_does_not_depend_on_who_was_trained_before() -> None
     busy.evaluate("test", slice(0, 5), state, Base(), "adapter")
     torch.manual_seed(99)
     *_, last = busy.train([4, 0, 2], state, Base(), local_plan())
-    assert_same_bits(last.state, expected)
+    assert_close(last.state, expected)
 
 
 def test_dropout_of_a_client_does_not_depend_on_a_full_round_before_it() -> None:
@@ -507,7 +516,7 @@ def test_dropout_of_a_client_does_not_depend_on_a_full_round_before_it() -> None
     state = adapter_state(fresh)
     _, expected = only(fresh.train([2], state, Base(), local_plan()))
     whole = AdapterState({}, used.initial_tensors("full"))
-    used.train([1], whole, Base(), local_plan(trainable="full"))
+    list(used.train([1], whole, Base(), local_plan(trainable="full")))
     _, trained = only(used.train([2], state, Base(), local_plan()))
     assert_same_bits(trained, expected)
 
@@ -540,7 +549,7 @@ def test_training_does_not_change_the_state_it_was_given() -> None:
     recipe = make_recipe()
     trainer = image_trainer(recipe)
     state, copy = adapter_state(trainer), adapter_state(trainer)
-    trainer.train([1], state, Base(), local_plan())
+    list(trainer.train([1], state, Base(), local_plan()))
     assert_same_bits(state, copy)
 
 
@@ -636,7 +645,7 @@ def test_a_client_that_raises_is_named_with_its_round_and_traceback() -> None:
     wrong.labels[image_workload(recipe).clients.examples(3)] = CLASSES + 4
     trainer = image_trainer(recipe, wrong)
     with pytest.raises(ClientError, match="client 3 failed in round 1") as raised:
-        trainer.train([1, 3], adapter_state(trainer), Base(), local_plan())
+        list(trainer.train([1, 3], adapter_state(trainer), Base(), local_plan()))
     assert (raised.value.client, raised.value.round_index) == (3, 1)
     assert "Target 7 is out of bounds" in raised.value.trace
     assert "cross_entropy" in raised.value.trace
@@ -664,7 +673,7 @@ def test_two_trainers_of_one_recipe_start_from_the_same_weights_and_seeds_differ
 def test_the_initial_tensors_are_those_of_the_seed_also_after_training() -> None:
     trainer = image_trainer(make_recipe())
     before = trainer.initial_tensors("adapter")
-    trainer.train([1], adapter_state(trainer), Base(), local_plan())
+    list(trainer.train([1], adapter_state(trainer), Base(), local_plan()))
     for name, tensor in trainer.initial_tensors("adapter").items():
         np.testing.assert_array_equal(tensor, before[name])
 
@@ -691,5 +700,5 @@ def test_running_statistics_of_one_clients_batches_do_not_reach_anyone_else() ->
     whole = AdapterState({}, {n: (t + rng.normal(0, 0.1, t.shape)).astype(np.float32)
                               for n, t in dense.items()})  # fmt: skip
     before = trainer.evaluate("test", slice(0, 8), whole, Base(), "full")
-    trainer.train([0], whole, Base(), local_plan(trainable="full", lr=1e-3))
+    list(trainer.train([0], whole, Base(), local_plan(trainable="full", lr=1e-3)))
     assert trainer.evaluate("test", slice(0, 8), whole, Base(), "full") == before

@@ -1,0 +1,121 @@
+"""What it takes to train several clients in the same batches. Source: this project."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rayfed_lora.data.batches import IndexArray, batch_indices
+from rayfed_lora.recipe import Clients
+from rayfed_lora.seeds import Purpose, generator, torch_seed
+from rayfed_lora.types import FloatArray, LocalPlan
+
+
+@dataclass(frozen=True)
+class ClientTask:
+    """A client's work in one round.
+
+    Attributes:
+        client: client id.
+        examples: number of examples it holds.
+        batches: rows of the training split, an array a step.
+        dropout_seed: of its dropout masks.
+    """
+
+    client: int
+    examples: int
+    batches: list[IndexArray]
+    dropout_seed: int
+
+    @classmethod
+    def of(
+        cls,
+        client: int,
+        examples: npt.NDArray[np.int64],
+        settings: Clients,
+        seed: int,
+        plan: LocalPlan,
+    ) -> ClientTask:
+        """Draw a client's batches of a round.
+
+        Args:
+            client: client id.
+            examples: (n,) the rows it holds.
+            settings: the recipe's section.
+            seed: the run's seed.
+            plan: the round.
+        """
+        rng = generator(seed, Purpose.BATCHES, plan.round, client)
+        batches = batch_indices(
+            examples,
+            settings.batch_size,
+            rng,
+            steps=settings.steps,
+            epochs=settings.local_epochs,
+        )
+        dropout_seed = torch_seed(seed, Purpose.DROPOUT, plan.round, client)
+        return cls(client, len(examples), batches, dropout_seed)
+
+
+@dataclass(frozen=True)
+class GroupBatch:
+    """The batches of several clients, filled up to the largest of them.
+
+    Attributes:
+        indices: (clients * rows,) rows of the training split, one client after the other; a
+            client's first row fills up.
+        weights: (clients, rows) one by the size of the client's batch, 0 for what fills up: the
+            weighted sum of a client's losses is the mean over its batch.
+        examples: size of each client's own batch.
+    """
+
+    indices: IndexArray
+    weights: FloatArray
+    examples: tuple[int, ...]
+
+    @classmethod
+    def of(cls, batches: Sequence[IndexArray]) -> GroupBatch:
+        """Join the batches of one step, one a client.
+
+        >>> joined = GroupBatch.of([np.array([4, 7, 9]), np.array([2])])
+        >>> joined.indices.tolist(), joined.weights[1].tolist()
+        ([4, 7, 9, 2, 2, 2], [1.0, 0.0, 0.0])
+        """
+        examples = tuple(len(batch) for batch in batches)
+        rows = max(examples)
+        indices = np.concatenate(
+            [np.concatenate([b, np.repeat(b[:1], rows - len(b))]) for b in batches]
+        )
+        own = np.arange(rows) < np.array(examples)[:, None]
+        weights = (own / np.array(examples)[:, None]).astype(np.float32)
+        return cls(indices, weights, examples)
+
+
+def clip_by_client(parameters: Sequence[torch.Tensor], limit: float, clients: int) -> None:
+    """Cut each client's gradient, over all its parameters, to a norm of `limit` at most.
+
+    The formula is that of `torch.nn.utils.clip_grad_norm_`, client by client.
+
+    Args:
+        parameters: the first dimension of each is the client; with one client it need not be.
+        limit: largest norm, > 0.
+        clients: number of clients.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    squares = [g.reshape(clients, -1).square().sum(dim=1) for g in gradients]
+    norms = torch.stack(squares).sum(dim=0).sqrt()
+    shares = (limit / (norms + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(shares.view(clients, *[1] * (gradient.dim() - 1)))
+
+
+def kept(optimizer: torch.optim.Optimizer | None, clients: int) -> None:
+    """Cut an optimiser's state to the first clients of the group, as its parameters have been."""
+    for state in () if optimizer is None else optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.dim() > 0:
+                state[name] = value[:clients]
