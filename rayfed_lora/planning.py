@@ -5,7 +5,7 @@ Source: this project.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from rayfed_lora.annealing.stages import Feedback, plan_round
 from rayfed_lora.federation import sampling
 from rayfed_lora.federation.learning_rate import learning_rate
 from rayfed_lora.federation.ledger import BYTES_A_VALUE, Ledger, Totals
+from rayfed_lora.federation.sampling import block_size
 from rayfed_lora.recipe import Annealing, Recipe
 from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.training.workload import Outline, outline
-from rayfed_lora.types import ModelShape, RoundPlan, Stage, Trainable
+from rayfed_lora.types import Device, ModelShape, RoundPlan, Stage, Trainable
 
 # Resident memory of a Python process with torch, peft and transformers loaded, measured.
 _PROCESS_MB = 303
@@ -166,7 +167,23 @@ def _needs(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> tuple[
     training_mb = model_mb * (4 if full else 1)
     return (
         f"{where}, each {runtime.cpus_per_actor:g} CPU{gpu}",
+        *_blocks(recipe, sizes, rounds),
         f"memory: about {_PROCESS_MB + training_mb:.0f} MB an actor"
         f" ({_PROCESS_MB} MB of Python and torch, {training_mb:.0f} MB of model"
         f"{', gradients and optimiser state' if full else ''}), without activations",
     )
+
+
+def _blocks(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> Iterator[str]:
+    """Say how many clients are trained together, on each kind of device that may be used."""
+    cohort = next((planned.clients for planned in rounds if planned.trainable == "adapter"), None)
+    if cohort is None:
+        return
+    runtime = recipe.runtime
+    on_gpus = runtime.device != "cpu" and runtime.gpus_per_actor != 0
+    devices: list[Device] = ["cpu"] if runtime.device != "cuda" else []
+    if on_gpus and runtime.executor == "ray":
+        devices.append("cuda")
+    sizes_by_device = [block_size(recipe, sizes.shape, cohort, device) for device in devices]
+    for reason in dict.fromkeys(size.reason for size in sizes_by_device):
+        yield f"trained together: {reason}"

@@ -227,7 +227,12 @@ class FakeFactory:
             config={"model_type": "vit"},
         )
 
-    def trainer(self, recipe: Recipe, workload: Workload, device: str) -> FakeTrainer:
+    def weights(self, recipe: Recipe, workload: Workload) -> dict[str, FloatArray]:
+        return {name: initial(name) for name in WEIGHTS}
+
+    def trainer(
+        self, recipe: Recipe, workload: Workload, weights: Mapping[str, FloatArray], device: str
+    ) -> FakeTrainer:
         return FakeTrainer(self.behaviour, device)
 
 

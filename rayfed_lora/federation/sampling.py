@@ -15,7 +15,7 @@ Block = tuple[int, ...]
 _CALLS_A_ROUND = 1024
 # Blocks that a round has at least, where it has the clients.
 _BLOCKS_TO_SHARE = 4
-_FEW_BLOCKS = 16
+_FEW_BLOCKS = 8
 # Memory that training holds for a linear layer, in its outputs (gradients, attention, norms).
 _HELD_A_LINEAR_OUTPUT = 3
 
@@ -131,11 +131,10 @@ def block_size(recipe: Recipe, shape: ModelShape, clients: int, device: Device) 
         # Any usual number of actors then has equally many.
         count = min(clients, 2 ** math.ceil(math.log2(count)))
     size = math.ceil(clients / count)
-    why = {by_work: "work", by_memory: "memory"}.get(most, "the most that helps")
     reason = (
-        f"{size} client{'s' * (size > 1)} a block of {clients} on a {device.upper()}: a step of one"
-        f" client gives a linear layer {work / 1e6:.3g} MFLOP of {limits.linear_flops / 1e6:.3g}"
-        f" that fill it, and holds {held / 1e6:.3g} of {limits.activation_bytes / 1e6:.4g} MB;"
-        f" {most} by {why}"
+        f"{size} client{'s' * (size > 1)} a block on a {'CPU' if device == 'cpu' else 'GPU'}; one"
+        f" client's step gives a linear layer {work / 1e6:.3g} MFLOP (a call is worth"
+        f" {limits.linear_flops / 1e6:.3g}) and holds about {held / 1e6:.3g} MB (a block may hold"
+        f" {limits.activation_bytes / 1e6:.4g})"
     )
     return BlockSize(size, True, reason)

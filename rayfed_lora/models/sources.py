@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 import torch
 import transformers
 from torch import nn
@@ -163,6 +165,54 @@ def build(model: Model, config: Any, seed: int) -> nn.Module:
     except Exception as error:  # as for configurations
         raise ModelError(f"{_where(model)}: {_message(error)}") from error
     return net.float()  # type: ignore[no-any-return]
+
+
+def weights(net: nn.Module) -> dict[str, npt.NDArray[Any]]:
+    """Return a model's parameters and buffers by name, as arrays that share its memory."""
+    tensors = [*net.named_parameters(remove_duplicate=False)]
+    tensors += [*net.named_buffers(remove_duplicate=False)]  # type: ignore[list-item]
+    return {name: tensor.detach().numpy() for name, tensor in tensors}
+
+
+def assembled(
+    model: Model, config: Any, arrays: Mapping[str, npt.NDArray[Any]]
+) -> nn.Module | None:
+    """Return the model around the given weights, without copying them.
+
+    Args:
+        model: the recipe's section.
+        config: from `configuration`.
+        arrays: from `weights` of the same model; may be read-only, and are then never to be
+            written to.
+
+    Returns:
+        The model, or None where it holds tensors that are neither parameters nor buffers.
+    """
+    net = skeleton(model, config)
+    # One parameter for each array: tied weights stay tied.
+    shared: dict[int, nn.Parameter] = {}
+    for name, module in net.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                array = arrays[prefix + key]
+                place = array.__array_interface__["data"][0]
+                held = nn.Parameter(_view(array), requires_grad=False)
+                module._parameters[key] = shared.setdefault(place, held)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                # Small, and some models write to them.
+                module._buffers[key] = torch.tensor(arrays[prefix + key])
+        if any(isinstance(v, torch.Tensor) and v.is_meta for v in vars(module).values()):
+            return None
+    return net
+
+
+def _view(array: npt.NDArray[Any]) -> torch.Tensor:
+    with warnings.catch_warnings():
+        # torch warns of every read-only array, since it could not stop a write to it.
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)
 
 
 # Up to this length, torch's attention kernel for the CPU is slower than three plain products.

@@ -51,16 +51,22 @@ class ActorPool:
     """Runs jobs on the next idle actor, in the order they were submitted; urgent ones first."""
 
     def __init__(
-        self, actors: Sequence[Any], note: Callable[[str], None], start_timeout_s: float
+        self,
+        actors: Sequence[Any],
+        reopen: Callable[[Any], ray.ObjectRef],
+        note: Callable[[str], None],
+        start_timeout_s: float,
     ) -> None:
         """Take open actors.
 
         Args:
-            actors: handles whose `open` method has returned.
+            actors: handles that are ready to be called.
+            reopen: makes an actor ready again that Ray has restarted.
             note: told of what the user should know, e.g. a lost actor.
             start_timeout_s: how long a lost actor may take to come back while nothing else runs.
         """
         self._idle = deque(actors)
+        self._reopen = reopen
         self._note = note
         self._start_timeout_s = start_timeout_s
         self._waiting: deque[Job] = deque()
@@ -150,7 +156,7 @@ class ActorPool:
     def _revive(self, actor: Any, error: Exception) -> None:
         """Wait in the background for an actor that Ray restarts; forget one it does not."""
         if not isinstance(error, ActorDiedError):
-            self._returning[actor.open.options(name="open").remote()] = actor
+            self._returning[self._reopen(actor)] = actor
 
     def _lost(self, error: Exception, attempts: int) -> None:
         reason = str(error).strip().splitlines()[0]

@@ -30,55 +30,60 @@ from rayfed_lora.types import (
 
 if TYPE_CHECKING:
     from rayfed_lora.training.protocol import Trainer
+    from rayfed_lora.training.trainer import Weights
     from rayfed_lora.training.workload import Workload
 
 
 class ClientActor:
     """A trainer on a CPU or GPU share; serves many virtual clients, keeps nothing between calls."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        factory: Factory,
-        workload: list[ray.ObjectRef],
-        gpus: float,
-        name: str,
-    ) -> None:
-        """Keep what the trainer is made from; it is made on the first call, also after a restart.
+    def __init__(self, recipe: Recipe, factory: Factory, gpus: float, name: str) -> None:
+        """Keep what the trainer is made from; it is made by `open`, also after a restart.
 
         Args:
             recipe: the run.
-            factory: makes the trainer.
-            workload: one reference, in a list so that Ray does not wait for it.
+            factory: makes data, weights and the trainer.
             gpus: this actor's GPU share.
             name: readable name; the dashboard reads it once.
         """
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._recipe = recipe
         self._factory = factory
-        self._workload = workload[0]
         self._gpus = gpus
         self._name = name
         self._trainer: Trainer | None = None
-        self._device = "cpu"
 
     def __repr__(self) -> str:
         return f"{self._name} of {self._recipe.name}"
 
+    def prepare(self) -> tuple[None, Workload, Weights]:
+        """Read the data and the base, for all actors: they go to the object store.
+
+        Returns:
+            A first result that tells of success without fetching the others, and the two.
+        """
+        workload = self._factory.workload(self._recipe)
+        return None, workload, self._factory.weights(self._recipe, workload)
+
+    def open(self, prepared: list[ray.ObjectRef]) -> Population:
+        """Build the trainer and say what it serves; once in the life of a process.
+
+        Args:
+            prepared: references of workload and weights, in a list so that Ray does not wait for
+                them: meanwhile this actor imports what it needs.
+        """
+        self._factory.load()
+        from rayfed_lora.training.device import device_of_share
+
+        device = device_of_share(self._gpus)
+        workload, weights = ray.get(prepared)
+        self._trainer = self._factory.trainer(self._recipe, workload, weights, device)
+        return population(workload, self._trainer, device)
+
     def _opened(self) -> Trainer:
         if self._trainer is None:
-            from rayfed_lora.training.device import device_of_share
-
-            self._device = device_of_share(self._gpus)
-            workload: Workload = ray.get(self._workload)
-            self._trainer = self._factory.trainer(self._recipe, workload, self._device)
+            raise RuntimeError("the actor is not open: call open() first")
         return self._trainer
-
-    def open(self) -> Population:
-        """Build the trainer and say what it serves."""
-        self._factory.load()
-        trainer = self._opened()
-        return population(ray.get(self._workload), trainer, self._device)
 
     def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
         """Return the dense tensors that the first round starts from."""
@@ -109,13 +114,3 @@ class ClientActor:
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         """Return the files of the trained model."""
         return self._opened().export(state, base, trainable)
-
-
-def prepare_workload(recipe: Recipe, factory: Factory) -> tuple[Workload, None]:
-    """Read and prepare the data, as a Ray task: its result is shared by all actors.
-
-    Returns:
-        The workload, and a second result that tells of success without fetching the first.
-    """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return factory.workload(recipe), None

@@ -10,6 +10,7 @@ from rayfed_lora.recipe import Recipe
 
 if TYPE_CHECKING:
     from rayfed_lora.training.protocol import Trainer
+    from rayfed_lora.training.trainer import Weights
     from rayfed_lora.training.workload import Workload
 
 
@@ -24,8 +25,12 @@ class Factory(Protocol):
         """Read and prepare the data; once a run."""
         ...
 
-    def trainer(self, recipe: Recipe, workload: Workload, device: str) -> Trainer:
-        """Build a trainer; once an actor."""
+    def weights(self, recipe: Recipe, workload: Workload) -> Weights:
+        """Read the base model's weights; once a run."""
+        ...
+
+    def trainer(self, recipe: Recipe, workload: Workload, weights: Weights, device: str) -> Trainer:
+        """Build a trainer on weights that it must not write to; once an actor."""
         ...
 
 
@@ -45,26 +50,32 @@ class TorchFactory:
 
         return prepare(recipe)
 
-    def trainer(self, recipe: Recipe, workload: Workload, device: str) -> Trainer:
+    def weights(self, recipe: Recipe, workload: Workload) -> Weights:
+        """Read the base model's weights."""
+        from rayfed_lora.training.trainer import built_weights
+
+        return built_weights(recipe, workload)
+
+    def trainer(self, recipe: Recipe, workload: Workload, weights: Weights, device: str) -> Trainer:
         """Build the model and its trainer."""
         from rayfed_lora.training.trainer import LocalTrainer
 
-        return LocalTrainer(recipe, workload, device)
+        return LocalTrainer(recipe, workload, device, weights)
 
 
 def population(workload: Workload, trainer: Trainer, device: str) -> Population:
     """Return what the round loop needs to know of a workload."""
     return Population(
-        device="cpu" if device == "cpu" else "cuda",
         shape=trainer.shape(),
         clients=workload.clients.clients,
         examples={"validation": len(workload.validation), "test": len(workload.test)},
         label_names=workload.label_names,
+        device="cpu" if device == "cpu" else "cuda",
     )
 
 
 def in_process(recipe: Recipe, factory: Factory, device: str) -> tuple[Trainer, Population]:
     """Make workload and trainer here and now."""
     workload = factory.workload(recipe)
-    trainer = factory.trainer(recipe, workload, device)
+    trainer = factory.trainer(recipe, workload, factory.weights(recipe, workload), device)
     return trainer, population(workload, trainer, device)

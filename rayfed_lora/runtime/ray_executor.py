@@ -25,7 +25,7 @@ from rayfed_lora.federation.executor import Population, Trained, joins
 from rayfed_lora.federation.sampling import Block
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.actor_pool import ATTEMPTS, LOST, ActorPool, Call, Job, result
-from rayfed_lora.runtime.actors import ClientActor, prepare_workload
+from rayfed_lora.runtime.actors import ClientActor
 from rayfed_lora.runtime.factory import Factory
 from rayfed_lora.runtime.placement import Layout, layout, nodes_of
 from rayfed_lora.types import (
@@ -64,7 +64,8 @@ class RayExecutor:
         self._note = note
         self._group: PlacementGroup | None = None
         self._pool: ActorPool | None = None
-        self._workload: ray.ObjectRef | None = None
+        # References of the workload and of the base's weights.
+        self._shared: list[ray.ObjectRef] = []
         self._base: tuple[tuple[int, int], ray.ObjectRef] | None = None
         self._state: tuple[AdapterState, ray.ObjectRef] | None = None
 
@@ -81,19 +82,17 @@ class RayExecutor:
         plan = layout(recipe.runtime, nodes_of(ray.nodes()), most)
         self._free_leftover()
         self._group = self._reserve(plan)
-        prepare = ray.remote(prepare_workload).options(
-            num_cpus=0, num_returns=2, name="prepare data"
-        )
-        # Kept for the whole run: an actor that is started again fetches the workload anew.
-        self._workload, prepared = prepare.remote(recipe, self._factory)
         actors = [self._start(i, plan) for i in range(plan.actors)]
-        opened = [actor.open.options(name="open").remote() for actor in actors]
+        prepare = actors[0].prepare.options(name="prepare data and base", num_returns=3)
+        # Kept for the whole run: an actor that is started again fetches them anew.
+        prepared, *self._shared = prepare.remote()
+        opened = [self._open(actor) for actor in actors]
         result(prepared)
         try:
             populations = [result(ready) for ready in opened]
         except LOST as error:
             raise RunError(f"a client actor was lost while it started: {error}") from error
-        self._pool = ActorPool(actors, self._note, recipe.runtime.start_timeout_s)
+        self._pool = ActorPool(actors, self._open, self._note, recipe.runtime.start_timeout_s)
         population: Population = populations[0]
         return population
 
@@ -136,7 +135,10 @@ class RayExecutor:
             "scheduling_strategy": strategy,
         }
         actor = ray.remote(ClientActor).options(**options)
-        return actor.remote(self._recipe, self._factory, [self._workload], plan.gpus, name)
+        return actor.remote(self._recipe, self._factory, plan.gpus, name)
+
+    def _open(self, actor: Any) -> ray.ObjectRef:
+        return actor.open.options(name="open").remote(self._shared)
 
     def _opened(self) -> ActorPool:
         if self._pool is None:
@@ -252,4 +254,4 @@ class RayExecutor:
         if self._group is not None:
             remove_placement_group(self._group)
         self._group, self._pool = None, None
-        self._workload, self._base, self._state = None, None, None
+        self._shared, self._base, self._state = [], None, None

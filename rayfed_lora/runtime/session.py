@@ -165,6 +165,8 @@ class _Sitting:
         self._checkpoints = CheckpointWriter(folder, recipe.storage.keep)
         self._tables = Tables(folder, list(population.shape.modules))
         self._server = Server(recipe, executor, population, self, should_stop)
+        if population.shape.obstacle is not None and recipe.annealing.mode != "full":
+            board.note(f"clients are trained {self._server.block_size.reason}")
 
     def round_started(self, plan: RoundPlan, cohort: tuple[int, ...]) -> None:
         self._board.round_started(plan, cohort)

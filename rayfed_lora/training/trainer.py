@@ -14,8 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional
@@ -41,6 +43,22 @@ from rayfed_lora.types import (
     Trainable,
 )
 
+Weights = Mapping[str, npt.NDArray[Any]]
+
+
+def built_weights(recipe: Recipe, workload: Workload) -> Weights:
+    """Return the weights of the source, by parameter and buffer name.
+
+    Args:
+        recipe: the run.
+        workload: from `prepare`.
+
+    Raises:
+        ModelError: they cannot be read.
+    """
+    config = sources.restored(workload.config)
+    return sources.weights(sources.build(recipe.model, config, recipe.seed))
+
 
 class LocalTrainer:
     """Trains blocks of clients on one resident model, the clients of a block together.
@@ -48,19 +66,28 @@ class LocalTrainer:
     Where they cannot be (a full-model round, or the model's `obstacle`), one after the other.
     """
 
-    def __init__(self, recipe: Recipe, workload: Workload, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        workload: Workload,
+        device: str = "cpu",
+        weights: Weights | None = None,
+    ) -> None:
         """Build the model once; it is loaded anew for each block.
 
         Args:
             recipe: the run.
             workload: its data, from `prepare`.
             device: a torch device.
+            weights: from `built_weights`, shared with others and never written to; None: read or
+                draw them here.
         """
         torch.set_num_threads(recipe.runtime.threads_per_actor)
         self._recipe = recipe
         self._workload = workload
         self._device = torch.device(device)
-        net = self._build()
+        net = None if weights is None else self._assembled(weights)
+        net = net or self._build()
         sources.choose_attention(net, self._device)
         self._model = AdaptedModel(net, recipe.adapter, device)
         self._drops = recipe.adapter.dropout > 0 or sources.drops(workload.config)
@@ -68,6 +95,10 @@ class LocalTrainer:
     def _build(self) -> nn.Module:
         config = sources.restored(self._workload.config)
         return sources.build(self._recipe.model, config, self._recipe.seed)
+
+    def _assembled(self, weights: Weights) -> nn.Module | None:
+        config = sources.restored(self._workload.config)
+        return sources.assembled(self._recipe.model, config, weights)
 
     def shape(self) -> ModelShape:
         """Return the model's sizes; raises ModelError where the adapter does not fit it."""
