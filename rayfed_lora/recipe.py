@@ -289,7 +289,11 @@ class Evaluation(Section):
 
 
 class Runtime(Section):
-    """Where the work runs. Nothing here changes a result on the same kind of device."""
+    """Where the work runs.
+
+    On the same kind of device nothing here changes a result, but for the rounding of float32 that
+    comes with another `cohort_size`, `threads_per_actor` or `precision`.
+    """
 
     executor: Literal["ray", "local"] = option("ray", "ray, or local: in this process, without Ray")
     client_actors: Positive | Auto = option("auto", "auto: as many as the cluster holds", "actors")
@@ -298,7 +302,7 @@ class Runtime(Section):
     )
     cpus_per_actor: PositiveFloat = option(1.0, "CPU cores reserved for an actor", "cores")
     cohort_size: Positive | Auto = option(
-        "auto", "clients a block; auto: 64 blocks a round at most", "clients"
+        "auto", "clients trained together; auto: by the model's work and memory", "clients"
     )
     threads_per_actor: Positive = option(
         1, "torch threads; 1 makes results bit-identical", "threads"

@@ -28,7 +28,11 @@ class AdaptedModel:
     """
 
     def __init__(
-        self, net: nn.Module, adapter: Adapter, device: torch.device | str = "cpu"
+        self,
+        net: nn.Module,
+        adapter: Adapter,
+        device: torch.device | str = "cpu",
+        obstacle: str | None = None,
     ) -> None:
         """Put layers for adapters into a plain model.
 
@@ -36,11 +40,13 @@ class AdaptedModel:
             net: the plain model with its source's weights, changed in place.
             adapter: which modules get factors, and their dropout.
             device: where the model lives.
+            obstacle: why several clients cannot be computed together, beyond what the layers
+                themselves tell.
         """
         self.net = net.to(device)
         self.device = torch.device(device)
         # Why the clients of a block cannot be computed together, None where they can.
-        self.obstacle = fusion_obstacle(net, adapter)
+        self.obstacle = obstacle or fusion_obstacle(net, adapter)
         names = adapted_modules(net, adapter)
         self._head = head_parameters(net, adapter)
         self._plain = dict(net.named_parameters())

@@ -6,12 +6,11 @@ Source: this project; name matching as in PEFT (a name ending after a dot, or on
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from rayfed_lora.errors import ModelError
+from rayfed_lora.models.tracing import traced
 from rayfed_lora.recipe import Adapter, Recipe
 from rayfed_lora.types import ModelShape, ModuleShape
 
@@ -60,68 +59,6 @@ def fusion_obstacle(net: nn.Module, adapter: Adapter) -> str | None:
         if type(module) is not nn.Linear:
             return f"the head's {owner} is {type(module).__name__}, not nn.Linear"
     return None
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What one forward pass without values shows of a model.
-
-    Attributes:
-        obstacle: as of `fusion_obstacle`.
-        linear_flops: mean work of a linear layer for one example, forward, 0 where unknown.
-        activation_bytes: what the linear layers give out for one example, in float32.
-    """
-
-    obstacle: str | None = None
-    linear_flops: float = 0.0
-    activation_bytes: int = 0
-
-
-# A number of examples that a sequence is unlikely to be a multiple of.
-_EXAMPLES = 7
-
-
-def traced(net: nn.Module, recipe: Recipe) -> Trace:
-    """Return what a forward pass of a model on the meta device shows; nothing for a real one."""
-    inputs = _inputs(net, recipe)
-    if inputs is None or any(p.device.type != "meta" for p in net.parameters()):
-        return Trace()
-    rows: list[int] = []
-    flops: list[float] = []
-    given: list[int] = []
-
-    def look(module: nn.Module, seen: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        rows.append(seen[0].shape[0])
-        flops.append(2.0 * seen[0].numel() * out.shape[-1])
-        given.append(out.numel())
-
-    linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
-    hooks = [module.register_forward_hook(look) for module in linear]
-    try:
-        with torch.no_grad():
-            net.eval()(**inputs)
-    except Exception:  # some models look at values, which there are none of
-        return Trace()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if any(count % _EXAMPLES != 0 for count in rows):
-        return Trace("the model does not keep a batch's examples in the first dimension")
-    return Trace(None, sum(flops) / len(flops) / _EXAMPLES, 4 * sum(given) // _EXAMPLES)
-
-
-def _inputs(net: nn.Module, recipe: Recipe) -> dict[str, torch.Tensor] | None:
-    """Return inputs without values, as long as a text can be."""
-    config = net.config
-    if recipe.model.task == "text-classification":
-        positions = getattr(config, "max_position_embeddings", recipe.data.max_length)
-        length = min(recipe.data.max_length, positions)
-        shape = (_EXAMPLES, length)
-        return {"input_ids": torch.zeros(shape, dtype=torch.long, device="meta")}
-    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
-    if not isinstance(size, int):
-        return None
-    return {"pixel_values": torch.zeros((_EXAMPLES, channels, size, size), device="meta")}
 
 
 def head_parameters(net: nn.Module, adapter: Adapter) -> list[str]:

@@ -9,14 +9,17 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+_Fill = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+
 
 class ClientDropout(TorchFunctionMode):
-    """While active, each client of a group draws its dropout masks from a stream of its own.
+    """While active, each client of a group draws what dropout needs from a stream of its own.
 
-    Takes the place of `torch.nn.functional.dropout`, which `nn.Dropout` calls too. A client draws
-    for its own examples, not for rows that fill its batch up; texts are as long as the longest
-    of the group, so that draws are those of the client alone where the lengths are the same.
-    Dropout inside a fused attention kernel is not reached: it draws from torch's own state.
+    Takes the place of `torch.nn.functional.dropout` (which `nn.Dropout` calls), of the dropout in
+    `scaled_dot_product_attention`, and of `torch.rand` by example (stochastic depth). A client
+    draws for its own examples, not for rows that fill its batch up; texts are as long as the
+    longest of the group, so that draws are those of the client alone where the lengths are the
+    same. Other draws come from torch's own state.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
@@ -42,18 +45,57 @@ class ClientDropout(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Draw for dropout; leave all else as it is."""
+        named = dict(kwargs or {})
         if func is functional.dropout:
-            return self._dropped(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            return self._dropped(*args, **named)
+        if func is functional.scaled_dot_product_attention and named.get("dropout_p", 0.0) > 0:
+            return self._attention(*args, **named)
+        if func is torch.rand and len(args) == 1 and isinstance(args[0], (tuple, torch.Size)):
+            rows = len(self._examples) * max(self._examples)
+            if args[0] and args[0][0] == rows:
+                zeros = torch.zeros(args[0], **named)
+                return self._filled(zeros, lambda x, g: x.uniform_(generator=g))
+        return func(*args, **named)
+
+    def _filled(self, zeros: torch.Tensor, fill: _Fill) -> torch.Tensor:
+        """Fill the rows of each client's own examples from its stream."""
+        clients = len(self._examples)
+        by_client = zeros.view(clients, zeros.shape[0] // clients, *zeros.shape[1:])
+        for rows, examples, stream in zip(by_client, self._examples, self._streams, strict=False):
+            each = rows.shape[0] // max(self._examples)
+            fill(rows[: examples * each], stream)
+        return zeros
 
     def _dropped(
         self, x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> torch.Tensor:
         if not training or p == 0.0:
             return x
-        clients = len(self._examples)
-        by_client = x.new_zeros((clients, x.shape[0] // clients, *x.shape[1:]))
-        for mask, examples, stream in zip(by_client, self._examples, self._streams, strict=False):
-            each = mask.shape[0] // max(self._examples)
-            mask[: examples * each].bernoulli_(1.0 - p, generator=stream)
-        return x * by_client.view(x.shape) / (1.0 - p)
+        zeros = x.new_zeros(x.shape)
+        mask = self._filled(zeros, lambda rows, g: rows.bernoulli_(1.0 - p, generator=g))
+        return x * mask / (1.0 - p)
+
+    def _attention(  # noqa: PLR0913, PLR0917 - torch's own signature
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """Return what torch documents its attention to compute, with dropout by client."""
+        if enable_gqa:
+            heads = query.shape[-3] // key.shape[-3]
+            key, value = (x.repeat_interleave(heads, dim=-3) for x in (key, value))
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        scores = query @ key.transpose(-2, -1) * factor
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, -torch.inf)
+        elif attn_mask is not None:
+            scores = scores + attn_mask
+        return self._dropped(torch.softmax(scores, dim=-1), dropout_p) @ value

@@ -110,7 +110,8 @@ def clip_by_client(parameters: Sequence[torch.Tensor], limit: float, clients: in
     norms = torch.stack(squares).sum(dim=0).sqrt()
     shares = (limit / (norms + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
-        gradient.mul_(shares.view(clients, *[1] * (gradient.dim() - 1)))
+        by_client = shares.view(clients, *[1] * (gradient.dim() - 1))
+        gradient.mul_(by_client if gradient.dim() > 0 else by_client[0])
 
 
 def kept(optimizer: torch.optim.Optimizer | None, clients: int) -> None:

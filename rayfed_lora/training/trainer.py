@@ -81,15 +81,20 @@ class LocalTrainer:
             device: a torch device.
             weights: from `built_weights`, shared with others and never written to; None: read or
                 draw them here.
+
+        Raises:
+            ModelError: the weights cannot be read, or the adapter does not fit the model.
         """
         torch.set_num_threads(recipe.runtime.threads_per_actor)
         self._recipe = recipe
         self._workload = workload
         self._device = torch.device(device)
+        config = sources.restored(workload.config)
+        self._shape = model_shape(sources.skeleton(recipe.model, config), recipe)
         net = None if weights is None else self._assembled(weights)
         net = net or self._build()
         sources.choose_attention(net, self._device)
-        self._model = AdaptedModel(net, recipe.adapter, device)
+        self._model = AdaptedModel(net, recipe.adapter, device, self._shape.obstacle)
         self._drops = recipe.adapter.dropout > 0 or sources.drops(workload.config)
 
     def _build(self) -> nn.Module:
@@ -101,9 +106,8 @@ class LocalTrainer:
         return sources.assembled(self._recipe.model, config, weights)
 
     def shape(self) -> ModelShape:
-        """Return the model's sizes; raises ModelError where the adapter does not fit it."""
-        config = sources.restored(self._workload.config)
-        return model_shape(sources.skeleton(self._recipe.model, config), self._recipe)
+        """Return the model's sizes."""
+        return self._shape
 
     def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
         """Return the head's tensors, or in a full-model round all, as built from the seed."""
@@ -172,6 +176,8 @@ class LocalTrainer:
                 continue
             optimizer.zero_grad(set_to_none=True)
             each.sum().backward()  # type: ignore[no-untyped-call]
+            # A graph that lived on would hold the next one to the present number of clients.
+            del each
             _add_proximal_gradient(parameters, received, plan.proximal_weight)
             if settings.max_grad_norm is not None:
                 clip_by_client(parameters, settings.max_grad_norm, len(batch.examples))
@@ -265,7 +271,8 @@ def _add_proximal_gradient(
     for parameter, anchor in zip(parameters, received, strict=False):
         if parameter.grad is not None:
             # Clients that have left the group are not in the parameter any more.
-            parameter.grad.add_(parameter.detach() - anchor[: len(parameter)], alpha=weight)
+            here = anchor[: len(parameter)] if parameter.dim() > 0 else anchor
+            parameter.grad.add_(parameter.detach() - here, alpha=weight)
 
 
 def _tensors(

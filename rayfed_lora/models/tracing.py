@@ -1,0 +1,75 @@
+"""What a forward pass without values shows of a model. Source: this project."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rayfed_lora.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass without values shows of a model.
+
+    Attributes:
+        obstacle: as of `fusion_obstacle`.
+        linear_flops: mean work of a linear layer for one example, forward, 0 where unknown.
+        activation_bytes: what the linear layers give out for one example, in float32.
+    """
+
+    obstacle: str | None = None
+    linear_flops: float = 0.0
+    activation_bytes: int = 0
+
+
+# A number of examples that a sequence is unlikely to be a multiple of.
+_EXAMPLES = 7
+
+
+def traced(net: nn.Module, recipe: Recipe) -> Trace:
+    """Return what a forward pass of a model on the meta device shows; nothing for a real one.
+
+    Without that proof clients are not computed together: a model may keep its examples elsewhere
+    than in the first dimension, and would mix them up silently.
+    """
+    if any(p.device.type != "meta" for p in net.parameters()):
+        return Trace()
+    rows: list[int] = []
+    flops: list[float] = []
+    given: list[int] = []
+
+    def look(module: nn.Module, seen: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        rows.append(seen[0].shape[0])
+        flops.append(2.0 * seen[0].numel() * out.shape[-1])
+        given.append(out.numel())
+
+    linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
+    hooks = [module.register_forward_hook(look) for module in linear]
+    try:
+        with torch.no_grad():
+            net.eval()(**_inputs(net, recipe))
+    except Exception as error:  # some models look at values, which there are none of
+        return Trace(f"its forward pass cannot be traced ({type(error).__name__})")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if any(count % _EXAMPLES != 0 for count in rows):
+        return Trace("the model does not keep a batch's examples in the first dimension")
+    return Trace(None, sum(flops) / len(flops) / _EXAMPLES, 4 * sum(given) // _EXAMPLES)
+
+
+def _inputs(net: nn.Module, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Return inputs without values, as long as a text can be."""
+    config: Any = net.config
+    if recipe.model.task == "text-classification":
+        positions = getattr(config, "max_position_embeddings", None) or 0
+        longest = recipe.data.max_length
+        length = min(longest, positions) if positions > 0 else longest
+        shape = (_EXAMPLES, length)
+        return {"input_ids": torch.zeros(shape, dtype=torch.long, device="meta")}
+    size, channels = config.image_size, getattr(config, "num_channels", 3)
+    return {"pixel_values": torch.zeros((_EXAMPLES, channels, size, size), device="meta")}
