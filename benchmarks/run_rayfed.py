@@ -11,17 +11,6 @@ from pathlib import Path
 import workloads
 
 import rayfed_lora
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.runtime.factory import TorchFactory
-from rayfed_lora.training.workload import Workload
-
-
-class BenchmarkFactory(TorchFactory):
-    """The real thing, on the workload's data."""
-
-    def workload(self, recipe: Recipe) -> Workload:
-        """Return the workload's own clients and examples."""
-        return workloads.workload(recipe)
 
 
 def main() -> None:
@@ -36,7 +25,7 @@ def main() -> None:
     recipe = workloads.recipe(name, **{key: json.loads(value) for key, value in settings.items()})
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "run")
-        result = rayfed_lora.run(recipe, out=str(folder), factory=BenchmarkFactory())
+        result = rayfed_lora.run(recipe, out=str(folder), factory=workloads.BenchmarkFactory())
         # The folder's recipe is written when all actors are open, just before the first round.
         opened = os.path.getmtime(folder / "recipe.yaml")
         seconds = result.rounds["seconds"].to_numpy()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,8 +24,11 @@ from rayfed_lora.federation.transitions import GlobalModel
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.factory import TorchFactory
 from rayfed_lora.seeds import Purpose, generator
-from rayfed_lora.training.workload import Workload
 from rayfed_lora.types import AdapterState, Base
+
+if TYPE_CHECKING:
+    # Not at run time: a driver has no need of torch.
+    from rayfed_lora.training.workload import Workload
 
 BATCH = 16
 
@@ -109,8 +112,18 @@ def recipe(name: str, **overrides: Any) -> Recipe:
     )
 
 
+class BenchmarkFactory(TorchFactory):
+    """The real thing, on the workload's data."""
+
+    def workload(self, recipe: Recipe) -> Workload:
+        """Return the workload's own clients and examples."""
+        return workload(recipe)
+
+
 def workload(of: Recipe) -> Workload:
     """Return the workload's data: what a run of this project gets in place of its recipe's."""
+    from rayfed_lora.training.workload import Workload
+
     spec = SPECS[of.name]
     if spec.data == "trec":
         prepared = TorchFactory().workload(of)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from rayfed_lora.types import EvaluationSums
 
@@ -17,12 +19,14 @@ class Scores:
 
 
 def shards(rows: int, size: int) -> list[slice]:
-    """Cut a split into shards of `size` rows, the last one smaller.
+    """Cut a split into shards of at most `size` rows, as large as each other, to one.
 
     >>> shards(5, 2)
-    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    [slice(0, 1, None), slice(1, 3, None), slice(3, 5, None)]
     """
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    count = math.ceil(rows / size)
+    edges = [i * rows // count for i in range(count + 1)]
+    return [slice(low, high) for low, high in pairwise(edges)]
 
 
 def scores(sums: Sequence[EvaluationSums]) -> Scores:

@@ -209,6 +209,8 @@ class _Sitting:
             model.state, model.base, model.trainable
         ).items():
             self._folder.write(name, content)
+        # What follows needs no actors, and their memory may be others'.
+        self._executor.close()
         timing = replace(progress.timing, wall_s=earlier.wall_s + time.perf_counter() - began)
         result = summary(
             self._recipe,

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from rayfed_lora.data.examples import Examples
-from rayfed_lora.models import export, sources
+from rayfed_lora.models import sources
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.recipe import Clients, Recipe
@@ -232,6 +232,9 @@ class LocalTrainer:
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         """Return `adapter/...` and, where a user could not get the base elsewhere, `base/...`."""
+        # peft is imported for this only: no client needs it.
+        from rayfed_lora.models import export
+
         self._model.load([state], base, trainable)
         everything = self._model.tensors("full")
         changed = base.root > 0 or bool(base.folds) or trainable == "full"
