@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from rayfed_lora.aggregation.mean import ProductMean, TensorMean
 from rayfed_lora.aggregation.step import Aggregate, relative_error, stepped, stepped_tensors
 from rayfed_lora.types import AdapterState, Factors
+
+# Before a module's name; no parameter's name starts so.
+_A, _B = "A of ", "B of "
 
 
 class FactorAverage:
@@ -18,33 +19,34 @@ class FactorAverage:
     """
 
     def __init__(self) -> None:
-        self._dense, self._a, self._b = TensorMean(), TensorMean(), TensorMean()
+        self._tensors = TensorMean()
         self._exact: dict[str, ProductMean] = {}
 
     def add(self, weight: float, state: AdapterState) -> None:
         """Take one client in."""
-        self._dense.add(weight, state.dense)
-        self._a.add(weight, {name: f.a for name, f in state.factors.items()})
-        self._b.add(weight, {name: f.b for name, f in state.factors.items()})
+        tensors = dict(state.dense)
+        for name, f in state.factors.items():
+            tensors |= {_A + name: f.a, _B + name: f.b}
+        self._tensors.add(weight, tensors)
         for name, sent in state.factors.items():
             self._exact.setdefault(name, ProductMean()).add(weight, sent)
 
     def join(self, other: FactorAverage) -> None:
         """Take in what another reduction has."""
-        self._dense.join(other._dense)
-        self._a.join(other._a)
-        self._b.join(other._b)
+        self._tensors.join(other._tensors)
         for name, product in other._exact.items():
             self._exact.setdefault(name, ProductMean()).join(product)
 
     def aggregate(self, start: AdapterState, lr: float = 1.0) -> Aggregate:
         """Return start + lr * (mean - start), for A, B and the dense tensors."""
-        a, b = self._a.mean(), self._b.mean()
-        used = {n: (np.float64(f.scale) * b[n], a[n]) for n, f in start.factors.items()}
+        means = self._tensors.mean()
+        used = {n: (f.scale * means[_B + n], means[_A + n]) for n, f in start.factors.items()}
         factors = {
-            name: Factors(stepped(f.a, a[name], lr), stepped(f.b, b[name], lr), f.scale)
+            name: Factors(
+                stepped(f.a, means[_A + name], lr), stepped(f.b, means[_B + name], lr), f.scale
+            )
             for name, f in start.factors.items()
         }
-        state = AdapterState(factors, stepped_tensors(start.dense, self._dense.mean(), lr))
+        state = AdapterState(factors, stepped_tensors(start.dense, means, lr))
         exact = {name: self._exact[name].mean() for name in start.factors}
         return Aggregate(state, relative_error(used, exact))

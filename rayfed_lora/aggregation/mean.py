@@ -5,11 +5,10 @@ Source: this project (method.md, "Randomness": reductions in client order, float
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from rayfed_lora.aggregation.step import Float64Array, Product
 from rayfed_lora.lora.products import stacked
@@ -19,12 +18,14 @@ from rayfed_lora.types import Factors, FloatArray
 class TensorMean:
     """The weighted mean of equally named tensors.
 
-    Holds a first client's tensors as they came, and one float64 sum from the second one on.
+    Holds a first client's tensors as they came, and one float64 sum of all values from the second
+    one on.
     """
 
     def __init__(self) -> None:
-        self._first: tuple[float, Mapping[str, FloatArray]] | None = None
-        self._sums: dict[str, Float64Array] | None = None
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._first: tuple[float, FloatArray] | None = None
+        self._sum: Float64Array | None = None
         self._weight = 0.0
 
     def add(self, weight: float, tensors: Mapping[str, FloatArray]) -> None:
@@ -33,89 +34,104 @@ class TensorMean:
         Raises:
             ValueError: their names or shapes are not those of the first client.
         """
-        if self._first is None and self._sums is None:
-            self._first = (weight, tensors)
-            return
-        self._take(weight, tensors, weight)
+        self._check({name: tensor.shape for name, tensor in tensors.items()})
+        flat = [tensor.ravel() for tensor in tensors.values()]
+        self._add(weight, np.concatenate(flat) if flat else np.zeros(0, np.float32))
 
     def join(self, other: TensorMean) -> None:
         """Add what another mean has taken in; raises as `add` does."""
+        if other._weight > 0.0:
+            self._check(other._shapes)
         if other._first is not None:
-            self.add(*other._first)
-        if other._sums is not None:
-            self._take(other._weight, other._sums, 1.0)
+            self._add(*other._first)
+        if other._sum is not None:
+            self._take(other._weight, other._sum)
 
-    def _take(self, weight: float, tensors: Mapping[str, npt.NDArray[Any]], factor: float) -> None:
-        """Add tensors times `factor` to the sums, which are new arrays: what came is not ours."""
-        if self._sums is None:
-            first = self._first[1] if self._first is not None else tensors
-            self._sums = {name: np.zeros(tensor.shape) for name, tensor in first.items()}
-        if self._first is not None:
-            (first_weight, first), self._first = self._first, None
-            self._take(first_weight, first, first_weight)
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        expected = {name: total.shape for name, total in self._sums.items()}
+    def _check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        expected = self._shapes = self._shapes if self._weight > 0.0 else shapes
         if shapes != expected:
             wrong = next(n for n in {**expected, **shapes} if expected.get(n) != shapes.get(n))
             raise ValueError(
                 f"{wrong}: expected shape {expected.get(wrong)} as of the first client, got"
                 f" {shapes.get(wrong)}"
             )
+
+    def _add(self, weight: float, flat: FloatArray) -> None:
+        if self._weight == 0.0:
+            self._first, self._weight = (weight, flat), weight
+            return
+        self._take(weight, np.multiply(flat, weight, dtype=np.float64))
+
+    def _take(self, weight: float, total: Float64Array) -> None:
+        """Add a weighted sum to a sum of our own: what came may be read-only."""
+        if self._sum is None:
+            self._sum = np.zeros(total.shape)
+        if self._first is not None:
+            first_weight, flat = self._first
+            self._sum += np.multiply(flat, first_weight, dtype=np.float64)
+            self._first = None
+        self._sum += total
         self._weight += weight
-        for name, tensor in tensors.items():
-            self._sums[name] += tensor.astype(np.float64) * factor
 
     def mean(self) -> dict[str, Float64Array]:
         """Return sum of weight * tensor / sum of weight, by name."""
         if self._first is not None:
-            return {name: tensor.astype(np.float64) for name, tensor in self._first[1].items()}
-        return {name: total / self._weight for name, total in (self._sums or {}).items()}
+            flat = self._first[1].astype(np.float64)
+        else:
+            flat = np.zeros(0) if self._sum is None else self._sum / self._weight
+        sizes = [math.prod(shape) for shape in self._shapes.values()]
+        parts = np.split(flat, np.cumsum(sizes)[:-1]) if sizes else []
+        named = zip(self._shapes.items(), parts, strict=True)
+        return {name: part.reshape(shape) for (name, shape), part in named}
 
 
 class ProductMean:
     """The weighted mean of one module's effective updates, exactly.
 
-    Held as stacked factors while these are smaller than the d_out x d_in matrix, and as that
-    matrix from there on: memory does not grow with the number of clients.
+    Held as the clients' factors while these are smaller than two d_out x d_in matrices, and as
+    one such matrix from there on: memory does not grow with the number of clients.
     """
 
     def __init__(self) -> None:
-        self._stack: list[Product] = []
+        self._factors: list[tuple[float, Factors]] = []
         self._dense: Float64Array | None = None
         self._weight = 0.0
 
     def add(self, weight: float, factors: Factors) -> None:
         """Add one client's factors with its weight, > 0; ranks and scales may differ."""
         self._weight += weight
-        self._stack.append(stacked([(weight, factors)]))
+        self._factors.append((weight, factors))
         self._shrink()
 
     def join(self, other: ProductMean) -> None:
         """Add what another mean has taken in."""
         self._weight += other._weight
-        self._stack += other._stack
+        self._factors += other._factors
         if other._dense is not None:
             self._dense = other._dense if self._dense is None else self._dense + other._dense
         self._shrink()
 
     def _shrink(self) -> None:
-        if not self._stack:
-            return
-        d_out, d_in = self._stack[0][0].shape[0], self._stack[0][1].shape[1]
-        rank = sum(a.shape[0] for _, a in self._stack)
-        if rank * (d_out + d_in) < d_out * d_in and self._dense is None:
-            return
-        b, a = _joined(self._stack)
-        self._dense = b @ a if self._dense is None else self._dense + b @ a
-        self._stack = []
+        d_out, d_in = self._size()
+        rank = sum(f.rank for _, f in self._factors)
+        if rank * (d_out + d_in) > 2 * d_out * d_in:
+            self._dense, self._factors = self._matrix(), []
+
+    def _size(self) -> tuple[int, int]:
+        if self._dense is not None:
+            return self._dense.shape[0], self._dense.shape[1]
+        _, factors = self._factors[0]
+        return factors.b.shape[0], factors.a.shape[1]
+
+    def _matrix(self) -> Float64Array:
+        b, a = stacked(self._factors)
+        matrix: Float64Array = b @ a
+        return matrix if self._dense is None else self._dense + matrix
 
     def mean(self) -> Product:
         """Return (b, a), (d_out, R) and (R, d_in), whose product is the mean update."""
-        if self._dense is not None:
-            return self._dense / self._weight, np.eye(self._dense.shape[1])
-        b, a = _joined(self._stack)
-        return b / self._weight, a
-
-
-def _joined(stack: list[Product]) -> Product:
-    return np.concatenate([b for b, _ in stack], axis=1), np.concatenate([a for _, a in stack])
+        if self._dense is None:
+            b, a = stacked(self._factors)
+            return b / self._weight, a
+        matrix = self._matrix() if self._factors else self._dense
+        return matrix / self._weight, np.eye(matrix.shape[1])

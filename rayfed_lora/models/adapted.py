@@ -56,11 +56,12 @@ class AdaptedModel:
         }
         owners = dict.fromkeys(name.rpartition(".")[0] for name in self._head)
         self._copied = {} if self.obstacle else {n: _replaced(net, n, ClientLinear) for n in owners}
-        self._buffers = {
-            name: buffer.clone()
-            for name, buffer in net.named_buffers()
-            if buffer.is_floating_point()
-        }
+        floating = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
+        self._buffers = [(buffer, buffer.clone()) for buffer in floating]
+        net.requires_grad_(False)
+        # All modules in one mode, the new layers too.
+        net.train()
+        self._trained: list[torch.Tensor] = []
         self._root, self._folded, self._clean = 0, 0, True
 
     def tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
@@ -86,19 +87,26 @@ class AdaptedModel:
         alone = trainable == "full" or self.obstacle is not None
         if alone and len(states) != 1:
             raise ValueError(f"need one client at a time, got {len(states)}: {self.obstacle}")
-        self.net.requires_grad_(False)
+        for parameter in self._trained:
+            parameter.requires_grad_(False)
         if trainable == "full":
             self._clean = False
         else:
             self._load_base(base)
-        for name, buffer in self.net.named_buffers():
-            if name in self._buffers:
-                buffer.copy_(self._buffers[name])
+        for buffer, source in self._buffers:
+            buffer.copy_(source)
         for name, layer in self._layers.items():
             layer.factors = self._stacked([state.factors.get(name) for state in states])
         self._load_dense([state.dense for state in states], trainable)
-        for parameter in self.parameters(states[0]).values():
+        self._trained = list(self.parameters(states[0]).values())
+        for parameter in self._trained:
             parameter.requires_grad_(True)
+
+    def train(self, mode: bool) -> None:
+        """Switch between training and evaluation."""
+        # Visiting every module costs as much as a small one computes.
+        if self.net.training != mode:
+            self.net.train(mode)
 
     def parameters(self, state: AdapterState) -> dict[str, torch.Tensor]:
         """Return the trained tensors of loaded states, by a stable name, in a stable order.
@@ -123,8 +131,34 @@ class AdaptedModel:
             like: the state that it was loaded with.
             client: its place in the group.
         """
-        factors = {name: self._read_factors(name, f, client) for name, f in like.factors.items()}
-        return AdapterState(factors, {name: self._dense(name, client) for name in like.dense})
+        return self.read_from([like], client)[0]
+
+    def read_from(self, likes: Sequence[AdapterState], client: int) -> list[AdapterState]:
+        """Return the current weights of some neighbouring clients, as `read` does of one.
+
+        Args:
+            likes: the states that they were loaded with.
+            client: place of the first of them in the group.
+        """
+        held = {
+            name: _to_numpy(tensor[client : client + len(likes)] if stacked else tensor)
+            for name, (tensor, stacked) in self._held(likes[0]).items()
+        }
+        return [
+            AdapterState(
+                {name: _cut(held, name, f, i) for name, f in like.factors.items()},
+                {
+                    name: held[name] if self._holder(name) is self._plain[name] else held[name][i]
+                    for name in like.dense
+                },
+            )
+            for i, like in enumerate(likes)
+        ]
+
+    def _held(self, like: AdapterState) -> dict[str, tuple[torch.Tensor, bool]]:
+        """Return the trained tensors, and whether their first dimension is the client."""
+        alone = {name for name in like.dense if self._holder(name) is self._plain[name]}
+        return {name: (t, name not in alone) for name, t in self.parameters(like).items()}
 
     def keep(self, clients: int) -> None:
         """Go on with the first clients of the group only."""
@@ -136,13 +170,6 @@ class AdaptedModel:
         for copied in self._copied.values():
             for tensor in copied.copies.values():
                 tensor.data = tensor.data[:clients]
-
-    def _read_factors(self, name: str, like: Factors, client: int) -> Factors:
-        held = self._layers[name].factors
-        if like.rank == 0 or held is None:
-            return like
-        a, b = held.a[client, : like.rank], held.b[client, :, : like.rank]
-        return Factors(_to_numpy(a), _to_numpy(b), like.scale)
 
     def _holder(self, name: str) -> torch.Tensor:
         """Return what holds a dense tensor now: copies by client, or the plain parameter."""
@@ -172,12 +199,19 @@ class AdaptedModel:
         rank = max((f.rank for f in found), default=0)
         if rank == 0:
             return None
+        if all(f is found[0] for f in found):
+            return self._repeated(found[0], len(found))
         a = np.zeros((len(found), rank, found[0].a.shape[1]), np.float32)
         b = np.zeros((len(found), found[0].b.shape[0], rank), np.float32)
         for i, f in enumerate(found):
             a[i, : f.rank], b[i, :, : f.rank] = f.a, f.b
         scale = np.array([f.scale for f in found], np.float32).reshape(-1, 1, 1)
         return GroupFactors(self._tensor(a), self._tensor(b), self._tensor(scale))
+
+    def _repeated(self, f: Factors, clients: int) -> GroupFactors:
+        a, b = (np.broadcast_to(part, (clients, *part.shape)) for part in (f.a, f.b))
+        scale = torch.full((clients, 1, 1), f.scale, device=self.device)
+        return GroupFactors(self._tensor(a), self._tensor(b), scale)
 
     def _tensor(self, array: FloatArray) -> torch.Tensor:
         return torch.tensor(array, dtype=torch.float32, device=self.device)
@@ -211,6 +245,14 @@ def _replaced(net: nn.Module, name: str, make: Callable[[nn.Linear], _Layer]) ->
     layer = make(getattr(parent, attribute))
     setattr(parent, attribute, layer)
     return layer
+
+
+def _cut(held: Mapping[str, FloatArray], name: str, like: Factors, client: int) -> Factors:
+    """Return a client's factors at its own rank."""
+    if like.rank == 0:
+        return like
+    a, b = held[f"{name}.lora_A"][client], held[f"{name}.lora_B"][client]
+    return Factors(a[: like.rank], b[:, : like.rank], like.scale)
 
 
 def _to_numpy(tensor: torch.Tensor) -> FloatArray:

@@ -158,7 +158,7 @@ class LocalTrainer:
         parameters = list(self._model.parameters(state).values())
         optimizer = _optimizer(parameters, settings, plan.lr)
         received = [p.detach().clone() for p in parameters] if plan.proximal_weight > 0 else []
-        self._model.net.train()
+        self._model.train(True)
         losses: list[torch.Tensor] = []
         trained: dict[int, AdapterState] = {}
         for step in range(len(tasks[0].batches)):
@@ -199,8 +199,9 @@ class LocalTrainer:
         trained: dict[int, AdapterState],
     ) -> None:
         """Read out the clients from place `staying` on that are still in the group."""
-        for i in range(staying, len(tasks) - len(trained)):
-            trained[i] = self._model.read(state, i)
+        leaving = range(staying, len(tasks) - len(trained))
+        states = self._model.read_from([state] * len(leaving), staying)
+        trained |= dict(zip(leaving, states, strict=True))
         if staying > 0:
             self._model.keep(staying)
 
@@ -221,7 +222,7 @@ class LocalTrainer:
         """Return the sums over some rows of a split, always in float32 arithmetic."""
         held = self._workload.test if split == "test" else self._workload.validation
         self._model.load([state], base, trainable)
-        self._model.net.eval()
+        self._model.train(False)
         examples = held.rows(np.arange(len(held))[rows])
         inputs, labels = _tensors(examples, self._device)
         logits = self._model.net(**inputs).logits.float()
