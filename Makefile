@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup demo test check lint types imports doctests coverage e2e clean
+.PHONY: setup demo test check lint types imports doctests coverage e2e bench bench-scale bench-gpu clean
 
 setup: $(READY)
 
@@ -53,5 +53,17 @@ coverage: setup
 e2e: setup
 	$(BIN)/python -m pytest -m e2e
 
+# Beside Flower, pfl and plain loops on the same work; makes their environments: an hour or more.
+bench: setup
+	$(BIN)/python benchmarks/side_by_side.py
+
+# Cohorts up to 100,000 of 1,000,000 clients, with fake training.
+bench-scale: setup
+	$(BIN)/python benchmarks/scale.py
+
+# Needs a GPU.
+bench-gpu: setup
+	$(BIN)/python benchmarks/gpu.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) benchmarks/.environments build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

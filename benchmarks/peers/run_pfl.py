@@ -108,3 +108,7 @@ FederatedAveraging().run(
 )
 if get_framework_module().distributed.global_rank == 0:
     rounds.record.save({n.removeprefix("m."): p.detach() for n, p in trainables(net).items()})
+if torch.distributed.is_initialized():
+    # A worker that just leaves can abort while another still talks to it.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

@@ -73,7 +73,7 @@ class ClientDropout(TorchFunctionMode):
             return x
         zeros = x.new_zeros(x.shape)
         mask = self._filled(zeros, lambda rows, g: rows.bernoulli_(1.0 - p, generator=g))
-        return x * mask / (1.0 - p)
+        return x * mask.mul_(1.0 / (1.0 - p)) if p < 1.0 else x * mask
 
     def _attention(  # noqa: PLR0913, PLR0917 - torch's own signature
         self,

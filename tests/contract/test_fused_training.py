@@ -327,7 +327,7 @@ DROPPING: dict[str, tuple[float, dict[str, Any]]] = {
 
 @pytest.mark.parametrize(
     ("model", "where"),
-    [*(("vit", where) for where in DROPPING), ("bert", "adapter"), ("bert", "hidden")],
+    [*(("vit", where) for where in DROPPING), *(("bert", where) for where in DROPPING)],
 )
 def test_a_client_draws_the_same_dropout_in_a_block_as_alone(model: str, where: str) -> None:
     share, config = DROPPING[where]

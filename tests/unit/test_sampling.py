@@ -88,9 +88,9 @@ def sized(flops: float, held: int = 1000, obstacle: str | None = None) -> ModelS
 @pytest.mark.parametrize(
     ("flops", "held", "clients", "size"),
     [
-        # A batch of 10 of 2e5 is 2e6: ten of them are the 2e7 that a CPU wants.
-        (2e5, 1000, 100, 10),
-        (2e6, 1000, 100, 1),  # one is enough
+        # A batch of 10 of 4e5 is 4e6: ten of them are the 4e7 that a CPU wants.
+        (4e5, 1000, 100, 10),
+        (4e6, 1000, 100, 1),  # one is enough
         (1e3, 1000, 100, 13),  # 16 at most: 7 blocks, rounded up to 8, of 12 or 13 clients
         # 3 * 1e7 bytes * 10 examples = 0.3 of the 1 GB that a block may hold
         (1e3, 10**7, 100, 3),
