@@ -320,7 +320,7 @@ def test_gradients_are_cut_client_by_client(model: str, limit: float, mu: float)
 DROPPING: dict[str, tuple[float, dict[str, Any]]] = {
     "adapter": (0.3, {}),
     "hidden": (0.0, {"hidden_dropout_prob": 0.1}),
-    "attention": (0.0, {"attention_probs_dropout_prob": 0.1}),
+    "attention": (0.0, {"attention_probs_dropout_prob": 0.3}),
     "all": (0.3, {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}),
 }
 
