@@ -20,7 +20,7 @@ from rayfed_lora.federation.executor import Executor, Population
 from rayfed_lora.federation.server import Progress, Server, Timing
 from rayfed_lora.federation.transitions import GlobalModel
 from rayfed_lora.lora.fingerprint import sha256
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe import Recipe, Runtime
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
 from rayfed_lora.reporting.report import report_html
 from rayfed_lora.reporting.status import StatusBoard
@@ -30,7 +30,10 @@ from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import ClientRecord, ClientUpdate, RoundPlan, RoundRecord
 
 # Where a run happens and is kept may differ between sittings; what it computes may not.
-_FREE_KEYS = ("runtime", "storage")
+_FREE_KEYS: Any = {
+    "storage": True,
+    "runtime": set(Runtime.model_fields) - {"cohort_size", "precision"},
+}
 
 
 def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
@@ -73,8 +76,8 @@ def _check_same(folder: RunFolder, recipe: Recipe) -> None:
     except (OSError, ValueError, RecipeError) as error:
         raise RunFolderError(f"{folder.location}/recipe.yaml cannot be read: {error}") from None
     before, now = (
-        kept.model_dump(exclude=set(_FREE_KEYS)),
-        recipe.model_dump(exclude=set(_FREE_KEYS)),
+        kept.model_dump(exclude=_FREE_KEYS),
+        recipe.model_dump(exclude=_FREE_KEYS),
     )
     changed = sorted(_differences(before, now))
     if changed:

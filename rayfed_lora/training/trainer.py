@@ -153,7 +153,7 @@ class LocalTrainer:
         tasks.sort(key=lambda task: (-len(task.batches), task.client))
         self._model.load([state] * len(tasks), base, plan.trainable)
         # After loading. What draws outside of `ClientDropout` draws from torch's own state.
-        torch.manual_seed(tasks[0].dropout_seed)
+        _seed(tasks[0].dropout_seed, self._device)
         dropout = ClientDropout([task.dropout_seed for task in tasks], self._device)
         parameters = list(self._model.parameters(state).values())
         optimizer = _optimizer(parameters, settings, plan.lr)
@@ -277,6 +277,13 @@ def _add_proximal_gradient(
             # Clients that have left the group are not in the parameter any more.
             here = anchor[: len(parameter)] if parameter.dim() > 0 else anchor
             parameter.grad.add_(parameter.detach() - here, alpha=weight)
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed torch's own state, where a forward pass on the device draws from it."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _tensors(

@@ -43,7 +43,7 @@ VARIANTS = {
 }
 PLACES = {
     "again": ["runtime.executor=local"],
-    "one actor": ["runtime.executor=ray", "runtime.client_actors=1", "runtime.cohort_size=2"],
+    "one actor": ["runtime.executor=ray", "runtime.client_actors=1"],
     "two actors": ["runtime.executor=ray", "runtime.client_actors=2", "runtime.cpus_per_actor=0.5"],
 }
 

@@ -135,9 +135,16 @@ def test_a_folder_of_another_recipe_is_refused_and_every_differing_key_is_listed
 def test_where_a_run_happens_and_how_often_it_is_saved_may_change(tmp_path):
     run(make_recipe(), tmp_path)
     other = make_recipe(
-        runtime__cohort_size=2, runtime__executor="ray", storage__checkpoint_every=3
+        runtime__client_actors=2, runtime__executor="ray", storage__checkpoint_every=3
     )
     claim(RunFolder(tmp_path), other, resume=True)
+
+
+@pytest.mark.parametrize(("key", "value"), [("cohort_size", 2), ("precision", "bf16")])
+def test_what_changes_the_arithmetic_may_not_change_within_a_run(tmp_path, key, value):
+    run(make_recipe(), tmp_path)
+    with pytest.raises(RunFolderError, match=rf"differ: runtime\.{key}$"):
+        claim(RunFolder(tmp_path), make_recipe(**{f"runtime__{key}": value}), resume=True)
 
 
 @pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe", b"name: 3\n", b"", b"- a list\n"])
