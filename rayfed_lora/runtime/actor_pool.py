@@ -20,10 +20,11 @@ from ray.exceptions import (
 )
 
 from rayfed_lora.errors import RayfedError, RunError
+from rayfed_lora.runtime.actors import NotOpenError
 
 ATTEMPTS = 4
 _RESTART_POLL_S = 0.5
-LOST = (ActorDiedError, ActorUnavailableError, OutOfMemoryError)
+LOST = (ActorDiedError, ActorUnavailableError, OutOfMemoryError, NotOpenError)
 # Calls a method of an actor; a call of several results is done when the first of them is there.
 Call = Callable[[Any], "list[ray.ObjectRef]"]
 
@@ -171,6 +172,6 @@ def result(reference: ray.ObjectRef) -> Any:
         return ray.get(reference)
     except RayTaskError as error:
         cause = error.cause
-        if isinstance(cause, RayfedError):
+        if isinstance(cause, (RayfedError, NotOpenError)):
             raise cause from None
         raise RunError(f"a worker failed:\n{error}") from error

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from rayfed_lora.training.workload import Workload
 
 
+class NotOpenError(Exception):
+    """The actor's process is a new one: Ray has restarted it while it had nothing to do."""
+
+
 class ClientActor:
     """A trainer on a CPU or GPU share; serves many virtual clients, keeps nothing between calls."""
 
@@ -82,7 +86,7 @@ class ClientActor:
 
     def _opened(self) -> Trainer:
         if self._trainer is None:
-            raise RuntimeError("the actor is not open: call open() first")
+            raise NotOpenError(f"{self._name} was restarted while it was idle")
         return self._trainer
 
     def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:

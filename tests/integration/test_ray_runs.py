@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from rayfed_lora.reporting.status import Status, StatusBoard
 from rayfed_lora.runtime import launch
 from rayfed_lora.runtime.session import simulate
 from rayfed_lora.storage import RunFolder
+from rayfed_lora.types import AdapterState, Base, LocalPlan
 from tests.fakes import Behaviour, FakeFactory, local_executor, make_recipe
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -92,6 +95,43 @@ def test_a_client_actor_that_takes_long_to_come_back_is_waited_for(tmp_path):
     summary, board = run(on_ray(), tmp_path / "run", FakeFactory(behaviour, start_s=10.0))
     assert any("client actor was lost" in note for note in board.status().notes)
     assert_same_result(summary, tmp_path / "run", tmp_path / "local")
+
+
+def test_an_actor_restarted_while_it_was_idle_is_opened_anew(tmp_path):
+    import ray
+
+    from rayfed_lora.runtime.ray_executor import RayExecutor
+
+    notes: list[str] = []
+    executor = RayExecutor(on_ray(), FakeFactory(), notes.append)
+    try:
+        executor.open()
+        (actor,) = executor._pool._idle
+        pid = ray.get(actor.__ray_call__.remote(lambda itself: os.getpid()))
+        os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while not answers(actor):
+            assert time.monotonic() < deadline
+        state = AdapterState({}, executor.initial_tensors("adapter"))
+        plan = LocalPlan(round=1, trainable="adapter", lr=0.1, proximal_weight=0.0)
+        (part,) = executor.train(state, Base(), plan, [((0, 1),)])
+    finally:
+        executor.close()
+    assert [report.client for report in part.clients] == [0, 1]
+    assert len(notes) == 1
+    assert "client-actor-00 was restarted while it was idle" in notes[0]
+
+
+def answers(actor: Any) -> bool:
+    """Return whether an actor's process takes calls."""
+    import ray
+    from ray.exceptions import RayError
+
+    time.sleep(0.2)
+    try:
+        return bool(ray.get(actor.__ray_call__.remote(lambda itself: True)))
+    except RayError:
+        return False
 
 
 def test_two_runs_of_one_name_share_a_cluster(tmp_path):
