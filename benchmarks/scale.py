@@ -79,7 +79,7 @@ class AddingTrainer:
 class AddingFactory:
     """Makes adding trainers for a population that is two arrays."""
 
-    def load(self) -> None:
+    def load(self, recipe: Recipe) -> None:
         """Import nothing."""
 
     def workload(self, recipe: Recipe) -> Workload:

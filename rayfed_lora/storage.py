@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path, PurePosixPath
+from typing import IO
 
+import pyarrow as pa
 from pyarrow import fs
 
 from rayfed_lora.errors import RunError, RunFolderError
@@ -47,14 +52,28 @@ class RunFolder:
         Raises:
             RunError: it cannot be written (no space, no permission).
         """
+        with self.opened(name) as stream:
+            stream.write(content)
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[IO[bytes]]:
+        """Open a file to be written piece by piece; it is there, whole, once the block is left.
+
+        Raises:
+            RunError: it cannot be written; what was there before is kept, as after any error.
+        """
         target = str(self._root / name)
         try:
             if self.local is None:
-                # An object store shows an upload only once it is complete.
+                # An object store shows an upload once it is complete: what fails before must not
+                # complete it.
+                content = BytesIO()
+                yield content
                 with self._fs.open_output_stream(target) as stream:
-                    stream.write(content)
+                    stream.write(content.getbuffer())
             else:
-                _write_durably(Path(target), content)
+                with _durable(Path(target)) as file:
+                    yield file
         except OSError as error:
             raise RunError(f"cannot write {target}: {error.strerror or error}") from error
 
@@ -66,6 +85,14 @@ class RunFolder:
         """
         with self._fs.open_input_stream(str(self._root / name)) as stream:
             return bytes(stream.read())
+
+    def source(self, name: str) -> pa.NativeFile:
+        """Open a file to be read in parts.
+
+        Raises:
+            OSError: it is not there or cannot be read.
+        """
+        return self._fs.open_input_file(str(self._root / name))
 
     def exists(self, name: str) -> bool:
         """Return whether a file or folder of that name is there."""
@@ -104,12 +131,13 @@ class RunFolder:
             ) from error
 
 
-def _write_durably(target: Path, content: bytes) -> None:
+@contextmanager
+def _durable(target: Path) -> Iterator[IO[bytes]]:
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(scratch, 0o644)

@@ -212,7 +212,7 @@ class FakeFactory:
         self.__dict__.update(state)
         time.sleep(self.start_s)
 
-    def load(self) -> None:
+    def load(self, recipe: Recipe) -> None:
         """Import nothing: the fakes need neither torch nor transformers."""
 
     def workload(self, recipe: Recipe) -> Workload:

@@ -9,7 +9,7 @@ import difflib
 import importlib.util
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,15 @@ def skeleton(model: Model, config: Any) -> nn.Module:
             return _auto_class(model).from_config(config)  # type: ignore[no-any-return]
     except Exception as error:  # a model takes its configuration at its word, and fails anyhow
         raise ModelError(f"{_where(model)}: {_message(error)}") from error
+
+
+def load_code(model: Model) -> None:
+    """Import the module of the model's class: transformers does it when one is first made.
+
+    A model that cannot be made is left to who prepares the run, with the facts of its data.
+    """
+    with suppress(ModelError):
+        skeleton(model, configuration(model, {}))
 
 
 def build(model: Model, config: Any, seed: int) -> nn.Module:

@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 
 from rayfed_lora.types import ClientRecord, ClientUpdate, RoundPlan, RoundRecord, Stage
 
+# Records that are kept for who has not seen them yet; all of them are in rounds.parquet.
+_NEWEST = 1000
+
 
 @dataclass(frozen=True)
 class Status:
@@ -25,7 +28,8 @@ class Status:
         rounds_before: rounds finished in earlier sittings.
         bytes_total: bytes up and down in this sitting.
         loss, accuracy: newest training loss and test accuracy, None before there is one.
-        records: finished rounds; from `StatusBoard.status` only those asked for.
+        records: finished rounds of this sitting, the newest of many; from `StatusBoard.status`
+            only those asked for.
         notes: warnings for the user; likewise.
     """
 
@@ -73,10 +77,17 @@ class StatusBoard:
         self._on_change = on_change
 
     def status(self, records_seen: int = 0, notes_seen: int = 0) -> Status:
-        """Return the status with those records and notes that were not seen yet."""
+        """Return the status with those records and notes that were not seen yet.
+
+        Args:
+            records_seen: number of rounds of this sitting whose records are not asked for.
+            notes_seen: number of notes that are not asked for.
+        """
         with self._lock:
             now = self._status
-        return replace(now, records=now.records[records_seen:], notes=now.notes[notes_seen:])
+        new = max(now.rounds_done - now.rounds_before - records_seen, 0)
+        records = now.records[max(len(now.records) - new, 0) :]
+        return replace(now, records=records, notes=now.notes[notes_seen:])
 
     def note(self, text: str) -> None:
         """Note a warning for the user, one line."""
@@ -123,7 +134,7 @@ class StatusBoard:
                 bytes_total=now.bytes_total + record.bytes_up + record.bytes_down,
                 loss=record.train_loss,
                 accuracy=now.accuracy if record.eval_accuracy is None else record.eval_accuracy,
-                records=(*now.records, record),
+                records=(*now.records, record)[-_NEWEST:],
             ),
             record,
         )

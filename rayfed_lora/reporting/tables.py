@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayfed_lora.errors import RunFolderError
+from rayfed_lora.reporting.client_rows import ClientRows, readable
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import ClientRecord, Proposal, RoundRecord
 
@@ -25,20 +26,6 @@ _PROPOSAL_COLUMNS = {
     "target_metric": ("metric", pa.float64()),
     "target_value": ("target", pa.float64()),
 }
-
-CLIENT_SCHEMA = pa.schema(
-    [
-        ("round", pa.int32()),
-        ("client", pa.int64()),
-        ("examples", pa.int64()),
-        ("train_loss", pa.float64()),
-        ("status", pa.string()),
-        ("error", pa.string()),
-        ("bytes_up", pa.int64()),
-        ("bytes_down", pa.int64()),
-        ("seconds", pa.float64()),
-    ]
-)
 
 
 def round_schema(modules: Sequence[str]) -> pa.Schema:
@@ -73,7 +60,11 @@ def round_schema(modules: Sequence[str]) -> pa.Schema:
 
 
 class Tables:
-    """The rows of a run so far, as Arrow tables, and their files."""
+    """The rows of a run so far and their files.
+
+    Rows of rounds are kept; of clients only those that are not yet in their file, since there may
+    be many millions of them.
+    """
 
     def __init__(self, folder: RunFolder, modules: Sequence[str]) -> None:
         """Start empty.
@@ -84,25 +75,25 @@ class Tables:
         """
         self._folder = folder
         self._schema = round_schema(modules)
-        self._rounds = [self._schema.empty_table()]
-        self._clients = [CLIENT_SCHEMA.empty_table()]
+        self._rounds = self._schema.empty_table()
+        self._new_rounds: list[dict[str, Any]] = []
+        self._clients = ClientRows(folder)
 
     @property
     def rounds(self) -> pa.Table:
         """The rows of all rounds."""
-        return pa.concat_tables(self._rounds)
-
-    @property
-    def clients(self) -> pa.Table:
-        """The rows of all clients in all rounds."""
-        return pa.concat_tables(self._clients)
+        new = pa.Table.from_pylist(self._new_rounds, schema=self._schema)
+        self._rounds, self._new_rounds = pa.concat_tables([self._rounds, new]).combine_chunks(), []
+        return self._rounds
 
     def add(self, record: RoundRecord, clients: Sequence[ClientRecord]) -> None:
-        """Add the rows of one round."""
-        row = {**asdict(record), **_proposal_row(record.proposal)}
-        self._rounds.append(pa.Table.from_pylist([row], schema=self._schema))
-        rows = [asdict(client) for client in clients]
-        self._clients.append(pa.Table.from_pylist(rows, schema=CLIENT_SCHEMA))
+        """Add the rows of one round.
+
+        Raises:
+            RunError: there are many rows, and the folder cannot be written.
+        """
+        self._new_rounds.append({**asdict(record), **_proposal_row(record.proposal)})
+        self._clients.add(clients)
 
     def save(self) -> None:
         """Write both files, each whole or not at all.
@@ -110,38 +101,33 @@ class Tables:
         Raises:
             RunError: the folder cannot be written.
         """
-        for name, table in (("rounds", self.rounds), ("clients", self.clients)):
-            sink = pa.BufferOutputStream()
-            pq.write_table(table.combine_chunks(), sink)
-            self._folder.write(f"{name}.parquet", sink.getvalue().to_pybytes())
+        with self._folder.opened("rounds.parquet") as sink:
+            pq.write_table(self.rounds, sink)
+        self._clients.save()
 
     def restore(self, rounds: int) -> None:
-        """Read the rows of the first `rounds` rounds back; later ones will be run again.
+        """Go back to the first `rounds` rounds; later ones will be run again.
 
         Raises:
             RunFolderError: a file is missing or damaged, or rows are.
+            RunError: the folder cannot be written.
         """
-        self._rounds = [_first(self._folder, "rounds", self._schema, rounds)]
-        self._clients = [_first(self._folder, "clients", CLIENT_SCHEMA, rounds)]
-        clients = set(self.clients["round"].to_pylist())
-        if self.rounds["round"].to_pylist() != list(range(rounds)) or len(clients) != rounds:
+        self._rounds, self._new_rounds = self._first(rounds), []
+        found = self._rounds["round"].to_pylist()
+        clients = self._clients.restore(rounds)
+        if found != list(range(rounds)) or clients != rounds:
             raise RunFolderError(
                 f"{self._folder.location}: expected rounds.parquet and clients.parquet to have"
-                f" rounds 0 to {rounds - 1}, as the checkpoint has, got {self.rounds.num_rows} and"
-                f" {len(clients)} rounds"
+                f" rounds 0 to {rounds - 1}, as the checkpoint has, got {len(found)} and"
+                f" {clients} rounds"
             )
 
-
-def _first(folder: RunFolder, name: str, schema: pa.Schema, rounds: int) -> pa.Table:
-    if rounds == 0:
-        return schema.empty_table()
-    try:
-        table = pq.read_table(pa.BufferReader(folder.read(f"{name}.parquet")))
-        return table.filter(pc.field("round") < rounds).cast(schema)
-    except (OSError, ValueError) as error:
-        raise RunFolderError(
-            f"cannot go on from {folder.location}/{name}.parquet: {error}"
-        ) from None
+    def _first(self, rounds: int) -> pa.Table:
+        if rounds == 0:
+            return self._schema.empty_table()
+        with readable(self._folder, "rounds.parquet"):
+            table = pq.read_table(pa.BufferReader(self._folder.read("rounds.parquet")))
+            return table.filter(pc.field("round") < rounds).cast(self._schema)
 
 
 def _proposal_row(proposal: Proposal | None) -> dict[str, Any]:

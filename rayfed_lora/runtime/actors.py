@@ -76,7 +76,7 @@ class ClientActor:
             prepared: references of workload and weights, in a list so that Ray does not wait for
                 them: meanwhile this actor imports what it needs.
         """
-        self._factory.load()
+        self._factory.load(self._recipe)
         from rayfed_lora.training.device import device_of_share
 
         device = device_of_share(self._gpus)

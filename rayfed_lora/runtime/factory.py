@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Factory(Protocol):
     """Makes workloads and trainers; picklable, so that it can travel to actors."""
 
-    def load(self) -> None:
+    def load(self, recipe: Recipe) -> None:
         """Import what is slow to import, while others prepare the data."""
         ...
 
@@ -40,9 +40,12 @@ class TorchFactory:
     torch and transformers are imported by its methods only: a driver never needs them.
     """
 
-    def load(self) -> None:
-        """Import torch and transformers."""
+    def load(self, recipe: Recipe) -> None:
+        """Import torch, transformers and the model's own module."""
         import_module("rayfed_lora.training.trainer")
+        from rayfed_lora.models import sources
+
+        sources.load_code(recipe.model)
 
     def workload(self, recipe: Recipe) -> Workload:
         """Read and prepare the data."""

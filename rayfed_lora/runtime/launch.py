@@ -292,7 +292,8 @@ def _follow(server: Any, watch: Callable[[Status], None]) -> dict[str, Any]:
                 told = True
             try:
                 status: Status = ray.get(server.status.remote(records, notes))
-                records, notes = records + len(status.records), notes + len(status.notes)
+                records = status.rounds_done - status.rounds_before
+                notes += len(status.notes)
                 watch(status)
                 if ready:
                     summary: dict[str, Any] = ray.get(result)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
@@ -333,16 +334,16 @@ def test_a_kill_between_two_writes_of_a_save_loses_nothing(
     file, undisturbed, tmp_path, monkeypatch
 ):
     recipe = make_recipe()
-    write, seen = RunFolder.write, []
+    opened, seen = RunFolder.opened, []
 
-    def killed_before_the_fourth(self: RunFolder, name: str, content: bytes) -> None:
+    def killed_before_the_fourth(self: RunFolder, name: str) -> AbstractContextManager[IO[bytes]]:
         seen.append(name.endswith(file))
         if seen[-1] and sum(seen) == 4:
             raise Killed
-        write(self, name, content)
+        return opened(self, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "write", killed_before_the_fourth)
+        patch.setattr(RunFolder, "opened", killed_before_the_fourth)
         with pytest.raises(Killed):
             run(recipe, tmp_path)
     _, board = run(recipe, tmp_path, resume=True)

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from rayfed_lora.reporting import status as status_module
 from rayfed_lora.reporting.status import Status, StatusBoard
 from rayfed_lora.types import ClientUpdate, RoundPlan, RoundRecord
 
@@ -98,6 +99,17 @@ def test_a_watcher_is_given_only_the_records_and_notes_it_has_not_seen():
     assert news.notes == ("second",)
     assert board.status(2, 2).records == ()
     assert board.status().notes == ("first", "second")
+
+
+def test_a_watcher_who_comes_late_is_given_the_newest_records_once(monkeypatch):
+    monkeypatch.setattr(status_module, "_NEWEST", 3)
+    board = StatusBoard(10)
+    for t in range(5):
+        play(board, t)
+    late = board.status()
+    assert [r.round for r in late.records] == [2, 3, 4]
+    play(board, 5)
+    assert [r.round for r in board.status(late.rounds_done).records] == [5]
 
 
 def test_every_change_is_told_once_with_its_own_record_or_note_only():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -11,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rayfed_lora.errors import RunFolderError
+from rayfed_lora.errors import RunError, RunFolderError
+from rayfed_lora.reporting import client_rows
 from rayfed_lora.reporting.tables import Tables
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import ClientRecord, Proposal
@@ -133,21 +136,67 @@ def test_counts_beyond_32_bits_are_kept(folder):
 
 def test_new_tables_are_empty_and_have_all_columns(folder):
     tables = Tables(folder, MODULES)
-    assert (tables.rounds.num_rows, tables.clients.num_rows) == (0, 0)
     tables.save()
-    assert len(frame(folder, "rounds.parquet")) == 0
+    assert (len(frame(folder, "rounds.parquet")), len(frame(folder, "clients.parquet"))) == (0, 0)
 
 
-def test_going_back_drops_later_rounds_and_goes_on_from_there(folder):
+def test_going_back_drops_later_rounds_and_goes_on_from_there(folder, tmp_path):
     filled(folder, 4).save()
     tables = Tables(folder, MODULES)
     tables.restore(2)
-    assert tables.rounds["round"].to_pylist() == [0, 1]
-    assert tables.clients["round"].to_pylist() == [0, 0, 1, 1]
+    assert frame(folder, "clients.parquet")["round"].tolist() == [0, 0, 1, 1]
     again = replace(record(2), ranks={MODULES[0]: 2, MODULES[1]: 0})
     tables.add(again, [client(2, 0), client(2, 3, failed=True)])
-    assert tables.rounds.equals(filled(folder, 3).rounds)
-    assert tables.clients.equals(filled(folder, 3).clients)
+    tables.save()
+    whole = RunFolder(tmp_path / "whole")
+    filled(whole, 3).save()
+    for name in ("rounds.parquet", "clients.parquet"):
+        pd.testing.assert_frame_equal(frame(folder, name), frame(whole, name))
+
+
+def test_saving_after_each_round_gives_the_file_that_one_save_gives(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(client_rows, "_ROW_GROUP", 3)
+    tables = Tables(folder, MODULES)
+    for t in range(7):
+        tables.add(replace(record(t), ranks=None), [client(t, 0), client(t, 3, failed=True)])
+        tables.save()
+        assert len(frame(folder, "clients.parquet")) == 2 * (t + 1)
+    groups = pq.ParquetFile(Path(folder.location) / "clients.parquet").metadata
+    assert [groups.row_group(i).num_rows for i in range(groups.num_row_groups)] == [3, 3, 3, 3, 2]
+    whole = RunFolder(tmp_path / "whole")
+    filled(whole, 7).save()
+    name = "clients.parquet"
+    pd.testing.assert_frame_equal(frame(folder, name), frame(whole, name))
+
+
+def test_many_rows_do_not_wait_for_a_checkpoint(folder, monkeypatch):
+    monkeypatch.setattr(client_rows, "_WAITING", 5)
+    tables = filled(folder, 2)
+    assert not folder.exists("clients.parquet")
+    tables.add(record(2), [client(2, 0), client(2, 1)])
+    assert len(frame(folder, "clients.parquet")) == 6
+    # A checkpoint of round 1 is still a place to go back to.
+    tables = Tables(folder, MODULES)
+    filled(folder, 2).save()
+    tables.restore(1)
+    assert frame(folder, "clients.parquet")["round"].tolist() == [0, 0]
+
+
+def test_a_write_that_fails_keeps_the_file_and_the_rows(folder, monkeypatch):
+    tables = filled(folder, 1)
+    tables.save()
+    tables.add(replace(record(1), ranks=None), [client(1, 0)])
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(RunError, match="No space left"):
+            tables.save()
+    assert len(frame(folder, "clients.parquet")) == 2
+    tables.save()
+    assert frame(folder, "clients.parquet")["round"].tolist() == [0, 0, 1]
 
 
 def test_going_back_to_the_start_needs_no_files(folder):

@@ -1,0 +1,123 @@
+"""clients.parquet, written as the run goes on. Source: this project (design.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rayfed_lora.errors import RunFolderError
+from rayfed_lora.storage import RunFolder
+from rayfed_lora.types import ClientRecord
+
+NAME = "clients.parquet"
+SCHEMA = pa.schema(
+    [
+        ("round", pa.int32()),
+        ("client", pa.int64()),
+        ("examples", pa.int64()),
+        ("train_loss", pa.float64()),
+        ("status", pa.string()),
+        ("error", pa.string()),
+        ("bytes_up", pa.int64()),
+        ("bytes_down", pa.int64()),
+        ("seconds", pa.float64()),
+    ]
+)
+_ROW_GROUP = 65_536
+# Rows that wait for a checkpoint at most: 70 bytes each.
+_WAITING = 4 * _ROW_GROUP
+
+
+class ClientRows:
+    """The file and the rows that are not in it yet.
+
+    Each save copies the file, a row group at a time, and adds to it: at any moment there is one
+    whole file, and memory does not grow with the run.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        """Start with no rows, whatever the folder holds."""
+        self._folder = folder
+        self._waiting: list[pa.Table] = []
+        self._written = False
+
+    def add(self, records: Sequence[ClientRecord]) -> None:
+        """Add the rows of a round.
+
+        Raises:
+            RunError: so many wait that they are saved, and the folder cannot be written.
+        """
+        rows = [asdict(record) for record in records]
+        self._waiting.append(pa.Table.from_pylist(rows, schema=SCHEMA))
+        if sum(table.num_rows for table in self._waiting) > _WAITING:
+            self.save()
+
+    def save(self) -> None:
+        """Bring all rows into the file.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        if self._written and not self._waiting:
+            return
+        new = pa.concat_tables([SCHEMA.empty_table(), *self._waiting])
+        if self._written:
+            with self._folder.source(NAME) as source, pq.ParquetFile(source) as old:
+                groups = (old.read_row_group(i) for i in range(old.num_row_groups))
+                self._write(groups, new)
+        else:
+            self._write(iter(()), new)
+        self._waiting, self._written = [], True
+
+    def restore(self, rounds: int) -> int:
+        """Keep the rows of the first `rounds` rounds only; return how many rounds those are.
+
+        Raises:
+            RunFolderError: the file is missing or damaged.
+            RunError: the folder cannot be written.
+        """
+        self._waiting, self._written = [], rounds > 0
+        if rounds == 0:
+            return 0
+        found: set[int] = set()
+        with readable(self._folder, NAME), self._folder.source(NAME) as source:
+            old = pq.ParquetFile(source)
+            if old.schema_arrow != SCHEMA:
+                raise ValueError(f"expected columns {SCHEMA.names}, got {old.schema_arrow.names}")
+            for i in range(old.num_row_groups):
+                found.update(old.read_row_group(i, columns=["round"])["round"].to_pylist())
+            if max(found, default=0) >= rounds:
+                first = pc.field("round") < rounds
+                groups = (old.read_row_group(i).filter(first) for i in range(old.num_row_groups))
+                self._write(groups, SCHEMA.empty_table())
+        return len({t for t in found if t < rounds})
+
+    def _write(self, groups: Iterator[pa.Table], new: pa.Table) -> None:
+        """Write row groups and what comes after them; all but the last have the same size."""
+        rest = SCHEMA.empty_table()
+        with self._folder.opened(NAME) as sink, pq.ParquetWriter(sink, SCHEMA) as writer:
+            for group in groups:
+                rest = pa.concat_tables([rest, group])
+                if rest.num_rows >= _ROW_GROUP:
+                    writer.write_table(rest.slice(0, _ROW_GROUP))
+                    rest = rest.slice(_ROW_GROUP)
+            rest = pa.concat_tables([rest, new])
+            writer.write_table(rest.combine_chunks(), row_group_size=_ROW_GROUP)
+
+
+@contextmanager
+def readable(folder: RunFolder, name: str) -> Iterator[None]:
+    """Turn what a missing or damaged file raises into an error that names it.
+
+    Raises:
+        RunFolderError: it cannot be read.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"cannot go on from {folder.location}/{name}: {error}") from None
