@@ -136,7 +136,8 @@ def workload(of: Recipe) -> Workload:
         if spec.data == "random":
             draw = np.random.default_rng(0)
             train, test = _random(draw, 1600), _random(draw, 64)
-            config = config | {"image_size": 32, "num_channels": 3}
+            own = {key: MIDDLE[key] for key in ("image_size", "num_channels", "patch_size")}
+            config = config | own
     clients = _dirichlet(train.labels, spec.clients)
     nobody = Examples({k: v[:0] for k, v in train.inputs.items()}, train.labels[:0])
     return Workload(train, nobody, test, clients, prepared.label_names, config)
