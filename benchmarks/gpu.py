@@ -142,7 +142,7 @@ def blocks(of: Recipe, workload: Workload, device: str, sizes: list[int]) -> lis
             try:
                 wait(device)
                 began = time.perf_counter()
-                list(trainer.train(list(range(size)), state, Base(), plan))
+                list(trainer.train(list(range(size)), [state] * size, Base(), plan))
                 wait(device)
             except rayfed_lora.errors.ClientError as error:
                 print(f"a block of {size} does not run: {str(error).splitlines()[-1]}")

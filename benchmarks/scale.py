@@ -59,9 +59,9 @@ class AddingTrainer:
         return {"head": np.zeros((10, 65), np.float32)}
 
     def train(
-        self, clients: Sequence[int], state: AdapterState, base: Base, plan: LocalPlan
+        self, clients: Sequence[int], starts: Sequence[AdapterState], base: Base, plan: LocalPlan
     ) -> Iterator[ClientUpdate]:
-        for client in clients:
+        for client, state in zip(clients, starts, strict=True):
             move = np.float32(client % 7)
             moved = {n: Factors(f.a + move, f.b + move, f.scale) for n, f in state.factors.items()}
             dense = {name: tensor + move for name, tensor in state.dense.items()}

@@ -10,16 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.annealing import budget
-from rayfed_lora.annealing.stages import Feedback, plan_round
+from rayfed_lora.annealing.stages import Feedback, adapter_rounds_before, plan_round
 from rayfed_lora.federation import sampling
 from rayfed_lora.federation.learning_rate import learning_rate
 from rayfed_lora.federation.ledger import BYTES_A_VALUE, Ledger, Totals
 from rayfed_lora.federation.sampling import block_size
+from rayfed_lora.federation.traffic import RoundFacts
 from rayfed_lora.recipe import Annealing, Recipe
 from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.training.workload import Outline, outline
-from rayfed_lora.types import Device, ModelShape, RoundPlan, Stage, Trainable
+from rayfed_lora.types import Device, Frozen, ModelShape, RoundPlan, Stage, Trainable
 
 # Resident memory of a Python process with torch, peft and transformers loaded, measured.
 _PROCESS_MB = 303
@@ -84,13 +88,13 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
         recipe = load_recipe(recipe)
     sizes = outline(recipe)
     clients = len(sizes.examples)
-    ledger = Ledger(sizes.shape, clients)
+    ledger = Ledger(sizes.shape, clients, RULES[recipe.aggregation.rule])
     rounds: list[PlannedRound] = []
     rank: int | None = None
     for t in range(recipe.annealing.total_rounds):
         scheduled = plan_round(_without_feedback(recipe), t, Feedback(rank=rank))
         cohort = sampling.cohort(recipe, clients, t)
-        rounds.append(_planned(recipe, sizes.shape, ledger, scheduled, cohort, rank))
+        rounds.append(_planned(recipe, sizes.shape, ledger, scheduled, cohort, clients, rank))
         rank = None if scheduled.trainable == "full" else scheduled.rank
     needs = _needs(recipe, sizes, rounds)
     return Plan(tuple(rounds), ledger.totals, sizes, needs)
@@ -106,27 +110,36 @@ def _planned(
     ledger: Ledger,
     scheduled: RoundPlan,
     cohort: tuple[int, ...],
+    clients: int,
     rank_before: int | None,
 ) -> PlannedRound:
     full = scheduled.trainable == "full"
     ranks = {} if full else budget.uniform(shape.modules, scheduled.rank)
-    cut = _fold(recipe, shape, ledger, ranks, rank_before)
+    before = {} if rank_before is None else budget.uniform(shape.modules, rank_before)
+    turn = adapter_rounds_before(recipe.annealing, scheduled.round)
+    frozen = None if full else RULES[recipe.aggregation.rule].frozen(turn)
+    limits = sampling.rank_limits(recipe, clients)
+    folded = _folded(recipe, shape, before, ranks)
     bill = ledger.book(
-        scheduled.trainable,
-        ranks,
-        cohort,
-        len(cohort),
-        down_ranks=cut,
-        after_initiating=scheduled.stage != "initiating",
+        RoundFacts(
+            trainable=scheduled.trainable,
+            cohort=cohort,
+            arrived=np.ones(len(cohort), bool),
+            ranks=ranks,
+            limits=None if limits is None else limits[list(cohort)],
+            frozen=frozen,
+            ranks_before=before if folded else None,
+            folded=folded,
+            resized=bool(before) and before != ranks,
+            after_initiating=scheduled.stage != "initiating",
+        )
     )
-    if full:
-        ledger.replace_base()
     return PlannedRound(
         round=scheduled.round,
         stage=scheduled.stage,
         trainable=scheduled.trainable,
         rank=None if full else scheduled.rank,
-        trainable_params=bill.up_params,
+        trainable_params=_trained(shape, ranks, frozen, full),
         learning_rate=learning_rate(recipe, scheduled.round),
         clients=len(cohort),
         bytes_up=bill.params_up * BYTES_A_VALUE,
@@ -135,22 +148,24 @@ def _planned(
     )
 
 
-def _fold(
-    recipe: Recipe,
-    shape: ModelShape,
-    ledger: Ledger,
-    ranks: Mapping[str, int],
-    rank_before: int | None,
-) -> dict[str, int] | None:
-    """Book what a shrink folds into the base; return the ranks before it."""
-    if recipe.annealing.cooling.residual == "drop" or rank_before is None:
-        return None
-    before = budget.uniform(shape.modules, rank_before)
+def _trained(shape: ModelShape, ranks: Mapping[str, int], frozen: Frozen | None, full: bool) -> int:
+    if full:
+        return shape.total_params
+    sides = {
+        name: module.d_in * (frozen != "a") + module.d_out * (frozen != "b")
+        for name, module in shape.modules.items()
+    }
+    return shape.head_params + sum(sides[name] * rank for name, rank in ranks.items())
+
+
+def _folded(
+    recipe: Recipe, shape: ModelShape, before: Mapping[str, int], ranks: Mapping[str, int]
+) -> int:
+    """Return the number of values that a shrink folds into the base."""
+    if recipe.annealing.cooling.residual == "drop" or not before:
+        return 0
     cut = {name: before[name] - ranks[name] for name in ranks if before[name] > ranks[name]}
-    if not cut:
-        return None
-    ledger.fold_base(budget.cost({name: shape.modules[name] for name in cut}, cut))
-    return before
+    return budget.cost({name: shape.modules[name] for name in cut}, cut)
 
 
 def _needs(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> tuple[str, ...]:

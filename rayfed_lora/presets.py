@@ -1,9 +1,9 @@
 """Method presets: the keys that a method's name fills in.
 
 Only what sets a method apart stands here; everything else is the recipe's default. Source:
-method.md's tables; FedAvg arXiv:1602.05629, FedProx arXiv:1812.06127, FedIT (fedlora)
-arXiv:2305.05644, SA-FedLoRA arXiv:2405.09394 v1 and v2 (SPD-CFL; target mode is a surrogate for
-its SGC measure, which is not public).
+method.md's tables; FedAvg arXiv:1602.05629, FedProx arXiv:1812.06127, SA-FedLoRA arXiv:2405.09394
+v1 and v2 (SPD-CFL; target mode is a surrogate for its SGC measure, which is not public); BitFit
+arXiv:2106.10199; the papers of the rules: `aggregation.rules`.
 """
 
 from __future__ import annotations
@@ -12,30 +12,55 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def _annealing(mode: str, *, trainable: str, proximal_weight: float, acceptance: str) -> Any:
+def _method(
+    mode: str,
+    *,
+    trainable: str = "full",
+    proximal_weight: float = 0.0,
+    acceptance: str = "always",
+    **others: Any,
+) -> dict[str, Any]:
     """Return the keys that every preset sets, so that any of them can replace any other."""
     return {
-        "mode": mode,
-        "initiating": {"trainable": trainable, "proximal_weight": proximal_weight},
-        "acceptance": acceptance,
+        "annealing": {
+            "mode": mode,
+            "initiating": {"trainable": trainable, "proximal_weight": proximal_weight},
+            "acceptance": acceptance,
+        },
+        **others,
     }
 
 
-_STAGED = _annealing("staged", trainable="full", proximal_weight=0.01, acceptance="always")
-_TARGET = _annealing("staged", trainable="adapter", proximal_weight=0.01, acceptance="target")
-_FIXED = _annealing("fixed", trainable="full", proximal_weight=0.0, acceptance="always")
-_FULL = _annealing("full", trainable="full", proximal_weight=0.0, acceptance="always")
-_PROXIMAL = _annealing("full", trainable="full", proximal_weight=0.01, acceptance="always")
+def _fixed(rule: str) -> dict[str, Any]:
+    """Return a method that trains an adapter of one rank in all rounds under a rule."""
+    method = _method("fixed", aggregation={"rule": rule})
+    method["annealing"] |= {"allocation": "uniform"}
+    return method
+
+
+def _without_factors(**adapter: bool) -> dict[str, Any]:
+    """Return a method that trains some of the model's own tensors only."""
+    method = _method("fixed", adapter={"train_head": True, **adapter})
+    method["annealing"] |= {"allocation": "uniform", "heating": {"rank": 0}}
+    return method
+
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "sa-fedlora": {"annealing": _STAGED},
-    "fedavg": {"annealing": _FULL},
-    "fedprox": {"annealing": _PROXIMAL},
-    "fedlora": {
-        "annealing": {**_FIXED, "allocation": "uniform"},
-        "aggregation": {"rule": "factor-average"},
-    },
-    "spd-cfl": {"annealing": _TARGET},
+    "sa-fedlora": _method("staged", proximal_weight=0.01),
+    "fedavg": _method("full"),
+    "fedprox": _method("full", proximal_weight=0.01),
+    "fedlora": _fixed("factor-average"),
+    "ffa-lora": _fixed("freeze-a"),
+    "flora": _fixed("stacking"),
+    "flexlora": _fixed("product-svd"),
+    "hetlora": _fixed("zero-pad"),
+    "fedex-lora": _fixed("residual"),
+    "rolora": _fixed("alternate"),
+    "fedsa-lora": _fixed("share-a"),
+    "lora-fair": _fixed("correct"),
+    "spd-cfl": _method("staged", trainable="adapter", proximal_weight=0.01, acceptance="target"),
+    "head-only": _without_factors(),
+    "bitfit": _without_factors(train_biases=True),
 }
 
 

@@ -13,10 +13,37 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-Method = Literal["sa-fedlora", "fedavg", "fedprox", "fedlora", "spd-cfl"]
+Method = Literal[
+    "sa-fedlora",
+    "fedavg",
+    "fedprox",
+    "fedlora",
+    "ffa-lora",
+    "flora",
+    "flexlora",
+    "hetlora",
+    "fedex-lora",
+    "rolora",
+    "fedsa-lora",
+    "lora-fair",
+    "spd-cfl",
+    "head-only",
+    "bitfit",
+]
 Shape = Literal["linear", "cosine", "cubic", "exponential", "logarithmic", "step", "constant"]
 Scaling = Literal["constant", "alpha_over_rank", "rslora"]
 Auto = Literal["auto"]
+Rule = Literal[
+    "factor-average",
+    "product-svd",
+    "stacking",
+    "residual",
+    "freeze-a",
+    "alternate",
+    "zero-pad",
+    "share-a",
+    "correct",
+]
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -130,6 +157,7 @@ class Adapter(Section):
         " | rslora: alpha / sqrt(rank); no mode changes the update when the rank changes",
     )
     train_head: bool = option(True, "train, send and average the task head too")
+    train_biases: bool = option(False, "train, send and average every bias too (BitFit)")
     head_modules: list[str] | Auto = option(
         "auto", "module names that make up the head; auto: what the model puts after its encoder"
     )
@@ -226,17 +254,28 @@ class Annealing(Section):
 class ServerOptimizer(Section):
     """The step the server takes along the averaged update."""
 
-    name: Literal["sgd"] = option("sgd", "sgd with lr 1 is plain averaging")
+    name: Literal["sgd", "momentum", "adam", "yogi"] = option(
+        "sgd", "sgd with lr 1 is plain averaging | momentum (FedAvgM) | adam, yogi (FedOpt)"
+    )
     lr: PositiveFloat = option(1.0, "server learning rate")
+    momentum: Fraction = option(0.9, "share of the earlier updates that is kept (momentum)")
+    beta1: Fraction = option(0.9, "decay of the mean update (adam, yogi)")
+    beta2: Fraction = option(0.99, "decay of the mean squared update (adam, yogi)")
+    tau: PositiveFloat = option(1e-3, "added to the root of the mean square (adam, yogi)")
 
 
 class Aggregation(Section):
     """How client updates become the next global state."""
 
-    rule: Literal["factor-average", "product-svd"] = option(
+    rule: Rule = option(
         "factor-average",
         "factor-average: means of A and of B apart (FedIT) | product-svd: the exact mean of the"
-        " products, cut back to the rank (FlexLoRA)",
+        " products, cut back to the rank (FlexLoRA) | stacking: the exact mean goes into the base,"
+        " LoRA starts anew each round (FLoRA) | residual: factor-average, what it lacks goes into"
+        " the base (FedEx-LoRA) | freeze-a: A stays as drawn (FFA-LoRA) | alternate: B and A in"
+        " turns (RoLoRA) | zero-pad: padded to the largest rank, weighted by update size (HetLoRA)"
+        " | share-a: clients keep their own B (FedSA-LoRA) | correct: factor-average with B moved"
+        " towards the exact mean (LoRA-FAIR)",
     )
     server_optimizer: ServerOptimizer = section(ServerOptimizer, "the server's step")
 
@@ -274,6 +313,12 @@ class Clients(Section):
     optimizer: Optimizer = section(Optimizer, "local optimiser")
     lr_schedule: LrSchedule = section(LrSchedule, "learning rate over rounds")
     max_grad_norm: PositiveFloat | None = option(None, "clip the gradient's 2-norm; null: never")
+    ranks: Positive | list[Positive] | dict[Positive, PositiveFloat] | None = option(
+        None,
+        "largest rank that a client can train: one for all | a list, dealt to clients in turn"
+        " | ranks with their shares, drawn from the seed, e.g. {4: 0.5, 16: 0.5}; null: no limit",
+        "rank",
+    )
 
     @property
     def steps(self) -> int | None:

@@ -42,6 +42,7 @@ def conflicts(recipe: Recipe) -> list[Conflict]:
         *_of_stages(recipe.annealing),
         *_of_acceptance(recipe),
         *_of_clients(recipe),
+        *_of_rule(recipe),
         *_of_gpus(recipe.runtime),
     ]
 
@@ -115,6 +116,63 @@ def _of_clients(recipe: Recipe) -> Iterator[Conflict]:
             f"expected at most data.partition.clients ({partition.clients}),"
             f" got {clients.per_round}",
         )
+
+
+def _of_rule(recipe: Recipe) -> Iterator[Conflict]:
+    """What a rule cannot do. A run without adapter rounds asks nothing of it."""
+    from rayfed_lora.aggregation.rules import RULES
+
+    name, annealing, adapter = recipe.aggregation.rule, recipe.annealing, recipe.adapter
+    rule, optimizer = RULES[name], recipe.aggregation.server_optimizer.name
+    key = "aggregation.rule"
+    if annealing.heating.rank == 0 and not (adapter.train_head or adapter.train_biases):
+        yield Conflict(
+            ("annealing.heating.rank", "adapter.train_head"),
+            "rank 0 leaves nothing to train; expected train_head, train_biases or a higher rank",
+        )
+    if annealing.mode == "full":
+        return
+    if optimizer != "sgd" and not rule.optimizers:
+        fitting = ", ".join(n for n, entry in RULES.items() if entry.optimizers)
+        yield Conflict(
+            ("aggregation.server_optimizer.name", key),
+            f"'{optimizer}' steps along A and B, rule '{name}' does not average them; expected sgd,"
+            f" or one of the rules {fitting}",
+        )
+    ranks = recipe.clients.ranks
+    if not rule.mixed_ranks and ranks is not None and not isinstance(ranks, int):
+        fitting = ", ".join(n for n, entry in RULES.items() if entry.mixed_ranks)
+        yield Conflict(
+            ("clients.ranks", key),
+            f"rule '{name}' averages factors of equal ranks; for clients of different ranks"
+            f" expected one of the rules {fitting}",
+        )
+    if rule.personal and annealing.mode == "staged" and _shrinks(annealing):
+        yield Conflict(
+            (key, "annealing.cooling.rank"),
+            f"'{name}' goes with one rank only: a cut gives each client another A, and A is shared;"
+            " expected annealing.mode fixed, or cooling.rank equal to heating.rank",
+        )
+    if rule.merges == "stack" and annealing.acceptance == "metropolis":
+        yield Conflict(
+            (key, "annealing.acceptance"),
+            f"'{name}' starts LoRA anew each round, a lower rank cuts nothing off that 'metropolis'"
+            " could weigh; use acceptance always or target",
+        )
+    if rule.merges == "stack" and annealing.allocation == "spectral":
+        yield Conflict(
+            (key, "annealing.allocation"),
+            f"'{name}' starts LoRA anew each round: there is no trained adapter for 'spectral' to"
+            " look at; use uniform",
+        )
+
+
+def _shrinks(annealing: Annealing) -> bool:
+    """Return whether the schedule has more than one rank."""
+    heating, cooling = annealing.heating, annealing.cooling
+    moves = cooling.shape != "constant" and cooling.rounds + annealing.holding.rounds > 0
+    ramps = heating.shape == "ramp" and heating.rounds > 1
+    return (moves or ramps) and cooling.rank != heating.rank
 
 
 def _of_gpus(runtime: Runtime) -> Iterator[Conflict]:

@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     BATCHES = 5
     DROPOUT = 6
     ACCEPTANCE = 7
+    RANKS = 8
 
 
 def sequence(seed: int, purpose: Purpose, *key: int) -> np.random.SeedSequence:

@@ -6,7 +6,7 @@ Source: this project.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ Stage = Literal["initiating", "heating", "cooling", "holding"]
 Trainable = Literal["full", "adapter"]
 Split = Literal["validation", "test"]
 Device = Literal["cpu", "cuda"]
+Frozen = Literal["a", "b"]
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,24 @@ class AdapterState:
 
 @dataclass(frozen=True)
 class Base:
-    """The frozen base: the source's weights, or a replacement of them, plus folded residuals.
+    """The frozen base: the source's weights, or a replacement of them, plus merged updates.
 
     Attributes:
         root: 0 for the source's weights; each replacement of them counts one up.
         tensors: every base weight by parameter name, or None for the source's own.
-        folds: residuals to add to the adapted modules' weights, one mapping a fold, in order.
+        merges: how often updates have been merged into it since.
+        merged: (d_out, d_in) by module, the sum of those updates.
     """
 
     root: int = 0
     tensors: Mapping[str, FloatArray] | None = None
-    folds: tuple[Mapping[str, Factors], ...] = ()
+    merges: int = 0
+    merged: Mapping[str, FloatArray] = field(default_factory=dict)
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """What tells two bases of a run apart."""
+        return self.root, self.merges
 
 
 @dataclass(frozen=True)
@@ -160,12 +168,14 @@ class LocalPlan:
         trainable: `full` or `adapter`.
         lr: local learning rate of this round.
         proximal_weight: mu of the proximal term.
+        frozen: the factor of every module that is not trained, if any.
     """
 
     round: int
     trainable: Trainable
     lr: float
     proximal_weight: float
+    frozen: Frozen | None = None
 
 
 @dataclass(frozen=True)
@@ -179,6 +189,8 @@ class ClientUpdate:
         train_loss: mean loss over its local steps (nan where it failed).
         seconds: its local training time.
         error: why it failed, or None.
+        personal: B by module where the client keeps its own, else None; a simulation has to keep
+            it for the client.
     """
 
     client: int
@@ -187,6 +199,7 @@ class ClientUpdate:
     train_loss: float
     seconds: float
     error: str | None = None
+    personal: Mapping[str, FloatArray] | None = None
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ import numpy as np
 
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.data.partition import ClientTable
-from rayfed_lora.federation.executor import Population, Trained
-from rayfed_lora.federation.sampling import Block
+from rayfed_lora.federation.executor import Call, Population, Trained
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.runtime.factory import in_process
@@ -35,6 +34,7 @@ from rayfed_lora.types import (
     EvaluationSums,
     Factors,
     FloatArray,
+    Frozen,
     LocalPlan,
     ModelShape,
     ModuleShape,
@@ -77,7 +77,7 @@ def make_recipe(**overrides: Any) -> Recipe:
 
 def step(client: int, round_index: int, base: Base) -> float:
     """Return what a client adds to every value: client + round, and an eighth for each new base."""
-    return client + round_index + (base.root + len(base.folds)) / 8
+    return client + round_index + (base.root + base.merges) / 8
 
 
 def initial(name: str) -> FloatArray:
@@ -127,14 +127,16 @@ class FakeTrainer:
         return {name: initial(name) for name in names}
 
     def train(
-        self, clients: Sequence[int], state: AdapterState, base: Base, plan: LocalPlan
+        self, clients: Sequence[int], starts: Sequence[AdapterState], base: Base, plan: LocalPlan
     ) -> Iterator[ClientUpdate]:
-        for client in clients:
+        for client, start in zip(clients, starts, strict=True):
             with attributed(client, plan.round):
-                yield self._train_client(client, state, base, plan.round)
+                yield self._train_client(client, start, base, plan)
 
-    def _train_client(self, client: int, state: AdapterState, base: Base, t: int) -> ClientUpdate:
-        b = self._behaviour
+    def _train_client(
+        self, client: int, start: AdapterState, base: Base, plan: LocalPlan
+    ) -> ClientUpdate:
+        b, t = self._behaviour, plan.round
         time.sleep(b.sleep_s.get(client, 0.0))
         if (client, t) in b.dying_always or ((client, t) in b.dying and _taken(b.marker)):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -143,7 +145,7 @@ class FakeTrainer:
         if (client, t) in b.failing:
             reason = "loss is nan in local step 1 of 1"
             return ClientUpdate(client, client + 1, None, math.nan, 0.0, reason)
-        trained = moved(state, step(client, t, base))
+        trained = moved(start, step(client, t, base), plan.frozen)
         return ClientUpdate(client, client + 1, trained, float(client), 0.0)
 
     def evaluate(
@@ -167,10 +169,13 @@ def _taken(marker: str) -> bool:
     return True
 
 
-def moved(state: AdapterState, by: float) -> AdapterState:
-    """Return the state with `by` added to every value."""
+def moved(state: AdapterState, by: float, frozen: Frozen | None = None) -> AdapterState:
+    """Return the state with `by` added to every value that is not frozen."""
     move = np.float32(by)
-    factors = {n: Factors(f.a + move, f.b + move, f.scale) for n, f in state.factors.items()}
+    factors = {
+        n: Factors(f.a + move * (frozen != "a"), f.b + move * (frozen != "b"), f.scale)
+        for n, f in state.factors.items()
+    }
     return AdapterState(factors, {name: tensor + move for name, tensor in state.dense.items()})
 
 
@@ -181,10 +186,11 @@ def effective(state: AdapterState, base: Base, trainable: Trainable) -> dict[str
     weights = {name: tensor.astype(np.float64) for name, tensor in {**under, **state.dense}.items()}
     if trainable == "full":
         return weights
-    for factors in (*base.folds, state.factors):
-        for name, f in factors.items():
-            product = np.einsum("or,ri->oi", f.b.astype(np.float64), f.a.astype(np.float64))
-            weights[f"{name}.weight"] = weights[f"{name}.weight"] + f.scale * product
+    for name, update in base.merged.items():
+        weights[f"{name}.weight"] = weights[f"{name}.weight"] + update
+    for name, f in state.factors.items():
+        product = np.einsum("or,ri->oi", f.b.astype(np.float64), f.a.astype(np.float64))
+        weights[f"{name}.weight"] = weights[f"{name}.weight"] + f.scale * product
     return weights
 
 
@@ -267,7 +273,7 @@ class KilledExecutor:
         return self._inner.initial_tensors(trainable)
 
     def train(
-        self, state: AdapterState, base: Base, plan: LocalPlan, calls: Sequence[tuple[Block, ...]]
+        self, state: AdapterState, base: Base, plan: LocalPlan, calls: Sequence[Call]
     ) -> Iterator[Trained]:
         taken = 0
         for part in self._inner.train(state, base, plan, calls):

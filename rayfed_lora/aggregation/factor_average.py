@@ -1,52 +1,64 @@
-"""FedIT: the means of A and of B apart. Source: arXiv:2305.05644."""
+"""Averages of the factors: FedIT, FFA-LoRA, RoLoRA and FedSA-LoRA.
+
+Source: FedIT, arXiv:2305.05644; FFA-LoRA, arXiv:2403.12313; RoLoRA, arXiv:2409.02346; FedSA-LoRA,
+arXiv:2410.01463.
+"""
 
 from __future__ import annotations
 
-from rayfed_lora.aggregation.mean import ProductMean, TensorMean
-from rayfed_lora.aggregation.step import Aggregate, relative_error, stepped, stepped_tensors
+from rayfed_lora.aggregation.means import Means
+from rayfed_lora.aggregation.step import (
+    A,
+    Aggregate,
+    B,
+    Product,
+    ServerStep,
+    named,
+    product,
+    relative_error,
+    stepped_product,
+)
 from rayfed_lora.types import AdapterState, Factors
 
-# Before a module's name; no parameter's name starts so.
-_A, _B = "A of ", "B of "
 
-
-class FactorAverage:
-    """A = sum p_k A_k and B = sum p_k B_k for each module; dense tensors likewise.
+def factor_average(start: AdapterState, means: Means, step: ServerStep) -> Aggregate:
+    """Return A = sum p_k A_k and B = sum p_k B_k for each module; dense tensors likewise.
 
     p_k = weight_k / sum of weights; all clients have the same ranks. Biased: the product of the
-    means is not the mean of the products; `Aggregate.error` says by how much. FedAvg is this rule
-    on a state without factors.
+    means is not the mean of the products. Where one factor is frozen (FFA-LoRA: A always; RoLoRA:
+    A and B in turns) the other's average is exact. In FedSA-LoRA each client keeps its own B; the
+    mean of those, which a real server does not see, only serves the tests of the global model.
+    FedAvg is this rule on a state without factors.
     """
+    state = averaged(start, means, step)
+    used = {name: product(f) for name, f in state.factors.items()}
+    return Aggregate(state, relative_error(used, exact_mean(start, means)), {})
 
-    def __init__(self) -> None:
-        self._tensors = TensorMean()
-        self._exact: dict[str, ProductMean] = {}
 
-    def add(self, weight: float, state: AdapterState) -> None:
-        """Take one client in."""
-        tensors = dict(state.dense)
-        for name, f in state.factors.items():
-            tensors |= {_A + name: f.a, _B + name: f.b}
-        self._tensors.add(weight, tensors)
-        for name, sent in state.factors.items():
-            self._exact.setdefault(name, ProductMean()).add(weight, sent)
+def averaged(start: AdapterState, means: Means, step: ServerStep) -> AdapterState:
+    """Return the state after a step towards the means of all tensors but the frozen ones."""
+    frozen = {"a": A, "b": B, None: None}[step.frozen]
+    live = {
+        name: tensor
+        for name, tensor in named(start).items()
+        if frozen is None or not name.startswith(frozen)
+    }
+    stepped = step(live, means.tensors())
+    factors = {
+        name: Factors(stepped.get(A + name, f.a), stepped.get(B + name, f.b), f.scale)
+        for name, f in start.factors.items()
+    }
+    return AdapterState(factors, {name: stepped[name] for name in start.dense})
 
-    def join(self, other: FactorAverage) -> None:
-        """Take in what another reduction has."""
-        self._tensors.join(other._tensors)
-        for name, product in other._exact.items():
-            self._exact.setdefault(name, ProductMean()).join(product)
 
-    def aggregate(self, start: AdapterState, lr: float = 1.0) -> Aggregate:
-        """Return start + lr * (mean - start), for A, B and the dense tensors."""
-        means = self._tensors.mean()
-        used = {n: (f.scale * means[_B + n], means[_A + n]) for n, f in start.factors.items()}
-        factors = {
-            name: Factors(
-                stepped(f.a, means[_A + name], lr), stepped(f.b, means[_B + name], lr), f.scale
-            )
-            for name, f in start.factors.items()
-        }
-        state = AdapterState(factors, stepped_tensors(start.dense, means, lr))
-        exact = {name: self._exact[name].mean() for name in start.factors}
-        return Aggregate(state, relative_error(used, exact))
+def exact_mean(start: AdapterState, means: Means) -> dict[str, Product]:
+    """Return the exact mean of the clients' updates, in the order of `start`."""
+    return {name: means.product(name) for name in start.factors}
+
+
+def stepped_mean(start: AdapterState, means: Means, lr: float) -> dict[str, Product]:
+    """Return D_start + lr * (D_mean - D_start), exactly, in the order of `start`."""
+    return {
+        name: stepped_product(start.factors[name], mean, lr)
+        for name, mean in exact_mean(start, means).items()
+    }

@@ -1,4 +1,4 @@
-"""Weighted means of client states, in float64, in the order they come; any two can be joined.
+"""Weighted means of tensors and updates, in float64, in the order they come; two can be joined.
 
 Source: this project (method.md, "Randomness": reductions in client order, float64 accumulators).
 """

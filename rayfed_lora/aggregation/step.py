@@ -1,6 +1,6 @@
-"""What every rule shares: its signature, its result, the server's step, and the error it makes.
+"""What every rule shares: its result, the step of the server, and the error it makes.
 
-Source: server step: Reddi et al., arXiv:2003.00295, Algorithm 1 (here sgd); error: this project.
+Source: this project; the server's step: `server_step`.
 """
 
 from __future__ import annotations
@@ -8,16 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from rayfed_lora.lora.products import norm
-from rayfed_lora.types import AdapterState, FloatArray
+from rayfed_lora.lora.products import norm, stacked
+from rayfed_lora.types import AdapterState, Factors, FloatArray, Frozen
 
 Float64Array = npt.NDArray[np.float64]
+# (b, a), (d_out, R) and (R, d_in), scales in b.
 Product = tuple[Float64Array, Float64Array]
+# Before a module's name; no parameter's name starts so.
+A, B = "A of ", "B of "
 
 
 @dataclass(frozen=True)
@@ -25,61 +28,61 @@ class Aggregate:
     """The next global state, and how far the rule is from the exact mean.
 
     Attributes:
-        state: same modules, scales and tensor names as the state the clients started from.
+        state: same modules, scales and tensor names as the state the clients started from; no
+            factors where the rule lets LoRA start anew.
         error: ||D_used - D_exact||_F / ||D_exact||_F over all modules, None without factors.
+        merged: update by module that goes into the frozen base; empty for most rules.
     """
 
     state: AdapterState
     error: float | None
+    merged: Mapping[str, Product]
 
 
-class Reduction(Protocol):
-    """What a rule keeps of the updates it has taken in; picklable, and no larger for more of them.
+class ServerStep(Protocol):
+    """The server's step from where the clients started towards their mean.
 
-    A block of clients is reduced where it was trained; the reductions are joined in block order.
+    Attributes:
+        lr: server learning rate, 1 for plain averaging.
+        frozen: the factor that no client trained in this round, if any.
     """
 
-    def add(self, weight: float, state: AdapterState) -> None:
-        """Take one client in.
+    lr: float
+    frozen: Frozen | None
 
-        Args:
-            weight: > 0, in any unit, e.g. examples.
-            state: its trained state.
-        """
-        ...
-
-    def join(self, other: Any) -> None:
-        """Take in what another reduction of the same rule has, whose clients come after."""
-        ...
-
-    def aggregate(self, start: AdapterState, lr: float) -> Aggregate:
-        """Return the next global state.
-
-        Args:
-            start: the state the clients started from.
-            lr: server learning rate, 1 for plain averaging.
-        """
+    def __call__(
+        self, start: Mapping[str, FloatArray], means: Mapping[str, Float64Array]
+    ) -> dict[str, FloatArray]:
+        """Return the stepped tensors, by name, in the order of `start`; float32."""
         ...
 
 
-def stepped(start: FloatArray, mean: Float64Array, lr: float) -> FloatArray:
-    """Return start + lr * (mean - start) in float32; the mean itself where lr is 1."""
-    target = mean if lr == 1.0 else start + lr * (mean - start.astype(np.float64))
-    return target.astype(np.float32)
+def named(state: AdapterState) -> dict[str, FloatArray]:
+    """Return all tensors of a state by one name each."""
+    tensors = dict(state.dense)
+    for name, f in state.factors.items():
+        tensors |= {A + name: f.a, B + name: f.b}
+    return tensors
 
 
-def stepped_tensors(
-    start: Mapping[str, FloatArray], means: Mapping[str, Float64Array], lr: float
-) -> dict[str, FloatArray]:
-    """Return `stepped` of every tensor, by name, in the order of `start`."""
-    return {name: stepped(tensor, means[name], lr) for name, tensor in start.items()}
+def product(factors: Factors) -> Product:
+    """Return the effective update of some factors."""
+    return stacked([(1.0, factors)])
+
+
+def stepped_product(start: Factors, mean: Product, lr: float) -> Product:
+    """Return D_start + lr * (D_mean - D_start), exactly."""
+    if lr == 1.0:
+        return mean
+    old_b, old_a = stacked([(1.0 - lr, start)])
+    return np.concatenate([old_b, lr * mean[0]], axis=1), np.concatenate([old_a, mean[1]])
 
 
 def relative_error(used: Mapping[str, Product], exact: Mapping[str, Product]) -> float | None:
     """Return ||D_used - D_exact||_F / ||D_exact||_F over all modules.
 
     Args:
-        used: (b, a) by module, (d_out, R) and (R, d_in), scales in b.
+        used: by module.
         exact: likewise.
 
     Returns:
@@ -96,9 +99,15 @@ def relative_error(used: Mapping[str, Product], exact: Mapping[str, Product]) ->
     return distance / size
 
 
+def difference(one: Product, other: Product) -> Product:
+    """Return one product minus another, as a product."""
+    (b, a), (other_b, other_a) = one, other
+    return np.concatenate([b, -other_b], axis=1), np.concatenate([a, other_a])
+
+
 def _distance(one: Product, other: Product) -> float:
     """Return the Frobenius norm of the difference of two products."""
     (b, a), (other_b, other_a) = one, other
     if b.shape[1] + other_b.shape[1] < min(b.shape[0], a.shape[1]):
-        return norm(np.concatenate([b, -other_b], axis=1), np.concatenate([a, other_a]))
+        return norm(*difference(one, other))
     return float(np.linalg.norm(b @ a - other_b @ other_a))

@@ -73,6 +73,11 @@ def is_full(annealing: Annealing, t: int) -> bool:
     return stage == "initiating" and full
 
 
+def adapter_rounds_before(annealing: Annealing, t: int) -> int:
+    """Return the number of adapter rounds before round `t`; full-model rounds come first."""
+    return sum(not is_full(annealing, earlier) for earlier in range(t))
+
+
 def scheduled_rank(annealing: Annealing, t: int) -> int:
     """Return the uniform rank that the schedule gives round `t`, before any feedback.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,13 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from rayfed_lora.aggregation.server_step import Moments
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.types import AdapterState, Base, Factors
+from rayfed_lora.types import AdapterState, Base, Factors, FloatArray
 
 _FOLDER = "checkpoints"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,19 @@ class Snapshot:
         rounds: number of finished rounds.
         state: global state.
         base: frozen base.
-        held: (clients,) base version each client holds.
+        held: by kind, (clients,) what version of it each client holds.
         facts: JSON values: schedule feedback, ledger totals, times.
+        moments: of the server's optimiser, by tensor.
+        personal: B by module, of each client that keeps its own.
     """
 
     rounds: int
     state: AdapterState
     base: Base
-    held: npt.NDArray[np.int64]
+    held: Mapping[str, npt.NDArray[np.int64]]
     facts: Mapping[str, Any]
+    moments: Moments = field(default_factory=dict)
+    personal: Mapping[int, Mapping[str, FloatArray]] = field(default_factory=dict)
 
 
 class CheckpointWriter:
@@ -165,17 +170,20 @@ def _base_of(folder: RunFolder, name: str) -> str | None:
 
 def _flat(snapshot: Snapshot) -> tuple[dict[str, npt.NDArray[Any]], dict[str, float]]:
     """Return all tensors by a flat name, and the scales, which safetensors cannot hold."""
-    tensors: dict[str, npt.NDArray[Any]] = {"held": snapshot.held}
+    tensors: dict[str, npt.NDArray[Any]] = {f"held|{n}": v for n, v in snapshot.held.items()}
     scales: dict[str, float] = {}
-    groups = {"factors": snapshot.state.factors}
-    groups |= {f"fold{i:04d}": fold for i, fold in enumerate(snapshot.base.folds)}
-    for group, factors in groups.items():
-        for name, f in factors.items():
-            tensors[f"{group}|{name}|a"] = np.ascontiguousarray(f.a)
-            tensors[f"{group}|{name}|b"] = np.ascontiguousarray(f.b)
-            scales[f"{group}|{name}"] = f.scale
+    for name, f in snapshot.state.factors.items():
+        tensors[f"factors|{name}|a"] = np.ascontiguousarray(f.a)
+        tensors[f"factors|{name}|b"] = np.ascontiguousarray(f.b)
+        scales[name] = f.scale
     for name, tensor in snapshot.state.dense.items():
         tensors[f"dense|{name}"] = np.ascontiguousarray(tensor)
+    for name, tensor in snapshot.base.merged.items():
+        tensors[f"merged|{name}"] = np.ascontiguousarray(tensor)
+    for name, moments in snapshot.moments.items():
+        tensors |= {f"moment|{i}|{name}": moment for i, moment in enumerate(moments)}
+    for client, factors in snapshot.personal.items():
+        tensors |= {f"personal|{client}|{n}": np.ascontiguousarray(b) for n, b in factors.items()}
     return tensors, scales
 
 
@@ -183,6 +191,7 @@ def _own_facts(snapshot: Snapshot, scales: Mapping[str, float]) -> dict[str, Any
     return {
         "rounds": snapshot.rounds,
         "base_root": snapshot.base.root,
+        "base_merges": snapshot.base.merges,
         "scales": dict(scales),
         "dense_order": list(snapshot.state.dense),
     }
@@ -202,17 +211,44 @@ def _read(folder: RunFolder, name: str) -> Snapshot:
     contents = {f: _checked(folder, f"{name}/{f}", s) for f, s in manifest["files"].items()}
     facts = json.loads(contents["state.json"])
     tensors = load(contents["state.safetensors"])
-    groups: dict[str, dict[str, Factors]] = {}
     # Orders come from the JSON: safetensors sorts its names.
-    for key, scale in facts["scales"].items():
-        group, module = key.split("|")
-        factors = Factors(tensors[f"{key}|a"], tensors[f"{key}|b"], scale)
-        groups.setdefault(group, {})[module] = factors
+    factors = {
+        name: Factors(tensors[f"factors|{name}|a"], tensors[f"factors|{name}|b"], scale)
+        for name, scale in facts["scales"].items()
+    }
     dense = {name: tensors[f"dense|{name}"] for name in facts["dense_order"]}
-    folds = tuple(groups[group] for group in sorted(groups) if group != "factors")
     saved = None
     if manifest["base"] is not None:
         saved = load(_checked(folder, manifest["base"]["name"], manifest["base"]["sha256"]))
-    base = Base(int(facts["base_root"]), saved, folds)
-    state = AdapterState(groups.get("factors", {}), dense)
-    return Snapshot(int(facts["rounds"]), state, base, tensors["held"], facts)
+    base = Base(
+        int(facts["base_root"]), saved, int(facts["base_merges"]), _named(tensors, "merged")
+    )
+    return Snapshot(
+        rounds=int(facts["rounds"]),
+        state=AdapterState(factors, dense),
+        base=base,
+        held=_named(tensors, "held"),
+        facts=facts,
+        moments=_moments(_named(tensors, "moment")),
+        personal=_personal(_named(tensors, "personal")),
+    )
+
+
+def _named(tensors: Mapping[str, Any], group: str) -> dict[str, Any]:
+    """Return the tensors of a group, by their names inside it."""
+    prefix = f"{group}|"
+    return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _moments(flat: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    names = dict.fromkeys(name.partition("|")[2] for name in flat)
+    count = max((int(name.partition("|")[0]) + 1 for name in flat), default=0)
+    return {name: tuple(flat[f"{i}|{name}"] for i in range(count)) for name in names}
+
+
+def _personal(flat: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    found: dict[int, dict[str, Any]] = {}
+    for name, b in flat.items():
+        client, _, module = name.partition("|")
+        found.setdefault(int(client), {})[module] = b
+    return found

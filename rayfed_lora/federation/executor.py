@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Protocol, TypeVar
 
+from rayfed_lora.aggregation.means import Means
 from rayfed_lora.aggregation.rules import RULES
-from rayfed_lora.aggregation.step import Reduction
 from rayfed_lora.federation.sampling import Block
 from rayfed_lora.types import (
     AdapterState,
@@ -15,6 +16,7 @@ from rayfed_lora.types import (
     ClientUpdate,
     Device,
     EvaluationSums,
+    Factors,
     FloatArray,
     LocalPlan,
     ModelShape,
@@ -48,11 +50,32 @@ class Trained:
 
     Attributes:
         clients: a report of each, in order; their states are left out.
-        reduction: of the usable updates, by the run's rule; None where a later one covers them.
+        means: of the usable updates, as the run's rule needs them; None where later ones cover
+            them.
     """
 
     clients: tuple[ClientUpdate, ...]
-    reduction: Reduction | None
+    means: Means | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one trainer does in one go.
+
+    Attributes:
+        blocks: clients that are trained together, block by block.
+        limits: largest rank of a client, where it is limited.
+        personal: B by module, of each client that has one of its own.
+    """
+
+    blocks: tuple[Block, ...]
+    limits: Mapping[int, int] = field(default_factory=dict)
+    personal: Mapping[int, Mapping[str, FloatArray]] = field(default_factory=dict)
+
+    @property
+    def clients(self) -> tuple[int, ...]:
+        """All clients, in order."""
+        return tuple(chain.from_iterable(self.blocks))
 
 
 # Calls whose reductions the server joins by itself; of more, trainers join runs of `JOINED_CALLS`.
@@ -71,35 +94,90 @@ def joins(calls: Sequence[_T]) -> list[Sequence[_T]]:
     return [calls[i : i + step] for i in range(0, len(calls), step)]
 
 
-def reduced(
-    updates: Iterable[ClientUpdate], rule: str
-) -> tuple[tuple[ClientUpdate, ...], Reduction]:
-    """Reduce updates as they come; return the clients' reports and the reduction.
+def trained(
+    trainer: Trains, call: Call, state: AdapterState, base: Base, plan: LocalPlan, rule: str
+) -> tuple[tuple[ClientUpdate, ...], Means]:
+    """Train the clients of a call and reduce their updates as they come.
 
     Args:
-        updates: in client order.
+        trainer: trains the blocks.
+        call: the clients.
+        state: the global state.
+        base: what is frozen.
+        plan: the round.
         rule: name of the aggregation rule.
+
+    Returns:
+        The clients' reports, without their states, and the means of their updates.
     """
-    reduction = RULES[rule].reduction()
-    reports = []
-    for update in updates:
-        reports.append(replace(update, state=None))
-        if update.state is not None:
-            reduction.add(float(update.examples), update.state)
-    return tuple(reports), reduction
+    entry = RULES[rule]
+    means, reports = entry.means(), []
+    start = Starts(state, call)
+    for block in call.blocks:
+        for update in trainer.train(block, [start.of(client) for client in block], base, plan):
+            own = None
+            if update.state is not None:
+                means.add(float(update.examples), update.state)
+                if entry.personal:
+                    own = {name: f.b for name, f in update.state.factors.items()}
+            reports.append(replace(update, state=None, personal=own))
+    return tuple(reports), means
 
 
-def joined(parts: Iterable[Reduction], rule: str) -> Reduction:
-    """Join reductions of consecutive clients, in order.
+class Starts:
+    """The states that clients start a round from.
+
+    A limited client gets the first rows of A and columns of B: HetLoRA's cut, and the best
+    approximation of its rank where B is 0 or the factors come from an SVD. A client with a B of
+    its own has that in place of the global one.
+    """
+
+    def __init__(self, state: AdapterState, call: Call) -> None:
+        """Take the global state and the clients that differ from it."""
+        self._state = state
+        self._call = call
+        self._cut: dict[int, AdapterState] = {}
+
+    def of(self, client: int) -> AdapterState:
+        """Return a client's state; the same object for clients of the same rank."""
+        own = self._call.personal.get(client)
+        if own is not None:
+            factors = {n: replace(f, b=own[n]) for n, f in self._state.factors.items()}
+            return replace(self._state, factors=factors)
+        limit = self._call.limits.get(client)
+        if limit is None:
+            return self._state
+        if limit not in self._cut:
+            factors = {n: _leading(f, limit) for n, f in self._state.factors.items()}
+            self._cut[limit] = replace(self._state, factors=factors)
+        return self._cut[limit]
+
+
+def _leading(f: Factors, rank: int) -> Factors:
+    return f if f.rank <= rank else Factors(f.a[:rank], f.b[:, :rank], f.scale)
+
+
+def joined(parts: Iterable[Means], rule: str) -> Means:
+    """Join means of consecutive clients, in order.
 
     Args:
-        parts: reductions by the same rule.
+        parts: as the same rule needs them.
         rule: its name.
     """
-    whole = RULES[rule].reduction()
+    whole = RULES[rule].means()
     for part in parts:
         whole.join(part)
     return whole
+
+
+class Trains(Protocol):
+    """What trains a block: a part of `training.protocol.Trainer`."""
+
+    def train(
+        self, clients: Sequence[int], starts: Sequence[AdapterState], base: Base, plan: LocalPlan
+    ) -> Iterator[ClientUpdate]:
+        """Train each client of a block from its state; one update a client, in the same order."""
+        ...
 
 
 class Executor(Protocol):
@@ -114,7 +192,7 @@ class Executor(Protocol):
         ...
 
     def train(
-        self, state: AdapterState, base: Base, plan: LocalPlan, calls: Sequence[tuple[Block, ...]]
+        self, state: AdapterState, base: Base, plan: LocalPlan, calls: Sequence[Call]
     ) -> Iterator[Trained]:
         """Train all clients from `state`; yield what comes of each call, in order.
 
@@ -122,7 +200,7 @@ class Executor(Protocol):
             state: the global state.
             base: what is frozen.
             plan: the round.
-            calls: blocks of clients; a block is trained together, a call by one trainer.
+            calls: clients; a block is trained together, a call by one trainer.
 
         Raises:
             ClientError: a client's training raised.

@@ -5,14 +5,15 @@ Source: this project (method.md, "The communication ledger").
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from rayfed_lora.annealing.budget import cost
-from rayfed_lora.types import ModelShape, Trainable
+from rayfed_lora.aggregation.rules import RuleEntry
+from rayfed_lora.federation.traffic import Counts, RoundFacts, Traffic, traffic
+from rayfed_lora.types import ModelShape
 
 BYTES_A_VALUE = 4
 _NEVER = -1
@@ -20,30 +21,34 @@ _NEVER = -1
 
 @dataclass(frozen=True)
 class Bill:
-    """What one round sent.
+    """What one round sent, in values.
 
     Attributes:
-        up_params: values in one client's upload.
-        down_params: values in one client's download, base not included.
-        sent, arrived: number of downloads and of uploads.
-        base_params: values of frozen base sent, over all clients.
+        up: (cohort,) each client's upload, 0 where none arrived.
+        down: (cohort,) each client's download, base not included.
+        base: (cohort,) the frozen base, and frozen factors, that each client was sent.
+        arrived: number of uploads.
     """
 
-    up_params: int
-    down_params: int
-    sent: int
+    up: Counts
+    down: Counts
+    base: Counts
     arrived: int
-    base_params: int
 
     @property
     def params_up(self) -> int:
         """Values sent by the cohort."""
-        return self.up_params * self.arrived
+        return int(self.up.sum())
 
     @property
     def params_down(self) -> int:
         """Values sent to the cohort, base not included."""
-        return self.down_params * self.sent
+        return int(self.down.sum())
+
+    @property
+    def base_params(self) -> int:
+        """Values of frozen base sent to the cohort."""
+        return int(self.base.sum())
 
 
 @dataclass(frozen=True)
@@ -84,77 +89,73 @@ def _reduction(sent: int, fedavg: int) -> float | None:
 
 
 class Ledger:
-    """Books every message of a run and remembers which base each client holds.
+    """Books every message of a run and remembers what frozen weights each client holds.
 
-    A base version is replaced as a whole, or extended by a fold that a client can catch up on by
-    the folded factors alone.
+    A base version is replaced as a whole, or extended by an update that a client can catch up on
+    by that update's factors alone. Frozen factors are versions too: the first of each is drawn
+    from the seed that all share, and costs nothing.
     """
 
-    def __init__(self, shape: ModelShape, clients: int) -> None:
+    def __init__(self, shape: ModelShape, clients: int, rule: RuleEntry) -> None:
         """Start with no client holding any base.
 
         Args:
             shape: the model's sizes.
             clients: number of clients there are.
+            rule: the aggregation rule.
         """
         self._shape = shape
-        self._held = np.full(clients, _NEVER, dtype=np.int64)
+        self._clients = clients
+        self._rule = rule
+        self._held = {"base": np.full(clients, _NEVER, dtype=np.int64)}
         # Cost of the step from version i to i + 1, in values; a replacement costs the whole base.
         self._steps: list[int] = []
+        self._factors: dict[str, int] = {}
         self.totals = Totals()
 
-    def replace_base(self) -> None:
-        """Note that the frozen base is another one from now on."""
-        self._steps.append(self._shape.base_params)
-
-    def fold_base(self, params: int) -> None:
-        """Note that a residual of `params` values was folded into the base."""
-        self._steps.append(params)
-
-    def book(
-        self,
-        trainable: Trainable,
-        ranks: Mapping[str, int],
-        cohort: Sequence[int],
-        arrived: int,
-        *,
-        down_ranks: Mapping[str, int] | None = None,
-        after_initiating: bool = True,
-    ) -> Bill:
+    def book(self, facts: RoundFacts) -> Bill:
         """Book a round and return its bill.
 
-        A full-model round sends the whole model both ways and with it the base; an adapter round
-        sends factors and head, and the base or its catch-up to whom does not hold it. Nothing is
+        A full-model round brings the base with it, and leaves another one behind; in an adapter
+        round the base, or what a client missed of it, goes to whom does not hold it. Nothing is
         booked as sent by a client that failed.
-
-        Args:
-            trainable: `full` or `adapter`.
-            ranks: rank by module that clients train and send.
-            cohort: clients of the round.
-            arrived: number of them whose update arrived.
-            down_ranks: rank by module of the download, where it differs: in a round whose shrink
-                is folded, clients get the factors before the cut, to fold the rest themselves.
-            after_initiating: whether the round is after the initiating stage.
         """
-        members = np.asarray(cohort, dtype=np.int64)
-        if trainable == "full":
-            up = down = self._shape.total_params
-            base = 0
-        else:
-            up = cost(self._shape.modules, ranks) + self._shape.head_params
-            down = cost(self._shape.modules, down_ranks or ranks) + self._shape.head_params
-            own_cut = 0 if down_ranks is None else 1
-            base = int(self._catch_up(members, len(self._steps) - own_cut).sum())
-        self._held[members] = len(self._steps)
-        bill = Bill(up, down, len(members), arrived, base)
-        self._add(bill, after_initiating)
+        if facts.folded:
+            self._steps.append(facts.folded)
+        if facts.resized:
+            self._factors = {kind: self._factors.get(kind, 0) + 1 for kind in ("a", "b")}
+        messages = traffic(self._shape, self._rule, facts)
+        members = np.asarray(facts.cohort, dtype=np.int64)
+        base = np.zeros_like(members)
+        if facts.trainable == "adapter":
+            base += self._catch_up(members, len(self._steps) - (facts.folded > 0))
+            base += self._missing_factors(members, messages)
+        if messages.merge:
+            self._steps.append(messages.merge)
+        self._held["base"][members] = len(self._steps)
+        if facts.trainable == "full":
+            self._steps.append(self._shape.base_params)
+        up = np.where(facts.arrived, messages.up, 0)
+        bill = Bill(up, messages.down, base, int(facts.arrived.sum()))
+        self._add(bill, facts.after_initiating)
         return bill
 
-    def _catch_up(self, members: npt.NDArray[np.int64], version: int) -> npt.NDArray[np.int64]:
+    def _missing_factors(self, members: Counts, messages: Traffic) -> Counts:
+        """Return what members need of the frozen factors; they hold the current ones then."""
+        missing = np.zeros_like(members)
+        for kind, size in messages.frozen.items():
+            held = self._held.setdefault(kind, np.zeros(self._clients, np.int64))
+            now = self._factors.get(kind, 0)
+            missing += np.where(held[members] < now, size, 0)
+            self._factors[kind] = now + (kind in messages.renewed)
+            held[members] = self._factors[kind]
+        return missing
+
+    def _catch_up(self, members: Counts, version: int) -> Counts:
         """Return the values each member must be sent to hold a base version."""
         whole = self._shape.base_params
         behind = np.concatenate([[0], np.cumsum(self._steps, dtype=np.int64)])
-        held = self._held[members]
+        held = self._held["base"][members]
         missed = np.maximum(behind[version] - behind[np.maximum(held, 0)], 0)
         return np.where(held == _NEVER, whole, np.minimum(missed, whole))
 
@@ -162,7 +163,7 @@ class Ledger:
         t = self.totals
         up, down = bill.params_up * BYTES_A_VALUE, bill.params_down * BYTES_A_VALUE
         base = bill.base_params * BYTES_A_VALUE
-        fedavg = (bill.sent + bill.arrived) * self._shape.total_params * BYTES_A_VALUE
+        fedavg = (len(bill.down) + bill.arrived) * self._shape.total_params * BYTES_A_VALUE
         self.totals = replace(
             t,
             bytes_up=t.bytes_up + up,
@@ -174,12 +175,17 @@ class Ledger:
             later_fedavg=t.later_fedavg + fedavg * after_initiating,
         )
 
-    def snapshot(self) -> tuple[dict[str, object], npt.NDArray[np.int64]]:
-        """Return what a checkpoint keeps: JSON values, and (clients,) held versions."""
-        return {"steps": list(self._steps), "totals": asdict(self.totals)}, self._held.copy()
+    def snapshot(self) -> tuple[dict[str, object], dict[str, Counts]]:
+        """Return what a checkpoint keeps: JSON values, and by kind the (clients,) held versions."""
+        facts = {
+            "steps": list(self._steps),
+            "factors": dict(self._factors),
+            "totals": asdict(self.totals),
+        }
+        return facts, {kind: held.copy() for kind, held in self._held.items()}
 
-    def restore(
-        self, steps: Sequence[int], totals: Mapping[str, int], held: npt.NDArray[np.int64]
-    ) -> None:
+    def restore(self, facts: Mapping[str, Any], held: Mapping[str, Counts]) -> None:
         """Go back to a snapshot."""
-        self._steps, self.totals, self._held = list(steps), Totals(**totals), held.copy()
+        self._steps, self._factors = list(facts["steps"]), dict(facts["factors"])
+        self.totals = Totals(**facts["totals"])
+        self._held = {kind: versions.copy() for kind, versions in held.items()}

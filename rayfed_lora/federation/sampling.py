@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+import numpy.typing as npt
+
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.types import Device, ModelShape
@@ -68,6 +71,23 @@ def cohort(recipe: Recipe, clients: int, round_index: int) -> tuple[int, ...]:
     rng = generator(recipe.seed, Purpose.COHORT, round_index)
     drawn = rng.choice(clients, recipe.cohort_size(clients), replace=False, shuffle=False)
     return tuple(sorted(int(client) for client in drawn))
+
+
+def rank_limits(recipe: Recipe, clients: int) -> npt.NDArray[np.int64] | None:
+    """Return the largest rank that each client can train, (clients,); None where none is limited.
+
+    Args:
+        recipe: gives `clients.ranks` and the seed.
+        clients: number of clients there are.
+    """
+    wanted = recipe.clients.ranks
+    if wanted is None:
+        return None
+    if isinstance(wanted, Mapping):
+        ranks, shares = np.array(list(wanted)), np.array(list(wanted.values()))
+        rng = generator(recipe.seed, Purpose.RANKS)
+        return rng.choice(ranks, clients, p=shares / shares.sum()).astype(np.int64)
+    return np.resize(np.atleast_1d(np.array(wanted, np.int64)), clients)
 
 
 def blocks(cohort: tuple[int, ...], size: BlockSize) -> list[Block]:

@@ -10,22 +10,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import numpy as np
 from threadpoolctl import threadpool_limits
 
 from rayfed_lora.aggregation.rules import RULES
+from rayfed_lora.aggregation.server_step import Moments, OptimizerStep
 from rayfed_lora.aggregation.step import Aggregate
-from rayfed_lora.annealing.stages import Feedback, is_full, plan_round, proposed_rank
+from rayfed_lora.annealing.stages import (
+    Feedback,
+    adapter_rounds_before,
+    is_full,
+    plan_round,
+    proposed_rank,
+)
 from rayfed_lora.errors import InterruptedRunError, RunError
 from rayfed_lora.federation import evaluation, sampling, transitions
 from rayfed_lora.federation.evaluation import Scores
-from rayfed_lora.federation.executor import Executor, Population, Trained
+from rayfed_lora.federation.executor import Call, Executor, Population, Trained
 from rayfed_lora.federation.learning_rate import learning_rate
 from rayfed_lora.federation.ledger import BYTES_A_VALUE, Bill, Ledger
-from rayfed_lora.federation.sampling import BlockSize
+from rayfed_lora.federation.sampling import Block, BlockSize
+from rayfed_lora.federation.traffic import RoundFacts
 from rayfed_lora.federation.transitions import Entry, GlobalModel
 from rayfed_lora.lora.counting import dense_params, factor_params
 from rayfed_lora.recipe import Recipe
@@ -35,6 +44,8 @@ from rayfed_lora.types import (
     Base,
     ClientRecord,
     ClientUpdate,
+    FloatArray,
+    Frozen,
     LocalPlan,
     RoundPlan,
     RoundRecord,
@@ -81,6 +92,8 @@ class Progress:
         validation: newest scores on the validation split, where feedback needs them.
         best_at_heating: best validation metric at the heating rank (target acceptance).
         timing: seconds so far.
+        moments: of the server's optimiser.
+        personal: B by module, of each client that keeps its own.
     """
 
     rounds: int
@@ -89,6 +102,8 @@ class Progress:
     validation: Scores | None = None
     best_at_heating: float | None = None
     timing: Timing = field(default_factory=Timing)
+    moments: Moments = field(default_factory=dict)
+    personal: Mapping[int, Mapping[str, FloatArray]] = field(default_factory=dict)
 
 
 _Wait = Callable[[], Scores]
@@ -102,6 +117,7 @@ class _Started:
     plan: RoundPlan
     cohort: tuple[int, ...]
     entry: Entry
+    frozen: Frozen | None
     training: Iterator[Trained]
 
 
@@ -142,7 +158,9 @@ class Server:
         self._population = population
         self._observer = observer
         self._should_stop = should_stop
-        self.ledger = Ledger(population.shape, population.clients)
+        self._rule = RULES[recipe.aggregation.rule]
+        self.ledger = Ledger(population.shape, population.clients, self._rule)
+        self._limits = sampling.rank_limits(recipe, population.clients)
         cohort = recipe.cohort_size(population.clients)
         # How many clients of an adapter round are trained together, and why.
         self.block_size = sampling.block_size(recipe, population.shape, cohort, population.device)
@@ -187,26 +205,46 @@ class Server:
         plan = plan_round(recipe.annealing, t, self._feedback(t, before))
         cohort = sampling.cohort(recipe, self._population.clients, t)
         entry = transitions.enter(recipe, shape, before.model, plan)
-        local = LocalPlan(t, plan.trainable, learning_rate(recipe, t), plan.proximal_weight)
-        size = BlockSize(1, even=True) if plan.trainable == "full" else self.block_size
-        calls = sampling.calls(sampling.blocks(cohort, size))
-        state, base = entry.model.state, entry.model.base
-        return _Started(
-            before, plan, cohort, entry, self._executor.train(state, base, local, calls)
-        )
+        full = plan.trainable == "full"
+        frozen = None if full else self._rule.frozen(adapter_rounds_before(recipe.annealing, t))
+        lr = learning_rate(recipe, t)
+        local = LocalPlan(t, plan.trainable, lr, plan.proximal_weight, frozen)
+        size = BlockSize(1, even=True) if full else self.block_size
+        blocks = sampling.calls(sampling.blocks(cohort, size))
+        calls = [self._call(run, before, full) for run in blocks]
+        training = self._executor.train(entry.model.state, entry.model.base, local, calls)
+        return _Started(before, plan, cohort, entry, frozen, training)
+
+    def _call(self, blocks: tuple[Block, ...], before: Progress, full: bool) -> Call:
+        """Return the call for some blocks, with what sets their clients apart."""
+        call = Call(blocks)
+        if full:
+            return call
+        limits = {} if self._limits is None else {k: int(self._limits[k]) for k in call.clients}
+        own = {k: before.personal[k] for k in call.clients if k in before.personal}
+        return replace(call, limits=limits, personal=own)
 
     def _trained(self, started: _Started) -> _Trained:
         """Take a round's updates in, aggregate them, and let the test of the result begin."""
         plan, entry = started.plan, started.entry
         self._observer.round_started(plan, started.cohort)
-        aggregate, updates = self._aggregated(started)
-        bill = self._book(plan, entry, started.cohort, updates)
-        model = replace(entry.model, state=aggregate.state)
         before = started.before
+        moments = _kept(before, entry)
+        step = OptimizerStep(self._recipe.aggregation.server_optimizer, moments, started.frozen)
+        aggregate, updates = self._aggregated(started, step)
+        bill = self._book(started, updates)
+        base = transitions.merged(entry.model.base, aggregate.merged)
+        model = replace(entry.model, state=aggregate.state, base=base)
         # What the next round needs of this one; the rest is known when it is tested.
-        rank = before.rank if plan.trainable == "full" else plan.rank
-        after = replace(before, rounds=plan.round + 1, model=model, rank=rank)
-        record = self._record(plan, entry, aggregate, updates, bill)
+        after = replace(
+            before,
+            rounds=plan.round + 1,
+            model=model,
+            rank=before.rank if plan.trainable == "full" else plan.rank,
+            moments=step.moments,
+            personal=_personal(before, updates),
+        )
+        record = self._record(started, aggregate, updates, bill)
         return _Trained(after, plan, updates, bill, record, self._test(plan.round, model))
 
     def _finished(self, trained: _Trained) -> Progress:
@@ -266,10 +304,11 @@ class Server:
         better = max if target.metric == "accuracy" else min
         return replace(after, best_at_heating=metric if best is None else better(best, metric))
 
-    def _aggregated(self, started: _Started) -> tuple[Aggregate, list[ClientUpdate]]:
+    def _aggregated(
+        self, started: _Started, step: OptimizerStep
+    ) -> tuple[Aggregate, list[ClientUpdate]]:
         """Return the aggregate of a round's updates, joined as they come, and their reports."""
-        aggregation = self._recipe.aggregation
-        whole = RULES[aggregation.rule].reduction()
+        whole = self._rule.means()
         reports: list[ClientUpdate] = []
         for part in started.training:
             if self._should_stop():
@@ -277,33 +316,33 @@ class Server:
             for report in part.clients:
                 self._observer.client_done(report)
             reports += part.clients
-            if part.reduction is not None:
-                whole.join(part.reduction)
+            if part.means is not None:
+                whole.join(part.means)
         if all(report.error is not None for report in reports):
             reasons = sorted({str(report.error) for report in reports})
             raise RunError(
                 f"round {started.plan.round}: none of {len(reports)} clients sent a usable update;"
                 f" {'; '.join(reasons[:3])}"
             )
-        lr = aggregation.server_optimizer.lr
-        return whole.aggregate(started.entry.model.state, lr), reports
+        return self._rule.rule(started.entry.model.state, whole, step), reports
 
-    def _book(
-        self, plan: RoundPlan, entry: Entry, cohort: tuple[int, ...], updates: list[ClientUpdate]
-    ) -> Bill:
-        if entry.folded_params:
-            self.ledger.fold_base(entry.folded_params)
-        bill = self.ledger.book(
-            plan.trainable,
-            entry.ranks,
-            cohort,
-            sum(update.error is None for update in updates),
-            down_ranks=entry.cut,
-            after_initiating=plan.stage != "initiating",
+    def _book(self, started: _Started, updates: list[ClientUpdate]) -> Bill:
+        plan, entry, cohort = started.plan, started.entry, started.cohort
+        before = started.before.model.state.factors
+        return self.ledger.book(
+            RoundFacts(
+                trainable=plan.trainable,
+                cohort=cohort,
+                arrived=np.array([update.error is None for update in updates]),
+                ranks=entry.ranks,
+                limits=None if self._limits is None else self._limits[list(cohort)],
+                frozen=started.frozen,
+                ranks_before=entry.cut,
+                folded=entry.folded_params,
+                resized=bool(before) and entry.model.state.factors is not before,
+                after_initiating=plan.stage != "initiating",
+            )
         )
-        if plan.trainable == "full":
-            self.ledger.replace_base()
-        return bill
 
     def _test(self, t: int, model: GlobalModel) -> tuple[_Wait | None, _Wait | None]:
         """Start the test, and the evaluation that the annealing feedback needs."""
@@ -324,14 +363,10 @@ class Server:
         return lambda: evaluation.scores(wait())
 
     def _record(
-        self,
-        plan: RoundPlan,
-        entry: Entry,
-        aggregate: Aggregate,
-        updates: list[ClientUpdate],
-        bill: Bill,
+        self, started: _Started, aggregate: Aggregate, updates: list[ClientUpdate], bill: Bill
     ) -> RoundRecord:
         """Return the round's row, scores and seconds still to be filled in."""
+        plan, entry = started.plan, started.entry
         usable = [update for update in updates if update.error is None]
         examples = sum(update.examples for update in usable)
         ranks = dict(entry.ranks) if plan.trainable == "adapter" else None
@@ -341,7 +376,7 @@ class Server:
             stage=plan.stage,
             rank=None if ranks is None else math.fsum(ranks.values()) / len(ranks),
             ranks=ranks,
-            trainable_params=factor_params(state) + dense_params(state),
+            trainable_params=factor_params(state, started.frozen) + dense_params(state),
             proximal_weight=plan.proximal_weight,
             clients=len(updates),
             failed_clients=len(updates) - len(usable),
@@ -362,6 +397,24 @@ class Server:
         )
 
 
+def _kept(before: Progress, entry: Entry) -> Moments:
+    """Return the moments of tensors that are still what they were when those were taken."""
+    old, new = before.model, entry.model
+    if old.trainable != new.trainable:
+        return {}
+    if new.state.factors is old.state.factors:
+        return before.moments
+    return {name: m for name, m in before.moments.items() if name in new.state.dense}
+
+
+def _personal(
+    before: Progress, updates: list[ClientUpdate]
+) -> Mapping[int, Mapping[str, FloatArray]]:
+    """Return each client's own B after a round."""
+    new = {update.client: update.personal for update in updates if update.personal is not None}
+    return {**before.personal, **new} if new else before.personal
+
+
 def _client_records(t: int, updates: list[ClientUpdate], bill: Bill) -> list[ClientRecord]:
     return [
         ClientRecord(
@@ -371,9 +424,9 @@ def _client_records(t: int, updates: list[ClientUpdate], bill: Bill) -> list[Cli
             train_loss=None if update.error is not None else update.train_loss,
             status="ok" if update.error is None else "failed",
             error=update.error,
-            bytes_up=0 if update.error is not None else bill.up_params * BYTES_A_VALUE,
-            bytes_down=bill.down_params * BYTES_A_VALUE,
+            bytes_up=up * BYTES_A_VALUE,
+            bytes_down=down * BYTES_A_VALUE,
             seconds=update.seconds,
         )
-        for update in updates
+        for update, up, down in zip(updates, bill.up.tolist(), bill.down.tolist(), strict=True)
     ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from rayfed_lora.aggregation.step import Product, product
 from rayfed_lora.annealing import budget
 from rayfed_lora.annealing.stages import locate
 from rayfed_lora.lora import resize
@@ -127,7 +128,22 @@ def _resized(recipe: Recipe, shape: ModelShape, model: GlobalModel, plan: RoundP
     if recipe.annealing.cooling.residual == "drop" or not shrunk:
         return Entry(replace(model, state=state), ranks)
     fold = {name: resize.cut_off(f, ranks[name]) for name, f in shrunk.items()}
-    base = replace(model.base, folds=(*model.base.folds, fold))
+    base = merged(model.base, {name: product(f) for name, f in fold.items()})
     cut = {name: f.rank for name, f in old.factors.items()}
     params = sum(f.a.size + f.b.size for f in fold.values())
     return Entry(GlobalModel(state, base, "adapter"), ranks, cut, params)
+
+
+def merged(base: Base, updates: Mapping[str, Product]) -> Base:
+    """Return the base with some updates added to its modules' weights; itself without any.
+
+    Args:
+        base: the frozen base.
+        updates: (b, a) by module.
+    """
+    if not updates:
+        return base
+    sums = dict(base.merged)
+    for name, (b, a) in updates.items():
+        sums[name] = (sums.get(name, np.float32(0)) + b @ a).astype(np.float32)
+    return replace(base, merges=base.merges + 1, merged=sums)

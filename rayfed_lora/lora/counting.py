@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from rayfed_lora.types import AdapterState
+from rayfed_lora.types import AdapterState, Frozen
 
 
-def factor_params(state: AdapterState) -> int:
-    """Return the number of values in all factors of a state.
+def factor_params(state: AdapterState, frozen: Frozen | None = None) -> int:
+    """Return the number of values in all factors of a state, the frozen ones left out.
 
     >>> import numpy as np
     >>> from rayfed_lora.types import Factors
@@ -14,7 +14,11 @@ def factor_params(state: AdapterState) -> int:
     >>> factor_params(AdapterState({"q": q}, {}))
     20
     """
-    return sum(f.a.size + f.b.size for f in state.factors.values())
+    sizes = {"a": 0, "b": 0}
+    for f in state.factors.values():
+        sizes["a"] += f.a.size
+        sizes["b"] += f.b.size
+    return sum(size for kind, size in sizes.items() if kind != frozen)
 
 
 def dense_params(state: AdapterState) -> int:

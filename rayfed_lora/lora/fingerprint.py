@@ -6,11 +6,15 @@ import hashlib
 
 import numpy as np
 
-from rayfed_lora.types import AdapterState
+from rayfed_lora.types import AdapterState, Base
 
 
-def sha256(state: AdapterState) -> str:
+def sha256(state: AdapterState, base: Base | None = None) -> str:
     """Return the SHA-256 over all names, shapes, scales and values, sorted by name.
+
+    Args:
+        state: the trained state.
+        base: what has been merged into it counts too.
 
     >>> len(sha256(AdapterState({}, {"head": np.zeros(3, np.float32)})))
     64
@@ -20,6 +24,8 @@ def sha256(state: AdapterState) -> str:
     for name, f in state.factors.items():
         tensors[f"factors|{name}|a"] = (f.a, f.scale)
         tensors[f"factors|{name}|b"] = (f.b, f.scale)
+    for name, tensor in (base.merged if base is not None else {}).items():
+        tensors[f"merged|{name}"] = (tensor, 1.0)
     for name, (tensor, scale) in sorted(tensors.items()):
         digest.update(f"{name}|{tensor.shape}|{float(scale).hex()}|".encode())
         digest.update(np.ascontiguousarray(tensor, dtype="<f4").tobytes())

@@ -15,7 +15,7 @@ from torch import nn
 from rayfed_lora.models.layers import AdaptedLinear, ClientLinear, GroupFactors
 from rayfed_lora.models.shapes import adapted_modules, fusion_obstacle, head_parameters
 from rayfed_lora.recipe import Adapter
-from rayfed_lora.types import AdapterState, Base, Factors, FloatArray, Trainable
+from rayfed_lora.types import AdapterState, Base, Factors, FloatArray, Frozen, Trainable
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
@@ -62,7 +62,8 @@ class AdaptedModel:
         # All modules in one mode, the new layers too.
         net.train()
         self._trained: list[torch.Tensor] = []
-        self._root, self._folded, self._clean = 0, 0, True
+        self._frozen: Frozen | None = None
+        self._version, self._clean = Base().version, True
 
     def tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
         """Return the first client's dense tensors: the head's, or in a full round all."""
@@ -74,12 +75,24 @@ class AdaptedModel:
         names = self._plain if trainable == "full" else self._head
         return {name: _to_numpy(self._source[name]) for name in names}
 
-    def load(self, states: Sequence[AdapterState], base: Base, trainable: Trainable) -> None:
+    def load(
+        self,
+        states: Sequence[AdapterState],
+        base: Base,
+        trainable: Trainable,
+        frozen: Frozen | None = None,
+    ) -> None:
         """Set the weights of a round, one state a client of the group, and mark what is trained.
 
         In a full round there is one client, its `dense` is the whole model and `base` is not
         looked at. Running statistics (batch normalisation) are always the source's own: nobody
         sends them. Ranks may differ between clients, modules and dense names may not.
+
+        Args:
+            states: of the clients.
+            base: what is frozen.
+            trainable: `full` or `adapter`.
+            frozen: the factor of every module that is not trained.
 
         Raises:
             ValueError: several clients, and this model can hold only one at a time.
@@ -98,6 +111,7 @@ class AdaptedModel:
         for name, layer in self._layers.items():
             layer.factors = self._stacked([state.factors.get(name) for state in states])
         self._load_dense([state.dense for state in states], trainable)
+        self._frozen = frozen
         self._trained = list(self.parameters(states[0]).values())
         for parameter in self._trained:
             parameter.requires_grad_(True)
@@ -120,8 +134,10 @@ class AdaptedModel:
         found = {name: self._holder(name) for name in state.dense}
         for name in state.factors:
             factors = self._layers[name].factors
-            if factors is not None:
-                found |= {f"{name}.lora_A": factors.a, f"{name}.lora_B": factors.b}
+            if factors is not None and self._frozen != "a":
+                found[f"{name}.lora_A"] = factors.a
+            if factors is not None and self._frozen != "b":
+                found[f"{name}.lora_B"] = factors.b
         return found
 
     def read(self, like: AdapterState, client: int = 0) -> AdapterState:
@@ -220,22 +236,17 @@ class AdaptedModel:
         self._plain[name].data = values
 
     def _load_base(self, base: Base) -> None:
-        fits = self._clean and self._root == base.root and self._folded <= len(base.folds)
-        if not fits:
-            for name, source in self._source.items():
-                self._set(name, source)
-            for name, tensor in (base.tensors or {}).items():
-                self._set(name, self._tensor(tensor))
-        for fold in base.folds[self._folded if fits else 0 :]:
-            self._add(fold)
-        self._root, self._folded, self._clean = base.root, len(base.folds), True
-
-    def _add(self, fold: Mapping[str, Factors]) -> None:
-        for name, f in fold.items():
-            # float64, so that the sum does not depend on how a matmul splits float32 work.
-            update = torch.tensor(f.b).double() @ torch.tensor(f.a).double() * f.scale
-            weight = self._plain[f"{name}.weight"].data
-            self._set(f"{name}.weight", weight + update.float().to(self.device))
+        if self._clean and self._version == base.version:
+            return
+        for name, source in self._source.items():
+            self._set(name, source)
+        for name, tensor in (base.tensors or {}).items():
+            self._set(name, self._tensor(tensor))
+        for name, update in base.merged.items():
+            weight = f"{name}.weight"
+            # Always from the root's own weight: the sum does not depend on what was loaded before.
+            self._set(weight, self._plain[weight].data + self._tensor(update))
+        self._version, self._clean = base.version, True
 
 
 def _replaced(net: nn.Module, name: str, make: Callable[[nn.Linear], _Layer]) -> _Layer:
@@ -251,8 +262,12 @@ def _cut(held: Mapping[str, FloatArray], name: str, like: Factors, client: int) 
     """Return a client's factors at its own rank."""
     if like.rank == 0:
         return like
-    a, b = held[f"{name}.lora_A"][client], held[f"{name}.lora_B"][client]
-    return Factors(a[: like.rank], b[:, : like.rank], like.scale)
+    a, b = held.get(f"{name}.lora_A"), held.get(f"{name}.lora_B")
+    return Factors(
+        like.a if a is None else a[client, : like.rank],
+        like.b if b is None else b[client, :, : like.rank],
+        like.scale,
+    )
 
 
 def _to_numpy(tensor: torch.Tensor) -> FloatArray:

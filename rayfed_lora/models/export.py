@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.models import sources
-from rayfed_lora.models.shapes import head_modules
+from rayfed_lora.models.shapes import adapted_modules, head_modules
 from rayfed_lora.recipe import Adapter, Model
 from rayfed_lora.types import AdapterState, Factors, FloatArray
 
@@ -42,8 +42,8 @@ def write_adapter(
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`.
 
-    A module of rank 0 is left out; where all are, the first gets one direction of zeros, since
-    PEFT has no adapter without modules.
+    A module of rank 0 is left out; where there is no other, the first gets one direction of zeros,
+    since PEFT has no adapter without modules. Dense tensors outside of the head belong to the base.
 
     Args:
         folder: made if it is missing.
@@ -52,7 +52,7 @@ def write_adapter(
         adapter: the recipe's section.
         base_name: where the base model is to be loaded from.
     """
-    factors = {name: f for name, f in state.factors.items() if f.rank > 0} or _zeros(state)
+    factors = {name: f for name, f in state.factors.items() if f.rank > 0} or _zeros(net, adapter)
     top = max(f.rank for f in factors.values())
     config = LoraConfig(
         base_model_name_or_path=base_name,
@@ -67,14 +67,16 @@ def write_adapter(
     )
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    tensors = peft_tensors(AdapterState(factors, state.dense))
+    heads = tuple(f"{module}." for module in head_modules(net, adapter))
+    dense = {name: tensor for name, tensor in state.dense.items() if name.startswith(heads)}
+    tensors = peft_tensors(AdapterState(factors, dense))
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
-def _zeros(state: AdapterState) -> Mapping[str, Factors]:
-    name, f = next(iter(state.factors.items()))
-    a = np.zeros((1, f.a.shape[1]), np.float32)
-    return {name: Factors(a, np.zeros((f.b.shape[0], 1), np.float32), f.scale)}
+def _zeros(net: nn.Module, adapter: Adapter) -> Mapping[str, Factors]:
+    name = adapted_modules(net, adapter)[0]
+    d_out, d_in = net.get_parameter(f"{name}.weight").shape
+    return {name: Factors(np.zeros((1, d_in), np.float32), np.zeros((d_out, 1), np.float32), 1.0)}
 
 
 def write_base(folder: Path, net: nn.Module, tensors: Mapping[str, FloatArray]) -> None:

@@ -53,6 +53,8 @@ def fusion_obstacle(net: nn.Module, adapter: Adapter) -> str | None:
     for name, module in net.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             return f"{name} ({type(module).__name__}) normalises over the examples of a batch"
+    if adapter.train_biases:
+        return "every bias is trained (adapter.train_biases), in layers of all kinds"
     for name in head_parameters(net, adapter):
         owner = name.rpartition(".")[0]
         module = net.get_submodule(owner)
@@ -62,11 +64,14 @@ def fusion_obstacle(net: nn.Module, adapter: Adapter) -> str | None:
 
 
 def head_parameters(net: nn.Module, adapter: Adapter) -> list[str]:
-    """Return the names of the densely trained parameters; none where the head is not trained."""
-    if not adapter.train_head:
-        return []
-    prefixes = tuple(f"{module}." for module in head_modules(net, adapter))
-    return [name for name, _ in net.named_parameters() if name.startswith(prefixes)]
+    """Return the names of the densely trained parameters: the head's, every bias, or none."""
+    head = tuple(f"{module}." for module in head_modules(net, adapter))
+    return [
+        name
+        for name, _ in net.named_parameters()
+        if (adapter.train_head and name.startswith(head))
+        or (adapter.train_biases and name.endswith("bias"))
+    ]
 
 
 def head_modules(net: nn.Module, adapter: Adapter) -> list[str]:

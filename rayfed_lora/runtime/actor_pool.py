@@ -26,7 +26,7 @@ ATTEMPTS = 4
 _RESTART_POLL_S = 0.5
 LOST = (ActorDiedError, ActorUnavailableError, OutOfMemoryError, NotOpenError)
 # Calls a method of an actor; a call of several results is done when the first of them is there.
-Call = Callable[[Any], "list[ray.ObjectRef]"]
+RemoteCall = Callable[[Any], "list[ray.ObjectRef]"]
 
 
 @dataclass(eq=False)
@@ -41,7 +41,7 @@ class Job:
         done: whether it is.
     """
 
-    call: Call
+    call: RemoteCall
     attempts: int = 0
     value: Any = None
     rest: list[ray.ObjectRef] = field(default_factory=list)
@@ -75,7 +75,7 @@ class ActorPool:
         # Actors that Ray is restarting, by the call that tells when they are back.
         self._returning: dict[ray.ObjectRef, Any] = {}
 
-    def submit(self, calls: Sequence[Call], urgent: bool = False) -> list[Job]:
+    def submit(self, calls: Sequence[RemoteCall], urgent: bool = False) -> list[Job]:
         """Queue some calls, urgent ones before all that wait, and start what can start."""
         jobs = [Job(call) for call in calls]
         self._queue(jobs, urgent)

@@ -6,15 +6,12 @@ Source: this project.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import ray
 
-from rayfed_lora.aggregation.step import Reduction
-from rayfed_lora.federation.executor import Population, joined, reduced
-from rayfed_lora.federation.sampling import Block
+from rayfed_lora.aggregation.means import Means
+from rayfed_lora.federation.executor import Call, Population, joined, trained
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.factory import Factory, population
 from rayfed_lora.types import (
@@ -94,19 +91,17 @@ class ClientActor:
         return self._opened().initial_tensors(trainable)
 
     def train(
-        self, blocks: Sequence[Block], state: AdapterState, base: Base, plan: LocalPlan
-    ) -> tuple[tuple[ClientUpdate, ...], Reduction]:
-        """Train some blocks' clients; arrays from the object store are read-only.
+        self, call: Call, state: AdapterState, base: Base, plan: LocalPlan
+    ) -> tuple[tuple[ClientUpdate, ...], Means]:
+        """Train some clients; arrays from the object store are read-only.
 
         Returns:
-            The clients' reports, and the reduction of their updates, which stays in the store.
+            The clients' reports, and the means of their updates, which stay in the store.
         """
-        trainer = self._opened()
-        updates = (trainer.train(block, state, base, plan) for block in blocks)
-        return reduced(chain.from_iterable(updates), self._recipe.aggregation.rule)
+        return trained(self._opened(), call, state, base, plan, self._recipe.aggregation.rule)
 
-    def join(self, *parts: Reduction) -> Reduction:
-        """Join reductions of consecutive clients, in order."""
+    def join(self, *parts: Means) -> Means:
+        """Join means of consecutive clients, in order."""
         return joined(parts, self._recipe.aggregation.rule)
 
     def evaluate(

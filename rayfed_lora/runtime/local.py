@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 
-from rayfed_lora.aggregation.step import Reduction
-from rayfed_lora.federation.executor import Population, Trained, joined, joins, reduced
-from rayfed_lora.federation.sampling import Block
+from rayfed_lora.aggregation.means import Means
+from rayfed_lora.federation.executor import Call, Population, Trained, joined, joins, trained
 from rayfed_lora.training.protocol import Trainer
 from rayfed_lora.types import (
     AdapterState,
@@ -49,16 +47,15 @@ class LocalExecutor:
         return self._opened().initial_tensors(trainable)
 
     def train(
-        self, state: AdapterState, base: Base, plan: LocalPlan, calls: Sequence[tuple[Block, ...]]
+        self, state: AdapterState, base: Base, plan: LocalPlan, calls: Sequence[Call]
     ) -> Iterator[Trained]:
         """Yield what comes of each call, in order."""
         trainer = self._opened()
         for run in joins(calls):
-            parts: list[Reduction] = []
-            for i, blocks in enumerate(run):
-                updates = (trainer.train(block, state, base, plan) for block in blocks)
-                reports, reduction = reduced(chain.from_iterable(updates), self._rule)
-                parts.append(reduction)
+            parts: list[Means] = []
+            for i, call in enumerate(run):
+                reports, means = trained(trainer, call, state, base, plan, self._rule)
+                parts.append(means)
                 if i + 1 < len(run):
                     yield Trained(reports, None)
             whole = parts[0] if len(run) == 1 else joined(parts, self._rule)

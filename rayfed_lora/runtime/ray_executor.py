@@ -19,12 +19,11 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rayfed_lora.aggregation.step import Reduction
+from rayfed_lora.aggregation.means import Means
 from rayfed_lora.errors import ResourceError, RunError
-from rayfed_lora.federation.executor import Population, Trained, joins
-from rayfed_lora.federation.sampling import Block
+from rayfed_lora.federation.executor import Call, Population, Trained, joins
 from rayfed_lora.recipe import Recipe
-from rayfed_lora.runtime.actor_pool import ATTEMPTS, LOST, ActorPool, Call, Job, result
+from rayfed_lora.runtime.actor_pool import ATTEMPTS, LOST, ActorPool, Job, RemoteCall, result
 from rayfed_lora.runtime.actors import ClientActor
 from rayfed_lora.runtime.factory import Factory
 from rayfed_lora.runtime.placement import Layout, layout, nodes_of
@@ -151,23 +150,23 @@ class RayExecutor:
         tensors = self._one(lambda actor: [actor.initial_tensors.remote(trainable)])
         return tensors
 
-    def _one(self, call: Call) -> Any:
+    def _one(self, call: RemoteCall) -> Any:
         pool = self._opened()
         return pool.result(*pool.submit([call]))
 
     def train(
-        self, state: AdapterState, base: Base, plan: LocalPlan, calls: Sequence[tuple[Block, ...]]
+        self, state: AdapterState, base: Base, plan: LocalPlan, calls: Sequence[Call]
     ) -> Iterator[Trained]:
         """Start all calls, the state put once; yield what comes of each call, in order."""
         state_ref, base_ref = self._put_state(state), self._put_base(base)
 
-        def call(index: int, blocks: tuple[Block, ...]) -> Call:
+        def remote(index: int, call: Call) -> RemoteCall:
             name = f"round {plan.round} block {index}"
             return lambda actor: actor.train.options(name=name, num_returns=2).remote(
-                blocks, state_ref, base_ref, plan
+                call, state_ref, base_ref, plan
             )
 
-        jobs = self._opened().submit([call(i, blocks) for i, blocks in enumerate(calls)])
+        jobs = self._opened().submit([remote(i, call) for i, call in enumerate(calls)])
         return self._collect(jobs)
 
     def _collect(self, jobs: list[Job]) -> Iterator[Trained]:
@@ -181,10 +180,10 @@ class RayExecutor:
         finally:
             pool.drop(jobs)
 
-    def _joined(self, run: Sequence[Job]) -> Reduction:
-        """Fetch the reduction of some calls, joined by an actor where there are several.
+    def _joined(self, run: Sequence[Job]) -> Means:
+        """Fetch the means of some calls, joined by an actor where there are several.
 
-        A reduction that was lost with the machine that held it is computed again.
+        What was lost with the machine that held it is computed again.
         """
         pool = self._opened()
         for _ in range(ATTEMPTS):
@@ -198,8 +197,8 @@ class RayExecutor:
                     pool.result(job)
         raise RunError(f"the same results were lost {ATTEMPTS} times one after another")
 
-    def _fetched(self, parts: list[ray.ObjectRef]) -> Reduction:
-        whole: Reduction
+    def _fetched(self, parts: list[ray.ObjectRef]) -> Means:
+        whole: Means
         if len(parts) == 1:
             whole = result(parts[0])
             return whole
@@ -219,7 +218,7 @@ class RayExecutor:
         """Start the evaluation of each shard of rows, ahead of all training that waits."""
         state_ref, base_ref = self._put_state(state), self._put_base(base)
 
-        def call(rows: slice) -> Call:
+        def call(rows: slice) -> RemoteCall:
             return lambda actor: [
                 actor.evaluate.options(name=f"evaluate {split}").remote(
                     split, rows, state_ref, base_ref, trainable
@@ -244,7 +243,7 @@ class RayExecutor:
 
     def _put_base(self, base: Base) -> ray.ObjectRef:
         """Put a base into the object store once; the one before it is dropped."""
-        key = (base.root, len(base.folds))
+        key = base.version
         if self._base is None or self._base[0] != key:
             self._base = (key, ray.put(base))
         return self._base[1]

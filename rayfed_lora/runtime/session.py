@@ -220,7 +220,7 @@ class _Sitting:
             self._tables.rounds,
             self._server.ledger.totals,
             timing,
-            sha256(model.state),
+            sha256(model.state, model.base),
         )
         result["labels"] = list(self._labels)
         page = report_html(self._recipe, result, self._tables.rounds)
@@ -246,15 +246,22 @@ class _Sitting:
             "ledger": ledger,
         }
         model = progress.model
-        snapshot = Snapshot(progress.rounds, model.state, model.base, held, facts)
+        snapshot = Snapshot(
+            rounds=progress.rounds,
+            state=model.state,
+            base=model.base,
+            held=held,
+            facts=facts,
+            moments=progress.moments,
+            personal=progress.personal,
+        )
         self._checkpoints.write(snapshot)
 
     def _restored(self, snapshot: Snapshot) -> Progress:
         self._tables.restore(snapshot.rounds)
         self._board.resumed(snapshot.rounds)
         facts = snapshot.facts
-        ledger = facts["ledger"]
-        self._server.ledger.restore(ledger["steps"], ledger["totals"], snapshot.held)
+        self._server.ledger.restore(facts["ledger"], snapshot.held)
         scores = facts["validation"]
         return Progress(
             rounds=snapshot.rounds,
@@ -263,4 +270,6 @@ class _Sitting:
             validation=None if scores is None else Scores(**scores),
             best_at_heating=facts["best_at_heating"],
             timing=Timing(**facts["timing"]),
+            moments=snapshot.moments,
+            personal=snapshot.personal,
         )

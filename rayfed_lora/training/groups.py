@@ -12,7 +12,7 @@ import torch
 from rayfed_lora.data.batches import IndexArray, batch_indices
 from rayfed_lora.recipe import Clients
 from rayfed_lora.seeds import Purpose, generator, torch_seed
-from rayfed_lora.types import FloatArray, LocalPlan
+from rayfed_lora.types import AdapterState, FloatArray, LocalPlan
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,14 @@ class ClientTask:
 
     Attributes:
         client: client id.
+        start: the state that it starts from.
         examples: number of examples it holds.
         batches: rows of the training split, an array a step.
         dropout_seed: of its dropout masks.
     """
 
     client: int
+    start: AdapterState
     examples: int
     batches: list[IndexArray]
     dropout_seed: int
@@ -35,6 +37,7 @@ class ClientTask:
     def of(
         cls,
         client: int,
+        start: AdapterState,
         examples: npt.NDArray[np.int64],
         settings: Clients,
         seed: int,
@@ -44,6 +47,7 @@ class ClientTask:
 
         Args:
             client: client id.
+            start: the state that it starts from.
             examples: (n,) the rows it holds.
             settings: the recipe's section.
             seed: the run's seed.
@@ -58,7 +62,7 @@ class ClientTask:
             epochs=settings.local_epochs,
         )
         dropout_seed = torch_seed(seed, Purpose.DROPOUT, plan.round, client)
-        return cls(client, len(examples), batches, dropout_seed)
+        return cls(client, start, len(examples), batches, dropout_seed)
 
 
 @dataclass(frozen=True)

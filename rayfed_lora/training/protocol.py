@@ -36,9 +36,9 @@ class Trainer(Protocol):
         ...
 
     def train(
-        self, clients: Sequence[int], state: AdapterState, base: Base, plan: LocalPlan
+        self, clients: Sequence[int], starts: Sequence[AdapterState], base: Base, plan: LocalPlan
     ) -> Iterator[ClientUpdate]:
-        """Train each client of a block from `state`; one update a client, in the same order."""
+        """Train each client of a block from its state; one update a client, in the same order."""
         ...
 
     def evaluate(

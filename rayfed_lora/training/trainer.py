@@ -114,9 +114,9 @@ class LocalTrainer:
         return self._model.initial_tensors(trainable)
 
     def train(
-        self, clients: Sequence[int], state: AdapterState, base: Base, plan: LocalPlan
+        self, clients: Sequence[int], starts: Sequence[AdapterState], base: Base, plan: LocalPlan
     ) -> Iterator[ClientUpdate]:
-        """Train each client of a block from `state`; yield one update a client, in that order.
+        """Train each client of a block from its state; yield one update a client, in that order.
 
         Raises:
             ClientError: a client's training raised; names the client and the round.
@@ -124,13 +124,13 @@ class LocalTrainer:
         alone = plan.trainable == "full" or self._model.obstacle is not None
         if not alone and len(clients) > 1:
             try:
-                yield from self._train_group(clients, state, base, plan)
+                yield from self._train_group(clients, starts, base, plan)
                 return
             except Exception as error:
                 together = error
-        for client in clients:
+        for client, start in zip(clients, starts, strict=True):
             with attributed(client, plan.round):
-                yield from self._train_group([client], state, base, plan)
+                yield from self._train_group([client], [start], base, plan)
         if not alone and len(clients) > 1:
             # Each of them can be trained alone: it is the block that fails.
             with attributed(clients[0], plan.round):
@@ -140,22 +140,24 @@ class LocalTrainer:
                 ) from together
 
     def _train_group(
-        self, clients: Sequence[int], state: AdapterState, base: Base, plan: LocalPlan
+        self, clients: Sequence[int], starts: Sequence[AdapterState], base: Base, plan: LocalPlan
     ) -> list[ClientUpdate]:
         """Train some clients in the same batches; the results are those of each one alone."""
         began = time.perf_counter()
         settings, seed = self._recipe.clients, self._recipe.seed
         tasks = [
-            ClientTask.of(client, self._workload.clients.examples(client), settings, seed, plan)
-            for client in clients
+            ClientTask.of(
+                client, start, self._workload.clients.examples(client), settings, seed, plan
+            )
+            for client, start in zip(clients, starts, strict=True)
         ]
         # Who has done all its steps leaves the group from the end.
         tasks.sort(key=lambda task: (-len(task.batches), task.client))
-        self._model.load([state] * len(tasks), base, plan.trainable)
+        self._model.load([task.start for task in tasks], base, plan.trainable, plan.frozen)
         # After loading. What draws outside of `ClientDropout` draws from torch's own state.
         _seed(tasks[0].dropout_seed, self._device)
         dropout = ClientDropout([task.dropout_seed for task in tasks], self._device)
-        parameters = list(self._model.parameters(state).values())
+        parameters = list(self._model.parameters(tasks[0].start).values())
         optimizer = _optimizer(parameters, settings, plan.lr)
         received = [p.detach().clone() for p in parameters] if plan.proximal_weight > 0 else []
         self._model.train(True)
@@ -166,7 +168,7 @@ class LocalTrainer:
                 [task.batches[step] for task in tasks if step < len(task.batches)]
             )
             if len(batch.examples) + len(trained) < len(tasks):
-                self._let_go(len(batch.examples), tasks, state, trained)
+                self._let_go(len(batch.examples), tasks, trained)
                 kept(optimizer, len(batch.examples))
             dropout.step(batch.examples)
             with dropout if self._drops else nullcontext():
@@ -182,7 +184,7 @@ class LocalTrainer:
             if settings.max_grad_norm is not None:
                 clip_by_client(parameters, settings.max_grad_norm, len(batch.examples))
             optimizer.step()
-        self._let_go(0, tasks, state, trained)
+        self._let_go(0, tasks, trained)
         seconds = (time.perf_counter() - began) / len(tasks)
         numbers = [step.cpu().tolist() for step in losses]
         found = {
@@ -195,12 +197,11 @@ class LocalTrainer:
         self,
         staying: int,
         tasks: Sequence[ClientTask],
-        state: AdapterState,
         trained: dict[int, AdapterState],
     ) -> None:
         """Read out the clients from place `staying` on that are still in the group."""
         leaving = range(staying, len(tasks) - len(trained))
-        states = self._model.read_from([state] * len(leaving), staying)
+        states = self._model.read_from([tasks[i].start for i in leaving], staying)
         trained |= dict(zip(leaving, states, strict=True))
         if staying > 0:
             self._model.keep(staying)
@@ -238,10 +239,11 @@ class LocalTrainer:
 
         self._model.load([state], base, trainable)
         everything = self._model.tensors("full")
-        changed = base.root > 0 or bool(base.folds) or trainable == "full"
+        changed = base.version > (0, 0) or trainable == "full"
         new_head = not self._recipe.adapter.train_head
+        biases = self._recipe.adapter.train_biases
         own_config = self._recipe.model.source == "config" or bool(self._recipe.model.config)
-        keep_base = changed or new_head or own_config
+        keep_base = changed or new_head or biases or own_config
         with TemporaryDirectory() as scratch:
             folder = Path(scratch)
             net = self._build()

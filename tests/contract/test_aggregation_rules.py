@@ -5,35 +5,63 @@ from __future__ import annotations
 import pickle
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayfed_lora.aggregation.correct import RIDGE
 from rayfed_lora.aggregation.mean import ProductMean, TensorMean
 from rayfed_lora.aggregation.rules import RULES, RuleEntry
-from rayfed_lora.aggregation.step import relative_error
-from rayfed_lora.recipe import Aggregation
-from rayfed_lora.types import AdapterState, Factors
+from rayfed_lora.aggregation.server_step import OptimizerStep
+from rayfed_lora.aggregation.step import Aggregate, relative_error
+from rayfed_lora.recipe import Aggregation, ServerOptimizer
+from rayfed_lora.types import AdapterState, Factors, Frozen
 
 SHAPES = {"q": (6, 5), "v": (4, 7)}  # (d_out, d_in)
 SCALES = {"q": 2.0, "v": 0.5}
-factor_average = RULES["factor-average"].aggregate
-product_svd = RULES["product-svd"].aggregate
 Updates = list[tuple[float, AdapterState]]
 
 
 @dataclass(frozen=True)
 class Named:
+    """A rule, in a round in which it freezes a factor or not."""
+
     name: str
     entry: RuleEntry
+    frozen: Frozen | None = None
+
+    def __call__(self, start: AdapterState, updates: Updates, lr: float = 1.0) -> Aggregate:
+        return self.entry.aggregate(start, updates, self.step(lr))
+
+    def step(self, lr: float) -> OptimizerStep:
+        return OptimizerStep(ServerOptimizer(lr=lr), frozen=self.frozen)
+
+    def received(self, start: AdapterState, updates: Updates) -> Updates:
+        """Give the clients the frozen factor of the start, which they could not change."""
+
+        def kept(f: Factors, old: Factors) -> Factors:
+            return replace(f, **({self.frozen: getattr(old, self.frozen)} if self.frozen else {}))
+
+        return [
+            (w, AdapterState({m: kept(f, start.factors[m]) for m, f in s.factors.items()}, s.dense))
+            for w, s in updates
+        ]
 
 
-@pytest.fixture(params=list(RULES))
+factor_average = Named("factor-average", RULES["factor-average"])
+product_svd = Named("product-svd", RULES["product-svd"])
+EXACT = ("stacking", "residual", "freeze-a", "alternate")
+
+
+@pytest.fixture(
+    params=[(name, turn) for name in RULES for turn in range(1 + (name == "alternate"))]
+)
 def rule(request: pytest.FixtureRequest) -> Named:
-    return Named(request.param, RULES[request.param])
+    name, turn = request.param
+    return Named(name, RULES[name], RULES[name].frozen(turn))
 
 
 @pytest.fixture(params=[name for name, entry in RULES.items() if entry.mixed_ranks])
@@ -87,10 +115,16 @@ def best_of_rank(matrix: np.ndarray, rank: int) -> np.ndarray:
     return (u[:, :rank] * s[:rank]) @ vt[:rank]
 
 
-def assert_same_update(got: AdapterState, expected: dict[str, np.ndarray], atol: float = 1e-5):
-    assert list(got.factors) == list(expected)
-    for module, matrix in expected.items():
-        np.testing.assert_allclose(dense(got.factors[module]), matrix, atol=atol)
+def update_of(got: Aggregate, module: str) -> np.ndarray:
+    """Return a module's update, what has been merged into the base included."""
+    f, merged = got.state.factors.get(module), got.merged.get(module)
+    total = np.zeros(SHAPES[module]) if f is None else dense(f)
+    return total if merged is None else total + merged[0] @ merged[1]
+
+
+def assert_same_update(got: Aggregate, expected: dict[str, np.ndarray], atol: float = 1e-5):
+    for module in SHAPES:
+        np.testing.assert_allclose(update_of(got, module), expected[module], atol=atol)
 
 
 # What every rule owes.
@@ -109,10 +143,11 @@ def test_every_rule_names_its_paper(rule):
 
 
 def test_equal_clients_give_their_update_back(rule):
-    trained = state(7)
-    updates = [(w, trained) for w in (1.0, 5.0, 2.5)]
-    got = rule.entry.aggregate(state(1), stream(updates), 1.0)
-    assert_same_update(got.state, {m: dense(f) for m, f in trained.factors.items()})
+    start = state(1)
+    updates = rule.received(start, [(w, state(7)) for w in (1.0, 5.0, 2.5)])
+    got = rule(start, updates)
+    trained = updates[0][1]
+    assert_same_update(got, {m: dense(f) for m, f in trained.factors.items()})
     for name, tensor in trained.dense.items():
         np.testing.assert_allclose(got.state.dense[name], tensor, rtol=1e-6)
     assert got.error == pytest.approx(0, abs=1e-6)
@@ -120,37 +155,39 @@ def test_equal_clients_give_their_update_back(rule):
 
 @pytest.mark.parametrize("cuts", [(1,), (3,), (2, 5), (1, 2, 3, 4, 5, 6, 7)])
 def test_blocks_reduced_apart_and_joined_give_the_rule_on_all_clients(rule, cuts):
-    updates, start = clients(8), state(1)
-    whole = rule.entry.aggregate(start, stream(updates), 0.5)
-    joined = rule.entry.reduction()
+    start = state(1)
+    updates = rule.received(start, clients(8))
+    whole = rule(start, updates, 0.5)
+    joined = rule.entry.means()
     for low, high in zip((0, *cuts), (*cuts, 8), strict=True):
-        part = rule.entry.reduction()
+        part = rule.entry.means()
         for weight, update in updates[low:high]:
             part.add(weight, update)
         # as it comes out of Ray's object store
         joined.join(pickle.loads(pickle.dumps(part)))
-    got = joined.aggregate(start, 0.5)
-    assert_same_update(got.state, {m: dense(f) for m, f in whole.state.factors.items()})
+    got = rule.entry.rule(start, joined, rule.step(0.5))
+    assert_same_update(got, {m: update_of(whole, m) for m in SHAPES})
     for name, tensor in whole.state.dense.items():
         np.testing.assert_allclose(got.state.dense[name], tensor, rtol=1e-6)
     assert got.error == pytest.approx(whole.error, abs=1e-9)
 
 
 def test_joining_changes_nothing_in_what_is_joined(rule):
-    parts = [rule.entry.reduction() for _ in range(2)]
+    parts = [rule.entry.means() for _ in range(2)]
     for part, (weight, update) in zip(parts, clients(2), strict=True):
         part.add(weight, update)
     before = pickle.dumps(parts)
-    joined = rule.entry.reduction()
+    joined = rule.entry.means()
     for part in (*parts, *parts):
         joined.join(part)
     assert pickle.dumps(parts) == before
 
 
 def test_one_client_is_taken_as_it_is(rule):
-    trained = state(8)
-    got = rule.entry.aggregate(state(1), stream([(13.0, trained)]), 1.0)
-    assert_same_update(got.state, {m: dense(f) for m, f in trained.factors.items()})
+    start = state(1)
+    updates = rule.received(start, [(13.0, state(8))])
+    got = rule(start, updates)
+    assert_same_update(got, {m: dense(f) for m, f in updates[0][1].factors.items()})
     assert got.error == pytest.approx(0, abs=1e-6)
 
 
@@ -160,19 +197,18 @@ def test_dense_tensors_are_averaged_by_weight(rule):
 
     # (3 * 2 + 1 * 6) / 4 = 3
     updates = [(3.0, with_head(2.0)), (1.0, with_head(6.0))]
-    got = rule.entry.aggregate(with_head(1.0), stream(updates), 1.0)
+    got = rule(with_head(1.0), updates)
     np.testing.assert_array_equal(got.state.dense["bias"], [3.0, 3.0])
     # a server step of 0.5 from 1 towards 3, and one of 2 beyond it
     for lr, expected in ((0.5, 2.0), (2.0, 5.0)):
-        got = rule.entry.aggregate(with_head(1.0), stream(updates), lr)
+        got = rule(with_head(1.0), updates, lr)
         np.testing.assert_array_equal(got.state.dense["bias"], [expected, expected])
 
 
 def test_a_state_without_factors_is_plain_fedavg_and_has_no_aggregation_error(rule):
     updates = [(w, AdapterState({}, s.dense)) for w, s in clients(4)]
-    got = rule.entry.aggregate(AdapterState({}, state(1).dense), stream(updates), 1.0)
-    assert got.error is None
-    assert got.state.factors == {}
+    got = rule(AdapterState({}, state(1).dense), updates)
+    assert (got.error, got.merged, got.state.factors) == (None, {}, {})
     for name in ("head.weight", "head.bias"):
         expected = plain_mean(updates, lambda s, name=name: s.dense[name])
         np.testing.assert_allclose(got.state.dense[name], expected, atol=1e-6)
@@ -181,8 +217,8 @@ def test_a_state_without_factors_is_plain_fedavg_and_has_no_aggregation_error(ru
 @pytest.mark.parametrize("lr", [0.25, 1.0, 1.5])
 def test_clients_that_have_not_moved_leave_the_update_where_it_was(rule, lr):
     start = state(1)
-    got = rule.entry.aggregate(start, stream([(2.0, start), (3.0, start)]), lr)
-    assert_same_update(got.state, {m: dense(f) for m, f in start.factors.items()})
+    got = rule(start, [(2.0, start), (3.0, start)], lr)
+    assert_same_update(got, {m: dense(f) for m, f in start.factors.items()})
     for name, tensor in start.dense.items():
         np.testing.assert_allclose(got.state.dense[name], tensor, rtol=1e-6)
 
@@ -190,8 +226,9 @@ def test_clients_that_have_not_moved_leave_the_update_where_it_was(rule, lr):
 @pytest.mark.parametrize("lr", [0.5, 1.0])
 def test_the_next_state_has_the_names_ranks_scales_and_precision_of_the_start(rule, lr):
     start = state(1)
-    got = rule.entry.aggregate(start, stream(clients(3)), lr).state
-    assert list(got.factors) == list(start.factors)
+    got = rule(start, rule.received(start, clients(3)), lr).state
+    # FLoRA starts LoRA anew.
+    assert list(got.factors) == ([] if rule.name == "stacking" else list(start.factors))
     assert list(got.dense) == list(start.dense)
     for module, f in got.factors.items():
         old = start.factors[module]
@@ -203,20 +240,22 @@ def test_the_next_state_has_the_names_ranks_scales_and_precision_of_the_start(ru
 
 @pytest.mark.parametrize("lr", [0.5, 1.0])
 def test_the_order_of_arrival_changes_nothing_but_rounding(rule, lr):
-    start, updates = state(1), clients(6)
-    got = rule.entry.aggregate(start, stream(updates), lr)
-    turned = rule.entry.aggregate(start, stream(updates[::-1]), lr)
-    assert_same_update(turned.state, {m: dense(f) for m, f in got.state.factors.items()})
+    start = state(1)
+    updates = rule.received(start, clients(6))
+    got = rule(start, updates, lr)
+    turned = rule(start, updates[::-1], lr)
+    assert_same_update(turned, {m: update_of(got, m) for m in SHAPES})
     for name, tensor in got.state.dense.items():
         np.testing.assert_allclose(turned.state.dense[name], tensor, atol=1e-6)
     assert turned.error == pytest.approx(got.error, abs=1e-6)
 
 
 def test_the_unit_of_the_weights_does_not_matter(rule):
-    start, updates = state(1), clients(4)
-    got = rule.entry.aggregate(start, stream(updates), 1.0)
-    scaled = rule.entry.aggregate(start, stream([(w * 1000, s) for w, s in updates]), 1.0)
-    assert_same_update(scaled.state, {m: dense(f) for m, f in got.state.factors.items()})
+    start = state(1)
+    updates = rule.received(start, clients(4))
+    got = rule(start, updates)
+    scaled = rule(start, [(w * 1000, s) for w, s in updates])
+    assert_same_update(scaled, {m: update_of(got, m) for m in SHAPES})
     assert scaled.error == pytest.approx(got.error, abs=1e-6)
 
 
@@ -229,7 +268,7 @@ def test_no_input_is_written_to(rule, lr):
         + [(t.copy(), t.copy()) for t in s.dense.values()]
         for s in states
     ]
-    rule.entry.aggregate(start, stream(updates), lr)
+    rule(start, updates, lr)
     for s, copies in zip(states, before, strict=True):
         now = [(f.a, f.b) for f in s.factors.values()] + [(t, t) for t in s.dense.values()]
         for (x, y), (x0, y0) in zip(now, copies, strict=True):
@@ -237,43 +276,79 @@ def test_no_input_is_written_to(rule, lr):
             np.testing.assert_array_equal(y, y0)
 
 
+@pytest.mark.parametrize("lr", [0.5, 1.0])
+def test_rules_that_claim_to_be_exact_give_the_dense_mean(rule, lr):
+    if rule.name not in EXACT:
+        pytest.skip("not exact")
+    start = state(1)
+    updates = rule.received(start, clients(5))
+    got = rule(start, updates, lr)
+    expected = {
+        m: (1 - lr) * dense(f) + lr * dense_mean(updates, m) for m, f in start.factors.items()
+    }
+    assert_same_update(got, expected)
+    if lr == 1.0:
+        assert got.error == pytest.approx(0, abs=1e-6)
+
+
 def test_the_error_is_the_distance_from_the_exact_mean_of_the_updates(rule):
-    updates = clients(5)
-    got = rule.entry.aggregate(state(1), stream(updates), 1.0)
+    start = state(1)
+    updates = rule.received(start, clients(5))
+    got = rule(start, updates)
     exact = {m: dense_mean(updates, m) for m in SHAPES}
-    apart = sum(np.linalg.norm(dense(got.state.factors[m]) - exact[m]) ** 2 for m in SHAPES)
+    apart = sum(np.linalg.norm(update_of(got, m) - exact[m]) ** 2 for m in SHAPES)
     size = sum(np.linalg.norm(exact[m]) ** 2 for m in SHAPES)
-    assert got.error == pytest.approx(np.sqrt(apart / size), rel=1e-5)
-    assert got.error > 0.1  # five clients of rank 3 are no update of rank 3
+    assert got.error == pytest.approx(np.sqrt(apart / size), rel=1e-5, abs=1e-6)
+    # five clients of rank 3 are no update of rank 3
+    assert (got.error < 1e-6) == (rule.name in EXACT)
+    assert rule.name in EXACT or got.error > 0.1
 
 
 def test_an_adapter_of_rank_zero_has_nothing_to_average(rule):
-    got = rule.entry.aggregate(state(1, rank=0), stream(clients(3, ranks=[0])), 1.0)
+    got = rule(state(1, rank=0), clients(3, ranks=[0]))
     for module, (d_out, d_in) in SHAPES.items():
-        assert got.state.factors[module].a.shape == (0, d_in)
-        assert got.state.factors[module].b.shape == (d_out, 0)
+        if rule.name != "stacking":
+            assert got.state.factors[module].a.shape == (0, d_in)
+            assert got.state.factors[module].b.shape == (d_out, 0)
+    assert got.merged == {}
     assert got.error == 0.0
 
 
 def test_a_rank_above_what_a_matrix_can_have_is_kept(rule):
-    trained = state(9, rank=9)
-    got = rule.entry.aggregate(state(1, rank=9), stream([(1.0, trained), (2.0, trained)]), 1.0)
-    assert {f.rank for f in got.state.factors.values()} == {9}
-    assert_same_update(got.state, {m: dense(f) for m, f in trained.factors.items()}, atol=3e-5)
+    start = state(1, rank=9)
+    updates = rule.received(start, [(1.0, state(9, rank=9)), (2.0, state(9, rank=9))])
+    got = rule(start, updates)
+    assert {f.rank for f in got.state.factors.values()} <= {9}
+    trained = updates[0][1]
+    assert_same_update(got, {m: dense(f) for m, f in trained.factors.items()}, atol=3e-5)
     # every direction can still be trained: no row of A is zero
     for f in got.state.factors.values():
         assert np.all(np.linalg.norm(f.a, axis=1) > 0)
 
 
-def test_clients_of_different_ranks_and_scales_are_averaged_exactly(mixed_rule):
+def of_mixed_ranks() -> Updates:
     updates = clients(4, ranks=[1, 4, 0, 2])
     _, fourth = updates[3]
     rescaled = {m: Factors(f.a, f.b, 3.0) for m, f in fourth.factors.items()}
-    updates[3] = (4.5, AdapterState(rescaled, fourth.dense))
-    start = state(1, rank=7)  # room for the 1 + 4 + 0 + 2 directions there are
-    got = mixed_rule.entry.aggregate(start, stream(updates), 1.0)
-    assert_same_update(got.state, {m: dense_mean(updates, m) for m in SHAPES})
-    assert {f.rank for f in got.state.factors.values()} == {7}
+    return [*updates[:3], (4.5, AdapterState(rescaled, fourth.dense))]
+
+
+def test_the_error_of_clients_of_different_ranks_is_measured(mixed_rule):
+    updates, start = of_mixed_ranks(), state(1, rank=7)
+    got = mixed_rule(start, updates)
+    assert {f.rank for f in got.state.factors.values()} <= {7}
+    exact = {m: dense_mean(updates, m) for m in SHAPES}
+    apart = sum(np.linalg.norm(update_of(got, m) - exact[m]) ** 2 for m in SHAPES)
+    size = sum(np.linalg.norm(exact[m]) ** 2 for m in SHAPES)
+    assert got.error == pytest.approx(np.sqrt(apart / size), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["product-svd", "stacking"])
+def test_clients_of_different_ranks_and_scales_are_averaged_exactly(name):
+    updates = of_mixed_ranks()
+    # room for the 1 + 4 + 0 + 2 directions there are
+    got = Named(name, RULES[name])(state(1, rank=7), updates)
+    assert_same_update(got, {m: dense_mean(updates, m) for m in SHAPES})
     assert got.error == pytest.approx(0, abs=1e-6)
 
 
@@ -282,7 +357,7 @@ def test_clients_of_different_ranks_and_scales_are_averaged_exactly(mixed_rule):
 
 def test_factor_average_is_the_mean_of_a_and_the_mean_of_b():
     updates = clients(5)
-    got = factor_average(state(1), stream(updates)).state
+    got = factor_average(state(1), updates).state
     for m in SHAPES:
         mean_a = plain_mean(updates, lambda s, m=m: s.factors[m].a)
         mean_b = plain_mean(updates, lambda s, m=m: s.factors[m].b)
@@ -293,7 +368,7 @@ def test_factor_average_is_the_mean_of_a_and_the_mean_of_b():
 @pytest.mark.parametrize("lr", [0.5, 1.5])
 def test_factor_average_steps_each_factor_towards_its_mean(lr):
     start, updates = state(1), clients(3)
-    got = factor_average(start, stream(updates), lr).state
+    got = factor_average(start, updates, lr).state
     for m, old in start.factors.items():
         mean_a = plain_mean(updates, lambda s, m=m: s.factors[m].a)
         mean_b = plain_mean(updates, lambda s, m=m: s.factors[m].b)
@@ -308,14 +383,14 @@ def scalar(a: float, b: float) -> AdapterState:
 
 def test_factor_average_is_biased_by_the_covariance_of_a_and_b():
     # clients (A, B) = (1, 1) and (3, 3): means 2 * 2 = 4, mean of products (1 + 9) / 2 = 5
-    got = factor_average(scalar(0, 0), stream([(1.0, scalar(1, 1)), (1.0, scalar(3, 3))]))
+    got = factor_average(scalar(0, 0), [(1.0, scalar(1, 1)), (1.0, scalar(3, 3))])
     assert dense(got.state.factors["q"]).item() == 4.0
     assert got.error == pytest.approx(1 / 5)
 
 
 def test_factor_average_does_not_average_factors_of_different_ranks():
     with pytest.raises(ValueError, match=r"rank|shape"):
-        factor_average(state(1), stream([(1.0, state(2)), (1.0, state(3, rank=1))]))
+        factor_average(state(1), [(1.0, state(2)), (1.0, state(3, rank=1))])
 
 
 # product-svd: the exact mean of the products, cut back to the rank.
@@ -324,14 +399,14 @@ def test_factor_average_does_not_average_factors_of_different_ranks():
 @pytest.mark.parametrize("count", [2, 5, 30])
 def test_product_svd_is_the_dense_mean_cut_by_the_dense_svd(count):
     updates = clients(count)
-    got = product_svd(state(1), stream(updates)).state
+    got = product_svd(state(1), updates)
     assert_same_update(got, {m: best_of_rank(dense_mean(updates, m), 3) for m in SHAPES})
 
 
 @pytest.mark.parametrize("lr", [0.5, 1.5])
 def test_product_svd_steps_the_update_and_then_cuts_it(lr):
     start, updates = state(1), clients(4)
-    got = product_svd(start, stream(updates), lr).state
+    got = product_svd(start, updates, lr)
     expected = {
         m: best_of_rank((1 - lr) * dense(f) + lr * dense_mean(updates, m), 3)
         for m, f in start.factors.items()
@@ -341,7 +416,7 @@ def test_product_svd_steps_the_update_and_then_cuts_it(lr):
 
 def test_product_svd_cuts_to_the_rank_of_the_start_however_many_ranks_the_clients_have():
     updates = clients(3, ranks=[4, 2, 3])
-    got = product_svd(state(1, rank=2), stream(updates)).state
+    got = product_svd(state(1, rank=2), updates)
     assert_same_update(got, {m: best_of_rank(dense_mean(updates, m), 2) for m in SHAPES})
 
 
@@ -359,13 +434,171 @@ def two_axes() -> tuple[AdapterState, Updates]:
 def test_the_error_of_product_svd_is_what_it_cuts_off():
     start, updates = two_axes()
     # diag(2, 1) without its 1: 1 / sqrt(4 + 1)
-    assert product_svd(start, stream(updates)).error == pytest.approx(1 / np.sqrt(5))
+    assert product_svd(start, updates).error == pytest.approx(1 / np.sqrt(5))
 
 
 def test_the_error_of_product_svd_is_what_it_cuts_off_with_a_server_step_too():
     start, updates = two_axes()
     # half a step from 0: diag(1, 0.5) without its 0.5 is the same share
-    assert product_svd(start, stream(updates), 0.5).error == pytest.approx(1 / np.sqrt(5))
+    assert product_svd(start, updates, 0.5).error == pytest.approx(1 / np.sqrt(5))
+
+
+# freeze-a and alternate: a factor that nobody trained stays bit for bit.
+
+
+@pytest.mark.parametrize(("name", "turn", "kept"), [("freeze-a", 5, "a"), ("alternate", 1, "b")])
+def test_a_frozen_factor_is_not_touched(name, turn, kept):
+    start, entry = state(1), RULES[name]
+    frozen = Named(name, entry, entry.frozen(turn))
+    got = frozen(start, frozen.received(start, clients(7)), 0.7).state
+    for m, f in start.factors.items():
+        np.testing.assert_array_equal(getattr(got.factors[m], kept), getattr(f, kept))
+
+
+def test_alternate_begins_with_b_since_a_has_no_gradient_while_b_is_zero():
+    turns = [RULES["alternate"].frozen(turn) for turn in range(4)]
+    assert turns == ["a", "b", "a", "b"]
+    assert [RULES["freeze-a"].frozen(turn) for turn in range(3)] == ["a", "a", "a"]
+    assert RULES["factor-average"].frozen(0) is None
+
+
+# residual and stacking: what goes into the base.
+
+
+def test_residual_keeps_the_averages_and_merges_what_they_lack():
+    start, updates = state(1), clients(3)
+    got = RULES["residual"].aggregate(start, stream(updates))
+    averages = factor_average(start, updates).state
+    for m, f in averages.factors.items():
+        np.testing.assert_array_equal(got.state.factors[m].a, f.a)
+        np.testing.assert_array_equal(got.state.factors[m].b, f.b)
+        b, a = got.merged[m]
+        np.testing.assert_allclose(b @ a, dense_mean(updates, m) - dense(f), atol=1e-6)
+
+
+def test_stacking_merges_all_of_the_mean_and_leaves_no_adapter():
+    updates = clients(4, ranks=[1, 3])
+    got = RULES["stacking"].aggregate(state(1), stream(updates))
+    assert got.state.factors == {}
+    for m in SHAPES:
+        b, a = got.merged[m]
+        np.testing.assert_allclose(b @ a, dense_mean(updates, m), atol=1e-6)
+
+
+# zero-pad: weights by the size of a client's update over all modules.
+
+
+def test_zero_pad_pads_to_the_largest_rank_and_weights_by_update_size():
+    start, updates = state(1, rank=4), clients(3, ranks=[2, 3])
+    got = RULES["zero-pad"].aggregate(start, stream(updates)).state
+    sizes = [np.sqrt(sum(np.sum(dense(f) ** 2) for f in s.factors.values())) for _, s in updates]
+    for m, old in start.factors.items():
+        a, b = np.zeros((3, old.a.shape[1])), np.zeros((old.b.shape[0], 3))
+        for size, (_, s) in zip(sizes, updates, strict=True):
+            f = s.factors[m]
+            a[: f.rank] += size / sum(sizes) * f.a
+            b[:, : f.rank] += size / sum(sizes) * f.b
+        np.testing.assert_allclose(got.factors[m].a[:3], a, atol=1e-6)
+        np.testing.assert_allclose(got.factors[m].b[:, :3], b, atol=1e-6)
+        # Nobody trained the fourth direction.
+        np.testing.assert_array_equal(got.factors[m].a[3], old.a[3])
+        np.testing.assert_array_equal(got.factors[m].b[:, 3], old.b[:, 3])
+
+
+def test_zero_pad_leaves_the_factors_where_nobody_has_moved_from_zero():
+    start = state(1)
+    still = {m: Factors(f.a, np.zeros_like(f.b), f.scale) for m, f in start.factors.items()}
+    start = AdapterState(still, start.dense)
+    got = RULES["zero-pad"].aggregate(start, stream([(1.0, start), (2.0, start)])).state
+    for m, f in start.factors.items():
+        np.testing.assert_array_equal(got.factors[m].a, f.a)
+
+
+# correct: B is the best for the averaged A, but for the ridge.
+
+
+def test_correct_keeps_the_mean_of_a_and_solves_the_ridge_for_b():
+    start, updates = state(1), clients(4)
+    got = RULES["correct"].aggregate(start, stream(updates)).state
+    for m, old in factor_average(start, updates).state.factors.items():
+        a, b, s = old.a.astype(float), old.b.astype(float), old.scale
+        ridge = RIDGE * np.trace(a @ a.T) / len(a)
+        # The rows of B are ridge regressions: stack sqrt(ridge) I below A^T.
+        above = np.concatenate([a.T, np.sqrt(ridge) * np.eye(len(a))])
+        lacking = dense_mean(updates, m) / s - b @ a
+        right = np.concatenate([lacking.T, np.zeros((len(a), len(b)))])
+        delta = np.linalg.lstsq(above, right, rcond=None)[0].T
+        np.testing.assert_array_equal(got.factors[m].a, old.a)
+        np.testing.assert_allclose(got.factors[m].b, b + delta, atol=1e-5)
+
+
+def test_correct_is_nearer_to_the_exact_mean_than_the_average_of_factors():
+    start, updates = state(1), clients(6)
+    corrected = RULES["correct"].aggregate(start, stream(updates)).error
+    assert corrected < 0.9 * factor_average(start, updates).error
+
+
+# The server's optimisers: arXiv:2003.00295, Algorithm 2, and FedAvgM.
+
+
+def one(value: float) -> AdapterState:
+    return AdapterState({}, {"x": np.array([value], np.float32)})
+
+
+def played(deltas: Sequence[float], **settings: object) -> list[float]:
+    """Return where the server is after each round whose clients move by a delta from it."""
+    optimizer = ServerOptimizer(**settings)
+    entry, moments, x, path = RULES["factor-average"], {}, 1.0, []
+    for delta in deltas:
+        step = OptimizerStep(optimizer, moments)
+        got = entry.aggregate(one(x), stream([(2.0, one(x + delta))]), step)
+        moments, x = step.moments, float(got.state.dense["x"][0])
+        path.append(x)
+    return path
+
+
+def test_momentum_adds_up_what_came_before():
+    # m: 1, 0.5 * 1 + 2 = 2.5; x: 1 + 0.1 * 1, + 0.1 * 2.5
+    assert played([1.0, 2.0], name="momentum", lr=0.1, momentum=0.5) == pytest.approx([1.1, 1.35])
+
+
+def test_adam_divides_by_the_root_of_the_mean_square():
+    settings = {"beta1": 0.5, "beta2": 0.75, "tau": 0.5}
+    path = played([1.0, 2.0], name="adam", lr=0.1, **settings)
+    m1, v1 = 0.5, 0.75 * 0.25 + 0.25
+    m2, v2 = 0.5 * m1 + 1.0, 0.75 * v1 + 0.25 * 4
+    first = 1 + 0.1 * m1 / (np.sqrt(v1) + 0.5)
+    assert path == pytest.approx([first, first + 0.1 * m2 / (np.sqrt(v2) + 0.5)])
+
+
+def test_yogi_moves_the_mean_square_by_a_step_of_known_size():
+    settings = {"beta1": 0.5, "beta2": 0.75, "tau": 0.5}
+    path = played([1.0, 0.1], name="yogi", lr=0.1, **settings)
+    m1, v1 = 0.5, 0.25 + 0.25 * 1.0
+    m2, v2 = 0.25 + 0.05, v1 - 0.25 * 0.01
+    first = 1 + 0.1 * m1 / (np.sqrt(v1) + 0.5)
+    assert path == pytest.approx([first, first + 0.1 * m2 / (np.sqrt(v2) + 0.5)])
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam", "yogi"])
+def test_server_optimisers_leave_a_frozen_factor_alone_whatever_they_remember(name):
+    start, entry = state(1), RULES["alternate"]
+    optimizer = ServerOptimizer(name=name, lr=0.1)
+    first = OptimizerStep(optimizer, frozen="a")
+    after = entry.aggregate(start, stream(clients(3)), first).state
+    second = OptimizerStep(optimizer, first.moments, frozen="b")
+    again = entry.aggregate(after, stream(clients(3)), second).state
+    for m, f in after.factors.items():
+        np.testing.assert_array_equal(f.a, start.factors[m].a)
+        np.testing.assert_array_equal(again.factors[m].b, f.b)
+        assert not np.array_equal(again.factors[m].a, f.a)
+
+
+def test_moments_of_another_shape_are_not_taken_up():
+    optimizer = ServerOptimizer(name="momentum", lr=1.0)
+    step = OptimizerStep(optimizer, {"x": (np.full(3, 9.0),)})
+    got = RULES["factor-average"].aggregate(one(1.0), stream([(1.0, one(3.0))]), step)
+    assert got.state.dense["x"].tolist() == [3.0]
 
 
 # The error, and the two running means.
@@ -379,7 +612,7 @@ def test_the_error_of_updates_that_are_all_zero_is_zero():
 def test_an_update_where_the_exact_mean_vanishes_is_not_called_exact():
     # (A, B) = (1, 1) and (2, -1/2): products 1 and -1 cancel, the means give 1.5 * 0.25 = 0.375
     updates = [(1.0, scalar(1, 1)), (1.0, scalar(2, -0.5))]
-    got = factor_average(scalar(0, 0), stream(updates))
+    got = factor_average(scalar(0, 0), updates)
     assert dense(got.state.factors["q"]).item() == 0.375
     assert got.error != 0.0
 

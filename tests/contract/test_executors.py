@@ -16,9 +16,10 @@ import pandas as pd
 import pytest
 
 from rayfed_lora.aggregation.rules import RULES
+from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.errors import ClientError, RunError
-from rayfed_lora.federation.executor import Executor, Population, Trained
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.federation.executor import Call, Executor, Population, Trained
+from rayfed_lora.recipe import Recipe, ServerOptimizer
 from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.runtime.session import simulate
 from rayfed_lora.storage import RunFolder
@@ -163,16 +164,17 @@ def test_the_first_tensors_are_the_head_or_in_a_full_round_all(opened):
 
 
 def mean_of(parts: list[Trained]) -> AdapterState:
-    """Return the aggregate of what came back, with the reductions joined in order."""
-    whole = RULES["factor-average"].reduction()
+    """Return the aggregate of what came back, with the means joined in order."""
+    entry = RULES["factor-average"]
+    whole = entry.means()
     for part in parts:
-        if part.reduction is not None:
-            whole.join(part.reduction)
-    return whole.aggregate(STATE, 1.0).state
+        if part.means is not None:
+            whole.join(part.means)
+    return entry.rule(STATE, whole, OptimizerStep(ServerOptimizer())).state
 
 
 def test_reports_come_one_a_client_in_client_order_and_their_updates_reduced(opened):
-    calls = [((0,),), ((1, 3), (4,)), ((5,),)]
+    calls = [Call(((0,),)), Call(((1, 3), (4,))), Call(((5,),))]
     parts = list(opened.train(STATE, Base(), PLAN, calls))
     assert [[r.client for r in part.clients] for part in parts] == [[0], [1, 3, 4], [5]]
     reports = [report for part in parts for report in part.clients]
@@ -188,13 +190,13 @@ def test_reports_come_one_a_client_in_client_order_and_their_updates_reduced(ope
 
 
 def test_of_many_calls_the_reductions_come_joined_and_nothing_is_lost(opened):
-    calls = [((k % 6,),) for k in range(70)]
+    calls = [Call(((k % 6,),)) for k in range(70)]
     parts = list(opened.train(STATE, Base(), PLAN, calls))
     assert [report.client for part in parts for report in part.clients] == [
         k % 6 for k in range(70)
     ]
     # 32 calls, 32 and the last 6: the server joins three.
-    assert [i for i, part in enumerate(parts) if part.reduction is not None] == [31, 63, 69]
+    assert [i for i, part in enumerate(parts) if part.means is not None] == [31, 63, 69]
     weights = [k % 6 + 1 for k in range(70)]
     moved = 2 + sum(w * (w - 1) for w in weights) / sum(weights)
     np.testing.assert_allclose(mean_of(parts).factors["q"].b, np.full((6, 2), moved), rtol=1e-6)
@@ -203,7 +205,7 @@ def test_of_many_calls_the_reductions_come_joined_and_nothing_is_lost(opened):
 def test_an_evaluation_begun_before_a_training_gives_the_sums_of_its_own_state(opened):
     other = replace(STATE, dense={"head": initial("head") + 1})
     wait = opened.evaluate("test", [slice(0, 5)], STATE, Base(), "adapter")
-    training = opened.train(other, Base(), PLAN, [((k,),) for k in range(6)])
+    training = opened.train(other, Base(), PLAN, [Call(((k,),)) for k in range(6)])
     (sums,) = wait()
     assert len(list(training)) == 6
     wave = np.sin(energy(STATE, Base(), "adapter") + np.arange(5))
@@ -211,18 +213,18 @@ def test_an_evaluation_begun_before_a_training_gives_the_sums_of_its_own_state(o
 
 
 def test_training_leaves_the_state_it_was_given_as_it_is(opened):
-    list(opened.train(STATE, Base(), PLAN, [((0, 1),)]))
+    list(opened.train(STATE, Base(), PLAN, [Call(((0, 1),))]))
     np.testing.assert_array_equal(STATE.factors["q"].a, 1)
 
 
-def test_a_new_base_and_a_new_fold_reach_the_clients(opened):
-    fold = {"q": Factors(np.ones((1, 4), np.float32), np.ones((6, 1), np.float32), 1.0)}
+def test_a_new_base_and_a_merge_reach_the_clients(opened):
+    merged = {"q": np.ones((6, 4), np.float32)}
     weights = {name: initial(name) for name in WEIGHTS if name != "head"}
     moves = []
-    for base in (Base(), Base(1, weights), Base(1, weights, (fold,)), Base()):
-        parts = list(opened.train(STATE, base, PLAN, [((0,),)]))
+    for base in (Base(), Base(1, weights), Base(1, weights, 1, merged), Base()):
+        parts = list(opened.train(STATE, base, PLAN, [Call(((0,),))]))
         moves.append(float(mean_of(parts).dense["head"][0, 0]))
-    # Client 0 in round 2 moves by 2, and by an eighth more for each new base and fold.
+    # Client 0 in round 2 moves by 2, and by an eighth more for each new base and merge.
     assert moves == [2.0, 2.125, 2.25, 2.0]
 
 
@@ -305,7 +307,7 @@ def test_a_client_that_raises_is_named_with_round_and_traceback_promptly(faulty)
     began = time.perf_counter()
     plan = replace(PLAN, round=5)
     with pytest.raises(ClientError) as raised:
-        list(faulty.train(STATE, Base(), plan, [((0,),), ((1,),), ((4,),), ((5,),)]))
+        list(faulty.train(STATE, Base(), plan, [Call(((k,),)) for k in (0, 1, 4, 5)]))
     assert time.perf_counter() - began < 60
     error = raised.value
     assert (error.client, error.round_index, error.exit_status) == (1, 5, 1)

@@ -245,7 +245,7 @@ def trained_by(update: ClientUpdate) -> dict[str, np.ndarray]:
 def block_of(
     trainer: LocalTrainer, clients: Sequence[int], state: AdapterState, plan: LocalPlan
 ) -> dict[int, ClientUpdate]:
-    updates = list(trainer.train(clients, state, Base(), plan))
+    updates = list(trainer.train(clients, [state] * len(clients), Base(), plan))
     assert [update.client for update in updates] == list(clients)
     return {update.client: update for update in updates}
 
@@ -414,7 +414,7 @@ def test_a_client_that_raises_is_named_and_the_others_are_as_alone(model: str) -
     wrong.train.labels[wrong.clients.examples(1)] = CLASSES + 4
     trainer, unharmed = LocalTrainer(recipe, wrong), LocalTrainer(recipe, workload)
     state, plan = received_state(trainer), make_plan(recipe, round=6)
-    updates = trainer.train(BLOCK, state, Base(), plan)
+    updates = trainer.train(BLOCK, [state] * len(BLOCK), Base(), plan)
     before = [next(updates), next(updates)]
     assert [update.client for update in before] == BLOCK[:2]
     with pytest.raises(ClientError, match="client 1 failed in round 6") as raised:

@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 
 from rayfed_lora.errors import InterruptedRunError, ResourceError, RunFolderError
+from rayfed_lora.federation.executor import Call
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.status import Status, StatusBoard
 from rayfed_lora.runtime import launch
@@ -114,7 +115,7 @@ def test_an_actor_restarted_while_it_was_idle_is_opened_anew(tmp_path):
             assert time.monotonic() < deadline
         state = AdapterState({}, executor.initial_tensors("adapter"))
         plan = LocalPlan(round=1, trainable="adapter", lr=0.1, proximal_weight=0.0)
-        (part,) = executor.train(state, Base(), plan, [((0, 1),)])
+        (part,) = executor.train(state, Base(), plan, [Call(((0, 1),))])
     finally:
         executor.close()
     assert [report.client for report in part.clients] == [0, 1]

@@ -12,6 +12,8 @@ from torch import nn
 from torch.func import functional_call
 from transformers import ViTConfig, ViTForImageClassification
 
+from rayfed_lora.aggregation.step import product
+from rayfed_lora.federation import transitions
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.shapes import adapted_modules
 from rayfed_lora.recipe import Adapter
@@ -54,6 +56,13 @@ def factors(name: str, rank: int, rng: np.random.Generator, scale: float) -> Fac
     a = rng.normal(size=(rank, d_in)).astype(np.float32)
     b = rng.normal(size=(d_out, rank)).astype(np.float32)
     return Factors(a, b, scale)
+
+
+def merged(base: Base, *folds: Mapping[str, Factors]) -> Base:
+    """Return the base with some updates in it."""
+    for added in folds:
+        base = transitions.merged(base, {name: product(f) for name, f in added.items()})
+    return base
 
 
 def fold(ranks: Mapping[str, int], seed: int, scale: float = 0.5) -> dict[str, Factors]:
@@ -187,9 +196,9 @@ def test_tensors_handed_out_do_not_change_when_the_model_does() -> None:
 def test_read_only_arrays_of_the_object_store_can_be_loaded() -> None:
     given = state([2] * 6)
     added = fold({NAMES[0]: 2}, seed=5)
-    base = Base(1, {n: w for n, w in everything(seed=4).items() if n not in HEAD}, (added,))
-    arrays = [*given.dense.values(), *(base.tensors or {}).values()]
-    for f in (*given.factors.values(), *added.values()):
+    base = merged(Base(1, {n: w for n, w in everything(seed=4).items() if n not in HEAD}), added)
+    arrays = [*given.dense.values(), *(base.tensors or {}).values(), *base.merged.values()]
+    for f in given.factors.values():
         arrays += [f.a, f.b]
     for array in arrays:
         array.flags.writeable = False
@@ -205,55 +214,28 @@ def test_a_replaced_base_and_its_folds_compute_as_the_dense_sum() -> None:
     model.load([given], Base(1, tensors), "adapter")
     expected = dense_logits({**tensors, **given.dense}, [given.factors])
     np.testing.assert_allclose(logits(model), expected, rtol=1e-4, atol=1e-5)
-    model.load([given], Base(1, tensors, (first, second)), "adapter")
+    model.load([given], merged(Base(1, tensors), first, second), "adapter")
     expected = dense_logits({**tensors, **given.dense}, [first, second, given.factors])
     np.testing.assert_allclose(logits(model), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_folds_added_one_by_one_give_the_bits_of_all_at_once() -> None:
-    folds = tuple(fold({NAMES[0]: 2, NAMES[5]: 1}, seed=s) for s in range(3))
+def test_what_is_loaded_does_not_depend_on_the_bases_loaded_before() -> None:
+    folds = [fold({NAMES[0]: 2, NAMES[5]: 1}, seed=s) for s in range(3)]
     given = state([1] * 6)
     gradual, at_once = AdaptedModel(build(), adapter()), AdaptedModel(build(), adapter())
-    for count in range(4):
-        gradual.load([given], Base(0, None, folds[:count]), "adapter")
-    at_once.load([given], Base(0, None, folds), "adapter")
+    for count in (0, 1, 2, 3, 1, 3):
+        gradual.load([given], merged(Base(), *folds[:count]), "adapter")
+    at_once.load([given], merged(Base(), *folds), "adapter")
     for name, tensor in weights_of(at_once).items():
         np.testing.assert_array_equal(weights_of(gradual)[name], tensor)
     changed = f"{NAMES[0]}.weight"
     assert not np.array_equal(weights_of(at_once)[changed], build().state_dict()[changed].numpy())
 
 
-def test_loading_the_same_base_again_adds_its_folds_only_once() -> None:
-    base, given = Base(0, None, (fold({NAMES[0]: 2}, seed=5),)), state([1] * 6)
-    model = AdaptedModel(build(), adapter())
-    model.load([given], base, "adapter")
-    once = weights_of(model)
-    model.load([given], base, "adapter")
-    for name, tensor in once.items():
-        np.testing.assert_array_equal(weights_of(model)[name], tensor)
-
-
-@pytest.mark.parametrize("replaced", [False, True], ids=["source", "replaced"])
-def test_a_base_with_fewer_folds_than_loaded_starts_anew(replaced: bool) -> None:
-    tensors = {n: w for n, w in everything(seed=3).items() if n not in HEAD} if replaced else None
-    folds = (fold({NAMES[0]: 2}, seed=5), fold({NAMES[1]: 2}, seed=6))
-    model, fresh, given = (
-        AdaptedModel(build(), adapter()),
-        AdaptedModel(build(), adapter()),
-        state([1] * 6),
-    )
-    base = Base(int(replaced), tensors, folds[:1])
-    model.load([given], Base(int(replaced), tensors, folds), "adapter")
-    model.load([given], base, "adapter")
-    fresh.load([given], base, "adapter")
-    for name, tensor in weights_of(fresh).items():
-        np.testing.assert_array_equal(weights_of(model)[name], tensor)
-
-
 @pytest.mark.parametrize("replaced", [False, True], ids=["source", "replaced"])
 def test_a_base_is_set_anew_after_a_full_round(replaced: bool) -> None:
     tensors = {n: w for n, w in everything(seed=3).items() if n not in HEAD} if replaced else None
-    base = Base(int(replaced), tensors, (fold({NAMES[0]: 2}, seed=5),))
+    base = merged(Base(int(replaced), tensors), fold({NAMES[0]: 2}, seed=5))
     given = state([1] * 6)
     model, fresh = AdaptedModel(build(), adapter()), AdaptedModel(build(), adapter())
     model.load([given], base, "adapter")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,15 +42,15 @@ def snapshot(rounds: int, base: Base | None = None) -> Snapshot:
             {"head.weight": np.asfortranarray(np.eye(3, 2, dtype=np.float32)), "a.bias": odd},
         ),
         base=base or Base(),
-        held=np.array([-1, 0, 2**40], np.int64),
+        held={"base": np.array([-1, 0, 2**40], np.int64), "a": np.array([3], np.int64)},
         facts={"rank": 2, "timing": {"wall_s": 0.1}, "validation": None},
     )
 
 
 def replaced(root: int) -> Base:
     tensors = {"z.weight": np.full((2, 3), root / 7, np.float32), "b": np.zeros(0, np.float32)}
-    folds = ({"v": factors(8, 1)}, {"q": factors(9, 3), "v": factors(10, 0)})
-    return Base(root, tensors, folds)
+    merged = {"v": np.full((6, 4), 1 / 3, np.float32), "q": np.zeros((1, 1), np.float32)}
+    return Base(root, tensors, 5, merged)
 
 
 def never_warned(text: str) -> None:
@@ -84,33 +85,57 @@ def test_a_state_comes_back_bit_for_bit_in_the_same_order(folder):
     assert_same_factors(found.state.factors, kept.state.factors)
     assert list(found.state.dense) == ["head.weight", "a.bias"]
     assert_same_bits(found.state.dense, kept.state.dense)
-    np.testing.assert_array_equal(found.held, [-1, 0, 2**40])
+    assert {kind: held.tolist() for kind, held in found.held.items()} == {
+        "base": [-1, 0, 2**40],
+        "a": [3],
+    }
+    assert (found.moments, found.personal) == ({}, {})
     assert {key: found.facts[key] for key in kept.facts} == kept.facts
-    assert found.base == Base(0, None, ())
+    assert found.base == Base(0, None, 0, {})
 
 
-def test_a_replaced_base_and_its_folds_come_back_bit_for_bit(folder):
+def test_a_replaced_base_and_what_was_merged_into_it_come_back_bit_for_bit(folder):
     kept = replaced(2)
     save_checkpoint(folder, snapshot(1, kept), keep=2)
     found = read_back(folder).base
     assert found.root == 2
     assert found.tensors is not None and kept.tensors is not None
     assert_same_bits(found.tensors, kept.tensors)
-    assert len(found.folds) == 2
-    for fold, kept_fold in zip(found.folds, kept.folds, strict=True):
-        assert_same_factors(fold, kept_fold)
+    assert found.version == kept.version == (2, 5)
+    assert_same_bits(found.merged, kept.merged)
 
 
-def test_more_than_ten_folds_keep_their_order(folder):
-    folds = tuple({"v": factors(i, 1)} for i in range(12))
-    save_checkpoint(folder, snapshot(1, Base(0, None, folds)), keep=1)
-    for fold, kept in zip(read_back(folder).base.folds, folds, strict=True):
-        assert_same_factors(fold, kept)
+def test_moments_and_each_clients_own_factors_come_back_bit_for_bit(folder):
+    draw = np.random.default_rng(0)
+    moments = {
+        f"A of m.{i}|x": (draw.normal(size=(2, 3)), draw.normal(size=(2, 3))) for i in (1, 2)
+    }
+    personal = {
+        client: {
+            "q": draw.normal(size=(6, 2)).astype(np.float32),
+            "v": np.asfortranarray(np.eye(2)),
+        }
+        for client in (0, 17, 10**6)
+    }
+    kept = replace(snapshot(3), moments=moments, personal=personal)
+    save_checkpoint(folder, kept, keep=1)
+    found = read_back(folder)
+    assert found.moments.keys() == moments.keys()
+    for name, parts in moments.items():
+        for got, expected in zip(found.moments[name], parts, strict=True):
+            assert got.tobytes() == expected.tobytes()
+    assert found.personal.keys() == personal.keys()
+    for client, factors_b in personal.items():
+        assert_same_bits(found.personal[client], factors_b)
 
 
 def test_a_full_model_state_without_factors_comes_back(folder):
     kept = Snapshot(
-        1, AdapterState({}, {"w": np.ones(2, np.float32)}), Base(), np.zeros(1, np.int64), {}
+        1,
+        AdapterState({}, {"w": np.ones(2, np.float32)}),
+        Base(),
+        {"base": np.zeros(1, np.int64)},
+        {},
     )
     save_checkpoint(folder, kept, keep=1)
     found = read_back(folder)
@@ -206,7 +231,7 @@ def test_a_damaged_base_is_noticed_and_the_checkpoint_before_is_used(folder, how
 def test_a_checkpoint_of_another_format_is_passed_over(folder):
     save_checkpoint(folder, snapshot(4), keep=2)
     name = "checkpoints/round-000004/manifest.json"
-    folder.write(name, folder.read(name).replace(b'"format": 1', b'"format": 2'))
+    folder.write(name, folder.read(name).replace(b'"format": 2', b'"format": 1'))
     notes: list[str] = []
     with pytest.raises(RunFolderError):
         checkpoints.newest(folder, notes.append)

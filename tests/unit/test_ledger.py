@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayfed_lora.federation.ledger import Ledger, Totals
-from rayfed_lora.types import ModelShape, ModuleShape
+from rayfed_lora.aggregation.rules import RULES
+from rayfed_lora.federation.ledger import Bill, Ledger, Totals
+from rayfed_lora.federation.traffic import RoundFacts
+from rayfed_lora.types import ModelShape, ModuleShape, Trainable
 
 # q is 4 -> 6: 10 values a rank; v is 3 -> 4: 7 values a rank.
 SHAPE = ModelShape(
@@ -26,69 +28,82 @@ RANKS = {"q": 2, "v": 1}
 ADAPTER = 2 * 10 + 1 * 7 + 6
 
 
+def new_ledger(rule: str = "factor-average") -> Ledger:
+    return Ledger(SHAPE, 4, RULES[rule])
+
+
 @pytest.fixture
 def ledger() -> Ledger:
-    return Ledger(SHAPE, clients=4)
+    return new_ledger()
+
+
+def book(
+    ledger: Ledger,
+    trainable: Trainable,
+    ranks: dict[str, int],
+    cohort: Sequence[int],
+    arrived: int,
+    **facts: Any,
+) -> Bill:
+    """Book a round in which the first `arrived` clients of the cohort send something."""
+    mask = np.arange(len(cohort)) < arrived
+    return ledger.book(RoundFacts(trainable, cohort, mask, ranks, **facts))
 
 
 def test_a_full_round_sends_the_whole_model_both_ways_and_no_base_beside_it(ledger):
-    bill = ledger.book("full", {}, (0, 2), 2, after_initiating=False)
+    bill = book(ledger, "full", {}, (0, 2), 2, after_initiating=False)
     assert (bill.params_up, bill.params_down, bill.base_params) == (2 * 47, 2 * 47, 0)
     assert ledger.totals.bytes_up == 2 * 47 * 4
 
 
 def test_an_adapter_round_sends_factors_at_each_modules_rank_and_the_head(ledger):
-    bill = ledger.book("adapter", RANKS, (0, 1, 3), 3)
-    assert (bill.up_params, bill.down_params) == (ADAPTER, ADAPTER) == (33, 33)
+    bill = book(ledger, "adapter", RANKS, (0, 1, 3), 3)
+    assert bill.up.tolist() == bill.down.tolist() == 3 * [ADAPTER] == 3 * [33]
     assert (bill.params_up, bill.params_down) == (99, 99)
 
 
 def test_an_adapter_of_rank_0_leaves_the_head_alone(ledger):
-    bill = ledger.book("adapter", {"q": 0, "v": 0}, (1,), 1)
+    bill = book(ledger, "adapter", {"q": 0, "v": 0}, (1,), 1)
     assert (bill.params_up, bill.params_down) == (6, 6)
 
 
 def test_a_model_without_a_trained_head_sends_factors_alone():
-    ledger = Ledger(ModelShape(SHAPE.modules, head_params=0, total_params=47), clients=1)
-    assert ledger.book("adapter", RANKS, (0,), 1).params_up == 27
+    shape = ModelShape(SHAPE.modules, head_params=0, total_params=47)
+    ledger = Ledger(shape, 1, RULES["factor-average"])
+    assert book(ledger, "adapter", RANKS, (0,), 1).params_up == 27
     assert ledger.totals.bytes_base == 47 * 4
 
 
 def test_a_client_is_sent_the_base_in_its_first_adapter_round_only(ledger):
-    assert ledger.book("adapter", RANKS, (0, 1), 2).base_params == 2 * BASE
-    assert ledger.book("adapter", RANKS, (0, 1), 2).base_params == 0
-    assert ledger.book("adapter", RANKS, (1, 2), 2).base_params == BASE
+    assert book(ledger, "adapter", RANKS, (0, 1), 2).base_params == 2 * BASE
+    assert book(ledger, "adapter", RANKS, (0, 1), 2).base_params == 0
+    assert book(ledger, "adapter", RANKS, (1, 2), 2).base_params == BASE
 
 
 def test_a_replaced_base_is_sent_once_more_to_each_participant(ledger):
-    ledger.book("adapter", RANKS, (0, 1), 2)
-    ledger.replace_base()
-    assert ledger.book("adapter", RANKS, (0, 1), 2).base_params == 2 * BASE
-    assert ledger.book("adapter", RANKS, (0, 1), 2).base_params == 0
+    book(ledger, "adapter", RANKS, (0, 1), 2)
+    book(ledger, "full", {}, (2,), 1)
+    assert book(ledger, "adapter", RANKS, (0, 1), 2).base_params == 2 * BASE
+    assert book(ledger, "adapter", RANKS, (0, 1), 2).base_params == 0
 
 
 def test_after_a_full_stage_every_participant_is_sent_the_new_base(ledger):
     # What a full round sends is the base before its aggregation; the aggregate is a newer one.
-    ledger.book("full", {}, (0, 1, 2, 3), 4, after_initiating=False)
-    ledger.replace_base()
-    assert ledger.book("adapter", RANKS, (0, 1), 2).base_params == 2 * BASE
-
-
-def test_a_full_round_brings_the_base_as_it_is_in_that_round(ledger):
-    ledger.book("full", {}, (0, 1), 2)
-    assert ledger.book("adapter", RANKS, (0, 1, 2), 3).base_params == BASE
+    book(ledger, "full", {}, (0, 1, 2, 3), 4, after_initiating=False)
+    assert book(ledger, "adapter", RANKS, (0, 1), 2).base_params == 2 * BASE
 
 
 def test_several_replacements_missed_cost_one_base(ledger):
-    ledger.book("adapter", RANKS, (0,), 1)
-    ledger.replace_base()
-    ledger.replace_base()
-    assert ledger.book("adapter", RANKS, (0,), 1).base_params == BASE
+    book(ledger, "adapter", RANKS, (0,), 1)
+    for _ in range(2):
+        book(ledger, "full", {}, (1,), 1)
+    assert book(ledger, "adapter", RANKS, (0,), 1).base_params == BASE
 
 
 def test_a_failed_client_is_sent_its_download_and_the_base_but_uploads_nothing(ledger):
-    bill = ledger.book("adapter", RANKS, (0, 1, 2), 1)
-    assert (bill.sent, bill.arrived) == (3, 1)
+    bill = book(ledger, "adapter", RANKS, (0, 1, 2), 1)
+    assert bill.arrived == 1
+    assert bill.up.tolist() == [33, 0, 0]
     assert (bill.params_up, bill.params_down) == (33, 3 * 33)
     assert bill.base_params == 3 * BASE
     # FedAvg with the same participation: 3 models down, 1 up.
@@ -98,53 +113,53 @@ def test_a_failed_client_is_sent_its_download_and_the_base_but_uploads_nothing(l
 def test_a_fold_costs_no_base_bytes_where_all_take_part_but_downloads_the_rank_before_the_cut(
     ledger,
 ):
-    ledger.book("adapter", {"q": 2, "v": 2}, (0, 1, 2, 3), 4)
-    ledger.fold_base(10 + 7)
-    bill = ledger.book("adapter", {"q": 1, "v": 1}, (0, 1, 2, 3), 4, down_ranks={"q": 2, "v": 2})
+    book(ledger, "adapter", {"q": 2, "v": 2}, (0, 1, 2, 3), 4)
+    bill = book(
+        ledger,
+        "adapter",
+        {"q": 1, "v": 1},
+        (0, 1, 2, 3),
+        4,
+        ranks_before={"q": 2, "v": 2},
+        folded=10 + 7,
+    )
     assert bill.base_params == 0
-    assert bill.up_params == 10 + 7 + 6
-    assert bill.down_params == 2 * (10 + 7) + 6
-    assert ledger.book("adapter", {"q": 1, "v": 1}, (0, 1, 2, 3), 4).base_params == 0
+    assert bill.up[0] == 10 + 7 + 6
+    assert bill.down[0] == 2 * (10 + 7) + 6
+    assert book(ledger, "adapter", {"q": 1, "v": 1}, (0, 1, 2, 3), 4).base_params == 0
 
 
 def test_who_missed_a_fold_is_charged_the_folded_factors_later(ledger):
-    ledger.book("adapter", {"q": 2, "v": 2}, (0, 1, 2), 3)
-    ledger.fold_base(17)
-    ledger.book("adapter", {"q": 1, "v": 1}, (0,), 1, down_ranks={"q": 2, "v": 2})
-    assert ledger.book("adapter", {"q": 1, "v": 1}, (0, 1), 2).base_params == 17
-    assert ledger.book("adapter", {"q": 1, "v": 1}, (1,), 1).base_params == 0
+    book(ledger, "adapter", {"q": 2, "v": 2}, (0, 1, 2), 3)
+    fold(ledger, (0,), {"q": 1, "v": 1})
+    assert book(ledger, "adapter", {"q": 1, "v": 1}, (0, 1), 2).base_params == 17
+    assert book(ledger, "adapter", {"q": 1, "v": 1}, (1,), 1).base_params == 0
 
 
 def test_who_missed_a_fold_and_meets_the_next_is_charged_the_first_alone(ledger):
-    ledger.book("adapter", {"q": 3, "v": 3}, (0, 1), 2)
-    ledger.fold_base(17)
-    ledger.book("adapter", {"q": 2, "v": 2}, (0,), 1, down_ranks={"q": 3, "v": 3})
-    ledger.fold_base(10)
-    bill = ledger.book("adapter", {"q": 1, "v": 2}, (0, 1), 2, down_ranks={"q": 2, "v": 2})
-    assert bill.base_params == 17
+    book(ledger, "adapter", {"q": 3, "v": 3}, (0, 1), 2)
+    fold(ledger, (0,), {"q": 2, "v": 2})
+    assert fold(ledger, (0, 1), {"q": 1, "v": 2}, folded=10).base_params == 17
 
 
 def test_folds_missed_are_charged_up_to_the_whole_base(ledger):
-    ledger.book("adapter", RANKS, (0,), 1)
+    book(ledger, "adapter", RANKS, (0,), 1)
     for _ in range(2):
-        ledger.fold_base(17)
+        fold(ledger, (1,), RANKS)
     assert 2 * 17 < BASE < 3 * 17
-    assert copy_of(ledger).book("adapter", RANKS, (0,), 1).base_params == 34
-    ledger.fold_base(17)
-    assert ledger.book("adapter", RANKS, (0,), 1).base_params == BASE
+    assert book(copy_of(ledger), "adapter", RANKS, (0,), 1).base_params == 34
+    fold(ledger, (1,), RANKS)
+    assert book(ledger, "adapter", RANKS, (0,), 1).base_params == BASE
 
 
 def test_a_client_that_never_took_part_is_sent_the_whole_base_in_a_fold_round(ledger):
-    ledger.fold_base(17)
-    bill = ledger.book("adapter", {"q": 1, "v": 1}, (3,), 1, down_ranks={"q": 2, "v": 2})
-    assert bill.base_params == BASE
-    assert ledger.book("adapter", {"q": 1, "v": 1}, (3,), 1).base_params == 0
+    assert fold(ledger, (3,), {"q": 1, "v": 1}).base_params == BASE
+    assert book(ledger, "adapter", {"q": 1, "v": 1}, (3,), 1).base_params == 0
 
 
 def test_the_four_reductions_are_as_counted_by_hand(ledger):
-    ledger.book("full", {}, (0, 1), 2, after_initiating=False)
-    ledger.replace_base()
-    ledger.book("adapter", RANKS, (0, 2), 1)
+    book(ledger, "full", {}, (0, 1), 2, after_initiating=False)
+    book(ledger, "adapter", RANKS, (0, 2), 1)
     # Full: 4 messages of 47. After it: 2 down + 1 up of 33, and 2 bases of 41.
     sent, base, fedavg = 4 * 47 + 3 * 33, 2 * 41, 4 * 47 + 3 * 47
     assert ledger.totals.communication() == {
@@ -164,7 +179,7 @@ def test_the_four_reductions_are_as_counted_by_hand(ledger):
 
 def test_a_reduction_without_rounds_behind_it_is_none(ledger):
     assert ledger.totals.communication()["reduction_vs_fedavg"] is None
-    ledger.book("full", {}, (0,), 1, after_initiating=False)
+    book(ledger, "full", {}, (0,), 1, after_initiating=False)
     communication = ledger.totals.communication()
     assert communication["reduction_vs_fedavg"] == 0.0
     assert communication["reduction_vs_fedavg_after_initiating"] is None
@@ -174,15 +189,15 @@ def test_three_full_rounds_of_fifty_on_vit_b16_leave_about_6_4_percent():
     # 12 layers, query and value of 768 x 768, rank 8: 24 * 8 * 1536 = 294912 of 85.8 million.
     total = 85_800_000
     modules = {f"{i}.{m}": ModuleShape(768, 768) for i in range(12) for m in "qv"}
-    ledger = Ledger(ModelShape(modules, head_params=0, total_params=total), clients=10)
+    shape = ModelShape(modules, head_params=0, total_params=total)
+    ledger = Ledger(shape, 10, RULES["factor-average"])
     cohort, ranks = tuple(range(10)), dict.fromkeys(modules, 8)
     for _ in range(3):
-        ledger.book("full", {}, cohort, 10, after_initiating=False)
-    ledger.replace_base()
+        book(ledger, "full", {}, cohort, 10, after_initiating=False)
     for _ in range(47):
-        bill = ledger.book("adapter", ranks, cohort, 10)
-    assert bill.up_params == 294_912
-    assert bill.up_params / total == pytest.approx(0.0034, abs=5e-5)
+        bill = book(ledger, "adapter", ranks, cohort, 10)
+    assert bill.up[0] == 294_912
+    assert bill.up[0] / total == pytest.approx(0.0034, abs=5e-5)
     # 3 / 50 + 47 / 50 * 0.0034 = 0.0632 of FedAvg's bytes: "about 6.4 %", the paper's 93.62 %.
     left = 1 - ledger.totals.communication()["reduction_vs_fedavg"]
     assert left == pytest.approx((3 + 47 * 294_912 / total) / 50, rel=1e-12)
@@ -190,10 +205,16 @@ def test_three_full_rounds_of_fifty_on_vit_b16_leave_about_6_4_percent():
 
 
 def copy_of(ledger: Ledger) -> Ledger:
-    values, held = ledger.snapshot()
-    copy = Ledger(SHAPE, clients=4)
-    copy.restore(values["steps"], values["totals"], held)
+    copy = new_ledger()
+    copy.restore(*ledger.snapshot())
     return copy
+
+
+def fold(ledger: Ledger, cohort: Sequence[int], ranks: dict[str, int], folded: int = 17) -> Bill:
+    """Book a round whose shrink by one rank is folded into the base."""
+    before = {name: rank + 1 for name, rank in ranks.items()}
+    size = len(cohort)
+    return book(ledger, "adapter", ranks, cohort, size, ranks_before=before, folded=folded)
 
 
 # --- against a slow ledger that keeps, for each client, the set of base pieces it has -----------
@@ -267,56 +288,178 @@ EVENTS = st.lists(
 
 @given(events=EVENTS)
 def test_the_totals_agree_with_a_slow_ledger_that_follows_each_client(events):
-    ledger = Ledger(SHAPE, clients=4)
+    ledger = new_ledger()
     slow = SlowLedger(pieces=[(0, BASE)], holding={}, sums={})
     for event in events:
         event["arrived"] = min(event["arrived"], len(event["cohort"]))
         ranks = dict.fromkeys(SHAPE.modules, event["rank"])
-        if event["kind"] == "fold":
+        folds = event["kind"] == "fold"
+        if folds:
             slow.fold(17)
-            ledger.fold_base(17)
-        ledger.book(
+        book(
+            ledger,
             "full" if event["kind"] == "full" else "adapter",
             {} if event["kind"] == "full" else ranks,
             event["cohort"],
             event["arrived"],
-            down_ranks=(
-                dict.fromkeys(SHAPE.modules, event["rank"] + 1) if event["kind"] == "fold" else None
-            ),
+            ranks_before=dict.fromkeys(SHAPE.modules, event["rank"] + 1) if folds else None,
+            folded=17 * folds,
             after_initiating=event["later"],
         )
         slow.book(event)
         if event["kind"] == "full":
-            ledger.replace_base()
             slow.replace()
     assert ledger.totals == Totals(**slow.sums)
 
 
-@given(events=EVENTS, at=st.integers(0, 12))
-def test_a_restored_ledger_goes_on_as_if_nothing_had_happened(events, at):
-    undisturbed = Ledger(SHAPE, clients=4)
-    cut = Ledger(SHAPE, clients=4)
+@given(
+    events=EVENTS,
+    at=st.integers(0, 12),
+    rule=st.sampled_from(["factor-average", "stacking", "residual", "freeze-a", "alternate"]),
+)
+def test_a_restored_ledger_goes_on_as_if_nothing_had_happened(events, at, rule):
+    undisturbed, cut = new_ledger(rule), new_ledger(rule)
     for index, event in enumerate(events):
         if index == at:
-            values, held = cut.snapshot()
-            cut = Ledger(SHAPE, clients=4)
-            cut.restore(values["steps"], values["totals"], held)
+            snapshot = cut.snapshot()
+            cut = new_ledger(rule)
+            cut.restore(*snapshot)
         for ledger in (undisturbed, cut):
-            if event["kind"] == "fold":
-                ledger.fold_base(17)
-            if event["kind"] == "full":
-                ledger.replace_base()
-            ranks = dict.fromkeys(SHAPE.modules, event["rank"])
-            ledger.book("adapter", ranks, event["cohort"], len(event["cohort"]))
+            full = event["kind"] == "full"
+            book(
+                ledger,
+                "full" if full else "adapter",
+                dict.fromkeys(SHAPE.modules, event["rank"]),
+                event["cohort"],
+                len(event["cohort"]),
+                frozen=RULES[rule].frozen(index),
+                resized=event["kind"] == "fold",
+            )
     assert cut.totals == undisturbed.totals
-    np.testing.assert_array_equal(cut.snapshot()[1], undisturbed.snapshot()[1])
-    assert cut.snapshot()[0] == undisturbed.snapshot()[0]
+    (facts, held), (expected_facts, expected_held) = cut.snapshot(), undisturbed.snapshot()
+    assert facts == expected_facts
+    assert held.keys() == expected_held.keys()
+    for kind, versions in held.items():
+        np.testing.assert_array_equal(versions, expected_held[kind])
 
 
 def test_a_snapshot_does_not_change_with_the_ledger(ledger):
-    values, held = ledger.snapshot()
-    ledger.fold_base(17)
-    ledger.book("adapter", RANKS, (0,), 1)
-    assert values["steps"] == []
-    assert values["totals"]["bytes_up"] == 0
-    np.testing.assert_array_equal(held, [-1, -1, -1, -1])
+    facts, held = ledger.snapshot()
+    fold(ledger, (0,), RANKS)
+    assert facts["steps"] == []
+    assert facts["totals"]["bytes_up"] == 0
+    np.testing.assert_array_equal(held["base"], [-1, -1, -1, -1])
+
+
+# --- what each rule sends, by hand. A of q and v has 4 and 3 values a rank, B 6 and 4; head 6 ---
+
+ALL = (0, 1, 2, 3)
+RANK_2 = {"q": 2, "v": 2}
+A, B = 2 * (4 + 3), 2 * (6 + 4)
+
+
+@pytest.mark.parametrize("rule", ["factor-average", "product-svd", "zero-pad", "correct"])
+def test_rules_that_average_both_factors_send_both_both_ways(rule):
+    bill = book(new_ledger(rule), "adapter", RANK_2, (0, 1), 2)
+    assert bill.up.tolist() == bill.down.tolist() == 2 * [A + B + 6] == 2 * [40]
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+def test_under_every_rule_a_full_round_sends_the_whole_model(rule):
+    bill = book(new_ledger(rule), "full", {}, (0, 1), 2)
+    assert (bill.params_up, bill.params_down, bill.base_params) == (94, 94, 0)
+
+
+def test_freeze_a_sends_b_and_the_head():
+    bill = book(new_ledger("freeze-a"), "adapter", RANK_2, (0, 1), 2, frozen="a")
+    assert bill.up.tolist() == bill.down.tolist() == 2 * [B + 6] == 2 * [26]
+    # A is drawn from the seed that all share.
+    assert bill.base_params == 2 * BASE
+
+
+def test_freeze_a_sends_a_new_a_once_to_each_participant_after_a_cut():
+    ledger = new_ledger("freeze-a")
+    book(ledger, "adapter", RANK_2, ALL, 4, frozen="a")
+    one = {"q": 1, "v": 1}
+    assert book(ledger, "adapter", one, (0, 1), 2, frozen="a", resized=True).base_params == 2 * 7
+    assert book(ledger, "adapter", one, (0, 2), 2, frozen="a").base_params == 7
+    assert book(ledger, "adapter", one, ALL, 4, frozen="a").base_params == 7
+
+
+def test_alternate_sends_the_live_factor_both_ways():
+    ledger = new_ledger("alternate")
+    first = book(ledger, "adapter", RANK_2, ALL, 4, frozen="a")
+    second = book(ledger, "adapter", RANK_2, ALL, 4, frozen="b")
+    assert first.up.tolist() == first.down.tolist() == 4 * [B + 6]
+    assert second.up.tolist() == second.down.tolist() == 4 * [A + 6]
+    # Who took part has got the result: nothing else is needed.
+    assert (first.base_params, second.base_params) == (4 * BASE, 0)
+
+
+def test_alternate_brings_who_missed_a_turn_up_to_date():
+    ledger = new_ledger("alternate")
+    book(ledger, "adapter", RANK_2, (0, 1, 2), 3, frozen="a")
+    book(ledger, "adapter", RANK_2, (0, 1), 2, frozen="b")
+    # Client 2 missed the turn of A, client 3 both; B is live.
+    bill = book(ledger, "adapter", RANK_2, ALL, 4, frozen="a")
+    assert bill.base.tolist() == [0, 0, A, BASE + A + B]
+
+
+def test_alternate_sends_both_factors_after_a_cut():
+    ledger = new_ledger("alternate")
+    book(ledger, "adapter", RANK_2, (0, 1), 2, frozen="a")
+    bill = book(ledger, "adapter", {"q": 1, "v": 1}, (0, 1), 2, frozen="b", resized=True)
+    assert bill.base.tolist() == 2 * [7 + 10]
+    assert bill.up.tolist() == bill.down.tolist() == 2 * [7 + 6]
+
+
+def test_share_a_sends_a_and_the_head():
+    bill = book(new_ledger("share-a"), "adapter", RANK_2, (0, 1), 2)
+    assert bill.up.tolist() == bill.down.tolist() == 2 * [A + 6] == 2 * [20]
+
+
+def test_stacking_sends_the_factors_of_all_that_arrived_to_all():
+    ledger = new_ledger("stacking")
+    bill = book(ledger, "adapter", RANK_2, (0, 1, 2), 2)
+    assert bill.up.tolist() == [40, 40, 0]
+    assert bill.down.tolist() == 3 * [2 * (A + B) + 6]
+    assert bill.base_params == 3 * BASE
+    # Those three have merged it; the fourth gets the base as it is.
+    assert book(ledger, "adapter", RANK_2, ALL, 4).base.tolist() == [0, 0, 0, BASE]
+
+
+def test_who_missed_a_stack_is_charged_it_up_to_the_whole_base():
+    ledger = new_ledger("stacking")
+    book(ledger, "adapter", {"q": 1, "v": 0}, ALL, 4)
+    book(ledger, "adapter", {"q": 1, "v": 0}, (0, 1), 2)
+    assert book(ledger, "adapter", {"q": 1, "v": 0}, ALL, 4).base.tolist() == [0, 0, 20, 20]
+    for _ in range(2):
+        book(ledger, "adapter", RANK_2, (0, 1), 2)
+    assert book(ledger, "adapter", RANK_2, (2,), 1).base.tolist() == [BASE]
+
+
+def test_residual_sends_beside_the_averages_what_they_lack_or_the_matrix():
+    ledger = new_ledger("residual")
+    ranks = {"q": 1, "v": 1}
+    # Two clients: rank 1 is lacking, 10 and 7 values; three: rank 2, 20 and 14, but a 4 x 3
+    # matrix has 12; one client: nothing.
+    for cohort, lacking in (((0, 1), 17), ((0, 1, 2), 20 + 12), ((0,), 0)):
+        bill = book(ledger, "adapter", ranks, cohort, len(cohort))
+        assert bill.up.tolist() == len(cohort) * [17 + 6]
+        assert bill.down.tolist() == len(cohort) * [17 + 6 + lacking]
+    # Client 2 holds what came up to the second round; client 3 nothing.
+    assert book(ledger, "adapter", ranks, ALL, 4).base.tolist() == [0, 0, 0, BASE]
+    book(ledger, "adapter", ranks, (0, 1), 2)
+    assert book(ledger, "adapter", ranks, (2,), 1).base.tolist() == [17]
+
+
+@pytest.mark.parametrize("rule", ["product-svd", "zero-pad"])
+def test_clients_of_different_ranks_send_and_get_their_own(rule):
+    bill = book(new_ledger(rule), "adapter", {"q": 2, "v": 1}, (0, 1), 2, limits=np.array([1, 5]))
+    assert bill.up.tolist() == bill.down.tolist() == [10 + 7 + 6, 20 + 7 + 6]
+
+
+def test_stacking_sends_the_sum_of_different_ranks():
+    bill = book(new_ledger("stacking"), "adapter", RANK_2, (0, 1), 2, limits=np.array([1, 2]))
+    assert bill.up.tolist() == [17 + 6, 34 + 6]
+    assert bill.down.tolist() == 2 * [17 + 34 + 6]

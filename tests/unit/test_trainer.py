@@ -306,7 +306,7 @@ def test_one_sgd_step_follows_the_chain_rule_on_the_merged_weights() -> None:
     recipe = make_recipe(clients__local_steps=1, clients__batch_size=100)
     trainer, workload = image_trainer(recipe), image_workload(recipe)
     state = adapter_state(trainer)
-    update, stepped = only(trainer.train([2], state, Base(), local_plan(lr=20.0)))
+    update, stepped = only(trainer.train([2], [state], Base(), local_plan(lr=20.0)))
     # A batch larger than the client is all its examples; their order does not matter.
     pixels, labels = inputs_of(workload, workload.clients.examples(2))
     net = plain_net(recipe, workload).double()
@@ -346,7 +346,7 @@ def test_training_a_vit_equals_a_plain_peft_loop(name: str) -> None:
     recipe = make_recipe(clients__optimizer={"name": name, **values})
     trainer, workload = image_trainer(recipe), image_workload(recipe)
     state = adapter_state(trainer)
-    _, trained = only(trainer.train([1], state, Base(), local_plan(lr=0.02)))
+    _, trained = only(trainer.train([1], [state], Base(), local_plan(lr=0.02)))
     expected = plain_loop(
         peft_net(recipe, workload, state),
         workload,
@@ -366,7 +366,7 @@ def test_training_a_bert_equals_a_plain_peft_loop_on_padded_texts(
     workload = prepare(recipe)
     trainer = LocalTrainer(recipe, workload)
     state = adapter_state(trainer)
-    _, trained = only(trainer.train([3], state, Base(), local_plan(lr=0.02)))
+    _, trained = only(trainer.train([3], [state], Base(), local_plan(lr=0.02)))
     expected = plain_loop(
         peft_net(recipe, workload, state),
         workload,
@@ -382,7 +382,7 @@ def test_a_full_round_equals_a_plain_torch_loop_on_every_weight() -> None:
     trainer, workload = image_trainer(recipe), image_workload(recipe)
     state = AdapterState({}, trainer.initial_tensors("full"))
     plan = local_plan(trainable="full", proximal_weight=0.5)
-    _, trained = only(trainer.train([1], state, Base(), plan))
+    _, trained = only(trainer.train([1], [state], Base(), plan))
     net = plain_net(recipe, workload)
     batches = batches_of(recipe, workload, client=1, round_index=1)
     expected = plain_loop(net, workload, batches, sgd(), mu=0.5)
@@ -395,8 +395,8 @@ def test_the_proximal_term_pulls_factors_and_head_back_to_what_was_received() ->
     recipe = make_recipe()
     trainer, workload = image_trainer(recipe), image_workload(recipe)
     state = adapter_state(trainer)
-    _, pulled = only(trainer.train([1], state, Base(), local_plan(proximal_weight=2.0)))
-    _, free = only(trainer.train([1], state, Base(), local_plan()))
+    _, pulled = only(trainer.train([1], [state], Base(), local_plan(proximal_weight=2.0)))
+    _, free = only(trainer.train([1], [state], Base(), local_plan()))
     batches = batches_of(recipe, workload, client=1, round_index=1)
     expected = plain_loop(peft_net(recipe, workload, state), workload, batches, sgd(), mu=2.0)
     assert_matches_peft(pulled, expected)
@@ -407,8 +407,8 @@ def test_the_training_loss_leaves_the_proximal_term_out() -> None:
     recipe = make_recipe(clients__local_steps=1)
     trainer = image_trainer(recipe)
     state = adapter_state(trainer)
-    one, _ = only(trainer.train([1], state, Base(), local_plan(proximal_weight=0.0)))
-    other, _ = only(trainer.train([1], state, Base(), local_plan(proximal_weight=100.0)))
+    one, _ = only(trainer.train([1], [state], Base(), local_plan(proximal_weight=0.0)))
+    other, _ = only(trainer.train([1], [state], Base(), local_plan(proximal_weight=100.0)))
     assert one.train_loss == other.train_loss
 
 
@@ -416,7 +416,7 @@ def test_gradients_longer_than_the_limit_are_cut_to_it() -> None:
     recipe = make_recipe(clients__max_grad_norm=0.05)
     trainer, workload = image_trainer(recipe), image_workload(recipe)
     state = adapter_state(trainer)
-    _, trained = only(trainer.train([1], state, Base(), local_plan()))
+    _, trained = only(trainer.train([1], [state], Base(), local_plan()))
     batches = batches_of(recipe, workload, client=1, round_index=1)
     net = peft_net(recipe, workload, state)
     expected = plain_loop(net, workload, batches, sgd(), longest_gradient=0.05)
@@ -431,7 +431,7 @@ def test_local_epochs_take_every_example_once_a_pass() -> None:
     recipe = make_recipe(clients__local_steps=None, clients__local_epochs=2)
     trainer, workload = image_trainer(recipe), image_workload(recipe)
     state = adapter_state(trainer)
-    _, trained = only(trainer.train([1], state, Base(), local_plan()))
+    _, trained = only(trainer.train([1], [state], Base(), local_plan()))
     batches = batches_of(recipe, workload, client=1, round_index=1)
     # 12 examples in batches of 5: 5 + 5 + 2, twice.
     assert [len(rows) for rows in batches] == [5, 5, 2, 5, 5, 2]
@@ -443,7 +443,7 @@ def test_a_client_with_fewer_examples_than_a_batch_takes_all_of_them_in_each_ste
     recipe = make_recipe(clients__local_steps=4)
     trainer, workload = image_trainer(recipe), image_workload(recipe)
     state = adapter_state(trainer)
-    update, trained = only(trainer.train([0], state, Base(), local_plan()))
+    update, trained = only(trainer.train([0], [state], Base(), local_plan()))
     whole = [workload.clients.examples(0)] * 4
     expected = plain_loop(peft_net(recipe, workload, state), workload, whole, sgd())
     assert update.examples == 3
@@ -458,12 +458,12 @@ def test_a_client_whose_loss_is_not_a_number_fails_alone() -> None:
     spoilt.inputs["pixel_values"][rows] = np.nan
     trainer = image_trainer(recipe, spoilt)
     state = adapter_state(trainer)
-    before, failed, after = trainer.train([1, 2, 3], state, Base(), local_plan())
+    before, failed, after = trainer.train([1, 2, 3], [state] * 3, Base(), local_plan())
     assert failed.error == "loss is nan in local step 1 of 2"
     assert failed.state is None
     assert math.isnan(failed.train_loss)
     for update, client in ((before, 1), (after, 3)):
-        _, expected = only(clean.train([client], state, Base(), local_plan()))
+        _, expected = only(clean.train([client], [state], Base(), local_plan()))
         assert_close(update.state, expected)
 
 
@@ -471,7 +471,7 @@ def test_weights_that_overflow_in_the_last_step_fail_the_client() -> None:
     # The loss is finite; a step of 1e30 along 1e30 times the weights is beyond float32's 3e38.
     recipe = make_recipe(clients__local_steps=1, clients__optimizer__weight_decay=1e30)
     trainer = image_trainer(recipe)
-    (failed,) = trainer.train([1], adapter_state(trainer), Base(), local_plan(lr=1e30))
+    (failed,) = trainer.train([1], [adapter_state(trainer)], Base(), local_plan(lr=1e30))
     assert failed.error == "weights are not finite after 1 local steps"
     assert failed.state is None
 
@@ -479,8 +479,8 @@ def test_weights_that_overflow_in_the_last_step_fail_the_client() -> None:
 def test_bf16_computes_nearly_the_same_and_keeps_float32_weights() -> None:
     exact, rounded = make_recipe(), make_recipe(runtime__precision="bf16")
     state = adapter_state(image_trainer(exact))
-    reference, expected = only(image_trainer(exact).train([1], state, Base(), local_plan()))
-    update, trained = only(image_trainer(rounded).train([1], state, Base(), local_plan()))
+    reference, expected = only(image_trainer(exact).train([1], [state], Base(), local_plan()))
+    update, trained = only(image_trainer(rounded).train([1], [state], Base(), local_plan()))
     # bfloat16 has 8 bits: a relative rounding error of 2**-9 in each product.
     assert update.train_loss != reference.train_loss
     assert update.train_loss == pytest.approx(reference.train_loss, rel=0.02)
@@ -503,10 +503,10 @@ def test_dropout_of_a_client_does_not_depend_on_who_was_trained_before() -> None
     recipe = make_recipe(**DROPPING)
     alone, busy = image_trainer(recipe), image_trainer(recipe)
     state = adapter_state(alone)
-    _, expected = only(alone.train([2], state, Base(), local_plan()))
+    _, expected = only(alone.train([2], [state], Base(), local_plan()))
     busy.evaluate("test", slice(0, 5), state, Base(), "adapter")
     torch.manual_seed(99)
-    *_, last = busy.train([4, 0, 2], state, Base(), local_plan())
+    *_, last = busy.train([4, 0, 2], [state] * 3, Base(), local_plan())
     assert_close(last.state, expected)
 
 
@@ -514,10 +514,10 @@ def test_dropout_of_a_client_does_not_depend_on_a_full_round_before_it() -> None
     recipe = make_recipe(**DROPPING)
     fresh, used = image_trainer(recipe), image_trainer(recipe)
     state = adapter_state(fresh)
-    _, expected = only(fresh.train([2], state, Base(), local_plan()))
+    _, expected = only(fresh.train([2], [state], Base(), local_plan()))
     whole = AdapterState({}, used.initial_tensors("full"))
-    list(used.train([1], whole, Base(), local_plan(trainable="full")))
-    _, trained = only(used.train([2], state, Base(), local_plan()))
+    list(used.train([1], [whole], Base(), local_plan(trainable="full")))
+    _, trained = only(used.train([2], [state], Base(), local_plan()))
     assert_same_bits(trained, expected)
 
 
@@ -528,7 +528,7 @@ def test_dropout_is_drawn_anew_for_each_round_and_client() -> None:
     state = adapter_state(image_trainer(recipe))
 
     def trained(of: Recipe, t: int) -> AdapterState:
-        return only(image_trainer(of).train([0], state, Base(), local_plan(round=t)))[1]
+        return only(image_trainer(of).train([0], [state], Base(), local_plan(round=t)))[1]
 
     assert largest_difference(trained(calm, 1), trained(calm, 2)) < 1e-5
     assert largest_difference(trained(recipe, 1), trained(recipe, 2)) > 1e-3
@@ -538,8 +538,8 @@ def test_the_order_of_clients_changes_no_bit() -> None:
     recipe = make_recipe(**DROPPING)
     trainer = image_trainer(recipe)
     state = adapter_state(trainer)
-    one = {u.client: u.state for u in trainer.train([0, 1, 2], state, Base(), local_plan())}
-    other = {u.client: u.state for u in trainer.train([2, 0, 1], state, Base(), local_plan())}
+    one = {u.client: u.state for u in trainer.train([0, 1, 2], [state] * 3, Base(), local_plan())}
+    other = {u.client: u.state for u in trainer.train([2, 0, 1], [state] * 3, Base(), local_plan())}
     assert list(other) == [2, 0, 1]
     for client, trained in one.items():
         assert_same_bits(other[client], trained)
@@ -549,7 +549,7 @@ def test_training_does_not_change_the_state_it_was_given() -> None:
     recipe = make_recipe()
     trainer = image_trainer(recipe)
     state, copy = adapter_state(trainer), adapter_state(trainer)
-    list(trainer.train([1], state, Base(), local_plan()))
+    list(trainer.train([1], [state], Base(), local_plan()))
     assert_same_bits(state, copy)
 
 
@@ -557,7 +557,7 @@ def test_with_no_rank_and_no_trained_head_nothing_is_trained() -> None:
     recipe = make_recipe(adapter__train_head=False)
     trainer, workload = image_trainer(recipe), image_workload(recipe)
     state = replace(adapter_state(trainer, rank=0), dense={})
-    update, trained = only(trainer.train([0], state, Base(), local_plan(proximal_weight=1.0)))
+    update, trained = only(trainer.train([0], [state], Base(), local_plan(proximal_weight=1.0)))
     assert_same_bits(trained, state)
     inputs, labels = inputs_of(workload, workload.clients.examples(0))
     with torch.no_grad():
@@ -570,7 +570,7 @@ def test_with_no_rank_the_head_alone_is_trained() -> None:
     recipe = make_recipe()
     trainer, workload = image_trainer(recipe), image_workload(recipe)
     state = adapter_state(trainer, rank=0)
-    _, trained = only(trainer.train([1], state, Base(), local_plan()))
+    _, trained = only(trainer.train([1], [state], Base(), local_plan()))
     net = plain_net(recipe, workload)
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in HEAD)
@@ -645,7 +645,7 @@ def test_a_client_that_raises_is_named_with_its_round_and_traceback() -> None:
     wrong.labels[image_workload(recipe).clients.examples(3)] = CLASSES + 4
     trainer = image_trainer(recipe, wrong)
     with pytest.raises(ClientError, match="client 3 failed in round 1") as raised:
-        list(trainer.train([1, 3], adapter_state(trainer), Base(), local_plan()))
+        list(trainer.train([1, 3], [adapter_state(trainer)] * 2, Base(), local_plan()))
     assert (raised.value.client, raised.value.round_index) == (3, 1)
     assert "Target 7 is out of bounds" in raised.value.trace
     assert "cross_entropy" in raised.value.trace
@@ -673,7 +673,7 @@ def test_two_trainers_of_one_recipe_start_from_the_same_weights_and_seeds_differ
 def test_the_initial_tensors_are_those_of_the_seed_also_after_training() -> None:
     trainer = image_trainer(make_recipe())
     before = trainer.initial_tensors("adapter")
-    list(trainer.train([1], adapter_state(trainer), Base(), local_plan()))
+    list(trainer.train([1], [adapter_state(trainer)], Base(), local_plan()))
     for name, tensor in trainer.initial_tensors("adapter").items():
         np.testing.assert_array_equal(tensor, before[name])
 
@@ -700,5 +700,5 @@ def test_running_statistics_of_one_clients_batches_do_not_reach_anyone_else() ->
     whole = AdapterState({}, {n: (t + rng.normal(0, 0.1, t.shape)).astype(np.float32)
                               for n, t in dense.items()})  # fmt: skip
     before = trainer.evaluate("test", slice(0, 8), whole, Base(), "full")
-    list(trainer.train([0], whole, Base(), local_plan(trainable="full", lr=1e-3)))
+    list(trainer.train([0], [whole], Base(), local_plan(trainable="full", lr=1e-3)))
     assert trainer.evaluate("test", slice(0, 8), whole, Base(), "full") == before

@@ -61,7 +61,7 @@ def test_after_a_full_stage_the_aggregate_is_the_base_and_the_head_stays_trained
     model = full_model()
     entry = enter(make_recipe(), SHAPE, model, plan(1, 2))
     base = entry.model.base
-    assert (entry.model.trainable, base.root, base.folds) == ("adapter", 1, ())
+    assert (entry.model.trainable, base.root, base.merges) == ("adapter", 1, 0)
     assert base.tensors is not None
     assert list(base.tensors) == ["embed", "q.weight", "v.weight"]
     assert list(entry.model.state.dense) == ["head"]
@@ -125,7 +125,7 @@ def test_a_shrink_keeps_the_best_approximation_in_every_scaling(scaling, rank):
         assert new.rank == rank
         expected = nearest(dense(state.factors[name]), rank)
         np.testing.assert_allclose(dense(new), expected, atol=1e-5)
-    assert entry.model.base.folds == ()
+    assert entry.model.base == Base()
     np.testing.assert_array_equal(entry.model.state.dense["head"], state.dense["head"])
 
 
@@ -171,7 +171,7 @@ def test_a_folded_shrink_leaves_the_whole_model_as_it_is(rank):
     assert entry.cut == {"q": 3, "v": 3}
     # The rest has 3 - rank directions: 10 values each in q, 7 in v.
     assert entry.folded_params == (3 - rank) * 17
-    assert model.base.folds == ()
+    assert model.base == Base()
 
 
 def test_folds_add_up_over_several_shrinks():
@@ -180,7 +180,7 @@ def test_folds_add_up_over_several_shrinks():
     before = effective(model.state, model.base, "adapter")
     for t, rank in ((3, 2), (4, 1)):
         model = enter(recipe, SHAPE, model, plan(t, rank)).model
-    assert len(model.base.folds) == 2
+    assert model.base.merges == 2
     after = effective(model.state, model.base, "adapter")
     for name, weight in before.items():
         np.testing.assert_allclose(after[name], weight, atol=4e-5)
@@ -190,7 +190,7 @@ def test_nothing_is_folded_where_no_rank_falls():
     recipe = make_recipe(annealing__cooling__residual="fold")
     model = GlobalModel(trained({"q": 2, "v": 2}), Base(), "adapter")
     entry = enter(recipe, SHAPE, model, plan(4, 3))
-    assert entry.model.base.folds == ()
+    assert entry.model.base == Base()
     assert (entry.cut, entry.folded_params) == (None, 0)
 
 
@@ -200,8 +200,7 @@ def test_only_modules_that_shrink_are_folded():
     state = trained({"q": 3, "v": 2}, sizes={"v": 100.0})
     entry = enter(recipe, SHAPE, GlobalModel(state, Base(), "adapter"), plan(4, 1))
     assert entry.ranks == {"q": 0, "v": 2}
-    (fold,) = entry.model.base.folds
-    assert list(fold) == ["q"]
+    assert list(entry.model.base.merged) == ["q"]
     assert entry.cut == {"q": 3, "v": 2}
     assert entry.folded_params == 3 * 10
 

@@ -1,0 +1,39 @@
+"""HetLoRA: factors padded to the largest rank, clients weighted by the size of their update.
+
+Source: arXiv:2401.06432, "Heterogeneous LoRA for federated fine-tuning of on-device foundation
+models" (its sparsity-weighted aggregation; its pruning of ranks is not part of this rule).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rayfed_lora.aggregation.factor_average import exact_mean
+from rayfed_lora.aggregation.means import Means
+from rayfed_lora.aggregation.step import A, Aggregate, B, ServerStep, named, product, relative_error
+from rayfed_lora.types import AdapterState, Factors
+
+
+def zero_pad(start: AdapterState, means: Means, step: ServerStep) -> Aggregate:
+    """Return sum w_k pad(A_k), sum w_k pad(B_k); dense tensors averaged by examples.
+
+    w_k = ||D_k|| / sum over clients of ||D_k||, with ||D_k|| the Frobenius norm over all modules.
+    Rows of A and columns of B beyond the largest rank of this round's clients stay as they are,
+    and so does all of A and B where no client has moved from D = 0.
+    """
+    found = means.tensors()
+    for name, f in start.factors.items():
+        mean = means.padded(name)
+        a, b = (part.astype(np.float64) for part in (f.a, f.b))
+        if mean is not None:
+            rank = mean[1].shape[0]
+            b[:, :rank], a[:rank] = mean[0], mean[1]
+        found |= {A + name: a, B + name: b}
+    stepped = step(named(start), found)
+    factors = {
+        name: Factors(stepped[A + name], stepped[B + name], f.scale)
+        for name, f in start.factors.items()
+    }
+    used = {name: product(f) for name, f in factors.items()}
+    state = AdapterState(factors, {name: stepped[name] for name in start.dense})
+    return Aggregate(state, relative_error(used, exact_mean(start, means)), {})

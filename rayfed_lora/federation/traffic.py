@@ -1,0 +1,128 @@
+"""How large the messages of a round are, under each aggregation rule.
+
+Source: method.md, "Aggregation rules" (sent up / down) and "The communication ledger".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from rayfed_lora.aggregation.rules import RuleEntry
+from rayfed_lora.types import Frozen, ModelShape, ModuleShape, Trainable
+
+Counts = npt.NDArray[np.int64]
+Ranks = Mapping[str, int]
+_NO_LIMIT = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True)
+class RoundFacts:
+    """What decides the messages of a round.
+
+    Attributes:
+        trainable: `full` or `adapter`.
+        cohort: its clients.
+        arrived: (cohort,) whose update arrived.
+        ranks: rank by module; not looked at in a full-model round.
+        limits: (cohort,) largest rank of each client, None where none is limited.
+        frozen: the factor that is not trained.
+        ranks_before: rank by module of the download, where it differs: in a round whose shrink
+            is folded, clients get the factors before the cut, to fold the rest themselves.
+        folded: number of values in what that shrink folds into the base.
+        resized: whether the server has changed A and B otherwise than by the last round's result.
+        after_initiating: whether the round is after the initiating stage.
+    """
+
+    trainable: Trainable
+    cohort: Sequence[int]
+    arrived: npt.NDArray[np.bool_]
+    ranks: Ranks = field(default_factory=dict)
+    limits: Counts | None = None
+    frozen: Frozen | None = None
+    ranks_before: Ranks | None = None
+    folded: int = 0
+    resized: bool = False
+    after_initiating: bool = True
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The messages of one round, in values, base not included.
+
+    Attributes:
+        up: (cohort,) each client's upload, where it arrives.
+        down: (cohort,) each client's download.
+        merge: what the round's merge adds to the base: who misses it must be sent that much.
+        frozen: by kind of factor (`a`, `b`), what a client needs that does not hold the current
+            one, and that no other message brings.
+        renewed: kinds that the download brings up to the end of the round.
+    """
+
+    up: Counts
+    down: Counts
+    merge: int = 0
+    frozen: Mapping[Frozen, int] = field(default_factory=dict)
+    renewed: tuple[Frozen, ...] = ()
+
+
+def traffic(shape: ModelShape, rule: RuleEntry, facts: RoundFacts) -> Traffic:
+    """Return the messages of a round.
+
+    A full-model round sends every weight both ways. In an adapter round, sent are the factors
+    that are trained, at each client's rank, and the head. A client with its own B sends A only.
+    Where the result goes into the base, the download is that result: the factors of all clients
+    that arrived (`stack`), or the averages and the factors of what they lack (`residual`), of rank
+    (clients - 1) * r, or the matrix itself where that is smaller.
+
+    Args:
+        shape: the model's sizes.
+        rule: the aggregation rule.
+        facts: of the round.
+    """
+    if facts.trainable == "full":
+        whole = np.full(len(facts.cohort), shape.total_params, np.int64)
+        return Traffic(whole, whole)
+    ranks = facts.ranks
+    both: tuple[Frozen, ...] = ("a", "b")
+    limits = np.full(len(facts.cohort), _NO_LIMIT) if facts.limits is None else facts.limits
+    kinds: tuple[Frozen, ...] = tuple(kind for kind in both if kind != facts.frozen)
+    kinds = ("a",) if rule.personal else kinds
+    up = _size(shape.modules, ranks, limits, kinds) + shape.head_params
+    if rule.merges == "stack":
+        merge = int(_size(shape.modules, ranks, limits, both)[facts.arrived].sum())
+        return Traffic(up, np.full_like(up, merge + shape.head_params), merge)
+    if rule.merges == "residual":
+        merge = _residual(shape.modules, ranks, int(facts.arrived.sum()))
+        return Traffic(up, up + merge, merge)
+    down = up
+    if facts.ranks_before is not None:
+        down = _size(shape.modules, facts.ranks_before, limits, kinds) + shape.head_params
+    if rule.trains == "both":
+        return Traffic(up, down)
+    size = {k: int(_size(shape.modules, ranks, np.array([_NO_LIMIT]), (k,))[0]) for k in both}
+    if rule.trains == "b":
+        return Traffic(up, down, frozen={"a": size["a"]})
+    return Traffic(up, down, frozen=size, renewed=kinds)
+
+
+def _size(
+    modules: Mapping[str, ModuleShape], ranks: Ranks, limits: Counts, kinds: Sequence[Frozen]
+) -> Counts:
+    """Return the values in some kinds of factors, (cohort,)."""
+    total = np.zeros(len(limits), np.int64)
+    for name, module in modules.items():
+        sides = {"a": module.d_in, "b": module.d_out}
+        total += np.minimum(limits, ranks[name]) * sum(sides[kind] for kind in kinds)
+    return total
+
+
+def _residual(modules: Mapping[str, ModuleShape], ranks: Ranks, clients: int) -> int:
+    total = 0
+    for name, module in modules.items():
+        rank = (max(clients, 1) - 1) * ranks[name]
+        total += min(rank * (module.d_in + module.d_out), module.d_in * module.d_out)
+    return total
