@@ -11,18 +11,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rayfed_lora.planning import plan as plan
     from rayfed_lora.recipe_loading import load_recipe as load_recipe
+    from rayfed_lora.reporting.comparison import Comparison as Comparison
+    from rayfed_lora.runtime.comparison import compare as compare
     from rayfed_lora.runtime.launch import Result as Result
     from rayfed_lora.runtime.launch import run as run
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Comparison": "rayfed_lora.reporting.comparison",
     "Result": "rayfed_lora.runtime.launch",
+    "compare": "rayfed_lora.runtime.comparison",
     "load_recipe": "rayfed_lora.recipe_loading",
     "plan": "rayfed_lora.planning",
     "run": "rayfed_lora.runtime.launch",
 }
-__all__ = ["Result", "__version__", "load_recipe", "plan", "run"]
+__all__ = ["Comparison", "Result", "__version__", "compare", "load_recipe", "plan", "run"]
 
 
 def __getattr__(name: str) -> Any:

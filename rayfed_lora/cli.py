@@ -61,6 +61,52 @@ def run(
 
 
 @app.command()
+def compare(
+    recipe: RecipeArgument,
+    methods: Annotated[str, typer.Option(help="Presets, e.g. sa-fedlora,fedavg,fedlora.")],
+    out: Annotated[str, typer.Option(help="Folder or URI of the comparison.")],
+    seeds: Annotated[str, typer.Option(help="Seeds, e.g. 0,1,2.")] = "0",
+    target: Annotated[
+        float | None, typer.Option(help="Accuracy to reach; default 95 % of the best.")
+    ] = None,
+    set_: SetOption = None,
+    address: AddressOption = None,
+) -> None:
+    """Run a recipe under several methods and seeds; called again, it goes on."""
+    from rich.console import Console
+
+    from rayfed_lora.reporting.terminal import show_comparison, watching_comparison
+    from rayfed_lora.runtime.comparison import compare as run_all
+
+    console = Console()
+    with watching_comparison(console) as watch:
+        comparison = run_all(
+            recipe,
+            _list(methods),
+            out,
+            [_seed(seed) for seed in _list(seeds)],
+            settings=set_ or (),
+            target=target,
+            address=address,
+            watch=watch,
+        )
+    wide = console if console.is_terminal else Console(width=120)
+    show_comparison(wide, comparison, out)
+    if comparison.runs["error"].notna().any():
+        raise typer.Exit(1)
+
+
+def _list(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise typer.BadParameter(f"expected whole numbers, got {text!r}", param_hint="--seeds")
+    return int(text)
+
+
+@app.command()
 def plan(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Print the schedule with ranks, bytes and needs, before anything runs."""
     from rich.console import Console

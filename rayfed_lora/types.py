@@ -203,18 +203,24 @@ class ClientUpdate:
 
 
 @dataclass(frozen=True)
-class EvaluationSums:
-    """Sums over one shard of examples, to be added in shard order.
+class Predictions:
+    """What a model says of some examples, in their order.
 
     Attributes:
-        examples: number of examples.
-        loss: summed cross entropy, nats.
-        correct: number classified correctly.
+        labels: (n,) true class; of a text to be continued -1.
+        losses: (n,) cross entropy summed over what is predicted of an example, nats.
+        correct: (n,) how much of it is predicted correctly.
+        predicted: (n,) number of predictions an example: 1, or its tokens.
+        classes: (n,) predicted class; of a text to be continued -1.
+        probabilities: (n, classes), None where there are too many classes to send.
     """
 
-    examples: int
-    loss: float
-    correct: int
+    labels: npt.NDArray[np.int64]
+    losses: FloatArray
+    correct: npt.NDArray[np.int64]
+    predicted: npt.NDArray[np.int64]
+    classes: npt.NDArray[np.int64]
+    probabilities: FloatArray | None = None
 
 
 @dataclass(frozen=True)
@@ -257,7 +263,8 @@ class RoundRecord:
         clients: size of the cohort.
         failed_clients: how many of them sent nothing usable.
         train_loss: mean over clients, weighted by examples.
-        eval_accuracy, eval_loss: of the new global model on the test split, None where not tested.
+        eval_accuracy, eval_loss, eval_macro_f1, eval_auc, eval_perplexity: of the new global model
+            on the test split, None where not tested or not defined.
         validation_accuracy, validation_loss: likewise on the server's validation split.
         aggregation_error: ||D_used - D_exact||_F / ||D_exact||_F, None without factors.
         params_up, params_down: values sent by and to the cohort, base not included.
@@ -279,6 +286,9 @@ class RoundRecord:
     train_loss: float
     eval_accuracy: float | None
     eval_loss: float | None
+    eval_macro_f1: float | None
+    eval_auc: float | None
+    eval_perplexity: float | None
     validation_accuracy: float | None
     validation_loss: float | None
     aggregation_error: float | None

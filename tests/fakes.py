@@ -31,13 +31,13 @@ from rayfed_lora.types import (
     AdapterState,
     Base,
     ClientUpdate,
-    EvaluationSums,
     Factors,
     FloatArray,
     Frozen,
     LocalPlan,
     ModelShape,
     ModuleShape,
+    Predictions,
     Split,
     Trainable,
 )
@@ -150,10 +150,17 @@ class FakeTrainer:
 
     def evaluate(
         self, split: Split, rows: slice, state: AdapterState, base: Base, trainable: Trainable
-    ) -> EvaluationSums:
+    ) -> Predictions:
         size = TEST_ROWS if split == "test" else VALIDATION_ROWS
         wave = np.sin(energy(state, base, trainable) + np.arange(size)[rows])
-        return EvaluationSums(len(wave), float(np.sum(1 + 0.1 * wave)), int(np.sum(wave < 0)))
+        right = (wave < 0).astype(np.int64)
+        return Predictions(
+            labels=np.ones(len(wave), np.int64),
+            losses=(1 + 0.1 * wave).astype(np.float32),
+            correct=right,
+            predicted=np.ones(len(wave), np.int64),
+            classes=right,
+        )
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         facts = {"device": self._device, "energy": energy(state, base, trainable)}
@@ -289,7 +296,7 @@ class KilledExecutor:
         state: AdapterState,
         base: Base,
         trainable: Trainable,
-    ) -> Callable[[], list[EvaluationSums]]:
+    ) -> Callable[[], list[Predictions]]:
         return self._inner.evaluate(split, shards, state, base, trainable)
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:

@@ -89,5 +89,5 @@ RULES: Mapping[str, RuleEntry] = {
         zero_pad, "2401.06432", frozenset({"padded"}), mixed_ranks=True, optimizers=True
     ),
     "share-a": RuleEntry(factor_average, "2410.01463", _FACTORS, personal=True, optimizers=True),
-    "correct": RuleEntry(correct, "2411.14961", _FACTORS, optimizers=True),
+    "correct": RuleEntry(correct, "2411.14961", _FACTORS),
 }

@@ -15,11 +15,11 @@ from rayfed_lora.types import (
     Base,
     ClientUpdate,
     Device,
-    EvaluationSums,
     Factors,
     FloatArray,
     LocalPlan,
     ModelShape,
+    Predictions,
     Split,
     Trainable,
 )
@@ -214,8 +214,8 @@ class Executor(Protocol):
         state: AdapterState,
         base: Base,
         trainable: Trainable,
-    ) -> Callable[[], list[EvaluationSums]]:
-        """Start an evaluation; what is returned waits for the sums over each shard, in order."""
+    ) -> Callable[[], list[Predictions]]:
+        """Start an evaluation; what is returned waits for the shards' predictions, in order."""
         ...
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:

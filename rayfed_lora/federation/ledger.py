@@ -177,7 +177,7 @@ class Ledger:
 
     def snapshot(self) -> tuple[dict[str, object], dict[str, Counts]]:
         """Return what a checkpoint keeps: JSON values, and by kind the (clients,) held versions."""
-        facts = {
+        facts: dict[str, object] = {
             "steps": list(self._steps),
             "factors": dict(self._factors),
             "totals": asdict(self.totals),

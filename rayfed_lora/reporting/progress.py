@@ -81,7 +81,7 @@ def watching(console: Console) -> Iterator[Callable[[Status], None]]:
             total = None if status.phase == "starting" else status.rounds
             progress.update(
                 task,
-                description=_headline(status),
+                description=headline(status),
                 completed=done,
                 total=total,
                 detail=_detail(status),
@@ -110,7 +110,8 @@ def _print_news(console: Console, status: Status) -> None:
         console.print(round_line(record, status.rounds), highlight=False, soft_wrap=True)
 
 
-def _headline(status: Status) -> str:
+def headline(status: Status) -> str:
+    """Return in a few words what a run is doing."""
     if status.phase != "training":
         return status.phase
     rank = f"rank {status.rank}" if status.rank else "full model"

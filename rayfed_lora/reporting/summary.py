@@ -14,7 +14,15 @@ from rayfed_lora.federation.server import Timing
 from rayfed_lora.recipe import Recipe
 
 _PACKAGES = ("rayfed-lora", "ray", "torch", "peft", "transformers", "numpy", "pyarrow")
-_METRICS = ("round", "eval_accuracy", "eval_loss", "train_loss")
+_METRICS = (
+    "round",
+    "eval_accuracy",
+    "eval_loss",
+    "eval_macro_f1",
+    "eval_auc",
+    "eval_perplexity",
+    "train_loss",
+)
 
 
 def summary(

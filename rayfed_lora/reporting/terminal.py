@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -10,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from rayfed_lora.recipe import Recipe
-from rayfed_lora.reporting.progress import duration, megabytes
+from rayfed_lora.reporting.progress import duration, headline, megabytes
 
 if TYPE_CHECKING:
     from rayfed_lora.planning import Plan
+    from rayfed_lora.reporting.comparison import Comparison
+    from rayfed_lora.runtime.comparison import Ended, Standing
 
 
 def percent(share: float | None) -> str:
@@ -107,3 +111,65 @@ def _bill(communication: Mapping[str, Any]) -> Table:
         percent(with_base),
     )
     return table
+
+
+@contextmanager
+def watching_comparison(console: Console) -> Iterator[Callable[[Standing], None]]:
+    """Show a comparison: a line for each run that has ended, and where the present one stands."""
+    shown = 0
+    with console.status("starting") as line:
+
+        def show(standing: Standing) -> None:
+            nonlocal shown
+            for ended in standing.ended[shown:]:
+                console.print(_ended(ended), highlight=False, markup=False, soft_wrap=True)
+            shown = len(standing.ended)
+            cell = standing.running
+            if cell is not None:
+                at = f"run {shown + 1}/{standing.cells}: {cell.method}, seed {cell.seed}"
+                line.update(f"{at}: {headline(standing.status)}")
+
+        yield show
+
+
+def _ended(ended: Ended) -> str:
+    name = f"{ended.cell.method}, seed {ended.cell.seed}"
+    if ended.error is not None:
+        return f"{name}: failed: {ended.error}"
+    return f"{name}: accuracy {ended.accuracy:.4f} in {duration(ended.seconds)}"
+
+
+def show_comparison(console: Console, comparison: Comparison, location: str) -> None:
+    """Print a comparison's methods, and where its tables are."""
+    table = Table("method", "runs", "final", "best", "sent", "saved", "with base", "per MB")
+    table.add_column(f"to {comparison.target:.3f}")
+    table.add_column("time")
+    table.box = box.SIMPLE
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in comparison.methods.to_dict("records"):
+        rounds, sent = row["rounds_to_target_mean"], row["bytes_to_target_mean"]
+        reached = "-" if isnan(rounds) else f"{rounds:.3g} rounds, {megabytes(sent)}"
+        table.add_row(
+            row["method"],
+            str(row["runs"]),
+            _mean(row, "final_accuracy"),
+            _mean(row, "best_accuracy"),
+            megabytes(row["total_bytes_mean"]),
+            percent(row["reduction_vs_fedavg_mean"]),
+            percent(row["reduction_vs_fedavg_with_base_mean"]),
+            f"{row['accuracy_per_mb_mean']:.3g}",
+            reached,
+            duration(row["wall_s_mean"]),
+        )
+    console.print(table)
+    console.print("mean (standard deviation) over seeds; saved: bytes against FedAvg's")
+    for row in comparison.runs[comparison.runs["error"].notna()].to_dict("records"):
+        console.print(f"failed: {row['method']}, seed {row['seed']}: {row['error']}", markup=False)
+    console.print(f"tables: {location}", highlight=False, soft_wrap=True)
+
+
+def _mean(row: Mapping[Any, Any], name: str) -> str:
+    spread = row[f"{name}_std"]
+    shown = f"{row[f'{name}_mean']:.4f}"
+    return shown if isnan(spread) else f"{shown} ({spread:.4f})"

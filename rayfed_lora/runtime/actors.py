@@ -18,9 +18,9 @@ from rayfed_lora.types import (
     AdapterState,
     Base,
     ClientUpdate,
-    EvaluationSums,
     FloatArray,
     LocalPlan,
+    Predictions,
     Split,
     Trainable,
 )
@@ -38,47 +38,52 @@ class NotOpenError(Exception):
 class ClientActor:
     """A trainer on a CPU or GPU share; serves many virtual clients, keeps nothing between calls."""
 
-    def __init__(self, recipe: Recipe, factory: Factory, gpus: float, name: str) -> None:
-        """Keep what the trainer is made from; it is made by `open`, also after a restart.
+    def __init__(self, gpus: float, name: str) -> None:
+        """Keep who it is; the trainer is made by `open`, also after a restart.
 
         Args:
-            recipe: the run.
-            factory: makes data, weights and the trainer.
             gpus: this actor's GPU share.
             name: readable name; the dashboard reads it once.
         """
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        self._recipe = recipe
-        self._factory = factory
         self._gpus = gpus
         self._name = name
+        self._rule = ""
         self._trainer: Trainer | None = None
 
     def __repr__(self) -> str:
-        return f"{self._name} of {self._recipe.name}"
+        return self._name
 
-    def prepare(self) -> tuple[None, Workload, Weights]:
+    def prepare(self, recipe: Recipe, factory: Factory) -> tuple[None, Workload, Weights]:
         """Read the data and the base, for all actors: they go to the object store.
+
+        Args:
+            recipe: the run.
+            factory: makes data and weights.
 
         Returns:
             A first result that tells of success without fetching the others, and the two.
         """
-        workload = self._factory.workload(self._recipe)
-        return None, workload, self._factory.weights(self._recipe, workload)
+        workload = factory.workload(recipe)
+        return None, workload, factory.weights(recipe, workload)
 
-    def open(self, prepared: list[ray.ObjectRef]) -> Population:
-        """Build the trainer and say what it serves; once in the life of a process.
+    def open(self, recipe: Recipe, factory: Factory, prepared: list[ray.ObjectRef]) -> Population:
+        """Build the trainer of a run and say what it serves; any other is let go.
 
         Args:
+            recipe: the run.
+            factory: makes the trainer.
             prepared: references of workload and weights, in a list so that Ray does not wait for
                 them: meanwhile this actor imports what it needs.
         """
-        self._factory.load(self._recipe)
+        factory.load(recipe)
         from rayfed_lora.training.device import device_of_share
 
         device = device_of_share(self._gpus)
         workload, weights = ray.get(prepared)
-        self._trainer = self._factory.trainer(self._recipe, workload, weights, device)
+        self._trainer = None
+        self._rule = recipe.aggregation.rule
+        self._trainer = factory.trainer(recipe, workload, weights, device)
         return population(workload, self._trainer, device)
 
     def _opened(self) -> Trainer:
@@ -98,16 +103,16 @@ class ClientActor:
         Returns:
             The clients' reports, and the means of their updates, which stay in the store.
         """
-        return trained(self._opened(), call, state, base, plan, self._recipe.aggregation.rule)
+        return trained(self._opened(), call, state, base, plan, self._rule)
 
     def join(self, *parts: Means) -> Means:
         """Join means of consecutive clients, in order."""
-        return joined(parts, self._recipe.aggregation.rule)
+        return joined(parts, self._rule)
 
     def evaluate(
         self, split: Split, rows: slice, state: AdapterState, base: Base, trainable: Trainable
-    ) -> EvaluationSums:
-        """Return the sums over some rows of a split."""
+    ) -> Predictions:
+        """Return the predictions on some rows of a split."""
         return self._opened().evaluate(split, rows, state, base, trainable)
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:

@@ -113,7 +113,7 @@ def run(
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
-    recipe = _with_absolute_paths(recipe)
+    recipe = with_absolute_paths(recipe)
     location = out or default_location(recipe)
     folder = RunFolder(location)
     claim(folder, recipe, resume)
@@ -124,7 +124,7 @@ def run(
     watch = watch or (lambda status: None)
     if recipe.runtime.executor == "local":
         return Result(location, _run_here(recipe, folder, resume, watch, factory))
-    with _ray(address):
+    with ray_session(address):
         server, _ = _start_server(recipe, folder, resume, factory, lifetime=None)
         return Result(location, _follow(server, watch))
 
@@ -148,20 +148,20 @@ def start(
             "--detach needs executor ray and a running cluster: give --address (or RAY_ADDRESS);"
             " a cluster on this machine is started by `ray start --head`"
         )
-    recipe = _with_absolute_paths(recipe)
+    recipe = with_absolute_paths(recipe)
     location = out or default_location(recipe)
     folder = RunFolder(location)
     claim(folder, recipe, resume)
     import ray
 
-    with _ray(address):
+    with ray_session(address):
         server, name = _start_server(recipe, folder, resume, TorchFactory(), lifetime="detached")
         # Once it answers, it runs without this process.
         ray.get(server.status.remote())
         return Started(location, name)
 
 
-def _with_absolute_paths(recipe: Recipe) -> Recipe:
+def with_absolute_paths(recipe: Recipe) -> Recipe:
     """Name local files and folders absolutely: workers may run in another folder."""
 
     def absolute(source: str) -> str:
@@ -188,41 +188,52 @@ def _run_here(
     watch: Callable[[Status], None],
     factory: Factory,
 ) -> dict[str, Any]:
-    runtime = recipe.runtime
-    if runtime.device == "cuda":
-        from rayfed_lora.training.device import has_gpu
-
-        if not has_gpu():
-            raise ResourceError("runtime.device 'cuda': torch sees no GPU on this machine")
-    device = "cuda:0" if runtime.device == "cuda" else "cpu"
+    device = local_device(recipe)
     executor = LocalExecutor(recipe.aggregation.rule, lambda: in_process(recipe, factory, device))
     board = StatusBoard(recipe.annealing.total_rounds, watch)
-    with _interrupts() as stop:
+    stop = threading.Event()
+    with interruptible(stop.set):
         return simulate(recipe, executor, folder, board, stop.is_set, resume=resume)
 
 
+def local_device(recipe: Recipe) -> str:
+    """Return the torch device of a run in this process.
+
+    Raises:
+        ResourceError: the recipe wants a GPU, and torch sees none.
+    """
+    if recipe.runtime.device != "cuda":
+        return "cpu"
+    from rayfed_lora.training.device import has_gpu
+
+    if not has_gpu():
+        raise ResourceError("runtime.device 'cuda': torch sees no GPU on this machine")
+    return "cuda:0"
+
+
 @contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """Turn the first SIGINT into an event; a second one raises KeyboardInterrupt."""
-    asked = threading.Event()
+def interruptible(stop: Callable[[], object]) -> Iterator[None]:
+    """Let the first SIGINT call `stop`; a second one raises KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield
         return
+    asked = threading.Event()
 
     def on_signal(number: int, frame: Any) -> None:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
+        stop()
 
     before = signal.signal(signal.SIGINT, on_signal)
     try:
-        yield asked
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
-def _ray(address: str | None) -> Iterator[None]:
+def ray_session(address: str | None) -> Iterator[None]:
     """Connect to a cluster, or start a Ray of our own for the time of the run."""
     where = address or os.environ.get("RAY_ADDRESS")
     if where is None:
@@ -283,8 +294,8 @@ def _follow(server: Any, watch: Callable[[Status], None]) -> dict[str, Any]:
 
     result = server.run.remote()
     records = notes = 0
-    told = False
-    with _interrupts() as stop:
+    stop, told = threading.Event(), False
+    with interruptible(stop.set):
         while True:
             ready, _ = ray.wait([result], timeout=_POLL_S)
             if stop.is_set() and not told:

@@ -10,9 +10,9 @@ from rayfed_lora.training.protocol import Trainer
 from rayfed_lora.types import (
     AdapterState,
     Base,
-    EvaluationSums,
     FloatArray,
     LocalPlan,
+    Predictions,
     Split,
     Trainable,
 )
@@ -68,8 +68,8 @@ class LocalExecutor:
         state: AdapterState,
         base: Base,
         trainable: Trainable,
-    ) -> Callable[[], list[EvaluationSums]]:
-        """Return what computes the sums over each shard of rows, in order."""
+    ) -> Callable[[], list[Predictions]]:
+        """Return what computes the predictions on each shard of rows, in order."""
         trainer = self._opened()
         return lambda: [trainer.evaluate(split, rows, state, base, trainable) for rows in shards]
 

@@ -1,4 +1,4 @@
-"""Clients on Ray actors: a placement group, one put a round, every actor kept busy.
+"""Clients on Ray actors: one put a round, every actor kept busy.
 
 Source: this project.
 """
@@ -10,29 +10,21 @@ from typing import Any
 from uuid import uuid4
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError
-from ray.util.placement_group import (
-    PlacementGroup,
-    get_placement_group,
-    placement_group,
-    remove_placement_group,
-)
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.exceptions import ObjectLostError
 
 from rayfed_lora.aggregation.means import Means
-from rayfed_lora.errors import ResourceError, RunError
+from rayfed_lora.errors import RunError
 from rayfed_lora.federation.executor import Call, Population, Trained, joins
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.actor_pool import ATTEMPTS, LOST, ActorPool, Job, RemoteCall, result
-from rayfed_lora.runtime.actors import ClientActor
+from rayfed_lora.runtime.crew import Crew
 from rayfed_lora.runtime.factory import Factory
-from rayfed_lora.runtime.placement import Layout, layout, nodes_of
 from rayfed_lora.types import (
     AdapterState,
     Base,
-    EvaluationSums,
     FloatArray,
     LocalPlan,
+    Predictions,
     Split,
     Trainable,
 )
@@ -47,6 +39,7 @@ class RayExecutor:
         factory: Factory,
         note: Callable[[str], None],
         run_id: str | None = None,
+        crew: Crew | None = None,
     ) -> None:
         """Keep the run; Ray must be initialised before `open`.
 
@@ -54,14 +47,16 @@ class RayExecutor:
             recipe: the run.
             factory: makes workload and trainers inside the workers.
             note: told of what the user should know, e.g. a lost actor.
-            run_id: unique in the cluster, and the same when a lost driver goes on with the run:
-                what the lost one had reserved is then given back first. None: a new one.
+            run_id: unique in the cluster, and the same when a lost driver goes on with the run.
+                None: a new one.
+            crew: actors that others use after this run; None: own ones.
         """
-        self._group_name = f"clients of {recipe.name} {run_id or uuid4().hex}"
         self._recipe = recipe
         self._factory = factory
         self._note = note
-        self._group: PlacementGroup | None = None
+        self._name = f"clients of {recipe.name} {run_id or uuid4().hex}"
+        self._lent = crew is not None
+        self._crew = crew
         self._pool: ActorPool | None = None
         # References of the workload and of the base's weights.
         self._shared: list[ray.ObjectRef] = []
@@ -76,68 +71,25 @@ class RayExecutor:
             DataError: the data cannot be read or dealt.
             ModelError: the model does not fit the recipe.
         """
-        recipe = self._recipe
-        most = recipe.cohort_size(recipe.data.partition.clients)
-        plan = layout(recipe.runtime, nodes_of(ray.nodes()), most)
-        self._free_leftover()
-        self._group = self._reserve(plan)
-        actors = [self._start(i, plan) for i in range(plan.actors)]
-        prepare = actors[0].prepare.options(name="prepare data and base", num_returns=3)
-        # Kept for the whole run: an actor that is started again fetches them anew.
-        prepared, *self._shared = prepare.remote()
-        opened = [self._open(actor) for actor in actors]
-        result(prepared)
+        crew = self._crew = self._crew or Crew(self._recipe, self._name)
+        prepared, self._shared = crew.prepare(self._recipe, self._factory)
+        opened = [self._open(actor) for actor in crew.actors]
+        try:
+            result(prepared)
+        except BaseException:
+            crew.forget()
+            raise
         try:
             populations = [result(ready) for ready in opened]
         except LOST as error:
             raise RunError(f"a client actor was lost while it started: {error}") from error
-        self._pool = ActorPool(actors, self._open, self._note, recipe.runtime.start_timeout_s)
+        timeout = self._recipe.runtime.start_timeout_s
+        self._pool = ActorPool(crew.actors, self._open, self._note, timeout)
         population: Population = populations[0]
         return population
 
-    def _free_leftover(self) -> None:
-        """Remove the placement group of a driver that died: Ray keeps it while the job lives."""
-        try:
-            leftover = get_placement_group(self._group_name)
-        except ValueError:
-            return
-        remove_placement_group(leftover)
-
-    def _reserve(self, plan: Layout) -> PlacementGroup:
-        group = placement_group(plan.bundles, strategy="PACK", name=self._group_name)
-        timeout = self._recipe.runtime.start_timeout_s
-        try:
-            ray.get(group.ready(), timeout=timeout)
-        except GetTimeoutError:
-            remove_placement_group(group)
-            free = ray.available_resources()
-            raise ResourceError(
-                f"waited {timeout:g} s (runtime.start_timeout_s) for {plan.actors} client actors of"
-                f" {plan.cpus:g} CPU and {plan.gpus:g} GPU; free now: {free.get('CPU', 0):g} CPU,"
-                f" {free.get('GPU', 0):g} GPU, the rest is in use by others"
-            ) from None
-        return group
-
-    def _start(self, index: int, plan: Layout) -> Any:
-        strategy = PlacementGroupSchedulingStrategy(
-            self._group,
-            placement_group_bundle_index=index,
-            placement_group_capture_child_tasks=False,
-        )
-        name = f"client-actor-{index:02d}"
-        options = {
-            "num_cpus": plan.cpus,
-            "num_gpus": plan.gpus,
-            "max_restarts": -1,
-            # The same work on another actor gives the same result: the executor decides.
-            "max_task_retries": 0,
-            "scheduling_strategy": strategy,
-        }
-        actor = ray.remote(ClientActor).options(**options)
-        return actor.remote(self._recipe, self._factory, plan.gpus, name)
-
     def _open(self, actor: Any) -> ray.ObjectRef:
-        return actor.open.options(name="open").remote(self._shared)
+        return actor.open.options(name="open").remote(self._recipe, self._factory, self._shared)
 
     def _opened(self) -> ActorPool:
         if self._pool is None:
@@ -214,7 +166,7 @@ class RayExecutor:
         state: AdapterState,
         base: Base,
         trainable: Trainable,
-    ) -> Callable[[], list[EvaluationSums]]:
+    ) -> Callable[[], list[Predictions]]:
         """Start the evaluation of each shard of rows, ahead of all training that waits."""
         state_ref, base_ref = self._put_state(state), self._put_base(base)
 
@@ -249,8 +201,8 @@ class RayExecutor:
         return self._base[1]
 
     def close(self) -> None:
-        """End the actors and give their resources back."""
-        if self._group is not None:
-            remove_placement_group(self._group)
-        self._group, self._pool = None, None
+        """End the actors and give their resources back, unless they are others' too."""
+        if self._crew is not None and not self._lent:
+            self._crew.close()
+        self._crew, self._pool = None, None
         self._shared, self._base, self._state = [], None, None

@@ -15,10 +15,10 @@ from rayfed_lora.types import (
     AdapterState,
     Base,
     ClientUpdate,
-    EvaluationSums,
     FloatArray,
     LocalPlan,
     ModelShape,
+    Predictions,
     Split,
     Trainable,
 )
@@ -43,8 +43,8 @@ class Trainer(Protocol):
 
     def evaluate(
         self, split: Split, rows: slice, state: AdapterState, base: Base, trainable: Trainable
-    ) -> EvaluationSums:
-        """Return the sums over some rows of a split under `state`."""
+    ) -> Predictions:
+        """Return the predictions on some rows of a split under `state`."""
         ...
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:

@@ -35,15 +35,17 @@ from rayfed_lora.types import (
     AdapterState,
     Base,
     ClientUpdate,
-    EvaluationSums,
     FloatArray,
     LocalPlan,
     ModelShape,
+    Predictions,
     Split,
     Trainable,
 )
 
 Weights = Mapping[str, npt.NDArray[Any]]
+# With more classes, probabilities are not worth what they would take to send.
+_MOST_CLASSES = 200
 
 
 def built_weights(recipe: Recipe, workload: Workload) -> Weights:
@@ -219,17 +221,27 @@ class LocalTrainer:
     @torch.no_grad()
     def evaluate(
         self, split: Split, rows: slice, state: AdapterState, base: Base, trainable: Trainable
-    ) -> EvaluationSums:
-        """Return the sums over some rows of a split, always in float32 arithmetic."""
+    ) -> Predictions:
+        """Return the predictions on some rows of a split, always in float32 arithmetic."""
         held = self._workload.test if split == "test" else self._workload.validation
         self._model.load([state], base, trainable)
         self._model.train(False)
-        examples = held.rows(np.arange(len(held))[rows])
+        return self._predictions(held.rows(np.arange(len(held))[rows]))
+
+    def _predictions(self, examples: Examples) -> Predictions:
+        """Return what the loaded model, in evaluation mode, says of some examples."""
         inputs, labels = _tensors(examples, self._device)
         logits = self._model.net(**inputs).logits.float()
-        loss = functional.cross_entropy(logits, labels, reduction="sum")
-        return EvaluationSums(
-            len(examples), float(loss), int((logits.argmax(dim=1) == labels).sum())
+        losses = functional.cross_entropy(logits, labels, reduction="none")
+        classes = logits.argmax(dim=1)
+        few = logits.shape[1] <= _MOST_CLASSES
+        return Predictions(
+            labels=examples.labels,
+            losses=losses.cpu().numpy(),
+            correct=(classes == labels).long().cpu().numpy(),
+            predicted=np.ones(len(examples), np.int64),
+            classes=classes.cpu().numpy(),
+            probabilities=logits.softmax(dim=1).cpu().numpy() if few else None,
         )
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:

@@ -235,7 +235,7 @@ def test_a_checkpoint_of_another_format_is_passed_over(folder):
     notes: list[str] = []
     with pytest.raises(RunFolderError):
         checkpoints.newest(folder, notes.append)
-    assert "format 2, this version reads 1" in notes[0]
+    assert "format 1, this version reads 2" in notes[0]
 
 
 def test_checkpoints_that_are_all_damaged_are_an_error_that_names_the_folder(folder):

@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 
 from rayfed_lora import planning
+from rayfed_lora.aggregation.rules import RULES
+from rayfed_lora.presets import PRESETS
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.runtime import launch
@@ -47,9 +49,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "sa-fedlora ramp": {"annealing.heating.shape": "ramp"},
     "sa-fedlora adapter": {"annealing.initiating.trainable": "adapter"},
     "sa-fedlora fold": {"annealing.cooling.residual": "fold"},
-    "fedavg": {"method": "fedavg"},
-    "fedprox": {"method": "fedprox"},
-    "fedlora": {"method": "fedlora"},
+    **{method: {"method": method} for method in PRESETS if method not in ("sa-fedlora", "spd-cfl")},
+    **{
+        f"sa-fedlora {rule}": {"aggregation.rule": rule}
+        for rule, entry in RULES.items()
+        if not entry.personal
+    },
+    "mixed ranks": {"method": "flexlora", "clients.ranks": {1: 0.5, 4: 0.5}},
+    "mixed ranks annealed": {"aggregation.rule": "zero-pad", "clients.ranks": [1, 2, 4]},
+    "mixed ranks stacked": {"aggregation.rule": "stacking", "clients.ranks": [1, 2, 4]},
     "no head": {"adapter.train_head": False},
 }
 SCHEDULED = [

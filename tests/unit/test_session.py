@@ -46,6 +46,24 @@ RECIPES: dict[str, dict[str, Any]] = {
     "full model": {"annealing__mode": "full"},
     "metropolis": METROPOLIS,
     "target": TARGET,
+    "stacking of mixed ranks": {
+        "aggregation__rule": "stacking",
+        "clients__ranks": {1: 0.5, 3: 0.5},
+    },
+    "residual": {"aggregation__rule": "residual"},
+    "freeze-a and adam": {
+        "aggregation__rule": "freeze-a",
+        "aggregation__server_optimizer": {"name": "adam", "lr": 0.1},
+    },
+    "alternate and yogi": {
+        "aggregation__rule": "alternate",
+        "aggregation__server_optimizer": {"name": "yogi", "lr": 0.1},
+    },
+    "zero-pad of mixed ranks": {"aggregation__rule": "zero-pad", "clients__ranks": [1, 2, 3]},
+    "share-a": {"method": "fedsa-lora"},
+    "correct": {"aggregation__rule": "correct"},
+    "momentum": {"aggregation__server_optimizer": {"name": "momentum", "lr": 0.5}},
+    "head only": {"method": "head-only"},
 }
 
 
@@ -189,12 +207,12 @@ def test_the_summary_says_how_the_run_ended(tmp_path):
     assert (summary["rounds"], summary["failed_clients"]) == (6, 0)
     last, best = rounds.iloc[-1], rounds.iloc[rounds["eval_accuracy"].argmax()]
     for row, key in ((last, "final"), (best, "best")):
-        assert summary[key] == {
-            name: row[name] for name in ("round", "eval_accuracy", "eval_loss", "train_loss")
-        }
+        names = ("round", "eval_accuracy", "eval_loss", "eval_macro_f1", "train_loss")
+        assert {name: summary[key][name] for name in names} == {name: row[name] for name in names}
+        assert (summary[key]["eval_auc"], summary[key]["eval_perplexity"]) == (None, None)
     snapshot = checkpoints.newest(RunFolder(tmp_path), pytest.fail)
     assert snapshot is not None
-    assert summary["adapter_sha256"] == sha256(snapshot.state)
+    assert summary["adapter_sha256"] == sha256(snapshot.state, snapshot.base)
     assert board.status().phase == "done"
 
 

@@ -103,7 +103,7 @@ def test_an_adapter_that_starts_without_a_full_stage_keeps_the_sources_base():
     head = {"head": initial("head")}
     model = GlobalModel(AdapterState({}, head), Base(), "adapter")
     entry = enter(make_recipe(), SHAPE, model, plan(0, 2))
-    assert entry.model.base == Base(0, None, ())
+    assert entry.model.base == Base()
     assert {name: f.rank for name, f in entry.model.state.factors.items()} == {"q": 2, "v": 2}
 
 

@@ -1,0 +1,172 @@
+"""Tables of runs that differ in method and seed. Source: this project."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import pandas as pd
+
+from rayfed_lora.errors import RunError
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.storage import RunFolder
+
+# Share of the best accuracy that is to be reached, where no target is named.
+_TARGET_SHARE = 0.95
+# Columns of `runs` that a mean and a standard deviation over seeds make sense of.
+_AVERAGED = (
+    "final_accuracy",
+    "best_accuracy",
+    "final_loss",
+    "final_macro_f1",
+    "final_auc",
+    "total_bytes",
+    "bytes_base",
+    "reduction_vs_fedavg",
+    "reduction_vs_fedavg_with_base",
+    "accuracy_per_mb",
+    "rounds_to_target",
+    "bytes_to_target",
+    "wall_s",
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run of a comparison.
+
+    Attributes:
+        method: name of the preset.
+        seed: of the run.
+        recipe: resolved.
+        location: run folder.
+    """
+
+    method: str
+    seed: int
+    recipe: Recipe
+    location: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The tables of a comparison.
+
+    Attributes:
+        runs: a row a run: method, seed, location, error (None where it finished), metrics, bytes,
+            accuracy per MB sent, rounds and bytes to the target (missing where not reached), times.
+        methods: a row a method: number of finished runs, mean and standard deviation over seeds
+            (the sample's; missing with one seed) of each of those.
+        rounds: rounds.parquet of all runs, with method, seed and `bytes_so_far`, up and down.
+        target: the accuracy that is to be reached.
+    """
+
+    runs: pd.DataFrame
+    methods: pd.DataFrame
+    rounds: pd.DataFrame
+    target: float
+
+    @classmethod
+    def of(
+        cls, cells: Sequence[Cell], failed: Mapping[str, str], target: float | None = None
+    ) -> Comparison:
+        """Read the finished runs of a comparison.
+
+        Args:
+            cells: all of them.
+            failed: why a run did not finish, by location.
+            target: accuracy; None: 95 % of the best one of any run.
+
+        Raises:
+            RunError: none has finished.
+        """
+        found = [(cell, *_read(cell)) for cell in cells if cell.location not in failed]
+        if not found:
+            reasons = "\n".join(f"{location}: {why}" for location, why in failed.items())
+            raise RunError(f"no run of the comparison finished\n{reasons}")
+        rounds = pd.concat([table for _, _, table in found], ignore_index=True)
+        best = float(rounds["eval_accuracy"].max())
+        target = _TARGET_SHARE * best if target is None else target
+        rows = [_row(cell, summary, table, target) for cell, summary, table in found]
+        rows += [
+            {
+                "method": cell.method,
+                "seed": cell.seed,
+                "location": cell.location,
+                "error": failed[cell.location],
+            }
+            for cell in cells
+            if cell.location in failed
+        ]
+        runs = pd.DataFrame(rows)
+        return cls(runs, _methods(runs), rounds, target)
+
+    def write(self, folder: RunFolder) -> None:
+        """Write runs, methods and rounds as Parquet and CSV.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        for name in ("runs", "methods", "rounds"):
+            table: pd.DataFrame = getattr(self, name)
+            parquet = BytesIO()
+            table.to_parquet(parquet, index=False)
+            folder.write(f"{name}.parquet", parquet.getvalue())
+            # Ranks by module are for Parquet only.
+            flat = table.drop(columns="ranks", errors="ignore")
+            folder.write(f"{name}.csv", flat.to_csv(index=False).encode())
+
+
+def _read(cell: Cell) -> tuple[Mapping[str, Any], pd.DataFrame]:
+    folder = RunFolder(cell.location)
+    summary = json.loads(folder.read("summary.json"))
+    rounds = pd.read_parquet(BytesIO(folder.read("rounds.parquet")))
+    rounds.insert(0, "method", cell.method)
+    rounds.insert(1, "seed", cell.seed)
+    rounds["bytes_so_far"] = (rounds["bytes_up"] + rounds["bytes_down"]).cumsum()
+    return summary, rounds
+
+
+def _row(
+    cell: Cell, summary: Mapping[str, Any], rounds: pd.DataFrame, target: float
+) -> dict[str, Any]:
+    final, best, sent = summary["final"], summary["best"], summary["communication"]
+    reached = rounds[rounds["eval_accuracy"] >= target].head(1)
+    return {
+        "method": cell.method,
+        "seed": cell.seed,
+        "location": cell.location,
+        "error": None,
+        "final_accuracy": final["eval_accuracy"],
+        "best_accuracy": best["eval_accuracy"],
+        "final_loss": final["eval_loss"],
+        "final_macro_f1": final["eval_macro_f1"],
+        "final_auc": final["eval_auc"],
+        "total_bytes": sent["total_bytes"],
+        "bytes_base": sent["bytes_base"],
+        "reduction_vs_fedavg": sent["reduction_vs_fedavg"],
+        "reduction_vs_fedavg_with_base": sent["reduction_vs_fedavg_with_base"],
+        "accuracy_per_mb": final["eval_accuracy"] / (sent["total_bytes"] / 1e6),
+        "rounds_to_target": None if reached.empty else int(reached["round"].iloc[0]) + 1,
+        "bytes_to_target": None if reached.empty else int(reached["bytes_so_far"].iloc[0]),
+        "wall_s": summary["timing"]["wall_s"],
+        "failed_clients": summary["failed_clients"],
+        "adapter_sha256": summary["adapter_sha256"],
+    }
+
+
+def _methods(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return mean and standard deviation over the finished seeds, methods in their first order."""
+    done = runs[runs["error"].isna()]
+    groups = done.groupby("method", sort=False)
+    columns: dict[str, Any] = {"runs": groups.size()}
+    for name in _AVERAGED:
+        values = groups[name]
+        # A target that some seed did not reach has no mean.
+        whole = values.count() == groups.size()
+        columns[f"{name}_mean"] = values.mean().where(whole)
+        columns[f"{name}_std"] = values.std().where(whole)
+    return pd.DataFrame(columns).reset_index()

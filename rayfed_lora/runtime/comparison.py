@@ -1,0 +1,305 @@
+"""Several runs one after another on the same actors: a method and a seed each.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from rayfed_lora.errors import BadInputError, InterruptedRunError, RayfedError, RunError
+from rayfed_lora.federation.executor import Executor
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe_loading import load_recipe
+from rayfed_lora.reporting.comparison import Cell, Comparison
+from rayfed_lora.reporting.status import Status, StatusBoard
+from rayfed_lora.runtime import launch
+from rayfed_lora.runtime.factory import Factory, TorchFactory, in_process
+from rayfed_lora.runtime.local import LocalExecutor
+from rayfed_lora.runtime.session import claim, finished, simulate
+from rayfed_lora.storage import RunFolder
+
+if TYPE_CHECKING:
+    from rayfed_lora.runtime.crew import Crew
+
+# Makes the executor of a run; the board is told what the user should know.
+MakeExecutor = Callable[[Recipe, StatusBoard], Executor]
+_POLL_S = 0.25
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A cell that has ended.
+
+    Attributes:
+        cell: which one.
+        accuracy: of the last round, None where it failed.
+        seconds: how long it took here; 0 where it had been finished before.
+        error: why it failed, or None.
+    """
+
+    cell: Cell
+    accuracy: float | None
+    seconds: float
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A moment of a comparison.
+
+    Attributes:
+        cells: number of cells.
+        running: the cell that is running, None between two.
+        status: of it.
+        ended: the ended cells, in order.
+    """
+
+    cells: int
+    running: Cell | None = None
+    status: Status = field(default_factory=Status)
+    ended: tuple[Ended, ...] = ()
+
+
+class Queue:
+    """Runs cells in order; finished ones are passed over, begun ones go on, failed ones are noted.
+
+    Knows no Ray; safe to read from another thread.
+    """
+
+    def __init__(self, cells: Sequence[Cell], make: MakeExecutor) -> None:
+        """Keep the work.
+
+        Args:
+            cells: what to run.
+            make: makes each run's executor.
+        """
+        self._cells = tuple(cells)
+        self._make = make
+        self._stop = threading.Event()
+        self._ended: tuple[Ended, ...] = ()
+        self._running: tuple[Cell, StatusBoard] | None = None
+
+    def run(self, on_change: Callable[[Standing], None] | None = None) -> tuple[Ended, ...]:
+        """Run all cells.
+
+        Args:
+            on_change: called with the standing now and then, from the thread that runs.
+
+        Raises:
+            InterruptedRunError: `stop` was called; finished rounds are saved.
+        """
+        for cell in self._cells:
+            tell = None if on_change is None else lambda _: on_change(self.standing())
+            board = StatusBoard(cell.recipe.annealing.total_rounds, tell)
+            self._running = cell, board
+            ended = self._run_one(cell, board)
+            self._ended, self._running = (*self._ended, ended), None
+            if on_change is not None:
+                on_change(self.standing())
+        return self._ended
+
+    def _run_one(self, cell: Cell, board: StatusBoard) -> Ended:
+        began, folder = time.perf_counter(), RunFolder(cell.location)
+        try:
+            summary = finished(folder)
+            if summary is not None:
+                return Ended(cell, summary["final"]["eval_accuracy"], 0.0)
+            executor = self._make(cell.recipe, board)
+            stop = self._stop.is_set
+            summary = simulate(cell.recipe, executor, folder, board, stop, resume=True)
+        except InterruptedRunError:
+            raise
+        except RayfedError as error:
+            return Ended(cell, None, time.perf_counter() - began, str(error))
+        return Ended(cell, summary["final"]["eval_accuracy"], time.perf_counter() - began)
+
+    def standing(self) -> Standing:
+        """Return where the comparison stands."""
+        running, ended = self._running, self._ended
+        if running is None:
+            return Standing(len(self._cells), ended=ended)
+        cell, board = running
+        return Standing(len(self._cells), cell, board.status(records_seen=10**9), ended)
+
+    def stop(self) -> None:
+        """Abandon the running round and end."""
+        self._stop.set()
+
+
+class ComparisonServer:
+    """A driver actor that runs a comparison on one crew of client actors."""
+
+    def __init__(self, cells: Sequence[Cell], factory: Factory) -> None:
+        """Keep the cells.
+
+        Args:
+            cells: what to run.
+            factory: makes workloads and trainers inside the workers.
+        """
+        self._factory = factory
+        self._crew: Crew | None = None
+        self._queue = Queue(cells, self._executor)
+
+    def __repr__(self) -> str:
+        return "server of a comparison"
+
+    def _executor(self, recipe: Recipe, board: StatusBoard) -> Executor:
+        from rayfed_lora.runtime.crew import Crew
+        from rayfed_lora.runtime.ray_executor import RayExecutor
+
+        if self._crew is None:
+            self._crew = Crew(recipe, f"clients of a comparison {uuid4().hex}")
+        return RayExecutor(recipe, self._factory, board.note, crew=self._crew)
+
+    def run(self) -> tuple[Ended, ...]:
+        """Run all cells; raises InterruptedRunError after `stop`."""
+        try:
+            return self._queue.run()
+        finally:
+            if self._crew is not None:
+                self._crew.close()
+
+    def standing(self) -> Standing:
+        """Return where the comparison stands, at any time."""
+        return self._queue.standing()
+
+    def stop(self) -> None:
+        """Abandon the running round and end."""
+        self._queue.stop()
+
+
+def cells_of(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: str,
+    settings: Iterable[str] | Mapping[str, Any] = (),
+) -> list[Cell]:
+    """Return the cells of a comparison: the recipe under each method and seed.
+
+    Seed by seed, so that methods of the same seed share their data.
+
+    Raises:
+        BadInputError: no method or seed, one twice, or a recipe that is refused.
+    """
+    for name, values in (("methods", methods), ("seeds", seeds)):
+        if not values or len(set(values)) != len(values):
+            raise BadInputError(f"--{name}: expected at least one, none twice, got {list(values)}")
+    if isinstance(recipe, Recipe):
+        recipe = recipe.model_dump()
+    cells = []
+    for seed in seeds:
+        for method in methods:
+            overrides: Sequence[str] | Mapping[str, Any]
+            if isinstance(settings, Mapping):
+                overrides = {**settings, "method": method, "seed": seed}
+            else:
+                overrides = [*settings, f"method={method}", f"seed={seed}"]
+            given = launch.with_absolute_paths(load_recipe(recipe, overrides))
+            cells.append(Cell(method, seed, given, f"{out.rstrip('/')}/{method}/seed-{seed}"))
+    return cells
+
+
+def compare(  # noqa: PLR0913 - a user names them
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    methods: Sequence[str],
+    out: str,
+    seeds: Sequence[int] = (0,),
+    *,
+    settings: Iterable[str] | Mapping[str, Any] = (),
+    target: float | None = None,
+    address: str | None = None,
+    watch: Callable[[Standing], None] | None = None,
+    factory: Factory | None = None,
+) -> Comparison:
+    """Run a recipe under several methods and seeds; write tables and plots of all into `out`.
+
+    Each run has a folder of its own, `out/<method>/seed-<seed>`. Called again, it goes on: finished
+    runs are not run again.
+
+    Args:
+        recipe: as for `run`.
+        methods: names of presets; each is put over the recipe's own keys.
+        out: folder or URI of the comparison.
+        seeds: of the runs.
+        settings: further overrides of the recipe, as for `--set`.
+        target: accuracy to reach, for rounds and bytes to it; None: 95 % of the best one.
+        address: of a running Ray cluster; default $RAY_ADDRESS, or a Ray of our own.
+        watch: called with the standing from time to time.
+        factory: what workers make of a recipe; for tests.
+
+    Raises:
+        BadInputError: refused before anything started.
+        InterruptedRunError: stopped by SIGINT; call again to go on.
+    """
+    cells = cells_of(recipe, methods, seeds, out, settings)
+    for cell in cells:
+        claim(RunFolder(cell.location), cell.recipe, resume=True)
+    factory, watch = factory or TorchFactory(), watch or (lambda standing: None)
+    todo = [cell for cell in cells if finished(RunFolder(cell.location)) is None]
+    failed: dict[str, str] = {}
+    if todo:
+        run = _run_here if todo[0].recipe.runtime.executor == "local" else _run_on_ray
+        ended = run(todo, factory, watch, address)
+        failed = {each.cell.location: each.error for each in ended if each.error is not None}
+    comparison = Comparison.of(cells, failed, target)
+    comparison.write(RunFolder(out))
+    return comparison
+
+
+def _run_here(
+    cells: Sequence[Cell],
+    factory: Factory,
+    watch: Callable[[Standing], None],
+    address: str | None,
+) -> tuple[Ended, ...]:
+    del address
+
+    def executor(recipe: Recipe, board: StatusBoard) -> Executor:
+        device = launch.local_device(recipe)
+        rule = recipe.aggregation.rule
+        return LocalExecutor(rule, lambda: in_process(recipe, factory, device))
+
+    queue = Queue(cells, executor)
+    with launch.interruptible(queue.stop):
+        return queue.run(watch)
+
+
+def _run_on_ray(
+    cells: Sequence[Cell],
+    factory: Factory,
+    watch: Callable[[Standing], None],
+    address: str | None,
+) -> tuple[Ended, ...]:
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    with launch.ray_session(address):
+        options = {"num_cpus": 0, "max_concurrency": 2}
+        server = ray.remote(ComparisonServer).options(**options).remote(cells, factory)
+        result = server.run.remote()
+        stop, told = threading.Event(), False
+        with launch.interruptible(stop.set):
+            while True:
+                ready, _ = ray.wait([result], timeout=_POLL_S)
+                if stop.is_set() and not told:
+                    server.stop.remote()
+                    told = True
+                try:
+                    watch(ray.get(server.standing.remote()))
+                    if ready:
+                        ended: tuple[Ended, ...] = ray.get(result)
+                        return ended
+                except RayTaskError as error:
+                    if isinstance(error.cause, RayfedError):
+                        raise error.cause from None
+                    raise RunError(f"the comparison's server failed:\n{error}") from error
+                except RayError as error:
+                    raise RunError(f"the comparison's server was lost: {error}") from error

@@ -1,0 +1,129 @@
+"""Client actors in a placement group, and what they share: for one run, or for several.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rayfed_lora.errors import ResourceError
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.runtime.actors import ClientActor
+from rayfed_lora.runtime.factory import Factory
+from rayfed_lora.runtime.placement import Layout, layout, nodes_of
+
+
+class Crew:
+    """Actors that are ready to be opened for a recipe, again and again."""
+
+    def __init__(self, recipe: Recipe, name: str) -> None:
+        """Check that the actors fit the cluster, and start them.
+
+        Args:
+            recipe: gives `runtime`, and how many actors are of use.
+            name: of the placement group: unique in the cluster, and the same when a lost driver
+                goes on. What that one had reserved is given back first: Ray would keep it while
+                the job lives.
+
+        Raises:
+            ResourceError: they do not fit, or what they need stayed in use for start_timeout_s.
+        """
+        most = recipe.cohort_size(recipe.data.partition.clients)
+        plan = layout(recipe.runtime, nodes_of(ray.nodes()), most)
+        _free_leftover(name)
+        self._group: PlacementGroup | None = _reserve(plan, name, recipe.runtime.start_timeout_s)
+        self.actors = [self._start(recipe, i, plan) for i in range(plan.actors)]
+        # References of the newest workload and of its base's weights, by what they are made from.
+        self._shared: tuple[str, list[ray.ObjectRef]] = ("", [])
+
+    def _start(self, recipe: Recipe, index: int, plan: Layout) -> Any:
+        strategy = PlacementGroupSchedulingStrategy(
+            self._group,
+            placement_group_bundle_index=index,
+            placement_group_capture_child_tasks=False,
+        )
+        options = {
+            "num_cpus": plan.cpus,
+            "num_gpus": plan.gpus,
+            "max_restarts": -1,
+            # The same work on another actor gives the same result: the executor decides.
+            "max_task_retries": 0,
+            "scheduling_strategy": strategy,
+        }
+        actor = ray.remote(ClientActor).options(**options)
+        return actor.remote(plan.gpus, f"client-actor-{index:02d} of {recipe.name}")
+
+    def prepare(
+        self, recipe: Recipe, factory: Factory
+    ) -> tuple[ray.ObjectRef, list[ray.ObjectRef]]:
+        """Let the first actor prepare data and base, unless they are those of the last recipe.
+
+        Returns:
+            What tells of success, and references of workload and weights, which the crew keeps: an
+            actor that is started again fetches them anew.
+        """
+        made_from = _made_from(recipe)
+        if self._shared[0] != made_from:
+            method = self.actors[0].prepare.options(name="prepare data and base", num_returns=3)
+            done, *shared = method.remote(recipe, factory)
+            self._shared = made_from, shared
+            return done, shared
+        return ray.put(None), self._shared[1]
+
+    def forget(self) -> None:
+        """Let go of the workload: preparing it failed, or nobody needs it."""
+        self._shared = ("", [])
+
+    def close(self) -> None:
+        """End the actors and give their resources back."""
+        if self._group is not None:
+            remove_placement_group(self._group)
+        self._group, self.actors = None, []
+        self.forget()
+
+
+def _made_from(recipe: Recipe) -> str:
+    """Return what workload and weights depend on."""
+    parts = {
+        "seed": recipe.seed,
+        "data": recipe.data.model_dump(),
+        "model": recipe.model.model_dump(),
+        "validation": recipe.validation_fraction,
+        "cohort": recipe.clients.per_round,
+    }
+    return json.dumps(parts, sort_keys=True)
+
+
+def _free_leftover(name: str) -> None:
+    try:
+        leftover = get_placement_group(name)
+    except ValueError:
+        return
+    remove_placement_group(leftover)
+
+
+def _reserve(plan: Layout, name: str, timeout_s: float) -> PlacementGroup:
+    group = placement_group(plan.bundles, strategy="PACK", name=name)
+    try:
+        ray.get(group.ready(), timeout=timeout_s)
+    except GetTimeoutError:
+        remove_placement_group(group)
+        free = ray.available_resources()
+        raise ResourceError(
+            f"waited {timeout_s:g} s (runtime.start_timeout_s) for {plan.actors} client actors of"
+            f" {plan.cpus:g} CPU and {plan.gpus:g} GPU; free now: {free.get('CPU', 0):g} CPU,"
+            f" {free.get('GPU', 0):g} GPU, the rest is in use by others"
+        ) from None
+    return group

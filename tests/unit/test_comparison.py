@@ -1,0 +1,192 @@
+"""Several methods and seeds on one recipe: tables, going on, failures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import rayfed_lora
+from rayfed_lora.errors import BadInputError, InterruptedRunError, RecipeError, RunError
+from rayfed_lora.reporting.comparison import Comparison
+from rayfed_lora.runtime import comparison as module
+from rayfed_lora.runtime.comparison import Standing, cells_of, compare
+from tests.fakes import RECIPE, Behaviour, FakeFactory, every_round
+
+METHODS = ["sa-fedlora", "fedavg", "flora"]
+
+
+def compared(out: Path, methods: list[str] = METHODS, **others: Any) -> Comparison:
+    return compare(RECIPE, methods, str(out), (0, 1), **{"factory": FakeFactory(), **others})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
+    out = tmp_path_factory.mktemp("comparison")
+    return compared(out), out
+
+
+def test_every_method_runs_with_every_seed_in_a_folder_of_its_own(whole):
+    comparison, out = whole
+    ran = list(zip(comparison.runs["method"], comparison.runs["seed"], strict=True))
+    assert sorted(ran) == sorted((m, s) for m in METHODS for s in (0, 1))
+    for method, seed in ran:
+        folder = out / method / f"seed-{seed}"
+        recipe = rayfed_lora.load_recipe(folder / "recipe.yaml")
+        assert (recipe.method, recipe.seed) == (method, seed)
+        assert (folder / "summary.json").exists()
+
+
+def test_a_run_of_a_comparison_is_the_run_that_one_gets_alone(whole, tmp_path):
+    comparison, _ = whole
+    alone = rayfed_lora.run(
+        rayfed_lora.load_recipe(RECIPE, {"method": "flora", "seed": 1}),
+        str(tmp_path),
+        factory=FakeFactory(),
+    )
+    runs = comparison.runs.set_index(["method", "seed"])
+    assert runs.loc[("flora", 1), "adapter_sha256"] == alone.summary["adapter_sha256"]
+    assert runs.loc[("flora", 1), "final_accuracy"] == alone.summary["final"]["eval_accuracy"]
+    assert runs.loc[("flora", 1), "total_bytes"] == alone.summary["communication"]["total_bytes"]
+
+
+def test_methods_have_mean_and_deviation_over_seeds(whole):
+    comparison, _ = whole
+    assert comparison.methods["method"].tolist() == METHODS
+    assert comparison.methods["runs"].tolist() == [2, 2, 2]
+    for _, row in comparison.methods.iterrows():
+        own = comparison.runs[comparison.runs["method"] == row["method"]]
+        assert row["final_loss_mean"] == pytest.approx(own["final_loss"].mean())
+        assert row["final_loss_std"] == pytest.approx(own["final_loss"].std())
+        mb = own["total_bytes"] / 1e6
+        assert row["accuracy_per_mb_mean"] == pytest.approx((own["final_accuracy"] / mb).mean())
+    fedavg = comparison.methods.set_index("method").loc["fedavg"]
+    assert fedavg["reduction_vs_fedavg_mean"] == 0.0
+
+
+def test_rounds_of_all_runs_know_what_was_sent_so_far(whole):
+    comparison, _ = whole
+    assert len(comparison.rounds) == 6 * 6
+    for _, own in comparison.rounds.groupby(["method", "seed"]):
+        sent = (own["bytes_up"] + own["bytes_down"]).cumsum()
+        assert own["bytes_so_far"].tolist() == sent.tolist()
+
+
+def test_the_target_is_looked_for_round_by_round(whole):
+    comparison, _ = whole
+    assert comparison.target == pytest.approx(0.95 * comparison.rounds["eval_accuracy"].max())
+    for _, run in comparison.runs.iterrows():
+        rounds = comparison.rounds
+        own = rounds[(rounds["method"] == run["method"]) & (rounds["seed"] == run["seed"])]
+        reached = own[own["eval_accuracy"] >= comparison.target]
+        if reached.empty:
+            assert pd.isna(run["rounds_to_target"])
+        else:
+            assert run["rounds_to_target"] == reached["round"].iloc[0] + 1
+            assert run["bytes_to_target"] == reached["bytes_so_far"].iloc[0]
+    assert comparison.runs["rounds_to_target"].notna().any()
+
+
+def test_a_target_that_nobody_reaches_has_no_rounds(whole, tmp_path):
+    _, out = whole
+    comparison = compared(out, target=2.0)
+    assert comparison.runs["rounds_to_target"].isna().all()
+    assert comparison.methods["bytes_to_target_mean"].isna().all()
+
+
+@pytest.mark.parametrize("name", ["runs", "methods", "rounds"])
+def test_tables_are_written_as_parquet_and_csv(whole, name):
+    comparison, out = whole
+    table = getattr(comparison, name)
+    read = pd.read_parquet(out / f"{name}.parquet").drop(columns="ranks", errors="ignore")
+    written = table.drop(columns="ranks", errors="ignore")
+    assert read.columns.tolist() == written.columns.tolist()
+    same = (read == written) | (read.isna() & written.isna())
+    assert same.all(axis=None)
+    assert len(pd.read_csv(out / f"{name}.csv")) == len(table)
+
+
+def test_called_again_it_runs_nothing_twice(whole, monkeypatch):
+    comparison, out = whole
+
+    def run(*arguments: object) -> None:
+        raise AssertionError("ran again")
+
+    monkeypatch.setattr(module, "simulate", run)
+    again = compared(out)
+    pd.testing.assert_frame_equal(again.runs, comparison.runs)
+
+
+def test_a_comparison_that_was_stopped_goes_on(tmp_path, whole):
+    seen: list[Standing] = []
+
+    def stop_in_the_second(standing: Standing) -> None:
+        seen.append(standing)
+        if len(standing.ended) == 1 and standing.status.rounds_done == 2:
+            raise InterruptedRunError("stopped by the test")
+
+    with pytest.raises(InterruptedRunError):
+        compared(tmp_path, watch=stop_in_the_second)
+    assert (tmp_path / METHODS[0] / "seed-0" / "summary.json").exists()
+    comparison = compared(tmp_path)
+    expected, _ = whole
+    same = ["method", "seed", "final_loss", "total_bytes", "adapter_sha256"]
+    pd.testing.assert_frame_equal(comparison.runs[same], expected.runs[same])
+
+
+def test_more_methods_and_seeds_can_be_added_later(tmp_path):
+    compared(tmp_path, ["fedlora"])
+    comparison = compared(tmp_path, ["fedlora", "rolora"])
+    assert len(comparison.runs) == 4
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
+    factory = FakeFactory(Behaviour(failing=every_round(*range(6))))
+    with pytest.raises(RunError, match="no run of the comparison finished") as raised:
+        compared(tmp_path / "all", factory=factory)
+    assert "none of 3 clients sent a usable update" in str(raised.value)
+    compare(RECIPE, ["fedlora"], str(tmp_path / "one"), (0,), factory=FakeFactory())
+    comparison = compare(
+        RECIPE, ["fedlora", "fedavg"], str(tmp_path / "one"), (0,), factory=factory
+    )
+    errors = comparison.runs.set_index("method")["error"]
+    assert pd.isna(errors["fedlora"])
+    assert "none of 3 clients" in errors["fedavg"]
+    assert comparison.methods["method"].tolist() == ["fedlora"]
+    # Once the reason is gone, it is run.
+    mended = compare(
+        RECIPE, ["fedlora", "fedavg"], str(tmp_path / "one"), (0,), factory=FakeFactory()
+    )
+    assert mended.runs["error"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("methods", "seeds", "error", "said"),
+    [
+        ([], (0,), BadInputError, "--methods: expected at least one"),
+        (["fedavg", "fedavg"], (0,), BadInputError, "none twice"),
+        (["fedavg"], (), BadInputError, "--seeds"),
+        (["fedavgg"], (0,), RecipeError, "did you mean 'fedavg'"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_starts(
+    methods, seeds, error, said, tmp_path
+):
+    with pytest.raises(error) as raised:
+        compare(RECIPE, methods, str(tmp_path / "out"), seeds, factory=FakeFactory())
+    assert said in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_another_recipe_is_refused(whole):
+    _, out = whole
+    with pytest.raises(BadInputError, match=r"holds a run of another recipe.*clients\.per_round"):
+        compared(out, settings={"clients.per_round": 2})
+
+
+def test_settings_may_be_texts_as_on_the_command_line(tmp_path):
+    (cell,) = cells_of(RECIPE, ["flora"], [3], str(tmp_path), ["clients.per_round=2"])
+    assert (cell.recipe.clients.per_round, cell.recipe.seed) == (2, 3)
+    assert cell.recipe.aggregation.rule == "stacking"
