@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rayfed_lora.rule_facts import RULE_FACTS
+
 if TYPE_CHECKING:
     from rayfed_lora.recipe import Annealing, Recipe, Runtime
 
@@ -120,10 +122,8 @@ def _of_clients(recipe: Recipe) -> Iterator[Conflict]:
 
 def _of_rule(recipe: Recipe) -> Iterator[Conflict]:
     """What a rule cannot do. A run without adapter rounds asks nothing of it."""
-    from rayfed_lora.aggregation.rules import RULES
-
     name, annealing, adapter = recipe.aggregation.rule, recipe.annealing, recipe.adapter
-    rule, optimizer = RULES[name], recipe.aggregation.server_optimizer.name
+    rule, optimizer = RULE_FACTS[name], recipe.aggregation.server_optimizer.name
     key = "aggregation.rule"
     if annealing.heating.rank == 0 and not (adapter.train_head or adapter.train_biases):
         yield Conflict(
@@ -133,7 +133,7 @@ def _of_rule(recipe: Recipe) -> Iterator[Conflict]:
     if annealing.mode == "full":
         return
     if optimizer != "sgd" and not rule.optimizers:
-        fitting = ", ".join(n for n, entry in RULES.items() if entry.optimizers)
+        fitting = ", ".join(n for n, entry in RULE_FACTS.items() if entry.optimizers)
         yield Conflict(
             ("aggregation.server_optimizer.name", key),
             f"'{optimizer}' steps along A and B, rule '{name}' does not average them; expected sgd,"
@@ -141,7 +141,7 @@ def _of_rule(recipe: Recipe) -> Iterator[Conflict]:
         )
     ranks = recipe.clients.ranks
     if not rule.mixed_ranks and ranks is not None and not isinstance(ranks, int):
-        fitting = ", ".join(n for n, entry in RULES.items() if entry.mixed_ranks)
+        fitting = ", ".join(n for n, entry in RULE_FACTS.items() if entry.mixed_ranks)
         yield Conflict(
             ("clients.ranks", key),
             f"rule '{name}' averages factors of equal ranks; for clients of different ranks"

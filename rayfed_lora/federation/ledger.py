@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from rayfed_lora.aggregation.rules import RuleEntry
 from rayfed_lora.federation.traffic import Counts, RoundFacts, Traffic, traffic
+from rayfed_lora.rule_facts import RuleFacts
 from rayfed_lora.types import ModelShape
 
 BYTES_A_VALUE = 4
@@ -96,7 +96,7 @@ class Ledger:
     from the seed that all share, and costs nothing.
     """
 
-    def __init__(self, shape: ModelShape, clients: int, rule: RuleEntry) -> None:
+    def __init__(self, shape: ModelShape, clients: int, rule: RuleFacts) -> None:
         """Start with no client holding any base.
 
         Args:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from rayfed_lora.aggregation.rules import RuleEntry
+from rayfed_lora.rule_facts import RuleFacts
 from rayfed_lora.types import Frozen, ModelShape, ModuleShape, Trainable
 
 Counts = npt.NDArray[np.int64]
@@ -69,7 +69,7 @@ class Traffic:
     renewed: tuple[Frozen, ...] = ()
 
 
-def traffic(shape: ModelShape, rule: RuleEntry, facts: RoundFacts) -> Traffic:
+def traffic(shape: ModelShape, rule: RuleFacts, facts: RoundFacts) -> Traffic:
     """Return the messages of a round.
 
     A full-model round sends every weight both ways. In an adapter round, sent are the factors

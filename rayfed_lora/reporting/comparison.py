@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 
@@ -12,6 +12,7 @@ import pandas as pd
 
 from rayfed_lora.errors import RunError
 from rayfed_lora.recipe import Recipe
+from rayfed_lora.reporting.status import Status
 from rayfed_lora.storage import RunFolder
 
 # Share of the best accuracy that is to be reached, where no target is named.
@@ -49,6 +50,40 @@ class Cell:
     seed: int
     recipe: Recipe
     location: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A cell that has ended.
+
+    Attributes:
+        cell: which one.
+        accuracy: of the last round, None where it failed.
+        seconds: how long it took here; 0 where it had been finished before.
+        error: why it failed, or None.
+    """
+
+    cell: Cell
+    accuracy: float | None
+    seconds: float
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A moment of a comparison.
+
+    Attributes:
+        cells: number of cells.
+        running: the cell that is running, None between two.
+        status: of it.
+        ended: the ended cells, in order.
+    """
+
+    cells: int
+    running: Cell | None = None
+    status: Status = field(default_factory=Status)
+    ended: tuple[Ended, ...] = ()
 
 
 @dataclass(frozen=True)

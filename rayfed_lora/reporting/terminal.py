@@ -16,8 +16,7 @@ from rayfed_lora.reporting.progress import duration, headline, megabytes
 
 if TYPE_CHECKING:
     from rayfed_lora.planning import Plan
-    from rayfed_lora.reporting.comparison import Comparison
-    from rayfed_lora.runtime.comparison import Ended, Standing
+    from rayfed_lora.reporting.comparison import Comparison, Ended, Standing
 
 
 def percent(share: float | None) -> str:

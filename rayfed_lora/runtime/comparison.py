@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -17,8 +16,8 @@ from rayfed_lora.errors import BadInputError, InterruptedRunError, RayfedError, 
 from rayfed_lora.federation.executor import Executor
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
-from rayfed_lora.reporting.comparison import Cell, Comparison
-from rayfed_lora.reporting.status import Status, StatusBoard
+from rayfed_lora.reporting.comparison import Cell, Comparison, Ended, Standing
+from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.runtime import launch
 from rayfed_lora.runtime.factory import Factory, TorchFactory, in_process
 from rayfed_lora.runtime.local import LocalExecutor
@@ -31,40 +30,6 @@ if TYPE_CHECKING:
 # Makes the executor of a run; the board is told what the user should know.
 MakeExecutor = Callable[[Recipe, StatusBoard], Executor]
 _POLL_S = 0.25
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A cell that has ended.
-
-    Attributes:
-        cell: which one.
-        accuracy: of the last round, None where it failed.
-        seconds: how long it took here; 0 where it had been finished before.
-        error: why it failed, or None.
-    """
-
-    cell: Cell
-    accuracy: float | None
-    seconds: float
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Standing:
-    """A moment of a comparison.
-
-    Attributes:
-        cells: number of cells.
-        running: the cell that is running, None between two.
-        status: of it.
-        ended: the ended cells, in order.
-    """
-
-    cells: int
-    running: Cell | None = None
-    status: Status = field(default_factory=Status)
-    ended: tuple[Ended, ...] = ()
 
 
 class Queue:

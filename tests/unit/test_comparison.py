@@ -10,9 +10,9 @@ import pytest
 
 import rayfed_lora
 from rayfed_lora.errors import BadInputError, InterruptedRunError, RecipeError, RunError
-from rayfed_lora.reporting.comparison import Comparison
+from rayfed_lora.reporting.comparison import Comparison, Standing
 from rayfed_lora.runtime import comparison as module
-from rayfed_lora.runtime.comparison import Standing, cells_of, compare
+from rayfed_lora.runtime.comparison import cells_of, compare
 from tests.fakes import RECIPE, Behaviour, FakeFactory, every_round
 
 METHODS = ["sa-fedlora", "fedavg", "flora"]
