@@ -24,6 +24,7 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.types import (
     AdapterState,
     Base,
+    ClientScore,
     ClientUpdate,
     Factors,
     LocalPlan,
@@ -72,6 +73,15 @@ class AddingTrainer:
     ) -> Predictions:
         ones = np.ones(rows.stop - rows.start, np.int64)
         return Predictions(ones, ones.astype(np.float32), ones, ones, ones)
+
+    def test_clients(
+        self,
+        clients: Sequence[int],
+        starts: Sequence[AdapterState],
+        base: Base,
+        trainable: Trainable,
+    ) -> list[ClientScore]:
+        return []
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         return {}

@@ -9,9 +9,10 @@ Source: this project (the formulas behind the options: `annealing`, `lora`, `agg
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 Method = Literal[
     "sa-fedlora",
@@ -299,6 +300,10 @@ class LrSchedule(Section):
     warmup_rounds: Count = option(0, "rounds of linear rise to 1 at the start", "rounds")
 
 
+Ranks = Annotated[list[Positive], Field(min_length=1)]
+RankShares = Annotated[dict[Positive, PositiveFloat], Field(min_length=1)]
+
+
 class Clients(Section):
     """Who takes part, and how a client trains."""
 
@@ -313,12 +318,23 @@ class Clients(Section):
     optimizer: Optimizer = section(Optimizer, "local optimiser")
     lr_schedule: LrSchedule = section(LrSchedule, "learning rate over rounds")
     max_grad_norm: PositiveFloat | None = option(None, "clip the gradient's 2-norm; null: never")
-    ranks: Positive | list[Positive] | dict[Positive, PositiveFloat] | None = option(
+    ranks: Positive | Ranks | RankShares | None = option(
         None,
         "largest rank that a client can train: one for all | a list, dealt to clients in turn"
         " | ranks with their shares, drawn from the seed, e.g. {4: 0.5, 16: 0.5}; null: no limit",
         "rank",
     )
+
+    @field_validator("ranks", mode="before")
+    @classmethod
+    def _numbers_as_keys(cls, value: Any) -> Any:
+        """Take the keys that JSON and some YAML writers quote."""
+        if not isinstance(value, Mapping):
+            return value
+        return {
+            int(key) if isinstance(key, str) and key.isdecimal() else key: share
+            for key, share in value.items()
+        }
 
     @property
     def steps(self) -> int | None:
@@ -331,6 +347,15 @@ class Evaluation(Section):
 
     every: Positive = option(1, "test after every so many rounds, and after the last", "rounds")
     batch_size: Positive = option(256, "examples a forward pass", "examples")
+    client_fraction: Fraction = option(
+        0.0, "share of each client's examples that is kept to test on that client; 0: none"
+    )
+    clients: Positive | Literal["all"] = option(
+        "all", "clients tested on examples of their own: all, or so many drawn anew each time"
+    )
+    clients_every: Positive | None = option(
+        None, "test on clients after every so many rounds, and after the last; null: then only"
+    )
 
 
 class Runtime(Section):

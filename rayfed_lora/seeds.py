@@ -22,6 +22,8 @@ class Purpose(IntEnum):
     DROPOUT = 6
     ACCEPTANCE = 7
     RANKS = 8
+    CLIENT_SPLIT = 9
+    TESTED_CLIENTS = 10
 
 
 def sequence(seed: int, purpose: Purpose, *key: int) -> np.random.SeedSequence:

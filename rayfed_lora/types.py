@@ -224,6 +224,44 @@ class Predictions:
 
 
 @dataclass(frozen=True)
+class ClientScore:
+    """How a model does on one client's own held-out examples.
+
+    Attributes:
+        client: client id.
+        examples: number of its held-out examples.
+        accuracy: share predicted correctly.
+        loss: mean cross entropy, nats.
+    """
+
+    client: int
+    examples: int
+    accuracy: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class ClientTest:
+    """A row of client_metrics.parquet: one client's own examples after one round.
+
+    Attributes:
+        round: index from 0.
+        client: client id.
+        examples: number of its held-out examples.
+        accuracy, loss: of the global model.
+        personal_accuracy, personal_loss: of the client's own model, where it has one.
+    """
+
+    round: int
+    client: int
+    examples: int
+    accuracy: float
+    loss: float
+    personal_accuracy: float | None = None
+    personal_loss: float | None = None
+
+
+@dataclass(frozen=True)
 class ClientRecord:
     """A row of clients.parquet: one client in one round.
 

@@ -30,6 +30,7 @@ from rayfed_lora.training.workload import Workload
 from rayfed_lora.types import (
     AdapterState,
     Base,
+    ClientScore,
     ClientUpdate,
     Factors,
     FloatArray,
@@ -161,6 +162,19 @@ class FakeTrainer:
             predicted=np.ones(len(wave), np.int64),
             classes=right,
         )
+
+    def test_clients(
+        self,
+        clients: Sequence[int],
+        starts: Sequence[AdapterState],
+        base: Base,
+        trainable: Trainable,
+    ) -> list[ClientScore]:
+        energies = [energy(start, base, trainable) for start in starts]
+        return [
+            ClientScore(client, client + 1, abs(float(np.sin(e + client))), e)
+            for client, e in zip(clients, energies, strict=True)
+        ]
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         facts = {"device": self._device, "energy": energy(state, base, trainable)}
@@ -298,6 +312,11 @@ class KilledExecutor:
         trainable: Trainable,
     ) -> Callable[[], list[Predictions]]:
         return self._inner.evaluate(split, shards, state, base, trainable)
+
+    def test_clients(
+        self, calls: Sequence[Call], state: AdapterState, base: Base, trainable: Trainable
+    ) -> Callable[[], list[ClientScore]]:
+        return self._inner.test_clients(calls, state, base, trainable)
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         return self._inner.export(state, base, trainable)

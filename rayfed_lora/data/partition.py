@@ -56,6 +56,41 @@ class ClientTable:
         return self.order[self.offsets[client] : self.offsets[client + 1]]
 
 
+def hold_out(
+    table: ClientTable, fraction: float, seed: int
+) -> tuple[ClientTable, ClientTable | None]:
+    """Split each client's examples into those it trains on and those it is tested on.
+
+    A client of n examples keeps floor(n * fraction + 0.5) for testing, and at least one of each
+    where it has two; one with a single example trains on it.
+
+    Args:
+        table: all examples.
+        fraction: share for testing; 0: no client has any.
+        seed: the run's seed.
+
+    Returns:
+        For training, and for testing (None where `fraction` is 0).
+    """
+    if fraction == 0.0:
+        return table, None
+    kept, held = [], []
+    for client in range(table.clients):
+        rows = table.examples(client)
+        count = max(min(max(int(len(rows) * fraction + 0.5), 1), len(rows) - 1), 0)
+        rng = seeds.generator(seed, seeds.Purpose.CLIENT_SPLIT, client)
+        chosen = np.zeros(len(rows), bool)
+        chosen[rng.choice(len(rows), count, replace=False)] = True
+        kept.append(rows[~chosen])
+        held.append(rows[chosen])
+    return _table(kept), _table(held)
+
+
+def _table(parts: Sequence[IndexArray]) -> ClientTable:
+    offsets = np.cumsum([0, *(len(part) for part in parts)])
+    return ClientTable(np.concatenate(parts), offsets.astype(np.int64))
+
+
 def deal(
     labels: npt.NDArray[np.int64],
     partition: recipe.Partition,

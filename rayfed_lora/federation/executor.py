@@ -13,6 +13,7 @@ from rayfed_lora.federation.sampling import Block
 from rayfed_lora.types import (
     AdapterState,
     Base,
+    ClientScore,
     ClientUpdate,
     Device,
     Factors,
@@ -216,6 +217,19 @@ class Executor(Protocol):
         trainable: Trainable,
     ) -> Callable[[], list[Predictions]]:
         """Start an evaluation; what is returned waits for the shards' predictions, in order."""
+        ...
+
+    def test_clients(
+        self, calls: Sequence[Call], state: AdapterState, base: Base, trainable: Trainable
+    ) -> Callable[[], list[ClientScore]]:
+        """Start tests on clients' own examples; what is returned waits for them, in order.
+
+        Args:
+            calls: clients; one with a B of its own is tested with that.
+            state: the global state.
+            base: what is frozen.
+            trainable: `full` or `adapter`.
+        """
         ...
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:

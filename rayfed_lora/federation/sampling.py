@@ -17,6 +17,7 @@ from rayfed_lora.types import Device, ModelShape
 Block = tuple[int, ...]
 _CALLS_A_ROUND = 1024
 # Blocks that a round has at least, where it has the clients.
+_TESTED_TOGETHER = 50
 _BLOCKS_TO_SHARE = 4
 _FEW_BLOCKS = 8
 # Memory that training holds for a linear layer, in its outputs (gradients, attention, norms).
@@ -71,6 +72,23 @@ def cohort(recipe: Recipe, clients: int, round_index: int) -> tuple[int, ...]:
     rng = generator(recipe.seed, Purpose.COHORT, round_index)
     drawn = rng.choice(clients, recipe.cohort_size(clients), replace=False, shuffle=False)
     return tuple(sorted(int(client) for client in drawn))
+
+
+def tested_clients(recipe: Recipe, clients: int, round_index: int) -> list[Block]:
+    """Return the clients that are tested on examples of their own after a round, in short runs.
+
+    Args:
+        recipe: gives their number and the seed.
+        clients: number of clients there are.
+        round_index: from 0.
+    """
+    wanted = recipe.evaluation.clients
+    chosen = np.arange(clients)
+    if wanted != "all" and wanted < clients:
+        rng = generator(recipe.seed, Purpose.TESTED_CLIENTS, round_index)
+        chosen = np.sort(rng.choice(clients, wanted, replace=False))
+    runs = [chosen[i : i + _TESTED_TOGETHER] for i in range(0, len(chosen), _TESTED_TOGETHER)]
+    return [tuple(run.tolist()) for run in runs]
 
 
 def rank_limits(recipe: Recipe, clients: int) -> npt.NDArray[np.int64] | None:

@@ -43,6 +43,8 @@ from rayfed_lora.types import (
     AdapterState,
     Base,
     ClientRecord,
+    ClientScore,
+    ClientTest,
     ClientUpdate,
     FloatArray,
     Frozen,
@@ -63,6 +65,10 @@ class Observer(Protocol):
 
     def client_done(self, update: ClientUpdate) -> None:
         """Note that a client's update was taken in."""
+        ...
+
+    def clients_tested(self, tests: list[ClientTest]) -> None:
+        """Note how the model of a round does on clients' own examples, before the round is done."""
         ...
 
     def round_done(self, record: RoundRecord, clients: list[ClientRecord]) -> None:
@@ -131,6 +137,7 @@ class _Trained:
     bill: Bill
     record: RoundRecord
     test: tuple[_Wait | None, _Wait | None]
+    on_clients: Callable[[], list[ClientTest]]
 
 
 class Server:
@@ -245,12 +252,14 @@ class Server:
             personal=_personal(before, updates),
         )
         record = self._record(started, aggregate, updates, bill)
-        return _Trained(after, plan, updates, bill, record, self._test(plan.round, model))
+        test, on_clients = self._test(plan.round, model), self._client_test(after)
+        return _Trained(after, plan, updates, bill, record, test, on_clients)
 
     def _finished(self, trained: _Trained) -> Progress:
         """Wait for a round's test, record the round, and return the run after it."""
         began = time.perf_counter()
         tested, validation = (None if wait is None else wait() for wait in trained.test)
+        own_tests = trained.on_clients()
         now = time.perf_counter()
         seconds, self._ended = now - self._ended, now
         earlier = self._timing
@@ -272,6 +281,8 @@ class Server:
             seconds=seconds,
         )
         plan = trained.plan
+        if own_tests:
+            self._observer.clients_tested(own_tests)
         self._observer.round_done(
             record, _client_records(plan.round, trained.updates, trained.bill)
         )
@@ -357,6 +368,32 @@ class Server:
             self._evaluate("validation", model) if watched else None,
         )
 
+    def _client_test(self, after: Progress) -> Callable[[], list[ClientTest]]:
+        """Start the tests on clients' own examples that are due after a round."""
+        settings, t = self._recipe.evaluation, after.rounds - 1
+        last = after.rounds == self._recipe.annealing.total_rounds
+        every = settings.clients_every
+        if settings.client_fraction == 0.0 or not (
+            last or (every is not None and after.rounds % every == 0)
+        ):
+            return list
+        tested = sampling.tested_clients(self._recipe, self._population.clients, t)
+        calls = [Call((block,)) for block in tested]
+        model, full = after.model, after.model.trainable == "full"
+        wait = self._executor.test_clients(calls, model.state, model.base, model.trainable)
+        own = [
+            self._call(call.blocks, after, full)
+            for call in calls
+            if any(client in after.personal for client in call.clients)
+        ]
+        wait_own = self._executor.test_clients(own, model.state, model.base, model.trainable)
+
+        def tests() -> list[ClientTest]:
+            scores = {s.client: s for s in wait_own() if s.client in after.personal}
+            return [_client_test(t, score, scores.get(score.client)) for score in wait()]
+
+        return tests
+
     def _evaluate(self, split: Split, model: GlobalModel) -> _Wait:
         shards = evaluation.shards(
             self._population.examples[split], self._recipe.evaluation.batch_size
@@ -419,6 +456,18 @@ def _personal(
     """Return each client's own B after a round."""
     new = {update.client: update.personal for update in updates if update.personal is not None}
     return {**before.personal, **new} if new else before.personal
+
+
+def _client_test(t: int, score: ClientScore, own: ClientScore | None) -> ClientTest:
+    return ClientTest(
+        round=t,
+        client=score.client,
+        examples=score.examples,
+        accuracy=score.accuracy,
+        loss=score.loss,
+        personal_accuracy=None if own is None else own.accuracy,
+        personal_loss=None if own is None else own.loss,
+    )
 
 
 def _client_records(t: int, updates: list[ClientUpdate], bill: Bill) -> list[ClientRecord]:

@@ -1,4 +1,4 @@
-"""clients.parquet, written as the run goes on. Source: this project (design.md)."""
+"""Tables with a row a client, written as the run goes on. Source: this project (design.md)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import pyarrow.parquet as pq
 
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.types import ClientRecord
+from rayfed_lora.types import ClientRecord, ClientTest
 
-NAME = "clients.parquet"
-SCHEMA = pa.schema(
+CLIENTS = pa.schema(
     [
         ("round", pa.int32()),
         ("client", pa.int64()),
@@ -28,6 +27,18 @@ SCHEMA = pa.schema(
         ("seconds", pa.float64()),
     ]
 )
+CLIENT_METRICS = pa.schema(
+    [
+        ("round", pa.int32()),
+        ("client", pa.int64()),
+        ("examples", pa.int64()),
+        ("accuracy", pa.float64()),
+        ("loss", pa.float64()),
+        ("personal_accuracy", pa.float64()),
+        ("personal_loss", pa.float64()),
+    ]
+)
+CLIENT_METRICS_FILE = "client_metrics.parquet"
 _ROW_GROUP = 65_536
 # Rows that wait for a checkpoint at most: 70 bytes each.
 _WAITING = 4 * _ROW_GROUP
@@ -40,22 +51,35 @@ class ClientRows:
     whole file, and memory does not grow with the run.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
-        """Start with no rows, whatever the folder holds."""
+    def __init__(self, folder: RunFolder, name: str, schema: pa.Schema) -> None:
+        """Start with no rows, whatever the folder holds.
+
+        Args:
+            folder: the run folder.
+            name: of the file in it.
+            schema: its columns; the first one is the round.
+        """
         self._folder = folder
+        self._name = name
+        self._schema = schema
         self._waiting: list[pa.Table] = []
         self._written = False
 
-    def add(self, records: Sequence[ClientRecord]) -> None:
+    def add(self, records: Sequence[ClientRecord | ClientTest]) -> None:
         """Add the rows of a round.
 
         Raises:
             RunError: so many wait that they are saved, and the folder cannot be written.
         """
         rows = [asdict(record) for record in records]
-        self._waiting.append(pa.Table.from_pylist(rows, schema=SCHEMA))
+        self._waiting.append(pa.Table.from_pylist(rows, schema=self._schema))
         if sum(table.num_rows for table in self._waiting) > _WAITING:
             self.save()
+
+    @property
+    def empty(self) -> bool:
+        """Whether there are no rows, here or in the file."""
+        return not self._written and not self._waiting
 
     def save(self) -> None:
         """Bring all rows into the file.
@@ -65,14 +89,21 @@ class ClientRows:
         """
         if self._written and not self._waiting:
             return
-        new = pa.concat_tables([SCHEMA.empty_table(), *self._waiting])
+        new = pa.concat_tables([self._schema.empty_table(), *self._waiting])
         if self._written:
-            with self._folder.source(NAME) as source, pq.ParquetFile(source) as old:
+            with self._folder.source(self._name) as source, pq.ParquetFile(source) as old:
                 groups = (old.read_row_group(i) for i in range(old.num_row_groups))
                 self._write(groups, new)
         else:
             self._write(iter(()), new)
         self._waiting, self._written = [], True
+
+    def of_round(self, t: int) -> pa.Table:
+        """Return the saved rows of a round."""
+        if not self._written:
+            return self._schema.empty_table()
+        with self._folder.source(self._name) as source:
+            return pq.read_table(source, filters=pc.field("round") == t)
 
     def restore(self, rounds: int) -> int:
         """Keep the rows of the first `rounds` rounds only; return how many rounds those are.
@@ -85,22 +116,27 @@ class ClientRows:
         if rounds == 0:
             return 0
         found: set[int] = set()
-        with readable(self._folder, NAME), self._folder.source(NAME) as source:
+        with readable(self._folder, self._name), self._folder.source(self._name) as source:
             old = pq.ParquetFile(source)
-            if old.schema_arrow != SCHEMA:
-                raise ValueError(f"expected columns {SCHEMA.names}, got {old.schema_arrow.names}")
+            if old.schema_arrow != self._schema:
+                raise ValueError(
+                    f"expected columns {self._schema.names}, got {old.schema_arrow.names}"
+                )
             for i in range(old.num_row_groups):
                 found.update(old.read_row_group(i, columns=["round"])["round"].to_pylist())
             if max(found, default=0) >= rounds:
                 first = pc.field("round") < rounds
                 groups = (old.read_row_group(i).filter(first) for i in range(old.num_row_groups))
-                self._write(groups, SCHEMA.empty_table())
+                self._write(groups, self._schema.empty_table())
         return len({t for t in found if t < rounds})
 
     def _write(self, groups: Iterator[pa.Table], new: pa.Table) -> None:
         """Write row groups and what comes after them; all but the last have the same size."""
-        rest = SCHEMA.empty_table()
-        with self._folder.opened(NAME) as sink, pq.ParquetWriter(sink, SCHEMA) as writer:
+        rest = self._schema.empty_table()
+        with (
+            self._folder.opened(self._name) as sink,
+            pq.ParquetWriter(sink, self._schema) as writer,
+        ):
             for group in groups:
                 rest = pa.concat_tables([rest, group])
                 if rest.num_rows >= _ROW_GROUP:

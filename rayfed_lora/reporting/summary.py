@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from rayfed_lora.federation.ledger import Totals
@@ -62,6 +63,30 @@ def summary(
         "adapter_sha256": adapter_sha256,
         "versions": versions(),
     }
+
+
+def client_summary(tests: pa.Table) -> dict[str, Any]:
+    """Return how a model's accuracy is spread over clients, each counted once.
+
+    Args:
+        tests: rows of client_metrics.parquet of one round, at least one.
+
+    Returns:
+        Number of clients; mean, standard deviation, smallest, and the mean over the worst tenth
+        (at least one client), of the global model and, as `personal_...`, of clients' own ones.
+    """
+    found: dict[str, Any] = {"tested": tests.num_rows}
+    for name in ("accuracy", "personal_accuracy"):
+        values = np.sort(tests[name].drop_null().to_numpy())
+        if len(values) > 0:
+            worst = values[: max(len(values) // 10, 1)]
+            found |= {
+                f"{name}_mean": float(values.mean()),
+                f"{name}_std": float(values.std()),
+                f"{name}_min": float(values[0]),
+                f"{name}_worst_tenth": float(worst.mean()),
+            }
+    return found
 
 
 def versions() -> Mapping[str, str]:

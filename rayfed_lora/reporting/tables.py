@@ -11,9 +11,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayfed_lora.errors import RunFolderError
-from rayfed_lora.reporting.client_rows import ClientRows, readable
+from rayfed_lora.reporting.client_rows import (
+    CLIENT_METRICS,
+    CLIENT_METRICS_FILE,
+    CLIENTS,
+    ClientRows,
+    readable,
+)
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.types import ClientRecord, Proposal, RoundRecord
+from rayfed_lora.types import ClientRecord, ClientTest, Proposal, RoundRecord
 
 _PROPOSAL_COLUMNS = {
     "proposed_rank": ("rank", pa.int32()),
@@ -80,7 +86,8 @@ class Tables:
         self._schema = round_schema(modules)
         self._rounds = self._schema.empty_table()
         self._new_rounds: list[dict[str, Any]] = []
-        self._clients = ClientRows(folder)
+        self._clients = ClientRows(folder, "clients.parquet", CLIENTS)
+        self._tests = ClientRows(folder, CLIENT_METRICS_FILE, CLIENT_METRICS)
 
     @property
     def rounds(self) -> pa.Table:
@@ -98,8 +105,16 @@ class Tables:
         self._new_rounds.append({**asdict(record), **_proposal_row(record.proposal)})
         self._clients.add(clients)
 
+    def add_tests(self, tests: Sequence[ClientTest]) -> None:
+        """Add tests on clients' own examples; raises as `add` does."""
+        self._tests.add(tests)
+
+    def last_tests(self, t: int) -> pa.Table:
+        """Return the tests on clients after a round, from the file: save first."""
+        return self._tests.of_round(t)
+
     def save(self) -> None:
-        """Write both files, each whole or not at all.
+        """Write the files, each whole or not at all; that of tests on clients where there are any.
 
         Raises:
             RunError: the folder cannot be written.
@@ -107,6 +122,8 @@ class Tables:
         with self._folder.opened("rounds.parquet") as sink:
             pq.write_table(self.rounds, sink)
         self._clients.save()
+        if not self._tests.empty:
+            self._tests.save()
 
     def restore(self, rounds: int) -> None:
         """Go back to the first `rounds` rounds; later ones will be run again.
@@ -118,6 +135,8 @@ class Tables:
         self._rounds, self._new_rounds = self._first(rounds), []
         found = self._rounds["round"].to_pylist()
         clients = self._clients.restore(rounds)
+        if rounds == 0 or self._folder.exists(CLIENT_METRICS_FILE):
+            self._tests.restore(rounds)
         if found != list(range(rounds)) or clients != rounds:
             raise RunFolderError(
                 f"{self._folder.location}: expected rounds.parquet and clients.parquet to have"

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import ray
 
 from rayfed_lora.aggregation.means import Means
-from rayfed_lora.federation.executor import Call, Population, joined, trained
+from rayfed_lora.federation.executor import Call, Population, Starts, joined, trained
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.factory import Factory, population
 from rayfed_lora.types import (
     AdapterState,
     Base,
+    ClientScore,
     ClientUpdate,
     FloatArray,
     LocalPlan,
@@ -114,6 +115,14 @@ class ClientActor:
     ) -> Predictions:
         """Return the predictions on some rows of a split."""
         return self._opened().evaluate(split, rows, state, base, trainable)
+
+    def test_clients(
+        self, call: Call, state: AdapterState, base: Base, trainable: Trainable
+    ) -> list[ClientScore]:
+        """Test clients on their own examples."""
+        starts = Starts(state, call)
+        states = [starts.of(client) for client in call.clients]
+        return self._opened().test_clients(call.clients, states, base, trainable)
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         """Return the files of the trained model."""

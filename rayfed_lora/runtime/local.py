@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from rayfed_lora.aggregation.means import Means
-from rayfed_lora.federation.executor import Call, Population, Trained, joined, joins, trained
+from rayfed_lora.federation.executor import (
+    Call,
+    Population,
+    Starts,
+    Trained,
+    joined,
+    joins,
+    trained,
+)
 from rayfed_lora.training.protocol import Trainer
 from rayfed_lora.types import (
     AdapterState,
     Base,
+    ClientScore,
     FloatArray,
     LocalPlan,
     Predictions,
@@ -72,6 +81,22 @@ class LocalExecutor:
         """Return what computes the predictions on each shard of rows, in order."""
         trainer = self._opened()
         return lambda: [trainer.evaluate(split, rows, state, base, trainable) for rows in shards]
+
+    def test_clients(
+        self, calls: Sequence[Call], state: AdapterState, base: Base, trainable: Trainable
+    ) -> Callable[[], list[ClientScore]]:
+        """Return what tests clients on their own examples, in order."""
+        trainer = self._opened()
+
+        def tested() -> list[ClientScore]:
+            found: list[ClientScore] = []
+            for call in calls:
+                starts = Starts(state, call)
+                states = [starts.of(client) for client in call.clients]
+                found += trainer.test_clients(call.clients, states, base, trainable)
+            return found
+
+        return tested
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         """Return the files of the trained model."""

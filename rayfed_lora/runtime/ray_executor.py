@@ -22,6 +22,7 @@ from rayfed_lora.runtime.factory import Factory
 from rayfed_lora.types import (
     AdapterState,
     Base,
+    ClientScore,
     FloatArray,
     LocalPlan,
     Predictions,
@@ -180,6 +181,23 @@ class RayExecutor:
         pool = self._opened()
         jobs = pool.submit([call(rows) for rows in shards], urgent=True)
         return lambda: [pool.result(job) for job in jobs]
+
+    def test_clients(
+        self, calls: Sequence[Call], state: AdapterState, base: Base, trainable: Trainable
+    ) -> Callable[[], list[ClientScore]]:
+        """Start tests on clients' own examples, ahead of all training that waits."""
+        state_ref, base_ref = self._put_state(state), self._put_base(base)
+
+        def remote(call: Call) -> RemoteCall:
+            return lambda actor: [
+                actor.test_clients.options(name="test clients").remote(
+                    call, state_ref, base_ref, trainable
+                )
+            ]
+
+        pool = self._opened()
+        jobs = pool.submit([remote(call) for call in calls], urgent=True)
+        return lambda: [score for job in jobs for score in pool.result(job)]
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         """Return the files of the trained model."""

@@ -24,10 +24,10 @@ from rayfed_lora.recipe import Recipe, Runtime
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
 from rayfed_lora.reporting.report import report_html
 from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.reporting.summary import summary
+from rayfed_lora.reporting.summary import client_summary, summary
 from rayfed_lora.reporting.tables import Tables
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.types import ClientRecord, ClientUpdate, RoundPlan, RoundRecord
+from rayfed_lora.types import ClientRecord, ClientTest, ClientUpdate, RoundPlan, RoundRecord
 
 # Where a run happens and is kept may differ between sittings; what it computes may not.
 _FREE_KEYS: Any = {
@@ -179,6 +179,9 @@ class _Sitting:
             self._board.note(f"client {update.client} failed: {update.error}")
         self._board.client_done(update)
 
+    def clients_tested(self, tests: list[ClientTest]) -> None:
+        self._tables.add_tests(tests)
+
     def round_done(self, record: RoundRecord, clients: list[ClientRecord]) -> None:
         self._tables.add(record, clients)
         self._board.round_done(record, clients)
@@ -222,6 +225,9 @@ class _Sitting:
             timing,
             sha256(model.state, model.base),
         )
+        tests = self._tables.last_tests(progress.rounds - 1)
+        if tests.num_rows > 0:
+            result["clients"] = client_summary(tests)
         result["labels"] = list(self._labels)
         page = report_html(self._recipe, result, self._tables.rounds)
         self._folder.write("report.html", page.encode())

@@ -14,6 +14,7 @@ from rayfed_lora.errors import ClientError
 from rayfed_lora.types import (
     AdapterState,
     Base,
+    ClientScore,
     ClientUpdate,
     FloatArray,
     LocalPlan,
@@ -45,6 +46,16 @@ class Trainer(Protocol):
         self, split: Split, rows: slice, state: AdapterState, base: Base, trainable: Trainable
     ) -> Predictions:
         """Return the predictions on some rows of a split under `state`."""
+        ...
+
+    def test_clients(
+        self,
+        clients: Sequence[int],
+        starts: Sequence[AdapterState],
+        base: Base,
+        trainable: Trainable,
+    ) -> list[ClientScore]:
+        """Return how each client's state does on the client's own held-out examples."""
         ...
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:

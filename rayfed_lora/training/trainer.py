@@ -34,6 +34,7 @@ from rayfed_lora.training.workload import Workload
 from rayfed_lora.types import (
     AdapterState,
     Base,
+    ClientScore,
     ClientUpdate,
     FloatArray,
     LocalPlan,
@@ -243,6 +244,42 @@ class LocalTrainer:
             classes=classes.cpu().numpy(),
             probabilities=logits.softmax(dim=1).cpu().numpy() if few else None,
         )
+
+    @torch.no_grad()
+    def test_clients(
+        self,
+        clients: Sequence[int],
+        starts: Sequence[AdapterState],
+        base: Base,
+        trainable: Trainable,
+    ) -> list[ClientScore]:
+        """Return how each client's state does on the client's own held-out examples.
+
+        Clients without any are left out. Clients of the same state are computed together.
+        """
+        table = self._workload.held_out
+        if table is None:
+            return []
+        found: dict[int, ClientScore] = {}
+        mine = [(k, s) for k, s in zip(clients, starts, strict=True) if table.counts[k] > 0]
+        states = {id(state): state for _, state in mine}
+        self._model.train(False)
+        for key, state in states.items():
+            group = [client for client, own in mine if id(own) == key]
+            self._model.load([state], base, trainable)
+            rows = np.concatenate([table.examples(client) for client in group])
+            size = self._recipe.evaluation.batch_size
+            parts = [
+                self._predictions(self._workload.train.rows(rows[i : i + size]))
+                for i in range(0, len(rows), size)
+            ]
+            losses = np.concatenate([part.losses for part in parts]).astype(np.float64)
+            right = np.concatenate([part.correct for part in parts])
+            edges = np.cumsum([0, *(table.counts[client] for client in group)])
+            for client, low, high in zip(group, edges, edges[1:], strict=False):
+                loss, accuracy = float(losses[low:high].mean()), float(right[low:high].mean())
+                found[client] = ClientScore(client, int(high - low), accuracy, loss)
+        return [found[client] for client, _ in mine]
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         """Return `adapter/...` and, where a user could not get the base elsewhere, `base/...`."""

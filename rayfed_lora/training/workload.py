@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayfed_lora.data.examples import Examples
-from rayfed_lora.data.partition import ClientTable, deal
+from rayfed_lora.data.partition import ClientTable, deal, hold_out
 from rayfed_lora.data.tables import Dataset, load
 from rayfed_lora.errors import DataError, ModelError
 from rayfed_lora.models import sources
@@ -28,9 +28,10 @@ class Workload:
 
     Attributes:
         train, validation, test: model-ready examples; validation is empty where none is kept.
-        clients: which training rows each client holds.
+        clients: which rows of `train` each client trains on.
         label_names: name of class i at place i.
         config: transformers' configuration of the model, as a dictionary.
+        held_out: which rows of `train` each client is tested on; None where none are kept.
     """
 
     train: Examples
@@ -39,6 +40,7 @@ class Workload:
     clients: ClientTable
     label_names: tuple[str, ...]
     config: dict[str, Any]
+    held_out: ClientTable | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def outline(recipe: Recipe) -> Outline:
         ModelError: the model or its adapter does not fit.
     """
     dataset = _dataset(recipe)
-    clients = _deal(recipe, dataset)
+    clients, _ = _deal(recipe, dataset)
     facts = _facts(recipe, dataset)
     config = sources.configuration(recipe.model, facts)
     _check_config(config, dataset)
@@ -90,7 +92,7 @@ def prepare(recipe: Recipe) -> Workload:
         ModelError: the model's configuration or tokenizer cannot be read, or does not fit the data.
     """
     dataset = _dataset(recipe)
-    clients = _deal(recipe, dataset)
+    clients, held_out = _deal(recipe, dataset)
     facts = _facts(recipe, dataset)
     tokenizer = None
     if recipe.model.task == "text-classification":
@@ -108,6 +110,7 @@ def prepare(recipe: Recipe) -> Workload:
         clients=clients,
         label_names=dataset.label_names,
         config=config.to_dict(),
+        held_out=held_out,
     )
 
 
@@ -115,7 +118,8 @@ def _dataset(recipe: Recipe) -> Dataset:
     return load(recipe.data, recipe.model.task, recipe.seed, recipe.validation_fraction)
 
 
-def _deal(recipe: Recipe, dataset: Dataset) -> ClientTable:
+def _deal(recipe: Recipe, dataset: Dataset) -> tuple[ClientTable, ClientTable | None]:
+    """Return what each client trains on, and what it is tested on."""
     table = dataset.train
     column = table["client"].to_pylist() if "client" in table.column_names else None
     labels = table["label"].to_numpy()
@@ -126,7 +130,7 @@ def _deal(recipe: Recipe, dataset: Dataset) -> ClientTable:
             f"clients.per_round: expected at most {clients.clients}, the number of clients found"
             f" in column {recipe.data.partition.column!r}, got {per_round}"
         )
-    return clients
+    return hold_out(clients, recipe.evaluation.client_fraction, recipe.seed)
 
 
 def _facts(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:

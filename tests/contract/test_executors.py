@@ -228,6 +228,20 @@ def test_a_new_base_and_a_merge_reach_the_clients(opened):
     assert moves == [2.0, 2.125, 2.25, 2.0]
 
 
+def test_clients_are_tested_in_order_each_with_its_own_factors_where_it_has_some(opened):
+    own = {
+        m: np.full((s.d_out, 2 if m == "q" else 0), 3, np.float32) for m, s in SHAPE.modules.items()
+    }
+    calls = [Call(((4, 1),)), Call(((0,),), personal={0: own})]
+    found = opened.test_clients(calls, STATE, Base(), "adapter")()
+    personal = {n: replace(f, b=own[n]) for n, f in STATE.factors.items()}
+    energies = [energy(STATE, Base(), "adapter")] * 2
+    energies.append(energy(replace(STATE, factors=personal), Base(), "adapter"))
+    assert [score.client for score in found] == [4, 1, 0]
+    assert [score.loss for score in found] == energies
+    assert energies[2] != energies[0]
+
+
 def test_the_sums_of_shards_come_in_the_order_of_the_shards(opened):
     shards = [slice(0, 2), slice(2, 4), slice(4, 5)]
     sums = opened.evaluate("test", shards, STATE, Base(), "adapter")()

@@ -2,12 +2,47 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rayfed_lora.data import ClientTable, deal
+from rayfed_lora.data.partition import hold_out
 from rayfed_lora.errors import DataError
 from rayfed_lora.recipe import Partition
 
 LABELS = np.random.default_rng(0).integers(0, 10, 2000)
+
+
+@given(
+    counts=st.lists(st.integers(0, 12), min_size=1, max_size=6),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 9),
+)
+def test_held_out_examples_are_a_clients_own_and_leave_it_some(counts, fraction, seed):
+    order = np.random.default_rng(seed).permutation(sum(counts))
+    table = ClientTable(order, np.cumsum([0, *counts]))
+    kept, held = hold_out(table, fraction, seed)
+    assert held is not None
+    for client, count in enumerate(counts):
+        own, tested = kept.examples(client), held.examples(client)
+        assert sorted([*own, *tested]) == sorted(table.examples(client))
+        assert len(tested) == (
+            0 if count < 2 else min(max(int(count * fraction + 0.5), 1), count - 1)
+        )
+    again = hold_out(table, fraction, seed)[1]
+    np.testing.assert_array_equal(again.order, held.order)
+
+
+def test_what_a_client_holds_out_does_not_depend_on_the_other_clients():
+    alone = ClientTable(np.arange(8), np.array([0, 8]))
+    with_others = ClientTable(np.arange(20), np.array([0, 8, 15, 20]))
+    one, other = (hold_out(table, 0.3, 4)[1] for table in (alone, with_others))
+    np.testing.assert_array_equal(one.examples(0), other.examples(0))
+
+
+def test_nothing_is_held_out_unless_asked():
+    table = ClientTable(np.arange(8), np.array([0, 8]))
+    assert hold_out(table, 0.0, 0) == (table, None)
 
 
 def shares(table: ClientTable, labels: np.ndarray) -> np.ndarray:

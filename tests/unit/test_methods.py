@@ -14,6 +14,7 @@ from rayfed_lora.errors import RecipeError
 from rayfed_lora.federation import sampling
 from rayfed_lora.federation.executor import Call, Population, Starts
 from rayfed_lora.federation.server import Progress, Server
+from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
 from rayfed_lora.types import AdapterState, Base, Factors
 from tests.fakes import SHAPE, effective, local_executor, make_recipe
 
@@ -24,6 +25,8 @@ class Silent:
     def round_started(self, *args: Any) -> None: ...
 
     def client_done(self, *args: Any) -> None: ...
+
+    def clients_tested(self, *args: Any) -> None: ...
 
     def round_done(self, *args: Any) -> None: ...
 
@@ -134,6 +137,19 @@ def test_ranks_are_dealt_in_turn_or_drawn_by_their_shares():
     assert set(drawn.tolist()) == {4, 16}
     assert np.mean(drawn == 16) == pytest.approx(0.75, abs=0.03)
     np.testing.assert_array_equal(drawn, sampling.rank_limits(shares, 4000))
+
+
+@pytest.mark.parametrize("ranks", [4, [1, 2, 8], {2: 0.25, 8: 0.75}])
+def test_ranks_come_back_from_the_run_folders_recipe(ranks):
+    recipe = make_recipe(method="flexlora", clients__ranks=ranks)
+    again = load_recipe(parse_yaml("recipe.yaml", recipe_yaml(recipe)))
+    assert again.clients.ranks == ranks
+
+
+@pytest.mark.parametrize("ranks", [0, [], [0], {}, {0: 1.0}, {"four": 1.0}, {4: 0.0}, 1.5])
+def test_ranks_that_make_no_sense_are_refused(ranks):
+    with pytest.raises(RecipeError, match=r"clients\.ranks"):
+        make_recipe(method="flexlora", clients__ranks=ranks)
 
 
 def state_of_rank(rank: int) -> AdapterState:

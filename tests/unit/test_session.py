@@ -64,6 +64,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "correct": {"aggregation__rule": "correct"},
     "momentum": {"aggregation__server_optimizer": {"name": "momentum", "lr": 0.5}},
     "head only": {"method": "head-only"},
+    "tested on clients": {
+        "method": "fedsa-lora",
+        "evaluation__client_fraction": 0.5,
+        "evaluation__clients": 4,
+        "evaluation__clients_every": 2,
+    },
 }
 
 
@@ -99,6 +105,11 @@ def assert_same_run(location: Path, expected: Path) -> None:
         pd.testing.assert_frame_equal(
             table(location, name), table(expected, name), check_exact=True
         )
+    tested = "client_metrics.parquet"
+    assert RunFolder(location).exists(tested) == RunFolder(expected).exists(tested)
+    if RunFolder(expected).exists(tested):
+        one, other = (pd.read_parquet(p / tested) for p in (location, expected))
+        pd.testing.assert_frame_equal(one, other, check_exact=True)
     got, wanted = (json.loads(RunFolder(p).read("summary.json")) for p in (location, expected))
     for key in ("adapter_sha256", "communication", "final", "best", "rounds", "failed_clients"):
         assert got[key] == wanted[key]
@@ -272,6 +283,41 @@ def test_the_schedule_reaches_the_tables(tmp_path):
     assert rounds["ranks"][3] == {"q": 2, "v": 2}
     assert rounds["trainable_params"].tolist() == [47, 57, 57, 40, 23, 23]
     assert rounds["proximal_weight"].tolist() == [0.01, 0, 0, 0, 0, 0]
+
+
+def test_clients_are_tested_on_their_own_examples_as_often_as_asked(tmp_path):
+    summary, _ = run(make_recipe(**RECIPES["tested on clients"]), tmp_path)
+    rows = pd.read_parquet(tmp_path / "client_metrics.parquet")
+    assert rows.groupby("round").size().to_dict() == {1: 4, 3: 4, 5: 4}
+    last = rows[rows["round"] == 5]
+    # By the fake: |sin(energy + client)|, and the energy is the loss.
+    expected = np.abs(np.sin(last["loss"] + last["client"]))
+    np.testing.assert_allclose(last["accuracy"], expected)
+    found = summary["clients"]
+    assert found["tested"] == 4
+    assert found["accuracy_mean"] == pytest.approx(last["accuracy"].mean())
+    assert found["accuracy_std"] == pytest.approx(last["accuracy"].std(ddof=0))
+    assert found["accuracy_min"] == found["accuracy_worst_tenth"] == last["accuracy"].min()
+    # Clients that have taken part have a model of their own.
+    seen = set(table(tmp_path, "clients")["client"])
+    assert set(last["client"][last["personal_accuracy"].notna()]) == seen & set(last["client"])
+    own = last.dropna()
+    assert not np.allclose(own["personal_loss"], own["loss"])
+    assert found["personal_accuracy_mean"] == pytest.approx(own["personal_accuracy"].mean())
+
+
+def test_without_held_out_examples_no_client_is_tested(tmp_path):
+    summary, _ = run(make_recipe(), tmp_path)
+    assert not (tmp_path / "client_metrics.parquet").exists()
+    assert "clients" not in summary
+
+
+def test_all_clients_are_tested_after_the_last_round_where_nothing_else_is_said(tmp_path):
+    run(make_recipe(evaluation__client_fraction=0.2), tmp_path)
+    rows = pd.read_parquet(tmp_path / "client_metrics.parquet")
+    assert rows["round"].tolist() == 6 * [5]
+    assert rows["client"].tolist() == list(range(6))
+    assert rows["personal_accuracy"].isna().all()
 
 
 # --- going on ----------------------------------------------------------------------------------

@@ -633,6 +633,37 @@ def test_the_validation_split_is_another_one_than_the_test_split() -> None:
         assert len(found.labels) == rows
 
 
+@pytest.mark.parametrize("batch", [256, 2])
+def test_clients_are_tested_on_their_own_rows_as_each_would_be_alone(batch: int) -> None:
+    recipe = make_recipe(evaluation__batch_size=batch)
+    workload = image_workload(recipe)
+    held = ClientTable(np.array([3, 1, 7, 5, 9, 0]), np.array([0, 2, 2, 5, 6]))
+    trainer = LocalTrainer(recipe, replace(workload, held_out=held))
+    one = adapter_state(trainer)
+    other = AdapterState(
+        {n: replace(f, b=f.b + np.float32(0.3)) for n, f in one.factors.items()}, one.dense
+    )
+    clients, starts = [3, 0, 1, 2], [one, other, one, one]
+    found = trainer.test_clients(clients, starts, Base(), "adapter")
+    # Client 1 holds nothing out.
+    assert [(score.client, score.examples) for score in found] == [(3, 1), (0, 2), (2, 3)]
+    for score in found:
+        net = peft_net(recipe, workload, starts[clients.index(score.client)]).eval()
+        rows = held.examples(score.client)
+        with torch.no_grad():
+            pixels = torch.tensor(workload.train.inputs["pixel_values"][rows])
+            logits = net(pixel_values=pixels).logits
+        labels = torch.tensor(workload.train.labels[rows])
+        loss = functional.cross_entropy(logits, labels).item()
+        assert score.loss == pytest.approx(loss, rel=1e-4)
+        assert score.accuracy == (logits.argmax(1) == labels).double().mean().item()
+
+
+def test_without_held_out_rows_no_client_is_tested() -> None:
+    trainer = image_trainer(make_recipe())
+    assert trainer.test_clients([0], [adapter_state(trainer)], Base(), "adapter") == []
+
+
 def test_evaluation_has_no_dropout() -> None:
     calm, dropping = image_trainer(make_recipe()), image_trainer(make_recipe(**DROPPING))
     state = adapter_state(calm)
