@@ -77,6 +77,7 @@ class Lent:
         self.initial_tensors = executor.initial_tensors
         self.train = executor.train
         self.evaluate = executor.evaluate
+        self.test_clients = executor.test_clients
         self.export = executor.export
 
     def open(self) -> Population:

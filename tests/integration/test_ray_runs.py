@@ -120,7 +120,7 @@ def test_an_actor_restarted_while_it_was_idle_is_opened_anew(tmp_path):
         executor.close()
     assert [report.client for report in part.clients] == [0, 1]
     assert len(notes) == 1
-    assert "client-actor-00 was restarted while it was idle" in notes[0]
+    assert "client-actor-00 of fake was restarted while it was idle" in notes[0]
 
 
 def answers(actor: Any) -> bool:

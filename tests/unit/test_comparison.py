@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def test_the_target_is_looked_for_round_by_round(whole):
 
 def test_a_target_that_nobody_reaches_has_no_rounds(whole, tmp_path):
     _, out = whole
-    comparison = compared(out, target=2.0)
+    copy = shutil.copytree(out, tmp_path / "copy")
+    comparison = compared(copy, target=2.0)
     assert comparison.runs["rounds_to_target"].isna().all()
     assert comparison.methods["bytes_to_target_mean"].isna().all()
 
