@@ -113,18 +113,19 @@ class RunFolder:
             self._fs.delete_file(info.path)
 
     def check_writable(self) -> None:
-        """Write and remove an empty file, and a local folder that was not there before.
+        """Write and remove an empty file, and local folders that were not there before.
 
         Raises:
             RunFolderError: the folder cannot be made or written.
         """
         probe = f".writable-{os.getpid()}"
-        made = self.local is not None and not self.local.exists()
+        above = [] if self.local is None else [self.local, *self.local.parents]
+        made = [folder for folder in above if not folder.exists()]
         try:
             self.write(probe, b"")
             self.remove(probe)
-            if made and self.local is not None:
-                self.local.rmdir()
+            for folder in made:
+                folder.rmdir()
         except (RunError, OSError) as error:
             raise RunFolderError(
                 f"run folder {self.location}: expected a folder that can be written; {error}"

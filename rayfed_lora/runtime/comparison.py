@@ -243,10 +243,11 @@ def _run_on_ray(
     watch: Callable[[Standing], None],
     address: str | None,
 ) -> tuple[Ended, ...]:
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
     with launch.ray_session(address):
+        # Not before: Ray reads its settings when it is imported.
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
         options = {"num_cpus": 0, "max_concurrency": 2}
         server = ray.remote(ComparisonServer).options(**options).remote(cells, factory)
         result = server.run.remote()

@@ -45,6 +45,14 @@ def test_written_files_can_be_read_by_all(tmp_path, folder):
     assert (tmp_path / "run" / "a").stat().st_mode & 0o777 == 0o644
 
 
+def test_asking_whether_a_folder_can_be_written_leaves_no_folder_behind(tmp_path):
+    RunFolder(tmp_path / "new" / "deep" / "run").check_writable()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there").mkdir()
+    RunFolder(tmp_path / "there" / "run").check_writable()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+
+
 def test_a_disk_that_is_full_is_a_run_error_and_leaves_the_old_content(
     tmp_path, folder, monkeypatch
 ):
