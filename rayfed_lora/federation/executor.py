@@ -79,14 +79,14 @@ class Call:
         return tuple(chain.from_iterable(self.blocks))
 
 
-# Calls whose reductions the server joins by itself; of more, trainers join runs of `JOINED_CALLS`.
+# Calls whose means the server joins by itself; of more, trainers join runs of `JOINED_CALLS`.
 _CALLS_OF_ONE_SERVER = 64
 JOINED_CALLS = 32
 _T = TypeVar("_T")
 
 
 def joins(calls: Sequence[_T]) -> list[Sequence[_T]]:
-    """Cut the calls of a round into the runs whose reductions are joined before the server's turn.
+    """Cut the calls of a round into the runs whose means are joined before the server's turn.
 
     >>> [len(run) for run in joins(range(3))], [len(run) for run in joins(range(70))]
     ([1, 1, 1], [32, 32, 6])
