@@ -97,8 +97,8 @@ class Data(Section):
 
     source: str = option(
         "digits",
-        "a built-in name (digits, trec, fashion-mnist), a .parquet, .csv, .jsonl or .arrow path"
-        " or URI, or hf:<id> of a Hugging Face data set",
+        "a built-in name (digits, trec, vader, fashion-mnist), a .parquet, .csv, .jsonl or .arrow"
+        " path or URI, or hf:<id> of a Hugging Face data set",
     )
     test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = option(
         0.2, "share kept for testing where the source has no test split of its own"

