@@ -63,7 +63,7 @@ def load_recipe(
         RecipeError: the file cannot be read, is not YAML, or has faults; all are listed.
     """
     name, raw = _read(source)
-    pairs = overrides.items() if isinstance(overrides, Mapping) else _pairs(name, overrides)
+    pairs = overrides.items() if isinstance(overrides, Mapping) else override_pairs(name, overrides)
     written: dict[str, Any] = {}
     for path, value in pairs:
         written = merged(written, _nested(name, path, value))
@@ -133,7 +133,16 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return str(source), raw
 
 
-def _pairs(name: str, overrides: Iterable[str]) -> list[tuple[str, Any]]:
+def override_pairs(name: str, overrides: Iterable[str]) -> list[tuple[str, Any]]:
+    """Return the key paths and values of `key.path=value` texts, values read as YAML.
+
+    Args:
+        name: what the errors call the recipe.
+        overrides: the texts.
+
+    Raises:
+        RecipeError: one has no `=`, or its value is not YAML.
+    """
     pairs = []
     for text in overrides:
         path, equals, value = text.partition("=")

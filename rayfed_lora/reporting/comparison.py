@@ -40,7 +40,7 @@ class Cell:
     """A run of a comparison.
 
     Attributes:
-        method: name of the preset.
+        method: name of the preset, or of the user's own variant.
         seed: of the run.
         recipe: resolved.
         location: run folder.

@@ -5,9 +5,10 @@ Source: this project.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -15,7 +16,7 @@ from uuid import uuid4
 from rayfed_lora.errors import BadInputError, InterruptedRunError, RayfedError, RunError
 from rayfed_lora.federation.executor import Executor
 from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe
+from rayfed_lora.recipe_loading import load_recipe, override_pairs
 from rayfed_lora.reporting.comparison import Cell, Comparison, Ended, Standing
 from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.runtime import launch
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
 
 # Makes the executor of a run; the board is told what the user should know.
 MakeExecutor = Callable[[Recipe, StatusBoard], Executor]
+Methods = Sequence[str] | Mapping[str, Mapping[str, Any]]
 _POLL_S = 0.25
+# A method's name is a folder's too.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class Queue:
@@ -142,10 +146,10 @@ class ComparisonServer:
 
 def cells_of(
     recipe: Recipe | str | Path | Mapping[str, Any],
-    methods: Sequence[str],
+    methods: Methods,
     seeds: Sequence[int],
     out: str,
-    settings: Iterable[str] | Mapping[str, Any] = (),
+    settings: Sequence[str] | Mapping[str, Any] = (),
 ) -> list[Cell]:
     """Return the cells of a comparison: the recipe under each method and seed.
 
@@ -157,28 +161,33 @@ def cells_of(
     for name, values in (("methods", methods), ("seeds", seeds)):
         if not values or len(set(values)) != len(values):
             raise BadInputError(f"--{name}: expected at least one, none twice, got {list(values)}")
+    if not isinstance(methods, Mapping):
+        methods = {name: {"method": name} for name in methods}
+    wrong = [name for name in methods if not _NAME.fullmatch(name)]
+    if wrong:
+        raise BadInputError(
+            f"methods: expected names of letters, digits, '.', '_' and '-', got {wrong[0]!r}"
+        )
     if isinstance(recipe, Recipe):
         recipe = recipe.model_dump()
+    if not isinstance(settings, Mapping):
+        settings = dict(override_pairs("--set", settings))
     cells = []
     for seed in seeds:
-        for method in methods:
-            overrides: Sequence[str] | Mapping[str, Any]
-            if isinstance(settings, Mapping):
-                overrides = {**settings, "method": method, "seed": seed}
-            else:
-                overrides = [*settings, f"method={method}", f"seed={seed}"]
-            given = launch.with_absolute_paths(load_recipe(recipe, overrides))
-            cells.append(Cell(method, seed, given, f"{out.rstrip('/')}/{method}/seed-{seed}"))
+        for name, own in methods.items():
+            given = load_recipe(recipe, {**settings, **own, "seed": seed})
+            location = f"{out.rstrip('/')}/{name}/seed-{seed}"
+            cells.append(Cell(name, seed, launch.with_absolute_paths(given), location))
     return cells
 
 
 def compare(  # noqa: PLR0913 - a user names them
     recipe: Recipe | str | Path | Mapping[str, Any],
-    methods: Sequence[str],
+    methods: Methods,
     out: str,
     seeds: Sequence[int] = (0,),
     *,
-    settings: Iterable[str] | Mapping[str, Any] = (),
+    settings: Sequence[str] | Mapping[str, Any] = (),
     target: float | None = None,
     address: str | None = None,
     watch: Callable[[Standing], None] | None = None,
@@ -191,7 +200,8 @@ def compare(  # noqa: PLR0913 - a user names them
 
     Args:
         recipe: as for `run`.
-        methods: names of presets; each is put over the recipe's own keys.
+        methods: names of presets, each put over the recipe's own keys; or overrides by a name of
+            your own, e.g. {"low": {"method": "fedlora", "annealing.heating.rank": 2}}.
         out: folder or URI of the comparison.
         seeds: of the runs.
         settings: further overrides of the recipe, as for `--set`.

@@ -188,6 +188,25 @@ def test_a_folder_of_another_recipe_is_refused(whole):
         compared(out, settings={"clients.per_round": 2})
 
 
+def test_variants_of_ones_own_have_names_and_overrides(tmp_path):
+    variants = {
+        "high": {"method": "fedlora"},
+        "low": {"method": "fedlora", "annealing.heating.rank": 1},
+    }
+    comparison = compare(RECIPE, variants, str(tmp_path), factory=FakeFactory())
+    assert comparison.methods["method"].tolist() == ["high", "low"]
+    sent = comparison.methods.set_index("method")["total_bytes_mean"]
+    # Six rounds of three clients, both ways: 17 values a rank, and 6 of the head; rank 3 and 1.
+    assert sent.tolist() == [4 * 36 * (17 * rank + 6) for rank in (3, 1)]
+    assert (tmp_path / "low" / "seed-0" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", "a b"])
+def test_a_name_that_is_no_folder_is_refused(name, tmp_path):
+    with pytest.raises(BadInputError, match="methods"):
+        cells_of(RECIPE, {name: {"method": "fedlora"}}, [0], str(tmp_path))
+
+
 def test_settings_may_be_texts_as_on_the_command_line(tmp_path):
     (cell,) = cells_of(RECIPE, ["flora"], [3], str(tmp_path), ["clients.per_round=2"])
     assert (cell.recipe.clients.per_round, cell.recipe.seed) == (2, 3)
