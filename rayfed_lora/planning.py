@@ -115,7 +115,9 @@ def _planned(
 ) -> PlannedRound:
     full = scheduled.trainable == "full"
     ranks = {} if full else budget.uniform(shape.modules, scheduled.rank)
-    before = {} if rank_before is None else budget.uniform(shape.modules, rank_before)
+    anew = RULES[recipe.aggregation.rule].merges == "stack"
+    kept = None if anew else rank_before
+    before = {} if kept is None else budget.uniform(shape.modules, kept)
     turn = adapter_rounds_before(recipe.annealing, scheduled.round)
     frozen = None if full else RULES[recipe.aggregation.rule].frozen(turn)
     limits = sampling.rank_limits(recipe, clients)

@@ -9,7 +9,7 @@ arXiv:2106.10199; the papers of the rules: `aggregation.rules`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 
 def _method(
@@ -67,14 +67,20 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Return the deep merge of two mappings; values of `over` win.
 
+    A mapping whose keys are no names, such as ranks with their shares, is a value.
+
     >>> merged({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}})
     {'a': {'x': 1, 'y': 3}}
     """
     result = dict(under)
     for key, value in over.items():
         below = result.get(key)
-        if isinstance(value, Mapping) and isinstance(below, Mapping):
+        if _is_section(value) and _is_section(below):
             result[key] = merged(below, value)
         else:
             result[key] = value
     return result
+
+
+def _is_section(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(value, Mapping) and all(str(key).isidentifier() for key in value)

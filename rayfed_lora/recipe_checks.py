@@ -140,11 +140,12 @@ def _of_rule(recipe: Recipe) -> Iterator[Conflict]:
             f" or one of the rules {fitting}",
         )
     ranks = recipe.clients.ranks
-    if not rule.mixed_ranks and ranks is not None and not isinstance(ranks, int):
+    limits = isinstance(ranks, int) and ranks < annealing.heating.rank
+    if not rule.mixed_ranks and (limits or (ranks is not None and not isinstance(ranks, int))):
         fitting = ", ".join(n for n, entry in RULE_FACTS.items() if entry.mixed_ranks)
         yield Conflict(
             ("clients.ranks", key),
-            f"rule '{name}' averages factors of equal ranks; for clients of different ranks"
+            f"rule '{name}' averages factors of the round's rank; for clients of other ranks"
             f" expected one of the rules {fitting}",
         )
     if rule.personal and annealing.mode == "staged" and _shrinks(annealing):
@@ -152,6 +153,18 @@ def _of_rule(recipe: Recipe) -> Iterator[Conflict]:
             (key, "annealing.cooling.rank"),
             f"'{name}' goes with one rank only: a cut gives each client another A, and A is shared;"
             " expected annealing.mode fixed, or cooling.rank equal to heating.rank",
+        )
+    if rule.personal and annealing.allocation == "spectral":
+        yield Conflict(
+            (key, "annealing.allocation"),
+            f"'{name}' goes with one rank only: 'spectral' would give each client another A, and A"
+            " is shared; use uniform",
+        )
+    if ranks is not None and annealing.cooling.residual == "fold":
+        yield Conflict(
+            ("clients.ranks", "annealing.cooling.residual"),
+            "'fold' needs clients that hold all of what a cut folds; use residual drop, or no"
+            " clients.ranks",
         )
     if rule.merges == "stack" and annealing.acceptance == "metropolis":
         yield Conflict(

@@ -71,7 +71,7 @@ def load_recipe(
     layers = [_preset(own), raw]
     if written.get("method", own) != own:
         # Another method than the recipe was written for: its preset goes over the recipe's keys.
-        layers = [raw, _preset(written["method"])]
+        layers = [_freed_of(raw, _preset(own)), _preset(written["method"])]
     merged_layers: dict[str, Any] = {}
     for layer in [*layers, written]:
         merged_layers = merged(merged_layers, layer)
@@ -159,6 +159,20 @@ def _nested(name: str, path: str, value: Any) -> dict[str, Any]:
     for key in reversed(keys):
         value = {key: value}
     return typing.cast(dict[str, Any], value)
+
+
+def _freed_of(raw: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe without the values that the preset of its own method gives.
+
+    A resolved recipe holds them as if the user had written them; another method has others.
+    """
+    rest = dict(raw)
+    for key, value in preset.items():
+        if isinstance(value, Mapping) and isinstance(rest.get(key), Mapping):
+            rest[key] = _freed_of(rest[key], value)
+        elif key in rest and rest[key] == value:
+            del rest[key]
+    return rest
 
 
 def _preset(method: Any) -> Mapping[str, Any]:

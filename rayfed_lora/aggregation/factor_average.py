@@ -31,8 +31,17 @@ def factor_average(start: AdapterState, means: Means, step: ServerStep) -> Aggre
     FedAvg is this rule on a state without factors.
     """
     state = averaged(start, means, step)
+    return Aggregate(state, step_error(start, state, means, step), {})
+
+
+def step_error(
+    start: AdapterState, state: AdapterState, means: Means, step: ServerStep
+) -> float | None:
+    """Return how far a stepped state is from the same step towards the exact mean."""
+    if not step.linear:
+        return None
     used = {name: product(f) for name, f in state.factors.items()}
-    return Aggregate(state, relative_error(used, exact_mean(start, means)), {})
+    return relative_error(used, stepped_mean(start, means, step.lr))
 
 
 def averaged(start: AdapterState, means: Means, step: ServerStep) -> AdapterState:

@@ -41,6 +41,7 @@ class OptimizerStep:
             frozen: the factor that no client trains in this round.
         """
         self.lr = settings.lr
+        self.linear = settings.name == "sgd"
         self.frozen = frozen
         # After the step: what the next one takes up.
         self.moments: dict[str, tuple[Float64Array, ...]] = dict(moments or {})

@@ -30,7 +30,8 @@ class Aggregate:
     Attributes:
         state: same modules, scales and tensor names as the state the clients started from; no
             factors where the rule lets LoRA start anew.
-        error: ||D_used - D_exact||_F / ||D_exact||_F over all modules, None without factors.
+        error: ||D_used - D_exact||_F / ||D_exact||_F over all modules, D_exact the same step
+            towards the exact mean; None without factors, and where the step is not linear.
         merged: update by module that goes into the frozen base; empty for most rules.
     """
 
@@ -44,10 +45,12 @@ class ServerStep(Protocol):
 
     Attributes:
         lr: server learning rate, 1 for plain averaging.
+        linear: whether the step is lr times the way to the mean: so it is for sgd.
         frozen: the factor that no client trained in this round, if any.
     """
 
     lr: float
+    linear: bool
     frozen: Frozen | None
 
     def __call__(

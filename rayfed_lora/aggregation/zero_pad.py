@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from rayfed_lora.aggregation.factor_average import exact_mean
+from rayfed_lora.aggregation.factor_average import step_error
 from rayfed_lora.aggregation.means import Means
-from rayfed_lora.aggregation.step import A, Aggregate, B, ServerStep, named, product, relative_error
+from rayfed_lora.aggregation.step import A, Aggregate, B, ServerStep, named
 from rayfed_lora.types import AdapterState, Factors
 
 
@@ -34,6 +34,5 @@ def zero_pad(start: AdapterState, means: Means, step: ServerStep) -> Aggregate:
         name: Factors(stepped[A + name], stepped[B + name], f.scale)
         for name, f in start.factors.items()
     }
-    used = {name: product(f) for name, f in factors.items()}
     state = AdapterState(factors, {name: stepped[name] for name in start.dense})
-    return Aggregate(state, relative_error(used, exact_mean(start, means)), {})
+    return Aggregate(state, step_error(start, state, means, step), {})

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Protocol, TypeVar
 
+import numpy as np
+
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.federation.sampling import Block
@@ -113,13 +115,13 @@ def trained(
     """
     entry = RULES[rule]
     means, reports = entry.means(), []
-    start = Starts(state, call)
+    start = Starts(state, call, own_b=entry.personal)
     for block in call.blocks:
         for update in trainer.train(block, [start.of(client) for client in block], base, plan):
             own = None
             if update.state is not None:
                 means.add(float(update.examples), update.state)
-                if entry.personal:
+                if entry.personal and update.state.factors:
                     own = {name: f.b for name, f in update.state.factors.items()}
             reports.append(replace(update, state=None, personal=own))
     return tuple(reports), means
@@ -133,10 +135,19 @@ class Starts:
     its own has that in place of the global one.
     """
 
-    def __init__(self, state: AdapterState, call: Call) -> None:
-        """Take the global state and the clients that differ from it."""
+    def __init__(self, state: AdapterState, call: Call, *, own_b: bool = False) -> None:
+        """Take the global state and the clients that differ from it.
+
+        Args:
+            state: the global state.
+            call: the clients.
+            own_b: whether each client has a B of its own: one that has none yet starts from 0.
+        """
         self._state = state
         self._call = call
+        if own_b:
+            zero = {n: replace(f, b=np.zeros_like(f.b)) for n, f in state.factors.items()}
+            self._state = replace(state, factors=zero)
         self._cut: dict[int, AdapterState] = {}
 
     def of(self, client: int) -> AdapterState:

@@ -122,7 +122,8 @@ class Ledger:
         """
         if facts.folded:
             self._steps.append(facts.folded)
-        if facts.resized:
+        # Where a cut is folded, clients get the factors before it and cut them themselves.
+        if facts.resized and not facts.folded:
             self._factors = {kind: self._factors.get(kind, 0) + 1 for kind in ("a", "b")}
         messages = traffic(self._shape, self._rule, facts)
         members = np.asarray(facts.cohort, dtype=np.int64)

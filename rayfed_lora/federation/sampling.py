@@ -102,7 +102,8 @@ def rank_limits(recipe: Recipe, clients: int) -> npt.NDArray[np.int64] | None:
     if wanted is None:
         return None
     if isinstance(wanted, Mapping):
-        ranks, shares = np.array(list(wanted)), np.array(list(wanted.values()))
+        # In order of the ranks: how a recipe lists them changes nothing.
+        ranks, shares = (np.array(part) for part in zip(*sorted(wanted.items()), strict=True))
         rng = generator(recipe.seed, Purpose.RANKS)
         return rng.choice(ranks, clients, p=shares / shares.sum()).astype(np.int64)
     return np.resize(np.atleast_1d(np.array(wanted, np.int64)), clients)

@@ -454,7 +454,12 @@ def _personal(
     before: Progress, updates: list[ClientUpdate]
 ) -> Mapping[int, Mapping[str, FloatArray]]:
     """Return each client's own B after a round."""
-    new = {update.client: update.personal for update in updates if update.personal is not None}
+    # Copies: what came is part of a message that would live as long as any of its clients' B.
+    new = {
+        update.client: {name: b.copy() for name, b in update.personal.items()}
+        for update in updates
+        if update.personal is not None
+    }
     return {**before.personal, **new} if new else before.personal
 
 

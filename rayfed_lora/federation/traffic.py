@@ -57,8 +57,8 @@ class Traffic:
         up: (cohort,) each client's upload, where it arrives.
         down: (cohort,) each client's download.
         merge: what the round's merge adds to the base: who misses it must be sent that much.
-        frozen: by kind of factor (`a`, `b`), what a client needs that does not hold the current
-            one, and that no other message brings.
+        frozen: by kind of factor (`a`, `b`), what a client needs to start from that does not hold
+            the current one, and that no other message brings.
         renewed: kinds that the download brings up to the end of the round.
     """
 
@@ -92,18 +92,18 @@ def traffic(shape: ModelShape, rule: RuleFacts, facts: RoundFacts) -> Traffic:
     kinds: tuple[Frozen, ...] = tuple(kind for kind in both if kind != facts.frozen)
     kinds = ("a",) if rule.personal else kinds
     up = _size(shape.modules, ranks, limits, kinds) + shape.head_params
+    size = {k: int(_size(shape.modules, ranks, np.array([_NO_LIMIT]), (k,))[0]) for k in both}
     if rule.merges == "stack":
         merge = int(_size(shape.modules, ranks, limits, both)[facts.arrived].sum())
         return Traffic(up, np.full_like(up, merge + shape.head_params), merge)
     if rule.merges == "residual":
         merge = _residual(shape.modules, ranks, int(facts.arrived.sum()))
-        return Traffic(up, up + merge, merge)
+        return Traffic(up, up + merge, merge, frozen=size, renewed=both)
     down = up
     if facts.ranks_before is not None:
         down = _size(shape.modules, facts.ranks_before, limits, kinds) + shape.head_params
     if rule.trains == "both":
         return Traffic(up, down)
-    size = {k: int(_size(shape.modules, ranks, np.array([_NO_LIMIT]), (k,))[0]) for k in both}
     if rule.trains == "b":
         return Traffic(up, down, frozen={"a": size["a"]})
     return Traffic(up, down, frozen=size, renewed=kinds)

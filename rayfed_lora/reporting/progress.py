@@ -114,7 +114,7 @@ def headline(status: Status) -> str:
     """Return in a few words what a run is doing."""
     if status.phase != "training":
         return status.phase
-    rank = f"rank {status.rank}" if status.rank else "full model"
+    rank = "full model" if status.rank is None else f"rank {status.rank}"
     return (
         f"round {min(status.rounds_done + 1, status.rounds)}/{status.rounds} {status.stage} {rank}"
     )

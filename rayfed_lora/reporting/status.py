@@ -21,7 +21,7 @@ class Status:
         phase: what is going on: `starting`, `training`, `exporting`, `done`; of a detached
             run also `failed` and `stopped`, the newest note says why.
         rounds_done, rounds: finished and all rounds.
-        stage, rank: of the round that is running.
+        stage, rank: of the round that is running; no rank in a full-model round.
         clients_done, clients: updates taken in, and cohort size, of the round that is running.
         updates: client updates since the start of this sitting.
         training_since: `time.time()` of the first round of this sitting, None before it.
@@ -37,7 +37,7 @@ class Status:
     rounds_done: int = 0
     rounds: int = 0
     stage: Stage | None = None
-    rank: int = 0
+    rank: int | None = 0
     clients_done: int = 0
     clients: int = 0
     updates: int = 0
@@ -110,7 +110,7 @@ class StatusBoard:
                 now,
                 phase="training",
                 stage=plan.stage,
-                rank=plan.rank,
+                rank=None if plan.trainable == "full" else plan.rank,
                 clients_done=0,
                 clients=len(cohort),
                 training_since=since,

@@ -115,16 +115,20 @@ def _bill(communication: Mapping[str, Any]) -> Table:
 @contextmanager
 def watching_comparison(console: Console) -> Iterator[Callable[[Standing], None]]:
     """Show a comparison: a line for each run that has ended, and where the present one stands."""
-    shown = 0
+    shown, told = 0, ("", 0)
     with console.status("starting") as line:
 
         def show(standing: Standing) -> None:
-            nonlocal shown
+            nonlocal shown, told
             for ended in standing.ended[shown:]:
                 console.print(_ended(ended), highlight=False, markup=False, soft_wrap=True)
             shown = len(standing.ended)
             cell = standing.running
             if cell is not None:
+                seen = told[1] if told[0] == cell.location else 0
+                for note in standing.status.notes[seen:]:
+                    console.print(f"warning: {note}", style="yellow", markup=False)
+                told = (cell.location, len(standing.status.notes))
                 at = f"run {shown + 1}/{standing.cells}: {cell.method}, seed {cell.seed}"
                 line.update(f"{at}: {headline(standing.status)}")
 

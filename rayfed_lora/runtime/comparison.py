@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,8 @@ class Queue:
             InterruptedRunError: `stop` was called; finished rounds are saved.
         """
         for cell in self._cells:
+            if self._stop.is_set():
+                raise InterruptedRunError(self._stopped())
             tell = None if on_change is None else lambda _: on_change(self.standing())
             board = StatusBoard(cell.recipe.annealing.total_rounds, tell)
             self._running = cell, board
@@ -84,10 +87,17 @@ class Queue:
             stop = self._stop.is_set
             summary = simulate(cell.recipe, executor, folder, board, stop, resume=True)
         except InterruptedRunError:
-            raise
-        except RayfedError as error:
-            return Ended(cell, None, time.perf_counter() - began, str(error))
+            raise InterruptedRunError(self._stopped()) from None
+        except Exception as error:  # whatever it is, the other runs can still be made
+            why = str(error) if isinstance(error, RayfedError) else traceback.format_exc()
+            return Ended(cell, None, time.perf_counter() - began, why)
         return Ended(cell, summary["final"]["eval_accuracy"], time.perf_counter() - began)
+
+    def _stopped(self) -> str:
+        return (
+            f"stopped with {len(self._ended)} of {len(self._cells)} runs done; the same command"
+            " goes on"
+        )
 
     def standing(self) -> Standing:
         """Return where the comparison stands."""
@@ -123,6 +133,9 @@ class ComparisonServer:
         from rayfed_lora.runtime.crew import Crew
         from rayfed_lora.runtime.ray_executor import RayExecutor
 
+        if self._crew is not None and not self._crew.wait(recipe.runtime.start_timeout_s):
+            self._crew.close()
+            self._crew = None
         if self._crew is None:
             self._crew = Crew(recipe, f"clients of a comparison {uuid4().hex}")
         return RayExecutor(recipe, self._factory, board.note, crew=self._crew)
@@ -172,10 +185,15 @@ def cells_of(
         recipe = recipe.model_dump()
     if not isinstance(settings, Mapping):
         settings = dict(override_pairs("--set", settings))
-    cells = []
+    cells: list[Cell] = []
     for seed in seeds:
         for name, own in methods.items():
             given = load_recipe(recipe, {**settings, **own, "seed": seed})
+            if cells and given.runtime != cells[0].recipe.runtime:
+                raise BadInputError(
+                    f"methods: expected the same runtime for all, since they share actors; {name!r}"
+                    f" has another than {cells[0].method!r}"
+                )
             location = f"{out.rstrip('/')}/{name}/seed-{seed}"
             cells.append(Cell(name, seed, launch.with_absolute_paths(given), location))
     return cells
@@ -214,7 +232,10 @@ def compare(  # noqa: PLR0913 - a user names them
         BadInputError: refused before anything started.
         InterruptedRunError: stopped by SIGINT; call again to go on.
     """
-    cells = cells_of(recipe, methods, seeds, out, settings)
+    folder = RunFolder(out)
+    # Absolutely: workers may run in another folder.
+    where = out if folder.local is None else str(folder.local)
+    cells = cells_of(recipe, methods, seeds, where, settings)
     for cell in cells:
         claim(RunFolder(cell.location), cell.recipe, resume=True)
     factory, watch = factory or TorchFactory(), watch or (lambda standing: None)
@@ -225,7 +246,7 @@ def compare(  # noqa: PLR0913 - a user names them
         ended = run(todo, factory, watch, address)
         failed = {each.cell.location: each.error for each in ended if each.error is not None}
     comparison = Comparison.of(cells, failed, target)
-    comparison.write(RunFolder(out))
+    comparison.write(folder)
     return comparison
 
 

@@ -6,10 +6,16 @@ Source: this project.
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    OutOfMemoryError,
+)
 from ray.util.placement_group import (
     PlacementGroup,
     get_placement_group,
@@ -23,6 +29,8 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.actors import ClientActor
 from rayfed_lora.runtime.factory import Factory
 from rayfed_lora.runtime.placement import Layout, layout, nodes_of
+
+_POLL_S = 0.5
 
 
 class Crew:
@@ -82,6 +90,26 @@ class Crew:
             return done, shared
         return ray.put(None), self._shared[1]
 
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until all actors answer; return whether they do.
+
+        A run that has ended may have left one that Ray is still starting again.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                ray.get(
+                    [actor.__ray_ready__.remote() for actor in self.actors],
+                    timeout=max(deadline - time.monotonic(), 0.0),
+                )
+                return True
+            except (ActorUnavailableError, OutOfMemoryError):
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(_POLL_S)
+            except (ActorDiedError, GetTimeoutError):
+                return False
+
     def forget(self) -> None:
         """Let go of the workload: preparing it failed, or nobody needs it."""
         self._shared = ("", [])
@@ -102,6 +130,7 @@ def _made_from(recipe: Recipe) -> str:
         "model": recipe.model.model_dump(),
         "validation": recipe.validation_fraction,
         "cohort": recipe.clients.per_round,
+        "held out": recipe.evaluation.client_fraction,
     }
     return json.dumps(parts, sort_keys=True)
 

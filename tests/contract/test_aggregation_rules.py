@@ -287,8 +287,7 @@ def test_rules_that_claim_to_be_exact_give_the_dense_mean(rule, lr):
         m: (1 - lr) * dense(f) + lr * dense_mean(updates, m) for m, f in start.factors.items()
     }
     assert_same_update(got, expected)
-    if lr == 1.0:
-        assert got.error == pytest.approx(0, abs=1e-6)
+    assert got.error == pytest.approx(0, abs=1e-6)
 
 
 def test_the_error_is_the_distance_from_the_exact_mean_of_the_updates(rule):

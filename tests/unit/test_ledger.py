@@ -447,10 +447,18 @@ def test_residual_sends_beside_the_averages_what_they_lack_or_the_matrix():
         bill = book(ledger, "adapter", ranks, cohort, len(cohort))
         assert bill.up.tolist() == len(cohort) * [17 + 6]
         assert bill.down.tolist() == len(cohort) * [17 + 6 + lacking]
-    # Client 2 holds what came up to the second round; client 3 nothing.
-    assert book(ledger, "adapter", ranks, ALL, 4).base.tolist() == [0, 0, 0, BASE]
+    # Who missed the newest averages is sent them to start from; client 3 holds nothing.
+    assert book(ledger, "adapter", ranks, ALL, 4).base.tolist() == [0, 17, 17, BASE + 17]
     book(ledger, "adapter", ranks, (0, 1), 2)
-    assert book(ledger, "adapter", ranks, (2,), 1).base.tolist() == [17]
+    # The averages, and the rest of rank 1 that went into the base.
+    assert book(ledger, "adapter", ranks, (2,), 1).base.tolist() == [17 + 17]
+
+
+def test_a_folded_cut_needs_no_new_frozen_factor():
+    ledger = new_ledger("freeze-a")
+    book(ledger, "adapter", RANK_2, ALL, 4, frozen="a")
+    facts = {"frozen": "a", "resized": True, "ranks_before": RANK_2, "folded": 17}
+    assert book(ledger, "adapter", {"q": 1, "v": 1}, ALL, 4, **facts).base_params == 0
 
 
 @pytest.mark.parametrize("rule", ["product-svd", "zero-pad"])

@@ -97,6 +97,21 @@ def test_in_fedsa_lora_a_client_goes_on_from_its_own_b():
         assert moves == [client + t for t in range(1, 6)]
 
 
+def test_a_client_that_has_no_b_yet_starts_from_zero_and_not_from_others():
+    runs = progresses(method="fedsa-lora")
+    for before, after in pairwise(runs[1:]):
+        for client in after.personal.keys() - before.personal.keys():
+            t = before.rounds
+            # The fake adds client + round to every value.
+            np.testing.assert_array_equal(after.personal[client]["q"], client + t)
+    assert len(runs[-1].personal) > len(runs[1].personal)
+
+
+def test_personal_factors_may_follow_a_full_stage():
+    runs = progresses(aggregation__rule="share-a", annealing__cooling__rank=3)
+    assert [len(p.personal) for p in runs[:3]] == [0, 0, 3]
+
+
 def test_a_client_that_was_not_drawn_keeps_its_own_b():
     runs = progresses(method="fedsa-lora")
     recipe = make_recipe(method="fedsa-lora")
@@ -130,13 +145,15 @@ def test_a_server_optimiser_forgets_the_factors_when_their_rank_changes():
 def test_ranks_are_dealt_in_turn_or_drawn_by_their_shares():
     recipe = make_recipe(method="flexlora", clients__ranks=[1, 3])
     assert sampling.rank_limits(recipe, 5).tolist() == [1, 3, 1, 3, 1]
-    assert sampling.rank_limits(make_recipe(clients__ranks=2), 3).tolist() == [2, 2, 2]
+    two = make_recipe(method="flexlora", clients__ranks=2)
+    assert sampling.rank_limits(two, 3).tolist() == [2, 2, 2]
     assert sampling.rank_limits(make_recipe(), 3) is None
     shares = make_recipe(method="flexlora", clients__ranks={4: 1.0, 16: 3.0})
     drawn = sampling.rank_limits(shares, 4000)
     assert set(drawn.tolist()) == {4, 16}
     assert np.mean(drawn == 16) == pytest.approx(0.75, abs=0.03)
-    np.testing.assert_array_equal(drawn, sampling.rank_limits(shares, 4000))
+    turned = make_recipe(method="flexlora", clients__ranks={16: 3.0, 4: 1.0})
+    np.testing.assert_array_equal(drawn, sampling.rank_limits(turned, 4000))
 
 
 @pytest.mark.parametrize("ranks", [4, [1, 2, 8], {2: 0.25, 8: 0.75}])
@@ -206,6 +223,21 @@ def test_a_client_with_a_b_of_its_own_has_that_and_the_global_a():
             {"aggregation__rule": "stacking", "annealing__allocation": "spectral"},
             "aggregation.rule",
             "use uniform",
+        ),
+        (
+            {"clients__ranks": 2},
+            "clients.ranks",
+            "one of the rules product-svd, stacking, zero-pad",
+        ),
+        ({"method": "fedsa-lora", "annealing__allocation": "spectral"}, "rule", "use uniform"),
+        (
+            {
+                "aggregation__rule": "zero-pad",
+                "clients__ranks": 2,
+                "annealing__cooling__residual": "fold",
+            },
+            "clients.ranks",
+            "use residual drop",
         ),
         (
             {"method": "head-only", "adapter__train_head": False},

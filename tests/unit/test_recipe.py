@@ -814,6 +814,26 @@ def test_faults_of_set_are_listed_like_those_of_the_file():
     assert sorted(found) == ["clients.optimizer.lr", "nope", "storage.keep"]
 
 
+@pytest.mark.parametrize(("first", "then"), [("flora", "sa-fedlora"), ("bitfit", "fedlora")])
+def test_a_resolved_recipe_changes_its_method_as_the_written_one_does(first, then):
+    written = {"name": "run", "model": {"config": {"architecture": "vit"}}, "method": first}
+    resolved = parse_yaml("recipe.yaml", recipe_yaml(load_recipe(written)))
+    changed = load_recipe(resolved, {"method": then})
+    assert changed == load_recipe({**written, "method": then})
+
+
+def test_ranks_with_shares_are_replaced_as_a_whole():
+    recipe = load_recipe(
+        {
+            "model": {"config": {"architecture": "vit"}},
+            "method": "flexlora",
+            "clients": {"ranks": {4: 0.5, 16: 0.5}},
+        },
+        ["clients.ranks={8: 1.0}"],
+    )
+    assert recipe.clients.ranks == {8: 1.0}
+
+
 def test_loading_leaves_the_mapping_and_the_presets_as_they_were():
     given = with_values(("method", "fedavg"), ("clients.per_round", 5))
     copy = pickle.loads(pickle.dumps(given))

@@ -64,6 +64,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "correct": {"aggregation__rule": "correct"},
     "momentum": {"aggregation__server_optimizer": {"name": "momentum", "lr": 0.5}},
     "head only": {"method": "head-only"},
+    "share-a after a full stage": {
+        "aggregation__rule": "share-a",
+        "annealing__cooling__rank": 3,
+    },
     "tested on clients": {
         "method": "fedsa-lora",
         "evaluation__client_fraction": 0.5,
