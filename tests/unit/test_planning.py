@@ -52,8 +52,9 @@ METHODS: dict[str, dict[str, Any]] = {
     **{method: {"method": method} for method in PRESETS if method not in ("sa-fedlora", "spd-cfl")},
     **{
         f"sa-fedlora {rule}": {"aggregation.rule": rule}
+        # The other rules send what factor-average does, or go with one rank only.
         for rule, entry in RULES.items()
-        if not entry.personal
+        if entry.merges or entry.trains != "both"
     },
     "mixed ranks": {"method": "flexlora", "clients.ranks": {1: 0.5, 4: 0.5}},
     "mixed ranks annealed": {"aggregation.rule": "zero-pad", "clients.ranks": [1, 2, 4]},
