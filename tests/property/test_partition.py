@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rayfed_lora.data.partition import _levelled, _sizes, _top_up, deal
@@ -59,10 +59,19 @@ def test_column_clients_hold_the_rows_of_one_value_each(names):
     assert [table.examples(k).tolist() for k in range(table.clients)] == expected
 
 
-@given(counts=st.lists(st.integers(0, 30), min_size=1, max_size=10), floor=st.integers(0, 5))
-def test_levelling_equals_taking_from_the_largest_one_by_one(counts, floor):
+def enough(counts: list[int], floor: int) -> list[int]:
+    """Return the counts, the first one raised until there are `floor` for each."""
+    return [counts[0] + max(floor * len(counts) - sum(counts), 0), *counts[1:]]
+
+
+@given(
+    others=st.lists(st.integers(0, 30), min_size=1, max_size=9),
+    floor=st.integers(1, 5),
+    short=st.integers(0, 4),
+)
+def test_levelling_equals_taking_from_the_largest_one_by_one(others, floor, short):
+    counts = enough([*others, min(short, floor - 1)], floor)
     missing = sum(max(floor - count, 0) for count in counts)
-    assume(missing > 0 and sum(counts) >= floor * len(counts))
     assert _levelled(np.array(counts), missing, floor).tolist() == greedy(counts, missing)
 
 
@@ -72,7 +81,7 @@ def test_levelling_equals_taking_from_the_largest_one_by_one(counts, floor):
     seed=st.integers(0, 100),
 )
 def test_topping_up_moves_only_what_is_missing(counts, floor, seed):
-    assume(sum(counts) >= floor * len(counts))
+    counts = enough(counts, floor)
     owner = np.repeat(np.arange(len(counts)), counts)
     topped = _top_up(owner, len(counts), floor, np.random.default_rng(seed))
     missing = [max(floor - count, 0) for count in counts]

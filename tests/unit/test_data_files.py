@@ -180,7 +180,9 @@ def test_an_unknown_uri_scheme_is_an_error():
 
 @pytest.mark.parametrize("source", ["rows.txt", "rows", "s3://bucket/rows.csv.gz", ""])
 def test_a_source_of_no_known_form_is_an_error_that_lists_the_forms(source):
-    with pytest.raises(DataError, match=r"digits, trec, fashion-mnist.*\.parquet \.csv.*hf:<id>"):
+    with pytest.raises(
+        DataError, match=r"digits, trec, vader, fashion-mnist.*\.parquet \.csv.*hf:<id>"
+    ):
         load(Data(source=source), TASK, 0, 0.0)
 
 
