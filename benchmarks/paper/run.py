@@ -26,6 +26,7 @@ import pandas as pd
 from rich.console import Console
 
 import rayfed_lora
+from rayfed_lora.presets import PRESETS
 from rayfed_lora.reporting.terminal import watching_comparison
 
 HERE = Path(__file__).parent
@@ -46,18 +47,11 @@ MAIN: Mapping[str, Variant] = {
     "sa-adapter": {"method": "sa-fedlora", "annealing.initiating.trainable": "adapter"},
     "sa-full": {"method": "sa-fedlora"},
 }
+# The methods that set an aggregation rule, but for plain averaging.
 RULES: Mapping[str, Variant] = {
     name: {"method": name}
-    for name in (
-        "ffa-lora",
-        "flora",
-        "flexlora",
-        "hetlora",
-        "fedex-lora",
-        "rolora",
-        "fedsa-lora",
-        "lora-fair",
-    )
+    for name, keys in PRESETS.items()
+    if keys.get("aggregation", {}).get("rule", "factor-average") != "factor-average"
 }
 _SHAPES = ("linear", "cubic", "exponential", "logarithmic", "step")
 CHOICES: Mapping[str, Variant] = {

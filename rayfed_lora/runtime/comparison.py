@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from rayfed_lora.errors import BadInputError, InterruptedRunError, RayfedError, RunError
+from rayfed_lora.errors import BadInputError, InterruptedRunError, RayfedError
 from rayfed_lora.federation.executor import Executor
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, override_pairs
@@ -277,7 +277,6 @@ def _run_on_ray(
     with launch.ray_session(address):
         # Not before: Ray reads its settings when it is imported.
         import ray
-        from ray.exceptions import RayError, RayTaskError
 
         options = {"num_cpus": 0, "max_concurrency": 2}
         server = ray.remote(ComparisonServer).options(**options).remote(cells, factory)
@@ -289,14 +288,8 @@ def _run_on_ray(
                 if stop.is_set() and not told:
                     server.stop.remote()
                     told = True
-                try:
+                with launch.unwrapped_errors():
                     watch(ray.get(server.standing.remote()))
                     if ready:
                         ended: tuple[Ended, ...] = ray.get(result)
                         return ended
-                except RayTaskError as error:
-                    if isinstance(error.cause, RayfedError):
-                        raise error.cause from None
-                    raise RunError(f"the comparison's server failed:\n{error}") from error
-                except RayError as error:
-                    raise RunError(f"the comparison's server was lost: {error}") from error

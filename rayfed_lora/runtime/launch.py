@@ -290,7 +290,6 @@ def _start_server(
 def _follow(server: Any, watch: Callable[[Status], None]) -> dict[str, Any]:
     """Wait for the run, showing its status; pass SIGINT on."""
     import ray
-    from ray.exceptions import RayError, RayTaskError
 
     result = server.run.remote()
     records = notes = 0
@@ -301,7 +300,7 @@ def _follow(server: Any, watch: Callable[[Status], None]) -> dict[str, Any]:
             if stop.is_set() and not told:
                 server.stop.remote()
                 told = True
-            try:
+            with unwrapped_errors():
                 status: Status = ray.get(server.status.remote(records, notes))
                 records = status.rounds_done - status.rounds_before
                 notes += len(status.notes)
@@ -309,9 +308,18 @@ def _follow(server: Any, watch: Callable[[Status], None]) -> dict[str, Any]:
                 if ready:
                     summary: dict[str, Any] = ray.get(result)
                     return summary
-            except RayTaskError as error:
-                if isinstance(error.cause, RayfedError):
-                    raise error.cause from None
-                raise RunError(f"the server failed:\n{error}") from error
-            except RayError as error:
-                raise RunError(f"the server was lost: {error}") from error
+
+
+@contextmanager
+def unwrapped_errors() -> Iterator[None]:
+    """Raise what a driver actor raised as it was, and all else of Ray's as a RunError."""
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, RayfedError):
+            raise error.cause from None
+        raise RunError(f"the server failed:\n{error}") from error
+    except RayError as error:
+        raise RunError(f"the server was lost: {error}") from error
