@@ -3,7 +3,8 @@
 `python run.py [--out DIR] [--stages tune,main,rules,choices] [--sets trec,vader,fashion]` runs, in
 this order and one run after another:
 
-* tune: each method's learning rate, on a grid that is the same for all, seed 100, alpha 0.5;
+* tune: each method's learning rate, by a climb on a grid that is the same for all, seed 100,
+  alpha 0.5;
 * main: SA-FedLoRA (full and adapter-only initiating stage), FedAvg, FedProx and fixed ranks (high,
   low, and the one that sends as much as the annealed ranks do), every set, alpha 0.1 and 0.5, three
   seeds that tuning has not seen;
@@ -31,7 +32,7 @@ from rayfed_lora.reporting.terminal import watching_comparison
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "paper"
-GRID = (3e-4, 1e-3, 3e-3, 1e-2)
+GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
 LR, FIRST_LR = "clients.optimizer.lr", "annealing.initiating.lr"
 RANK = "annealing.heating.rank"
@@ -75,24 +76,50 @@ def compare(name: str, out: Path, variants: Mapping[str, Variant], seeds: Any, *
 
 
 def tuned(name: str, out: Path, variants: Mapping[str, Variant]) -> dict[str, Variant]:
-    """Return the variants with the best learning rate of the grid each.
+    """Return the variants with the best learning rate found on the grid for each.
 
+    A climb from the middle of the grid, which ends where both neighbours are no better.
     SA-FedLoRA's full first round takes the rate that is the best for FedAvg.
     """
+    scores: dict[str, dict[float, float]] = {method: {} for method in variants}
     found: dict[str, Variant] = {}
-    rows = []
-    for method, own in variants.items():
-        first = {FIRST_LR: found["fedavg"][LR]} if method == "sa-full" else {}
-        grid = {f"{method}-{lr:g}": {**own, **first, LR: lr} for lr in GRID}
-        runs = compare(name, out / "tune", grid, [TUNING_SEED]).runs
-        scores = dict(zip(runs["method"], runs["final_accuracy"], strict=True))
-        rows += [
-            {"method": method, "lr": lr, "accuracy": scores[f"{method}-{lr:g}"]} for lr in GRID
-        ]
-        best = max(GRID, key=lambda lr, method=method: scores[f"{method}-{lr:g}"])
-        found[method] = {**own, **first, LR: best}
-    save(pd.DataFrame(rows), f"{name}-learning-rates")
+    while len(found) < len(variants):
+        trials: dict[str, tuple[str, float]] = {}
+        grid: dict[str, Variant] = {}
+        for method, own in variants.items():
+            lr = next_rate(scores[method])
+            first = {}
+            if method == "sa-full":
+                if "fedavg" not in found:
+                    continue
+                first = {FIRST_LR: found["fedavg"][LR]}
+            if lr is None:
+                best = max(scores[method], key=scores[method].__getitem__)
+                found[method] = {**own, **first, LR: best}
+            else:
+                trials[f"{method}-{lr:g}"] = method, lr
+                grid[f"{method}-{lr:g}"] = {**own, **first, LR: lr}
+        if grid:
+            runs = compare(name, out, grid, [TUNING_SEED]).runs
+            for label, accuracy in zip(runs["method"], runs["final_accuracy"], strict=True):
+                method, lr = trials[label]
+                scores[method][lr] = accuracy
+    rows = [
+        {"method": method, "lr": lr, "accuracy": accuracy}
+        for method, tried in scores.items()
+        for lr, accuracy in sorted(tried.items())
+    ]
+    save(pd.DataFrame(rows), f"{name}-{out.name}")
     return found
+
+
+def next_rate(scores: Mapping[float, float]) -> float | None:
+    """Return the next rate to try; None where the best has no untried neighbour."""
+    if not scores:
+        return GRID[len(GRID) // 2]
+    i = GRID.index(max(scores, key=scores.__getitem__))
+    near = [GRID[j] for j in (i - 1, i + 1) if 0 <= j < len(GRID)]
+    return next((lr for lr in near if lr not in scores), None)
 
 
 def save(table: pd.DataFrame, name: str) -> None:
@@ -111,7 +138,7 @@ def main() -> None:
     parser.add_argument("--sets", default="trec,vader,fashion")
     args = parser.parse_args()
     stages, sets, out = args.stages.split(","), args.sets.split(","), Path(args.out)
-    best = {name: tuned(name, out / name, MAIN) for name in sets}
+    best = {name: tuned(name, out / name / "tuning", MAIN) for name in sets}
     if "main" in stages:
         for alpha in (0.5, 0.1):
             for name in sets:
@@ -122,7 +149,7 @@ def main() -> None:
                 save(found.rounds, f"{name}-{alpha}-rounds")
     first = sets[0]
     if "rules" in stages:
-        variants = tuned(first, out / first / "rules", RULES)
+        variants = tuned(first, out / first / "tuning-rules", RULES)
         found = compare(first, out / first / "main-rules", variants, SEEDS)
         save(found.runs, f"{first}-rules-runs")
         save(found.methods, f"{first}-rules-methods")
