@@ -108,7 +108,7 @@ class RandomFactory(TorchFactory):
             config = AutoConfig.for_model("vit", num_labels=CLASSES, **values).to_dict()
             size = (rows, 3, values["image_size"], values["image_size"])
             inputs = {"pixel_values": draw.standard_normal(size, dtype=np.float32)}
-        train = Examples(inputs, labels)
+        train = Examples.of(inputs, labels)
         test = train.rows(np.arange(BATCH))
         offsets = np.arange(CLIENTS + 1, dtype=np.int64) * BATCH * STEPS
         clients = ClientTable(np.arange(rows), offsets)

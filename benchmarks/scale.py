@@ -99,7 +99,7 @@ class AddingFactory:
         from rayfed_lora.training.workload import Workload
 
         clients = recipe.data.partition.clients
-        rows = Examples({"pixel_values": np.zeros((8, 1), np.float32)}, np.zeros(8, np.int64))
+        rows = Examples.of({"pixel_values": np.zeros((8, 1), np.float32)}, np.zeros(8, np.int64))
         offsets = np.arange(clients + 1, dtype=np.int64) * EXAMPLES
         table = ClientTable(np.zeros(clients * EXAMPLES, np.int64), offsets)
         return Workload(rows, rows, rows, table, ("no", "yes"), {"model_type": "vit"})

@@ -139,7 +139,7 @@ def workload(of: Recipe) -> Workload:
             own = {key: MIDDLE[key] for key in ("image_size", "num_channels", "patch_size")}
             config = config | own
     clients = _dirichlet(train.labels, spec.clients)
-    nobody = Examples({k: v[:0] for k, v in train.inputs.items()}, train.labels[:0])
+    nobody = Examples.of({k: v[:0] for k, v in train.inputs.items()}, train.labels[:0])
     return Workload(train, nobody, test, clients, prepared.label_names, config)
 
 
@@ -155,7 +155,7 @@ def _digits(of: Recipe) -> Recipe:
 
 def _random(draw: np.random.Generator, rows: int) -> Examples:
     pixels = draw.standard_normal((rows, 3, 32, 32), dtype=np.float32)
-    return Examples({"pixel_values": pixels}, draw.integers(0, 10, rows))
+    return Examples.of({"pixel_values": pixels}, draw.integers(0, 10, rows))
 
 
 def _packed(texts: Examples, length: int = 64) -> Examples:
@@ -170,7 +170,7 @@ def _packed(texts: Examples, length: int = 64) -> Examples:
             row = row[:0]
     packed = np.stack(rows)
     inputs = {"input_ids": packed, "attention_mask": np.ones_like(packed)}
-    return Examples(inputs, np.array(labels, np.int64))
+    return Examples.of(inputs, np.array(labels, np.int64))
 
 
 def _dirichlet(labels: np.ndarray, clients: int) -> ClientTable:

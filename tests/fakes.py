@@ -265,7 +265,16 @@ class FakeFactory:
 
 def _examples(rows: int, side: int) -> Examples:
     pixels = np.zeros((rows, 1, side, side), np.float32)
-    return Examples({"pixel_values": pixels}, np.zeros(rows, np.int64))
+    return Examples.of({"pixel_values": pixels}, np.zeros(rows, np.int64))
+
+
+def spoilt(examples: Examples, column: str, place: Any, value: float) -> Examples:
+    """Return examples with one value put at a place of a column of inputs, or of the labels."""
+    arrays = {name: values.copy() for name, values in examples.inputs.items()}
+    arrays["labels"] = examples.labels.copy()
+    arrays[column][place] = value
+    labels = arrays.pop("labels")
+    return Examples.of(arrays, labels)
 
 
 def local_executor(recipe: Recipe, behaviour: Behaviour | None = None) -> LocalExecutor:

@@ -1,37 +1,90 @@
-"""Model-ready examples: plain arrays that Ray can share without copying. Source: this project."""
+"""Model-ready examples: one Arrow table that processes of a machine share without copying.
+
+Source: this project.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+
+Array = npt.NDArray[Any]
+LABELS = "labels"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs and labels of some examples.
+
+    Attributes:
+        inputs: arrays by the model's own input names, one row an example.
+        labels: (rows,) int64.
+    """
+
+    inputs: Mapping[str, Array]
+    labels: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Examples:
     """Inputs and labels of n examples.
 
+    Ray keeps an Arrow table in its memory-mapped object store: what an actor reads of it is the
+    same memory for all.
+
     Attributes:
-        inputs: arrays by the model's own input names, first dimension n; `attention_mask`, where
-            there is one, is 1 on tokens and 0 on the padding behind them.
-        labels: (n,) int64.
+        table: a column of fixed-shape tensors for each of the model's own input names
+            (`attention_mask`, where there is one, is 1 on tokens and 0 on the padding behind
+            them), and int64 `labels`; n rows in one chunk.
     """
 
-    inputs: Mapping[str, npt.NDArray[Any]]
-    labels: npt.NDArray[np.int64]
+    table: pa.Table
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Array], labels: Array) -> Examples:
+        """Take arrays whose first dimension is n."""
+        columns = {name: _column(values) for name, values in inputs.items()}
+        return cls(pa.table({**columns, LABELS: np.asarray(labels, np.int64)}))
 
     def __len__(self) -> int:
         """Return n."""
-        return len(self.labels)
+        return int(self.table.num_rows)
 
-    def rows(self, indices: npt.NDArray[np.int64]) -> Examples:
-        """Return the given rows, cut to the longest text among them."""
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the views behind: each would travel as a copy."""
+        return {"table": self.table}
+
+    @cached_property
+    def inputs(self) -> Mapping[str, Array]:
+        """The columns of inputs as arrays of n rows: views, not to be written to."""
+        names = [name for name in self.table.column_names if name != LABELS]
+        return {name: self.table[name].chunk(0).to_numpy_ndarray() for name in names}
+
+    @cached_property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """The labels as an array: a view, not to be written to."""
+        view: npt.NDArray[np.int64] = self.table[LABELS].chunk(0).to_numpy()
+        return view
+
+    def rows(self, indices: npt.NDArray[np.int64]) -> Batch:
+        """Return copies of the given rows, cut to the longest text among them."""
         inputs = {name: values[indices] for name, values in self.inputs.items()}
         mask = inputs.get("attention_mask")
         if mask is not None and len(indices) > 0:
             length = max(int(mask.sum(axis=1).max()), 1)
             inputs = {name: values[:, :length] for name, values in inputs.items()}
-        return Examples(inputs, self.labels[indices])
+        return Batch(inputs, self.labels[indices])
+
+
+def _column(values: Array) -> pa.FixedShapeTensorArray:
+    # pyarrow's own from_numpy_ndarray refuses arrays without rows.
+    kind = pa.fixed_shape_tensor(pa.from_numpy_dtype(values.dtype), values.shape[1:])
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+    size = kind.storage_type.list_size
+    return pa.ExtensionArray.from_storage(kind, pa.FixedSizeListArray.from_arrays(flat, size))

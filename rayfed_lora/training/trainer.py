@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rayfed_lora.data.examples import Examples
+from rayfed_lora.data.examples import Batch
 from rayfed_lora.models import sources
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.shapes import model_shape
@@ -229,7 +229,7 @@ class LocalTrainer:
         self._model.train(False)
         return self._predictions(held.rows(np.arange(len(held))[rows]))
 
-    def _predictions(self, examples: Examples) -> Predictions:
+    def _predictions(self, examples: Batch) -> Predictions:
         """Return what the loaded model, in evaluation mode, says of some examples."""
         inputs, labels = _tensors(examples, self._device)
         logits = self._model.net(**inputs).logits.float()
@@ -240,7 +240,7 @@ class LocalTrainer:
             labels=examples.labels,
             losses=losses.cpu().numpy(),
             correct=(classes == labels).long().cpu().numpy(),
-            predicted=np.ones(len(examples), np.int64),
+            predicted=np.ones(len(examples.labels), np.int64),
             classes=classes.cpu().numpy(),
             probabilities=logits.softmax(dim=1).cpu().numpy() if few else None,
         )
@@ -338,7 +338,7 @@ def _seed(seed: int, device: torch.device) -> None:
 
 
 def _tensors(
-    examples: Examples, device: torch.device
+    examples: Batch, device: torch.device
 ) -> tuple[Mapping[str, torch.Tensor], torch.Tensor]:
     inputs = {}
     for name, values in examples.inputs.items():

@@ -167,12 +167,12 @@ def _examples(table: pa.Table, tokenizer: Any, recipe: Recipe) -> Examples:
         column = table["image"].combine_chunks()
         if isinstance(column, pa.ChunkedArray):
             shape = (0, *column.type.shape)
-            return Examples({"pixel_values": np.zeros(shape, np.float32)}, labels)
-        return Examples({"pixel_values": column.to_numpy_ndarray()}, labels)
+            return Examples.of({"pixel_values": np.zeros(shape, np.float32)}, labels)
+        return Examples.of({"pixel_values": column.to_numpy_ndarray()}, labels)
     texts = table["text"].to_pylist()
     if not texts:
-        return Examples({"input_ids": np.zeros((0, 1), np.int32)}, labels)
-    return Examples(tokenize(tokenizer, texts, recipe.data.max_length), labels)
+        return Examples.of({"input_ids": np.zeros((0, 1), np.int32)}, labels)
+    return Examples.of(tokenize(tokenizer, texts, recipe.data.max_length), labels)
 
 
 def _by_length(examples: Examples) -> Examples:
@@ -182,4 +182,4 @@ def _by_length(examples: Examples) -> Examples:
         return examples
     order = np.argsort(mask.sum(axis=1), kind="stable")
     inputs = {name: values[order] for name, values in examples.inputs.items()}
-    return Examples(inputs, examples.labels[order])
+    return Examples.of(inputs, examples.labels[order])

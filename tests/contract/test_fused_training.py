@@ -36,6 +36,7 @@ from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.training.trainer import LocalTrainer
 from rayfed_lora.training.workload import Workload
 from rayfed_lora.types import AdapterState, Base, ClientUpdate, Factors, LocalPlan
+from tests.fakes import spoilt
 
 CLASSES, WORDS, LONGEST = 3, 24, 9
 # Client 0 has less than a batch of 5. Two passes are 2, 6, 4, 4 and 4 steps, and the last batch of
@@ -125,9 +126,9 @@ def make_workload(recipe: Recipe, shortest: int = 2) -> Workload:
     labels = rng.integers(0, CLASSES, sum(SIZES))
     if recipe.model.task == "image-classification":
         shape = (len(labels), 1, config.image_size, config.image_size)
-        examples = Examples({"pixel_values": rng.normal(size=shape).astype(np.float32)}, labels)
+        examples = Examples.of({"pixel_values": rng.normal(size=shape).astype(np.float32)}, labels)
     else:
-        examples = Examples(texts(config.pad_token_id, shortest), labels)
+        examples = Examples.of(texts(config.pad_token_id, shortest), labels)
     table = ClientTable(np.arange(len(labels)), np.cumsum([0, *SIZES]))
     names = tuple(str(i) for i in range(CLASSES))
     return Workload(examples, examples, examples, table, names, config.to_dict())
@@ -345,9 +346,10 @@ def test_a_client_draws_the_same_dropout_in_a_block_as_alone(model: str, where: 
 
 def test_a_spoilt_example_of_one_client_changes_no_bit_of_the_others() -> None:
     recipe = make_recipe("vit", clients__max_grad_norm=2.5)
-    clean, spoilt = make_workload(recipe), make_workload(recipe)
-    spoilt.train.inputs["pixel_values"][spoilt.clients.examples(1)[3], 0, 2, 2] = np.nan
-    trainer, plan = LocalTrainer(recipe, spoilt), make_plan(recipe)
+    clean = make_workload(recipe)
+    place = (clean.clients.examples(1)[3], 0, 2, 2)
+    wrong = replace(clean, train=spoilt(clean.train, "pixel_values", place, np.nan))
+    trainer, plan = LocalTrainer(recipe, wrong), make_plan(recipe)
     state = received_state(trainer)
     block = block_of(trainer, BLOCK, state, plan)
     expected = block_of(LocalTrainer(recipe, clean), BLOCK, state, plan)
@@ -410,8 +412,9 @@ def test_a_head_that_cannot_be_copied_is_no_obstacle_where_it_is_not_trained() -
 @pytest.mark.parametrize("model", ["vit", "bert"])
 def test_a_client_that_raises_is_named_and_the_others_are_as_alone(model: str) -> None:
     recipe = make_recipe(model)
-    workload, wrong = make_workload(recipe), make_workload(recipe)
-    wrong.train.labels[wrong.clients.examples(1)] = CLASSES + 4
+    workload = make_workload(recipe)
+    labels = spoilt(workload.train, "labels", workload.clients.examples(1), CLASSES + 4)
+    wrong = replace(workload, train=labels)
     trainer, unharmed = LocalTrainer(recipe, wrong), LocalTrainer(recipe, workload)
     state, plan = received_state(trainer), make_plan(recipe, round=6)
     updates = trainer.train(BLOCK, [state] * len(BLOCK), Base(), plan)

@@ -13,9 +13,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from rayfed_lora.data.examples import Examples
 from rayfed_lora.errors import InterruptedRunError, ResourceError, RunFolderError
 from rayfed_lora.federation.executor import Call
 from rayfed_lora.recipe import Recipe
@@ -220,6 +222,29 @@ def test_the_object_store_does_not_grow_with_the_rounds(tmp_path):
     )
     run(recipe, tmp_path, FakeFactory(side=64), StatusBoard(34, watch))
     assert objects[33] <= objects[3] + 3
+
+
+def mapped_in(address: int) -> str:
+    """Return what this process has mapped at an address."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        low, high = (int(edge, 16) for edge in line.split()[0].split("-"))
+        if low <= address < high:
+            return line
+    return ""
+
+
+def test_examples_are_read_where_the_object_store_holds_them() -> None:
+    import ray
+
+    def look(examples: Examples) -> tuple[str, ...]:
+        arrays = [*examples.inputs.values(), examples.labels]
+        return tuple(mapped_in(array.ctypes.data) for array in arrays)
+
+    rows = 2_000
+    pixels = np.zeros((rows, 3, 16, 16), np.float32)
+    reference = ray.put(Examples.of({"pixel_values": pixels}, np.zeros(rows)))
+    for place in ray.get(ray.remote(look).options(num_cpus=0).remote(reference)):
+        assert "plasma" in place
 
 
 @contextmanager

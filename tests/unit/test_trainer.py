@@ -41,6 +41,7 @@ from rayfed_lora.types import (
     LocalPlan,
     Predictions,
 )
+from tests.fakes import spoilt
 
 # PEFT asks transformers 5 for a property that it is about to rename.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
@@ -89,7 +90,7 @@ def make_recipe(**overrides: Any) -> Recipe:
 def images(rows: int, seed: int) -> Examples:
     rng = np.random.default_rng(seed)
     pixels = rng.normal(size=(rows, 1, 8, 8)).astype(np.float32)
-    return Examples({"pixel_values": pixels}, rng.integers(0, CLASSES, rows))
+    return Examples.of({"pixel_values": pixels}, rng.integers(0, CLASSES, rows))
 
 
 def image_workload(recipe: Recipe, train: Examples | None = None) -> Workload:
@@ -453,10 +454,8 @@ def test_a_client_with_fewer_examples_than_a_batch_takes_all_of_them_in_each_ste
 def test_a_client_whose_loss_is_not_a_number_fails_alone() -> None:
     recipe = make_recipe(clients__local_steps=2)
     clean = image_trainer(recipe)
-    spoilt = images(sum(SIZES), seed=1)
     rows = image_workload(recipe).clients.examples(2)
-    spoilt.inputs["pixel_values"][rows] = np.nan
-    trainer = image_trainer(recipe, spoilt)
+    trainer = image_trainer(recipe, spoilt(images(sum(SIZES), 1), "pixel_values", rows, np.nan))
     state = adapter_state(trainer)
     before, failed, after = trainer.train([1, 2, 3], [state] * 3, Base(), local_plan())
     assert failed.error == "loss is nan in local step 1 of 2"
@@ -675,9 +674,8 @@ def test_evaluation_has_no_dropout() -> None:
 
 def test_a_client_that_raises_is_named_with_its_round_and_traceback() -> None:
     recipe = make_recipe()
-    wrong = images(sum(SIZES), seed=1)
-    wrong.labels[image_workload(recipe).clients.examples(3)] = CLASSES + 4
-    trainer = image_trainer(recipe, wrong)
+    rows = image_workload(recipe).clients.examples(3)
+    trainer = image_trainer(recipe, spoilt(images(sum(SIZES), 1), "labels", rows, CLASSES + 4))
     with pytest.raises(ClientError, match="client 3 failed in round 1") as raised:
         list(trainer.train([1, 3], [adapter_state(trainer)] * 2, Base(), local_plan()))
     assert (raised.value.client, raised.value.round_index) == (3, 1)
@@ -725,7 +723,7 @@ def test_running_statistics_of_one_clients_batches_do_not_reach_anyone_else() ->
     recipe = make_recipe(model__config=config, clients__local_steps=1)
     rng = np.random.default_rng(0)
     pixels = rng.normal(3.0, 2.0, (sum(SIZES), 1, 32, 32)).astype(np.float32)
-    many = Examples({"pixel_values": pixels}, np.zeros(sum(SIZES), np.int64))
+    many = Examples.of({"pixel_values": pixels}, np.zeros(sum(SIZES), np.int64))
     values = {k: v for k, v in config.items() if k != "architecture"}
     facts = AutoConfig.for_model("mobilevit", num_labels=CLASSES, **values).to_dict()
     workload = replace(image_workload(make_recipe()), train=many, test=many, config=facts)
