@@ -32,7 +32,8 @@ from rayfed_lora.reporting.terminal import watching_comparison
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "paper"
-GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+START = 1e-3
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
 LR, FIRST_LR = "clients.optimizer.lr", "annealing.initiating.lr"
 RANK = "annealing.heating.rank"
@@ -116,7 +117,7 @@ def tuned(name: str, out: Path, variants: Mapping[str, Variant]) -> dict[str, Va
 def next_rate(scores: Mapping[float, float]) -> float | None:
     """Return the next rate to try; None where the best has no untried neighbour."""
     if not scores:
-        return GRID[len(GRID) // 2]
+        return START
     i = GRID.index(max(scores, key=scores.__getitem__))
     near = [GRID[j] for j in (i - 1, i + 1) if 0 <= j < len(GRID)]
     return next((lr for lr in near if lr not in scores), None)

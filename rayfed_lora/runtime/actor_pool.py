@@ -48,8 +48,16 @@ class Job:
     done: bool = False
 
 
+@dataclass(eq=False)
+class _Worker:
+    """An actor and what it has been sent, in the order in which it does it."""
+
+    actor: Any
+    jobs: list[Job] = field(default_factory=list)
+
+
 class ActorPool:
-    """Runs jobs on the next idle actor, in the order they were submitted; urgent ones first."""
+    """Runs jobs on the next free actor, in the order they were submitted; urgent ones first."""
 
     def __init__(
         self,
@@ -57,6 +65,7 @@ class ActorPool:
         reopen: Callable[[Any], ray.ObjectRef],
         note: Callable[[str], None],
         start_timeout_s: float,
+        ahead: int = 0,
     ) -> None:
         """Take open actors.
 
@@ -65,15 +74,18 @@ class ActorPool:
             reopen: makes an actor ready again that Ray has restarted.
             note: told of what the user should know, e.g. a lost actor.
             start_timeout_s: how long a lost actor may take to come back while nothing else runs.
+            ahead: how many jobs an actor is sent while it still works on another: it then never
+                waits for a message. Of use where jobs take equally long.
         """
-        self._idle = deque(actors)
+        self._workers = [_Worker(actor) for actor in actors]
         self._reopen = reopen
         self._note = note
         self._start_timeout_s = start_timeout_s
+        self._depth = 1 + ahead
         self._waiting: deque[Job] = deque()
-        self._running: dict[ray.ObjectRef, tuple[Job, list[ray.ObjectRef], Any]] = {}
-        # Actors that Ray is restarting, by the call that tells when they are back.
-        self._returning: dict[ray.ObjectRef, Any] = {}
+        self._running: dict[ray.ObjectRef, tuple[Job, list[ray.ObjectRef], _Worker]] = {}
+        # Workers that Ray is restarting, by the call that tells when they are back.
+        self._returning: dict[ray.ObjectRef, _Worker] = {}
 
     def submit(self, calls: Sequence[RemoteCall], urgent: bool = False) -> list[Job]:
         """Queue some calls, urgent ones before all that wait, and start what can start."""
@@ -109,27 +121,29 @@ class ActorPool:
         return job.value
 
     def _start(self) -> None:
-        while self._waiting and self._idle:
-            job, actor = self._waiting.popleft(), self._idle.popleft()
-            references = job.call(actor)
-            self._running[references[0]] = (job, references, actor)
+        while self._waiting and self._workers:
+            worker = min(self._workers, key=lambda worker: len(worker.jobs))
+            if len(worker.jobs) == self._depth:
+                return
+            job = self._waiting.popleft()
+            references = job.call(worker.actor)
+            worker.jobs.append(job)
+            self._running[references[0]] = (job, references, worker)
 
     def _advance(self) -> None:
         """Wait for the next call, or for an actor that comes back."""
         ready = self._next_ready()
         if ready in self._returning:
-            self._idle.extend(self._back(ready))
+            self._back(ready)
         else:
-            job, references, actor = self._running.pop(ready)
+            job, references, worker = self._running[ready]
             try:
                 job.value = result(ready)
                 job.rest, job.done = references[1:], True
-                self._idle.append(actor)
+                del self._running[ready]
+                worker.jobs.remove(job)
             except LOST as error:
-                job.attempts += 1
-                self._lost(error, job.attempts)
-                self._waiting.appendleft(job)
-                self._revive(actor, error)
+                self._lost(worker, error)
         self._start()
 
     def _next_ready(self) -> ray.ObjectRef:
@@ -142,28 +156,35 @@ class ActorPool:
             raise RunError(f"no client actor came back within {timeout:g} s after it was lost")
         return ready[0]
 
-    def _back(self, opened: ray.ObjectRef) -> list[Any]:
-        """Return the actor that is back, none if it was lost again."""
-        actor = self._returning.pop(opened)
+    def _lost(self, worker: _Worker, error: Exception) -> None:
+        """Take back all that a lost actor had been sent; the first of it may be to blame."""
+        reason = str(error).strip().splitlines()[0]
+        self._running = {r: sent for r, sent in self._running.items() if sent[2] is not worker}
+        jobs, worker.jobs = worker.jobs, []
+        jobs[0].attempts += 1
+        if jobs[0].attempts >= ATTEMPTS:
+            raise RunError(f"the same work lost {ATTEMPTS} actors one after another: {reason}")
+        self._note(f"a client actor was lost and its work is run again: {reason}")
+        self._waiting.extendleft(reversed(jobs))
+        self._workers.remove(worker)
+        self._revive(worker, error)
+
+    def _revive(self, worker: _Worker, error: Exception) -> None:
+        """Wait in the background for an actor that Ray restarts; forget one it does not."""
+        if not isinstance(error, ActorDiedError):
+            self._returning[self._reopen(worker.actor)] = worker
+
+    def _back(self, opened: ray.ObjectRef) -> None:
+        """Take an actor in that is back, or wait on if it was lost again."""
+        worker = self._returning.pop(opened)
         try:
             result(opened)
         except LOST as error:
             # Ray refuses calls for the seconds that a restart takes; do not ask in a tight loop.
             time.sleep(_RESTART_POLL_S)
-            self._revive(actor, error)
-            return []
-        return [actor]
-
-    def _revive(self, actor: Any, error: Exception) -> None:
-        """Wait in the background for an actor that Ray restarts; forget one it does not."""
-        if not isinstance(error, ActorDiedError):
-            self._returning[self._reopen(actor)] = actor
-
-    def _lost(self, error: Exception, attempts: int) -> None:
-        reason = str(error).strip().splitlines()[0]
-        if attempts >= ATTEMPTS:
-            raise RunError(f"the same work lost {attempts} actors one after another: {reason}")
-        self._note(f"a client actor was lost and its work is run again: {reason}")
+            self._revive(worker, error)
+        else:
+            self._workers.append(worker)
 
 
 def result(reference: ray.ObjectRef) -> Any:

@@ -85,7 +85,9 @@ class RayExecutor:
         except LOST as error:
             raise RunError(f"a client actor was lost while it started: {error}") from error
         timeout = self._recipe.runtime.start_timeout_s
-        self._pool = ActorPool(crew.actors, self._open, self._note, timeout)
+        # Blocks of as many steps each may be dealt out ahead; others go to whoever is free first.
+        ahead = 0 if self._recipe.clients.local_steps is None else 1
+        self._pool = ActorPool(crew.actors, self._open, self._note, timeout, ahead)
         population: Population = populations[0]
         return population
 

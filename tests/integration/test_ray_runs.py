@@ -109,7 +109,7 @@ def test_an_actor_restarted_while_it_was_idle_is_opened_anew(tmp_path):
     executor = RayExecutor(on_ray(), FakeFactory(), notes.append)
     try:
         executor.open()
-        (actor,) = executor._pool._idle
+        actor = executor._pool._workers[0].actor
         pid = ray.get(actor.__ray_call__.remote(lambda itself: os.getpid()))
         os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 60

@@ -1,0 +1,102 @@
+"""How much of a round the client actors compute: `python overhead.py [--workloads W,W2,W3,W4]`.
+
+Computing is forward, loss, backward and optimiser step, of training and evaluation, on the wall
+clock of the actors. Everything else (reading batches, loading and reading adapters, messages,
+waiting for the server or for each other) is overhead: 1 - computing / (actors x seconds), from the
+end of the first round to the end of the last. Writes results/overhead.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import workloads
+from side_by_side import HERE, processor, versions
+
+import rayfed_lora
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.training.protocol import Trainer
+
+ACTORS = 2
+
+
+class TracingFactory(workloads.BenchmarkFactory):
+    """The benchmark's, with trainers that write down when they compute."""
+
+    def __init__(self, folder: str) -> None:
+        """Let every actor write to a file of its own in `folder`."""
+        self.folder = folder
+
+    def trainer(self, recipe: Recipe, *made_from: Any) -> Trainer:
+        """Build the trainer and time what it calls of torch."""
+        import torch
+
+        trainer = super().trainer(recipe, *made_from)
+        file = Path(self.folder, f"{os.getpid()}").open("w", buffering=1)
+
+        def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+            def measured(*args: Any, **named: Any) -> Any:
+                began = time.time()
+                try:
+                    return call(*args, **named)
+                finally:
+                    file.write(f"{began} {time.time()}\n")
+
+            return measured
+
+        net = trainer._model.net
+        net.forward = timed(net.forward)
+        torch.nn.functional.cross_entropy = timed(torch.nn.functional.cross_entropy)
+        torch.Tensor.backward = timed(torch.Tensor.backward)
+        torch.optim.SGD.step = timed(torch.optim.SGD.step)
+        return trainer
+
+
+def overhead(name: str) -> float:
+    """Return the share of the rounds after the first that is not computing."""
+    recipe = workloads.recipe(name, runtime__client_actors=ACTORS)
+    with tempfile.TemporaryDirectory() as traces, tempfile.TemporaryDirectory() as out:
+        folder = Path(out, "run")
+        result = rayfed_lora.run(recipe, out=str(folder), factory=TracingFactory(traces))
+        # The folder's recipe is written when all actors are open, just before the first round.
+        opened = os.path.getmtime(folder / "recipe.yaml")
+        ends = opened + result.rounds["seconds"].to_numpy().cumsum()
+        first, last = float(ends[0]), float(ends[-1])
+        spans = [line.split() for path in Path(traces).iterdir() for line in path.open()]
+    computing = sum(
+        max(0.0, min(float(end), last) - max(float(began), first)) for began, end in spans
+    )
+    return 1 - computing / (ACTORS * (last - first))
+
+
+def main() -> None:
+    """Measure the workloads in turn, several times."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workloads", default="W,W2,W3,W4")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    found: dict[str, list[float]] = {name: [] for name in args.workloads.split(",")}
+    for _ in range(args.repeats):
+        for name, shares in found.items():
+            shares.append(overhead(name))
+            print(f"{name}: {shares[-1]:.1%} of a round is overhead", flush=True)
+    medians = {name: statistics.median(shares) for name, shares in found.items()}
+    content = {
+        "overhead": found,
+        "median": medians,
+        "processor": processor(),
+        "versions": versions("own"),
+    }
+    (HERE / "results" / "overhead.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
