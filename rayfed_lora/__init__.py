@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rayfed_lora.planning import plan as plan
     from rayfed_lora.recipe_loading import load_recipe as load_recipe
     from rayfed_lora.reporting.comparison import Comparison as Comparison
+    from rayfed_lora.reporting.report import report as report
     from rayfed_lora.runtime.comparison import compare as compare
     from rayfed_lora.runtime.launch import Result as Result
     from rayfed_lora.runtime.launch import run as run
@@ -24,9 +25,10 @@ _HOMES = {
     "compare": "rayfed_lora.runtime.comparison",
     "load_recipe": "rayfed_lora.recipe_loading",
     "plan": "rayfed_lora.planning",
+    "report": "rayfed_lora.reporting.report",
     "run": "rayfed_lora.runtime.launch",
 }
-__all__ = ["Comparison", "Result", "__version__", "compare", "load_recipe", "plan", "run"]
+__all__ = ["Comparison", "Result", "__version__", "compare", "load_recipe", "plan", "report", "run"]
 
 
 def __getattr__(name: str) -> Any:

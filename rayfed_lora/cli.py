@@ -124,6 +124,21 @@ def plan(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
 
 @app.command()
+def report(
+    folders: Annotated[
+        list[str], typer.Argument(metavar="DIR...", help="Folders of runs or of comparisons.")
+    ],
+    out: Annotated[
+        str | None, typer.Option(help="The file; default report.html in DIR, or here for several.")
+    ] = None,
+) -> None:
+    """Write one HTML file with interactive plots and tables of runs."""
+    from rayfed_lora.reporting.report import report as write_report
+
+    typer.echo(f"report: {write_report(folders, out)}")
+
+
+@app.command()
 def export(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A finished run's folder.")],
     to: Annotated[Path, typer.Option(help="A new or empty folder.")],

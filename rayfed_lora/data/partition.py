@@ -45,6 +45,24 @@ class ClientTable:
         """(clients,) number of examples of each client."""
         return np.diff(self.offsets)
 
+    def label_counts(
+        self, labels: IndexArray, classes: int, most: int = 1000
+    ) -> tuple[IndexArray, IndexArray]:
+        """Return how many examples of each label some clients hold.
+
+        Args:
+            labels: (rows,) class of each row.
+            classes: number of classes.
+            most: number of clients, evenly spaced, that stand for all where there are more.
+
+        Returns:
+            (k,) clients and (k, classes) counts.
+        """
+        step = -(-self.clients // most)
+        clients = np.arange(0, self.clients, step)
+        counts = [np.bincount(labels[self.examples(int(k))], minlength=classes) for k in clients]
+        return clients, np.stack(counts)
+
     def examples(self, client: int) -> IndexArray:
         """Return the row indices of one client, a view of `order`.
 

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.aggregation.rules import RULES
@@ -27,6 +28,8 @@ from rayfed_lora.types import (
     Trainable,
 )
 
+IndexArray = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class Population:
@@ -38,6 +41,8 @@ class Population:
         examples: number of examples of each split.
         label_names: name of class i at place i.
         device: kind of device that clients are trained on.
+        label_counts: clients (k,) that stand for all, and how many training examples of each class
+            they hold (k, classes).
     """
 
     shape: ModelShape
@@ -45,6 +50,7 @@ class Population:
     examples: dict[Split, int]
     label_names: tuple[str, ...] = ()
     device: Device = "cpu"
+    label_counts: tuple[IndexArray, IndexArray] | None = None
 
 
 @dataclass(frozen=True)

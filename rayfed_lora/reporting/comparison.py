@@ -12,6 +12,9 @@ import pandas as pd
 
 from rayfed_lora.errors import RunError
 from rayfed_lora.recipe import Recipe
+from rayfed_lora.reporting.plots import write_plots
+from rayfed_lora.reporting.report import REPORT_FILE, report_html
+from rayfed_lora.reporting.run_data import accuracies_of_clients, read_runs
 from rayfed_lora.reporting.status import Status
 from rayfed_lora.storage import RunFolder
 
@@ -140,7 +143,7 @@ class Comparison:
         return cls(runs, _methods(runs), rounds, target)
 
     def write(self, folder: RunFolder) -> None:
-        """Write runs, methods and rounds as Parquet and CSV.
+        """Write runs, methods and rounds as Parquet and CSV, their plots, and the report.
 
         Raises:
             RunError: the folder cannot be written.
@@ -153,6 +156,9 @@ class Comparison:
             # Ranks by module are for Parquet only.
             flat = table.drop(columns="ranks", errors="ignore")
             folder.write(f"{name}.csv", flat.to_csv(index=False).encode())
+        runs = read_runs([folder.location])
+        write_plots(folder, self.rounds, accuracies_of_clients(runs))
+        folder.write(REPORT_FILE, report_html(runs).encode())
 
 
 def _read(cell: Cell) -> tuple[Mapping[str, Any], pd.DataFrame]:

@@ -28,6 +28,15 @@ def megabytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def percent(share: float | None) -> str:
+    """Return a share in percent, `-` where there is none.
+
+    >>> percent(0.9362), percent(None)
+    ('93.62 %', '-')
+    """
+    return "-" if share is None else f"{100 * share:.2f} %"
+
+
 def duration(seconds: float | None) -> str:
     """Return seconds as m:ss or h:mm:ss, `-:--` where unknown.
 

@@ -1,24 +1,22 @@
-"""report.html of one run: self-contained, plots as inline SVG. Source: this project."""
+"""A report of one or many runs: one HTML file with all it needs in it. Source: this project."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from io import StringIO
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 from jinja2 import Environment, PackageLoader
 
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import recipe_yaml
-from rayfed_lora.reporting.progress import megabytes
+from rayfed_lora.errors import BadInputError
+from rayfed_lora.reporting.figures import Figure, figures, partitions
+from rayfed_lora.reporting.progress import duration, megabytes, percent
+from rayfed_lora.reporting.run_data import RunData, read_runs
+from rayfed_lora.reporting.summary import client_summary
+from rayfed_lora.storage import RunFolder
 
-_SHADES = {
-    "initiating": "#e8eef4",
-    "heating": "#fbe9d9",
-    "cooling": "#dcebf7",
-    "holding": "#eef3ea",
-}
+REPORT_FILE = "report.html"
 _PROPOSAL = (
     "round",
     "proposed_rank",
@@ -27,95 +25,161 @@ _PROPOSAL = (
     "energy_proposed",
     "temperature",
     "acceptance_probability",
+    "acceptance_draw",
     "target_metric",
     "target_value",
 )
+_WORST = 50
+Rows = list[dict[str, str]]
 
 
-def report_html(recipe: Recipe, summary: Mapping[str, Any], rounds: pa.Table) -> str:
+def report(locations: Sequence[str], to: str | None = None) -> str:
+    """Write the report of run folders and comparisons' folders.
+
+    Args:
+        locations: folders or URIs.
+        to: path or URI of the file; None: report.html in the folder, with several in this one.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        BadInputError: no location, or `to` does not end in .html.
+        RunFolderError: one of them has nothing to report.
+        RunError: the file cannot be written.
+    """
+    if not locations:
+        raise BadInputError("report: expected at least one run folder, got none")
+    if to is None:
+        to = f"{locations[0].rstrip('/')}/{REPORT_FILE}" if len(locations) == 1 else REPORT_FILE
+    if not to.endswith(".html"):
+        raise BadInputError(f"--out: expected a file that ends in .html, got {to!r}")
+    folder, _, name = to.rpartition("/")
+    RunFolder(folder or ".").write(name, report_html(read_runs(locations)).encode())
+    return to
+
+
+def report_html(runs: Sequence[RunData]) -> str:
     """Return the page.
 
     Args:
-        recipe: the run.
-        summary: content of summary.json.
-        rounds: rows of rounds.parquet.
+        runs: at least one.
     """
-    rows = rounds.to_pylist()
+    from plotly.offline import get_plotlyjs
+
     environment = Environment(loader=PackageLoader("rayfed_lora.reporting"), autoescape=True)
-    template = environment.get_template("report.html.j2")
-    return template.render(
-        summary=summary,
-        bill=_bill(summary["communication"]),
-        figures=_figures(rows),
-        proposals=_proposals(rows),
-        recipe=recipe_yaml(recipe),
+    return environment.get_template("report.html.j2").render(
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        plotly=get_plotlyjs(),
+        overview=[_overview(run) for run in runs],
+        figures=[(title, _html(figure)) for title, figure in figures(runs)],
+        clients=[row for run in runs for row in _clients(run)],
+        partitions=[(label, _html(figure)) for label, figure in partitions(runs)],
+        failures=[row for run in runs for row in _failures(run)],
+        runs=[(run, _details(run)) for run in runs],
     )
 
 
-def _bill(communication: Mapping[str, Any]) -> list[tuple[str, str]]:
-    lines = []
+def _html(figure: Figure) -> str:
+    from plotly.io import to_html
+
+    config = {"responsive": True, "displaylogo": False}
+    text: str = to_html(
+        figure, full_html=False, include_plotlyjs=False, validate=False, config=config
+    )
+    return text
+
+
+def _overview(run: RunData) -> dict[str, str]:
+    facts = {
+        "run": run.label,
+        "method": run.method,
+        "seed": str(run.seed),
+        "rounds": str(len(run.rounds)),
+    }
+    if run.summary is None:
+        return {**facts, "final accuracy": "not finished"}
+    final, best = run.summary["final"], run.summary["best"]
+    sent, timing = run.summary["communication"], run.summary["timing"]
+    return {
+        **facts,
+        "final accuracy": _number(final["eval_accuracy"]),
+        "best": f"{_number(best['eval_accuracy'])} (round {best['round'] + 1})",
+        "macro F1": _number(final["eval_macro_f1"]),
+        "AUC": _number(final["eval_auc"]),
+        "loss": _number(final["eval_loss"]),
+        "sent": megabytes(sent["total_bytes"]),
+        "less than FedAvg": percent(sent["reduction_vs_fedavg"]),
+        "failed": str(run.failed),
+        "time": duration(timing["wall_s"]),
+    }
+
+
+def _details(run: RunData) -> dict[str, Rows]:
+    """Return the tables of one run, by title."""
+    found = {
+        "Communication": _bill(run.summary["communication"]) if run.summary else [],
+        "Annealing record": _proposals(run.rounds),
+        "The worst 10 % of clients": _worst(run.tests),
+        "Versions": [dict(run.summary["versions"])] if run.summary else [],
+    }
+    return {title: rows for title, rows in found.items() if rows}
+
+
+def _bill(communication: Mapping[str, Any]) -> Rows:
+    rows = []
     for name, value in communication.items():
-        label = name.replace("_", " ")
-        if value is None:
-            lines.append((label, "-"))
-        elif name.startswith("reduction"):
-            lines.append((label, f"{100 * value:.2f} %"))
-        else:
-            lines.append((label, megabytes(value)))
-    return lines
+        shown = percent(value) if name.startswith("reduction") else megabytes(value or 0)
+        rows.append({"": name.replace("_", " "), "whole run": shown})
+    return rows
 
 
-def _proposals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    found = [row for row in rows if row["verdict"] is not None]
-    used = [c for c in _PROPOSAL if any(row[c] is not None for row in found)]
-    return [{column: _rounded(row[column]) for column in used} for row in found]
-
-
-def _rounded(value: Any) -> Any:
-    return f"{value:.4g}" if isinstance(value, float) else value
-
-
-def _figures(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    sent = [row["bytes_up"] + row["bytes_down"] for row in rows]
-    total = [sum(sent[: i + 1]) / 1e6 for i in range(len(sent))]
+def _proposals(rounds: pd.DataFrame) -> Rows:
+    found = rounds[rounds["verdict"].notna()]
+    used = [column for column in _PROPOSAL if found[column].notna().any()]
+    shown = found[used].assign(round=found["round"] + 1) if used else found[used]
     return [
-        ("Accuracy on the test split", _figure(rows, "eval_accuracy", "accuracy")),
-        ("Training loss", _figure(rows, "train_loss", "loss")),
-        ("Rank", _figure(rows, "rank", "mean rank over modules", from_zero=True)),
-        (
-            "Sent so far",
-            _figure(
-                [{**row, "sent": t} for row, t in zip(rows, total, strict=True)],
-                "sent",
-                "MB, up and down",
-                from_zero=True,
-            ),
-        ),
+        {str(name).replace("_", " "): _number(value) for name, value in row.items()}
+        for row in shown.to_dict("records")
     ]
 
 
-def _figure(
-    rows: Sequence[Mapping[str, Any]], column: str, label: str, *, from_zero: bool = False
-) -> str:
-    """Return one column against the round as SVG, the stages shaded behind it."""
-    # The object interface of matplotlib: no global state, no window system.
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+def _clients(run: RunData) -> Rows:
+    """Return how a run's accuracy is spread over clients."""
+    if run.tests.empty:
+        return []
+    spread = client_summary(pa.Table.from_pandas(run.tests, preserve_index=False))
+    numbers = {name.replace("_", " "): _number(value) for name, value in spread.items()}
+    return [{"run": run.label, "seed": str(run.seed), **numbers}]
 
-    figure = Figure(figsize=(9, 2.8), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
-    points = [(row["round"] + 1, row[column]) for row in rows if row[column] is not None]
-    for stage, shade in _SHADES.items():
-        inside = [row["round"] + 1 for row in rows if row["stage"] == stage]
-        if inside:
-            axes.axvspan(inside[0] - 0.5, inside[-1] + 0.5, color=shade, label=stage, lw=0)
-    axes.plot([x for x, _ in points], [y for _, y in points], marker="o", ms=3, color="#1f5f99")
-    axes.set(xlabel="round", ylabel=label, xlim=(0.5, len(rows) + 0.5))
-    if from_zero:
-        axes.set_ylim(bottom=0)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=4, frameon=False, fontsize=8)
-    out = StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    svg = out.getvalue()
-    return svg[svg.index("<svg") :]
+
+def _worst(tests: pd.DataFrame) -> Rows:
+    if tests.empty:
+        return []
+    tenth = tests.nsmallest(max(len(tests) // 10, 1), "accuracy").head(_WORST)
+    used = tenth.drop(columns="round").dropna(axis="columns", how="all")
+    return [
+        {str(name).replace("_", " "): _number(value) for name, value in row.items()}
+        for row in used.to_dict("records")
+    ]
+
+
+def _failures(run: RunData) -> Rows:
+    rows = [
+        {
+            "run": run.label,
+            "seed": str(run.seed),
+            "round": str(row["round"] + 1),
+            "client": str(row["client"]),
+            "error": str(row["error"]),
+        }
+        for row in run.failures.to_dict("records")
+    ]
+    left = run.failed - len(rows)
+    return rows if left == 0 else [*rows, {"run": run.label, "error": f"and {left} more"}]
+
+
+def _number(value: Any) -> str:
+    if pd.isna(value):
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

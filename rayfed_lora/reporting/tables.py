@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -21,6 +23,8 @@ from rayfed_lora.reporting.client_rows import (
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import ClientRecord, ClientTest, Proposal, RoundRecord
 
+PARTITION_FILE = "partition.parquet"
+IntArray = npt.NDArray[np.int64]
 _PROPOSAL_COLUMNS = {
     "proposed_rank": ("rank", pa.int32()),
     "verdict": ("verdict", pa.string()),
@@ -150,6 +154,32 @@ class Tables:
         with readable(self._folder, "rounds.parquet"):
             table = pq.read_table(pa.BufferReader(self._folder.read("rounds.parquet")))
             return table.filter(pc.field("round") < rounds).cast(self._schema)
+
+
+def write_partition(
+    folder: RunFolder, clients: IntArray, counts: IntArray, label_names: Sequence[str]
+) -> None:
+    """Write partition.parquet: client, label and examples, where there are any.
+
+    Args:
+        folder: the run folder.
+        clients: (k,) clients that stand for all.
+        counts: (k, classes) number of training examples.
+        label_names: name of class i at place i.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    classes, rows = np.nonzero(counts.T)
+    table = pa.table(
+        {
+            "client": clients[rows],
+            "label": pa.array([label_names[i] for i in classes.tolist()], pa.string()),
+            "examples": counts[rows, classes],
+        }
+    )
+    with folder.opened(PARTITION_FILE) as sink:
+        pq.write_table(table, sink)
 
 
 def _proposal_row(proposal: Proposal | None) -> dict[str, Any]:

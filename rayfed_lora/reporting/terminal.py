@@ -12,20 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from rayfed_lora.recipe import Recipe
-from rayfed_lora.reporting.progress import duration, headline, megabytes
+from rayfed_lora.reporting.progress import duration, headline, megabytes, percent
 
 if TYPE_CHECKING:
     from rayfed_lora.planning import Plan
     from rayfed_lora.reporting.comparison import Comparison, Ended, Standing
-
-
-def percent(share: float | None) -> str:
-    """Return a share in percent, `-` where there is none.
-
-    >>> percent(0.9362), percent(None)
-    ('93.62 %', '-')
-    """
-    return "-" if share is None else f"{100 * share:.2f} %"
 
 
 def show_plan(console: Console, recipe: Recipe, plan: Plan) -> None:

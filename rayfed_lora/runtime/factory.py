@@ -68,12 +68,14 @@ class TorchFactory:
 
 def population(workload: Workload, trainer: Trainer, device: str) -> Population:
     """Return what the round loop needs to know of a workload."""
+    classes = len(workload.label_names)
     return Population(
         shape=trainer.shape(),
         clients=workload.clients.clients,
         examples={"validation": len(workload.validation), "test": len(workload.test)},
         label_names=workload.label_names,
         device="cpu" if device == "cpu" else "cuda",
+        label_counts=workload.clients.label_counts(workload.train.labels, classes),
     )
 
 

@@ -22,10 +22,11 @@ from rayfed_lora.federation.transitions import GlobalModel
 from rayfed_lora.lora.fingerprint import sha256
 from rayfed_lora.recipe import Recipe, Runtime
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
-from rayfed_lora.reporting.report import report_html
+from rayfed_lora.reporting.report import REPORT_FILE, report_html
+from rayfed_lora.reporting.run_data import read_run
 from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.reporting.summary import client_summary, summary
-from rayfed_lora.reporting.tables import Tables
+from rayfed_lora.reporting.tables import Tables, write_partition
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import ClientRecord, ClientTest, ClientUpdate, RoundPlan, RoundRecord
 
@@ -135,6 +136,8 @@ def simulate(
         population = executor.open()
         # Only now: a run that was refused leaves its folder as it was.
         if not folder.exists("recipe.yaml"):
+            if population.label_counts is not None:
+                write_partition(folder, *population.label_counts, population.label_names)
             folder.write("recipe.yaml", recipe_yaml(recipe).encode())
         return _Sitting(recipe, executor, folder, board, should_stop, population).run(began, resume)
     finally:
@@ -229,8 +232,8 @@ class _Sitting:
         if tests.num_rows > 0:
             result["clients"] = client_summary(tests)
         result["labels"] = list(self._labels)
-        page = report_html(self._recipe, result, self._tables.rounds)
-        self._folder.write("report.html", page.encode())
+        page = report_html([read_run(self._folder, result)])
+        self._folder.write(REPORT_FILE, page.encode())
         # Last: a folder with a summary is a finished run.
         self._folder.write(
             "summary.json", json.dumps(_finite(result), indent=1, allow_nan=False).encode()

@@ -135,7 +135,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         spent.append(time.perf_counter() - began)
     assert outcome.status == 0
     assert outcome.out.splitlines()[-1] == "[]"
-    for name in ("run", "plan", "export", "recipes"):
+    for name in ("run", "compare", "plan", "report", "export", "recipes"):
         assert name in outcome.out
     assert min(spent) < 2.0
 
@@ -320,12 +320,18 @@ def test_a_folder_with_other_files_is_refused(
     assert files(elsewhere) == {"notes.txt": b"mine"}
 
 
-def test_resuming_a_finished_run_shows_its_summary_again(command: Command, recipe: Path) -> None:
+def test_a_finished_run_is_shown_again_by_resume_and_by_report(
+    command: Command, recipe: Path
+) -> None:
     command("run", recipe, "--out", "out")
     before = Path("out/summary.json").read_bytes()
     outcome = command("run", recipe, "--out", "out", "--resume")
     assert (outcome.status, "run folder: out" in outcome.out) == (0, True)
     assert Path("out/summary.json").read_bytes() == before
+    assert command("report", "out", "--out", "page.html").out == "report: page.html\n"
+    assert "<h1>tiny</h1>" in Path("page.html").read_text()
+    refused = command("report", "nowhere")
+    assert (refused.status, "nowhere: expected the folder of a run" in refused.err) == (2, True)
 
 
 def test_resuming_another_recipe_is_refused_with_the_keys_that_differ(

@@ -201,6 +201,7 @@ def test_the_folder_holds_the_resolved_recipe_the_tables_and_the_export(tmp_path
         "recipe.yaml",
         "report.html",
         "rounds.parquet",
+        "partition.parquet",
         "clients.parquet",
         "summary.json",
         "adapter/fake.json",

@@ -1,0 +1,190 @@
+"""What reports show of runs, read from their folders. Source: this project."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow.parquet as pq
+
+from rayfed_lora.errors import RunFolderError
+from rayfed_lora.recipe_loading import parse_yaml
+from rayfed_lora.reporting.client_rows import CLIENT_METRICS_FILE
+from rayfed_lora.reporting.tables import PARTITION_FILE
+from rayfed_lora.storage import RunFolder
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run as a report shows it.
+
+    Attributes:
+        label: what to call it; runs of one label differ in the seed and are drawn together.
+        location: its folder.
+        recipe: content of recipe.yaml.
+        name, method, seed: of the recipe.
+        summary: content of summary.json; None where the run has not finished.
+        rounds: rows of rounds.parquet, with `bytes_so_far`, up and down.
+        failures: round, client and error of each failed update, the first of them.
+        failed: number of failed updates.
+        tests: rows of client_metrics.parquet of the last tested round; may be empty.
+        partition: client, label and examples of clients that stand for all; may be empty.
+    """
+
+    label: str
+    location: str
+    recipe: str
+    name: str
+    method: str
+    seed: int
+    summary: Mapping[str, Any] | None
+    rounds: pd.DataFrame
+    failures: pd.DataFrame
+    failed: int
+    tests: pd.DataFrame
+    partition: pd.DataFrame
+
+
+_MOST_FAILURES = 200
+_SEED = re.compile(r"seed-\d+")
+
+
+def read_runs(locations: Sequence[str]) -> list[RunData]:
+    """Read run folders, and all runs of comparisons' folders.
+
+    Args:
+        locations: folders or URIs.
+
+    Raises:
+        RunFolderError: one holds neither a run with a finished round nor a comparison, or is
+            damaged.
+    """
+    found = [run for location in locations for run in _read(location)]
+    if not found:
+        raise RunFolderError(f"{', '.join(locations)}: expected finished runs, there is none")
+    return _told_apart(found)
+
+
+def _read(location: str) -> list[RunData]:
+    folder = RunFolder(location)
+    if folder.exists("recipe.yaml"):
+        return [read_run(folder)]
+    if not folder.exists("runs.parquet"):
+        raise RunFolderError(
+            f"{location}: expected the folder of a run (recipe.yaml) or of a comparison"
+            " (runs.parquet)"
+        )
+    with _readable(folder):
+        runs = pd.read_parquet(BytesIO(folder.read("runs.parquet")))
+        finished = runs[runs["error"].isna()]
+        cells = list(zip(finished["method"], finished["seed"], strict=True))
+    # Not by the recorded location: the folder may have been moved.
+    return [
+        replace(read_run(RunFolder(f"{location.rstrip('/')}/{m}/seed-{s}")), label=str(m))
+        for m, s in cells
+    ]
+
+
+def read_run(folder: RunFolder, summary: Mapping[str, Any] | None = None) -> RunData:
+    """Read one run.
+
+    Args:
+        folder: of the run.
+        summary: what is about to be its summary.json; None: read that, where it is there.
+
+    Raises:
+        RunFolderError: it has no finished round, or is damaged.
+    """
+    if not folder.exists("rounds.parquet"):
+        raise RunFolderError(f"{folder.location}: expected a run with a finished round")
+    with _readable(folder):
+        if summary is None and folder.exists("summary.json"):
+            summary = json.loads(folder.read("summary.json"))
+        recipe = folder.read("recipe.yaml").decode()
+        facts = parse_yaml(folder.location, recipe)
+        failed, failures = _failures(folder)
+        return RunData(
+            label=_label(folder),
+            location=folder.location,
+            recipe=recipe,
+            name=facts["name"],
+            method=facts["method"],
+            seed=int(facts["seed"]),
+            summary=summary,
+            rounds=_rounds(folder),
+            failures=failures,
+            failed=failed,
+            tests=_last_tests(folder),
+            partition=_table(folder, PARTITION_FILE),
+        )
+
+
+def _label(folder: RunFolder) -> str:
+    """Return the folder's name; of a comparison's runs that of the method."""
+    path = PurePosixPath(folder.location.rstrip("/"))
+    return path.parent.name if _SEED.fullmatch(path.name) else path.name
+
+
+@contextmanager
+def _readable(folder: RunFolder) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RunFolderError(f"{folder.location} cannot be read: {error}") from error
+
+
+def _table(folder: RunFolder, name: str) -> pd.DataFrame:
+    if not folder.exists(name):
+        return pd.DataFrame()
+    return pd.read_parquet(BytesIO(folder.read(name)))
+
+
+def _rounds(folder: RunFolder) -> pd.DataFrame:
+    rounds = _table(folder, "rounds.parquet")
+    rounds["bytes_so_far"] = (rounds["bytes_up"] + rounds["bytes_down"]).cumsum()
+    return rounds
+
+
+def _failures(folder: RunFolder) -> tuple[int, pd.DataFrame]:
+    with folder.source("clients.parquet") as source:
+        failed = pq.read_table(
+            source, columns=["round", "client", "error"], filters=[("status", "==", "failed")]
+        )
+    return failed.num_rows, failed.slice(0, _MOST_FAILURES).to_pandas()
+
+
+def _last_tests(folder: RunFolder) -> pd.DataFrame:
+    tests = _table(folder, CLIENT_METRICS_FILE)
+    return tests if tests.empty else tests[tests["round"] == tests["round"].max()]
+
+
+def _told_apart(runs: Sequence[RunData]) -> list[RunData]:
+    """Return the runs with their parents' names where runs of one seed have one label."""
+    clashes = Counter((run.label, run.seed) for run in runs)
+    return [
+        run if clashes[run.label, run.seed] == 1 else replace(run, label=_longer(run))
+        for run in runs
+    ]
+
+
+def _longer(run: RunData) -> str:
+    return "/".join(PurePosixPath(run.location.rstrip("/")).parts[-3:])
+
+
+def accuracies_of_clients(runs: Sequence[RunData]) -> dict[str, npt.NDArray[Any]]:
+    """Return the accuracies of the last models on clients' own examples, by label."""
+    found: dict[str, list[npt.NDArray[Any]]] = {}
+    for run in runs:
+        if not run.tests.empty:
+            found.setdefault(run.label, []).append(run.tests["accuracy"].to_numpy())
+    return {label: np.concatenate(parts) for label, parts in found.items()}
