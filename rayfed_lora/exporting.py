@@ -72,5 +72,5 @@ def _write_merged(run: RunFolder, recipe: Recipe, to: Path) -> None:
         labels = json.loads(run.read("summary.json"))["labels"]
         net = export.merge(source, adapter if adapter.exists() else None, recipe.model, labels)
         tokenizer = recipe.model.tokenizer or recipe.model.source
-        is_text = recipe.model.task == "text-classification"
+        is_text = recipe.model.task != "image-classification"
         export.write_model(to, net, sources.location(tokenizer) if is_text else None)

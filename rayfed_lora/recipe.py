@@ -124,7 +124,7 @@ class Data(Section):
 class Model(Section):
     """The base model."""
 
-    task: Literal["image-classification", "text-classification"] = option(
+    task: Literal["image-classification", "text-classification", "causal-lm"] = option(
         "image-classification", "what the model is trained for"
     )
     source: str = option(
@@ -157,7 +157,9 @@ class Adapter(Section):
         "constant: alpha / heating.rank for the whole run | alpha_over_rank: alpha / rank"
         " | rslora: alpha / sqrt(rank); no mode changes the update when the rank changes",
     )
-    train_head: bool = option(True, "train, send and average the task head too")
+    train_head: bool = option(
+        True, "train, send and average the task head too; a language model has none: default false"
+    )
     train_biases: bool = option(False, "train, send and average every bias too (BitFit)")
     head_modules: list[str] | Auto = option(
         "auto", "module names that make up the head; auto: what the model puts after its encoder"

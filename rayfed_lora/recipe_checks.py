@@ -61,6 +61,12 @@ def _of_data_and_model(recipe: Recipe) -> Iterator[Conflict]:
             ("model.config.architecture", "model.config", "model.source"),
             "model source 'config' needs a transformers model type such as vit or bert",
         )
+    if model.task == "causal-lm" and recipe.adapter.train_head:
+        yield Conflict(
+            ("adapter.train_head", "model.task", "method"),
+            "expected false with model.task 'causal-lm', whose output layer is its vocabulary and"
+            " stays frozen, got true",
+        )
 
 
 def _of_stages(annealing: Annealing) -> Iterator[Conflict]:

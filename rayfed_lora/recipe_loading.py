@@ -73,7 +73,7 @@ def load_recipe(
         # Another method than the recipe was written for: its preset goes over the recipe's keys.
         layers = [_freed_of(raw, _preset(own)), _preset(written["method"])]
     merged_layers: dict[str, Any] = {}
-    for layer in [*layers, written]:
+    for layer in [_of_task(merged(raw, written)), *layers, written]:
         merged_layers = merged(merged_layers, layer)
     return _validated(name, merged_layers)
 
@@ -173,6 +173,13 @@ def _freed_of(raw: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, An
         elif key in rest and rest[key] == value:
             del rest[key]
     return rest
+
+
+def _of_task(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the defaults that a task has of its own."""
+    model = raw.get("model")
+    language = isinstance(model, Mapping) and model.get("task") == "causal-lm"
+    return {"adapter": {"train_head": False}} if language else {}
 
 
 def _preset(method: Any) -> Mapping[str, Any]:

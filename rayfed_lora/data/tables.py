@@ -20,7 +20,9 @@ from rayfed_lora.data import builtin, columns, images, sources
 from rayfed_lora.errors import DataError
 
 IndexArray = npt.NDArray[np.int64]
-TEXT_TASK = "text-classification"
+IMAGE_TASK, LANGUAGE_TASK = "image-classification", "causal-lm"
+# The one class of texts that have no labels.
+NO_CLASS = "text"
 Draw = Literal["test", "validation", "subset"]
 COUNTER: Mapping[Draw, int] = {"test": 0, "validation": 1, "subset": 2}  # of the split stream
 
@@ -65,7 +67,11 @@ def load(data: recipe.Data, task: str, seed: int, validation_fraction: float) ->
     raw = _read(data, task)
     rows = _select(raw.train, data, task, with_client=data.partition.kind == "column")
     where = f"data.source {data.source!r}"
-    classes = columns.find_classes(rows["label"], data.labels, raw.class_names, where)
+    if "label" in rows.column_names:
+        classes = columns.find_classes(rows["label"], data.labels, raw.class_names, where)
+    else:
+        _require_no_use_of_labels(data, where)
+        classes = columns.Classes((NO_CLASS,), (NO_CLASS,))
     keep_only = data.labels is not None
     train = _number(rows, classes, keep_only, where)
     if raw.test is None:
@@ -109,22 +115,36 @@ def _select(table: pa.Table, data: recipe.Data, task: str, with_client: bool = F
         return table[name], f"data.source {source!r}, column {name!r}"
 
     selected = {}
-    if task == TEXT_TASK:
+    if task != IMAGE_TASK:
         column = find("text_column", columns.names_of(data.text_column, columns.TEXT_COLUMNS))
         selected["text"] = columns.as_strings(*column)
     else:
         column = find("image_column", columns.names_of(data.image_column, columns.IMAGE_COLUMNS))
         selected["image"] = images.as_tensors(*column)
-    column = find("label_column", columns.names_of(data.label_column, columns.LABEL_COLUMNS))
-    selected["label"] = columns.as_labels(*column)
+    labels = columns.names_of(data.label_column, columns.LABEL_COLUMNS)
+    unlabelled = task == LANGUAGE_TASK and data.label_column == columns.AUTO
+    if not unlabelled or any(name in table.column_names for name in labels):
+        selected["label"] = columns.as_labels(*find("label_column", labels))
     if with_client and data.partition.column is not None:
         column = find("partition.column", (data.partition.column,))
         selected["client"] = columns.as_client_names(*column)
     return pa.table(selected)
 
 
+def _require_no_use_of_labels(data: recipe.Data, where: str) -> None:
+    if data.labels is not None:
+        raise DataError(f"{where}: data.labels {data.labels} needs a column of labels, got none")
+    if data.partition.kind in ("dirichlet", "shards"):
+        raise DataError(
+            f"{where}: data.partition.kind '{data.partition.kind}' needs a column of labels, got"
+            " none; iid, quantity and column do without"
+        )
+
+
 def _number(rows: pa.Table, classes: columns.Classes, keep_only: bool, where: str) -> pa.Table:
     """Replace labels by class numbers; rows of no class are dropped, or an error."""
+    if "label" not in rows.column_names:
+        return rows.append_column("label", pa.array(np.zeros(rows.num_rows, np.int64)))
     numbers = columns.number(rows["label"], classes)
     if numbers.null_count > 0 and not keep_only:
         strange = sorted(set(rows["label"].unique().to_pylist()) - set(classes.values), key=str)

@@ -106,7 +106,8 @@ def merge(
         labels: name of each class.
     """
     plain = model.model_copy(update={"source": base_folder, "config": {}})
-    net = sources.build(plain, sources.configuration(plain, sources.label_facts(labels)), seed=0)
+    facts = {} if model.task == "causal-lm" else sources.label_facts(labels)
+    net = sources.build(plain, sources.configuration(plain, facts), seed=0)
     if adapter_folder is None:
         return net
     with warnings.catch_warnings():

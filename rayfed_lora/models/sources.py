@@ -27,6 +27,7 @@ from rayfed_lora.seeds import Purpose, torch_seed
 _CLASSES = {
     "image-classification": "AutoModelForImageClassification",
     "text-classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
 }
 
 

@@ -65,7 +65,7 @@ def traced(net: nn.Module, recipe: Recipe) -> Trace:
 def _inputs(net: nn.Module, recipe: Recipe) -> dict[str, torch.Tensor]:
     """Return inputs without values, as long as a text can be."""
     config: Any = net.config
-    if recipe.model.task == "text-classification":
+    if recipe.model.task != "image-classification":
         positions = getattr(config, "max_position_embeddings", None) or 0
         longest = recipe.data.max_length
         length = min(longest, positions) if positions > 0 else longest

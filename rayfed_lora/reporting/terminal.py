@@ -64,11 +64,12 @@ def show_plan(console: Console, recipe: Recipe, plan: Plan) -> None:
 def show_summary(console: Console, summary: Mapping[str, Any], location: str) -> None:
     """Print a finished run's metrics and bill, and where its folder is."""
     final, best, timing = summary["final"], summary["best"], summary["timing"]
-    table = Table("", "accuracy", "loss", "round", title=f"{summary['name']} ({summary['method']})")
+    # Of language models only.
+    shown = ["accuracy", "loss"] + ["perplexity"] * (final["eval_perplexity"] is not None)
+    table = Table("", *shown, "round", title=f"{summary['name']} ({summary['method']})")
     for name, row in (("final", final), ("best", best)):
-        table.add_row(
-            name, f"{row['eval_accuracy']:.4f}", f"{row['eval_loss']:.4f}", str(row["round"] + 1)
-        )
+        numbers = [f"{row[f'eval_{metric}']:.4f}" for metric in shown]
+        table.add_row(name, *numbers, str(row["round"] + 1))
     console.print(table)
     console.print(_bill(summary["communication"]))
     rate = timing["client_updates_per_s"]

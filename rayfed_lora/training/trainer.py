@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from rayfed_lora.data.examples import Batch
+from rayfed_lora.data.tables import LANGUAGE_TASK
 from rayfed_lora.models import sources
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.shapes import model_shape
@@ -98,6 +99,7 @@ class LocalTrainer:
         net = net or self._build()
         sources.choose_attention(net, self._device)
         self._model = AdaptedModel(net, recipe.adapter, device, self._shape.obstacle)
+        self._language = recipe.model.task == LANGUAGE_TASK
         self._drops = recipe.adapter.dropout > 0 or sources.drops(workload.config)
 
     def _build(self) -> nn.Module:
@@ -215,8 +217,14 @@ class LocalTrainer:
         bf16 = self._recipe.runtime.precision == "bf16"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
             logits = self._model.net(**inputs).logits
-        each = functional.cross_entropy(logits.float(), labels, reduction="none")
         weights = torch.from_numpy(batch.weights).to(self._device)
+        if self._language:
+            # A mean over the tokens of a client, not over its texts.
+            each, tokens, _ = _of_tokens(logits.float(), inputs)
+            own = weights > 0
+            total = (each.view(weights.shape) * own).sum(dim=1)
+            return total / (tokens.view(weights.shape) * own).sum(dim=1).clamp(min=1)
+        each = functional.cross_entropy(logits.float(), labels, reduction="none")
         return (each.view(weights.shape) * weights).sum(dim=1)
 
     @torch.no_grad()
@@ -233,6 +241,10 @@ class LocalTrainer:
         """Return what the loaded model, in evaluation mode, says of some examples."""
         inputs, labels = _tensors(examples, self._device)
         logits = self._model.net(**inputs).logits.float()
+        if self._language:
+            each, tokens, correct = (part.cpu().numpy() for part in _of_tokens(logits, inputs))
+            none = np.full(len(examples.labels), -1)
+            return Predictions(none, each, correct, tokens, none)
         losses = functional.cross_entropy(logits, labels, reduction="none")
         classes = logits.argmax(dim=1)
         few = logits.shape[1] <= _MOST_CLASSES
@@ -275,9 +287,12 @@ class LocalTrainer:
             ]
             losses = np.concatenate([part.losses for part in parts]).astype(np.float64)
             right = np.concatenate([part.correct for part in parts])
+            count = np.concatenate([part.predicted for part in parts])
             edges = np.cumsum([0, *(table.counts[client] for client in group)])
             for client, low, high in zip(group, edges, edges[1:], strict=False):
-                loss, accuracy = float(losses[low:high].mean()), float(right[low:high].mean())
+                predicted = max(int(count[low:high].sum()), 1)
+                loss = float(losses[low:high].sum()) / predicted
+                accuracy = int(right[low:high].sum()) / predicted
                 found[client] = ClientScore(client, int(high - low), accuracy, loss)
         return [found[client] for client, _ in mine]
 
@@ -289,7 +304,7 @@ class LocalTrainer:
         self._model.load([state], base, trainable)
         everything = self._model.tensors("full")
         changed = base.version > (0, 0) or trainable == "full"
-        new_head = not self._recipe.adapter.train_head
+        new_head = not (self._recipe.adapter.train_head or self._language)
         biases = self._recipe.adapter.train_biases
         own_config = self._recipe.model.source == "config" or bool(self._recipe.model.config)
         keep_base = changed or new_head or biases or own_config
@@ -345,6 +360,25 @@ def _tensors(
         tensor = torch.from_numpy(np.ascontiguousarray(values))
         inputs[name] = (tensor if tensor.is_floating_point() else tensor.long()).to(device)
     return inputs, torch.from_numpy(examples.labels).to(device)
+
+
+def _of_tokens(
+    logits: torch.Tensor, inputs: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return how a language model foretells each token of a text but the first.
+
+    Args:
+        logits: (texts, length, vocabulary).
+        inputs: with `input_ids` and `attention_mask`, (texts, length).
+
+    Returns:
+        Three times (texts,): sum of cross entropies, number of tokens, how many were the likeliest.
+    """
+    targets, known = inputs["input_ids"][:, 1:], inputs["attention_mask"][:, 1:] > 0
+    before = logits[:, :-1]
+    each = functional.cross_entropy(before.transpose(1, 2), targets, reduction="none")
+    right = (before.argmax(dim=2) == targets) & known
+    return (each * known).sum(dim=1), known.sum(dim=1), right.sum(dim=1)
 
 
 def _update(

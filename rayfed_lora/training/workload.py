@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.data.partition import ClientTable, deal, hold_out
-from rayfed_lora.data.tables import Dataset, load
+from rayfed_lora.data.tables import IMAGE_TASK, LANGUAGE_TASK, Dataset, load
 from rayfed_lora.errors import DataError, ModelError
 from rayfed_lora.models import sources
 from rayfed_lora.models.shapes import model_shape
@@ -73,7 +73,7 @@ def outline(recipe: Recipe) -> Outline:
     clients, _ = _deal(recipe, dataset)
     facts = _facts(recipe, dataset)
     config = sources.configuration(recipe.model, facts)
-    _check_config(config, dataset)
+    _check_config(recipe, config, dataset)
     net = sources.skeleton(recipe.model, config)
     return Outline(
         shape=model_shape(net, recipe),
@@ -95,12 +95,12 @@ def prepare(recipe: Recipe) -> Workload:
     clients, held_out = _deal(recipe, dataset)
     facts = _facts(recipe, dataset)
     tokenizer = None
-    if recipe.model.task == "text-classification":
+    if recipe.model.task != IMAGE_TASK:
         tokenizer = sources.tokenizer(recipe.model)
         if recipe.model.source == "config":
             facts["vocab_size"] = len(tokenizer)
     config = sources.configuration(recipe.model, facts)
-    _check_config(config, dataset)
+    _check_config(recipe, config, dataset)
     held_back = dataset.test.slice(0, 0) if dataset.validation is None else dataset.validation
     train, test = (_examples(table, tokenizer, recipe) for table in (dataset.train, dataset.test))
     return Workload(
@@ -135,16 +135,18 @@ def _deal(recipe: Recipe, dataset: Dataset) -> tuple[ClientTable, ClientTable | 
 
 def _facts(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     """Return what the data say of the model's configuration; a recipe's own values win."""
+    if recipe.model.task == LANGUAGE_TASK:
+        return {}
     facts = sources.label_facts(dataset.label_names)
-    if recipe.model.task == "image-classification" and recipe.model.source == "config":
+    if recipe.model.task == IMAGE_TASK and recipe.model.source == "config":
         channels, height, _ = dataset.test["image"].type.shape
         facts |= {"num_channels": channels, "image_size": height}
     return facts
 
 
-def _check_config(config: Any, dataset: Dataset) -> None:
+def _check_config(recipe: Recipe, config: Any, dataset: Dataset) -> None:
     classes = len(dataset.label_names)
-    if config.num_labels != classes:
+    if recipe.model.task != LANGUAGE_TASK and config.num_labels != classes:
         raise ModelError(
             f"model.config.num_labels: expected {classes}, the classes in the data,"
             f" got {config.num_labels}"
@@ -172,7 +174,9 @@ def _examples(table: pa.Table, tokenizer: Any, recipe: Recipe) -> Examples:
     texts = table["text"].to_pylist()
     if not texts:
         return Examples.of({"input_ids": np.zeros((0, 1), np.int32)}, labels)
-    return Examples.of(tokenize(tokenizer, texts, recipe.data.max_length), labels)
+    ends = recipe.model.task == LANGUAGE_TASK
+    tokens = tokenize(tokenizer, texts, recipe.data.max_length, ends=ends)
+    return Examples.of(tokens, labels)
 
 
 def _by_length(examples: Examples) -> Examples:
