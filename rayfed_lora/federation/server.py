@@ -8,17 +8,15 @@ Source: arXiv:2405.09394 v1 for the stages; FedAvg's loop, arXiv:1602.05629.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from rayfed_lora.aggregation.rules import RULES
-from rayfed_lora.aggregation.server_step import Moments, OptimizerStep
+from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.aggregation.step import Aggregate
 from rayfed_lora.annealing.stages import (
     Feedback,
@@ -28,25 +26,28 @@ from rayfed_lora.annealing.stages import (
     proposed_rank,
 )
 from rayfed_lora.errors import InterruptedRunError, RunError
-from rayfed_lora.federation import evaluation, sampling, transitions
+from rayfed_lora.federation import evaluation, records, sampling, transitions
 from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.executor import Call, Executor, Population, Trained
 from rayfed_lora.federation.learning_rate import learning_rate
-from rayfed_lora.federation.ledger import BYTES_A_VALUE, Bill, Ledger
+from rayfed_lora.federation.ledger import Bill, Ledger
+from rayfed_lora.federation.progress import (
+    Observer,
+    Progress,
+    Timing,
+    kept_moments,
+    personal_factors,
+)
 from rayfed_lora.federation.sampling import Block, BlockSize
 from rayfed_lora.federation.traffic import RoundFacts
 from rayfed_lora.federation.transitions import Entry, GlobalModel
-from rayfed_lora.lora.counting import dense_params, factor_params
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.types import (
     AdapterState,
     Base,
-    ClientRecord,
-    ClientScore,
     ClientTest,
     ClientUpdate,
-    FloatArray,
     Frozen,
     LocalPlan,
     RoundPlan,
@@ -54,63 +55,6 @@ from rayfed_lora.types import (
     Split,
     Trainable,
 )
-
-
-class Observer(Protocol):
-    """Who wants to know how the run goes."""
-
-    def round_started(self, plan: RoundPlan, cohort: tuple[int, ...]) -> None:
-        """Note that a round begins."""
-        ...
-
-    def client_done(self, update: ClientUpdate) -> None:
-        """Note that a client's update was taken in."""
-        ...
-
-    def clients_tested(self, tests: list[ClientTest]) -> None:
-        """Note how the model of a round does on clients' own examples, before the round is done."""
-        ...
-
-    def round_done(self, record: RoundRecord, clients: list[ClientRecord]) -> None:
-        """Note a finished round."""
-        ...
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds spent, over all sittings of a run."""
-
-    startup_s: float = 0.0
-    training_s: float = 0.0
-    evaluation_s: float = 0.0
-    wall_s: float = 0.0
-    client_updates: int = 0
-
-
-@dataclass(frozen=True)
-class Progress:
-    """The run between two rounds: all that a checkpoint has to keep, beside the ledger.
-
-    Attributes:
-        rounds: number of finished rounds.
-        model: the global model.
-        rank: uniform rank in use, None before the first adapter round.
-        validation: newest scores on the validation split, where feedback needs them.
-        best_at_heating: best validation metric at the heating rank (target acceptance).
-        timing: seconds so far.
-        moments: of the server's optimiser.
-        personal: B by module, of each client that keeps its own.
-    """
-
-    rounds: int
-    model: GlobalModel
-    rank: int | None = None
-    validation: Scores | None = None
-    best_at_heating: float | None = None
-    timing: Timing = field(default_factory=Timing)
-    moments: Moments = field(default_factory=dict)
-    personal: Mapping[int, Mapping[str, FloatArray]] = field(default_factory=dict)
-
 
 _Wait = Callable[[], Scores]
 
@@ -236,7 +180,7 @@ class Server:
         plan, entry = started.plan, started.entry
         self._observer.round_started(plan, started.cohort)
         before = started.before
-        moments = _kept(before, entry)
+        moments = kept_moments(before, entry)
         step = OptimizerStep(self._recipe.aggregation.server_optimizer, moments, started.frozen)
         aggregate, updates = self._aggregated(started, step)
         bill = self._book(started, updates)
@@ -249,9 +193,10 @@ class Server:
             model=model,
             rank=before.rank if plan.trainable == "full" else plan.rank,
             moments=step.moments,
-            personal=_personal(before, updates),
+            personal=personal_factors(before, updates),
         )
-        record = self._record(started, aggregate, updates, bill)
+        lr, error = learning_rate(self._recipe, plan.round), aggregate.error
+        record = records.round_record(plan, entry, started.frozen, lr, error, updates, bill)
         test, on_clients = self._test(plan.round, model), self._client_test(after)
         return _Trained(after, plan, updates, bill, record, test, on_clients)
 
@@ -269,22 +214,12 @@ class Server:
             evaluation_s=earlier.evaluation_s + now - began,
             client_updates=earlier.client_updates + trained.bill.arrived,
         )
-        record = replace(
-            trained.record,
-            eval_accuracy=None if tested is None else tested.accuracy,
-            eval_loss=None if tested is None else tested.loss,
-            eval_macro_f1=None if tested is None else tested.macro_f1,
-            eval_auc=None if tested is None else tested.auc,
-            eval_perplexity=None if tested is None else tested.perplexity,
-            validation_accuracy=None if validation is None else validation.accuracy,
-            validation_loss=None if validation is None else validation.loss,
-            seconds=seconds,
-        )
+        record = records.scored(trained.record, tested, validation, seconds)
         plan = trained.plan
         if own_tests:
             self._observer.clients_tested(own_tests)
         self._observer.round_done(
-            record, _client_records(plan.round, trained.updates, trained.bill)
+            record, records.client_records(plan.round, trained.updates, trained.bill)
         )
         after = replace(trained.after, validation=validation, timing=self._timing)
         return after if plan.trainable == "full" else self._noted(after, plan)
@@ -390,7 +325,7 @@ class Server:
 
         def tests() -> list[ClientTest]:
             scores = {s.client: s for s in wait_own() if s.client in after.personal}
-            return [_client_test(t, score, scores.get(score.client)) for score in wait()]
+            return [records.client_test(t, score, scores.get(score.client)) for score in wait()]
 
         return tests
 
@@ -401,92 +336,3 @@ class Server:
         state, base = model.state, model.base
         wait = self._executor.evaluate(split, shards, state, base, model.trainable)
         return lambda: evaluation.scores(wait())
-
-    def _record(
-        self, started: _Started, aggregate: Aggregate, updates: list[ClientUpdate], bill: Bill
-    ) -> RoundRecord:
-        """Return the round's row, scores and seconds still to be filled in."""
-        plan, entry = started.plan, started.entry
-        usable = [update for update in updates if update.error is None]
-        examples = sum(update.examples for update in usable)
-        ranks = dict(entry.ranks) if plan.trainable == "adapter" else None
-        state = entry.model.state
-        return RoundRecord(
-            round=plan.round,
-            stage=plan.stage,
-            rank=None if ranks is None else math.fsum(ranks.values()) / len(ranks),
-            ranks=ranks,
-            trainable_params=factor_params(state, started.frozen) + dense_params(state),
-            proximal_weight=plan.proximal_weight,
-            clients=len(updates),
-            failed_clients=len(updates) - len(usable),
-            train_loss=math.fsum(u.train_loss * u.examples for u in usable) / examples,
-            eval_accuracy=None,
-            eval_loss=None,
-            eval_macro_f1=None,
-            eval_auc=None,
-            eval_perplexity=None,
-            validation_accuracy=None,
-            validation_loss=None,
-            aggregation_error=aggregate.error,
-            params_up=bill.params_up,
-            params_down=bill.params_down,
-            bytes_up=bill.params_up * BYTES_A_VALUE,
-            bytes_down=bill.params_down * BYTES_A_VALUE,
-            bytes_base=bill.base_params * BYTES_A_VALUE,
-            learning_rate=learning_rate(self._recipe, plan.round),
-            proposal=plan.proposal,
-            seconds=0.0,
-        )
-
-
-def _kept(before: Progress, entry: Entry) -> Moments:
-    """Return the moments of tensors that are still what they were when those were taken."""
-    old, new = before.model, entry.model
-    if old.trainable != new.trainable:
-        return {}
-    if new.state.factors is old.state.factors:
-        return before.moments
-    return {name: m for name, m in before.moments.items() if name in new.state.dense}
-
-
-def _personal(
-    before: Progress, updates: list[ClientUpdate]
-) -> Mapping[int, Mapping[str, FloatArray]]:
-    """Return each client's own B after a round."""
-    # Copies: what came is part of a message that would live as long as any of its clients' B.
-    new = {
-        update.client: {name: b.copy() for name, b in update.personal.items()}
-        for update in updates
-        if update.personal is not None
-    }
-    return {**before.personal, **new} if new else before.personal
-
-
-def _client_test(t: int, score: ClientScore, own: ClientScore | None) -> ClientTest:
-    return ClientTest(
-        round=t,
-        client=score.client,
-        examples=score.examples,
-        accuracy=score.accuracy,
-        loss=score.loss,
-        personal_accuracy=None if own is None else own.accuracy,
-        personal_loss=None if own is None else own.loss,
-    )
-
-
-def _client_records(t: int, updates: list[ClientUpdate], bill: Bill) -> list[ClientRecord]:
-    return [
-        ClientRecord(
-            round=t,
-            client=update.client,
-            examples=update.examples,
-            train_loss=None if update.error is not None else update.train_loss,
-            status="ok" if update.error is None else "failed",
-            error=update.error,
-            bytes_up=up * BYTES_A_VALUE,
-            bytes_down=down * BYTES_A_VALUE,
-            seconds=update.seconds,
-        )
-        for update, up, down in zip(updates, bill.up.tolist(), bill.down.tolist(), strict=True)
-    ]

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayfed_lora.federation.ledger import Totals
-from rayfed_lora.federation.server import Timing
+from rayfed_lora.federation.progress import Timing
 from rayfed_lora.recipe import Recipe
 
 _PACKAGES = ("rayfed-lora", "ray", "torch", "peft", "transformers", "numpy", "pyarrow")

@@ -17,7 +17,8 @@ from rayfed_lora.federation import checkpoints
 from rayfed_lora.federation.checkpoints import CheckpointWriter, Snapshot
 from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.executor import Executor, Population
-from rayfed_lora.federation.server import Progress, Server, Timing
+from rayfed_lora.federation.progress import Progress, Timing
+from rayfed_lora.federation.server import Server
 from rayfed_lora.federation.transitions import GlobalModel
 from rayfed_lora.lora.fingerprint import sha256
 from rayfed_lora.recipe import Recipe, Runtime

@@ -13,7 +13,8 @@ from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.errors import RecipeError
 from rayfed_lora.federation import sampling
 from rayfed_lora.federation.executor import Call, Population, Starts
-from rayfed_lora.federation.server import Progress, Server
+from rayfed_lora.federation.progress import Progress
+from rayfed_lora.federation.server import Server
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
 from rayfed_lora.types import AdapterState, Base, Factors
 from tests.fakes import SHAPE, effective, local_executor, make_recipe

@@ -1,0 +1,121 @@
+"""Rows of a run's tables. Source: this project (design.md, "The run folder")."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from rayfed_lora.federation.evaluation import Scores
+from rayfed_lora.federation.ledger import BYTES_A_VALUE, Bill
+from rayfed_lora.federation.transitions import Entry
+from rayfed_lora.lora.counting import dense_params, factor_params
+from rayfed_lora.types import (
+    ClientRecord,
+    ClientScore,
+    ClientTest,
+    ClientUpdate,
+    Frozen,
+    RoundPlan,
+    RoundRecord,
+)
+
+
+def round_record(
+    plan: RoundPlan,
+    entry: Entry,
+    frozen: Frozen | None,
+    lr: float,
+    error: float | None,
+    updates: list[ClientUpdate],
+    bill: Bill,
+) -> RoundRecord:
+    """Return a round's row, scores and seconds still to be filled in.
+
+    Args:
+    plan: the round.
+    entry: the model that its clients started from.
+    frozen: the factor that they did not train.
+    lr: their learning rate.
+    error: of the aggregation.
+    updates: what came of them, at least one of it usable.
+    bill: what was sent.
+    """
+    usable = [update for update in updates if update.error is None]
+    examples = sum(update.examples for update in usable)
+    ranks = dict(entry.ranks) if plan.trainable == "adapter" else None
+    state = entry.model.state
+    return RoundRecord(
+        round=plan.round,
+        stage=plan.stage,
+        rank=None if ranks is None else math.fsum(ranks.values()) / len(ranks),
+        ranks=ranks,
+        trainable_params=factor_params(state, frozen) + dense_params(state),
+        proximal_weight=plan.proximal_weight,
+        clients=len(updates),
+        failed_clients=len(updates) - len(usable),
+        train_loss=math.fsum(u.train_loss * u.examples for u in usable) / examples,
+        eval_accuracy=None,
+        eval_loss=None,
+        eval_macro_f1=None,
+        eval_auc=None,
+        eval_perplexity=None,
+        validation_accuracy=None,
+        validation_loss=None,
+        aggregation_error=error,
+        params_up=bill.params_up,
+        params_down=bill.params_down,
+        bytes_up=bill.params_up * BYTES_A_VALUE,
+        bytes_down=bill.params_down * BYTES_A_VALUE,
+        bytes_base=bill.base_params * BYTES_A_VALUE,
+        learning_rate=lr,
+        proposal=plan.proposal,
+        seconds=0.0,
+    )
+
+
+def scored(
+    record: RoundRecord, tested: Scores | None, validation: Scores | None, seconds: float
+) -> RoundRecord:
+    """Return the row with the scores of its model and the seconds that it took."""
+    return replace(
+        record,
+        eval_accuracy=None if tested is None else tested.accuracy,
+        eval_loss=None if tested is None else tested.loss,
+        eval_macro_f1=None if tested is None else tested.macro_f1,
+        eval_auc=None if tested is None else tested.auc,
+        eval_perplexity=None if tested is None else tested.perplexity,
+        validation_accuracy=None if validation is None else validation.accuracy,
+        validation_loss=None if validation is None else validation.loss,
+        seconds=seconds,
+    )
+
+
+def client_test(t: int, score: ClientScore, own: ClientScore | None) -> ClientTest:
+    """Return how the global model, and the client's own, do on its examples."""
+    return ClientTest(
+        round=t,
+        client=score.client,
+        examples=score.examples,
+        accuracy=score.accuracy,
+        loss=score.loss,
+        personal_accuracy=None if own is None else own.accuracy,
+        personal_loss=None if own is None else own.loss,
+    )
+
+
+def client_records(t: int, updates: list[ClientUpdate], bill: Bill) -> list[ClientRecord]:
+    """Return the row of every client of a round."""
+    return [
+        ClientRecord(
+            round=t,
+            client=update.client,
+            examples=update.examples,
+            train_loss=None if update.error is not None else update.train_loss,
+            status="ok" if update.error is None else "failed",
+            error=update.error,
+            bytes_up=up * BYTES_A_VALUE,
+            bytes_down=down * BYTES_A_VALUE,
+            seconds=update.seconds,
+        )
+        for update, up, down in zip(updates, bill.up.tolist(), bill.down.tolist(), strict=True)
+    ]
