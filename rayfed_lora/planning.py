@@ -19,7 +19,7 @@ from rayfed_lora.federation import sampling
 from rayfed_lora.federation.learning_rate import learning_rate
 from rayfed_lora.federation.ledger import BYTES_A_VALUE, Ledger, Totals
 from rayfed_lora.federation.sampling import block_size
-from rayfed_lora.federation.traffic import RoundFacts
+from rayfed_lora.federation.traffic import RoundFacts, is_cut
 from rayfed_lora.recipe import Annealing, Recipe
 from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.training.workload import Outline, outline
@@ -132,7 +132,7 @@ def _planned(
             frozen=frozen,
             ranks_before=before if folded else None,
             folded=folded,
-            resized=bool(before) and before != ranks,
+            resized=is_cut(before, ranks),
             after_initiating=scheduled.stage != "initiating",
         )
     )

@@ -92,8 +92,9 @@ class Ledger:
     """Books every message of a run and remembers what frozen weights each client holds.
 
     A base version is replaced as a whole, or extended by an update that a client can catch up on
-    by that update's factors alone. Frozen factors are versions too: the first of each is drawn
-    from the seed that all share, and costs nothing.
+    by that update's factors alone. Frozen factors are versions too, and so is the head where a
+    download does not bring it: the first of each is drawn from the seed that all share, and costs
+    nothing.
     """
 
     def __init__(self, shape: ModelShape, clients: int, rule: RuleFacts) -> None:
@@ -136,6 +137,7 @@ class Ledger:
         self._held["base"][members] = len(self._steps)
         if facts.trainable == "full":
             self._steps.append(self._shape.base_params)
+            self._factors["head"] = self._factors.get("head", 0) + 1
         up = np.where(facts.arrived, messages.up, 0)
         bill = Bill(up, messages.down, base, int(facts.arrived.sum()))
         self._add(bill, facts.after_initiating)

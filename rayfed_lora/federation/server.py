@@ -39,7 +39,7 @@ from rayfed_lora.federation.progress import (
     personal_factors,
 )
 from rayfed_lora.federation.sampling import Block, BlockSize
-from rayfed_lora.federation.traffic import RoundFacts
+from rayfed_lora.federation.traffic import RoundFacts, is_cut
 from rayfed_lora.federation.transitions import Entry, GlobalModel
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
@@ -288,7 +288,7 @@ class Server:
                 frozen=started.frozen,
                 ranks_before=entry.cut,
                 folded=entry.folded_params,
-                resized=bool(before) and entry.model.state.factors is not before,
+                resized=is_cut({name: f.rank for name, f in before.items()}, entry.ranks),
                 after_initiating=plan.stage != "initiating",
             )
         )

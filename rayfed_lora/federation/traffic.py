@@ -33,7 +33,8 @@ class RoundFacts:
         ranks_before: rank by module of the download, where it differs: in a round whose shrink
             is folded, clients get the factors before the cut, to fold the rest themselves.
         folded: number of values in what that shrink folds into the base.
-        resized: whether the server has changed A and B otherwise than by the last round's result.
+        resized: whether the server has cut A and B (`is_cut`) since the last round's result. A
+            rise needs no message: all draw the new rows of A from the seed.
         after_initiating: whether the round is after the initiating stage.
     """
 
@@ -49,6 +50,11 @@ class RoundFacts:
     after_initiating: bool = True
 
 
+def is_cut(before: Ranks, ranks: Ranks) -> bool:
+    """Return whether some module's rank falls: only then do its factors change by the server."""
+    return any(ranks[name] < rank for name, rank in before.items())
+
+
 @dataclass(frozen=True)
 class Traffic:
     """The messages of one round, in values, base not included.
@@ -57,16 +63,16 @@ class Traffic:
         up: (cohort,) each client's upload, where it arrives.
         down: (cohort,) each client's download.
         merge: what the round's merge adds to the base: who misses it must be sent that much.
-        frozen: by kind of factor (`a`, `b`), what a client needs to start from that does not hold
-            the current one, and that no other message brings.
+        frozen: by kind (the factors `a`, `b`; `head`), what a client needs to start from that does
+            not hold the current one, and that no other message brings.
         renewed: kinds that the download brings up to the end of the round.
     """
 
     up: Counts
     down: Counts
     merge: int = 0
-    frozen: Mapping[Frozen, int] = field(default_factory=dict)
-    renewed: tuple[Frozen, ...] = ()
+    frozen: Mapping[str, int] = field(default_factory=dict)
+    renewed: tuple[str, ...] = ()
 
 
 def traffic(shape: ModelShape, rule: RuleFacts, facts: RoundFacts) -> Traffic:
@@ -92,13 +98,18 @@ def traffic(shape: ModelShape, rule: RuleFacts, facts: RoundFacts) -> Traffic:
     kinds: tuple[Frozen, ...] = tuple(kind for kind in both if kind != facts.frozen)
     kinds = ("a",) if rule.personal else kinds
     up = _size(shape.modules, ranks, limits, kinds) + shape.head_params
-    size = {k: int(_size(shape.modules, ranks, np.array([_NO_LIMIT]), (k,))[0]) for k in both}
+    size: dict[str, int] = {
+        k: int(_size(shape.modules, ranks, np.array([_NO_LIMIT]), (k,))[0]) for k in both
+    }
+    # A download that is the round's result leaves out where the round starts from.
+    head = {"head": shape.head_params}
     if rule.merges == "stack":
         merge = int(_size(shape.modules, ranks, limits, both)[facts.arrived].sum())
-        return Traffic(up, np.full_like(up, merge + shape.head_params), merge)
+        down = np.full_like(up, merge + shape.head_params)
+        return Traffic(up, down, merge, frozen=head, renewed=("head",))
     if rule.merges == "residual":
         merge = _residual(shape.modules, ranks, int(facts.arrived.sum()))
-        return Traffic(up, up + merge, merge, frozen=size, renewed=both)
+        return Traffic(up, up + merge, merge, frozen={**size, **head}, renewed=("a", "b", "head"))
     down = up
     if facts.ranks_before is not None:
         down = _size(shape.modules, facts.ranks_before, limits, kinds) + shape.head_params
@@ -106,7 +117,7 @@ def traffic(shape: ModelShape, rule: RuleFacts, facts: RoundFacts) -> Traffic:
         return Traffic(up, down)
     if rule.trains == "b":
         return Traffic(up, down, frozen={"a": size["a"]})
-    return Traffic(up, down, frozen=size, renewed=kinds)
+    return Traffic(up, down, frozen={**size, **head}, renewed=(*kinds, "head"))
 
 
 def _size(

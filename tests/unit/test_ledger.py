@@ -400,9 +400,9 @@ def test_alternate_brings_who_missed_a_turn_up_to_date():
     ledger = new_ledger("alternate")
     book(ledger, "adapter", RANK_2, (0, 1, 2), 3, frozen="a")
     book(ledger, "adapter", RANK_2, (0, 1), 2, frozen="b")
-    # Client 2 missed the turn of A, client 3 both; B is live.
+    # Client 2 missed the turn of A, client 3 both; B is live. Both lack the head.
     bill = book(ledger, "adapter", RANK_2, ALL, 4, frozen="a")
-    assert bill.base.tolist() == [0, 0, A, BASE + A + B]
+    assert bill.base.tolist() == [0, 0, A + 6, BASE + A + B + 6]
 
 
 def test_alternate_sends_both_factors_after_a_cut():
@@ -424,18 +424,27 @@ def test_stacking_sends_the_factors_of_all_that_arrived_to_all():
     assert bill.up.tolist() == [40, 40, 0]
     assert bill.down.tolist() == 3 * [2 * (A + B) + 6]
     assert bill.base_params == 3 * BASE
-    # Those three have merged it; the fourth gets the base as it is.
-    assert book(ledger, "adapter", RANK_2, ALL, 4).base.tolist() == [0, 0, 0, BASE]
+    # Those three have merged it; the fourth gets the base and the head as they are.
+    assert book(ledger, "adapter", RANK_2, ALL, 4).base.tolist() == [0, 0, 0, BASE + 6]
 
 
 def test_who_missed_a_stack_is_charged_it_up_to_the_whole_base():
     ledger = new_ledger("stacking")
     book(ledger, "adapter", {"q": 1, "v": 0}, ALL, 4)
     book(ledger, "adapter", {"q": 1, "v": 0}, (0, 1), 2)
-    assert book(ledger, "adapter", {"q": 1, "v": 0}, ALL, 4).base.tolist() == [0, 0, 20, 20]
+    assert book(ledger, "adapter", {"q": 1, "v": 0}, ALL, 4).base.tolist() == [0, 0, 20 + 6, 20 + 6]
     for _ in range(2):
         book(ledger, "adapter", RANK_2, (0, 1), 2)
-    assert book(ledger, "adapter", RANK_2, (2,), 1).base.tolist() == [BASE]
+    assert book(ledger, "adapter", RANK_2, (2,), 1).base.tolist() == [BASE + 6]
+
+
+@pytest.mark.parametrize("rule", ["stacking", "residual", "alternate"])
+def test_where_the_download_is_the_result_a_head_trained_in_full_rounds_is_sent_before(rule):
+    ledger = new_ledger(rule)
+    frozen = {"frozen": "a"} if rule == "alternate" else {}
+    book(ledger, "full", {}, (0, 1), 2)
+    assert book(ledger, "adapter", RANK_2, (0, 1), 2, **frozen).base.tolist() == 2 * [BASE + 6]
+    assert book(ledger, "adapter", RANK_2, (0, 1), 2, **frozen).base.tolist() == [0, 0]
 
 
 def test_residual_sends_beside_the_averages_what_they_lack_or_the_matrix():
@@ -447,11 +456,11 @@ def test_residual_sends_beside_the_averages_what_they_lack_or_the_matrix():
         bill = book(ledger, "adapter", ranks, cohort, len(cohort))
         assert bill.up.tolist() == len(cohort) * [17 + 6]
         assert bill.down.tolist() == len(cohort) * [17 + 6 + lacking]
-    # Who missed the newest averages is sent them to start from; client 3 holds nothing.
-    assert book(ledger, "adapter", ranks, ALL, 4).base.tolist() == [0, 17, 17, BASE + 17]
+    # Who missed the newest averages and head is sent them to start from; client 3 holds nothing.
+    assert book(ledger, "adapter", ranks, ALL, 4).base.tolist() == [0, 23, 23, BASE + 23]
     book(ledger, "adapter", ranks, (0, 1), 2)
-    # The averages, and the rest of rank 1 that went into the base.
-    assert book(ledger, "adapter", ranks, (2,), 1).base.tolist() == [17 + 17]
+    # The averages and the head, and the rest of rank 1 that went into the base.
+    assert book(ledger, "adapter", ranks, (2,), 1).base.tolist() == [17 + 6 + 17]
 
 
 def test_a_folded_cut_needs_no_new_frozen_factor():

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import rayfed_lora
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.errors import RecipeError
 from rayfed_lora.federation import sampling
@@ -17,7 +18,7 @@ from rayfed_lora.federation.progress import Progress
 from rayfed_lora.federation.server import Server
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
 from rayfed_lora.types import AdapterState, Base, Factors
-from tests.fakes import SHAPE, effective, local_executor, make_recipe
+from tests.fakes import SHAPE, FakeFactory, effective, local_executor, make_recipe
 
 
 class Silent:
@@ -262,3 +263,16 @@ def test_a_run_of_full_models_asks_nothing_of_the_rule():
 def test_a_base_without_merges_is_handed_on_as_it_is(tmp_path: Path):
     runs = progresses(method="fedlora")
     assert all(p.model.base == Base() for p in runs)
+
+
+def test_a_rank_that_rises_needs_no_message_of_its_own(tmp_path: Path) -> None:
+    recipe = make_recipe(
+        aggregation__rule="freeze-a",
+        clients__per_round=6,
+        annealing__initiating__rounds=0,
+        annealing__heating={"rounds": 3, "rank": 3, "shape": "ramp"},
+    )
+    found = rayfed_lora.run(recipe, str(tmp_path), factory=FakeFactory()).rounds
+    # Ranks 1, 2, 3 while heating, then cuts to 2 and 1: a cut makes another A, 4 + 3 values a rank.
+    assert found["rank"].tolist() == [1, 2, 3, 2, 1, 1]
+    assert found["bytes_base"].tolist() == [6 * 41 * 4, 0, 0, 6 * 14 * 4, 6 * 7 * 4, 0]

@@ -64,6 +64,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "correct": {"aggregation__rule": "correct"},
     "momentum": {"aggregation__server_optimizer": {"name": "momentum", "lr": 0.5}},
     "head only": {"method": "head-only"},
+    "a rank that rises": {
+        "aggregation__rule": "freeze-a",
+        "annealing__heating__shape": "ramp",
+        "annealing__initiating__trainable": "adapter",
+    },
     "share-a after a full stage": {
         "aggregation__rule": "share-a",
         "annealing__cooling__rank": 3,
