@@ -54,8 +54,8 @@ def report(locations: Sequence[str], to: str | None = None) -> str:
         to = f"{locations[0].rstrip('/')}/{REPORT_FILE}" if len(locations) == 1 else REPORT_FILE
     if not to.endswith(".html"):
         raise BadInputError(f"--out: expected a file that ends in .html, got {to!r}")
-    folder, _, name = to.rpartition("/")
-    RunFolder(folder or ".").write(name, report_html(read_runs(locations)).encode())
+    folder, slash, name = to.rpartition("/")
+    RunFolder(folder or slash or ".").write(name, report_html(read_runs(locations)).encode())
     return to
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -100,10 +101,14 @@ def test_failures_are_named_and_counted(one):
     assert page.count(one.failures["error"].iloc[0]) == one.failed
 
 
-def test_an_error_that_looks_like_a_page_is_shown_as_text(one):
+def test_an_error_or_a_label_that_looks_like_a_page_is_shown_as_text(one):
     failures = one.failures.assign(error="<script>alert(1)</script>")
-    page = report_html([RunData(**{**one.__dict__, "failures": failures})])
-    assert "<script>alert(1)" not in page
+    partition = one.partition.assign(label="</script><script>alert(2)</script>")
+    changed = replace(
+        one, label="</script><script>alert(3)", failures=failures, partition=partition
+    )
+    page = report_html([changed, one])
+    assert not re.search(r"<script>alert\(\d\)", page)
     assert "&lt;script&gt;alert(1)" in page
 
 
