@@ -478,7 +478,7 @@ def test_clients_of_different_ranks_and_scales_compute_and_train_in_one_group(mo
     net = plain_net(recipe).eval()
     plain = {name: parameter.detach() for name, parameter in net.named_parameters()}
     states = mixed_states(net, adapted_modules(net, recipe.adapter))
-    labels = torch.from_numpy(examples.labels)
+    labels = torch.tensor(examples.labels)
     group, lone = (AdaptedModel(plain_net(recipe).eval(), recipe.adapter) for _ in range(2))
     logits, parameters = stepped(group, states, inputs_of(examples, rows), labels[rows])
     for i, state in enumerate(states):
