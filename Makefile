@@ -24,9 +24,9 @@ $(READY): pyproject.toml constraints.txt requirements-demo.txt
 demo: setup
 	$(BIN)/rayfed-lora run trec-minilm
 
-# In two processes, one of them with the tests that need Ray. Records coverage too, for `make check`.
+# In two processes, each with a local Ray where it needs one. Records coverage too, for `make check`.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not e2e and not gpu and not speed" --cov --cov-report=
+	$(BIN)/python -m pytest -n 2 -m "not e2e and not gpu and not speed" --cov --cov-report=
 
 # What CI checks beside the tests; a failure here is a failure there.
 check: lint types imports doctests coverage

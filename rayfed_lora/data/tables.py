@@ -70,7 +70,6 @@ def load(data: recipe.Data, task: str, seed: int, validation_fraction: float) ->
     if "label" in rows.column_names:
         classes = columns.find_classes(rows["label"], data.labels, raw.class_names, where)
     else:
-        _require_no_use_of_labels(data, where)
         classes = columns.Classes((NO_CLASS,), (NO_CLASS,))
     keep_only = data.labels is not None
     train = _number(rows, classes, keep_only, where)
@@ -122,8 +121,7 @@ def _select(table: pa.Table, data: recipe.Data, task: str, with_client: bool = F
         column = find("image_column", columns.names_of(data.image_column, columns.IMAGE_COLUMNS))
         selected["image"] = images.as_tensors(*column)
     labels = columns.names_of(data.label_column, columns.LABEL_COLUMNS)
-    unlabelled = task == LANGUAGE_TASK and data.label_column == columns.AUTO
-    if not unlabelled or any(name in table.column_names for name in labels):
+    if task != LANGUAGE_TASK or _uses_labels(data):
         selected["label"] = columns.as_labels(*find("label_column", labels))
     if with_client and data.partition.column is not None:
         column = find("partition.column", (data.partition.column,))
@@ -131,14 +129,10 @@ def _select(table: pa.Table, data: recipe.Data, task: str, with_client: bool = F
     return pa.table(selected)
 
 
-def _require_no_use_of_labels(data: recipe.Data, where: str) -> None:
-    if data.labels is not None:
-        raise DataError(f"{where}: data.labels {data.labels} needs a column of labels, got none")
-    if data.partition.kind in ("dirichlet", "shards"):
-        raise DataError(
-            f"{where}: data.partition.kind '{data.partition.kind}' needs a column of labels, got"
-            " none; iid, quantity and column do without"
-        )
+def _uses_labels(data: recipe.Data) -> bool:
+    """Return whether a recipe asks for labels where the task does not need them."""
+    by_label = data.partition.kind in ("dirichlet", "shards")
+    return by_label or data.labels is not None or data.label_column != columns.AUTO
 
 
 def _number(rows: pa.Table, classes: columns.Classes, keep_only: bool, where: str) -> pa.Table:

@@ -181,7 +181,9 @@ def weights(net: nn.Module) -> dict[str, npt.NDArray[Any]]:
     """Return a model's parameters and buffers by name, as arrays that share its memory."""
     tensors = [*net.named_parameters(remove_duplicate=False)]
     tensors += [*net.named_buffers(remove_duplicate=False)]  # type: ignore[list-item]
-    return {name: tensor.detach().numpy() for name, tensor in tensors}
+    # One array for each tensor: tied weights stay tied where the arrays travel, too.
+    arrays = {id(tensor): tensor.detach().numpy() for _, tensor in tensors}
+    return {name: arrays[id(tensor)] for name, tensor in tensors}
 
 
 def assembled(

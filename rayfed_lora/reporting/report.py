@@ -30,6 +30,7 @@ _PROPOSAL = (
     "target_value",
 )
 _WORST = 50
+_NOTHING = "-"
 Rows = list[dict[str, str]]
 
 
@@ -71,11 +72,11 @@ def report_html(runs: Sequence[RunData]) -> str:
     return environment.get_template("report.html.j2").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         plotly=get_plotlyjs(),
-        overview=[_overview(run) for run in runs],
+        overview=_even([_overview(run) for run in runs]),
         figures=[(title, _html(figure)) for title, figure in figures(runs)],
-        clients=[row for run in runs for row in _clients(run)],
+        clients=_even([row for run in runs for row in _clients(run)]),
         partitions=[(label, _html(figure)) for label, figure in partitions(runs)],
-        failures=[row for run in runs for row in _failures(run)],
+        failures=_even([row for run in runs for row in _failures(run)]),
         runs=[(run, _details(run)) for run in runs],
     )
 
@@ -88,6 +89,13 @@ def _html(figure: Figure) -> str:
         figure, full_html=False, include_plotlyjs=False, validate=False, config=config
     )
     return text
+
+
+def _even(rows: Rows) -> Rows:
+    """Return rows with the columns of all of them, but for those that say nothing in any."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    said = [n for n in names if any(row.get(n, _NOTHING) != _NOTHING for row in rows)]
+    return [{name: row.get(name, "") for name in said} for row in rows]
 
 
 def _overview(run: RunData) -> dict[str, str]:
@@ -108,6 +116,7 @@ def _overview(run: RunData) -> dict[str, str]:
         "macro F1": _number(final["eval_macro_f1"]),
         "AUC": _number(final["eval_auc"]),
         "loss": _number(final["eval_loss"]),
+        "perplexity": _number(final["eval_perplexity"]),
         "sent": megabytes(sent["total_bytes"]),
         "less than FedAvg": percent(sent["reduction_vs_fedavg"]),
         "failed": str(run.failed),
@@ -181,5 +190,5 @@ def _failures(run: RunData) -> Rows:
 
 def _number(value: Any) -> str:
     if pd.isna(value):
-        return "-"
+        return _NOTHING
     return f"{value:.4g}" if isinstance(value, float) else str(value)

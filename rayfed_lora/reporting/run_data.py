@@ -69,16 +69,33 @@ def read_runs(locations: Sequence[str]) -> list[RunData]:
         RunFolderError: one holds neither a run with a finished round nor a comparison, or is
             damaged.
     """
-    found = [run for location in locations for run in _read(location)]
+    found = [each for location in locations for each in _read(location)]
     if not found:
         raise RunFolderError(f"{', '.join(locations)}: expected finished runs, there is none")
     return _told_apart(found)
 
 
-def _read(location: str) -> list[RunData]:
+@dataclass(frozen=True)
+class _Found:
+    """A run, what its label stands for, and a longer label.
+
+    Attributes:
+        run: as read.
+        group: equal for runs that differ in the seed only.
+        longer: label to take where another group has the same short one.
+    """
+
+    run: RunData
+    group: str
+    longer: str
+
+
+def _read(location: str) -> list[_Found]:
     folder = RunFolder(location)
     if folder.exists("recipe.yaml"):
-        return [read_run(folder)]
+        run = read_run(folder)
+        path = _path(folder)
+        return [_Found(run, _all_but_the_seed(run), "/".join(path.parts[-3:]))]
     if not folder.exists("runs.parquet"):
         raise RunFolderError(
             f"{location}: expected the folder of a run (recipe.yaml) or of a comparison"
@@ -87,12 +104,23 @@ def _read(location: str) -> list[RunData]:
     with _readable(folder):
         runs = pd.read_parquet(BytesIO(folder.read("runs.parquet")))
         finished = runs[runs["error"].isna()]
-        cells = list(zip(finished["method"], finished["seed"], strict=True))
+        cells = [(str(m), s) for m, s in zip(finished["method"], finished["seed"], strict=True)]
+    name = _path(folder).name
     # Not by the recorded location: the folder may have been moved.
     return [
-        replace(read_run(RunFolder(f"{location.rstrip('/')}/{m}/seed-{s}")), label=str(m))
+        _Found(
+            replace(read_run(RunFolder(f"{location.rstrip('/')}/{m}/seed-{s}")), label=m),
+            f"{location} {m}",
+            f"{name}/{m}",
+        )
         for m, s in cells
     ]
+
+
+def _all_but_the_seed(run: RunData) -> str:
+    """Return what two runs must have in common to be drawn as one."""
+    facts = parse_yaml(run.location, run.recipe)
+    return json.dumps({k: v for k, v in facts.items() if k not in ("seed", "storage", "runtime")})
 
 
 def read_run(folder: RunFolder, summary: Mapping[str, Any] | None = None) -> RunData:
@@ -114,7 +142,7 @@ def read_run(folder: RunFolder, summary: Mapping[str, Any] | None = None) -> Run
         facts = parse_yaml(folder.location, recipe)
         failed, failures = _failures(folder)
         return RunData(
-            label=_label(folder),
+            label=_path(folder).name,
             location=folder.location,
             recipe=recipe,
             name=facts["name"],
@@ -129,10 +157,10 @@ def read_run(folder: RunFolder, summary: Mapping[str, Any] | None = None) -> Run
         )
 
 
-def _label(folder: RunFolder) -> str:
-    """Return the folder's name; of a comparison's runs that of the method."""
-    path = PurePosixPath(folder.location.rstrip("/"))
-    return path.parent.name if _SEED.fullmatch(path.name) else path.name
+def _path(folder: RunFolder) -> PurePosixPath:
+    """Return where a run is; of a comparison's runs the folder of the method."""
+    path = PurePosixPath(str(folder.local or folder.location.rstrip("/")))
+    return path.parent if _SEED.fullmatch(path.name) else path
 
 
 @contextmanager
@@ -168,17 +196,18 @@ def _last_tests(folder: RunFolder) -> pd.DataFrame:
     return tests if tests.empty else tests[tests["round"] == tests["round"].max()]
 
 
-def _told_apart(runs: Sequence[RunData]) -> list[RunData]:
-    """Return the runs with their parents' names where runs of one seed have one label."""
-    clashes = Counter((run.label, run.seed) for run in runs)
+def _told_apart(found: Sequence[_Found]) -> list[RunData]:
+    """Return the runs, with longer labels where one label would stand for several things."""
+    copies = Counter((each.run.label, each.group, each.run.seed) for each in found)
+    groups: dict[str, set[str]] = {}
+    for each in found:
+        groups.setdefault(each.run.label, set()).add(each.group)
     return [
-        run if clashes[run.label, run.seed] == 1 else replace(run, label=_longer(run))
-        for run in runs
+        replace(each.run, label=each.longer)
+        if len(groups[each.run.label]) > 1 or copies[each.run.label, each.group, each.run.seed] > 1
+        else each.run
+        for each in found
     ]
-
-
-def _longer(run: RunData) -> str:
-    return "/".join(PurePosixPath(run.location.rstrip("/")).parts[-3:])
 
 
 def accuracies_of_clients(runs: Sequence[RunData]) -> dict[str, npt.NDArray[Any]]:

@@ -27,7 +27,7 @@ from rayfed_lora.reporting.report import REPORT_FILE, report_html
 from rayfed_lora.reporting.run_data import read_run
 from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.reporting.summary import client_summary, summary
-from rayfed_lora.reporting.tables import Tables, write_partition
+from rayfed_lora.reporting.tables import PARTITION_FILE, Tables, write_partition
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import ClientRecord, ClientTest, ClientUpdate, RoundPlan, RoundRecord
 
@@ -137,9 +137,10 @@ def simulate(
         population = executor.open()
         # Only now: a run that was refused leaves its folder as it was.
         if not folder.exists("recipe.yaml"):
-            if population.label_counts is not None:
-                write_partition(folder, *population.label_counts, population.label_names)
             folder.write("recipe.yaml", recipe_yaml(recipe).encode())
+        # After it: a folder without a recipe is nobody's run.
+        if population.label_counts is not None and not folder.exists(PARTITION_FILE):
+            write_partition(folder, *population.label_counts, population.label_names)
         return _Sitting(recipe, executor, folder, board, should_stop, population).run(began, resume)
     finally:
         executor.close()
@@ -233,14 +234,21 @@ class _Sitting:
         if tests.num_rows > 0:
             result["clients"] = client_summary(tests)
         result["labels"] = list(self._labels)
-        page = report_html([read_run(self._folder, result)])
-        self._folder.write(REPORT_FILE, page.encode())
+        self._report(result)
         # Last: a folder with a summary is a finished run.
         self._folder.write(
             "summary.json", json.dumps(_finite(result), indent=1, allow_nan=False).encode()
         )
         self._board.phase("done")
         return result
+
+    def _report(self, result: Mapping[str, Any]) -> None:
+        try:
+            page = report_html([read_run(self._folder, result)])
+        except Exception as error:  # whatever it is, the run is done, and a page can be made again
+            self._board.note(f"no {REPORT_FILE} ({error}); rayfed-lora report makes one")
+        else:
+            self._folder.write(REPORT_FILE, page.encode())
 
     def _save(self, progress: Progress, began: float, earlier: Timing) -> None:
         """Write tables first: a checkpoint never knows of a round that the tables lack."""

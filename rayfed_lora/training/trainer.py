@@ -267,7 +267,8 @@ class LocalTrainer:
     ) -> list[ClientScore]:
         """Return how each client's state does on the client's own held-out examples.
 
-        Clients without any are left out. Clients of the same state are computed together.
+        Clients without any, or without a token to foretell in them, are left out. Clients of the
+        same state are computed together.
         """
         table = self._workload.held_out
         if table is None:
@@ -290,11 +291,13 @@ class LocalTrainer:
             count = np.concatenate([part.predicted for part in parts])
             edges = np.cumsum([0, *(table.counts[client] for client in group)])
             for client, low, high in zip(group, edges, edges[1:], strict=False):
-                predicted = max(int(count[low:high].sum()), 1)
+                predicted = int(count[low:high].sum())
+                if predicted == 0:
+                    continue
                 loss = float(losses[low:high].sum()) / predicted
                 accuracy = int(right[low:high].sum()) / predicted
                 found[client] = ClientScore(client, int(high - low), accuracy, loss)
-        return [found[client] for client, _ in mine]
+        return [found[client] for client, _ in mine if client in found]
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         """Return `adapter/...` and, where a user could not get the base elsewhere, `base/...`."""

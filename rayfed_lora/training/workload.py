@@ -17,7 +17,7 @@ from rayfed_lora.data.tables import IMAGE_TASK, LANGUAGE_TASK, Dataset, load
 from rayfed_lora.errors import DataError, ModelError
 from rayfed_lora.models import sources
 from rayfed_lora.models.shapes import model_shape
-from rayfed_lora.models.tokens import tokenize
+from rayfed_lora.models.tokens import tokenize, tokenize_whole
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.types import ModelShape
 
@@ -71,8 +71,9 @@ def outline(recipe: Recipe) -> Outline:
     """
     dataset = _dataset(recipe)
     clients, _ = _deal(recipe, dataset)
-    facts = _facts(recipe, dataset)
-    config = sources.configuration(recipe.model, facts)
+    own = recipe.model.source == "config" and recipe.model.task != IMAGE_TASK
+    tokenizer = sources.tokenizer(recipe.model) if own else None
+    config = sources.configuration(recipe.model, _facts(recipe, dataset, tokenizer))
     _check_config(recipe, config, dataset)
     net = sources.skeleton(recipe.model, config)
     return Outline(
@@ -93,13 +94,8 @@ def prepare(recipe: Recipe) -> Workload:
     """
     dataset = _dataset(recipe)
     clients, held_out = _deal(recipe, dataset)
-    facts = _facts(recipe, dataset)
-    tokenizer = None
-    if recipe.model.task != IMAGE_TASK:
-        tokenizer = sources.tokenizer(recipe.model)
-        if recipe.model.source == "config":
-            facts["vocab_size"] = len(tokenizer)
-    config = sources.configuration(recipe.model, facts)
+    tokenizer = None if recipe.model.task == IMAGE_TASK else sources.tokenizer(recipe.model)
+    config = sources.configuration(recipe.model, _facts(recipe, dataset, tokenizer))
     _check_config(recipe, config, dataset)
     held_back = dataset.test.slice(0, 0) if dataset.validation is None else dataset.validation
     train, test = (_examples(table, tokenizer, recipe) for table in (dataset.train, dataset.test))
@@ -133,11 +129,12 @@ def _deal(recipe: Recipe, dataset: Dataset) -> tuple[ClientTable, ClientTable | 
     return hold_out(clients, recipe.evaluation.client_fraction, recipe.seed)
 
 
-def _facts(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+def _facts(recipe: Recipe, dataset: Dataset, tokenizer: Any) -> dict[str, Any]:
     """Return what the data say of the model's configuration; a recipe's own values win."""
-    if recipe.model.task == LANGUAGE_TASK:
-        return {}
-    facts = sources.label_facts(dataset.label_names)
+    language = recipe.model.task == LANGUAGE_TASK
+    facts = {} if language else sources.label_facts(dataset.label_names)
+    if recipe.model.source == "config" and tokenizer is not None:
+        facts["vocab_size"] = len(tokenizer)
     if recipe.model.task == IMAGE_TASK and recipe.model.source == "config":
         channels, height, _ = dataset.test["image"].type.shape
         facts |= {"num_channels": channels, "image_size": height}
@@ -174,8 +171,12 @@ def _examples(table: pa.Table, tokenizer: Any, recipe: Recipe) -> Examples:
     texts = table["text"].to_pylist()
     if not texts:
         return Examples.of({"input_ids": np.zeros((0, 1), np.int32)}, labels)
-    ends = recipe.model.task == LANGUAGE_TASK
-    tokens = tokenize(tokenizer, texts, recipe.data.max_length, ends=ends)
+    if recipe.model.task == LANGUAGE_TASK:
+        tokens = tokenize_whole(tokenizer, texts, recipe.data.max_length)
+        if tokens["attention_mask"][:, 1:].sum() == 0:
+            raise DataError(f"data.source {recipe.data.source!r}: need texts of two tokens or more")
+    else:
+        tokens = tokenize(tokenizer, texts, recipe.data.max_length)
     return Examples.of(tokens, labels)
 
 

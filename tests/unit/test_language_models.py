@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,22 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 import rayfed_lora
 from rayfed_lora.data.batches import batch_indices
 from rayfed_lora.errors import DataError, RecipeError
+from rayfed_lora.models.tokens import tokenize_whole
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.seeds import Purpose, generator
-from rayfed_lora.training.trainer import LocalTrainer
+from rayfed_lora.training.trainer import LocalTrainer, built_weights
 from rayfed_lora.training.workload import prepare
 from rayfed_lora.types import AdapterState, Base, Factors, LocalPlan
 
@@ -167,14 +174,54 @@ def test_a_run_records_perplexity_and_its_adapter_has_it_again(texts: Path, tmp_
 
 
 def test_what_needs_labels_or_a_head_is_refused(texts: Path) -> None:
-    with pytest.raises(DataError, match=r"kind 'dirichlet' needs a column of labels.*iid"):
+    with pytest.raises(DataError, match=r"need a column label or"):
         prepare(make_recipe(texts, data__partition__kind="dirichlet"))
-    with pytest.raises(DataError, match=r"data\.labels \['a', 'b'\] needs a column of labels"):
+    with pytest.raises(DataError, match=r"need a column label or"):
         prepare(make_recipe(texts, data__labels=["a", "b"]))
     with pytest.raises(RecipeError, match=r"adapter\.train_head: expected false with model\.task"):
         make_recipe(texts, adapter__train_head=True)
     with pytest.raises(RecipeError, match=r"adapter\.train_head: expected false"):
         make_recipe(texts, method="head-only")
+
+
+def test_an_end_token_stands_once_even_where_the_tokenizer_adds_it(texts: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(texts / "tokenizer")
+    plain = tokenize_whole(tokenizer, ["dog cat", "dog cat moon far"], 4)
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    adding = tokenize_whole(tokenizer, ["dog cat", "dog cat moon far"], 4)
+    for name, expected in plain.items():
+        np.testing.assert_array_equal(adding[name], expected)
+    assert plain["input_ids"][0].tolist()[2:] == [1, 0]
+    assert plain["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+def test_texts_without_a_token_to_foretell_are_refused(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n' * 20)
+    with pytest.raises(DataError, match="need texts of two tokens or more"):
+        prepare(make_recipe(texts, data__source=str(tmp_path / "empty.jsonl")))
+
+
+def test_labels_that_nothing_asks_for_are_not_read(texts: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"who is {WORDS[i % 11]}", "label": None} for i in range(60)]
+    (tmp_path / "null.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepared = prepare(make_recipe(texts, data__source=str(tmp_path / "null.jsonl")))
+    assert prepared.label_names == ("text",)
+
+
+def test_tied_weights_stay_tied_where_they_travel(texts: Path) -> None:
+    config = {**RECIPE["model"]["config"], "tie_word_embeddings": True}
+    recipe = make_recipe(texts, model__config=config)
+    workload = prepare(recipe)
+    buffers: list[pickle.PickleBuffer] = []
+    sent = pickle.dumps(built_weights(recipe, workload), 5, buffer_callback=buffers.append)
+    # Each buffer by itself, as an object store hands them out.
+    arrived = pickle.loads(sent, buffers=[bytes(buffer) for buffer in buffers])
+    here, there = LocalTrainer(recipe, workload), LocalTrainer(recipe, workload, weights=arrived)
+    full = set(here.initial_tensors("full"))
+    assert "lm_head.weight" not in full
+    assert set(there.initial_tensors("full")) == full
 
 
 def test_labelled_texts_may_be_dealt_by_label_and_used_without(tmp_path: Path, texts: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from dataclasses import replace
@@ -215,6 +214,23 @@ def test_what_cannot_be_reported_is_refused(one, tmp_path):
         report([str(tmp_path / "spoilt")])
 
 
-def test_the_summary_of_a_run_is_not_changed_by_its_report(one):
-    kept = json.loads((Path(one.location) / "summary.json").read_text())
-    assert one.summary == kept
+def test_runs_of_other_recipes_are_never_drawn_as_seeds_of_one(one, several, tmp_path):
+    finished(tmp_path / "x/out", seed=0)
+    finished(tmp_path / "y/out", seed=1)
+    same = read_runs([str(tmp_path / "x/out"), str(tmp_path / "y/out")])
+    assert [run.label for run in same] == ["out", "out"]
+    finished(tmp_path / "z/out", seed=2, method="fedlora")
+    other = read_runs([str(tmp_path / "x/out"), str(tmp_path / "z/out")])
+    assert [run.label[-5:] for run in other] == ["x/out", "z/out"]
+    shutil.copytree(several, tmp_path / "second")
+    twice = read_runs([str(several), str(tmp_path / "second")])
+    assert len({run.label for run in twice}) == 4
+    assert all(label.count("/") == 1 for label in {run.label for run in twice})
+
+
+def test_a_table_has_the_columns_of_all_its_rows(one, tmp_path):
+    unfinished = replace(one, label="first", summary=None)
+    page = report_html([unfinished, one])
+    table = page[page.index("<table>") : page.index("</table>")]
+    assert "<th>best</th>" in table
+    assert "<th>perplexity</th>" not in table

@@ -193,6 +193,30 @@ def test_a_recipe_that_cannot_be_read_is_a_run_folder_error(tmp_path, content):
         claim(RunFolder(tmp_path), make_recipe(), resume=True)
 
 
+def test_a_killed_start_leaves_a_folder_that_can_be_started_again(tmp_path, monkeypatch):
+    def killed(*args: Any) -> None:
+        raise SystemExit("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rayfed_lora.runtime.session.write_partition", killed)
+        with pytest.raises(SystemExit):
+            run(make_recipe(), tmp_path)
+    claim(RunFolder(tmp_path), make_recipe(), resume=True)
+    run(make_recipe(), tmp_path, resume=True)
+    assert (tmp_path / "partition.parquet").exists()
+
+
+def test_a_page_that_cannot_be_drawn_costs_no_result(tmp_path, monkeypatch):
+    def broken(*args: Any) -> str:
+        raise ValueError("no ink")
+
+    monkeypatch.setattr("rayfed_lora.runtime.session.report_html", broken)
+    notes: list[str] = []
+    run(make_recipe(), tmp_path, watch=lambda status: notes.extend(status.notes))
+    assert (tmp_path / "summary.json").exists()
+    assert not (tmp_path / "report.html").exists()
+
+
 # --- a run without disturbance ------------------------------------------------------------------
 
 
