@@ -31,6 +31,7 @@ from rayfed_lora.recipe import Clients, Recipe
 from rayfed_lora.training.dropout import ClientDropout
 from rayfed_lora.training.groups import ClientTask, GroupBatch, clip_by_client, kept
 from rayfed_lora.training.protocol import attributed
+from rayfed_lora.training.tokens import token_losses
 from rayfed_lora.training.workload import Workload
 from rayfed_lora.types import (
     AdapterState,
@@ -220,7 +221,7 @@ class LocalTrainer:
         weights = torch.from_numpy(batch.weights).to(self._device)
         if self._language:
             # A mean over the tokens of a client, not over its texts.
-            each, tokens, _ = _of_tokens(logits.float(), inputs)
+            each, tokens, _ = token_losses(logits.float(), inputs)
             own = weights > 0
             total = (each.view(weights.shape) * own).sum(dim=1)
             return total / (tokens.view(weights.shape) * own).sum(dim=1).clamp(min=1)
@@ -242,7 +243,7 @@ class LocalTrainer:
         inputs, labels = _tensors(examples, self._device)
         logits = self._model.net(**inputs).logits.float()
         if self._language:
-            each, tokens, correct = (part.cpu().numpy() for part in _of_tokens(logits, inputs))
+            each, tokens, correct = (part.cpu().numpy() for part in token_losses(logits, inputs))
             none = np.full(len(examples.labels), -1)
             return Predictions(none, each, correct, tokens, none)
         losses = functional.cross_entropy(logits, labels, reduction="none")
@@ -363,25 +364,6 @@ def _tensors(
         tensor = torch.from_numpy(np.ascontiguousarray(values))
         inputs[name] = (tensor if tensor.is_floating_point() else tensor.long()).to(device)
     return inputs, torch.from_numpy(examples.labels).to(device)
-
-
-def _of_tokens(
-    logits: torch.Tensor, inputs: Mapping[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return how a language model foretells each token of a text but the first.
-
-    Args:
-        logits: (texts, length, vocabulary).
-        inputs: with `input_ids` and `attention_mask`, (texts, length).
-
-    Returns:
-        Three times (texts,): sum of cross entropies, number of tokens, how many were the likeliest.
-    """
-    targets, known = inputs["input_ids"][:, 1:], inputs["attention_mask"][:, 1:] > 0
-    before = logits[:, :-1]
-    each = functional.cross_entropy(before.transpose(1, 2), targets, reduction="none")
-    right = (before.argmax(dim=2) == targets) & known
-    return (each * known).sum(dim=1), known.sum(dim=1), right.sum(dim=1)
 
 
 def _update(
