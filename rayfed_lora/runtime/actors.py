@@ -13,7 +13,7 @@ import ray
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.federation.executor import Call, Population, Starts, joined, trained
 from rayfed_lora.recipe import Recipe
-from rayfed_lora.runtime.factory import Factory, population
+from rayfed_lora.runtime.factory import Factory, population, prepared
 from rayfed_lora.types import (
     AdapterState,
     Base,
@@ -65,8 +65,7 @@ class ClientActor:
         Returns:
             A first result that tells of success without fetching the others, and the two.
         """
-        workload = factory.workload(recipe)
-        return None, workload, factory.weights(recipe, workload)
+        return prepared(recipe, factory)
 
     def open(self, recipe: Recipe, factory: Factory, prepared: list[ray.ObjectRef]) -> Population:
         """Build the trainer of a run and say what it serves; any other is let go.

@@ -137,7 +137,7 @@ class ComparisonServer:
             self._crew.close()
             self._crew = None
         if self._crew is None:
-            self._crew = Crew(recipe, f"clients of a comparison {uuid4().hex}")
+            self._crew = Crew.reserved(recipe, f"clients of a comparison {uuid4().hex}")
         return RayExecutor(recipe, self._factory, board.note, crew=self._crew)
 
     def run(self) -> tuple[Ended, ...]:

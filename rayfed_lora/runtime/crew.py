@@ -5,7 +5,6 @@ Source: this project.
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
@@ -29,6 +28,7 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.actors import ClientActor
 from rayfed_lora.runtime.factory import Factory
 from rayfed_lora.runtime.placement import Layout, layout, nodes_of
+from rayfed_lora.runtime.shelf import PREPARING, prepared_from
 
 _POLL_S = 0.5
 
@@ -36,8 +36,27 @@ _POLL_S = 0.5
 class Crew:
     """Actors that are ready to be opened for a recipe, again and again."""
 
-    def __init__(self, recipe: Recipe, name: str) -> None:
-        """Check that the actors fit the cluster, and start them.
+    def __init__(
+        self, recipe: Recipe, plan: Layout, group: PlacementGroup, shelf: Any = None
+    ) -> None:
+        """Start the actors.
+
+        Args:
+            recipe: names them.
+            plan: how many, and their shares.
+            group: has a bundle for each of them first.
+            shelf: actor handle of a `Shelf` that prepares data and base, for crews beside this one
+                too; None: the first actor of the crew does.
+        """
+        self._group = group
+        self._shelf = shelf
+        self.actors = [self._start(recipe, i, plan) for i in range(plan.actors)]
+        # References of the newest workload and of its base's weights, by what they are made from.
+        self._shared: tuple[str, list[ray.ObjectRef]] = ("", [])
+
+    @classmethod
+    def reserved(cls, recipe: Recipe, name: str) -> Crew:
+        """Check that the actors fit the cluster, reserve their shares and start them.
 
         Args:
             recipe: gives `runtime`, and how many actors are of use.
@@ -51,10 +70,7 @@ class Crew:
         most = recipe.cohort_size(recipe.data.partition.clients)
         plan = layout(recipe.runtime, nodes_of(ray.nodes()), most)
         _free_leftover(name)
-        self._group: PlacementGroup | None = _reserve(plan, name, recipe.runtime.start_timeout_s)
-        self.actors = [self._start(recipe, i, plan) for i in range(plan.actors)]
-        # References of the newest workload and of its base's weights, by what they are made from.
-        self._shared: tuple[str, list[ray.ObjectRef]] = ("", [])
+        return cls(recipe, plan, _reserve(plan, name, recipe.runtime.start_timeout_s))
 
     def _start(self, recipe: Recipe, index: int, plan: Layout) -> Any:
         strategy = PlacementGroupSchedulingStrategy(
@@ -82,13 +98,16 @@ class Crew:
             What tells of success, and references of workload and weights, which the crew keeps: an
             actor that is started again fetches them anew.
         """
-        made_from = _made_from(recipe)
-        if self._shared[0] != made_from:
-            method = self.actors[0].prepare.options(name="prepare data and base", num_returns=3)
+        made_from = prepared_from(recipe)
+        if self._shared[0] == made_from:
+            return ray.put(None), self._shared[1]
+        if self._shelf is None:
+            method = self.actors[0].prepare.options(name=PREPARING, num_returns=3)
             done, *shared = method.remote(recipe, factory)
-            self._shared = made_from, shared
-            return done, shared
-        return ray.put(None), self._shared[1]
+        else:
+            done, *shared = ray.get(self._shelf.prepared.remote(recipe, factory))
+        self._shared = made_from, shared
+        return done, shared
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until all actors answer; return whether they do.
@@ -116,23 +135,9 @@ class Crew:
 
     def close(self) -> None:
         """End the actors and give their resources back."""
-        if self._group is not None:
-            remove_placement_group(self._group)
-        self._group, self.actors = None, []
+        remove_placement_group(self._group)
+        self.actors = []
         self.forget()
-
-
-def _made_from(recipe: Recipe) -> str:
-    """Return what workload and weights depend on."""
-    parts = {
-        "seed": recipe.seed,
-        "data": recipe.data.model_dump(),
-        "model": recipe.model.model_dump(),
-        "validation": recipe.validation_fraction,
-        "cohort": recipe.clients.per_round,
-        "held out": recipe.evaluation.client_fraction,
-    }
-    return json.dumps(parts, sort_keys=True)
 
 
 def _free_leftover(name: str) -> None:

@@ -66,6 +66,16 @@ class TorchFactory:
         return LocalTrainer(recipe, workload, device, weights)
 
 
+def prepared(recipe: Recipe, factory: Factory) -> tuple[None, Workload, Weights]:
+    """Make what all actors of a run share.
+
+    Returns:
+        A first result that tells of success without fetching the others; workload and weights.
+    """
+    workload = factory.workload(recipe)
+    return None, workload, factory.weights(recipe, workload)
+
+
 def population(workload: Workload, trainer: Trainer, device: str) -> Population:
     """Return what the round loop needs to know of a workload."""
     classes = len(workload.label_names)

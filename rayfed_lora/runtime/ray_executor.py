@@ -72,7 +72,7 @@ class RayExecutor:
             DataError: the data cannot be read or dealt.
             ModelError: the model does not fit the recipe.
         """
-        crew = self._crew = self._crew or Crew(self._recipe, self._name)
+        crew = self._crew = self._crew or Crew.reserved(self._recipe, self._name)
         prepared, self._shared = crew.prepare(self._recipe, self._factory)
         opened = [self._open(actor) for actor in crew.actors]
         try:

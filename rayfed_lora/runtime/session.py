@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
+
+import pyarrow as pa
 
 from rayfed_lora.errors import InterruptedRunError, RecipeError, RunFolderError
 from rayfed_lora.federation import checkpoints
@@ -117,13 +119,49 @@ def simulate(
 ) -> dict[str, Any]:
     """Run a recipe to its end, or go on with it, and return its summary.
 
+    Args: as for `sitting`.
+
+    Raises:
+        InterruptedRunError: `should_stop` said so; the finished rounds are saved.
+        RayfedError: whatever else ends a run; the last checkpoint is kept.
+    """
+    rounds = sitting(recipe, executor, folder, board, should_stop, resume=resume)
+    while True:
+        try:
+            next(rounds)
+        except StopIteration as end:
+            summary: dict[str, Any] = end.value
+            return summary
+
+
+def sitting(
+    recipe: Recipe,
+    executor: Executor,
+    folder: RunFolder,
+    board: StatusBoard,
+    should_stop: Callable[[], bool],
+    *,
+    resume: bool,
+    page: bool = True,
+) -> Generator[pa.Table, None, dict[str, Any]]:
+    """Run a recipe round by round.
+
+    Closed before its end, it saves the finished rounds.
+
     Args:
         recipe: the run.
-        executor: not yet opened; closed on return, whatever happens.
+        executor: not yet opened; closed in the end, whatever happens.
         folder: claimed.
         board: told of every step.
         should_stop: once true, the round is abandoned and the run saved.
         resume: go on from the newest whole checkpoint where there is one.
+        page: write report.html too.
+
+    Yields:
+        After each round the rows of rounds.parquet so far.
+
+    Returns:
+        The summary; at once where the run had been finished.
 
     Raises:
         InterruptedRunError: `should_stop` said so; the finished rounds are saved.
@@ -141,7 +179,9 @@ def simulate(
         # After it: a folder without a recipe is nobody's run.
         if population.label_counts is not None and not folder.exists(PARTITION_FILE):
             write_partition(folder, *population.label_counts, population.label_names)
-        return _Sitting(recipe, executor, folder, board, should_stop, population).run(began, resume)
+        run = _Sitting(recipe, executor, folder, board, should_stop, population)
+        yield from run.rounds(began, resume)
+        return run.finish(began, page)
     finally:
         executor.close()
 
@@ -191,50 +231,53 @@ class _Sitting:
         self._tables.add(record, clients)
         self._board.round_done(record, clients)
 
-    def run(self, began: float, resume: bool) -> dict[str, Any]:
+    def rounds(self, began: float, resume: bool) -> Generator[pa.Table, None, None]:
         snapshot = checkpoints.newest(self._folder, self._board.note) if resume else None
-        progress = self._server.fresh() if snapshot is None else self._restored(snapshot)
-        earlier = progress.timing
-        started = replace(earlier, startup_s=earlier.startup_s + time.perf_counter() - began)
-        progress = replace(progress, timing=started)
-        saved = progress.rounds
+        start = self._server.fresh() if snapshot is None else self._restored(snapshot)
+        self._earlier = start.timing
+        startup_s = start.timing.startup_s + time.perf_counter() - began
+        self._progress = replace(start, timing=replace(start.timing, startup_s=startup_s))
+        saved = self._progress.rounds
         try:
-            for progress in self._server.rounds(progress):  # noqa: B020 - the run so far
-                if progress.rounds % self._recipe.storage.checkpoint_every == 0:
-                    self._save(progress, began, earlier)
-                    saved = progress.rounds
-        except InterruptedRunError as stop:
-            if progress.rounds > saved:
-                self._save(progress, began, earlier)
+            for self._progress in self._server.rounds(self._progress):  # noqa: B020 - the run so far
+                if self._progress.rounds % self._recipe.storage.checkpoint_every == 0:
+                    self._save(began)
+                    saved = self._progress.rounds
+                yield self._tables.rounds
+        except (InterruptedRunError, GeneratorExit) as stop:
+            if self._progress.rounds > saved:
+                self._save(began)
+            if isinstance(stop, GeneratorExit):
+                raise
             raise InterruptedRunError(
-                f"stopped with {progress.rounds} of {self._recipe.annealing.total_rounds} rounds"
-                f" done; go on with --resume --out {self._folder.location}"
+                f"stopped with {self._progress.rounds} of {self._recipe.annealing.total_rounds}"
+                f" rounds done; go on with --resume --out {self._folder.location}"
             ) from stop
-        return self._finish(progress, began, earlier)
 
-    def _finish(self, progress: Progress, began: float, earlier: Timing) -> dict[str, Any]:
-        self._save(progress, began, earlier)
+    def finish(self, began: float, page: bool) -> dict[str, Any]:
+        self._save(began)
         self._board.phase("exporting")
-        model = progress.model
+        progress, model = self._progress, self._progress.model
         for name, content in self._executor.export(
             model.state, model.base, model.trainable
         ).items():
             self._folder.write(name, content)
         # What follows needs no actors, and their memory may be others'.
         self._executor.close()
-        timing = replace(progress.timing, wall_s=earlier.wall_s + time.perf_counter() - began)
+        wall_s = self._earlier.wall_s + time.perf_counter() - began
         result = summary(
             self._recipe,
             self._tables.rounds,
             self._server.ledger.totals,
-            timing,
+            replace(progress.timing, wall_s=wall_s),
             sha256(model.state, model.base),
         )
         tests = self._tables.last_tests(progress.rounds - 1)
         if tests.num_rows > 0:
             result["clients"] = client_summary(tests)
         result["labels"] = list(self._labels)
-        self._report(result)
+        if page:
+            self._report(result)
         # Last: a folder with a summary is a finished run.
         self._folder.write(
             "summary.json", json.dumps(_finite(result), indent=1, allow_nan=False).encode()
@@ -250,11 +293,12 @@ class _Sitting:
         else:
             self._folder.write(REPORT_FILE, page.encode())
 
-    def _save(self, progress: Progress, began: float, earlier: Timing) -> None:
+    def _save(self, began: float) -> None:
         """Write tables first: a checkpoint never knows of a round that the tables lack."""
         self._tables.save()
+        progress = self._progress
         ledger, held = self._server.ledger.snapshot()
-        wall_s = earlier.wall_s + time.perf_counter() - began
+        wall_s = self._earlier.wall_s + time.perf_counter() - began
         facts = {
             "rank": progress.rank,
             "trainable": progress.model.trainable,
