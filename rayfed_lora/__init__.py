@@ -16,19 +16,34 @@ if TYPE_CHECKING:
     from rayfed_lora.runtime.comparison import compare as compare
     from rayfed_lora.runtime.launch import Result as Result
     from rayfed_lora.runtime.launch import run as run
+    from rayfed_lora.tuning.results import SearchResult as SearchResult
+    from rayfed_lora.tuning.search import tune as tune
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Comparison": "rayfed_lora.reporting.comparison",
     "Result": "rayfed_lora.runtime.launch",
+    "SearchResult": "rayfed_lora.tuning.results",
     "compare": "rayfed_lora.runtime.comparison",
     "load_recipe": "rayfed_lora.recipe_loading",
     "plan": "rayfed_lora.planning",
     "report": "rayfed_lora.reporting.report",
     "run": "rayfed_lora.runtime.launch",
+    "tune": "rayfed_lora.tuning.search",
 }
-__all__ = ["Comparison", "Result", "__version__", "compare", "load_recipe", "plan", "report", "run"]
+__all__ = [
+    "Comparison",
+    "Result",
+    "SearchResult",
+    "__version__",
+    "compare",
+    "load_recipe",
+    "plan",
+    "report",
+    "run",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:

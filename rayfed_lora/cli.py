@@ -96,6 +96,70 @@ def compare(
         raise typer.Exit(1)
 
 
+@app.command()
+def tune(  # noqa: PLR0913, PLR0917 - options
+    space: Annotated[str, typer.Argument(metavar="SPACE", help="A shipped name or a path.")],
+    recipe: Annotated[str, typer.Option(help="What is not searched: a shipped name or a path.")],
+    samples: Annotated[int | None, typer.Option(help="Number of trials.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Ends trials early: asha, pbt, median or none.")
+    ] = None,
+    search: Annotated[
+        str | None, typer.Option(help="Draws values: random, optuna or grid.")
+    ] = None,
+    objectives: Annotated[
+        str | None, typer.Option(help="E.g. eval_accuracy:max,total_bytes:min.")
+    ] = None,
+    max_concurrent: Annotated[int | None, typer.Option(help="Most trials at once.")] = None,
+    out: OutOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the search in --out.")
+    ] = False,
+    set_: SetOption = None,
+    address: AddressOption = None,
+) -> None:
+    """Search a space of recipes with Ray Tune, one run a trial.
+
+    Each option that a space has too goes before what the space says.
+    """
+    from rich.console import Console
+
+    from rayfed_lora.reporting.terminal import show_search, watching_search
+    from rayfed_lora.tuning.search import tune as search_all
+
+    if resume and out is None:
+        raise typer.BadParameter("give --out, the folder of the search", param_hint="--resume")
+    console = Console()
+    with watching_search(console) as watch:
+        found = search_all(
+            space,
+            recipe,
+            out,
+            samples=samples,
+            scheduler=scheduler,
+            search=search,
+            objectives=None if objectives is None else _objectives(objectives),
+            max_concurrent=max_concurrent,
+            resume=resume,
+            settings=set_ or (),
+            address=address,
+            watch=watch,
+        )
+    show_search(console, found.trials, found.best, found.location)
+
+
+def _objectives(text: str) -> dict[str, str]:
+    found = {}
+    for item in _list(text):
+        name, colon, mode = item.partition(":")
+        if not colon:
+            raise typer.BadParameter(
+                f"expected metric:max or metric:min, got {item!r}", param_hint="--objectives"
+            )
+        found[name] = mode
+    return found
+
+
 def _list(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
 

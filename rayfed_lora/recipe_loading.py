@@ -80,8 +80,13 @@ def load_recipe(
 
 def recipe_yaml(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML; `load_recipe` of it gives an equal recipe."""
+    return yaml_text(recipe.model_dump(mode="json"))
+
+
+def yaml_text(content: Mapping[str, Any]) -> str:
+    """Return plain values as YAML."""
     out = StringIO()
-    _yaml().dump(recipe.model_dump(mode="json"), out)
+    _yaml().dump(content, out)
     return out.getvalue()
 
 

@@ -99,6 +99,11 @@ class RunFolder:
         info = self._fs.get_file_info(str(self._root / name))
         return bool(info.type != fs.FileType.NotFound)
 
+    def is_folder(self, name: str) -> bool:
+        """Return whether a folder of that name is there."""
+        info = self._fs.get_file_info(str(self._root / name))
+        return bool(info.type == fs.FileType.Directory)
+
     def names(self, folder: str = "") -> list[str]:
         """Return the names directly inside a sub-folder, sorted; none where it is not there."""
         selector = fs.FileSelector(str(self._root / folder), allow_not_found=True)

@@ -229,11 +229,13 @@ class FakeFactory:
         behaviour: of its trainers.
         side: height and width of the images; 64 makes a workload that Ray keeps in shared memory.
         start_s: seconds that a process takes to start, where this travels to it.
+        log: path of a file; a line is added each time a workload is made.
     """
 
     behaviour: Behaviour = field(default_factory=Behaviour)
     side: int = 2
     start_s: float = 0.0
+    log: str | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -243,6 +245,9 @@ class FakeFactory:
         """Import nothing: the fakes need neither torch nor transformers."""
 
     def workload(self, recipe: Recipe) -> Workload:
+        if self.log is not None:
+            with Path(self.log).open("a") as log:
+                log.write("workload\n")
         clients = recipe.data.partition.clients
         offsets = np.cumsum([0, *range(1, clients + 1)])
         return Workload(

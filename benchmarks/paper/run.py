@@ -33,7 +33,8 @@ from rayfed_lora.reporting.terminal import watching_comparison
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "paper"
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-START = 1e-3
+# Where the climb starts; the grid is the same for all.
+START, START_FULL = 3e-3, 3e-4
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
 LR, FIRST_LR = "clients.optimizer.lr", "annealing.initiating.lr"
 RANK = "annealing.heating.rank"
@@ -79,7 +80,7 @@ def compare(name: str, out: Path, variants: Mapping[str, Variant], seeds: Any, *
 def tuned(name: str, out: Path, variants: Mapping[str, Variant]) -> dict[str, Variant]:
     """Return the variants with the best learning rate found on the grid for each.
 
-    A climb from the middle of the grid, which ends where both neighbours are no better.
+    A climb on the grid, which ends where both neighbours are no better.
     SA-FedLoRA's full first round takes the rate that is the best for FedAvg.
     """
     scores: dict[str, dict[float, float]] = {method: {} for method in variants}
@@ -88,7 +89,8 @@ def tuned(name: str, out: Path, variants: Mapping[str, Variant]) -> dict[str, Va
         trials: dict[str, tuple[str, float]] = {}
         grid: dict[str, Variant] = {}
         for method, own in variants.items():
-            lr = next_rate(scores[method])
+            full = method in ("fedavg", "fedprox")
+            lr = next_rate(scores[method], START_FULL if full else START)
             first = {}
             if method == "sa-full":
                 if "fedavg" not in found:
@@ -114,10 +116,10 @@ def tuned(name: str, out: Path, variants: Mapping[str, Variant]) -> dict[str, Va
     return found
 
 
-def next_rate(scores: Mapping[float, float]) -> float | None:
+def next_rate(scores: Mapping[float, float], start: float) -> float | None:
     """Return the next rate to try; None where the best has no untried neighbour."""
     if not scores:
-        return START
+        return start
     i = GRID.index(max(scores, key=scores.__getitem__))
     near = [GRID[j] for j in (i - 1, i + 1) if 0 <= j < len(GRID)]
     return next((lr for lr in near if lr not in scores), None)

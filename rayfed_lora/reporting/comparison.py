@@ -12,8 +12,9 @@ import pandas as pd
 
 from rayfed_lora.errors import RunError
 from rayfed_lora.recipe import Recipe
+from rayfed_lora.reporting.page import REPORT_FILE
 from rayfed_lora.reporting.plots import write_plots
-from rayfed_lora.reporting.report import REPORT_FILE, report_html
+from rayfed_lora.reporting.report import report_html
 from rayfed_lora.reporting.run_data import accuracies_of_clients, read_runs
 from rayfed_lora.reporting.status import Status
 from rayfed_lora.storage import RunFolder

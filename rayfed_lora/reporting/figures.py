@@ -54,12 +54,23 @@ def figures(runs: Sequence[RunData]) -> Iterator[tuple[str, Figure]]:
     rounds = pd.concat(
         [run.rounds.assign(method=run.label, seed=run.seed) for run in runs], ignore_index=True
     )
-    for plot in _PLOTS:
-        if rounds[plot.column].notna().any():
-            yield plot.title, _curves(plot, rounds, stages=len(runs) == 1)
+    yield from curve_figures(rounds, stages=len(runs) == 1)
     tested = [run for run in runs if not run.tests.empty]
     if tested:
         yield "Accuracy on clients' own examples", _spread(tested)
+
+
+def curve_figures(rounds: pd.DataFrame, stages: bool) -> Iterator[tuple[str, Figure]]:
+    """Yield title and figure of every curve that there are values for.
+
+    Args:
+        rounds: rows of rounds.parquet of all runs, with `method` (the label), `seed` and
+            `bytes_so_far`.
+        stages: show the stages; of one run.
+    """
+    for plot in _PLOTS:
+        if rounds[plot.column].notna().any():
+            yield plot.title, _curves(plot, rounds, stages)
 
 
 def partitions(runs: Sequence[RunData]) -> Iterator[tuple[str, Figure]]:
@@ -74,13 +85,14 @@ def partitions(runs: Sequence[RunData]) -> Iterator[tuple[str, Figure]]:
         yield f"{run.label}, seed {run.seed}", _partition(run.partition)
 
 
-def _figure(
+def framed(
     traces: list[dict[str, Any]],
     height: int,
     x: dict[str, Any],
     y: dict[str, Any],
     **layout: Any,
 ) -> Figure:
+    """Return traces with axes, margins and legend as all plots have them."""
     return {
         "data": traces,
         "layout": {
@@ -131,10 +143,10 @@ def _curves(plot: _Plot, rounds: pd.DataFrame, stages: bool) -> Figure:
     height, legend = 360 + 12 * labels, {"showlegend": labels > 1}
     if plot.against == "round":
         x: dict[str, Any] = {"title": {"text": "round"}}
-        return _figure(traces, height, x, y, **legend, **(_stages(rounds) if stages else {}))
+        return framed(traces, height, x, y, **legend, **(_stages(rounds) if stages else {}))
     sent = {"title": {"text": "sent so far, MB (up and down, log)"}}
     x = {**sent, "type": "log", "tickformat": "~g", "dtick": "D2"}
-    return _figure(traces, height, x, y, **legend)
+    return framed(traces, height, x, y, **legend)
 
 
 def _stages(rounds: pd.DataFrame) -> dict[str, Any]:
@@ -177,7 +189,7 @@ def _spread(runs: Sequence[RunData]) -> Figure:
             )
     y = {"autorange": "reversed", "automargin": True}
     x = {"title": {"text": "accuracy of the client"}}
-    return _figure(traces, 160 + 60 * len(traces), x, y)
+    return framed(traces, 160 + 60 * len(traces), x, y)
 
 
 def _told(row: Any) -> str:
@@ -200,4 +212,4 @@ def _partition(partition: pd.DataFrame) -> Figure:
     }
     x = {"title": {"text": "client"}, "type": "category"}
     y = {"type": "category", "autorange": "reversed", "automargin": True}
-    return _figure([heat], 140 + 26 * len(table), x, y)
+    return framed([heat], 140 + 26 * len(table), x, y)

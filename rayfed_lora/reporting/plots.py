@@ -69,15 +69,41 @@ def write_plots(
     drawn = {plot.name: _drawn(plot, rounds) for plot in shown}
     if clients:
         drawn["clients"] = _spread(clients)
+    return [name for stem, figure in drawn.items() for name in _write(folder, stem, figure)]
+
+
+def write_front(folder: RunFolder, trials: pd.DataFrame, upper: str, across: str) -> None:
+    """Draw the finished trials of a search, and the front of those that no other beats.
+
+    Args:
+        folder: of the search.
+        trials: rows of trials.parquet.
+        upper: name of the objective on the y axis.
+        across: of that on the x axis.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    figure, axes = _axes(layout="constrained")
+    done = trials[trials["status"] == "finished"].sort_values(across)
+    front = done[done["on_front"]]
+    axes.scatter(done[across], done[upper], color=COLOURS[5], s=16, label="finished trials")
+    axes.plot(front[across], front[upper], color=COLOURS[0], marker="o", ms=4, label="front")
+    axes.set(xlabel=across.replace("_", " "), ylabel=upper.replace("_", " "))
+    axes.legend(frameon=False, fontsize=8)
+    _write(folder, "front", figure)
+
+
+def _write(folder: RunFolder, stem: str, figure: Figure) -> list[str]:
+    """Write a plot in all formats; return the names of the files."""
     names = []
-    for name, figure in drawn.items():
-        for kind in _FORMATS:
-            content = BytesIO()
-            # Without the date: the same runs give the same files.
-            dated = {"CreationDate": None} if kind == "pdf" else None
-            figure.savefig(content, format=kind, dpi=_DOTS_PER_INCH, metadata=dated)
-            names.append(f"plots/{name}.{kind}")
-            folder.write(names[-1], content.getvalue())
+    for kind in _FORMATS:
+        content = BytesIO()
+        # Without the date: the same runs give the same files.
+        dated = {"CreationDate": None} if kind == "pdf" else None
+        figure.savefig(content, format=kind, dpi=_DOTS_PER_INCH, metadata=dated)
+        names.append(f"plots/{stem}.{kind}")
+        folder.write(names[-1], content.getvalue())
     return names
 
 

@@ -7,16 +7,16 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-from jinja2 import Environment, PackageLoader
 
 from rayfed_lora.errors import BadInputError
-from rayfed_lora.reporting.figures import Figure, figures, partitions
+from rayfed_lora.reporting.figures import figures, partitions
+from rayfed_lora.reporting.page import REPORT_FILE, Rows, even, page, shown
 from rayfed_lora.reporting.progress import duration, megabytes, percent
 from rayfed_lora.reporting.run_data import RunData, read_runs
+from rayfed_lora.reporting.search import TRIALS_FILE, read_search, search_html
 from rayfed_lora.reporting.summary import client_summary
 from rayfed_lora.storage import RunFolder
 
-REPORT_FILE = "report.html"
 _PROPOSAL = (
     "round",
     "proposed_rank",
@@ -30,15 +30,13 @@ _PROPOSAL = (
     "target_value",
 )
 _WORST = 50
-_NOTHING = "-"
-Rows = list[dict[str, str]]
 
 
 def report(locations: Sequence[str], to: str | None = None) -> str:
-    """Write the report of run folders and comparisons' folders.
+    """Write the report of run folders and comparisons' folders, or of a search.
 
     Args:
-        locations: folders or URIs.
+        locations: folders or URIs; that of a search stands alone.
         to: path or URI of the file; None: report.html in the folder, with several in this one.
 
     Returns:
@@ -56,8 +54,20 @@ def report(locations: Sequence[str], to: str | None = None) -> str:
     if not to.endswith(".html"):
         raise BadInputError(f"--out: expected a file that ends in .html, got {to!r}")
     folder, slash, name = to.rpartition("/")
-    RunFolder(folder or slash or ".").write(name, report_html(read_runs(locations)).encode())
+    RunFolder(folder or slash or ".").write(name, _content(locations).encode())
     return to
+
+
+def _content(locations: Sequence[str]) -> str:
+    searches = [location for location in locations if RunFolder(location).exists(TRIALS_FILE)]
+    if not searches:
+        return report_html(read_runs(locations))
+    if len(locations) > 1:
+        raise BadInputError(
+            f"report: expected the folder of a search alone, got {searches[0]} beside others; its"
+            " trials are run folders too"
+        )
+    return search_html(read_search(RunFolder(locations[0])))
 
 
 def report_html(runs: Sequence[RunData]) -> str:
@@ -66,36 +76,17 @@ def report_html(runs: Sequence[RunData]) -> str:
     Args:
         runs: at least one.
     """
-    from plotly.offline import get_plotlyjs
-
-    environment = Environment(loader=PackageLoader("rayfed_lora.reporting"), autoescape=True)
-    return environment.get_template("report.html.j2").render(
-        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
-        plotly=get_plotlyjs(),
-        overview=_even([_overview(run) for run in runs]),
-        figures=[(title, _html(figure)) for title, figure in figures(runs)],
-        clients=_even([row for run in runs for row in _clients(run)]),
-        partitions=[(label, _html(figure)) for label, figure in partitions(runs)],
-        failures=_even([row for run in runs for row in _failures(run)]),
+    several = len(runs) > 1
+    return page(
+        f"{len(runs)} runs" if several else runs[0].name,
+        "curves are means over seeds, bands one standard deviation" if several else "",
+        even([_overview(run) for run in runs]),
+        figures(runs),
+        partitions(runs),
+        clients=even([row for run in runs for row in _clients(run)]),
+        failures=even([row for run in runs for row in _failures(run)]),
         runs=[(run, _details(run)) for run in runs],
     )
-
-
-def _html(figure: Figure) -> str:
-    from plotly.io import to_html
-
-    config = {"responsive": True, "displaylogo": False}
-    text: str = to_html(
-        figure, full_html=False, include_plotlyjs=False, validate=False, config=config
-    )
-    return text
-
-
-def _even(rows: Rows) -> Rows:
-    """Return rows with the columns of all of them, but for those that say nothing in any."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    said = [n for n in names if any(row.get(n, _NOTHING) != _NOTHING for row in rows)]
-    return [{name: row.get(name, "") for name in said} for row in rows]
 
 
 def _overview(run: RunData) -> dict[str, str]:
@@ -111,12 +102,12 @@ def _overview(run: RunData) -> dict[str, str]:
     sent, timing = run.summary["communication"], run.summary["timing"]
     return {
         **facts,
-        "final accuracy": _number(final["eval_accuracy"]),
-        "best": f"{_number(best['eval_accuracy'])} (round {best['round'] + 1})",
-        "macro F1": _number(final["eval_macro_f1"]),
-        "AUC": _number(final["eval_auc"]),
-        "loss": _number(final["eval_loss"]),
-        "perplexity": _number(final["eval_perplexity"]),
+        "final accuracy": shown(final["eval_accuracy"]),
+        "best": f"{shown(best['eval_accuracy'])} (round {best['round'] + 1})",
+        "macro F1": shown(final["eval_macro_f1"]),
+        "AUC": shown(final["eval_auc"]),
+        "loss": shown(final["eval_loss"]),
+        "perplexity": shown(final["eval_perplexity"]),
         "sent": megabytes(sent["total_bytes"]),
         "less than FedAvg": percent(sent["reduction_vs_fedavg"]),
         "failed": str(run.failed),
@@ -146,10 +137,10 @@ def _bill(communication: Mapping[str, Any]) -> Rows:
 def _proposals(rounds: pd.DataFrame) -> Rows:
     found = rounds[rounds["verdict"].notna()]
     used = [column for column in _PROPOSAL if found[column].notna().any()]
-    shown = found[used].assign(round=found["round"] + 1) if used else found[used]
+    rows = found[used].assign(round=found["round"] + 1) if used else found[used]
     return [
-        {str(name).replace("_", " "): _number(value) for name, value in row.items()}
-        for row in shown.to_dict("records")
+        {str(name).replace("_", " "): shown(value) for name, value in row.items()}
+        for row in rows.to_dict("records")
     ]
 
 
@@ -158,7 +149,7 @@ def _clients(run: RunData) -> Rows:
     if run.tests.empty:
         return []
     spread = client_summary(pa.Table.from_pandas(run.tests, preserve_index=False))
-    numbers = {name.replace("_", " "): _number(value) for name, value in spread.items()}
+    numbers = {name.replace("_", " "): shown(value) for name, value in spread.items()}
     return [{"run": run.label, "seed": str(run.seed), **numbers}]
 
 
@@ -168,7 +159,7 @@ def _worst(tests: pd.DataFrame) -> Rows:
     tenth = tests.nsmallest(max(len(tests) // 10, 1), "accuracy").head(_WORST)
     used = tenth.drop(columns="round").dropna(axis="columns", how="all")
     return [
-        {str(name).replace("_", " "): _number(value) for name, value in row.items()}
+        {str(name).replace("_", " "): shown(value) for name, value in row.items()}
         for row in used.to_dict("records")
     ]
 
@@ -186,9 +177,3 @@ def _failures(run: RunData) -> Rows:
     ]
     left = run.failed - len(rows)
     return rows if left == 0 else [*rows, {"run": run.label, "error": f"and {left} more"}]
-
-
-def _number(value: Any) -> str:
-    if pd.isna(value):
-        return _NOTHING
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

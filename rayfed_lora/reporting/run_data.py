@@ -149,7 +149,7 @@ def read_run(folder: RunFolder, summary: Mapping[str, Any] | None = None) -> Run
             method=facts["method"],
             seed=int(facts["seed"]),
             summary=summary,
-            rounds=_rounds(folder),
+            rounds=read_rounds(folder),
             failures=failures,
             failed=failed,
             tests=_last_tests(folder),
@@ -177,7 +177,12 @@ def _table(folder: RunFolder, name: str) -> pd.DataFrame:
     return pd.read_parquet(BytesIO(folder.read(name)))
 
 
-def _rounds(folder: RunFolder) -> pd.DataFrame:
+def read_rounds(folder: RunFolder) -> pd.DataFrame:
+    """Return the rows of rounds.parquet with `bytes_so_far`, up and down.
+
+    Raises:
+        OSError, ValueError, LookupError: it is not there, or damaged.
+    """
     rounds = _table(folder, "rounds.parquet")
     rounds["bytes_so_far"] = (rounds["bytes_up"] + rounds["bytes_down"]).cumsum()
     return rounds

@@ -152,8 +152,17 @@ class Tables:
         if rounds == 0:
             return self._schema.empty_table()
         with readable(self._folder, "rounds.parquet"):
-            table = pq.read_table(pa.BufferReader(self._folder.read("rounds.parquet")))
-            return table.filter(pc.field("round") < rounds).cast(self._schema)
+            return read_rounds(self._folder).filter(pc.field("round") < rounds).cast(self._schema)
+
+
+def read_rounds(folder: RunFolder) -> pa.Table:
+    """Return the rows of rounds.parquet.
+
+    Raises:
+        OSError: it is not there or cannot be read.
+        ValueError: it is damaged.
+    """
+    return pq.read_table(pa.BufferReader(folder.read("rounds.parquet")))
 
 
 def write_partition(

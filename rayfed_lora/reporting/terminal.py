@@ -15,8 +15,11 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.progress import duration, headline, megabytes, percent
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from rayfed_lora.planning import Plan
     from rayfed_lora.reporting.comparison import Comparison, Ended, Standing
+    from rayfed_lora.reporting.search import SearchNews
 
 
 def show_plan(console: Console, recipe: Recipe, plan: Plan) -> None:
@@ -168,3 +171,49 @@ def _mean(row: Mapping[Any, Any], name: str) -> str:
     spread = row[f"{name}_std"]
     shown = f"{row[f'{name}_mean']:.4f}"
     return shown if isnan(spread) else f"{shown} ({spread:.4f})"
+
+
+@contextmanager
+def watching_search(console: Console) -> Iterator[Callable[[SearchNews], None]]:
+    """Show a search: a line for each trial that has ended, and how far the running ones are."""
+    with console.status("starting") as line:
+
+        def show(news: SearchNews) -> None:
+            if news.warning is not None:
+                console.print(f"warning: {news.warning}", style="yellow", markup=False)
+            if news.ended is not None:
+                said = "trial {}: {}".format(*news.ended)
+                console.print(said, highlight=False, markup=False, soft_wrap=True)
+            rounds = ", ".join(str(done) for done in news.running.values())
+            line.update(f"{len(news.running)} of {news.trials} trials running, rounds {rounds}")
+
+        yield show
+
+
+def show_search(
+    console: Console, trials: pd.DataFrame, best: Mapping[str, str], location: str
+) -> None:
+    """Print the best trials of a search, and where its tables and recipes are.
+
+    Args:
+        console: where to.
+        trials: rows of trials.parquet.
+        best: trial by objective.
+        location: of the search.
+    """
+    counts = trials["status"].value_counts()
+    console.print(", ".join(f"{count} {status}" for status, count in counts.items()))
+    metrics = [name for name in best if name in trials]
+    table = Table("best by", "trial", *metrics, "recipe")
+    table.box = box.SIMPLE
+    for name, trial in best.items():
+        row = trials[trials["trial"] == trial].to_dict("records")[0]
+        numbers = [
+            megabytes(row[metric]) if "bytes" in metric else f"{row[metric]:.4f}"
+            for metric in metrics
+        ]
+        table.add_row(name.replace("_", " "), trial, *numbers, f"best-{name}.yaml")
+    console.print(table)
+    for row in trials[trials["error"].notna()].to_dict("records"):
+        console.print(f"failed: {row['trial']}: {row['error']}", markup=False)
+    console.print(f"recipes, tables and report: {location}", highlight=False, soft_wrap=True)

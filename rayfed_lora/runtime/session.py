@@ -25,7 +25,8 @@ from rayfed_lora.federation.transitions import GlobalModel
 from rayfed_lora.lora.fingerprint import sha256
 from rayfed_lora.recipe import Recipe, Runtime
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
-from rayfed_lora.reporting.report import REPORT_FILE, report_html
+from rayfed_lora.reporting.page import REPORT_FILE
+from rayfed_lora.reporting.report import report_html
 from rayfed_lora.reporting.run_data import read_run
 from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.reporting.summary import client_summary, summary
@@ -46,19 +47,35 @@ def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
     Raises:
         RunFolderError: it holds a run and `resume` is false, or another run, or cannot be written.
     """
-    if folder.exists("recipe.yaml"):
-        if not resume:
+    kept = kept_recipe(folder) if resume else None
+    if kept is not None:
+        changed = differences(kept, recipe)
+        if changed:
             raise RunFolderError(
-                f"run folder {folder.location} holds a run already; go on with it by --resume,"
-                " or choose another --out"
+                f"run folder {folder.location} holds a run of another recipe; these keys differ:"
+                f" {', '.join(changed)}"
             )
-        _check_same(folder, recipe)
-    elif _foreign_files(folder):
+    elif folder.exists("recipe.yaml"):
+        raise RunFolderError(
+            f"run folder {folder.location} holds a run already; go on with it by --resume,"
+            " or choose another --out"
+        )
+    else:
+        check_unused(folder)
+    folder.check_writable()
+
+
+def check_unused(folder: RunFolder) -> None:
+    """Check that a folder is new or empty, but for scratch files of a killed write.
+
+    Raises:
+        RunFolderError: it has other files in it.
+    """
+    if _foreign_files(folder):
         raise RunFolderError(
             f"run folder {folder.location}: expected a new or empty folder or one with a run,"
             " it has other files in it"
         )
-    folder.check_writable()
 
 
 def _foreign_files(folder: RunFolder) -> list[str]:
@@ -71,24 +88,26 @@ def _foreign_files(folder: RunFolder) -> list[str]:
         ) from None
 
 
-def _check_same(folder: RunFolder, recipe: Recipe) -> None:
+def kept_recipe(folder: RunFolder) -> Recipe | None:
+    """Return the recipe of the run in a folder, None where there is no run.
+
+    Raises:
+        RunFolderError: it cannot be read.
+    """
+    if not folder.exists("recipe.yaml"):
+        return None
     try:
         raw = parse_yaml(folder.location, folder.read("recipe.yaml").decode())
         if not isinstance(raw, Mapping):
             raise ValueError(f"expected a mapping, got {type(raw).__name__}")
-        kept = load_recipe(raw)
+        return load_recipe(raw)
     except (OSError, ValueError, RecipeError) as error:
         raise RunFolderError(f"{folder.location}/recipe.yaml cannot be read: {error}") from None
-    before, now = (
-        kept.model_dump(exclude=_FREE_KEYS),
-        recipe.model_dump(exclude=_FREE_KEYS),
-    )
-    changed = sorted(_differences(before, now))
-    if changed:
-        raise RunFolderError(
-            f"run folder {folder.location} holds a run of another recipe; these keys differ:"
-            f" {', '.join(changed)}"
-        )
+
+
+def differences(a: Recipe, b: Recipe) -> list[str]:
+    """Return the keys in which two recipes compute something else, sorted."""
+    return sorted(_differences(a.model_dump(exclude=_FREE_KEYS), b.model_dump(exclude=_FREE_KEYS)))
 
 
 def _differences(a: Any, b: Any, path: str = "") -> list[str]:

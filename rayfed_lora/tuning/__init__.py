@@ -1,0 +1,1 @@
+"""Ray Tune over recipes: one trial is one run."""

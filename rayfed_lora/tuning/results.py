@@ -1,0 +1,176 @@
+"""What a search has found: a row a trial, the front, and recipes to go on with.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from rayfed_lora.errors import BadInputError, RunError
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.reporting.page import REPORT_FILE
+from rayfed_lora.reporting.plots import write_front
+from rayfed_lora.reporting.search import TRIALS_FILE, read_search, search_html
+from rayfed_lora.runtime.session import finished
+from rayfed_lora.storage import RunFolder
+from rayfed_lora.tuning import pareto
+from rayfed_lora.tuning.space import METRICS, Space
+from rayfed_lora.tuning.trial import CHANGES_FILE
+
+Standing = Literal["finished", "ended early", "failed", "unfinished"]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial as Tune knows it.
+
+    Attributes:
+        trial: its id.
+        draw: by key of the space; empty where it failed before it had one.
+        metrics: last report; empty where there was none.
+        error: why it failed, or None.
+    """
+
+    trial: str
+    draw: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A search's tables.
+
+    Attributes:
+        location: its folder.
+        trials: rows of trials.parquet: trial, status, error, location, what was drawn by recipe
+            key, last metrics, `on_front`.
+        best: trial id by objective, and `knee` where there are several objectives.
+    """
+
+    location: str
+    trials: pd.DataFrame
+    best: Mapping[str, str]
+
+    @property
+    def front(self) -> pd.DataFrame:
+        """The finished trials that no other beats in every objective."""
+        return self.trials[self.trials["on_front"]]
+
+    @classmethod
+    def of(
+        cls, location: str, space: Space, recipe: Recipe, tried: Sequence[Tried]
+    ) -> SearchResult:
+        """Read the trials' run folders.
+
+        Only finished trials are compared: what an unfinished one has sent says nothing.
+
+        Raises:
+            RunError: no trial has finished.
+        """
+        rows = [_row(f"{location}/trials/{t.trial}", space, recipe, t) for t in tried]
+        trials = pd.DataFrame(rows)
+        for key in space.drawn:
+            # A column of Parquet has one type.
+            if pd.api.types.infer_dtype(trials[key], skipna=True) in ("mixed", "mixed-integer"):
+                trials[key] = trials[key].map(lambda value: None if value is None else str(value))
+        done = np.flatnonzero((trials["status"] == "finished").to_numpy())
+        if len(done) == 0:
+            reasons = "\n".join(dict.fromkeys(t.error for t in tried if t.error))
+            raise RunError(f"no trial of the search finished\n{reasons}")
+        names, modes = list(space.objectives), list(space.objectives.values())
+        values = trials.loc[done, names].to_numpy(np.float64)
+        trials["on_front"] = False
+        trials.loc[done[pareto.on_front(values, modes)], "on_front"] = True
+        places = {name: pareto.best(values, modes, i) for i, name in enumerate(names)}
+        if len(names) > 1:
+            places["knee"] = pareto.knee(values, modes)
+        best = {name: str(trials.loc[done[place], "trial"]) for name, place in places.items()}
+        return cls(location, trials, best)
+
+    def write(self, space: Space) -> None:
+        """Write trials as Parquet and CSV, best recipes, the plot of the front, and the report.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        folder = RunFolder(self.location)
+        parquet = BytesIO()
+        self.trials.to_parquet(parquet, index=False)
+        folder.write(TRIALS_FILE, parquet.getvalue())
+        folder.write("trials.csv", self.trials.to_csv(index=False).encode())
+        for i, (name, trial) in enumerate(self.best.items()):
+            content = self._recipe_of(name, trial).encode()
+            folder.write(f"best-{name}.yaml", content)
+            if i == 0:
+                folder.write("best.yaml", content)
+        names = list(space.objectives)
+        if len(names) > 1:
+            write_front(folder, self.trials, names[0], names[1])
+        folder.write(REPORT_FILE, search_html(read_search(folder)).encode())
+
+    def _recipe_of(self, name: str, trial: str) -> str:
+        folder = RunFolder(f"{self.location}/trials/{trial}")
+        row = self.trials.set_index("trial").loc[trial]
+        heading = [f"# The best trial of a search by {name}: {trial}"]
+        heading += [
+            f"# {metric}: {row[metric]:.6g}" for metric in self.best if metric in self.trials
+        ]
+        if folder.exists(CHANGES_FILE):
+            changes = json.loads(folder.read(CHANGES_FILE))
+            rounds = ", ".join(str(change["after_round"]) for change in changes)
+            heading.append(
+                f"# The values of its last rounds: it had others up to round {rounds}"
+                f" (trials/{trial}/{CHANGES_FILE}), so a run of this recipe is another one."
+            )
+        return "\n".join([*heading, folder.read("recipe.yaml").decode()])
+
+
+def _row(location: str, space: Space, recipe: Recipe, tried: Tried) -> dict[str, Any]:
+    folder = RunFolder(location)
+    summary = finished(folder)
+    status: Standing = "unfinished"
+    if summary is not None:
+        status = "finished"
+    elif tried.error is not None:
+        status = "failed"
+    elif tried.metrics.get("done"):
+        status = "ended early"
+    row: dict[str, Any] = {
+        "trial": tried.trial,
+        "status": status,
+        "error": tried.error if status == "failed" else None,
+        "location": location,
+        **_settings(space, recipe, tried.draw),
+    }
+    row |= {name: tried.metrics.get(name) for name in ("round", *METRICS, "warnings")}
+    if summary is not None:
+        row["best_accuracy"] = summary["best"]["eval_accuracy"]
+        row["reduction_vs_fedavg"] = summary["communication"]["reduction_vs_fedavg"]
+        row["wall_s"] = summary["timing"]["wall_s"]
+    return row
+
+
+def _settings(space: Space, recipe: Recipe, draw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was drawn, by recipe key; values of several kinds as JSON."""
+    columns = dict.fromkeys(space.drawn)
+    if not draw:
+        return columns
+    try:
+        found = space.settings(draw, recipe)
+    except (BadInputError, LookupError, TypeError):
+        # A bad sample; the trial's error says so.
+        return columns
+    simple = (int, float, str)
+    return {
+        key: value if isinstance(value, simple) or value is None else json.dumps(value)
+        for key, value in {**columns, **found}.items()
+    }

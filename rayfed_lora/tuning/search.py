@@ -1,0 +1,317 @@
+"""A search from its space to its tables, on Ray Tune. Source: this project."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayfed_lora.errors import BadInputError, InterruptedRunError, RunFolderError
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe_loading import load_recipe, parse_yaml, yaml_text
+from rayfed_lora.reporting.search import SEARCH_FILE, SearchNews, Watch
+from rayfed_lora.runtime import launch
+from rayfed_lora.runtime.factory import Factory, TorchFactory
+from rayfed_lora.runtime.placement import Layout, Node, layout, nodes_of
+from rayfed_lora.runtime.session import check_unused, differences
+from rayfed_lora.storage import RunFolder
+from rayfed_lora.tuning.space import Space, load_space
+
+if TYPE_CHECKING:
+    from rayfed_lora.tuning.results import SearchResult, Tried
+
+# Tune's own files, in the search's folder.
+_TUNE = "tune"
+# A trial whose process died goes on with its run folder; one that failed fails again, at once.
+_RETRIES = 2
+# Copies of a run, of searches that copy runs; with fewer another trial may come too late for one.
+_KEPT = 4
+
+
+def tune(  # noqa: PLR0913 - a user names them
+    space: Space | str | Path | Mapping[str, Any],
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    out: str | None = None,
+    *,
+    samples: int | None = None,
+    scheduler: str | None = None,
+    search: str | None = None,
+    objectives: Mapping[str, str] | None = None,
+    max_concurrent: int | None = None,
+    resume: bool = False,
+    settings: Sequence[str] | Mapping[str, Any] = (),
+    address: str | None = None,
+    watch: Watch | None = None,
+    factory: Factory | None = None,
+) -> SearchResult:
+    """Search a space with Ray Tune, one run a trial; write tables, best recipes and a report.
+
+    Args:
+        space: a shipped name, a path, or the mapping itself.
+        recipe: as for `run`: what is not drawn.
+        out: folder or URI; default a new one under `runs/`.
+        samples: number of trials, in place of the space's own; likewise the next three.
+        scheduler: asha | pbt | median | none.
+        search: random | optuna | grid.
+        objectives: metric -> max or min.
+        max_concurrent: most trials at once; None: as many as the cluster holds.
+        resume: go on with the search in `out`; finished trials are not run again.
+        settings: overrides of the recipe, as for `--set`.
+        address: of a running Ray cluster; default $RAY_ADDRESS, or a Ray of our own.
+        watch: called with what is new.
+        factory: what workers make of a recipe; for tests.
+
+    Raises:
+        BadInputError: refused before anything started.
+        InterruptedRunError: stopped by SIGINT; go on with `resume`.
+        RunError: no trial has finished.
+    """
+    changed = {
+        "samples": samples,
+        "scheduler": scheduler,
+        "search": search,
+        "objectives": None if objectives is None else dict(objectives),
+    }
+    if isinstance(space, Space):
+        space = space.model_dump()
+    space = load_space(space, **changed)
+    base = load_recipe(recipe.model_dump() if isinstance(recipe, Recipe) else recipe, settings)
+    base = _of_trials(space, launch.with_absolute_paths(base))
+    if max_concurrent is not None and max_concurrent < 1:
+        raise BadInputError(f"--max-concurrent: expected at least 1, got {max_concurrent}")
+    if max_concurrent is not None and space.scheduler == "pbt":
+        raise BadInputError(
+            "--max-concurrent: expected none with scheduler pbt, whose trials take turns where the"
+            f" cluster cannot hold all of them; got {max_concurrent}"
+        )
+    location = out or f"runs/tune-{base.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = RunFolder(location)
+    # Absolutely: trials run in another folder.
+    location = location.rstrip("/") if folder.local is None else str(folder.local)
+    _claim(folder, space, base, resume)
+    with launch.ray_session(address), _quiet_tune():
+        watch = watch or (lambda news: None)
+        job = _Job(space, base, location, max_concurrent, factory or TorchFactory(), watch)
+        return job.run(folder, resume)
+
+
+def _of_trials(space: Space, recipe: Recipe) -> Recipe:
+    """Return the recipe that trials share: on Ray, in folders of their own."""
+    storage = recipe.storage.model_copy(update={"path": None})
+    if space.scheduler == "pbt":
+        # Another trial may go on with any round of a run.
+        storage = storage.model_copy(update={"checkpoint_every": 1})
+    runtime = recipe.runtime.model_copy(update={"executor": "ray"})
+    return recipe.model_copy(update={"storage": storage, "runtime": runtime})
+
+
+def _claim(folder: RunFolder, space: Space, recipe: Recipe, resume: bool) -> None:
+    """Check that a search may use the folder; write nothing but a probe.
+
+    Raises:
+        RunFolderError: it holds a search and `resume` is false, or another search or other files.
+    """
+    if not folder.exists(SEARCH_FILE):
+        check_unused(folder)
+        folder.check_writable()
+        return
+    if not resume:
+        raise RunFolderError(
+            f"{folder.location} holds a search already; go on with it by --resume, or choose"
+            " another --out"
+        )
+    try:
+        kept = parse_yaml(folder.location, folder.read(SEARCH_FILE).decode())
+        before, kept_recipe = Space.model_validate(kept["space"]), load_recipe(kept["recipe"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RunFolderError(f"{folder.location}/{SEARCH_FILE} cannot be read: {error}") from None
+    fields = Space.model_fields
+    changed = [name for name in fields if getattr(before, name) != getattr(space, name)]
+    changed += differences(kept_recipe, recipe)
+    if changed:
+        raise RunFolderError(
+            f"{folder.location} holds another search; these differ: {', '.join(changed)}"
+        )
+
+
+def trial_layout(recipe: Recipe, nodes: Sequence[Node], at_once: int | None) -> tuple[Layout, int]:
+    """Return the client actors of one trial, and how many trials fit beside each other.
+
+    With `client_actors: auto` trials share the cluster evenly, one actor each at least: trials
+    beside each other wait less than actors of one trial.
+
+    Args:
+        recipe: of the trials.
+        nodes: of the cluster.
+        at_once: most trials at once; None: no limit.
+
+    Raises:
+        ResourceError: not even one trial fits.
+    """
+    most = recipe.cohort_size(recipe.data.partition.clients)
+    one = layout(recipe.runtime, nodes, most)
+    any_number = recipe.runtime.model_copy(update={"client_actors": "auto"})
+    capacity = layout(any_number, nodes, sys.maxsize).actors
+    if recipe.runtime.client_actors == "auto":
+        share = 1 if at_once is None else max(1, min(most, capacity // at_once))
+        one = replace(one, actors=share)
+    fitting = capacity // one.actors
+    return one, fitting if at_once is None else min(fitting, at_once)
+
+
+class _Job:
+    """A search that has a folder and a Ray."""
+
+    def __init__(
+        self,
+        space: Space,
+        recipe: Recipe,
+        location: str,
+        max_concurrent: int | None,
+        factory: Factory,
+        watch: Watch,
+    ) -> None:
+        self._space = space
+        self._recipe = recipe
+        self._location = location
+        self._max_concurrent = max_concurrent
+        self._factory = factory
+        self._watch = watch
+
+    def run(self, folder: RunFolder, resume: bool) -> SearchResult:
+        from rayfed_lora.tuning import drawing
+        from rayfed_lora.tuning.results import SearchResult
+
+        refused = drawing.check(self._space, self._recipe)
+        if refused:
+            self._tell(f"about {refused} of 1,000 draws are no recipes that can run; they fail")
+        trainable, slots = self._trainable()
+        if not folder.exists(SEARCH_FILE):
+            content = {
+                "space": self._space.model_dump(mode="json"),
+                "recipe": self._recipe.model_dump(mode="json"),
+            }
+            folder.write(SEARCH_FILE, yaml_text(content).encode())
+        stopped = threading.Event()
+
+        def stop() -> None:
+            stopped.set()
+            _stop_tune()
+
+        with launch.interruptible(stop):
+            tried = self._fit(trainable, slots, resume)
+        if stopped.is_set():
+            raise InterruptedRunError(
+                "stopped; finished trials and the rounds of others are kept; go on with --resume"
+                f" --out {self._location}"
+            )
+        result = SearchResult.of(self._location, self._space, self._recipe, tried)
+        result.write(self._space)
+        return result
+
+    def _tell(self, warning: str) -> None:
+        self._watch(SearchNews(warning=warning))
+
+    def _trainable(self) -> tuple[Any, int]:
+        """Return Tune's trainable, once the data are read and a trial is known to fit.
+
+        Returns:
+            It, and how many trials can run at once.
+
+        Raises:
+            ResourceError: not even one trial fits the cluster.
+            DataError, ModelError: data or model cannot be read.
+        """
+        import ray
+        from ray import tune as ray_tune
+
+        from rayfed_lora.runtime.actor_pool import result
+        from rayfed_lora.runtime.shelf import Shelf
+        from rayfed_lora.tuning.trial import Shared, Trial
+
+        at_once = self._max_concurrent
+        if self._space.search != "grid":
+            at_once = min(at_once or self._space.samples, self._space.samples)
+        actors, slots = trial_layout(self._recipe, nodes_of(ray.nodes()), at_once)
+        shelf = ray.remote(Shelf).options(num_cpus=0).remote()
+        # Before anything starts: a fault in data or model is the user's, not a trial's.
+        result(ray.get(shelf.prepared.remote(self._recipe, self._factory))[0])
+        shared = Shared(
+            self._space, self._recipe, f"{self._location}/trials", actors, shelf, self._factory
+        )
+        # The trial's own process computes little: it takes no share.
+        group = ray_tune.PlacementGroupFactory([{}, *actors.bundles], strategy="PACK")
+        trainable = ray_tune.with_parameters(Trial, shared=shared)
+        return ray_tune.with_resources(trainable, group), slots
+
+    def _fit(self, trainable: Any, slots: int, resume: bool) -> list[Tried]:
+        from ray import tune as ray_tune
+
+        from rayfed_lora.tuning import drawing
+        from rayfed_lora.tuning.watching import WATCH, Watcher, tried_of
+
+        space, recipe, path = self._space, self._recipe, f"{self._location}/{_TUNE}"
+        param_space = drawing.param_space(space, recipe)
+        if resume and ray_tune.Tuner.can_restore(path):
+            tuner = ray_tune.Tuner.restore(
+                path, trainable, resume_unfinished=True, param_space=param_space
+            )
+        else:
+            tuner = ray_tune.Tuner(
+                trainable,
+                param_space=param_space,
+                tune_config=ray_tune.TuneConfig(
+                    num_samples=1 if space.search == "grid" else space.samples,
+                    search_alg=drawing.searcher(space, recipe, slots),
+                    scheduler=drawing.scheduler(space, recipe),
+                    reuse_actors=True,
+                    trial_dirname_creator=_folder_name,
+                ),
+                run_config=ray_tune.RunConfig(
+                    name=_TUNE,
+                    storage_path=self._location,
+                    verbose=0,
+                    failure_config=ray_tune.FailureConfig(max_failures=_RETRIES),
+                    checkpoint_config=ray_tune.CheckpointConfig(num_to_keep=_KEPT),
+                    callbacks=[Watcher()],
+                ),
+            )
+        watching = WATCH.set(self._watch)
+        try:
+            return tried_of(tuner.fit(), path)
+        finally:
+            WATCH.reset(watching)
+
+
+def _folder_name(trial: Any) -> str:
+    return str(trial.trial_id)
+
+
+def _stop_tune() -> None:
+    """Let Tune save its state and end; before it is there, end at once."""
+    if signal.getsignal(signal.SIGUSR1) in (signal.SIG_DFL, None):
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGUSR1)
+
+
+@contextmanager
+def _quiet_tune() -> Iterator[None]:
+    """Let our own lines say what happens, and our own handler take SIGINT."""
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    # Tune's newer output cannot be told to be silent.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    logger = logging.getLogger("ray.tune")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,191 @@
+"""One Tune trial: one run, a round a step. Source: this project, on ray.tune's class API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from ray import tune
+
+from rayfed_lora.federation import checkpoints
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe_loading import load_recipe, recipe_yaml
+from rayfed_lora.reporting.status import StatusBoard
+from rayfed_lora.reporting.tables import read_rounds
+from rayfed_lora.runtime.crew import Crew
+from rayfed_lora.runtime.factory import Factory
+from rayfed_lora.runtime.placement import Layout
+from rayfed_lora.runtime.ray_executor import RayExecutor
+from rayfed_lora.runtime.session import claim, kept_recipe, sitting
+from rayfed_lora.storage import RunFolder
+from rayfed_lora.tuning.drawing import DRAW
+from rayfed_lora.tuning.space import Space, continued, trial_recipe
+
+CHANGES_FILE = "changes.json"
+# Summed over rounds: what has been sent, or has passed, so far.
+_SUMMED = ("bytes_up", "bytes_down", "bytes_base", "seconds")
+# Of the newest round that was tested.
+_TESTED = ("eval_accuracy", "eval_loss", "eval_macro_f1", "eval_auc", "eval_perplexity")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all trials of a search have in common.
+
+    Attributes:
+        space: what is drawn.
+        recipe: what is not.
+        location: of the trials' run folders, one each by trial id.
+        layout: client actors of a trial.
+        shelf: actor handle of the `Shelf` with data and bases.
+        factory: makes workloads and trainers inside the workers.
+    """
+
+    space: Space
+    recipe: Recipe
+    location: str
+    layout: Layout
+    shelf: Any
+    factory: Factory
+
+
+class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
+    """Runs the recipe that its draw stands for; the run folder is the checkpoint.
+
+    A trial that Ray starts again goes on with its run folder. Its client actors, in the trial's
+    placement group, serve the next trial too where Tune reuses this one.
+    """
+
+    def setup(self, config: dict[str, Any], shared: Any = None) -> None:
+        """Take a draw; nothing is started before the first step."""
+        self._shared: Shared = shared
+        self._crew: Crew | None = None
+        self._take(config)
+
+    def _take(self, config: Mapping[str, Any]) -> None:
+        self._draw: Mapping[str, Any] = config[DRAW]
+        self._rounds: Generator[pa.Table, None, dict[str, Any]] | None = None
+        self._board = StatusBoard(0)
+        self._last: dict[str, Any] = {}
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take another draw; the client actors stay."""
+        self._end()
+        self._take(new_config)
+        return True
+
+    @property
+    def _folder(self) -> RunFolder:
+        return RunFolder(f"{self._shared.location}/{self.trial_id}")
+
+    def step(self) -> dict[str, Any]:
+        """Run up to the next round after which every objective is known, and report it."""
+        objectives = self._shared.space.objectives
+        if self._rounds is None:
+            self._rounds = self._started()
+        for table in self._rounds:
+            self._last = {**measured(table), "warnings": len(self._board.status().notes)}
+            known = all(self._last[name] is not None for name in objectives)
+            if known and table.num_rows < self._total:
+                return self._last
+        if not self._last:
+            # It had been finished before.
+            self._last = measured(read_rounds(self._folder))
+        return {**self._last, "done": True}
+
+    def _started(self) -> Generator[pa.Table, None, dict[str, Any]]:
+        folder, shared = self._folder, self._shared
+        recipe = kept_recipe(folder) or trial_recipe(shared.space, shared.recipe, self._draw)
+        claim(folder, recipe, resume=True)
+        if self._crew is not None and not self._crew.wait(recipe.runtime.start_timeout_s):
+            self._crew = None
+        if self._crew is None:
+            group = ray.util.get_current_placement_group()
+            self._crew = Crew(recipe, shared.layout, group, shared.shelf)
+        self._total = recipe.annealing.total_rounds
+        self._board = StatusBoard(self._total)
+        executor = RayExecutor(recipe, shared.factory, self._board.note, crew=self._crew)
+        return sitting(
+            recipe, executor, folder, self._board, lambda: False, resume=True, page=False
+        )
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Copy the run so far: another trial may go on with it."""
+        copied(self._folder, RunFolder(checkpoint_dir))
+
+    def load_checkpoint(self, checkpoint_dir: str) -> None:
+        """Go on with a copied run; where this trial's draw differs from it, the rest changes."""
+        self._end()
+        folder, source = self._folder, RunFolder(checkpoint_dir)
+        for name in folder.names():
+            folder.remove(name)
+        copied(source, folder)
+        adopt(folder, self._shared.space, self._shared.recipe, self._draw)
+
+    def _end(self) -> None:
+        if self._rounds is not None:
+            self._rounds.close()
+            self._rounds = None
+
+    def cleanup(self) -> None:
+        """Save the finished rounds and let the client actors go."""
+        self._end()
+        self._crew = None
+
+
+def measured(rounds: pa.Table) -> dict[str, Any]:
+    """Return what a trial reports of a run so far.
+
+    Args:
+        rounds: rows of rounds.parquet, at least one.
+
+    Returns:
+        round (finished ones), stage, rank and train_loss of the newest round, test metrics of the
+        newest tested one, and bytes and seconds so far.
+    """
+    newest = rounds.slice(rounds.num_rows - 1).to_pylist()[0]
+    found = {name: newest[name] for name in ("stage", "rank", "train_loss")}
+    for name in _TESTED:
+        tested = rounds[name].drop_null()
+        found[name] = tested[-1].as_py() if len(tested) > 0 else None
+    found |= {name: pc.sum(rounds[name]).as_py() for name in _SUMMED}
+    found["total_bytes"] = found["bytes_up"] + found["bytes_down"]
+    return {"round": rounds.num_rows, **found}
+
+
+def copied(source: RunFolder, to: RunFolder, folder: str = "") -> None:
+    """Copy all files of a run folder, sub-folders too."""
+    for name in source.names(folder):
+        path = f"{folder}/{name}" if folder else name
+        if source.is_folder(path):
+            copied(source, to, path)
+        elif not name.startswith("."):
+            to.write(path, source.read(path))
+
+
+def adopt(folder: RunFolder, space: Space, recipe: Recipe, draw: Mapping[str, Any]) -> None:
+    """Let a draw change the rest of a run; its rounds so far, and their number, stay.
+
+    What has changed and after which round is added to changes.json.
+    """
+    before = kept_recipe(folder)
+    snapshot = checkpoints.newest(folder, lambda text: None)
+    if before is None or snapshot is None:
+        return
+    settings = space.settings(draw, recipe)
+    drawn = load_recipe(recipe.model_dump(), settings)
+    settings |= continued(before, drawn, snapshot.rounds)
+    after = load_recipe(recipe.model_dump(), settings)
+    if after == before:
+        return
+    changes: Sequence[Any] = []
+    if folder.exists(CHANGES_FILE):
+        changes = json.loads(folder.read(CHANGES_FILE))
+    changes = [*changes, {"after_round": snapshot.rounds, "settings": settings}]
+    folder.write(CHANGES_FILE, json.dumps(changes, indent=1).encode())
+    folder.write("recipe.yaml", recipe_yaml(after).encode())
