@@ -9,12 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayfed_lora.errors import BadInputError, InterruptedRunError, RunFolderError
+from rayfed_lora.errors import BadInputError, InterruptedRunError, RunError, RunFolderError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, yaml_text
 from rayfed_lora.reporting.search import SEARCH_FILE, SearchNews, Watch
@@ -188,7 +188,6 @@ class _Job:
 
     def run(self, folder: RunFolder, resume: bool) -> SearchResult:
         from rayfed_lora.tuning import drawing
-        from rayfed_lora.tuning.results import SearchResult
 
         refused = drawing.check(self._space, self._recipe)
         if refused:
@@ -208,11 +207,19 @@ class _Job:
 
         with launch.interruptible(stop):
             tried = self._fit(trainable, slots, resume)
-        if stopped.is_set():
-            raise InterruptedRunError(
-                "stopped; finished trials and the rounds of others are kept; go on with --resume"
-                f" --out {self._location}"
-            )
+        if not stopped.is_set():
+            return self._written(tried)
+        with suppress(RunError):
+            # Of what is done; nothing may be.
+            self._written(tried)
+        raise InterruptedRunError(
+            "stopped; finished trials and the rounds of others are kept; go on with --resume"
+            f" --out {self._location}"
+        )
+
+    def _written(self, tried: Sequence[Tried]) -> SearchResult:
+        from rayfed_lora.tuning.results import SearchResult
+
         result = SearchResult.of(self._location, self._space, self._recipe, tried)
         result.write(self._space)
         return result

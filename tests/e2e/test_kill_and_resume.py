@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
+
+from tests.e2e.processes import (
+    PROGRAM,
+    WAIT_S,
+    environment,
+    kill,
+    lives,
+    started,
+    wait_for,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -34,8 +44,6 @@ annealing:
 clients: {per_round: 4, local_steps: 12, batch_size: 8, optimizer: {name: adamw, lr: 0.01}}
 runtime: {device: cpu, client_actors: 1}
 """
-PROGRAM = "from rayfed_lora.cli import main; main()"
-WAIT_S = 240.0
 EXECUTORS = [
     pytest.param("local", id="local"),
     pytest.param("ray", id="ray", marks=pytest.mark.ray),
@@ -62,10 +70,6 @@ def arguments(recipe: Path, out: Path, executor: str, *more: str) -> list[str]:
     return [sys.executable, "-c", PROGRAM, "run", str(recipe), "--out", str(out), *chosen, *more]
 
 
-def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-
-
 def finish(recipe: Path, out: Path, executor: str, *more: str) -> None:
     """Run to the end."""
     done = subprocess.run(
@@ -77,66 +81,6 @@ def finish(recipe: Path, out: Path, executor: str, *more: str) -> None:
         timeout=WAIT_S,
     )
     assert (done.returncode, done.stderr) == (0, "")
-
-
-@contextlib.contextmanager
-def started(recipe: Path, out: Path, executor: str, *more: str) -> Iterator[subprocess.Popen[str]]:
-    """Run in a process group of its own; whatever is left of it at the end is killed."""
-    process = subprocess.Popen(
-        arguments(recipe, out, executor, *more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        kill(process)
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL the process and everything it started, Ray's own processes included."""
-    family: list[psutil.Process] = []
-    if process.poll() is None:
-        parent = psutil.Process(process.pid)
-        # Stopped first, so that it starts no more while its children are being looked up.
-        parent.suspend()
-        family = [*parent.children(recursive=True), parent]
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.wait()
-    for stream in (process.stdout, process.stderr):
-        if stream is not None:
-            stream.close()
-    wait_until(lambda: not any(map(lives, family)))
-
-
-def lives(process: psutil.Process) -> bool:
-    """Return whether a process still does anything; who inherits a dead one may not collect it."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def wait_until(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not done():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.005)
-
-
-def wait_for(there: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Wait for something in the run folder, as long as the run goes on."""
-
-    def happened() -> bool:
-        assert process.poll() is None, f"ended early: {process.communicate()}"
-        return there()
-
-    wait_until(happened)
 
 
 def saved(out: Path, rounds: int) -> Callable[[], bool]:
@@ -181,7 +125,7 @@ def test_a_run_killed_again_and_again_ends_as_one_left_alone(
     # After the first round; in the middle of one (of the next stage, on a replaced base); at the
     # end, when the last checkpoint is there and the export is not.
     for rounds, pause_s in ((1, 0.0), (4, 0.15), (ROUNDS, 0.0)):
-        with started(recipe, out, executor, *resume) as process:
+        with started(arguments(recipe, out, executor, *resume)) as process:
             wait_for(saved(out, rounds), process)
             time.sleep(pause_s)
             kill(process)
@@ -196,7 +140,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(
     recipe: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    with started(recipe, out, "local") as process:
+    with started(arguments(recipe, out, "local")) as process:
         wait_for((out / "recipe.yaml").exists, process)
         kill(process)
     assert not (out / "checkpoints").exists()
@@ -209,7 +153,7 @@ def test_an_interrupted_run_keeps_its_rounds_and_goes_on(
     executor: str, recipe: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    with started(recipe, out, executor) as process:
+    with started(arguments(recipe, out, executor)) as process:
         wait_for(saved(out, 2), process)
         # As a terminal does it: to every process of the group.
         os.killpg(process.pid, signal.SIGINT)
@@ -225,7 +169,7 @@ def test_an_interrupted_run_keeps_its_rounds_and_goes_on(
 
 def test_a_killed_run_is_not_started_again_by_mistake(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with started(recipe, out, "local") as process:
+    with started(arguments(recipe, out, "local")) as process:
         wait_for(saved(out, 1), process)
         kill(process)
     kept = files(out)
@@ -246,7 +190,7 @@ def test_when_its_starter_alone_is_killed_a_run_on_ray_ends_and_can_be_gone_on_w
     recipe: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    with started(recipe, out, "ray") as process:
+    with started(arguments(recipe, out, "ray")) as process:
         wait_for(saved(out, 2), process)
         family = psutil.Process(process.pid).children(recursive=True)
         process.kill()

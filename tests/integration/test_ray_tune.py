@@ -182,6 +182,8 @@ def test_sigint_keeps_what_is_done_and_resume_finishes_it(whole, tmp_path):
         searched(out, factory=slow, max_concurrent=1, watch=interrupt)
     first = list(out.glob("trials/*/summary.json"))
     assert len(first) == 1
+    interim = pd.read_parquet(out / "trials.parquet")["status"].tolist()
+    assert "finished" in interim and set(interim) <= {"finished", "unfinished"}
     before = first[0].stat().st_mtime_ns
     with pytest.raises(BadInputError, match="holds a search already"):
         searched(out)

@@ -590,3 +590,35 @@ def test_the_live_display_survives_a_whole_run(recipe: Path) -> None:
     with watching(Console(file=screen, force_terminal=True, width=120)) as watch:
         launch.run(loaded, "out", watch=watch)
     assert [f"{i}/3" in screen.getvalue() for i in (1, 2, 3)] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fast"], "expected one of allocation_and_rule"),
+        (["quick", "--recipe", "digits-cnn"], "a shipped recipe"),
+        (["quick", "--samples", "2"], "a grid runs each of its combinations once"),
+        (["quick", "--scheduler", "hyperband"], "'asha', 'pbt', 'median' or 'none'"),
+        (["quick", "--objectives", "accuracy:max"], "expected metrics of eval_accuracy"),
+        (["quick", "--objectives", "eval_accuracy:most"], "'max' or 'min'"),
+        (["quick", "--max-concurrent", "0"], "expected at least 1, got 0"),
+        (["heating_cooling", "--scheduler", "pbt", "--max-concurrent", "2"], "take turns"),
+        (["quick", "--set", "annealing.heat=1"], "unknown key"),
+    ],
+)
+def test_a_faulty_search_is_refused(arguments: list[str], message: str, command: Command) -> None:
+    assert_refused(command("tune", "--recipe", "digits-vit", *arguments), message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--objectives", "eval_accuracy"], "expected metric:max or metric:min"),
+        (["--resume"], "give --out, the folder of the search"),
+    ],
+)
+def test_malformed_options_of_a_search_are_refused(
+    arguments: list[str], message: str, command: Command
+) -> None:
+    outcome = command("tune", "quick", "--recipe", "digits-vit", *arguments)
+    assert outcome.status == 2 and message in " ".join(outcome.err.split())

@@ -1,0 +1,141 @@
+"""Spaces in Tune's terms."""
+
+from __future__ import annotations
+
+import builtins
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, PopulationBasedTraining
+
+from rayfed_lora.errors import BadInputError
+from rayfed_lora.recipe_loading import load_recipe
+from rayfed_lora.tuning import drawing
+from rayfed_lora.tuning.drawing import DRAW
+from rayfed_lora.tuning.space import load_space
+from tests.fakes import make_recipe
+
+RATE = {"clients.optimizer.lr": {"loguniform": [0.01, 0.1]}}
+
+
+def test_values_are_drawn_from_the_distributions_of_the_space():
+    space = load_space(
+        {
+            "parameters": {
+                "seed": {"randint": [3, 4]},
+                "clients.optimizer.lr": {"loguniform": [0.01, 0.1]},
+                "clients.optimizer.momentum": {"uniform": [0.2, 0.3]},
+                "annealing.cooling.shape": {"choice": ["linear", "cosine"]},
+            }
+        }
+    )
+    domains = drawing.param_space(space, make_recipe())[DRAW]
+    random = np.random.RandomState(0)
+    draws = {key: [domains[key].sample(random_state=random) for _ in range(50)] for key in domains}
+    assert set(draws["seed"]) == {3, 4}
+    assert set(draws["annealing.cooling.shape"]) == {"linear", "cosine"}
+    assert all(0.01 <= value <= 0.1 for value in draws["clients.optimizer.lr"])
+    assert all(0.2 <= value <= 0.3 for value in draws["clients.optimizer.momentum"])
+
+
+def test_a_grid_has_each_recipe_once():
+    space = load_space(
+        {
+            "parameters": {
+                "annealing.acceptance": {"choice": ["always", "metropolis"]},
+                "annealing.temperature": {
+                    "choice": [0.1, 0.2, 0.3],
+                    "when": {"annealing.acceptance": "metropolis"},
+                },
+                "clients.batch_size": {"randint": [4, 5]},
+            },
+            "search": "grid",
+            "scheduler": "none",
+        }
+    )
+    recipe = make_recipe()
+    draws = drawing.grid(space, recipe)
+    # Without metropolis the three temperatures are the same recipe: (1 + 3) x 2.
+    assert len(draws) == 8
+    settings = [space.settings(draw, recipe) for draw in draws]
+    assert len({str(s) for s in settings}) == 8
+    assert drawing.param_space(space, recipe) == {DRAW: {"grid_search": draws}}
+
+
+def test_a_space_of_recipes_that_cannot_run_is_refused_with_the_reason():
+    space = load_space({"parameters": {"annealing.cooling.shape": {"choice": ["sine", "tan"]}}})
+    with pytest.raises(BadInputError, match=r"(?s)no draw of it .*annealing\.cooling\.shape"):
+        drawing.check(space, make_recipe())
+
+
+def test_a_space_of_which_some_draws_cannot_run_says_how_many():
+    space = load_space(
+        {
+            "parameters": {"clients.per_round": {"choice": [1, 2, 3, 7]}},
+            "search": "grid",
+            "scheduler": "none",
+        }
+    )
+    # There are six clients.
+    assert drawing.check(space, make_recipe()) == 250
+    assert drawing.check(load_space({"parameters": RATE}), make_recipe()) == 0
+
+
+@pytest.mark.parametrize("recipe", ["trec-minilm", "digits-vit"])
+@pytest.mark.parametrize(
+    "space", ["quick", "heating_cooling", "learning_rate", "allocation_and_rule"]
+)
+def test_every_draw_of_a_shipped_space_can_run(space, recipe):
+    assert drawing.check(load_space(space), load_recipe(recipe)) == 0
+
+
+RECIPE = make_recipe()
+
+
+def scheduler(name: str, **others: Any) -> Any:
+    return drawing.scheduler(load_space({"parameters": RATE, "scheduler": name, **others}), RECIPE)
+
+
+def test_schedulers_look_at_the_first_objective_by_round():
+    asha = scheduler("asha", objectives={"eval_loss": "min", "total_bytes": "min"})
+    assert isinstance(asha, ASHAScheduler)
+    assert (asha._metric, asha._metric_op, asha._time_attr) == ("eval_loss", -1.0, "round")
+    assert asha._max_t == 6
+    assert isinstance(scheduler("median"), MedianStoppingRule)
+    assert scheduler("none") is None
+
+
+def test_a_population_changes_what_a_run_may_change_within_the_limits():
+    space = load_space(
+        {
+            "parameters": {
+                **RATE,
+                "annealing.cooling.shape": {"choice": ["linear", "cosine"]},
+                "data.partition.alpha": {"choice": [0.1, 1.0]},
+            },
+            "scheduler": "pbt",
+        }
+    )
+    assert isinstance(drawing.scheduler(space, RECIPE), PopulationBasedTraining)
+    assert set(drawing.mutations(space)) == {"clients.optimizer.lr", "annealing.cooling.shape"}
+    config = {DRAW: {"clients.optimizer.lr": 0.12, "annealing.cooling.shape": "linear"}}
+    assert drawing.within(space)(config)[DRAW]["clients.optimizer.lr"] == 0.1
+    fixed = load_space({"parameters": {"seed": {"choice": [1, 2]}}, "scheduler": "pbt"})
+    with pytest.raises(BadInputError, match="a key that can change while a run goes on"):
+        drawing.scheduler(fixed, RECIPE)
+
+
+def test_optuna_is_asked_for_by_name_where_it_is_missing(monkeypatch):
+    space = load_space({"parameters": RATE, "search": "optuna"})
+    drawing.searcher(space, RECIPE, 2)
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **others: Any) -> Any:
+        if name.startswith("ray.tune.search.optuna"):
+            raise ImportError(name)
+        return real(name, *args, **others)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(BadInputError, match="pip install optuna"):
+        drawing.searcher(space, RECIPE, 2)
