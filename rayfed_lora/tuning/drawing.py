@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from ray import tune
 from ray.tune.schedulers import (
     ASHAScheduler,
@@ -99,8 +100,6 @@ def _trial_draws(space: Space, recipe: Recipe) -> Iterator[Mapping[str, Any]]:
     if space.search == "grid":
         yield from grid(space, recipe)
         return
-    import numpy as np
-
     random = np.random.RandomState(recipe.seed)
     domains = {key: _domain(how) for key, how in space.drawn.items()}
     for _ in range(_TRIED):

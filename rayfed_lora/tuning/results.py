@@ -82,12 +82,14 @@ class SearchResult:
             # A column of Parquet has one type.
             if pd.api.types.infer_dtype(trials[key], skipna=True) in ("mixed", "mixed-integer"):
                 trials[key] = trials[key].map(lambda value: None if value is None else str(value))
-        done = np.flatnonzero((trials["status"] == "finished").to_numpy())
+        names, modes = list(space.objectives), list(space.objectives.values())
+        values = trials[names].to_numpy(np.float64)
+        # A model that has diverged may have no loss.
+        valid = (trials["status"] == "finished").to_numpy() & np.isfinite(values).all(axis=1)
+        done, values = np.flatnonzero(valid), values[valid]
         if len(done) == 0:
             reasons = "\n".join(dict.fromkeys(t.error for t in tried if t.error))
-            raise RunError(f"no trial of the search finished\n{reasons}")
-        names, modes = list(space.objectives), list(space.objectives.values())
-        values = trials.loc[done, names].to_numpy(np.float64)
+            raise RunError(f"no trial of the search finished with {', '.join(names)}\n{reasons}")
         trials["on_front"] = False
         trials.loc[done[pareto.on_front(values, modes)], "on_front"] = True
         places = {name: pareto.best(values, modes, i) for i, name in enumerate(names)}

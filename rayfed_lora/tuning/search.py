@@ -142,7 +142,7 @@ def _claim(folder: RunFolder, space: Space, recipe: Recipe, resume: bool) -> Non
         )
 
 
-def trial_layout(recipe: Recipe, nodes: Sequence[Node], at_once: int | None) -> tuple[Layout, int]:
+def trial_layout(recipe: Recipe, nodes: Sequence[Node], at_once: int) -> tuple[Layout, int]:
     """Return the client actors of one trial, and how many trials fit beside each other.
 
     With `client_actors: auto` trials share the cluster evenly, one actor each at least: trials
@@ -151,7 +151,7 @@ def trial_layout(recipe: Recipe, nodes: Sequence[Node], at_once: int | None) -> 
     Args:
         recipe: of the trials.
         nodes: of the cluster.
-        at_once: most trials at once; None: no limit.
+        at_once: most trials at once.
 
     Raises:
         ResourceError: not even one trial fits.
@@ -161,10 +161,8 @@ def trial_layout(recipe: Recipe, nodes: Sequence[Node], at_once: int | None) -> 
     any_number = recipe.runtime.model_copy(update={"client_actors": "auto"})
     capacity = layout(any_number, nodes, sys.maxsize).actors
     if recipe.runtime.client_actors == "auto":
-        share = 1 if at_once is None else max(1, min(most, capacity // at_once))
-        one = replace(one, actors=share)
-    fitting = capacity // one.actors
-    return one, fitting if at_once is None else min(fitting, at_once)
+        one = replace(one, actors=max(1, min(most, capacity // at_once)))
+    return one, min(capacity // one.actors, at_once)
 
 
 class _Job:
@@ -242,18 +240,17 @@ class _Job:
 
         from rayfed_lora.runtime.actor_pool import result
         from rayfed_lora.runtime.shelf import Shelf
+        from rayfed_lora.tuning import drawing
         from rayfed_lora.tuning.trial import Shared, Trial
 
-        at_once = self._max_concurrent
-        if self._space.search != "grid":
-            at_once = min(at_once or self._space.samples, self._space.samples)
-        actors, slots = trial_layout(self._recipe, nodes_of(ray.nodes()), at_once)
+        space, recipe = self._space, self._recipe
+        trials = len(drawing.grid(space, recipe)) if space.search == "grid" else space.samples
+        at_once = min(self._max_concurrent or trials, trials)
+        actors, slots = trial_layout(recipe, nodes_of(ray.nodes()), at_once)
         shelf = ray.remote(Shelf).options(num_cpus=0).remote()
         # Before anything starts: a fault in data or model is the user's, not a trial's.
-        result(ray.get(shelf.prepared.remote(self._recipe, self._factory))[0])
-        shared = Shared(
-            self._space, self._recipe, f"{self._location}/trials", actors, shelf, self._factory
-        )
+        result(ray.get(shelf.prepared.remote(recipe, self._factory))[0])
+        shared = Shared(space, recipe, f"{self._location}/trials", actors, shelf, self._factory)
         # The trial's own process computes little: it takes no share.
         group = ray_tune.PlacementGroupFactory([{}, *actors.bundles], strategy="PACK")
         trainable = ray_tune.with_parameters(Trial, shared=shared)

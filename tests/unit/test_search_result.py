@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,13 @@ def test_every_trial_has_a_row_and_only_finished_ones_are_compared(found):
     assert rows.loc["a", "annealing.heating.rank"] == 3
 
 
+def test_a_finished_trial_without_a_loss_is_on_no_front(found, tmp_path):
+    diverged = Tried("a", {}, {**found.trials.iloc[0], "eval_loss": math.nan})
+    again = [diverged, Tried("b", {}, dict(found.trials.iloc[1]))]
+    result = SearchResult.of(str(tmp_path), SPACE, make_recipe(), again)
+    assert result.front["trial"].tolist() == ["b"]
+
+
 def test_the_tables_are_kept_and_best_recipes_say_what_they_are(found, tmp_path):
     kept = pd.read_parquet(tmp_path / "trials.parquet")
     assert kept["status"].tolist() == found.trials["status"].tolist()
@@ -121,7 +129,9 @@ def test_a_damaged_search_is_named(found, tmp_path):
 
 def test_a_search_in_which_nothing_finished_says_why(tmp_path):
     failed: list[Any] = [Tried("a", {}, {}, "no data"), Tried("b", {}, {}, "no data")]
-    with pytest.raises(RunError, match=r"no trial of the search finished\nno data$"):
+    with pytest.raises(
+        RunError, match=r"no trial of the search finished with eval_loss, total_bytes\nno data$"
+    ):
         SearchResult.of(str(tmp_path), SPACE, make_recipe(), failed)
 
 
@@ -129,15 +139,15 @@ def test_a_search_in_which_nothing_finished_says_why(tmp_path):
     ("settings", "nodes", "at_once", "expected"),
     [
         # Two cores: one actor a trial, two trials.
-        ({}, [Node(2, 0)], None, (Layout(1, 1.0, 0.0), 2)),
+        ({}, [Node(2, 0)], 3, (Layout(1, 1.0, 0.0), 2)),
         ({}, [Node(8, 0)], 2, (Layout(3, 1.0, 0.0), 2)),
         ({}, [Node(2, 0)], 16, (Layout(1, 1.0, 0.0), 2)),
-        ({"client_actors": 2}, [Node(2, 0), Node(3, 0)], None, (Layout(2, 1.0, 0.0), 2)),
+        ({"client_actors": 2}, [Node(2, 0), Node(3, 0)], 9, (Layout(2, 1.0, 0.0), 2)),
         # Four actors share a GPU: four trials on it.
         (
             {"device": "auto", "gpus_per_actor": 0.25},
             [Node(8, 1)],
-            None,
+            6,
             (Layout(1, 1.0, 0.25), 4),
         ),
     ],
@@ -150,4 +160,4 @@ def test_trials_share_the_cluster(settings, nodes, at_once, expected):
 
 def test_a_trial_that_cannot_fit_is_refused():
     with pytest.raises(ResourceError, match="cannot hold 3 client actors"):
-        trial_layout(make_recipe(runtime__client_actors=3), [Node(2, 0)], None)
+        trial_layout(make_recipe(runtime__client_actors=3), [Node(2, 0)], 1)
