@@ -30,7 +30,7 @@ def page(
         title: heading.
         subtitle: what is shown.
         overview: the first table.
-        figures: titles and plots.
+        figures: titles and plots, two beside each other but for those with `meta` "wide".
         partitions: labels and pictures of who holds what.
         more: `clients` and `failures` (tables), `runs` (what stands on their details pages).
     """
@@ -42,7 +42,10 @@ def page(
         subtitle=subtitle,
         plotly=get_plotlyjs(),
         overview=overview,
-        figures=[(name, _html(figure)) for name, figure in figures],
+        figures=[
+            (name, _html(figure), figure["layout"].get("meta") == "wide")
+            for name, figure in figures
+        ],
         partitions=[(label, _html(figure)) for label, figure in partitions],
         **more,
     )

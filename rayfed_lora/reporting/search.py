@@ -16,6 +16,7 @@ from rayfed_lora.errors import RunFolderError
 from rayfed_lora.recipe_loading import parse_yaml
 from rayfed_lora.reporting.figures import Figure, curve_figures, framed
 from rayfed_lora.reporting.page import even, page, shown
+from rayfed_lora.reporting.progress import megabytes
 from rayfed_lora.reporting.run_data import read_rounds
 from rayfed_lora.storage import RunFolder
 
@@ -112,17 +113,27 @@ def search_html(search: SearchData) -> str:
 def _row(search: SearchData, row: Mapping[Any, Any]) -> dict[str, str]:
     facts = {"trial": str(row["trial"]), "status": str(row["status"])}
     facts |= {"front": "yes" if row["on_front"] else ""} if len(search.objectives) > 1 else {}
-    facts |= {_short(name): shown(row[name]) for name in search.objectives}
+    for name in search.objectives:
+        value = row[name]
+        sent = "bytes" in name and pd.notna(value)
+        facts[_short(name)] = megabytes(value) if sent else shown(value)
     return {**facts, **{_short(key): shown(row[key]) for key in search.drawn}}
 
 
 def _short(key: str) -> str:
     """Return a key without what all of its section share.
 
-    >>> _short("annealing.heating.rank"), _short("clients.optimizer.lr"), _short("eval_accuracy")
-    ('heating rank', 'optimizer lr', 'eval accuracy')
+    >>> _short("annealing.heating.rank"), _short("annealing.temperature"), _short("eval_accuracy")
+    ('heating rank', 'temperature', 'eval accuracy')
     """
-    return " ".join(key.split(".")[-2:]).replace("_", " ")
+    parts = key.split(".")[-2:]
+    return " ".join(parts[parts[0] == "annealing" :]).replace("_", " ")
+
+
+def _measure(name: str, values: pd.Series[Any]) -> tuple[str, pd.Series[Any]]:
+    """Return label and values of an axis, bytes in MB."""
+    label = _short(name)
+    return (f"{label}, MB", values / 1e6) if "bytes" in name else (label, values)
 
 
 def _figures(search: SearchData) -> Iterator[tuple[str, Figure]]:
@@ -140,8 +151,8 @@ def _front(done: pd.DataFrame, upper: str, across: str) -> Figure:
         ordered = own.sort_values(across)
         traces.append(
             {
-                "x": ordered[across].tolist(),
-                "y": ordered[upper].tolist(),
+                "x": _measure(across, ordered[across])[1].tolist(),
+                "y": _measure(upper, ordered[upper])[1].tolist(),
                 "text": ordered["trial"].tolist(),
                 "name": label,
                 "mode": "lines+markers" if label == "front" else "markers",
@@ -149,18 +160,19 @@ def _front(done: pd.DataFrame, upper: str, across: str) -> Figure:
                 "line": {"shape": "hv", "width": 1},
             }
         )
-    x, y = ({"title": {"text": name.replace("_", " ")}} for name in (across, upper))
+    x, y = ({"title": {"text": _measure(name, done[name])[0]}} for name in (across, upper))
     return framed(traces, 400, x, y, showlegend=True)
 
 
 def _parallel(search: SearchData, done: pd.DataFrame) -> Figure:
     """Return parallel coordinates: an axis a drawn key and objective, a line a finished trial."""
     keys = [key for key in search.drawn if done[key].nunique(dropna=False) > 1]
-    axes = [_axis(_short(name), done[name]) for name in (*keys, *search.objectives)]
+    axes = [_axis(*_measure(name, done[name])) for name in (*keys, *search.objectives)]
     first = done[next(iter(search.objectives))]
     colour = {"color": first.tolist(), "colorscale": "Viridis", "showscale": True}
     trace = {"type": "parcoords", "dimensions": axes, "line": colour, "labelangle": -25}
-    return framed([trace], 460, {}, {}, margin={"l": 70, "r": 40, "t": 110, "b": 30})
+    margin = {"l": 70, "r": 40, "t": 110, "b": 30}
+    return framed([trace], 460, {}, {}, margin=margin, meta="wide")
 
 
 def _axis(label: str, values: pd.Series[Any]) -> dict[str, Any]:
