@@ -15,7 +15,7 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.page import REPORT_FILE
 from rayfed_lora.reporting.plots import write_plots
 from rayfed_lora.reporting.report import report_html
-from rayfed_lora.reporting.run_data import accuracies_of_clients, read_runs
+from rayfed_lora.reporting.run_data import accuracies_of_clients, read_failed, read_runs
 from rayfed_lora.reporting.status import Status
 from rayfed_lora.storage import RunFolder
 
@@ -159,7 +159,8 @@ class Comparison:
             folder.write(f"{name}.csv", flat.to_csv(index=False).encode())
         runs = read_runs([folder.location])
         write_plots(folder, self.rounds, accuracies_of_clients(runs))
-        folder.write(REPORT_FILE, report_html(runs).encode())
+        page = report_html(runs, read_failed([folder.location]))
+        folder.write(REPORT_FILE, page.encode())
 
 
 def _read(cell: Cell) -> tuple[Mapping[str, Any], pd.DataFrame]:

@@ -24,6 +24,7 @@ _SHADES = {
 }
 _LINES = ("solid", "dash", "dot", "dashdot")
 _MOST_PARTITIONS = 6
+_MOST_POINTS = 5000
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,7 @@ def _spread(runs: Sequence[RunData]) -> Figure:
                     "orientation": "h",
                     "x": tested[column].tolist(),
                     "name": f"{label}, {kind}" if several else kind,
-                    "text": [_told(row) for row in tested.itertuples()],
-                    "boxpoints": "all",
+                    **_points(tested),
                     "jitter": 0.4,
                     "pointpos": 0,
                     "marker": {"size": 4, "opacity": 0.5, "color": COLOURS[i % len(COLOURS)]},
@@ -190,6 +190,13 @@ def _spread(runs: Sequence[RunData]) -> Figure:
     y = {"autorange": "reversed", "automargin": True}
     x = {"title": {"text": "accuracy of the client"}}
     return framed(traces, 160 + 60 * len(traces), x, y)
+
+
+def _points(tested: pd.DataFrame) -> dict[str, Any]:
+    """Return how the points beside a box are shown: all, or of very many none."""
+    if len(tested) > _MOST_POINTS:
+        return {"boxpoints": False}
+    return {"boxpoints": "all", "text": [_told(row) for row in tested.itertuples()]}
 
 
 def _told(row: Any) -> str:

@@ -12,7 +12,7 @@ from rayfed_lora.errors import BadInputError
 from rayfed_lora.reporting.figures import figures, partitions
 from rayfed_lora.reporting.page import REPORT_FILE, Rows, even, page, shown
 from rayfed_lora.reporting.progress import duration, megabytes, percent
-from rayfed_lora.reporting.run_data import RunData, read_runs
+from rayfed_lora.reporting.run_data import FailedRun, RunData, read_failed, read_runs
 from rayfed_lora.reporting.search import TRIALS_FILE, read_search, search_html
 from rayfed_lora.reporting.summary import client_summary
 from rayfed_lora.storage import RunFolder
@@ -61,7 +61,7 @@ def report(locations: Sequence[str], to: str | None = None) -> str:
 def _content(locations: Sequence[str]) -> str:
     searches = [location for location in locations if RunFolder(location).exists(TRIALS_FILE)]
     if not searches:
-        return report_html(read_runs(locations))
+        return report_html(read_runs(locations), read_failed(locations))
     if len(locations) > 1:
         raise BadInputError(
             f"report: expected the folder of a search alone, got {searches[0]} beside others; its"
@@ -70,12 +70,14 @@ def _content(locations: Sequence[str]) -> str:
     return search_html(read_search(RunFolder(locations[0])))
 
 
-def report_html(runs: Sequence[RunData]) -> str:
+def report_html(runs: Sequence[RunData], failed: Sequence[FailedRun] = ()) -> str:
     """Return the page.
 
     Args:
         runs: at least one.
+        failed: runs of a comparison that have nothing else to show.
     """
+    unfinished = [{"run": f.label, "seed": str(f.seed), "error": f.error} for f in failed]
     several = len(runs) > 1
     return page(
         f"{len(runs)} runs" if several else runs[0].name,
@@ -84,7 +86,7 @@ def report_html(runs: Sequence[RunData]) -> str:
         figures(runs),
         partitions(runs),
         clients=even([row for run in runs for row in _clients(run)]),
-        failures=even([row for run in runs for row in _failures(run)]),
+        failures=even([*unfinished, *(row for run in runs for row in _failures(run))]),
         runs=[(run, _details(run)) for run in runs],
     )
 

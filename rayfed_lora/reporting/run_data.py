@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayfed_lora.errors import RunFolderError
@@ -55,8 +56,19 @@ class RunData:
     partition: pd.DataFrame
 
 
+@dataclass(frozen=True)
+class FailedRun:
+    """A run of a comparison that did not finish, and why."""
+
+    label: str
+    seed: int
+    error: str
+
+
 _MOST_FAILURES = 200
 _SEED = re.compile(r"seed-\d+")
+# Table of a comparison's runs.
+_COMPARISON = "runs.parquet"
 
 
 def read_runs(locations: Sequence[str]) -> list[RunData]:
@@ -73,6 +85,27 @@ def read_runs(locations: Sequence[str]) -> list[RunData]:
     if not found:
         raise RunFolderError(f"{', '.join(locations)}: expected finished runs, there is none")
     return _told_apart(found)
+
+
+def read_failed(locations: Sequence[str]) -> list[FailedRun]:
+    """Return the failed runs of those folders that are comparisons.
+
+    Raises:
+        RunFolderError: one is damaged.
+    """
+    folders = [folder for folder in map(RunFolder, locations) if folder.exists(_COMPARISON)]
+    return [
+        FailedRun(str(row["method"]), int(row["seed"]), str(row["error"]))
+        for folder in folders
+        for row in _cells(folder).query("error.notna()").to_dict("records")
+    ]
+
+
+def _cells(folder: RunFolder) -> pd.DataFrame:
+    with _readable(folder):
+        return pd.read_parquet(
+            BytesIO(folder.read(_COMPARISON)), columns=["method", "seed", "error"]
+        )
 
 
 @dataclass(frozen=True)
@@ -96,15 +129,13 @@ def _read(location: str) -> list[_Found]:
         run = read_run(folder)
         path = _path(folder)
         return [_Found(run, _all_but_the_seed(run), "/".join(path.parts[-3:]))]
-    if not folder.exists("runs.parquet"):
+    if not folder.exists(_COMPARISON):
         raise RunFolderError(
             f"{location}: expected the folder of a run (recipe.yaml) or of a comparison"
             " (runs.parquet)"
         )
-    with _readable(folder):
-        runs = pd.read_parquet(BytesIO(folder.read("runs.parquet")))
-        finished = runs[runs["error"].isna()]
-        cells = [(str(m), s) for m, s in zip(finished["method"], finished["seed"], strict=True)]
+    finished = _cells(folder).query("error.isna()")
+    cells = [(str(m), s) for m, s in zip(finished["method"], finished["seed"], strict=True)]
     name = _path(folder).name
     # Not by the recorded location: the folder may have been moved.
     return [
@@ -197,8 +228,14 @@ def _failures(folder: RunFolder) -> tuple[int, pd.DataFrame]:
 
 
 def _last_tests(folder: RunFolder) -> pd.DataFrame:
-    tests = _table(folder, CLIENT_METRICS_FILE)
-    return tests if tests.empty else tests[tests["round"] == tests["round"].max()]
+    """Return the tests on clients after the last tested round, and read no others."""
+    if not folder.exists(CLIENT_METRICS_FILE):
+        return pd.DataFrame()
+    with folder.source(CLIENT_METRICS_FILE) as source:
+        last = pc.max(pq.read_table(source, columns=["round"])["round"])
+    with folder.source(CLIENT_METRICS_FILE) as source:
+        tests: pd.DataFrame = pq.read_table(source, filters=pc.field("round") == last).to_pandas()
+        return tests
 
 
 def _told_apart(found: Sequence[_Found]) -> list[RunData]:

@@ -157,6 +157,8 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
     assert pd.isna(errors["fedlora"])
     assert "none of 3 clients" in errors["fedavg"]
     assert comparison.methods["method"].tolist() == ["fedlora"]
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert "none of 3 clients" in page
     # Once the reason is gone, it is run.
     mended = compare(
         RECIPE, ["fedlora", "fedavg"], str(tmp_path / "one"), (0,), factory=FakeFactory()
