@@ -190,7 +190,8 @@ def plan(recipe: RecipeArgument, set_: SetOption = None) -> None:
 @app.command()
 def report(
     folders: Annotated[
-        list[str], typer.Argument(metavar="DIR...", help="Folders of runs or of comparisons.")
+        list[str],
+        typer.Argument(metavar="DIR...", help="Folders of runs, comparisons or of one search."),
     ],
     out: Annotated[
         str | None, typer.Option(help="The file; default report.html in DIR, or here for several.")

@@ -178,6 +178,7 @@ class FakeTrainer:
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         facts = {"device": self._device, "energy": energy(state, base, trainable)}
+        facts["gpus"] = os.environ.get("CUDA_VISIBLE_DEVICES")
         return {"adapter/fake.json": json.dumps(facts).encode()}
 
 

@@ -180,7 +180,7 @@ def read_run(folder: RunFolder, summary: Mapping[str, Any] | None = None) -> Run
             method=facts["method"],
             seed=int(facts["seed"]),
             summary=summary,
-            rounds=read_rounds(folder),
+            rounds=rounds_so_far(folder),
             failures=failures,
             failed=failed,
             tests=_last_tests(folder),
@@ -208,7 +208,7 @@ def _table(folder: RunFolder, name: str) -> pd.DataFrame:
     return pd.read_parquet(BytesIO(folder.read(name)))
 
 
-def read_rounds(folder: RunFolder) -> pd.DataFrame:
+def rounds_so_far(folder: RunFolder) -> pd.DataFrame:
     """Return the rows of rounds.parquet with `bytes_so_far`, up and down.
 
     Raises:

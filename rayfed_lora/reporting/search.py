@@ -17,7 +17,7 @@ from rayfed_lora.recipe_loading import parse_yaml
 from rayfed_lora.reporting.figures import Figure, curve_figures, framed
 from rayfed_lora.reporting.page import even, page, shown
 from rayfed_lora.reporting.progress import megabytes
-from rayfed_lora.reporting.run_data import read_rounds
+from rayfed_lora.reporting.run_data import rounds_so_far
 from rayfed_lora.storage import RunFolder
 
 TRIALS_FILE = "trials.parquet"
@@ -78,12 +78,14 @@ def read_search(folder: RunFolder) -> SearchData:
         objectives = dict(space["objectives"])
         first, mode = next(iter(objectives.items()))
         ran = trials[trials["round"].notna()].sort_values(first, ascending=mode == "min")
+        # Not by the recorded location: the folder may have been moved.
+        where = f"{folder.location.rstrip('/')}/trials"
+        folders = {trial: RunFolder(f"{where}/{trial}") for trial in ran["trial"]}
+        # One that has failed early may have saved nothing.
+        kept = [trial for trial, own in folders.items() if own.exists("rounds.parquet")]
         rounds = [
-            # Not by the recorded location: the folder may have been moved.
-            read_rounds(RunFolder(f"{folder.location.rstrip('/')}/trials/{trial}")).assign(
-                method=trial, seed=recipe["seed"]
-            )
-            for trial in ran["trial"].head(_MOST_CURVES)
+            rounds_so_far(folders[trial]).assign(method=trial, seed=recipe["seed"])
+            for trial in kept[:_MOST_CURVES]
         ]
         drawn = tuple({**space["parameters"], **space["rounds"]})
     except (OSError, ValueError, LookupError, TypeError) as error:

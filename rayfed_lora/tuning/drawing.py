@@ -21,7 +21,7 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, Searcher
 
-from rayfed_lora.errors import BadInputError, RecipeError
+from rayfed_lora.errors import BadInputError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.tuning.space import Drawn, Space, trial_recipe
 
@@ -84,12 +84,12 @@ def check(space: Space, recipe: Recipe) -> int:
         BadInputError: all are, with the reason of the first.
     """
     tried = refused = 0
-    first: RecipeError | None = None
+    first: BadInputError | None = None
     for draw in _trial_draws(space, recipe):
         tried += 1
         try:
             trial_recipe(space, recipe, draw)
-        except RecipeError as error:
+        except BadInputError as error:
             refused, first = refused + 1, first or error
     if first is not None and refused == tried:
         raise BadInputError(f"search space: no draw of it is a recipe that can run; e.g. {first}")
@@ -155,8 +155,8 @@ def scheduler(space: Space, recipe: Recipe) -> TrialScheduler | None:
         perturbation_interval=max(1, total // _PERTURBATIONS),
         hyperparam_mutations={DRAW: mutations(space)},
         custom_explore_fn=within(space),
-        # All trials meet at a round: where they take turns, a first one would else never be judged.
-        synch=True,
+        # Ray's synchronous mode waits for ever for a trial that has failed.
+        synch=False,
         **watched,
     )
 

@@ -19,11 +19,12 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.page import REPORT_FILE
 from rayfed_lora.reporting.plots import write_front
 from rayfed_lora.reporting.search import TRIALS_FILE, read_search, search_html
+from rayfed_lora.reporting.tables import read_rounds
 from rayfed_lora.runtime.session import finished
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning import pareto
 from rayfed_lora.tuning.space import METRICS, Space
-from rayfed_lora.tuning.trial import CHANGES_FILE
+from rayfed_lora.tuning.trial import CHANGES_FILE, measured
 
 Standing = Literal["finished", "ended early", "failed", "unfinished"]
 
@@ -153,7 +154,11 @@ def _row(location: str, space: Space, recipe: Recipe, tried: Tried) -> dict[str,
         "location": location,
         **_settings(space, recipe, tried.draw),
     }
-    row |= {name: tried.metrics.get(name) for name in ("round", *METRICS, "warnings")}
+    metrics = tried.metrics
+    if summary is not None:
+        # What Tune was told last may be of an earlier round, where a stop came between.
+        metrics = {**metrics, **measured(read_rounds(folder))}
+    row |= {name: metrics.get(name) for name in ("round", *METRICS, "warnings")}
     if summary is not None:
         row["best_accuracy"] = summary["best"]["eval_accuracy"]
         row["reduction_vs_fedavg"] = summary["communication"]["reduction_vs_fedavg"]

@@ -14,7 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayfed_lora.errors import BadInputError, InterruptedRunError, RunError, RunFolderError
+from rayfed_lora.errors import (
+    BadInputError,
+    InterruptedRunError,
+    RayfedError,
+    RunError,
+    RunFolderError,
+)
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, yaml_text
 from rayfed_lora.reporting.search import SEARCH_FILE, SearchNews, Watch
@@ -23,7 +29,7 @@ from rayfed_lora.runtime.factory import Factory, TorchFactory
 from rayfed_lora.runtime.placement import Layout, Node, layout, nodes_of
 from rayfed_lora.runtime.session import check_unused, differences
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.tuning.space import Space, load_space
+from rayfed_lora.tuning.space import Space, check_objectives, load_space
 
 if TYPE_CHECKING:
     from rayfed_lora.tuning.results import SearchResult, Tried
@@ -84,7 +90,7 @@ def tune(  # noqa: PLR0913 - a user names them
         space = space.model_dump()
     space = load_space(space, **changed)
     base = load_recipe(recipe.model_dump() if isinstance(recipe, Recipe) else recipe, settings)
-    base = _of_trials(space, launch.with_absolute_paths(base))
+    base = _of_trials(launch.with_absolute_paths(base))
     if max_concurrent is not None and max_concurrent < 1:
         raise BadInputError(f"--max-concurrent: expected at least 1, got {max_concurrent}")
     if max_concurrent is not None and space.scheduler == "pbt":
@@ -96,25 +102,30 @@ def tune(  # noqa: PLR0913 - a user names them
     folder = RunFolder(location)
     # Absolutely: trials run in another folder.
     location = location.rstrip("/") if folder.local is None else str(folder.local)
-    _claim(folder, space, base, resume)
+    check_objectives(space, base)
+    max_concurrent = _claim(folder, space, base, max_concurrent, resume)
     with launch.ray_session(address), _quiet_tune():
         watch = watch or (lambda news: None)
         job = _Job(space, base, location, max_concurrent, factory or TorchFactory(), watch)
         return job.run(folder, resume)
 
 
-def _of_trials(space: Space, recipe: Recipe) -> Recipe:
+def _of_trials(recipe: Recipe) -> Recipe:
     """Return the recipe that trials share: on Ray, in folders of their own."""
-    storage = recipe.storage.model_copy(update={"path": None})
-    if space.scheduler == "pbt":
-        # Another trial may go on with any round of a run.
-        storage = storage.model_copy(update={"checkpoint_every": 1})
+    # Whatever ends or copies a trial finds its newest round saved.
+    storage = recipe.storage.model_copy(update={"path": None, "checkpoint_every": 1})
     runtime = recipe.runtime.model_copy(update={"executor": "ray"})
     return recipe.model_copy(update={"storage": storage, "runtime": runtime})
 
 
-def _claim(folder: RunFolder, space: Space, recipe: Recipe, resume: bool) -> None:
+def _claim(
+    folder: RunFolder, space: Space, recipe: Recipe, max_concurrent: int | None, resume: bool
+) -> int | None:
     """Check that a search may use the folder; write nothing but a probe.
+
+    Returns:
+        The most trials at once, of the search that is in the folder where there is one: Tune keeps
+        to what it began with.
 
     Raises:
         RunFolderError: it holds a search and `resume` is false, or another search or other files.
@@ -122,7 +133,7 @@ def _claim(folder: RunFolder, space: Space, recipe: Recipe, resume: bool) -> Non
     if not folder.exists(SEARCH_FILE):
         check_unused(folder)
         folder.check_writable()
-        return
+        return max_concurrent
     if not resume:
         raise RunFolderError(
             f"{folder.location} holds a search already; go on with it by --resume, or choose"
@@ -131,15 +142,18 @@ def _claim(folder: RunFolder, space: Space, recipe: Recipe, resume: bool) -> Non
     try:
         kept = parse_yaml(folder.location, folder.read(SEARCH_FILE).decode())
         before, kept_recipe = Space.model_validate(kept["space"]), load_recipe(kept["recipe"])
+        limit: int | None = kept["max_concurrent"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise RunFolderError(f"{folder.location}/{SEARCH_FILE} cannot be read: {error}") from None
     fields = Space.model_fields
     changed = [name for name in fields if getattr(before, name) != getattr(space, name)]
     changed += differences(kept_recipe, recipe)
+    changed += ["max_concurrent"] * (max_concurrent not in (None, limit))
     if changed:
         raise RunFolderError(
             f"{folder.location} holds another search; these differ: {', '.join(changed)}"
         )
+    return limit
 
 
 def trial_layout(recipe: Recipe, nodes: Sequence[Node], at_once: int) -> tuple[Layout, int]:
@@ -190,11 +204,15 @@ class _Job:
         refused = drawing.check(self._space, self._recipe)
         if refused:
             self._tell(f"about {refused} of 1,000 draws are no recipes that can run; they fail")
-        trainable, slots = self._trainable()
+        # Refused here, where they cannot be had: data come after.
+        drawing.scheduler(self._space, self._recipe)
+        drawing.searcher(self._space, self._recipe, 1)
+        trials, trainable, slots = self._trainable()
         if not folder.exists(SEARCH_FILE):
             content = {
                 "space": self._space.model_dump(mode="json"),
                 "recipe": self._recipe.model_dump(mode="json"),
+                "max_concurrent": self._max_concurrent,
             }
             folder.write(SEARCH_FILE, yaml_text(content).encode())
         stopped = threading.Event()
@@ -206,8 +224,10 @@ class _Job:
         with launch.interruptible(stop):
             tried = self._fit(trainable, slots, resume)
         if not stopped.is_set():
+            if len(tried) < trials:
+                raise RunError(f"Tune ended after {len(tried)} of {trials} trials; try --resume")
             return self._written(tried)
-        with suppress(RunError):
+        with suppress(RayfedError):
             # Of what is done; nothing may be.
             self._written(tried)
         raise InterruptedRunError(
@@ -225,11 +245,11 @@ class _Job:
     def _tell(self, warning: str) -> None:
         self._watch(SearchNews(warning=warning))
 
-    def _trainable(self) -> tuple[Any, int]:
+    def _trainable(self) -> tuple[int, Any, int]:
         """Return Tune's trainable, once the data are read and a trial is known to fit.
 
         Returns:
-            It, and how many trials can run at once.
+            How many trials there will be, the trainable, and how many can run at once.
 
         Raises:
             ResourceError: not even one trial fits the cluster.
@@ -247,14 +267,15 @@ class _Job:
         trials = len(drawing.grid(space, recipe)) if space.search == "grid" else space.samples
         at_once = min(self._max_concurrent or trials, trials)
         actors, slots = trial_layout(recipe, nodes_of(ray.nodes()), at_once)
-        shelf = ray.remote(Shelf).options(num_cpus=0).remote()
+        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+        shelf = ray.remote(Shelf).options(**options).remote()
         # Before anything starts: a fault in data or model is the user's, not a trial's.
         result(ray.get(shelf.prepared.remote(recipe, self._factory))[0])
-        shared = Shared(space, recipe, f"{self._location}/trials", actors, shelf, self._factory)
+        shared = Shared(space, recipe, self._location, actors, shelf, self._factory)
         # The trial's own process computes little: it takes no share.
         group = ray_tune.PlacementGroupFactory([{}, *actors.bundles], strategy="PACK")
         trainable = ray_tune.with_parameters(Trial, shared=shared)
-        return ray_tune.with_resources(trainable, group), slots
+        return trials, ray_tune.with_resources(trainable, group), slots
 
     def _fit(self, trainable: Any, slots: int, resume: bool) -> list[Tried]:
         from ray import tune as ray_tune
@@ -264,7 +285,9 @@ class _Job:
 
         space, recipe, path = self._space, self._recipe, f"{self._location}/{_TUNE}"
         param_space = drawing.param_space(space, recipe)
-        if resume and ray_tune.Tuner.can_restore(path):
+        # Without a state of its trials Tune would begin anew, and with one trial only.
+        begun = any(name.startswith("experiment_state") for name in RunFolder(path).names())
+        if resume and begun and ray_tune.Tuner.can_restore(path):
             tuner = ray_tune.Tuner.restore(
                 path, trainable, resume_unfinished=True, param_space=param_space
             )
@@ -284,7 +307,10 @@ class _Job:
                     storage_path=self._location,
                     verbose=0,
                     failure_config=ray_tune.FailureConfig(max_failures=_RETRIES),
-                    checkpoint_config=ray_tune.CheckpointConfig(num_to_keep=_KEPT),
+                    # A run folder needs no copy, but where another trial goes on with it.
+                    checkpoint_config=ray_tune.CheckpointConfig(
+                        num_to_keep=_KEPT, checkpoint_at_end=False
+                    ),
                     callbacks=[Watcher()],
                 ),
             )
@@ -309,13 +335,22 @@ def _stop_tune() -> None:
 @contextmanager
 def _quiet_tune() -> Iterator[None]:
     """Let our own lines say what happens, and our own handler take SIGINT."""
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     # Tune's newer output cannot be told to be silent.
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    ours = {"TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
     logger = logging.getLogger("ray.tune")
-    level = logger.level
+    level, handler = logger.level, signal.getsignal(signal.SIGUSR1)
     logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         logger.setLevel(level)
+        if threading.current_thread() is threading.main_thread():
+            # Tune leaves its own one behind.
+            signal.signal(signal.SIGUSR1, handler)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

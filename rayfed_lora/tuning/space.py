@@ -25,6 +25,12 @@ from rayfed_lora.types import Stage
 Mode = Literal["max", "min"]
 Scheduler = Literal["asha", "pbt", "median", "none"]
 Search = Literal["random", "optuna", "grid"]
+# What is tested on each kind of model beside accuracy and loss.
+_TESTED_ON: Mapping[str, frozenset[str]] = {
+    "causal-lm": frozenset({"eval_perplexity"}),
+    "image-classification": frozenset({"eval_macro_f1", "eval_auc"}),
+    "text-classification": frozenset({"eval_macro_f1", "eval_auc"}),
+}
 METRICS = (
     "eval_accuracy",
     "eval_loss",
@@ -81,6 +87,13 @@ class Drawn(_Strict):
         return self
 
     @property
+    def is_share(self) -> bool:
+        """Whether only numbers of 0 or more are drawn, whatever else there is."""
+        lowest = [self.limits[0]] if self.limits is not None else self.choice or []
+        numbers = all(_is_number(value) and value >= 0 for value in lowest)
+        return numbers and self.of is None and not self.when
+
+    @property
     def limits(self) -> tuple[float, float] | None:
         """Smallest and largest number, None for a choice."""
         return self.uniform or self.loguniform or self.randint
@@ -112,17 +125,19 @@ class Space(_Strict):
             raise ValueError("expected something to draw under parameters or rounds")
         known: set[str] = set()
         for key, how in self.parameters.items():
-            later = ({how.of, *how.when} - {None} - known) & set(self.parameters)
+            later = ({how.of, *how.when} - {None} - known) & set(self.drawn)
             if later:
-                raise ValueError(f"{key}: expected {later.pop()} to stand before it")
+                raise ValueError(
+                    f"{key}: expected {later.pop()} to stand before it, among the parameters"
+                )
             if key.split(".")[0] in _NOT_SEARCHED:
                 raise ValueError(f"{key}: expected a key that all trials need not share")
             known.add(key)
         wrong = set(self.rounds) - set(_ROUNDS) | set(self.rounds) & set(self.parameters)
         if wrong:
             raise ValueError(f"rounds: expected keys of {', '.join(_ROUNDS)}, once; got {wrong}")
-        if any(how.of is not None or how.when for how in self.rounds.values()):
-            raise ValueError("rounds: expected shares without `of` and `when`")
+        if not all(how.is_share for how in self.rounds.values()):
+            raise ValueError("rounds: expected shares of 0 or more, without `of` and `when`")
         unknown = set(self.objectives) - set(METRICS)
         if unknown:
             raise ValueError(f"objectives: expected metrics of {', '.join(METRICS)}; got {unknown}")
@@ -162,16 +177,39 @@ class Space(_Strict):
         for key, how in self.parameters.items():
             if any(value(other) != wanted for other, wanted in how.when.items()):
                 continue
-            drawn = draw[key]
-            if how.of is not None:
-                drawn = max(1, math.floor(drawn * value(how.of) + 0.5))
-            found[key] = drawn
+            found[key] = draw[key] if how.of is None else _share(key, draw[key], value(how.of))
         skipped = value("annealing.initiating.trainable") == "none"
         shared = [key for key in self.rounds if not (skipped and key == _ROUNDS[0])]
         if shared:
             total = sum(value_of(recipe, key) for key in shared)
             found |= apportioned({key: draw[key] for key in shared}, total)
         return found
+
+
+def _share(key: str, share: Any, whole: Any) -> int:
+    if not (_is_number(share) and _is_number(whole)):
+        raise BadInputError(
+            f"search space: {key}: expected a number and a number to multiply it by, got {share!r}"
+            f" and {whole!r}"
+        )
+    return max(1, math.floor(float(share * whole) + 0.5))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_objectives(space: Space, recipe: Recipe) -> None:
+    """Check that the recipe's model is tested for the objectives.
+
+    Raises:
+        BadInputError: it is not.
+    """
+    task = recipe.model.task
+    elsewhere = frozenset[str]().union(*_TESTED_ON.values()) - _TESTED_ON[task]
+    wrong = sorted(elsewhere & set(space.objectives))
+    if wrong:
+        raise BadInputError(f"objectives: {wrong[0]} is not measured with model.task {task!r}")
 
 
 def value_of(recipe: Recipe, key: str) -> Any:
@@ -217,13 +255,15 @@ def continued(before: Recipe, after: Recipe, rounds_done: int) -> dict[str, int]
     """Return stage lengths that keep a run's past and total, and else are those of `after`.
 
     A stage that is over keeps its length, the running one is not cut below what it has run, and
-    holding takes up the difference.
+    holding takes up the difference. Without stages, in the modes `full` and `fixed`, nothing.
 
     Args:
         before: of the rounds done.
         after: of the rest.
         rounds_done: > 0.
     """
+    if before.annealing.mode != "staged":
+        return {}
     old, new = stage_lengths(before.annealing), stage_lengths(after.annealing)
     total = sum(old.values())
     found: dict[Stage, int] = {}
@@ -233,6 +273,8 @@ def continued(before: Recipe, after: Recipe, rounds_done: int) -> dict[str, int]
         length = old[stage] if over else max(new[stage], rounds_done - start)
         found[stage] = min(length, total - start)
     found["holding"] += total - sum(found.values())
+    if before.annealing.initiating.trainable == "none":
+        del found["initiating"]
     return {f"annealing.{stage}.rounds": length for stage, length in found.items()}
 
 

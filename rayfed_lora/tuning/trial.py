@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +13,18 @@ import pyarrow.compute as pc
 import ray
 from ray import tune
 
+from rayfed_lora.errors import RunFolderError
 from rayfed_lora.federation import checkpoints
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, recipe_yaml
+from rayfed_lora.reporting.search import SEARCH_FILE
 from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.reporting.tables import read_rounds
 from rayfed_lora.runtime.crew import Crew
 from rayfed_lora.runtime.factory import Factory
 from rayfed_lora.runtime.placement import Layout
 from rayfed_lora.runtime.ray_executor import RayExecutor
-from rayfed_lora.runtime.session import claim, kept_recipe, sitting
+from rayfed_lora.runtime.session import kept_recipe, sitting
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.drawing import DRAW
 from rayfed_lora.tuning.space import Space, continued, trial_recipe
@@ -40,7 +43,7 @@ class Shared:
     Attributes:
         space: what is drawn.
         recipe: what is not.
-        location: of the trials' run folders, one each by trial id.
+        location: of the search.
         layout: client actors of a trial.
         shelf: actor handle of the `Shelf` with data and bases.
         factory: makes workloads and trainers inside the workers.
@@ -71,7 +74,6 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         self._draw: Mapping[str, Any] = config[DRAW]
         self._rounds: Generator[pa.Table, None, dict[str, Any]] | None = None
         self._board = StatusBoard(0)
-        self._last: dict[str, Any] = {}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take another draw; the client actors stay."""
@@ -81,27 +83,34 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
 
     @property
     def _folder(self) -> RunFolder:
-        return RunFolder(f"{self._shared.location}/{self.trial_id}")
+        return RunFolder(f"{self._shared.location}/trials/{self.trial_id}")
 
     def step(self) -> dict[str, Any]:
-        """Run up to the next round after which every objective is known, and report it."""
-        objectives = self._shared.space.objectives
+        """Run a round, or up to the first one that is tested where objectives need that."""
         if self._rounds is None:
             self._rounds = self._started()
+        tests = any(name.startswith("eval_") for name in self._shared.space.objectives)
         for table in self._rounds:
-            self._last = {**measured(table), "warnings": len(self._board.status().notes)}
-            known = all(self._last[name] is not None for name in objectives)
+            report = measured(table)
+            known = report["eval_loss"] is not None or not tests
             if known and table.num_rows < self._total:
-                return self._last
-        if not self._last:
-            # It had been finished before.
-            self._last = measured(read_rounds(self._folder))
-        return {**self._last, "done": True}
+                return self._reported(report)
+        return {**self._reported(measured(read_rounds(self._folder))), "done": True}
+
+    def _reported(self, report: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a report in which every objective is a number, for the schedulers."""
+        unknown = {name for name in self._shared.space.objectives if report[name] is None}
+        notes = len(self._board.status().notes)
+        return {**report, **dict.fromkeys(unknown, math.nan), "warnings": notes}
 
     def _started(self) -> Generator[pa.Table, None, dict[str, Any]]:
         folder, shared = self._folder, self._shared
+        if not RunFolder(shared.location).exists(SEARCH_FILE):
+            raise RunFolderError(
+                f"{shared.location}: expected --out on storage that all nodes share; a trial does"
+                " not see it"
+            )
         recipe = kept_recipe(folder) or trial_recipe(shared.space, shared.recipe, self._draw)
-        claim(folder, recipe, resume=True)
         if self._crew is not None and not self._crew.wait(recipe.runtime.start_timeout_s):
             self._crew = None
         if self._crew is None:

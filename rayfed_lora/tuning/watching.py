@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextvars import ContextVar
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
-from ray import tune
+from ray import cloudpickle, tune
 from ray.exceptions import RayTaskError
 
 from rayfed_lora.errors import RayfedError
@@ -44,7 +44,9 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray has no types
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tell why a trial failed."""
-        _tell(trials, (trial.trial_id, f"failed: {_reason(trial.get_error())}"))
+        # Not by `get_error`: that reads a copy which is made later.
+        error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+        _tell(trials, (trial.trial_id, f"failed: {_reason(error)}"))
 
 
 def _tell(
@@ -84,7 +86,7 @@ def _config(folder: RunFolder) -> Mapping[str, Any]:
     return config
 
 
-def _reason(error: Exception | None) -> str:
+def _reason(error: Exception) -> str:
     """Return what a user should know of an error that Ray has wrapped."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, RayfedError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,12 @@ from rayfed_lora.tuning.results import SearchResult
 from rayfed_lora.tuning.search import tune
 from tests.fakes import RECIPE, Behaviour, FakeFactory
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.usefixtures("ray_session"),
+    # Tune's loggers leave the files of unfinished trials open.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 ON_RAY = {"runtime.executor": "ray", "runtime.client_actors": 1, "runtime.cohort_size": 1}
 RANKS = {
@@ -97,7 +103,11 @@ def test_a_failing_trial_is_recorded_and_the_search_goes_on(whole, tmp_path):
         **RANKS,
         "parameters": {"aggregation.rule": {"choice": ["factor-average", "no-such-rule"]}},
     }
-    found = searched(tmp_path / "bad", space).trials.set_index("aggregation.rule")
+    told: list[SearchNews] = []
+    result = searched(tmp_path / "bad", space, watch=told.append)
+    assert any(n.ended is not None and "aggregation.rule" in n.ended[1] for n in told)
+    assert any(n.warning is not None and "about 500 of 1,000 draws" in n.warning for n in told)
+    found = result.trials.set_index("aggregation.rule")
     assert found["status"].to_dict() == {"factor-average": "finished", "no-such-rule": "failed"}
     assert "aggregation.rule" in found.loc["no-such-rule", "error"]
     page = Path(tmp_path / "bad" / "report.html").read_text()
@@ -127,9 +137,7 @@ def test_asha_ends_trials_early_and_they_are_not_compared(tmp_path):
         "scheduler": "asha",
         "samples": 8,
     }
-    # Rarely saved: the end must save what is finished.
-    settings = {**ON_RAY, "storage.checkpoint_every": 10}
-    found = searched(tmp_path, space, max_concurrent=1, settings=settings)
+    found = searched(tmp_path, space, max_concurrent=1)
     early = found.trials[found.trials["status"] == "ended early"]
     assert len(early) > 0 and (early["round"] < 6).all() and not early["on_front"].any()
     assert set(found.trials["status"]) == {"finished", "ended early"}
@@ -137,17 +145,60 @@ def test_asha_ends_trials_early_and_they_are_not_compared(tmp_path):
         assert len(pd.read_parquet(Path(row["location"], "rounds.parquet"))) == row["round"]
 
 
-def test_pbt_changes_the_rest_of_a_run_and_not_its_past(tmp_path):
+@pytest.mark.e2e
+def test_median_ends_trials_early_too(tmp_path):
     space = {
-        "parameters": {
-            "annealing.cooling.rank": {"choice": [1, 2, 3]},
-            "clients.optimizer.lr": {"uniform": [0.01, 0.1]},
-        },
+        "parameters": {"clients.per_round": {"choice": [1, 2, 3, 4, 5, 6]}},
         "objectives": {"eval_loss": "min"},
-        "scheduler": "pbt",
-        "samples": 4,
+        "scheduler": "median",
+        "samples": 8,
     }
+    found = searched(tmp_path, space, max_concurrent=1)
+    assert set(found.trials["status"]) == {"finished", "ended early"}
+
+
+POPULATION = {
+    "parameters": {
+        "annealing.cooling.rank": {"choice": [1, 2, 3]},
+        "clients.optimizer.lr": {"uniform": [0.01, 0.1]},
+    },
+    "objectives": {"eval_loss": "min"},
+    "scheduler": "pbt",
+    "samples": 4,
+}
+
+
+@pytest.mark.e2e
+def test_a_population_goes_on_without_a_trial_that_fails(tmp_path):
+    rules = {"choice": ["factor-average", "no-such-rule"]}
+    space = {**POPULATION, "parameters": {**POPULATION["parameters"], "aggregation.rule": rules}}
     found = searched(tmp_path, space)
+    assert set(found.trials["status"]) == {"finished", "failed"}
+
+
+@pytest.mark.e2e
+def test_a_population_that_was_stopped_late_goes_on(tmp_path):
+    def interrupt(news: SearchNews) -> None:
+        if max(news.running.values(), default=0) >= 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(InterruptedRunError):
+        searched(tmp_path, POPULATION, watch=interrupt)
+    found = searched(tmp_path, POPULATION, resume=True)
+    assert found.trials["status"].tolist() == ["finished"] * 4
+
+
+def test_a_search_that_was_killed_before_its_first_trial_runs_all_of_them(tmp_path):
+    space = {**RANKS, "search": "random", "samples": 3}
+    searched(tmp_path, space)
+    for left in (tmp_path / "tune").glob("experiment_state-*"):
+        left.unlink()
+    shutil.rmtree(tmp_path / "trials")
+    assert len(searched(tmp_path, space, resume=True).trials) == 3
+
+
+def test_pbt_changes_the_rest_of_a_run_and_not_its_past(tmp_path):
+    found = searched(tmp_path, POPULATION)
     assert found.trials["status"].tolist() == ["finished"] * 4
     changed = [Path(row) for row in found.trials["location"] if Path(row, "changes.json").exists()]
     assert changed
@@ -189,9 +240,10 @@ def test_sigint_keeps_what_is_done_and_resume_finishes_it(whole, tmp_path):
     before = first[0].stat().st_mtime_ns
     with pytest.raises(BadInputError, match="holds a search already"):
         searched(out)
-    with pytest.raises(BadInputError, match=r"these differ: search, clients\.per_round"):
-        searched(out, resume=True, settings={**ON_RAY, "clients.per_round": 2}, search="random")
-    found = searched(out, resume=True, max_concurrent=1)
+    other = {"settings": {**ON_RAY, "clients.per_round": 2}, "max_concurrent": 2}
+    with pytest.raises(BadInputError, match=r"differ: search, clients\.per_round, max_concurrent"):
+        searched(out, resume=True, search="random", **other)
+    found = searched(out, resume=True)
     assert first[0].stat().st_mtime_ns == before
     assert by_rank(found)["eval_loss"].equals(by_rank(whole)["eval_loss"])
 
@@ -206,7 +258,9 @@ def test_trials_share_gpus_by_fractions(tmp_path):
     shares = {"runtime.device": "auto", "runtime.gpus_per_actor": 0.5}
     found = searched(tmp_path, settings={**ON_RAY, **shares})
     devices = {
-        json.loads(Path(row, "adapter", "fake.json").read_text())["device"]
+        json.loads(Path(row, "adapter", "fake.json").read_text())["gpus"]
         for row in found.trials["location"]
     }
-    assert len(devices) > 0 and found.trials["status"].tolist() == ["finished"] * 2
+    assert found.trials["status"].tolist() == ["finished"] * 2
+    # Each actor sees the one GPU that its half is of.
+    assert devices and devices <= {"0", "1"}

@@ -90,10 +90,27 @@ def test_every_trial_has_a_row_and_only_finished_ones_are_compared(found):
 
 
 def test_a_finished_trial_without_a_loss_is_on_no_front(found, tmp_path):
-    diverged = Tried("a", {}, {**found.trials.iloc[0], "eval_loss": math.nan})
+    rounds = tmp_path / "trials" / "a" / "rounds.parquet"
+    pd.read_parquet(rounds).assign(eval_loss=math.nan).to_parquet(rounds)
+    diverged = Tried("a", {}, {})
     again = [diverged, Tried("b", {}, dict(found.trials.iloc[1]))]
     result = SearchResult.of(str(tmp_path), SPACE, make_recipe(), again)
     assert result.front["trial"].tolist() == ["b"]
+
+
+def test_a_trial_that_failed_before_it_saved_a_round_is_reported(found, tmp_path):
+    failed = Tried("f", {}, {"round": 3}, "diverged")
+    done = [Tried("a", {}, dict(found.trials.iloc[0])), failed]
+    SearchResult.of(str(tmp_path), SPACE, make_recipe(), done).write(SPACE)
+    assert "diverged" in (tmp_path / "report.html").read_text()
+
+
+def test_a_finished_trial_is_what_its_folder_says(found, tmp_path):
+    before = found.trials.iloc[0]
+    stale = Tried("a", {}, {**before, "round": 4, "total_bytes": 1})
+    result = SearchResult.of(str(tmp_path), SPACE, make_recipe(), [stale])
+    row = result.trials.iloc[0]
+    assert (row["round"], row["total_bytes"]) == (6, before["total_bytes"])
 
 
 def test_the_tables_are_kept_and_best_recipes_say_what_they_are(found, tmp_path):

@@ -12,6 +12,7 @@ from rayfed_lora.recipe_loading import load_recipe, shipped_names
 from rayfed_lora.tuning.space import (
     Space,
     apportioned,
+    check_objectives,
     continued,
     load_space,
     shipped_spaces,
@@ -67,11 +68,20 @@ def test_options_go_before_what_the_space_says():
         ({"parameters": {"a.lr": {"uniform": [2, 1]}}}, r"uniform: \[low, high\], got \[2"),
         ({"parameters": {"a.lr": {"loguniform": [0, 1]}}}, "low end above 0"),
         ({"parameters": {"a": {"choice": [1], "of": "b"}, "b": {"choice": [2]}}}, "b to stand"),
+        (
+            {
+                "parameters": {"a": {"choice": [1], "of": "annealing.heating.rounds"}},
+                "rounds": {"annealing.heating.rounds": {"uniform": [0, 1]}},
+            },
+            "annealing.heating.rounds to stand before it, among the parameters",
+        ),
+        ({"rounds": {"annealing.heating.rounds": {"choice": ["long"]}}}, "shares of 0 or more"),
+        ({"rounds": {"annealing.heating.rounds": {"uniform": [-1, 1]}}}, "shares of 0 or more"),
         ({"parameters": {"runtime.precision": {"choice": ["bf16"]}}}, "need not share"),
         ({"rounds": {"annealing.rounds": {"uniform": [0, 1]}}}, "expected keys of annealing.init"),
         (
             {"rounds": {"annealing.heating.rounds": {"uniform": [0, 1], "of": "x"}}},
-            "without `of` and `when`",
+            "shares of 0 or more, without `of` and `when`",
         ),
         ({"parameters": RANK, "objectives": {"accuracy": "max"}}, "metrics of eval_accuracy"),
         ({"parameters": RANK, "objectives": {"eval_loss": "less"}}, "'max' or 'min'"),
@@ -210,6 +220,42 @@ def lengths(*rounds: int) -> dict[str, int]:
 def test_a_changed_schedule_keeps_the_past_and_the_total(before, after, done, expected):
     old, new = make_recipe(**lengths(*before)), make_recipe(**lengths(*after))
     assert tuple(continued(old, new, done).values()) == expected
+
+
+@pytest.mark.parametrize("mode", ["fixed", "full"])
+def test_a_schedule_without_stages_is_not_changed(mode):
+    recipe = make_recipe(annealing__mode=mode)
+    assert continued(recipe, recipe, 2) == {}
+
+
+def test_a_skipped_stage_keeps_what_the_recipe_says():
+    recipe = make_recipe(annealing__initiating__trainable="none")
+    found = continued(recipe, recipe, 2)
+    assert load_recipe(recipe.model_dump(), found) == recipe
+    assert "annealing.initiating.rounds" not in found
+
+
+@pytest.mark.parametrize("key", ["clients.local_epochs", "clients.optimizer.name"])
+def test_a_share_of_what_is_no_number_is_refused(key):
+    found = space(parameters={"annealing.cooling.rank": {"choice": [0.5], "of": key}})
+    with pytest.raises(BadInputError, match=r"a number to multiply it by, got 0\.5 and"):
+        found.settings({"annealing.cooling.rank": 0.5}, make_recipe())
+
+
+@pytest.mark.parametrize(
+    ("task", "metric"),
+    [
+        ("text-classification", "eval_perplexity"),
+        ("image-classification", "eval_perplexity"),
+        ("causal-lm", "eval_macro_f1"),
+        ("causal-lm", "eval_auc"),
+    ],
+)
+def test_an_objective_that_the_model_is_not_tested_for_is_refused(task, metric):
+    settings = {"model__task": task, "adapter__train_head": task != "causal-lm"}
+    with pytest.raises(BadInputError, match=f"{metric} is not measured with model.task '{task}'"):
+        check_objectives(space(objectives={metric: "max"}), make_recipe(**settings))
+    check_objectives(space(objectives={"eval_loss": "min"}), make_recipe(**settings))
 
 
 def test_a_key_that_no_recipe_has_is_named():
