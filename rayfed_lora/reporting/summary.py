@@ -15,15 +15,9 @@ from rayfed_lora.federation.progress import Timing
 from rayfed_lora.recipe import Recipe
 
 _PACKAGES = ("rayfed-lora", "ray", "torch", "peft", "transformers", "numpy", "pyarrow")
-_METRICS = (
-    "round",
-    "eval_accuracy",
-    "eval_loss",
-    "eval_macro_f1",
-    "eval_auc",
-    "eval_perplexity",
-    "train_loss",
-)
+# What the global model is tested for, in rounds.parquet; missing where it is not measured.
+TESTED = ("eval_accuracy", "eval_loss", "eval_macro_f1", "eval_auc", "eval_perplexity")
+_METRICS = ("round", *TESTED, "train_loss")
 
 
 def summary(

@@ -20,6 +20,7 @@ from rayfed_lora.annealing.stages import stage_lengths
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml
+from rayfed_lora.reporting.summary import TESTED
 from rayfed_lora.types import Stage
 
 Mode = Literal["max", "min"]
@@ -32,11 +33,7 @@ _TESTED_ON: Mapping[str, frozenset[str]] = {
     "text-classification": frozenset({"eval_macro_f1", "eval_auc"}),
 }
 METRICS = (
-    "eval_accuracy",
-    "eval_loss",
-    "eval_macro_f1",
-    "eval_auc",
-    "eval_perplexity",
+    *TESTED,
     "train_loss",
     "total_bytes",
     "bytes_up",

@@ -19,6 +19,7 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, recipe_yaml
 from rayfed_lora.reporting.search import SEARCH_FILE
 from rayfed_lora.reporting.status import StatusBoard
+from rayfed_lora.reporting.summary import TESTED
 from rayfed_lora.reporting.tables import read_rounds
 from rayfed_lora.runtime.crew import Crew
 from rayfed_lora.runtime.factory import Factory
@@ -32,8 +33,6 @@ from rayfed_lora.tuning.space import Space, continued, trial_recipe
 CHANGES_FILE = "changes.json"
 # Summed over rounds: what has been sent, or has passed, so far.
 _SUMMED = ("bytes_up", "bytes_down", "bytes_base", "seconds")
-# Of the newest round that was tested.
-_TESTED = ("eval_accuracy", "eval_loss", "eval_macro_f1", "eval_auc", "eval_perplexity")
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ def measured(rounds: pa.Table) -> dict[str, Any]:
     """
     newest = rounds.slice(rounds.num_rows - 1).to_pylist()[0]
     found = {name: newest[name] for name in ("stage", "rank", "train_loss")}
-    for name in _TESTED:
+    for name in TESTED:
         tested = rounds[name].drop_null()
         found[name] = tested[-1].as_py() if len(tested) > 0 else None
     found |= {name: pc.sum(rounds[name]).as_py() for name in _SUMMED}

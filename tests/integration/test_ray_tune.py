@@ -130,11 +130,12 @@ def test_a_trial_whose_client_actor_dies_ends_as_if_it_had_not(whole, tmp_path):
     assert found.trials["warnings"].sum() == 1
 
 
-def test_asha_ends_trials_early_and_they_are_not_compared(tmp_path):
+@pytest.mark.parametrize("scheduler", ["asha", pytest.param("median", marks=pytest.mark.e2e)])
+def test_trials_end_early_and_are_not_compared(scheduler, tmp_path):
     space = {
         "parameters": {"clients.per_round": {"choice": [1, 2, 3, 4, 5, 6]}},
         "objectives": {"eval_loss": "min"},
-        "scheduler": "asha",
+        "scheduler": scheduler,
         "samples": 8,
     }
     found = searched(tmp_path, space, max_concurrent=1)
@@ -143,18 +144,6 @@ def test_asha_ends_trials_early_and_they_are_not_compared(tmp_path):
     assert set(found.trials["status"]) == {"finished", "ended early"}
     for row in early.to_dict("records"):
         assert len(pd.read_parquet(Path(row["location"], "rounds.parquet"))) == row["round"]
-
-
-@pytest.mark.e2e
-def test_median_ends_trials_early_too(tmp_path):
-    space = {
-        "parameters": {"clients.per_round": {"choice": [1, 2, 3, 4, 5, 6]}},
-        "objectives": {"eval_loss": "min"},
-        "scheduler": "median",
-        "samples": 8,
-    }
-    found = searched(tmp_path, space, max_concurrent=1)
-    assert set(found.trials["status"]) == {"finished", "ended early"}
 
 
 POPULATION = {
