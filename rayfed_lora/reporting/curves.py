@@ -43,6 +43,22 @@ class Curve:
     runs: int
 
 
+def measure(name: str, values: pd.Series[Any]) -> tuple[str, pd.Series[Any]]:
+    """Return label and values of an axis, bytes in MB."""
+    label = short(name)
+    return (f"{label}, MB", values / 1e6) if "bytes" in name else (label, values)
+
+
+def short(key: str) -> str:
+    """Return the name of a metric or recipe key without what all of its section share.
+
+    >>> short("annealing.heating.rank"), short("annealing.temperature"), short("eval_accuracy")
+    ('heating rank', 'temperature', 'eval accuracy')
+    """
+    parts = key.split(".")[-2:]
+    return " ".join(parts[parts[0] == "annealing" :]).replace("_", " ")
+
+
 def curves(rounds: pd.DataFrame, column: str, against: Against = "round") -> list[Curve]:
     """Return a curve for each label, over the rounds in which the column has values.
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from rayfed_lora.reporting.curves import COLOURS, Against, Curve, curves
+from rayfed_lora.reporting.curves import COLOURS, Against, Curve, curves, measure
 from rayfed_lora.storage import RunFolder
 
 if TYPE_CHECKING:
@@ -86,10 +86,13 @@ def write_front(folder: RunFolder, trials: pd.DataFrame, upper: str, across: str
     """
     figure, axes = _axes(layout="constrained")
     done = trials[trials["status"] == "finished"].sort_values(across)
-    front = done[done["on_front"]]
-    axes.scatter(done[across], done[upper], color=COLOURS[5], s=16, label="finished trials")
-    axes.plot(front[across], front[upper], color=COLOURS[0], marker="o", ms=4, label="front")
-    axes.set(xlabel=across.replace("_", " "), ylabel=upper.replace("_", " "))
+    (x_label, x), (y_label, y) = (measure(name, done[name]) for name in (across, upper))
+    front = done["on_front"]
+    axes.scatter(x, y, color=COLOURS[5], s=16, label="finished trials")
+    axes.plot(x[front], y[front], color=COLOURS[0], marker="o", ms=4, label="front")
+    if "bytes" in across:
+        _log_scale(axes)
+    axes.set(xlabel=x_label, ylabel=y_label)
     axes.legend(frameon=False, fontsize=8)
     _write(folder, "front", figure)
 

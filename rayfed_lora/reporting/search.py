@@ -14,6 +14,7 @@ import pandas as pd
 
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.recipe_loading import parse_yaml
+from rayfed_lora.reporting.curves import measure, short
 from rayfed_lora.reporting.figures import Figure, curve_figures, framed
 from rayfed_lora.reporting.page import even, page, shown
 from rayfed_lora.reporting.progress import megabytes
@@ -118,24 +119,8 @@ def _row(search: SearchData, row: Mapping[Any, Any]) -> dict[str, str]:
     for name in search.objectives:
         value = row[name]
         sent = "bytes" in name and pd.notna(value)
-        facts[_short(name)] = megabytes(value) if sent else shown(value)
-    return {**facts, **{_short(key): shown(row[key]) for key in search.drawn}}
-
-
-def _short(key: str) -> str:
-    """Return a key without what all of its section share.
-
-    >>> _short("annealing.heating.rank"), _short("annealing.temperature"), _short("eval_accuracy")
-    ('heating rank', 'temperature', 'eval accuracy')
-    """
-    parts = key.split(".")[-2:]
-    return " ".join(parts[parts[0] == "annealing" :]).replace("_", " ")
-
-
-def _measure(name: str, values: pd.Series[Any]) -> tuple[str, pd.Series[Any]]:
-    """Return label and values of an axis, bytes in MB."""
-    label = _short(name)
-    return (f"{label}, MB", values / 1e6) if "bytes" in name else (label, values)
+        facts[short(name)] = megabytes(value) if sent else shown(value)
+    return {**facts, **{short(key): shown(row[key]) for key in search.drawn}}
 
 
 def _figures(search: SearchData) -> Iterator[tuple[str, Figure]]:
@@ -153,8 +138,8 @@ def _front(done: pd.DataFrame, upper: str, across: str) -> Figure:
         ordered = own.sort_values(across)
         traces.append(
             {
-                "x": _measure(across, ordered[across])[1].tolist(),
-                "y": _measure(upper, ordered[upper])[1].tolist(),
+                "x": measure(across, ordered[across])[1].tolist(),
+                "y": measure(upper, ordered[upper])[1].tolist(),
                 "text": ordered["trial"].tolist(),
                 "name": label,
                 "mode": "lines+markers" if label == "front" else "markers",
@@ -162,14 +147,16 @@ def _front(done: pd.DataFrame, upper: str, across: str) -> Figure:
                 "line": {"shape": "hv", "width": 1},
             }
         )
-    x, y = ({"title": {"text": _measure(name, done[name])[0]}} for name in (across, upper))
+    x_label, y_label = (measure(name, done[name])[0] for name in (across, upper))
+    log = {"type": "log", "tickformat": "~g", "dtick": "D2"} if "bytes" in across else {}
+    x, y = {"title": {"text": x_label}, **log}, {"title": {"text": y_label}}
     return framed(traces, 400, x, y, showlegend=True)
 
 
 def _parallel(search: SearchData, done: pd.DataFrame) -> Figure:
     """Return parallel coordinates: an axis a drawn key and objective, a line a finished trial."""
     keys = [key for key in search.drawn if done[key].nunique(dropna=False) > 1]
-    axes = [_axis(*_measure(name, done[name])) for name in (*keys, *search.objectives)]
+    axes = [_axis(*measure(name, done[name])) for name in (*keys, *search.objectives)]
     first = done[next(iter(search.objectives))]
     colour = {"color": first.tolist(), "colorscale": "Viridis", "showscale": True}
     trace = {"type": "parcoords", "dimensions": axes, "line": colour, "labelangle": -25}
