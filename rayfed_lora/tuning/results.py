@@ -23,8 +23,8 @@ from rayfed_lora.reporting.tables import read_rounds
 from rayfed_lora.runtime.session import finished
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning import pareto
+from rayfed_lora.tuning.run_folders import CHANGES_FILE, measured
 from rayfed_lora.tuning.space import METRICS, Space
-from rayfed_lora.tuning.trial import CHANGES_FILE, measured
 
 Standing = Literal["finished", "ended early", "failed", "unfinished"]
 

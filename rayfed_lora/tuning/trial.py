@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 from ray import tune
 
 from rayfed_lora.errors import RunFolderError
-from rayfed_lora.federation import checkpoints
 from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe, recipe_yaml
 from rayfed_lora.reporting.search import SEARCH_FILE
 from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.reporting.summary import TESTED
 from rayfed_lora.reporting.tables import read_rounds
 from rayfed_lora.runtime.crew import Crew
 from rayfed_lora.runtime.factory import Factory
@@ -28,11 +23,8 @@ from rayfed_lora.runtime.ray_executor import RayExecutor
 from rayfed_lora.runtime.session import kept_recipe, sitting
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.drawing import DRAW
-from rayfed_lora.tuning.space import Space, continued, trial_recipe
-
-CHANGES_FILE = "changes.json"
-# Summed over rounds: what has been sent, or has passed, so far.
-_SUMMED = ("bytes_up", "bytes_down", "bytes_base", "seconds")
+from rayfed_lora.tuning.run_folders import adopt, copied, measured
+from rayfed_lora.tuning.space import Space, trial_recipe
 
 
 @dataclass(frozen=True)
@@ -144,56 +136,3 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         """Save the finished rounds and let the client actors go."""
         self._end()
         self._crew = None
-
-
-def measured(rounds: pa.Table) -> dict[str, Any]:
-    """Return what a trial reports of a run so far.
-
-    Args:
-        rounds: rows of rounds.parquet, at least one.
-
-    Returns:
-        round (finished ones), stage, rank and train_loss of the newest round, test metrics of the
-        newest tested one, and bytes and seconds so far.
-    """
-    newest = rounds.slice(rounds.num_rows - 1).to_pylist()[0]
-    found = {name: newest[name] for name in ("stage", "rank", "train_loss")}
-    for name in TESTED:
-        tested = rounds[name].drop_null()
-        found[name] = tested[-1].as_py() if len(tested) > 0 else None
-    found |= {name: pc.sum(rounds[name]).as_py() for name in _SUMMED}
-    found["total_bytes"] = found["bytes_up"] + found["bytes_down"]
-    return {"round": rounds.num_rows, **found}
-
-
-def copied(source: RunFolder, to: RunFolder, folder: str = "") -> None:
-    """Copy all files of a run folder, sub-folders too."""
-    for name in source.names(folder):
-        path = f"{folder}/{name}" if folder else name
-        if source.is_folder(path):
-            copied(source, to, path)
-        elif not name.startswith("."):
-            to.write(path, source.read(path))
-
-
-def adopt(folder: RunFolder, space: Space, recipe: Recipe, draw: Mapping[str, Any]) -> None:
-    """Let a draw change the rest of a run; its rounds so far, and their number, stay.
-
-    What has changed and after which round is added to changes.json.
-    """
-    before = kept_recipe(folder)
-    snapshot = checkpoints.newest(folder, lambda text: None)
-    if before is None or snapshot is None:
-        return
-    settings = space.settings(draw, recipe)
-    drawn = load_recipe(recipe.model_dump(), settings)
-    settings |= continued(before, drawn, snapshot.rounds)
-    after = load_recipe(recipe.model_dump(), settings)
-    if after == before:
-        return
-    changes: Sequence[Any] = []
-    if folder.exists(CHANGES_FILE):
-        changes = json.loads(folder.read(CHANGES_FILE))
-    changes = [*changes, {"after_round": snapshot.rounds, "settings": settings}]
-    folder.write(CHANGES_FILE, json.dumps(changes, indent=1).encode())
-    folder.write("recipe.yaml", recipe_yaml(after).encode())

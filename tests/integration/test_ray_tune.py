@@ -114,12 +114,14 @@ def test_a_failing_trial_is_recorded_and_the_search_goes_on(whole, tmp_path):
     assert "no-such-rule" in page and "1 failed" in page
 
 
+@pytest.mark.e2e
 def test_a_search_whose_trials_all_fail_says_why(tmp_path):
     raising = FakeFactory(Behaviour(raising=frozenset((client, 2) for client in range(6))))
     with pytest.raises(RunError, match="was told to raise"):
         searched(tmp_path, factory=raising)
 
 
+@pytest.mark.e2e
 def test_a_trial_whose_client_actor_dies_ends_as_if_it_had_not(whole, tmp_path):
     marker = tmp_path / "marker"
     marker.touch()
@@ -177,6 +179,7 @@ def test_a_population_that_was_stopped_late_goes_on(tmp_path):
     assert found.trials["status"].tolist() == ["finished"] * 4
 
 
+@pytest.mark.e2e
 def test_a_search_that_was_killed_before_its_first_trial_runs_all_of_them(tmp_path):
     space = {**RANKS, "search": "random", "samples": 3}
     searched(tmp_path, space)
@@ -186,8 +189,11 @@ def test_a_search_that_was_killed_before_its_first_trial_runs_all_of_them(tmp_pa
     assert len(searched(tmp_path, space, resume=True).trials) == 3
 
 
+@pytest.mark.e2e
 def test_pbt_changes_the_rest_of_a_run_and_not_its_past(tmp_path):
-    found = searched(tmp_path, POPULATION)
+    # Slowly, so that the trials are beside each other.
+    slow = FakeFactory(Behaviour(sleep_s=dict.fromkeys(range(6), 0.3)))
+    found = searched(tmp_path, POPULATION, factory=slow)
     assert found.trials["status"].tolist() == ["finished"] * 4
     changed = [Path(row) for row in found.trials["location"] if Path(row, "changes.json").exists()]
     assert changed
@@ -201,6 +207,7 @@ def test_pbt_changes_the_rest_of_a_run_and_not_its_past(tmp_path):
         assert (rounds.loc[later, "learning_rate"] == recipe.clients.optimizer.lr).all()
 
 
+@pytest.mark.e2e
 def test_optuna_searches_for_two_objectives(tmp_path):
     space = {
         "parameters": {"annealing.cooling.rank": {"randint": [1, 3]}},

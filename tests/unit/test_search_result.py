@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from rayfed_lora.errors import ResourceError, RunError, RunFolderError
 from rayfed_lora.recipe_loading import load_recipe, yaml_text
 from rayfed_lora.reporting.report import report
-from rayfed_lora.reporting.search import read_search
+from rayfed_lora.reporting.search import SearchNews, read_search
 from rayfed_lora.reporting.status import StatusBoard
+from rayfed_lora.reporting.terminal import show_search, watching_search
 from rayfed_lora.runtime.placement import Layout, Node
 from rayfed_lora.runtime.session import simulate
 from rayfed_lora.storage import RunFolder
@@ -178,3 +181,21 @@ def test_trials_share_the_cluster(settings, nodes, at_once, expected):
 def test_a_trial_that_cannot_fit_is_refused():
     with pytest.raises(ResourceError, match="cannot hold 3 client actors"):
         trial_layout(make_recipe(runtime__client_actors=3), [Node(2, 0)], 1)
+
+
+def test_a_search_is_shown_in_the_terminal(found):
+    console = Console(file=io.StringIO(), width=120)
+    with watching_search(console) as watch:
+        watch(SearchNews(warning="draws are refused"))
+        watch(SearchNews(2, {"b": 3}, ("a", "accuracy 0.6 after 6 rounds")))
+    show_search(console, found.trials, found.best, found.location)
+    said = console.file.getvalue()
+    for part in (
+        "warning: draws are refused",
+        "trial a: accuracy 0.6 after 6 rounds",
+        "2 finished, 1 ended early, 1 failed, 1 unfinished",
+        "best-knee.yaml",
+        "failed: d: annealing.cooling.shape: expected a shape",
+        f"recipes, tables and report: {found.location}",
+    ):
+        assert part in said.replace("\n", " ") or part in said

@@ -15,8 +15,8 @@ from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.reporting.tables import read_rounds
 from rayfed_lora.runtime.session import kept_recipe, sitting
 from rayfed_lora.storage import RunFolder
+from rayfed_lora.tuning.run_folders import adopt, copied, measured
 from rayfed_lora.tuning.space import load_space, trial_recipe
-from rayfed_lora.tuning.trial import adopt, copied, measured
 from tests.fakes import local_executor, make_recipe
 
 SPACE = load_space(

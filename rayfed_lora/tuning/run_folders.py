@@ -1,0 +1,78 @@
+"""Run folders of trials: what they report, copies, and a draw that changes the rest of a run.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayfed_lora.federation import checkpoints
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe_loading import load_recipe, recipe_yaml
+from rayfed_lora.reporting.summary import TESTED
+from rayfed_lora.runtime.session import kept_recipe
+from rayfed_lora.storage import RunFolder
+from rayfed_lora.tuning.space import Space, continued
+
+CHANGES_FILE = "changes.json"
+# Summed over rounds: what has been sent, or has passed, so far.
+_SUMMED = ("bytes_up", "bytes_down", "bytes_base", "seconds")
+
+
+def measured(rounds: pa.Table) -> dict[str, Any]:
+    """Return what a trial reports of a run so far.
+
+    Args:
+        rounds: rows of rounds.parquet, at least one.
+
+    Returns:
+        round (finished ones), stage, rank and train_loss of the newest round, test metrics of the
+        newest tested one, and bytes and seconds so far.
+    """
+    newest = rounds.slice(rounds.num_rows - 1).to_pylist()[0]
+    found = {name: newest[name] for name in ("stage", "rank", "train_loss")}
+    for name in TESTED:
+        tested = rounds[name].drop_null()
+        found[name] = tested[-1].as_py() if len(tested) > 0 else None
+    found |= {name: pc.sum(rounds[name]).as_py() for name in _SUMMED}
+    found["total_bytes"] = found["bytes_up"] + found["bytes_down"]
+    return {"round": rounds.num_rows, **found}
+
+
+def copied(source: RunFolder, to: RunFolder, folder: str = "") -> None:
+    """Copy all files of a run folder, sub-folders too."""
+    for name in source.names(folder):
+        path = f"{folder}/{name}" if folder else name
+        if source.is_folder(path):
+            copied(source, to, path)
+        elif not name.startswith("."):
+            to.write(path, source.read(path))
+
+
+def adopt(folder: RunFolder, space: Space, recipe: Recipe, draw: Mapping[str, Any]) -> None:
+    """Let a draw change the rest of a run; its rounds so far, and their number, stay.
+
+    What has changed and after which round is added to changes.json.
+    """
+    before = kept_recipe(folder)
+    snapshot = checkpoints.newest(folder, lambda text: None)
+    if before is None or snapshot is None:
+        return
+    settings = space.settings(draw, recipe)
+    drawn = load_recipe(recipe.model_dump(), settings)
+    settings |= continued(before, drawn, snapshot.rounds)
+    after = load_recipe(recipe.model_dump(), settings)
+    if after == before:
+        return
+    changes: Sequence[Any] = []
+    if folder.exists(CHANGES_FILE):
+        changes = json.loads(folder.read(CHANGES_FILE))
+    changes = [*changes, {"after_round": snapshot.rounds, "settings": settings}]
+    folder.write(CHANGES_FILE, json.dumps(changes, indent=1).encode())
+    folder.write("recipe.yaml", recipe_yaml(after).encode())
