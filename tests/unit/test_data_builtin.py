@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import gzip
 import importlib.util
 import struct
@@ -16,12 +17,16 @@ from rayfed_lora.recipe import Data, Partition
 IMAGES, TEXTS = "image-classification", "text-classification"
 
 
+# Without the time: each process must give the parametrized tests the same names.
+compressed = functools.partial(gzip.compress, mtime=0)
+
+
 def idx(values: np.ndarray) -> bytes:
     """Write the IDX format by its definition: 0 0 type(8 = uint8) dimensions, sizes, values."""
     head = struct.pack(">BBBB", 0, 0, 8, values.ndim) + struct.pack(
         f">{values.ndim}i", *values.shape
     )
-    return gzip.compress(head + values.astype(np.uint8).tobytes())
+    return compressed(head + values.astype(np.uint8).tobytes())
 
 
 def write_split(folder, split, images, labels):
@@ -94,9 +99,9 @@ def test_missing_fashion_mnist_is_an_error_that_says_how_to_get_it(tmp_path, mon
     [
         (b"not gzip", "corrupt"),
         (idx(np.zeros((30, 2, 3)))[:-12], "corrupt"),
-        (gzip.compress(b"\0\0"), "corrupt: need the IDX magic 00000803"),
+        (compressed(b"\0\0"), "corrupt: need the IDX magic 00000803"),
         (idx(np.zeros(30)), "need the IDX magic 00000803, got 00000801"),
-        (gzip.compress(struct.pack(">BBBBiii", 0, 0, 8, 3, 1, 2, 3) + b"abc"), "6 values .* got 3"),
+        (compressed(struct.pack(">BBBBiii", 0, 0, 8, 3, 1, 2, 3) + b"abc"), "6 values .* got 3"),
         (idx(np.zeros((29, 2, 3))), "29 images and 30 labels"),
     ],
 )
