@@ -12,8 +12,6 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-import pyarrow as pa
-
 from rayfed_lora.errors import InterruptedRunError, RecipeError, RunFolderError
 from rayfed_lora.federation import checkpoints
 from rayfed_lora.federation.checkpoints import CheckpointWriter, Snapshot
@@ -162,7 +160,7 @@ def sitting(
     *,
     resume: bool,
     page: bool = True,
-) -> Generator[pa.Table, None, dict[str, Any]]:
+) -> Generator[Tables, None, dict[str, Any]]:
     """Run a recipe round by round.
 
     Closed before its end, it saves the finished rounds.
@@ -177,7 +175,7 @@ def sitting(
         page: write report.html too.
 
     Yields:
-        After each round the rows of rounds.parquet so far.
+        After each round the tables so far, the same object each time.
 
     Returns:
         The summary; at once where the run had been finished.
@@ -250,7 +248,7 @@ class _Sitting:
         self._tables.add(record, clients)
         self._board.round_done(record, clients)
 
-    def rounds(self, began: float, resume: bool) -> Generator[pa.Table, None, None]:
+    def rounds(self, began: float, resume: bool) -> Generator[Tables, None, None]:
         snapshot = checkpoints.newest(self._folder, self._board.note) if resume else None
         start = self._server.fresh() if snapshot is None else self._restored(snapshot)
         self._earlier = start.timing
@@ -262,7 +260,7 @@ class _Sitting:
                 if self._progress.rounds % self._recipe.storage.checkpoint_every == 0:
                     self._save(began)
                     saved = self._progress.rounds
-                yield self._tables.rounds
+                yield self._tables
         except (InterruptedRunError, GeneratorExit) as stop:
             if self._progress.rounds > saved:
                 self._save(began)

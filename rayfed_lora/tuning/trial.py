@@ -7,7 +7,6 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import ray
 from ray import tune
 
@@ -15,7 +14,7 @@ from rayfed_lora.errors import RunFolderError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.search import SEARCH_FILE
 from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.reporting.tables import read_rounds
+from rayfed_lora.reporting.tables import Tables, read_rounds
 from rayfed_lora.runtime.crew import Crew
 from rayfed_lora.runtime.factory import Factory
 from rayfed_lora.runtime.placement import Layout
@@ -63,7 +62,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
 
     def _take(self, config: Mapping[str, Any]) -> None:
         self._draw: Mapping[str, Any] = config[DRAW]
-        self._rounds: Generator[pa.Table, None, dict[str, Any]] | None = None
+        self._rounds: Generator[Tables, None, dict[str, Any]] | None = None
         self._board = StatusBoard(0)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -81,10 +80,10 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         if self._rounds is None:
             self._rounds = self._started()
         tests = any(name.startswith("eval_") for name in self._shared.space.objectives)
-        for table in self._rounds:
-            report = measured(table)
+        for tables in self._rounds:
+            report = measured(tables.rounds)
             known = report["eval_loss"] is not None or not tests
-            if known and table.num_rows < self._total:
+            if known and report["round"] < self._total:
                 return self._reported(report)
         return {**self._reported(measured(read_rounds(self._folder))), "done": True}
 
@@ -94,7 +93,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         notes = len(self._board.status().notes)
         return {**report, **dict.fromkeys(unknown, math.nan), "warnings": notes}
 
-    def _started(self) -> Generator[pa.Table, None, dict[str, Any]]:
+    def _started(self) -> Generator[Tables, None, dict[str, Any]]:
         folder, shared = self._folder, self._shared
         if not RunFolder(shared.location).exists(SEARCH_FILE):
             raise RunFolderError(

@@ -45,8 +45,8 @@ def run(recipe: Recipe, folder: RunFolder, rounds: int | None = None) -> None:
     going = sitting(
         recipe, local_executor(recipe), folder, board, lambda: False, resume=True, page=False
     )
-    for table in going:
-        if table.num_rows == rounds:
+    for tables in going:
+        if tables.rounds.num_rows == rounds:
             going.close()
 
 
