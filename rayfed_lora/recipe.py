@@ -320,6 +320,12 @@ class Clients(Section):
     optimizer: Optimizer = section(Optimizer, "local optimiser")
     lr_schedule: LrSchedule = section(LrSchedule, "learning rate over rounds")
     max_grad_norm: PositiveFloat | None = option(None, "clip the gradient's 2-norm; null: never")
+    max_failed: Count | Annotated[float, Field(gt=0.0, lt=1.0)] = option(
+        0,
+        "how many clients of a round may raise an error and be left out before the run ends: a"
+        " number, or a share of the cohort",
+        "clients",
+    )
     ranks: Positive | Ranks | RankShares | None = option(
         None,
         "largest rank that a client can train: one for all | a list, dealt to clients in turn"
@@ -386,6 +392,12 @@ class Runtime(Section):
     start_timeout_s: PositiveFloat = option(
         120.0, "how long to wait for resources that others hold", "s"
     )
+    block_timeout_s: PositiveFloat | None = option(
+        None,
+        "an actor whose block, or share of a test, takes longer is ended and the work run again"
+        " (executor ray); null: no limit",
+        "s",
+    )
 
 
 class Storage(Section):
@@ -437,3 +449,8 @@ class Recipe(Section):
         """Return how many of `clients` clients take part in a round, at least 1."""
         share = self.clients.per_round
         return share if isinstance(share, int) else max(1, math.floor(share * clients + 0.5))
+
+    def most_failed(self, cohort: int) -> int:
+        """Return how many of a cohort may raise an error before the run ends."""
+        most = self.clients.max_failed
+        return most if isinstance(most, int) else math.floor(most * cohort)

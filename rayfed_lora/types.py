@@ -169,6 +169,7 @@ class LocalPlan:
         lr: local learning rate of this round.
         proximal_weight: mu of the proximal term.
         frozen: the factor of every module that is not trained, if any.
+        tolerant: whether a client that raises is left out, instead of ending the run.
     """
 
     round: int
@@ -176,6 +177,7 @@ class LocalPlan:
     lr: float
     proximal_weight: float
     frozen: Frozen | None = None
+    tolerant: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,8 @@ class ClientUpdate:
         train_loss: mean loss over its local steps (nan where it failed).
         seconds: its local training time.
         error: why it failed, or None.
+        trace: its traceback where training raised, else None.
+        note: what the user should know of it beside that, or None.
         personal: B by module where the client keeps its own, else None; a simulation has to keep
             it for the client.
     """
@@ -199,6 +203,8 @@ class ClientUpdate:
     train_loss: float
     seconds: float
     error: str | None = None
+    trace: str | None = None
+    note: str | None = None
     personal: Mapping[str, FloatArray] | None = None
 
 

@@ -25,7 +25,7 @@ from rayfed_lora.annealing.stages import (
     plan_round,
     proposed_rank,
 )
-from rayfed_lora.errors import InterruptedRunError, RunError
+from rayfed_lora.errors import ClientError, InterruptedRunError, RunError
 from rayfed_lora.federation import evaluation, records, sampling, transitions
 from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.executor import Call, Executor, Population, Trained
@@ -131,7 +131,7 @@ class Server:
 
         Raises:
             InterruptedRunError: `should_stop` said so; the last yielded progress is whole.
-            ClientError: a client's training raised.
+            ClientError: more clients raised than may.
             RunError: no client of a round sent a usable update.
         """
         watched = self._recipe.annealing.acceptance != "always"
@@ -159,7 +159,8 @@ class Server:
         full = plan.trainable == "full"
         frozen = None if full else self._rule.frozen(adapter_rounds_before(recipe.annealing, t))
         lr = learning_rate(recipe, t)
-        local = LocalPlan(t, plan.trainable, lr, plan.proximal_weight, frozen)
+        tolerant = recipe.most_failed(len(cohort)) > 0
+        local = LocalPlan(t, plan.trainable, lr, plan.proximal_weight, frozen, tolerant)
         size = BlockSize(1, even=True) if full else self.block_size
         blocks = sampling.calls(sampling.blocks(cohort, size))
         calls = [self._call(run, before, full) for run in blocks]
@@ -262,9 +263,11 @@ class Server:
         for part in started.training:
             if self._should_stop():
                 raise InterruptedRunError("stopped; the round was abandoned")
-            for report in part.clients:
+            for report in map(self._sized, part.clients):
+                reports.append(report)
                 self._observer.client_done(report)
-            reports += part.clients
+                if report.trace is not None:
+                    self._check_failed(started, reports)
             if part.means is not None:
                 whole.join(part.means)
         if all(report.error is not None for report in reports):
@@ -274,6 +277,21 @@ class Server:
                 f" {'; '.join(reasons[:3])}"
             )
         return self._rule.rule(started.entry.model.state, whole, step), reports
+
+    def _sized(self, report: ClientUpdate) -> ClientUpdate:
+        """Return a report with the number of examples, which who raised could not say."""
+        if report.trace is None:
+            return report
+        return replace(report, examples=int(self._population.sizes[report.client]))
+
+    def _check_failed(self, started: _Started, reports: list[ClientUpdate]) -> None:
+        """End the run where more clients of a round raised than may."""
+        raised = [report for report in reports if report.trace is not None]
+        most = self._recipe.most_failed(len(started.cohort))
+        if len(raised) > most:
+            last = raised[-1]
+            why = f"{len(raised)} clients of the round failed, clients.max_failed allows {most}"
+            raise ClientError(last.client, started.plan.round, f"{last.trace}\n{why}")
 
     def _book(self, started: _Started, updates: list[ClientUpdate]) -> Bill:
         plan, entry, cohort = started.plan, started.entry, started.cohort

@@ -239,6 +239,8 @@ class _Sitting:
     def client_done(self, update: ClientUpdate) -> None:
         if update.error is not None:
             self._board.note(f"client {update.client} failed: {update.error}")
+        if update.note is not None:
+            self._board.note(update.note)
         self._board.client_done(update)
 
     def clients_tested(self, tests: list[ClientTest]) -> None:

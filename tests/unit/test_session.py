@@ -543,6 +543,53 @@ def test_a_client_that_raises_ends_the_run_and_the_rounds_before_are_kept(tmp_pa
     assert board.status().rounds_before == 3
 
 
+def test_a_run_goes_on_without_as_many_raising_clients_as_it_may(tmp_path):
+    recipe = make_recipe(clients__per_round=1.0, clients__max_failed=0.2)
+    broken = local_executor(recipe, Behaviour(raising=frozenset({(4, 1), (4, 3)})))
+    summary, board = run(recipe, tmp_path, executor=broken)
+    assert summary["failed_clients"] == 2
+    rounds, clients = table(tmp_path, "rounds"), table(tmp_path, "clients")
+    assert rounds["failed_clients"].tolist() == [0, 1, 0, 1, 0, 0]
+    failed = clients[clients["status"] == "failed"]
+    # Client k holds k + 1 examples.
+    assert failed[["round", "client", "examples"]].to_numpy().tolist() == [[1, 4, 5], [3, 4, 5]]
+    assert set(failed["error"]) == {"ValueError: the fake client 4 was told to raise"}
+    notes = board.status().notes
+    assert notes.count("client 4 failed: ValueError: the fake client 4 was told to raise") == 2
+
+
+def test_more_raising_clients_than_may_end_the_run_with_the_last_ones_traceback(tmp_path):
+    recipe = make_recipe(clients__per_round=1.0, clients__max_failed=1)
+    broken = local_executor(recipe, Behaviour(raising=frozenset({(2, 3), (4, 3), (5, 3)})))
+    with pytest.raises(ClientError, match=r"client 4 failed in round 3:\n") as raised:
+        run(recipe, tmp_path, executor=broken)
+    assert "_train_client" in raised.value.trace
+    assert str(raised.value).endswith(
+        "2 clients of the round failed, clients.max_failed allows 1"
+    )
+    _, board = run(recipe, tmp_path, resume=True)
+    assert board.status().rounds_before == 3
+
+
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_a_block_that_does_not_fit_into_memory_is_halved_and_that_is_said(
+    together, undisturbed, tmp_path
+):
+    recipe = make_recipe(clients__per_round=5, runtime__cohort_size=5)
+    expected, _ = run(recipe, tmp_path / "expected")
+    short = local_executor(recipe, Behaviour(together=together))
+    summary, board = run(recipe, tmp_path / "short", executor=short)
+    assert summary["adapter_sha256"] == expected["adapter_sha256"]
+    notes = board.status().notes
+    assert "5 clients do not fit; trained in halves" in " ".join(notes)
+
+
+def test_a_client_that_does_not_fit_into_memory_alone_ends_the_run(tmp_path):
+    recipe = make_recipe(clients__per_round=5)
+    with pytest.raises(ClientError, match="1 clients do not fit"):
+        run(recipe, tmp_path, executor=local_executor(recipe, Behaviour(together=0)))
+
+
 def test_a_disk_that_fills_up_ends_the_run_and_the_rounds_before_are_kept(
     undisturbed, tmp_path, monkeypatch
 ):
