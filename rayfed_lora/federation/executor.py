@@ -20,6 +20,7 @@ from rayfed_lora.types import (
     ClientScore,
     ClientUpdate,
     Device,
+    DeviceFacts,
     Factors,
     FloatArray,
     LocalPlan,
@@ -42,7 +43,7 @@ class Population:
         examples: number of examples of each split.
         label_names: name of class i at place i.
         device: kind of device that clients are trained on.
-        sizes: (clients,) number of training examples of each client.
+        devices: number of examples of each client, and what its device is like.
         label_counts: clients (k,) that stand for all, and how many training examples of each class
             they hold (k, classes).
     """
@@ -52,7 +53,7 @@ class Population:
     examples: dict[Split, int]
     label_names: tuple[str, ...] = ()
     device: Device = "cpu"
-    sizes: IndexArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    devices: DeviceFacts = field(default_factory=lambda: DeviceFacts(np.zeros(0, np.int64)))
     label_counts: tuple[IndexArray, IndexArray] | None = None
 
 
@@ -64,10 +65,12 @@ class Trained:
         clients: a report of each, in order; their states are left out.
         means: of the usable updates, as the run's rule needs them; None where later ones cover
             them.
+        retries: how often they were trained again because an actor was lost.
     """
 
     clients: tuple[ClientUpdate, ...]
     means: Means | None
+    retries: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,22 @@ class Call:
     def clients(self) -> tuple[int, ...]:
         """All clients, in order."""
         return tuple(chain.from_iterable(self.blocks))
+
+    def halved(self, times: int) -> Call:
+        """Return the call with each block in two, so many times.
+
+        >>> Call(((0, 1, 2), (3,))).halved(1).blocks
+        ((0,), (1, 2), (3,))
+        """
+        blocks = self.blocks
+        for _ in range(times):
+            blocks = tuple(
+                part
+                for block in blocks
+                for part in (block[: len(block) // 2], block[len(block) // 2 :])
+                if part
+            )
+        return replace(self, blocks=blocks)
 
 
 # Calls whose means the server joins by itself; of more, trainers join runs of `JOINED_CALLS`.

@@ -325,6 +325,7 @@ class _Sitting:
             "best_at_heating": progress.best_at_heating,
             "timing": asdict(replace(progress.timing, wall_s=wall_s)),
             "ledger": ledger,
+            "clock_s": progress.clock_s,
         }
         model = progress.model
         snapshot = Snapshot(
@@ -351,6 +352,7 @@ class _Sitting:
             validation=None if scores is None else Scores(**scores),
             best_at_heating=facts["best_at_heating"],
             timing=Timing(**facts["timing"]),
+            clock_s=facts["clock_s"],
             moments=snapshot.moments,
             personal=snapshot.personal,
         )
