@@ -279,6 +279,14 @@ class ClientTest:
 
 
 @dataclass(frozen=True)
+class Note:
+    """A row of notes.parquet: what the user should know of a round, e.g. a lost actor."""
+
+    round: int
+    text: str
+
+
+@dataclass(frozen=True)
 class ClientRecord:
     """A row of clients.parquet: one client in one round.
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.recipe_loading import parse_yaml
-from rayfed_lora.reporting.client_rows import CLIENT_METRICS_FILE
+from rayfed_lora.reporting.client_rows import CLIENT_METRICS_FILE, NOTES_FILE
 from rayfed_lora.reporting.tables import PARTITION_FILE
 from rayfed_lora.storage import RunFolder
 
@@ -40,6 +40,7 @@ class RunData:
         failed: number of failed updates.
         tests: rows of client_metrics.parquet of the last tested round; may be empty.
         partition: client, label and examples of clients that stand for all; may be empty.
+        notes: round and text of what the user should know, the first of them; may be empty.
     """
 
     label: str
@@ -54,6 +55,7 @@ class RunData:
     failed: int
     tests: pd.DataFrame
     partition: pd.DataFrame
+    notes: pd.DataFrame
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ def read_run(folder: RunFolder, summary: Mapping[str, Any] | None = None) -> Run
             failed=failed,
             tests=_last_tests(folder),
             partition=_table(folder, PARTITION_FILE),
+            notes=_table(folder, NOTES_FILE).head(_MOST_FAILURES),
         )
 
 

@@ -227,6 +227,7 @@ class _Sitting:
         self._folder = folder
         self._board = board
         self._labels = population.label_names
+        self._notes_seen = 0
         self._checkpoints = CheckpointWriter(folder, recipe.storage.keep)
         self._tables = Tables(folder, list(population.shape.modules))
         self._server = Server(recipe, executor, population, self, should_stop)
@@ -248,6 +249,9 @@ class _Sitting:
 
     def round_done(self, record: RoundRecord, clients: list[ClientRecord]) -> None:
         self._tables.add(record, clients)
+        notes = self._board.status(notes_seen=self._notes_seen).notes
+        self._tables.add_notes(record.round, notes)
+        self._notes_seen += len(notes)
         self._board.round_done(record, clients)
 
     def rounds(self, began: float, resume: bool) -> Generator[Tables, None, None]:
