@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.object_store import bucket, object_store  # noqa: F401 - fixtures
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

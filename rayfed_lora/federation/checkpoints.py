@@ -21,6 +21,7 @@ from safetensors.numpy import load, save
 
 from rayfed_lora.aggregation.server_step import Moments
 from rayfed_lora.errors import RunFolderError
+from rayfed_lora.locations import child
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import AdapterState, Base, Factors, FloatArray
 
@@ -122,7 +123,7 @@ def newest(folder: RunFolder, warn: Callable[[str], None]) -> Snapshot | None:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             warn(f"checkpoint {name} is damaged or half written ({error}); using the one before it")
     if any(folder.exists(f"{_FOLDER}/{name}/manifest.json") for name in names):
-        raise RunFolderError(f"every checkpoint in {folder.location}/{_FOLDER} is damaged")
+        raise RunFolderError(f"every checkpoint in {child(folder.location, _FOLDER)} is damaged")
     return None
 
 

@@ -16,6 +16,7 @@ from ray import cloudpickle, tune
 from ray.exceptions import RayTaskError
 
 from rayfed_lora.errors import RayfedError
+from rayfed_lora.locations import child
 from rayfed_lora.reporting.search import SearchNews, Watch
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.drawing import DRAW
@@ -73,7 +74,7 @@ def tried_of(grid: tune.ResultGrid, location: str) -> list[Tried]:
     for result in grid:
         trial = PurePosixPath(result.path).name
         metrics: Mapping[str, Any] = result.metrics or {}
-        config = metrics.get("config") or _config(RunFolder(f"{location}/{trial}"))
+        config = metrics.get("config") or _config(RunFolder(child(location, trial)))
         reason = None if result.error is None else _reason(result.error)
         found.append(Tried(trial, config.get(DRAW, {}), metrics, reason))
     return found
