@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 from pyarrow import fs
 
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "not/a+secret"}
+# Of the server's own making; in the environment before Ray starts processes.
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "not/a+secret",
+    # No look for a role of this machine.
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 _numbers = count()
 Request = tuple[str, str]
 
@@ -108,11 +114,7 @@ def serving() -> Iterator[ObjectStore]:
 
 @pytest.fixture(scope="session")
 def object_store() -> Iterator[ObjectStore]:
-    with pytest.MonkeyPatch.context() as patch, serving() as store:
-        for name, value in CREDENTIALS.items():
-            patch.setenv(name, value)
-        # No look for a role of this machine.
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with serving() as store:
         yield store
 
 

@@ -256,7 +256,7 @@ class _Sitting:
 
     def rounds(self, began: float, resume: bool) -> Generator[Tables, None, None]:
         snapshot = checkpoints.newest(self._folder, self._board.note) if resume else None
-        start = self._server.fresh() if snapshot is None else self._restored(snapshot)
+        start = self._server.fresh() if snapshot is None else self._gone_on(snapshot)
         self._earlier = start.timing
         startup_s = start.timing.startup_s + time.perf_counter() - began
         self._progress = replace(start, timing=replace(start.timing, startup_s=startup_s))
@@ -341,6 +341,15 @@ class _Sitting:
             personal=progress.personal,
         )
         self._checkpoints.write(snapshot)
+
+    def _gone_on(self, snapshot: Snapshot) -> Progress:
+        try:
+            return self._restored(snapshot)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise RunFolderError(
+                f"cannot go on from the checkpoint of round {snapshot.rounds} in"
+                f" {self._folder.location}: {type(error).__name__}: {error}"
+            ) from error
 
     def _restored(self, snapshot: Snapshot) -> Progress:
         self._tables.restore(snapshot.rounds)
