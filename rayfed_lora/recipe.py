@@ -8,6 +8,7 @@ Source: this project (the formulas behind the options: `annealing`, `lora`, `agg
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -34,6 +35,8 @@ from rayfed_lora.recipe_fields import (
     option,
     section,
 )
+
+from rayfed_lora.plain_values import strange
 
 Method = Literal[
     "sa-fedlora",
@@ -139,6 +142,16 @@ class Model(Section):
         description="for source config: `architecture` (vit, bert, ...) and transformers' own"
         " names; for other sources: values that override the model's configuration",
     )
+
+    @field_validator("config")
+    @classmethod
+    def _plain(cls, value: dict[str, Any]) -> dict[str, Any]:
+        found = strange(value)
+        if found is not None:
+            raise ValueError(f"expected texts, finite numbers, true, false and null, got {found}")
+        # Names are texts: YAML's {0: cat} comes back from the resolved recipe as {"0": cat}.
+        named: dict[str, Any] = json.loads(json.dumps(value))
+        return named
 
 
 class Adapter(Section):

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayfed_lora.errors import RunFolderError
+from rayfed_lora.locations import child
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import ClientRecord, ClientTest, Note
 
@@ -159,4 +160,4 @@ def readable(folder: RunFolder, name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise RunFolderError(f"cannot go on from {folder.location}/{name}: {error}") from None
+        raise RunFolderError(f"cannot go on from {child(folder.location, name)}: {error}") from None

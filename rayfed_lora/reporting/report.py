@@ -9,6 +9,7 @@ import pandas as pd
 import pyarrow as pa
 
 from rayfed_lora.errors import BadInputError
+from rayfed_lora.locations import child, parent
 from rayfed_lora.reporting.figures import figures, partitions
 from rayfed_lora.reporting.page import REPORT_FILE, Rows, even, page, shown
 from rayfed_lora.reporting.progress import duration, megabytes, percent
@@ -50,11 +51,11 @@ def report(locations: Sequence[str], to: str | None = None) -> str:
     if not locations:
         raise BadInputError("report: expected at least one run folder, got none")
     if to is None:
-        to = f"{locations[0].rstrip('/')}/{REPORT_FILE}" if len(locations) == 1 else REPORT_FILE
-    if not to.endswith(".html"):
+        to = child(locations[0], REPORT_FILE) if len(locations) == 1 else REPORT_FILE
+    folder, name = parent(to)
+    if not name.endswith(".html"):
         raise BadInputError(f"--out: expected a file that ends in .html, got {to!r}")
-    folder, slash, name = to.rpartition("/")
-    RunFolder(folder or slash or ".").write(name, _content(locations).encode())
+    RunFolder(folder).write(name, _content(locations).encode())
     return to
 
 

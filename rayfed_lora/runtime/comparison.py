@@ -16,6 +16,7 @@ from uuid import uuid4
 
 from rayfed_lora.errors import BadInputError, InterruptedRunError, RayfedError
 from rayfed_lora.federation.executor import Executor
+from rayfed_lora.locations import child
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, override_pairs
 from rayfed_lora.reporting.comparison import Cell, Comparison, Ended, Standing
@@ -194,7 +195,7 @@ def cells_of(
                     f"methods: expected the same runtime for all, since they share actors; {name!r}"
                     f" has another than {cells[0].method!r}"
                 )
-            location = f"{out.rstrip('/')}/{name}/seed-{seed}"
+            location = child(out, name, f"seed-{seed}")
             cells.append(Cell(name, seed, launch.with_absolute_paths(given), location))
     return cells
 
