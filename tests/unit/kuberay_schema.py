@@ -1,4 +1,4 @@
-"""What KubeRay's API (ray.io/v1) takes, as far as the shipped manifests use it; all else is refused.
+"""What KubeRay's API (ray.io/v1) takes, as far as the manifests use it; all else is refused.
 
 KubeRay's own schema is in no package. Field names and types are those of its 1.6 API; pod templates
 are left to the Kubernetes schemas.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import tomllib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -107,8 +106,7 @@ def test_the_project_is_installed_from_its_lock(name: str) -> None:
     (install,) = (c for c in config["setup_commands"] if "pip install" in c)
     assert "--constraints constraints.txt" in install
     extra = re.search(r"\.\[(\w+)\]", install)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert extra is None or extra[1] in project["optional-dependencies"]
+    assert extra is None or f"\n{extra[1]} = [" in (ROOT / "pyproject.toml").read_text()
 
 
 def test_all_that_is_chosen_on_aws_is_used() -> None:
