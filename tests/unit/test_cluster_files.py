@@ -20,6 +20,7 @@ from moto import mock_aws
 from pydantic import BaseModel, ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from tests.aws_setup import made_by_setup
 from tests.unit.kuberay_schema import RayCluster, RayJob
 
 ROOT = Path(__file__).parents[2]
@@ -166,35 +167,13 @@ def test_the_roles_of_the_nodes_are_made_by_the_setup() -> None:
     assert f'"aws:ResourceTag/ray-cluster-name": "{config["cluster_name"]}"' in head
 
 
-def resolved(value: Any) -> Any:
-    """Return a part of the template with its functions replaced by what they could give."""
-    if isinstance(value, list):
-        return [resolved(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "Fn::Sub" in value:
-        for name, content in {"Partition": "aws", "AccountId": "123456789012"}.items():
-            value = {"Fn::Sub": value["Fn::Sub"].replace(f"${{AWS::{name}}}", content)}
-        return value["Fn::Sub"].replace("${Bucket}", "runs-of-a-test")
-    if "Fn::GetAtt" in value:
-        return f"arn:aws:iam::123456789012:role/{value['Fn::GetAtt'][0]}"
-    return {key: resolved(item) for key, item in value.items()}
-
-
 @mock_aws
-def test_iam_takes_the_policies_of_the_setup() -> None:
-    resources = resolved(loaded("aws-setup")["Resources"])
-    iam = boto3.client("iam", region_name="us-west-2")
-    for role in ("WorkerRole", "HeadRole"):
-        properties = resources[role]["Properties"]
-        trust = json.dumps(properties["AssumeRolePolicyDocument"])
-        iam.create_role(RoleName=role, AssumeRolePolicyDocument=trust)
-        for policy in properties.get("Policies", []):
-            document = json.dumps(policy["PolicyDocument"])
-            name = policy["PolicyName"]
-            iam.put_role_policy(RoleName=role, PolicyName=name, PolicyDocument=document)
-    document = json.dumps(resources["UseRuns"]["Properties"]["PolicyDocument"])
-    iam.create_policy(PolicyName="runs", PolicyDocument=document)
+def test_iam_and_ec2_take_what_the_setup_makes() -> None:
+    vpc = boto3.client("ec2", region_name="us-west-2").create_vpc(CidrBlock="10.0.0.0/24")
+    made_by_setup(vpc["Vpc"]["VpcId"])
+    profiles = boto3.client("iam", region_name="us-west-2").list_instance_profiles()
+    names = [p["InstanceProfileName"] for p in profiles["InstanceProfiles"]]
+    assert sorted(names) == ["rayfed-lora-head", "rayfed-lora-worker"]
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
