@@ -1,4 +1,6 @@
-"""An account on a mock of AWS: `make KEY` sets it up, `show` prints what is in it, as JSON.
+"""An account on a mock of AWS, as commands that print JSON.
+
+`make KEY` sets it up, `show` tells of its instances, `read FILE` prints a file of the bucket.
 
 Run beside the machines: only from there is the mock reached.
 """
@@ -12,7 +14,7 @@ from typing import Any
 
 import boto3
 
-from tests.aws_setup import REGION, made_by_setup
+from tests.aws_setup import REGION, VALUES, made_by_setup
 from tests.e2e.hosts import NETWORK
 
 
@@ -52,5 +54,11 @@ def show() -> dict[str, Any]:
     }
 
 
+def read(name: str) -> Any:
+    """Return a JSON file of the bucket."""
+    s3 = boto3.client("s3", region_name=REGION)
+    return json.loads(s3.get_object(Bucket=VALUES["Bucket"], Key=name)["Body"].read())
+
+
 if __name__ == "__main__":
-    print(json.dumps(make(sys.argv[2]) if sys.argv[1] == "make" else show()))
+    print(json.dumps({"make": make, "show": show, "read": read}[sys.argv[1]](*sys.argv[2:])))

@@ -17,6 +17,15 @@ from tests.e2e.hosts import Hosts
 ROOT = Path(__file__).parents[2]
 DASHBOARD = "http://127.0.0.1:8265"
 LAUNCH_S = 300.0
+# Of a shipped recipe, so that a run of it is short: five rounds.
+SHORTER = [
+    "annealing.initiating.rounds=1",
+    "annealing.heating.rounds=1",
+    "annealing.cooling.rounds=2",
+    "annealing.holding.rounds=1",
+    "clients.local_steps=2",
+    "runtime.client_actors=2",
+]
 CURL = ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}"]
 
 

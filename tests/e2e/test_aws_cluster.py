@@ -15,7 +15,7 @@ import yaml
 
 from tests.aws_setup import REGION, VALUES
 from tests.e2e.hosts import CONTROL, TOKEN, Hosts, hosts, require
-from tests.e2e.launching import ROOT, Launcher
+from tests.e2e.launching import ROOT, SHORTER, Launcher
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(1200)]
 
@@ -97,5 +97,9 @@ def test_gpu_nodes_on_aws_come_with_a_job_and_go_again(tmp_path: Path) -> None:
                 "ports": ["22", "None"],
                 "from": [VALUES["SshFrom"]],
             }
+            # The mock's GPU is none that torch could use.
+            run = ["rayfed-lora", "run", "digits-vit", "--out", f"s3://{VALUES['Bucket']}/first"]
+            launcher.job(*run, "--set", *SHORTER, "runtime.device=cpu")
+            assert account(launcher, "read", "first/summary.json")["rounds"] == 5
             launcher.wait_until(lambda: set(account(launcher, "show")["instances"]) == {head}, 240)
         assert account(launcher, "show")["instances"] == {}

@@ -10,19 +10,9 @@ import pytest
 import yaml
 
 from tests.e2e.hosts import TOKEN, hosts, require
-from tests.e2e.launching import ROOT, Launcher
+from tests.e2e.launching import ROOT, SHORTER, Launcher
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(1200)]
-
-# A short run of a shipped recipe: an actor takes all cores of a machine, so there is one on each.
-SHORTER = [
-    "annealing.initiating.rounds=1",
-    "annealing.heating.rounds=1",
-    "annealing.cooling.rounds=2",
-    "annealing.holding.rounds=1",
-    "clients.local_steps=2",
-    "runtime.client_actors=2",
-]
 
 
 def test_a_run_on_two_machines_is_read_from_their_shared_folder(tmp_path: Path) -> None:
@@ -42,6 +32,7 @@ def test_a_run_on_two_machines_is_read_from_their_shared_folder(tmp_path: Path) 
 
             cpus = min(node["resources_total"]["CPU"] for node in launcher.listed("nodes"))
             out = tmp_path / "shared" / "run"
+            # An actor takes all cores of a machine: there is one on each.
             chosen = [*SHORTER, f"runtime.cpus_per_actor={cpus:g}"]
             launcher.job("rayfed-lora", "run", "digits-vit", "--out", str(out), "--set", *chosen)
             assert json.loads((out / "summary.json").read_text())["rounds"] == 5
