@@ -219,6 +219,18 @@ def test_every_pod_has_the_shared_folder_and_fixed_resources() -> None:
         assert container["resources"]["limits"] == container["resources"]["requests"]
 
 
+def test_pods_are_reached_from_their_namespace_and_by_kuberay_only() -> None:
+    (policy,) = (d["spec"] for d in documents("kuberay") if d["kind"] == "NetworkPolicy")
+    labels = policy["podSelector"]["matchLabels"]
+    spec = cluster_specs()[0]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        assert group["template"]["metadata"]["labels"] == labels
+    ((namespace, kuberay),) = (rule["from"] for rule in policy["ingress"])
+    assert namespace == {"podSelector": {}}
+    operator = {"app.kubernetes.io/name": "kuberay-operator"}
+    assert kuberay["podSelector"]["matchLabels"] == operator
+
+
 def test_the_image_and_the_manifests_have_the_ray_of_the_lock() -> None:
     locked = version("ray")
     assert f"FROM rayproject/ray:{locked}-py311-cpu" in (CLUSTER / "Dockerfile").read_text()
