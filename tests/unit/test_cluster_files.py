@@ -18,6 +18,9 @@ import yaml
 from botocore.validate import ParamValidator
 from moto import mock_aws
 from pydantic import BaseModel, ValidationError
+from ray.autoscaler._private.kuberay.autoscaling_config import (
+    _derive_autoscaling_config_from_ray_cr as read_by_autoscaler,
+)
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tests.aws_setup import made_by_setup
@@ -188,6 +191,19 @@ def test_kubernetes_takes_the_manifests(name: str) -> None:
         for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
             template = {"apiVersion": "v1", "kind": "PodTemplate", "template": group["template"]}
             kubernetes_validate.validate(template, "1.33", strict=True)
+
+
+def test_the_autoscaler_reads_gpu_pods_out_of_the_manifest() -> None:
+    (cluster,) = (d for d in documents("kuberay") if d["kind"] == "RayCluster")
+    cluster["metadata"]["namespace"] = "default"
+    config = read_by_autoscaler(cluster)
+    validate_config(config)
+    assert (config["max_workers"], config["idle_timeout_minutes"]) == (4, 10)
+    gpu = config["available_node_types"]["gpu"]
+    # 28 Gi = 28 * 2**30
+    assert gpu["resources"] == {"CPU": 8, "GPU": 1, "memory": 30_064_771_072}
+    head = config["available_node_types"][config["head_node_type"]]
+    assert head["resources"]["GPU"] == 0
 
 
 @pytest.mark.parametrize("model", [RayCluster, RayJob], ids=["RayCluster", "RayJob"])
