@@ -20,7 +20,13 @@ import pytest
 NETWORK = "10.77.0"
 CONTROL = f"{NETWORK}.2"
 TOKEN = "0123456789abcdef" * 4
-TOOLS = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "rsync": "rsync"}
+TOOLS = {
+    "ip": "iproute2",
+    "sshd": "openssh-server",
+    "ssh": "openssh-client",
+    "rsync": "rsync",
+    "curl": "curl",
+}
 START_S = 30.0
 
 SSHD = """\
