@@ -65,7 +65,11 @@ def _submitted(jobs: Jobs, submitted: Submitted, follow: bool) -> None:
 def _follow(jobs: Jobs, job: str) -> int:
     from rayfed_lora.reporting.jobs import exit_status
 
-    return exit_status(jobs.follow(job, lambda text: typer.echo(text, nl=False)))
+    return exit_status(jobs.follow(job, _echo))
+
+
+def _echo(text: str) -> None:
+    typer.echo(text, nl=False)
 
 
 @app.command()
@@ -107,3 +111,43 @@ def stop(job: JobArgument, address: DashboardOption = None) -> None:
     from rayfed_lora.runtime.jobs import Jobs
 
     show_stopped(Console(), Jobs(address).stop(job))
+
+
+@app.command()
+def doctor(
+    address: Annotated[
+        str | None,
+        typer.Option(help="A running Ray cluster, or its dashboard's URL; default this machine."),
+    ] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RECIPE", help="To be fitted in; repeatable; default the shipped."),
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Folder or URI that every node must be able to write.")
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Measure the recipes' GPU memory by short runs.")
+    ] = False,
+) -> None:
+    """Say what this machine or a cluster offers, what is wrong, and how to mend it."""
+    from rich.console import Console
+
+    from rayfed_lora.recipe_loading import load_recipe
+    from rayfed_lora.reporting.diagnosis import diagnosis_status, show_diagnosis
+    from rayfed_lora.runtime.dashboard import is_dashboard
+
+    recipes = [load_recipe(each) for each in recipe or ()]
+    if is_dashboard(address):
+        from rayfed_lora.reporting.jobs import JobView, exit_status
+        from rayfed_lora.runtime.jobs import examine
+
+        found = examine(address, recipes, storage=storage, probe=probe, show=_echo)
+        if isinstance(found, JobView):
+            raise typer.Exit(exit_status(found))
+    else:
+        from rayfed_lora.runtime.doctor import doctor as look
+
+        found = look(address, recipes, storage=storage, probe=probe)
+    show_diagnosis(Console(), found)
+    raise typer.Exit(diagnosis_status(found))

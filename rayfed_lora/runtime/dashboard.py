@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
 from rayfed_lora.errors import BadInputError, ResourceError, RunError
+from rayfed_lora.runtime.ports import unreachable
 
 # Ray prefers these to the address that it is given.
 _OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-_CONNECT_S = 10.0
-_TALKATIVE = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 _TOKEN_HINT = (
     "the cluster wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with"
     " the token or RAY_AUTH_TOKEN to the token (default file: ~/.ray/auth_token)"
@@ -45,6 +48,12 @@ def dashboard_url(address: str | None) -> str:
     return str(url).rstrip("/")
 
 
+def is_dashboard(address: str | None) -> bool:
+    """Return whether an address, or $RAY_ADDRESS without one, is a dashboard's URL."""
+    found = address or os.environ.get("RAY_ADDRESS") or ""
+    return urlsplit(found).scheme in ("http", "https")
+
+
 def client_of(address: str | None) -> Any:
     """Return Ray's client for jobs.
 
@@ -65,13 +74,12 @@ def _check_port(url: str) -> None:
     """Try the port first: Ray's client would wait for minutes."""
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        socket.create_connection((parts.hostname or "", port), _CONNECT_S).close()
-    except OSError as error:
+    reason = unreachable(parts.hostname or "", port)
+    if reason is not None:
         raise ResourceError(
-            f"no Ray dashboard at {url}: {error}; is the cluster up, and the tunnel to it open"
+            f"no Ray dashboard at {url}: {reason}; is the cluster up, and the tunnel to it open"
             " (ray dashboard cluster.yaml)?"
-        ) from None
+        )
 
 
 @contextmanager

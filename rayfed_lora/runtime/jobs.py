@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +17,16 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from rayfed_lora.errors import BadInputError, InterruptedRunError, RecipeError, RunError
+from rayfed_lora.errors import (
+    BadInputError,
+    InterruptedRunError,
+    RecipeError,
+    ResourceError,
+    RunError,
+)
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
+from rayfed_lora.reporting.diagnosis import Finding
 from rayfed_lora.reporting.jobs import ENDED, JobProgress, JobView
 from rayfed_lora.runtime import job_progress
 from rayfed_lora.runtime.dashboard import client_of, refused
@@ -96,17 +104,33 @@ class Jobs:
         notes = _notes(loaded, given=location is not None, where=where)
         storage = loaded.storage.model_copy(update={"path": where})
         loaded = with_absolute_paths(loaded).model_copy(update={"storage": storage})
-        self._start(job, loaded, where, resume)
+        command = f"{COMMAND} --resume" if resume else COMMAND
+        files = {RECIPE_FILE: recipe_yaml(loaded)}
+        self._start(job, command, files, job_progress.facts(loaded, where))
         return Submitted(job, where, notes)
 
-    def _start(self, job: str, recipe: Recipe, location: str, resume: bool) -> None:
+    def start_doctor(self, command: str, files: Mapping[str, str]) -> str:
+        """Start a job that is not a run; return its id.
+
+        Args:
+            command: for the shell, quoted.
+            files: texts by name, in its working folder.
+        """
+        job = f"doctor-{time.strftime('%Y%m%d-%H%M%S')}-{uuid4().hex[:6]}"
+        self._start(job, command, files, {})
+        return job
+
+    def _start(
+        self, job: str, command: str, files: Mapping[str, str], metadata: Mapping[str, str]
+    ) -> None:
         with tempfile.TemporaryDirectory() as folder, refused():
-            Path(folder, RECIPE_FILE).write_text(recipe_yaml(recipe), "utf-8")
+            for name, text in files.items():
+                Path(folder, name).write_text(text, "utf-8")
             self._client.submit_job(
-                entrypoint=f"{COMMAND} --resume" if resume else COMMAND,
+                entrypoint=command,
                 submission_id=job,
                 runtime_env={"working_dir": folder, "env_vars": dict(_ENVIRONMENT)},
-                metadata=job_progress.facts(recipe, location),
+                metadata=dict(metadata),
             )
 
     def all(self) -> list[JobView]:
@@ -216,6 +240,38 @@ class Jobs:
         except (RecipeError, TypeError) as error:
             raise BadInputError(f"the recipe of job {job} cannot be read: {error}") from None
         return self.submit(recipe, view.location, resume=True)
+
+
+def examine(
+    address: str | None,
+    recipes: Sequence[Recipe],
+    *,
+    storage: str | None,
+    probe: bool,
+    show: Callable[[str], None],
+) -> list[Finding] | JobView:
+    """Let a job be the doctor of a cluster that is reached by its dashboard only.
+
+    Args:
+        address: the dashboard's.
+        recipes: as for `doctor`, likewise the next two.
+        storage: folder or URI.
+        probe: measure GPU memory.
+        show: called with what the job prints.
+
+    Returns:
+        How the job ended, or what is wrong where no job can be started.
+    """
+    try:
+        jobs = Jobs(address)
+    except ResourceError as error:
+        mend = "start the cluster, open the tunnel to its dashboard, and set the token"
+        return [Finding("fault", "dashboard", str(error), mend)]
+    files = {f"recipe-{i}.yaml": recipe_yaml(recipe) for i, recipe in enumerate(recipes)}
+    command = ["rayfed-lora", "doctor", *(f"--recipe={name}" for name in files)]
+    command += [] if storage is None else [f"--storage={storage}"]
+    command += ["--probe"] * probe
+    return jobs.follow(jobs.start_doctor(shlex.join(command), files), show)
 
 
 def _check_id(job: str) -> None:

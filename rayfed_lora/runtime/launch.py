@@ -24,6 +24,7 @@ from rayfed_lora.runtime import job_progress
 from rayfed_lora.runtime.factory import Factory, TorchFactory, in_process
 from rayfed_lora.runtime.local import LocalExecutor
 from rayfed_lora.runtime.location import run_location, with_absolute_paths
+from rayfed_lora.runtime.ports import unreachable_cluster
 from rayfed_lora.runtime.session import claim, finished, simulate
 from rayfed_lora.storage import RunFolder
 
@@ -225,6 +226,9 @@ def ray_session(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    reason = None if where is None else unreachable_cluster(where)
+    if reason is not None:
+        raise ResourceError(f"no Ray cluster at {where}: {reason}")
     try:
         ray.init(
             address=where or "local",
