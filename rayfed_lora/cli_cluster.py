@@ -140,7 +140,7 @@ def doctor(
     recipes = [load_recipe(each) for each in recipe or ()]
     if is_dashboard(address):
         from rayfed_lora.reporting.jobs import JobView, exit_status
-        from rayfed_lora.runtime.jobs import examine
+        from rayfed_lora.runtime.remote_doctor import examine
 
         found = examine(address, recipes, storage=storage, probe=probe, show=_echo)
         if isinstance(found, JobView):

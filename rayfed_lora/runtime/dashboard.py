@@ -23,8 +23,8 @@ _TALKATIVE = (
     "ray._private.runtime_env.packaging",
 )
 _TOKEN_HINT = (
-    "the cluster wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with"
-    " the token or RAY_AUTH_TOKEN to the token (default file: ~/.ray/auth_token)"
+    "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
+    " (default ~/.ray/auth_token) or RAY_AUTH_TOKEN to the token itself"
 )
 
 
@@ -112,7 +112,7 @@ def refused(job: str | None = None) -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:
-        first = str(error).splitlines()[0]
+        first = str(error).splitlines()[0].split(". ")[0]
         raise ResourceError(f"{first}; {_TOKEN_HINT}") from None
     except (ConnectionError, requests.exceptions.RequestException) as error:
         raise ResourceError(f"the Ray dashboard does not answer as expected: {error}") from None

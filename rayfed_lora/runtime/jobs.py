@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import shlex
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,15 +20,15 @@ from rayfed_lora.errors import (
     BadInputError,
     InterruptedRunError,
     RecipeError,
-    ResourceError,
     RunError,
 )
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
-from rayfed_lora.reporting.diagnosis import Finding
-from rayfed_lora.reporting.jobs import ENDED, JobProgress, JobView
+from rayfed_lora.reporting.jobs import JobView
 from rayfed_lora.runtime import job_progress
 from rayfed_lora.runtime.dashboard import client_of, refused
+from rayfed_lora.runtime.job_files import notes_on
+from rayfed_lora.runtime.job_records import is_ours, view_of
 from rayfed_lora.runtime.location import JOB_RUNS, refuse_relative, with_absolute_paths
 
 RECIPE_FILE = "recipe.yaml"
@@ -40,7 +39,6 @@ _ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
 _POLL_S = 0.5
 _NAME_LENGTH = 40
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_NO_COMMAND = 127
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class Jobs:
             raise BadInputError("--resume: give --out, the folder of the run to go on with")
         where = location or f"{JOB_RUNS}/{job}"
         refuse_relative(where)
-        notes = _notes(loaded, given=location is not None, where=where)
+        notes = notes_on(loaded, where, given=location is not None)
         storage = loaded.storage.model_copy(update={"path": where})
         loaded = with_absolute_paths(loaded).model_copy(update={"storage": storage})
         command = f"{COMMAND} --resume" if resume else COMMAND
@@ -137,7 +135,7 @@ class Jobs:
         """Return the jobs that run recipes, also those of plain `ray job submit`."""
         with refused():
             found = self._client.list_jobs()
-        return [_view(job) for job in found if _is_ours(job)]
+        return [view_of(job) for job in found if is_ours(job)]
 
     def status(self, job: str) -> JobView:
         """Return where a job stands.
@@ -145,7 +143,7 @@ class Jobs:
         Raises:
             BadInputError: there is no such job.
         """
-        return _view(self._info(job))
+        return view_of(self._info(job))
 
     def _info(self, job: str) -> Any:
         _check_id(job)
@@ -242,121 +240,7 @@ class Jobs:
         return self.submit(recipe, view.location, resume=True)
 
 
-def examine(
-    address: str | None,
-    recipes: Sequence[Recipe],
-    *,
-    storage: str | None,
-    probe: bool,
-    show: Callable[[str], None],
-) -> list[Finding] | JobView:
-    """Let a job be the doctor of a cluster that is reached by its dashboard only.
-
-    Args:
-        address: the dashboard's.
-        recipes: as for `doctor`, likewise the next two.
-        storage: folder or URI.
-        probe: measure GPU memory.
-        show: called with what the job prints.
-
-    Returns:
-        How the job ended, or what is wrong where no job can be started.
-    """
-    try:
-        jobs = Jobs(address)
-    except ResourceError as error:
-        mend = "start the cluster, open the tunnel to its dashboard, and set the token"
-        return [Finding("fault", "dashboard", str(error), mend)]
-    files = {f"recipe-{i}.yaml": recipe_yaml(recipe) for i, recipe in enumerate(recipes)}
-    command = ["rayfed-lora", "doctor", *(f"--recipe={name}" for name in files)]
-    command += [] if storage is None else [f"--storage={storage}"]
-    command += ["--probe"] * probe
-    return jobs.follow(jobs.start_doctor(shlex.join(command), files), show)
-
-
 def _check_id(job: str) -> None:
     # It becomes a part of a URL.
     if not _JOB_ID.fullmatch(job):
         raise BadInputError(f"job: expected an id as rayfed-lora status lists them, got {job!r}")
-
-
-def _notes(recipe: Recipe, *, given: bool, where: str) -> tuple[str, ...]:
-    """Say what does not travel, and what goes with the cluster."""
-    notes = []
-    for key, source in files_named(recipe):
-        notes.append(
-            f"{key}: {source} is not sent along: every node of the cluster needs it under this path"
-        )
-    if not given:
-        notes.append(
-            f"run folder {where} is on the head node's disk and goes with it: --out s3://bucket/..."
-            " or a shared folder keeps it"
-        )
-    return tuple(notes)
-
-
-def files_named(recipe: Recipe) -> list[tuple[str, str]]:
-    """Return recipe keys that name files or folders of a machine, with their absolute paths.
-
-    Raises:
-        BadInputError: one is a relative path to nothing: in a job it would be as well.
-    """
-    here = with_absolute_paths(recipe)
-    named = {
-        "data.source": (recipe.data.source, here.data.source),
-        "model.source": (recipe.model.source, here.model.source),
-        "model.tokenizer": (recipe.model.tokenizer or "", here.model.tokenizer or ""),
-    }
-    found = []
-    for key, (written, absolute) in named.items():
-        if absolute.startswith("/"):
-            found.append((key, absolute))
-        elif _is_relative_path(key, written):
-            raise BadInputError(
-                f"{key}: {written!r} is not here, and a job runs in another folder: give a URI, or"
-                " an absolute path that every node of the cluster sees"
-            )
-    return found
-
-
-def _is_relative_path(key: str, source: str) -> bool:
-    if "://" in source or source.startswith("hf:"):
-        return False
-    has_ending = key == "data.source" and Path(source).suffix != ""
-    return has_ending or source.startswith(("./", "../", "~"))
-
-
-def _is_ours(job: Any) -> bool:
-    metadata = job.metadata or {}
-    ours = job_progress.RECIPE_YAML in metadata
-    # Jobs of plain `ray job submit` that have not told of themselves yet, or never did.
-    return ours or re.match(r"(\S*/)?rayfed-lora\s+run\s", job.entrypoint) is not None
-
-
-def _view(job: Any) -> JobView:
-    metadata = job.metadata or {}
-    state = str(job.status).lower()
-    view = JobView(
-        id=job.submission_id,
-        recipe=metadata.get(job_progress.RECIPE_NAME, ""),
-        state=state if state in (*ENDED, "pending", "running") else "unknown",
-        location=metadata.get(job_progress.RUN_FOLDER),
-        progress=JobProgress.read(metadata.get(job_progress.PROGRESS_JSON)),
-        started_at=None if job.start_time is None else job.start_time / 1000,
-        exit_status=job.driver_exit_code,
-        message=_failure(job) if state == "failed" else "",
-        recipe_yaml=metadata.get(job_progress.RECIPE_YAML),
-    )
-    return view
-
-
-def _failure(job: Any) -> str:
-    """Return the message of the command, or the last lines of what Ray says."""
-    if job.driver_exit_code == _NO_COMMAND:
-        return (
-            "the command rayfed-lora is not on the PATH of the head node's Ray: start Ray there"
-            " from the environment that rayfed-lora is installed in"
-        )
-    said = job.message or ""
-    found = said.rfind("\nrayfed-lora: ")
-    return said[found + 1 :].strip() if found >= 0 else "\n".join(said.splitlines()[-10:])
