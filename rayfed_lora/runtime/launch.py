@@ -221,14 +221,14 @@ def ray_session(address: str | None) -> Iterator[None]:
     if where is None:
         for name, value in _QUIET_RAY.items():
             os.environ.setdefault(name, value)
+    reason = None if where is None else unreachable_cluster(where)
+    if reason is not None:
+        raise ResourceError(f"no Ray cluster at {where}: {reason}")
     import ray
 
     if ray.is_initialized():
         yield
         return
-    reason = None if where is None else unreachable_cluster(where)
-    if reason is not None:
-        raise ResourceError(f"no Ray cluster at {where}: {reason}")
     try:
         ray.init(
             address=where or "local",
