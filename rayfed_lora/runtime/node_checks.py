@@ -92,9 +92,9 @@ def check_network(nodes: Sequence[Mapping[str, Any]]) -> list[Finding]:
     if len(nodes) < 2:
         return []
     names = [node_name(node) for node in nodes]
-    parcels = [on_node(node["NodeID"], bytes, _PARCEL_BYTES) for node in nodes]
+    parcels = [on_node(node["NodeID"], _parcel) for node in nodes]
     after = [*parcels[1:], parcels[0]]
-    fetched = [on_node(n["NodeID"], len, ref) for n, ref in zip(nodes, after, strict=True)]
+    fetched = [on_node(n["NodeID"], _size, ref) for n, ref in zip(nodes, after, strict=True)]
     found = []
     for name, other, answer in zip(names, [*names[1:], names[0]], answers(fetched), strict=True):
         if answer != _PARCEL_BYTES:
@@ -107,6 +107,14 @@ def check_network(nodes: Sequence[Mapping[str, Any]]) -> list[Finding]:
                 Finding("fault", "ports", f"{name} gets nothing of {other}: {reason}", mend)
             )
     return found or [Finding("ok", "ports", "each node gets objects of the next one")]
+
+
+def _parcel() -> bytes:
+    return bytes(_PARCEL_BYTES)
+
+
+def _size(parcel: bytes) -> int:
+    return len(parcel)
 
 
 def check_storage(location: str, nodes: Sequence[Mapping[str, Any]]) -> list[Finding]:
