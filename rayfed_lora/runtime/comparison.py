@@ -24,6 +24,7 @@ from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.runtime import launch
 from rayfed_lora.runtime.factory import Factory, TorchFactory, in_process
 from rayfed_lora.runtime.local import LocalExecutor
+from rayfed_lora.runtime.location import with_absolute_paths
 from rayfed_lora.runtime.session import claim, finished, simulate
 from rayfed_lora.storage import RunFolder
 
@@ -196,7 +197,7 @@ def cells_of(
                     f" has another than {cells[0].method!r}"
                 )
             location = child(out, name, f"seed-{seed}")
-            cells.append(Cell(name, seed, launch.with_absolute_paths(given), location))
+            cells.append(Cell(name, seed, with_absolute_paths(given), location))
     return cells
 
 
