@@ -259,6 +259,7 @@ class Server:
         """Return the aggregate of a round's updates, joined as they come, and their reports."""
         whole = self._rule.means()
         reports: list[ClientUpdate] = []
+        spent = 0.0
         for part in started.training:
             if self._should_stop():
                 raise InterruptedRunError("stopped; the round was abandoned")
@@ -266,14 +267,19 @@ class Server:
                 self._observer.client_done(report)
             reports += part.clients
             if part.means is not None:
+                began = time.perf_counter()
                 whole.join(part.means)
+                spent += time.perf_counter() - began
         if all(report.error is not None for report in reports):
             reasons = sorted({str(report.error) for report in reports})
             raise RunError(
                 f"round {started.plan.round}: none of {len(reports)} clients sent a usable update;"
                 f" {'; '.join(reasons[:3])}"
             )
-        return self._rule.rule(started.entry.model.state, whole, step), reports
+        began = time.perf_counter()
+        aggregate = self._rule.rule(started.entry.model.state, whole, step)
+        self._observer.aggregated(spent + time.perf_counter() - began)
+        return aggregate, reports
 
     def _book(self, started: _Started, updates: list[ClientUpdate]) -> Bill:
         plan, entry, cohort = started.plan, started.entry, started.cohort
