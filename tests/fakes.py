@@ -20,6 +20,7 @@ import numpy as np
 
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.data.partition import ClientTable
+from rayfed_lora.errors import BlockMemoryError
 from rayfed_lora.federation.executor import Call, Population, Trained
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
@@ -98,6 +99,8 @@ class Behaviour:
         dying: the worker's process kills itself, as long as `marker` is there; it takes it away.
         marker: path of an empty file, needed by `dying`.
         dying_always: likewise without a marker, each time.
+        stuck: training takes an hour, as long as `marker` is there; it takes it away.
+        together: how many clients fit into memory together; None: any number.
     """
 
     failing: frozenset[tuple[int, int]] = frozenset()
@@ -106,6 +109,8 @@ class Behaviour:
     dying: frozenset[tuple[int, int]] = frozenset()
     marker: str = ""
     dying_always: frozenset[tuple[int, int]] = frozenset()
+    stuck: frozenset[tuple[int, int]] = frozenset()
+    together: int | None = None
 
 
 def every_round(*clients: int) -> frozenset[tuple[int, int]]:
@@ -130,6 +135,8 @@ class FakeTrainer:
     def train(
         self, clients: Sequence[int], starts: Sequence[AdapterState], base: Base, plan: LocalPlan
     ) -> Iterator[ClientUpdate]:
+        if self._behaviour.together is not None and len(clients) > self._behaviour.together:
+            raise BlockMemoryError(f"{len(clients)} clients do not fit")
         for client, start in zip(clients, starts, strict=True):
             with attributed(client, plan.round):
                 yield self._train_client(client, start, base, plan)
@@ -141,6 +148,8 @@ class FakeTrainer:
         time.sleep(b.sleep_s.get(client, 0.0))
         if (client, t) in b.dying_always or ((client, t) in b.dying and _taken(b.marker)):
             os.kill(os.getpid(), signal.SIGKILL)
+        if (client, t) in b.stuck and _taken(b.marker):
+            time.sleep(3600)
         if (client, t) in b.raising:
             raise ValueError(f"the fake client {client} was told to raise")
         if (client, t) in b.failing:

@@ -65,6 +65,7 @@ class Progress:
         validation: newest scores on the validation split, where feedback needs them.
         best_at_heating: best validation metric at the heating rank (target acceptance).
         timing: seconds so far.
+        clock_s: simulated seconds so far.
         moments: of the server's optimiser.
         personal: B by module, of each client that keeps its own.
     """
@@ -75,6 +76,7 @@ class Progress:
     validation: Scores | None = None
     best_at_heating: float | None = None
     timing: Timing = field(default_factory=Timing)
+    clock_s: float = 0.0
     moments: Moments = field(default_factory=dict)
     personal: Mapping[int, Mapping[str, FloatArray]] = field(default_factory=dict)
 

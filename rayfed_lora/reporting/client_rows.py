@@ -25,6 +25,7 @@ CLIENTS = pa.schema(
         ("bytes_up", pa.int64()),
         ("bytes_down", pa.int64()),
         ("seconds", pa.float64()),
+        ("simulated_s", pa.float64()),
     ]
 )
 CLIENT_METRICS = pa.schema(

@@ -38,7 +38,7 @@ class RunData:
         recipe: content of recipe.yaml.
         name, method, seed: of the recipe.
         summary: content of summary.json; None where the run has not finished.
-        rounds: rows of rounds.parquet, with `bytes_so_far`, up and down.
+        rounds: rows of rounds.parquet, with `bytes_so_far`, up and down, and `simulated_so_far`.
         failures: round, client and error of each failed update, the first of them.
         failed: number of failed updates.
         tests: rows of client_metrics.parquet of the last tested round; may be empty.
@@ -212,13 +212,16 @@ def _table(folder: RunFolder, name: str) -> pd.DataFrame:
 
 
 def rounds_so_far(folder: RunFolder) -> pd.DataFrame:
-    """Return the rows of rounds.parquet with `bytes_so_far`, up and down.
+    """Return the rows of rounds.parquet with `bytes_so_far`, up and down, and `simulated_so_far`.
 
     Raises:
         OSError, ValueError, LookupError: it is not there, or damaged.
     """
     rounds = _table(folder, "rounds.parquet")
     rounds["bytes_so_far"] = (rounds["bytes_up"] + rounds["bytes_down"]).cumsum()
+    # Runs of earlier versions have no such column.
+    rounds["simulated_so_far"] = rounds.get("simulated_s", np.nan)
+    rounds["simulated_so_far"] = rounds["simulated_so_far"].astype(float).cumsum()
     return rounds
 
 

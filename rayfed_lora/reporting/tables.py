@@ -67,6 +67,9 @@ def round_schema(modules: Sequence[str]) -> pa.Schema:
             ("eval_perplexity", pa.float64()),
             ("validation_accuracy", pa.float64()),
             ("validation_loss", pa.float64()),
+            ("dropped_clients", pa.int32()),
+            ("retried_blocks", pa.int32()),
+            ("simulated_s", pa.float64()),
             *((column, kind) for column, (_, kind) in _PROPOSAL_COLUMNS.items()),
         ]
     )

@@ -36,6 +36,7 @@ _OF_ROW = {
     "validation_loss": "loss on the validation split, nats",
     "aggregation_error": "relative error of the aggregate",
     "temperature": "annealing temperature of the newest proposal",
+    "simulated_s": "length of the round by the simulated clock",
 }
 _GAUGES = {
     **_OF_ROW,
@@ -50,7 +51,9 @@ _SUMMED = {
     "bytes_up": "bytes from clients",
     "bytes_down": "bytes to clients, base not included",
     "bytes_base": "bytes of frozen base to clients that did not hold it",
-    "failed_clients": "updates that were not usable",
+    "failed_clients": "clients that failed",
+    "dropped_clients": "clients that left or came too late, by the simulated clock",
+    "retried_blocks": "blocks trained again after an actor was lost",
 }
 _COUNTERS = {
     **_SUMMED,
@@ -130,13 +133,14 @@ class RunMetrics:
             self._count(key, row[key])
         for stage in get_args(Stage):
             self._stage.set(int(stage == record.stage), {"stage": stage})
-        updates = record.clients - record.failed_clients
+        updates = record.clients - record.failed_clients - record.dropped_clients
         self._count("client_updates", updates)
         self._gauges["client_updates_per_second"].set(updates / record.seconds)
         self._gauges["round_seconds"].set(record.seconds)
         self._gauges["aggregation_seconds"].set(aggregation_s)
-        for client in clients[:: -(-len(clients) // _MOST_OBSERVED)]:
-            self._client_seconds.observe(client.seconds)
+        times = [client.seconds for client in clients if client.status == "ok"]
+        for seconds in times[:: len(times) // _MOST_OBSERVED + 1]:
+            self._client_seconds.observe(seconds)
         self._use(record.seconds)
 
     def _use(self, seconds: float) -> None:

@@ -267,6 +267,8 @@ class _Sitting:
     def client_done(self, update: ClientUpdate) -> None:
         if update.error is not None:
             self._board.note(f"client {update.client} failed: {update.error}")
+        if update.note is not None:
+            self._board.note(update.note)
         self._board.client_done(update)
 
     def clients_tested(self, tests: list[ClientTest]) -> None:
@@ -356,6 +358,7 @@ class _Sitting:
             "best_at_heating": progress.best_at_heating,
             "timing": asdict(replace(progress.timing, wall_s=wall_s)),
             "ledger": ledger,
+            "clock_s": progress.clock_s,
         }
         model = progress.model
         snapshot = Snapshot(
@@ -382,6 +385,7 @@ class _Sitting:
             validation=None if scores is None else Scores(**scores),
             best_at_heating=facts["best_at_heating"],
             timing=Timing(**facts["timing"]),
+            clock_s=facts["clock_s"],
             moments=snapshot.moments,
             personal=snapshot.personal,
         )
