@@ -353,6 +353,21 @@ class Storage(Section):
     keep: Positive = option(2, "how many of the newest checkpoints to keep", "checkpoints")
 
 
+Label = Annotated[str, Field(min_length=1)]
+
+
+class Tracking(Section):
+    """Where else the rows of rounds.parquet go while the run goes on.
+
+    Addresses and keys of servers are not a recipe's: W&B and MLflow read them from their own
+    environment variables.
+    """
+
+    tensorboard: bool = option(False, "write TensorBoard event files into the run folder")
+    wandb: Label | None = option(None, "Weights & Biases project; null: none")
+    mlflow: Label | None = option(None, "MLflow experiment; null: none")
+
+
 class Recipe(Section):
     """A federated fine-tuning run, complete."""
 
@@ -371,6 +386,7 @@ class Recipe(Section):
     evaluation: Evaluation = section(Evaluation, "tests of the global model")
     runtime: Runtime = section(Runtime, "executor")
     storage: Storage = section(Storage, "run folder")
+    tracking: Tracking = section(Tracking, "TensorBoard, W&B, MLflow")
 
     @model_validator(mode="after")
     def _values_go_together(self) -> Recipe:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -101,6 +101,7 @@ class Behaviour:
         dying_always: likewise without a marker, each time.
         stuck: training takes an hour, as long as `marker` is there; it takes it away.
         together: how many clients fit into memory together; None: any number.
+        tests: what is predicted: the class, with `probabilities`, or the tokens of `texts`.
     """
 
     failing: frozenset[tuple[int, int]] = frozenset()
@@ -111,6 +112,7 @@ class Behaviour:
     dying_always: frozenset[tuple[int, int]] = frozenset()
     stuck: frozenset[tuple[int, int]] = frozenset()
     together: int | None = None
+    tests: Literal["classes", "probabilities", "texts"] = "classes"
 
 
 def every_round(*clients: int) -> frozenset[tuple[int, int]]:
@@ -156,7 +158,7 @@ class FakeTrainer:
             reason = "loss is nan in local step 1 of 1"
             return ClientUpdate(client, client + 1, None, math.nan, 0.0, reason)
         trained = moved(start, step(client, t, base), plan.frozen)
-        return ClientUpdate(client, client + 1, trained, float(client), 0.0)
+        return ClientUpdate(client, client + 1, trained, float(client), b.sleep_s.get(client, 0.0))
 
     def evaluate(
         self, split: Split, rows: slice, state: AdapterState, base: Base, trainable: Trainable
@@ -164,12 +166,20 @@ class FakeTrainer:
         size = TEST_ROWS if split == "test" else VALIDATION_ROWS
         wave = np.sin(energy(state, base, trainable) + np.arange(size)[rows])
         right = (wave < 0).astype(np.int64)
+        labels = np.ones(len(wave), np.int64)
+        if self._behaviour.tests == "texts":
+            labels = -labels
+        probabilities = None
+        if self._behaviour.tests == "probabilities":
+            labels = np.arange(size)[rows] % 2
+            probabilities = np.stack([wave, -wave], axis=1).astype(np.float32)
         return Predictions(
-            labels=np.ones(len(wave), np.int64),
+            labels=labels,
             losses=(1 + 0.1 * wave).astype(np.float32),
             correct=right,
             predicted=np.ones(len(wave), np.int64),
             classes=right,
+            probabilities=probabilities,
         )
 
     def test_clients(

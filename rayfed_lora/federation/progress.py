@@ -30,6 +30,10 @@ class Observer(Protocol):
         """Note that a client's update was taken in."""
         ...
 
+    def aggregated(self, seconds: float) -> None:
+        """Note how long the server took to turn a round's updates into the next state."""
+        ...
+
     def clients_tested(self, tests: list[ClientTest]) -> None:
         """Note how the model of a round does on clients' own examples, before the round is done."""
         ...

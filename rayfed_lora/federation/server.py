@@ -290,6 +290,7 @@ class Server:
         """
         whole = self._rule.means()
         reports: list[ClientUpdate] = []
+        spent = 0.0
         retries = 0
         for part in started.training:
             if self._should_stop():
@@ -301,7 +302,9 @@ class Server:
                 if report.trace is not None:
                     self._check_failed(started, reports)
             if part.means is not None:
+                began = time.perf_counter()
                 whole.join(part.means)
+                spent += time.perf_counter() - began
         if reports and not any(report.usable for report in reports):
             reasons = sorted({str(report.error) for report in reports})
             raise RunError(
@@ -309,7 +312,9 @@ class Server:
                 f" {'; '.join(reasons[:3])}"
             )
         state = started.entry.model.state
+        began = time.perf_counter()
         aggregate = self._rule.rule(state, whole, step) if reports else Aggregate(state, None, {})
+        self._observer.aggregated(spent + time.perf_counter() - began)
         return aggregate, self._with_absent(started, reports), retries
 
     def _with_absent(self, started: _Started, reports: list[ClientUpdate]) -> list[ClientUpdate]:

@@ -25,6 +25,9 @@ from rayfed_lora.reporting.client_rows import CLIENT_METRICS_FILE, NOTES_FILE
 from rayfed_lora.reporting.tables import PARTITION_FILE
 from rayfed_lora.storage import RunFolder
 
+# Keys in which runs may differ and still be drawn as one.
+_NOT_A_METHOD = ("seed", "storage", "runtime", "tracking")
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -159,7 +162,7 @@ def _of_cell(location: str, method: str, seed: int) -> str:
 def _all_but_the_seed(run: RunData) -> str:
     """Return what two runs must have in common to be drawn as one."""
     facts = parse_yaml(run.location, run.recipe)
-    return json.dumps({k: v for k, v in facts.items() if k not in ("seed", "storage", "runtime")})
+    return json.dumps({k: v for k, v in facts.items() if k not in _NOT_A_METHOD})
 
 
 def read_run(folder: RunFolder, summary: Mapping[str, Any] | None = None) -> RunData:

@@ -77,6 +77,11 @@ def round_schema(modules: Sequence[str]) -> pa.Schema:
     )
 
 
+def round_row(record: RoundRecord) -> dict[str, Any]:
+    """Return a round's row; of `proposal` too, which has columns of its own in the file."""
+    return {**asdict(record), **_proposal_row(record.proposal)}
+
+
 class Tables:
     """The rows of a run so far and their files.
 
@@ -112,7 +117,7 @@ class Tables:
         Raises:
             RunError: there are many rows, and the folder cannot be written.
         """
-        self._new_rounds.append({**asdict(record), **_proposal_row(record.proposal)})
+        self._new_rounds.append(round_row(record))
         self._clients.add(clients)
 
     def add_tests(self, tests: Sequence[ClientTest]) -> None:

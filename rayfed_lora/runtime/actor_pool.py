@@ -117,6 +117,8 @@ class ActorPool:
         self._note = note
         self._start_timeout_s = start_timeout_s
         self._depth = 1 + ahead
+        # How many actors there were at first, and how often one was lost.
+        self.actors, self.losses = len(actors), 0
         self._block_timeout_s = block_timeout_s
         self._waiting: deque[Job] = deque()
         self._running: dict[ray.ObjectRef, tuple[Job, list[ray.ObjectRef], _Worker]] = {}
@@ -221,6 +223,7 @@ class ActorPool:
     def _lost(self, worker: _Worker, error: Exception) -> None:
         """Take back all that a lost actor had been sent; the first of it may be to blame."""
         reason = str(error).strip().splitlines()[0]
+        self.losses += 1
         self._running = {r: sent for r, sent in self._running.items() if sent[2] is not worker}
         jobs, worker.jobs = worker.jobs, []
         first = jobs[0]

@@ -19,10 +19,12 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.actor_pool import ATTEMPTS, LOST, ActorPool, Job, Work, result
 from rayfed_lora.runtime.crew import Crew
 from rayfed_lora.runtime.factory import Factory
+from rayfed_lora.runtime.metrics import Usage
 from rayfed_lora.types import (
     AdapterState,
     Base,
     ClientScore,
+    ClientUpdate,
     FloatArray,
     LocalPlan,
     Predictions,
@@ -63,6 +65,7 @@ class RayExecutor:
         self._shared: list[ray.ObjectRef] = []
         self._base: tuple[tuple[int, int], ray.ObjectRef] | None = None
         self._state: tuple[AdapterState, ray.ObjectRef] | None = None
+        self._busy_s, self._retried = 0.0, 0
 
     def open(self) -> Population:
         """Check that the run fits the cluster, then start the actors and prepare the data.
@@ -135,12 +138,28 @@ class RayExecutor:
         try:
             for run in joins(jobs):
                 for job in run[:-1]:
-                    yield Trained(pool.result(job), None, job.sent - 1)
-                reports = pool.result(run[-1])
+                    yield Trained(self._reports(job), None, job.sent - 1)
+                reports = self._reports(run[-1])
                 means = self._joined(run)
                 yield Trained(reports, means, run[-1].sent - 1)
         finally:
             pool.drop(jobs)
+
+    def _reports(self, job: Job) -> tuple[ClientUpdate, ...]:
+        reports: tuple[ClientUpdate, ...] = self._worked(job)
+        self._retried += (job.sent - 1) * len(reports)
+        return reports
+
+    def _worked(self, job: Job) -> Any:
+        """Return a timed call's result and book its time."""
+        timed = self._opened().result(job)
+        self._busy_s += timed.seconds
+        return timed.value
+
+    def usage(self) -> Usage:
+        """Return what the actors have done since `open`."""
+        pool = self._opened()
+        return Usage(pool.actors, self._busy_s, pool.losses, self._retried)
 
     def _joined(self, run: Sequence[Job]) -> Means:
         """Fetch the means of some calls, joined by an actor where there are several.
@@ -195,7 +214,7 @@ class RayExecutor:
 
         pool = self._opened()
         jobs = pool.submit([work(rows) for rows in shards], urgent=True)
-        return lambda: [pool.result(job) for job in jobs]
+        return lambda: [self._worked(job) for job in jobs]
 
     def test_clients(
         self, calls: Sequence[Call], state: AdapterState, base: Base, trainable: Trainable
@@ -217,7 +236,7 @@ class RayExecutor:
 
         pool = self._opened()
         jobs = pool.submit([work(call) for call in calls], urgent=True)
-        return lambda: [score for job in jobs for score in pool.result(job)]
+        return lambda: [score for job in jobs for score in self._worked(job)]
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         """Return the files of the trained model."""

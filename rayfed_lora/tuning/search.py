@@ -26,6 +26,7 @@ from rayfed_lora.locations import child
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, yaml_text
 from rayfed_lora.reporting.search import SEARCH_FILE, SearchNews, Watch
+from rayfed_lora.reporting.tracking import check_tracking
 from rayfed_lora.runtime import launch
 from rayfed_lora.runtime.factory import Factory, TorchFactory
 from rayfed_lora.runtime.location import with_absolute_paths
@@ -106,6 +107,7 @@ def tune(  # noqa: PLR0913 - a user names them
     # Absolutely: trials run in another folder.
     location = location if folder.local is None else str(folder.local)
     check_objectives(space, base)
+    check_tracking(base)
     max_concurrent = _claim(folder, space, base, max_concurrent, resume)
     with launch.ray_session(address), _quiet_tune():
         watch = watch or (lambda news: None)
