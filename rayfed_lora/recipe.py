@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from rayfed_lora.plain_values import strange
 from rayfed_lora.recipe_annealing import Annealing
 from rayfed_lora.recipe_devices import (
     Availability,
@@ -35,8 +36,6 @@ from rayfed_lora.recipe_fields import (
     option,
     section,
 )
-
-from rayfed_lora.plain_values import strange
 
 Method = Literal[
     "sa-fedlora",
