@@ -18,7 +18,7 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, shipped_names
 from rayfed_lora.reporting.diagnosis import Finding
 from rayfed_lora.runtime.launch import ray_session
-from rayfed_lora.runtime.location import with_absolute_paths
+from rayfed_lora.runtime.location import absolute_place, with_absolute_paths
 from rayfed_lora.runtime.placement import Layout, Node, layout, nodes_of
 
 _ANSWER_S = 10.0
@@ -72,7 +72,8 @@ def _examined(
     reports = node_checks.reports(nodes)
     answering = {report.node for report in reports if not report.error}
     live = [node for node in nodes if node_checks.node_name(node) in answering]
-    places = {recipe.storage.path for recipe in recipes} | {storage}
+    given = filter(None, [storage, *(recipe.storage.path for recipe in recipes)])
+    places = sorted({absolute_place(place) for place in given})
     where = ", started here for this: no --address was given" if own else ""
     return [
         Finding("ok", "Ray", f"{ray.__version__}, {len(nodes)} nodes{where}"),
@@ -81,11 +82,7 @@ def _examined(
         *node_report.check_gpus(reports),
         *node_checks.check_network(live),
         *([] if own else _dashboard()),
-        *(
-            f
-            for place in sorted(filter(None, places))
-            for f in node_checks.check_storage(place, live)
-        ),
+        *(f for place in places for f in node_checks.check_storage(place, live)),
         *check_recipes(recipes, shipped, live),
         *(check_gpu_memory(recipes, nodes_of(live)) if probe else []),
     ]

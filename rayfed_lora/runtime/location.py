@@ -31,6 +31,11 @@ def run_location(given: str | None, name: str) -> str:
     return location
 
 
+def absolute_place(location: str) -> str:
+    """Return a folder as every process of this machine finds it; a URI as it is."""
+    return location if "://" in location else os.path.abspath(os.path.expanduser(location))
+
+
 def refuse_relative(location: str) -> None:
     """Check that a run folder stays when the Ray job that writes it is gone.
 

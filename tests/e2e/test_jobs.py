@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -29,7 +28,7 @@ annealing:
   heating: {rounds: 4, rank: 3}
   cooling: {rounds: 30, rank: 1}
   holding: {rounds: 5}
-clients: {per_round: 4, local_steps: 100, batch_size: 8}
+clients: {per_round: 4, local_steps: 50, batch_size: 8}
 runtime: {client_actors: 1}
 """
 ROUNDS = 40
@@ -83,7 +82,7 @@ def wait_for(there: Callable[[], bool]) -> None:
 
 
 def checkpoints(folder: Path) -> list[str]:
-    return sorted(os.listdir(folder / "checkpoints")) if (folder / "checkpoints").is_dir() else []
+    return sorted(path.name for path in folder.glob("checkpoints/round-*"))
 
 
 def sha256(folder: Path) -> str:

@@ -106,6 +106,9 @@ def test_a_doctor_at_a_dashboard_is_a_job(command: Command, client: FakeClient) 
     )
     assert sorted(sent["files"]) == ["recipe-0.yaml", "recipe-1.yaml"]
     assert "name: trec-minilm" in sent["files"]["recipe-1.yaml"]
+    status, _, err = command("doctor", "--storage", "runs", *AT)
+    assert (status, len(client.sent)) == (2, 1)
+    assert "'runs': expected an absolute path" in err
 
 
 @pytest.mark.parametrize(("level", "status"), [("fault", 1), ("warning", 0)])
