@@ -160,6 +160,9 @@ def test_jobs_of_recipes_are_listed_also_those_of_plain_ray_job_submit() -> None
     assert "pending" in text
     assert "other" not in text
     assert "no job of rayfed-lora" in shown(show_jobs, [])
+    strange = JobView("[/b]", "[red]x", "running", "[/]", progress(phase="[/]"))
+    assert "[/b]" in shown(show_jobs, [strange])
+    assert "[red]x" in shown(show_job, strange, 0.0)
 
 
 def test_status_tells_stage_round_metric_and_time_left() -> None:
