@@ -48,4 +48,4 @@ def examine(
     command = ["rayfed-lora", "doctor", *(f"--recipe={name}" for name in files)]
     command += [] if storage is None else [f"--storage={storage}"]
     command += ["--probe"] * probe
-    return jobs.follow(jobs.start_doctor(shlex.join(command), files), show)
+    return jobs.follow(jobs.start("doctor", shlex.join(command), files), show)

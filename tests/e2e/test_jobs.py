@@ -140,6 +140,39 @@ def test_a_plain_ray_job_tells_its_progress_too_and_is_kept_where_it_stays(
     assert (folder / "summary.json").is_file()
 
 
+# Told to stop, it needs longer than the three seconds after which Ray kills a job by default.
+SLOW_SAVER = """\
+import signal, sys, time
+
+def save(number, frame):
+    time.sleep(6)
+    print("saved", flush=True)
+    sys.exit(130)
+
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+time.sleep(600)
+"""
+STOPPED = """\
+import sys, time
+from rayfed_lora import Jobs
+
+jobs = Jobs(sys.argv[1])
+job = jobs.start("saver", "python saver.py", {"saver.py": sys.argv[2]})
+while "ready" not in jobs.logs(job):
+    time.sleep(0.5)
+print(jobs.stop(job).state, jobs.logs(job))
+"""
+
+
+def test_a_stopped_job_has_time_to_save_its_run(head: Head) -> None:
+    words = [sys.executable, "-c", STOPPED, head.dashboard, SLOW_SAVER]
+    done = subprocess.run(words, env=head.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("stopped ")
+    assert "saved" in done.stdout
+
+
 def test_a_job_that_fails_says_why_and_gives_its_exit_status(
     command: Command, recipe: Path, tmp_path: Path
 ) -> None:
