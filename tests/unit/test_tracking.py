@@ -11,6 +11,8 @@ import pytest
 from rayfed_lora.errors import BadInputError, InterruptedRunError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.status import StatusBoard
+from rayfed_lora.reporting.tables import read_rounds
+from rayfed_lora.reporting.trackers import TensorBoard
 from rayfed_lora.reporting.tracking import check_tracking
 from rayfed_lora.runtime.session import claim, simulate
 from rayfed_lora.storage import RunFolder
@@ -41,8 +43,15 @@ def run(recipe: Recipe, location: Path, stop_after: int = 99, **options: Any) ->
     folder = RunFolder(location)
     resume = folder.exists("recipe.yaml")
     claim(folder, recipe, resume)
-    stop = lambda: board.status().rounds_done >= stop_after  # noqa: E731
-    simulate(recipe, local_executor(recipe), folder, board, stop, resume=resume, **options)
+    simulate(
+        recipe,
+        local_executor(recipe),
+        folder,
+        board,
+        lambda: board.status().rounds_done >= stop_after,
+        resume=resume,
+        **options,
+    )
     return board
 
 
@@ -107,6 +116,20 @@ def test_event_files_of_a_resumed_run_hold_each_round_once(tmp_path):
     run(recipe, tmp_path)
     assert_events_are_the_rounds(tmp_path)
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_event_files_of_a_remote_run_folder_are_uploaded(tmp_path):
+    run(make_recipe(), tmp_path)
+    folder = RunFolder("mock://host/run")
+    tracker = TensorBoard(folder)
+    # Object stores make folders by themselves.
+    folder._fs.create_dir("run/tensorboard")
+    tracker.resumed(read_rounds(RunFolder(tmp_path)))
+    tracker.close("done")
+    (name,) = folder.names("tensorboard")
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard" / name).write_bytes(folder.read(f"tensorboard/{name}"))
+    assert_events_are_the_rounds(tmp_path)
 
 
 @pytest.mark.parametrize(
