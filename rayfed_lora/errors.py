@@ -21,11 +21,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rayfed_lora.locations import without_secrets
+
 
 class RayfedError(Exception):
-    """Any failure that has a message for the user."""
+    """Any failure that has a message for the user; credentials of URIs in it are blotted out."""
 
     exit_status = 1
+
+    def __init__(self, *arguments: object) -> None:
+        """Keep the message."""
+        super().__init__(*(without_secrets(a) if isinstance(a, str) else a for a in arguments))
 
 
 class BadInputError(RayfedError):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rayfed_lora.errors import BadInputError, RunFolderError
+from rayfed_lora.locations import check_name, child
 from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe, parse_yaml
+from rayfed_lora.runtime.session import finished, kept_recipe
 from rayfed_lora.storage import RunFolder
 
 
@@ -51,13 +51,31 @@ def _finished_recipe(run: RunFolder) -> Recipe:
         raise RunFolderError(
             f"{run.location}: expected the folder of a finished run (summary.json)"
         )
-    return load_recipe(parse_yaml(run.location, run.read("recipe.yaml").decode()))
+    recipe = kept_recipe(run)
+    if recipe is None:
+        raise RunFolderError(f"{run.location}: expected a run's folder, it has no recipe.yaml")
+    return recipe
 
 
 def _copy(run: RunFolder, part: str, to: Path) -> None:
     to.mkdir(parents=True)
     for name in run.names(part):
-        (to / name).write_bytes(run.read(f"{part}/{name}"))
+        try:
+            # Names come from whoever wrote the folder.
+            check_name(name)
+            content = run.read(f"{part}/{name}")
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"{child(run.location, part)} cannot be read: {error}") from None
+        (to / name).write_bytes(content)
+
+
+def _labels(run: RunFolder) -> list[str]:
+    labels = (finished(run) or {}).get("labels")
+    if not isinstance(labels, list):
+        raise RunFolderError(
+            f"{child(run.location, 'summary.json')}: expected a list of labels, got {labels!r}"
+        )
+    return labels
 
 
 def _write_merged(run: RunFolder, recipe: Recipe, to: Path) -> None:
@@ -69,7 +87,7 @@ def _write_merged(run: RunFolder, recipe: Recipe, to: Path) -> None:
                 _copy(run, part, Path(scratch) / part)
         base, adapter = Path(scratch) / "base", Path(scratch) / "adapter"
         source = str(base) if base.exists() else sources.location(recipe.model.source)
-        labels = json.loads(run.read("summary.json"))["labels"]
+        labels = _labels(run)
         net = export.merge(source, adapter if adapter.exists() else None, recipe.model, labels)
         tokenizer = recipe.model.tokenizer or recipe.model.source
         is_text = recipe.model.task != "image-classification"

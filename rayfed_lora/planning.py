@@ -73,12 +73,14 @@ class Plan:
             simulated clock.
         outline: sizes of data and model.
         needs: what it needs of the cluster, one line each.
+        actor_mb: memory of an actor, without activations.
     """
 
     rounds: tuple[PlannedRound, ...]
     totals: Totals
     outline: Outline
     needs: tuple[str, ...]
+    actor_mb: float
 
 
 def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
@@ -106,7 +108,8 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
         clock_s += planned.simulated_s or 0.0
         rank = None if scheduled.trainable == "full" else scheduled.rank
     needs = _needs(recipe, sizes, rounds)
-    return Plan(tuple(rounds), ledger.totals, sizes, needs)
+    actor_mb = _PROCESS_MB + _training_mb(sizes, rounds)
+    return Plan(tuple(rounds), ledger.totals, sizes, needs, actor_mb)
 
 
 def _without_feedback(recipe: Recipe) -> Annealing:
@@ -204,7 +207,6 @@ def _folded(
 
 def _needs(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> tuple[str, ...]:
     runtime = recipe.runtime
-    model_mb = sizes.shape.total_params * BYTES_A_VALUE / 1e6
     actors = runtime.client_actors
     most = max(planned.clients for planned in rounds)
     count = f"1 to {most} (auto)" if actors == "auto" else str(actors)
@@ -213,7 +215,7 @@ def _needs(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> tuple[
     gpu = "" if runtime.device == "cpu" or gpus == 0 else f" and {share} where the cluster has GPUs"
     where = "this process" if runtime.executor == "local" else f"client actors: {count}"
     full = any(planned.trainable == "full" for planned in rounds)
-    training_mb = model_mb * (4 if full else 1)
+    training_mb = _training_mb(sizes, rounds)
     return (
         f"{where}, each {runtime.cpus_per_actor:g} CPU{gpu}",
         *_blocks(recipe, sizes, rounds),
@@ -221,6 +223,12 @@ def _needs(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> tuple[
         f" ({_PROCESS_MB} MB of Python and torch, {training_mb:.0f} MB of model"
         f"{', gradients and optimiser state' if full else ''}), without activations",
     )
+
+
+def _training_mb(sizes: Outline, rounds: list[PlannedRound]) -> float:
+    """Return the memory of model, gradients and optimiser state."""
+    full = any(planned.trainable == "full" for planned in rounds)
+    return sizes.shape.total_params * BYTES_A_VALUE / 1e6 * (4 if full else 1)
 
 
 def _blocks(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> Iterator[str]:

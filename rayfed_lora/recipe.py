@@ -8,12 +8,14 @@ Source: this project (the formulas behind the options: `annealing`, `lora`, `agg
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from rayfed_lora.plain_values import strange
 from rayfed_lora.recipe_annealing import Annealing
 from rayfed_lora.recipe_devices import (
     Availability,
@@ -139,6 +141,16 @@ class Model(Section):
         description="for source config: `architecture` (vit, bert, ...) and transformers' own"
         " names; for other sources: values that override the model's configuration",
     )
+
+    @field_validator("config")
+    @classmethod
+    def _plain(cls, value: dict[str, Any]) -> dict[str, Any]:
+        found = strange(value)
+        if found is not None:
+            raise ValueError(f"expected texts, finite numbers, true, false and null, got {found}")
+        # Names are texts: YAML's {0: cat} comes back from the resolved recipe as {"0": cat}.
+        named: dict[str, Any] = json.loads(json.dumps(value))
+        return named
 
 
 class Adapter(Section):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rayfed_lora.locations import holds_secret
 from rayfed_lora.rule_facts import RULE_FACTS
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class ConflictError(ValueError):
 def conflicts(recipe: Recipe) -> list[Conflict]:
     """Return every conflict of a recipe whose values are each valid."""
     return [
+        *_of_locations(recipe),
         *_of_data_and_model(recipe),
         *_of_stages(recipe.annealing),
         *_of_acceptance(recipe),
@@ -50,6 +52,23 @@ def conflicts(recipe: Recipe) -> list[Conflict]:
         *_of_devices(recipe),
         *_of_gpus(recipe.runtime),
     ]
+
+
+def _of_locations(recipe: Recipe) -> Iterator[Conflict]:
+    """A recipe is kept with its run, and shown in reports: it may not hold credentials."""
+    named = {
+        "data.source": recipe.data.source,
+        "model.source": recipe.model.source,
+        "model.tokenizer": recipe.model.tokenizer,
+        "storage.path": recipe.storage.path,
+    }
+    for key, location in named.items():
+        if location is not None and holds_secret(location):
+            yield Conflict(
+                (key,),
+                "expected a URI without credentials; they come from the environment, ~/.aws or the"
+                " machine's role",
+            )
 
 
 def _of_data_and_model(recipe: Recipe) -> Iterator[Conflict]:

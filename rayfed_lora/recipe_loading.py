@@ -8,6 +8,7 @@ Source: this project.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 import typing
@@ -19,14 +20,19 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from rayfed_lora.errors import Fault, RecipeError
+from rayfed_lora.plain_values import MOST_LEVELS, excess
 from rayfed_lora.presets import PRESETS, merged
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_checks import ConflictError
 
 _MAX_PASSES = 8
+# A list of ranks may be long; who writes more than that wants to harm.
+_MOST_CHARACTERS = 1 << 20
+_MOST_SHOWN = 400
+# More faults in one section are not looked at: who is to read them?
+_MOST_FAULTS = 100
 
 
 def shipped_names() -> list[str]:
@@ -63,9 +69,11 @@ def load_recipe(
         RecipeError: the file cannot be read, is not YAML, or has faults; all are listed.
     """
     name, raw = _read(source)
+    _check_size(name, raw)
     pairs = overrides.items() if isinstance(overrides, Mapping) else override_pairs(name, overrides)
     written: dict[str, Any] = {}
     for path, value in pairs:
+        _check_size(name, value, f"--set {path}")
         written = merged(written, _nested(name, path, value))
     own = raw.get("method", "sa-fedlora")
     layers = [_preset(own), raw]
@@ -107,11 +115,40 @@ def parse_yaml(name: str, text: str, where: str = "(file)") -> Any:
     Raises:
         RecipeError: `text` is not YAML.
     """
+    if len(text) > _MOST_CHARACTERS:
+        expected = f"expected at most {_MOST_CHARACTERS:,} characters of YAML"
+        raise RecipeError(name, [Fault(where, expected, f"{len(text):,}")])
     try:
-        return _yaml().load(text)
-    except YAMLError as error:
-        problem = " ".join(str(error).split())
+        found = _yaml().load(text)
+    except Exception as error:  # the reader's constructors raise errors of many kinds
+        problem = _shortened(" ".join(str(error).split()) or type(error).__name__)
         raise RecipeError(name, [Fault(where, "expected YAML", problem)]) from None
+    _check_size(name, found, where)
+    return found
+
+
+def read_text(path: Path) -> str:
+    """Return a YAML file's text; of one that is too long, a little more than may be.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not UTF-8.
+    """
+    with path.open("rb") as file:
+        content = file.read(4 * _MOST_CHARACTERS + 4)
+    return codecs.getincrementaldecoder("utf-8")().decode(
+        content, len(content) <= 4 * _MOST_CHARACTERS
+    )
+
+
+def _check_size(name: str, value: Any, where: str = "(file)") -> None:
+    found = excess(value)
+    if found is not None:
+        raise RecipeError(name, [Fault(where, found)])
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _yaml() -> YAML:
@@ -125,10 +162,11 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if isinstance(source, Mapping):
         return "recipe", dict(source)
     path = Path(source)
-    is_name = isinstance(source, str) and path.suffix not in {".yaml", ".yml"} and not path.exists()
+    is_path = not isinstance(source, str) or path.suffix in {".yaml", ".yml"}
     try:
-        text = shipped_text(str(source)) if is_name else path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        is_name = not is_path and not path.exists()
+        text = shipped_text(str(source)) if is_name else read_text(path)
+    except (OSError, ValueError) as error:
         fault = Fault("RECIPE", "a readable YAML file", f"{path}: {error}")
         raise RecipeError(str(source), [fault]) from None
     raw = parse_yaml(str(source), text)
@@ -159,7 +197,7 @@ def override_pairs(name: str, overrides: Iterable[str]) -> list[tuple[str, Any]]
 
 def _nested(name: str, path: str, value: Any) -> dict[str, Any]:
     keys = path.split(".")
-    if not all(keys):
+    if not all(keys) or len(keys) > MOST_LEVELS:
         raise RecipeError(name, [Fault("--set", "expected key.path=value", repr(path))])
     for key in reversed(keys):
         value = {key: value}
@@ -207,7 +245,7 @@ def _validated(name: str, raw: dict[str, Any]) -> Recipe:
                 break
             found = _faults(error)
             faults += [f for f in found if f.path not in {seen.path for seen in faults}]
-            for location in {_location(e["loc"]) for e in error.errors()}:
+            for location in {_location(e["loc"]) for e in error.errors()[:_MOST_FAULTS]}:
                 rest = _without(rest, location)
         else:
             if not faults:
@@ -237,7 +275,7 @@ def _overlap(path: str, other: str) -> bool:
 
 def _faults(error: ValidationError) -> list[Fault]:
     by_path: dict[tuple[str, ...], list[Any]] = {}
-    for entry in error.errors():
+    for entry in error.errors()[:_MOST_FAULTS]:
         by_path.setdefault(_location(entry["loc"]), []).append(entry)
     return [_fault(path, entries) for path, entries in by_path.items()]
 
@@ -257,7 +295,7 @@ def _fault(path: tuple[str, ...], entries: Sequence[Any]) -> Fault:
     if isinstance(value, str):
         options = [o for e in entries for o in _literal_values(e)]
         nearest = _close(value, options)
-    return Fault(dotted, expected, json.dumps(value, default=repr), nearest)
+    return Fault(dotted, expected, _shortened(json.dumps(value, default=repr)), nearest)
 
 
 def _expectation(entry: Any) -> str:
@@ -325,6 +363,8 @@ def _nearest(name: str) -> str | None:
 
 
 def _close(word: str, known: Sequence[str], cutoff: float = 0.5) -> str | None:
+    if len(word) > _MOST_SHOWN:
+        return None
     matches = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     return matches[0] if matches else None
 

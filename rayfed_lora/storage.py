@@ -5,18 +5,36 @@ Source: this project; the local write is the usual write, fsync, rename.
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from io import BytesIO
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+from uuid import uuid4
 
 import pyarrow as pa
 from pyarrow import fs
 
 from rayfed_lora.errors import RunError, RunFolderError
+from rayfed_lora.locations import check_name, holds_secret, is_uri
+
+# Of an S3 URI, as pyarrow's own.
+_S3_OPTIONS = ("region", "endpoint_override", "scheme", "tls_ca_file_path")
+_S3_HINT = (
+    "credentials come from the environment, ~/.aws or the machine's role; region and endpoint from"
+    " ?region=...&endpoint_override=...&scheme=http in the URI, or AWS_ENDPOINT_URL"
+)
+# A store that does not answer is given up after about ten seconds.
+_S3_ATTEMPTS = 3
+_CHUNK = 1 << 23
+# What a filesystem says that has no such operation.
+_NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM}
 
 
 class RunFolder:
@@ -29,17 +47,24 @@ class RunFolder:
             location: a local path or a URI that `pyarrow.fs` opens, e.g. `s3://bucket/runs/a`.
 
         Raises:
-            RunFolderError: the URI cannot be opened.
+            RunFolderError: the URI cannot be opened, or has credentials in it.
         """
         self.location = str(location)
+        if holds_secret(self.location):
+            raise RunFolderError(
+                "run folder: expected a URI without credentials, which would be kept with the run;"
+                f" {_S3_HINT}"
+            )
         try:
-            if "://" in self.location:
-                self._fs, root = fs.FileSystem.from_uri(self.location)
-            else:
-                self._fs, root = fs.LocalFileSystem(), os.path.abspath(self.location)
+            self._fs, root = _opened(self.location)
         except (OSError, ValueError) as error:
             raise RunFolderError(f"run folder {self.location}: {error}") from error
         self._root = PurePosixPath(root)
+
+    @property
+    def place(self) -> tuple[fs.FileSystem, str]:
+        """The filesystem, and the folder's path in it."""
+        return self._fs, str(self._root)
 
     @property
     def local(self) -> Path | None:
@@ -67,20 +92,22 @@ class RunFolder:
         Raises:
             RunError: it cannot be written; what was there before is kept, as after any error.
         """
-        target = str(self._root / name)
+        target = self._path(name)
         try:
-            if self.local is None:
-                # An object store shows an upload once it is complete: what fails before must not
-                # complete it.
-                content = BytesIO()
-                yield content
-                with self._fs.open_output_stream(target) as stream:
-                    stream.write(content.getbuffer())
-            else:
-                with _durable(Path(target)) as file:
-                    yield file
+            with self._uploaded(target) if self.local is None else _durable(Path(target)) as file:
+                yield file
         except OSError as error:
             raise RunError(f"cannot write {target}: {error.strerror or error}") from error
+
+    @contextmanager
+    def _uploaded(self, target: str) -> Iterator[IO[bytes]]:
+        with tempfile.TemporaryFile() as content:
+            yield content
+            content.seek(0)
+            # An object store shows an upload once it is complete, and a stream that is closed is a
+            # complete one: in a thread of its own, where no SIGINT can come between.
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(_upload, self._fs, target, content).result()
 
     def read(self, name: str) -> bytes:
         """Return a file's content.
@@ -88,7 +115,7 @@ class RunFolder:
         Raises:
             OSError: it is not there or cannot be read.
         """
-        with self._fs.open_input_stream(str(self._root / name)) as stream:
+        with self._fs.open_input_stream(self._path(name)) as stream:
             return bytes(stream.read())
 
     def source(self, name: str) -> pa.NativeFile:
@@ -97,49 +124,125 @@ class RunFolder:
         Raises:
             OSError: it is not there or cannot be read.
         """
-        return self._fs.open_input_file(str(self._root / name))
+        return self._fs.open_input_file(self._path(name))
 
     def exists(self, name: str) -> bool:
-        """Return whether a file or folder of that name is there."""
-        info = self._fs.get_file_info(str(self._root / name))
-        return bool(info.type != fs.FileType.NotFound)
+        """Return whether a file or folder of that name is there.
+
+        Raises:
+            RunFolderError: that cannot be known; so do the methods that follow.
+        """
+        return bool(self._info(name).type != fs.FileType.NotFound)
 
     def is_folder(self, name: str) -> bool:
         """Return whether a folder of that name is there."""
-        info = self._fs.get_file_info(str(self._root / name))
-        return bool(info.type == fs.FileType.Directory)
+        return bool(self._info(name).type == fs.FileType.Directory)
 
     def names(self, folder: str = "") -> list[str]:
         """Return the names directly inside a sub-folder, sorted; none where it is not there."""
-        selector = fs.FileSelector(str(self._root / folder), allow_not_found=True)
-        return sorted(info.base_name for info in self._fs.get_file_info(selector))
+        selector = fs.FileSelector(self._path(folder), allow_not_found=True)
+        found = self._asked(lambda: self._fs.get_file_info(selector))
+        return sorted(info.base_name for info in found)
 
     def remove(self, name: str) -> None:
         """Remove a file or a folder with all in it, if it is there."""
-        info = self._fs.get_file_info(str(self._root / name))
+        info = self._info(name)
         if info.type == fs.FileType.Directory:
-            self._fs.delete_dir(info.path)
+            self._asked(lambda: self._fs.delete_dir(info.path))
         elif info.type == fs.FileType.File:
-            self._fs.delete_file(info.path)
+            self._asked(lambda: self._fs.delete_file(info.path))
 
     def check_writable(self) -> None:
-        """Write and remove an empty file, and local folders that were not there before.
+        """Write and remove an empty file, and folders that were not there before.
 
         Raises:
             RunFolderError: the folder cannot be made or written.
         """
-        probe = f".writable-{os.getpid()}"
+        probe = f".writable-{uuid4().hex}"
         above = [] if self.local is None else [self.local, *self.local.parents]
         made = [folder for folder in above if not folder.exists()]
+        there = self.exists("")
         try:
             self.write(probe, b"")
             self.remove(probe)
             for folder in made:
                 folder.rmdir()
+            if not there:
+                # An object store has got a mark of an empty folder.
+                self.remove("")
         except (RunError, OSError) as error:
             raise RunFolderError(
                 f"run folder {self.location}: expected a folder that can be written; {error}"
+                f"{self._hint}"
             ) from error
+
+    def _path(self, name: str) -> str:
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise RunFolderError(f"run folder {self.location}: {error}") from None
+        return str(self._root / name)
+
+    def _info(self, name: str) -> fs.FileInfo:
+        path = self._path(name)
+        return self._asked(lambda: self._fs.get_file_info(path))
+
+    def _asked(self, ask: Callable[[], Any]) -> Any:
+        try:
+            return ask()
+        except OSError as error:
+            raise RunFolderError(
+                f"run folder {self.location}: expected a folder that can be read and changed;"
+                f" {error.strerror or error}{self._hint}"
+            ) from error
+
+    @property
+    def _hint(self) -> str:
+        return f" ({_S3_HINT})" if isinstance(self._fs, fs.S3FileSystem) else ""
+
+
+def _opened(location: str) -> tuple[fs.FileSystem, str]:
+    if "\0" in location:
+        raise ValueError("expected a path or URI without NUL characters")
+    if not is_uri(location):
+        return fs.LocalFileSystem(), os.path.abspath(location)
+    parts = urlsplit(location)
+    path = unquote(parts.path).strip("/")
+    check_name(path)
+    if parts.scheme == "s3":
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        return _s3(parts.netloc, parts.query, endpoint), f"{parts.netloc}/{path}"
+    return fs.FileSystem.from_uri(location)  # type: ignore[no-any-return]
+
+
+@lru_cache
+def _s3(bucket: str, query: str, endpoint: str | None) -> fs.S3FileSystem:
+    """Return what pyarrow would for such a URI, but one that gives up sooner."""
+    options: dict[str, Any] = {}
+    if query:
+        options |= parse_qsl(query, keep_blank_values=True, strict_parsing=True)
+    unknown = options.keys() - set(_S3_OPTIONS)
+    if unknown or not bucket:
+        raise ValueError(
+            f"expected s3://bucket/folder with options of {', '.join(_S3_OPTIONS)};"
+            f" got {', '.join(sorted(unknown)) or 'no bucket'}"
+        )
+    if endpoint and "endpoint_override" not in options:
+        url = urlsplit(endpoint)
+        options |= {"endpoint_override": url.netloc, "scheme": url.scheme}
+    if "region" not in options and "endpoint_override" not in options:
+        options["region"] = fs.resolve_s3_region(bucket)
+    options["retry_strategy"] = fs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS)
+    try:
+        # A small file is sent in one request instead of three.
+        return fs.S3FileSystem(allow_delayed_open=True, **options)
+    except TypeError:  # an older pyarrow
+        return fs.S3FileSystem(**options)
+
+
+def _upload(filesystem: fs.FileSystem, target: str, content: IO[bytes]) -> None:
+    with filesystem.open_output_stream(target) as stream:
+        shutil.copyfileobj(content, stream, _CHUNK)
 
 
 @contextmanager
@@ -150,14 +253,31 @@ def _durable(target: Path) -> Iterator[IO[bytes]]:
         with os.fdopen(handle, "wb") as stream:
             yield stream
             stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(scratch, 0o644)
+            with _where_supported():
+                os.fsync(stream.fileno())
+        with _where_supported():
+            os.chmod(scratch, 0o644)
         os.replace(scratch, target)
     except BaseException:
         Path(scratch).unlink(missing_ok=True)
         raise
-    folder = os.open(target.parent, os.O_RDONLY)
+    with _where_supported():
+        _sync_folder(target.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def _where_supported() -> Iterator[None]:
+    """Pass over what network filesystems may not have: fsync of folders, permissions."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise

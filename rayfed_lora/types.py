@@ -279,6 +279,14 @@ class ClientTest:
 
 
 @dataclass(frozen=True)
+class Note:
+    """A row of notes.parquet: what the user should know of a round, e.g. a lost actor."""
+
+    round: int
+    text: str
+
+
+@dataclass(frozen=True)
 class ClientRecord:
     """A row of clients.parquet: one client in one round.
 
@@ -320,8 +328,6 @@ class RoundRecord:
         proximal_weight: mu.
         clients: size of the cohort.
         failed_clients: how many of them sent nothing usable.
-        dropped_clients: how many left or came too late, by the simulated clock.
-        retried_blocks: how often a block was trained again because its actor was lost.
         train_loss: mean over clients, weighted by examples; nan where no update came.
         eval_accuracy, eval_loss, eval_macro_f1, eval_auc, eval_perplexity: of the new global model
             on the test split, None where not tested or not defined.
@@ -333,6 +339,8 @@ class RoundRecord:
         learning_rate: local learning rate.
         proposal: the annealing's proposal and verdict, None where there was none.
         seconds: wall time of the round, evaluation included.
+        dropped_clients: how many left or came too late, by the simulated clock.
+        retried_blocks: how often a block was trained again because its actor was lost.
         simulated_s: length of the round by the simulated clock, waiting for clients included; None
             where no time is simulated.
     """
@@ -361,10 +369,10 @@ class RoundRecord:
     bytes_base: int
     learning_rate: float
     proposal: Proposal | None
-    dropped_clients: int
-    retried_blocks: int
     seconds: float
-    simulated_s: float | None
+    dropped_clients: int = 0
+    retried_blocks: int = 0
+    simulated_s: float | None = None
 
 
 @dataclass(frozen=True)

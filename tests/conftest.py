@@ -7,9 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.object_store import ENVIRONMENT, bucket, object_store  # noqa: F401 - fixtures
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.update(ENVIRONMENT)
 
 
 @pytest.fixture(scope="session")

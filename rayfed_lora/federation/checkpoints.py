@@ -21,11 +21,24 @@ from safetensors.numpy import load, save
 
 from rayfed_lora.aggregation.server_step import Moments
 from rayfed_lora.errors import RunFolderError
+from rayfed_lora.locations import child
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import AdapterState, Base, Factors, FloatArray
 
 _FOLDER = "checkpoints"
 _FORMAT = 3
+# What files that are not as they were written may lead to.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    SafetensorError,
+    RunFolderError,
+)
 
 
 @dataclass(frozen=True)
@@ -119,10 +132,10 @@ def newest(folder: RunFolder, warn: Callable[[str], None]) -> Snapshot | None:
     for name in reversed(names):
         try:
             return _read(folder, f"{_FOLDER}/{name}")
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except _DAMAGE as error:
             warn(f"checkpoint {name} is damaged or half written ({error}); using the one before it")
     if any(folder.exists(f"{_FOLDER}/{name}/manifest.json") for name in names):
-        raise RunFolderError(f"every checkpoint in {folder.location}/{_FOLDER} is damaged")
+        raise RunFolderError(f"every checkpoint in {child(folder.location, _FOLDER)} is damaged")
     return None
 
 
@@ -164,7 +177,7 @@ def _base_of(folder: RunFolder, name: str) -> str | None:
     try:
         base = json.loads(folder.read(f"{_FOLDER}/{name}/manifest.json"))["base"]
         return None if base is None else str(base["name"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except _DAMAGE:
         return None
 
 

@@ -73,9 +73,7 @@ def round_record(
         learning_rate=lr,
         proposal=plan.proposal,
         dropped_clients=sum(update.absent is not None for update in updates),
-        retried_blocks=0,
         seconds=0.0,
-        simulated_s=None,
     )
 
 

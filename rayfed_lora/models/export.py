@@ -25,6 +25,7 @@ from rayfed_lora.recipe import Adapter, Model
 from rayfed_lora.types import AdapterState, Factors, FloatArray
 
 PREFIX = "base_model.model."
+_WEIGHTS = "adapter_model.safetensors"
 
 
 def peft_tensors(state: AdapterState) -> dict[str, FloatArray]:
@@ -70,7 +71,7 @@ def write_adapter(
     heads = tuple(f"{module}." for module in head_modules(net, adapter))
     dense = {name: tensor for name, tensor in state.dense.items() if name.startswith(heads)}
     tensors = peft_tensors(AdapterState(factors, dense))
-    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    save_file(tensors, str(folder / _WEIGHTS), metadata={"format": "pt"})
 
 
 def _zeros(net: nn.Module, adapter: Adapter) -> Mapping[str, Factors]:
@@ -104,7 +105,13 @@ def merge(
         adapter_folder: PEFT checkpoint, or None where the base is the trained model itself.
         model: the recipe's section, for the task.
         labels: name of each class.
+
+    Raises:
+        BadInputError: the adapter's weights are not safetensors.
     """
+    if adapter_folder is not None and not (adapter_folder / _WEIGHTS).is_file():
+        # PEFT would look for a pickle.
+        raise BadInputError(f"expected {_WEIGHTS} in {adapter_folder.name}/")
     plain = model.model_copy(update={"source": base_folder, "config": {}})
     facts = {} if model.task == "causal-lm" else sources.label_facts(labels)
     net = sources.build(plain, sources.configuration(plain, facts), seed=0)
@@ -127,4 +134,6 @@ def write_model(folder: Path, net: Any, tokenizer_source: str | None) -> None:
     with sources.quiet():
         net.save_pretrained(str(folder))
         if tokenizer_source is not None:
-            AutoTokenizer.from_pretrained(tokenizer_source).save_pretrained(str(folder))
+            AutoTokenizer.from_pretrained(
+                tokenizer_source, trust_remote_code=False
+            ).save_pretrained(str(folder))

@@ -21,9 +21,30 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from rayfed_lora.errors import ModelError
+from rayfed_lora.locations import check_name
 from rayfed_lora.recipe import Model
 from rayfed_lora.seeds import Purpose, torch_seed
 
+# What transformers takes beside values of a configuration; one of them runs a stranger's code.
+_LOADING = frozenset(
+    {
+        "auto_map",
+        "cache_dir",
+        "code_revision",
+        "custom_pipelines",
+        "force_download",
+        "local_files_only",
+        "name_or_path",
+        "pretrained_model_name_or_path",
+        "proxies",
+        "return_unused_kwargs",
+        "revision",
+        "subfolder",
+        "token",
+        "trust_remote_code",
+        "use_auth_token",
+    }
+)
 _CLASSES = {
     "image-classification": "AutoModelForImageClassification",
     "text-classification": "AutoModelForSequenceClassification",
@@ -60,25 +81,31 @@ def location(source: str) -> str:
     if not source.startswith("package:"):
         return source
     name, _, folder = source.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(name.replace("-", "_")) if name else None
+    module = name.replace("-", "_")
+    # A dot would import the package that the rest is in.
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(f"model.source {source!r}: no installed Python package {name!r}")
     root = Path(next(iter(spec.submodule_search_locations)))
     if folder:
+        try:
+            check_name(folder)
+        except ValueError as error:
+            raise ModelError(f"model.source {source!r}: {error}") from None
         found = [root / folder] if (root / folder / "config.json").is_file() else []
     else:
         found = sorted(p.parent for p in root.rglob("config.json") if _is_model(p.parent))
     if len(found) != 1:
         names = ", ".join(str(p.relative_to(root)) for p in found) or "none"
         raise ModelError(
-            f"model.source {source!r}: expected one folder with a model's config.json and weights"
-            f" in package {name!r}, found {names}; name one as package:{name}/<folder>"
+            f"model.source {source!r}: expected one folder with a model's config.json and"
+            f" safetensors in package {name!r}, found {names}; name one as package:{name}/<folder>"
         )
     return str(found[0])
 
 
 def _is_model(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    return any(folder.glob("*.safetensors"))
 
 
 def configuration(model: Model, overrides: dict[str, Any]) -> Any:
@@ -92,12 +119,20 @@ def configuration(model: Model, overrides: dict[str, Any]) -> Any:
         ModelError: it cannot be read or transformers refuses a value.
     """
     own = {k: v for k, v in model.config.items() if k != "architecture"}
+    loading = sorted(own.keys() & _LOADING)
+    if loading:
+        raise ModelError(
+            f"model.config.{loading[0]}: expected values of the model's configuration; how it is"
+            " loaded is fixed: safetensors only, and no code that comes with a model"
+        )
     try:
         with quiet():
             if model.source == "config":
                 found = AutoConfig.for_model(model.config["architecture"], **overrides | own)
             else:
-                found = AutoConfig.from_pretrained(location(model.source), **overrides | own)
+                found = AutoConfig.from_pretrained(
+                    location(model.source), trust_remote_code=False, **overrides | own
+                )
     except ModelError:
         raise
     except Exception as error:  # configurations check themselves with errors of many kinds
@@ -170,7 +205,11 @@ def build(model: Model, config: Any, seed: int) -> nn.Module:
                 net = _auto_class(model).from_config(config)
             else:
                 net = _auto_class(model).from_pretrained(
-                    location(model.source), config=config, dtype=torch.float32
+                    location(model.source),
+                    config=config,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    trust_remote_code=False,
                 )
     except Exception as error:  # as for configurations
         raise ModelError(f"{_where(model)}: {_message(error)}") from error
@@ -265,7 +304,7 @@ def tokenizer(model: Model) -> Any:
         )
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(location(source))
+            return AutoTokenizer.from_pretrained(location(source), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"tokenizer of {source!r}: {_first_line(error)}") from error
 

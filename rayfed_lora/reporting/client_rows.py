@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayfed_lora.errors import RunFolderError
+from rayfed_lora.locations import child
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.types import ClientRecord, ClientTest
+from rayfed_lora.types import ClientRecord, ClientTest, Note
 
 CLIENTS = pa.schema(
     [
@@ -39,6 +40,8 @@ CLIENT_METRICS = pa.schema(
         ("personal_loss", pa.float64()),
     ]
 )
+NOTES = pa.schema([("round", pa.int32()), ("text", pa.string())])
+NOTES_FILE = "notes.parquet"
 CLIENT_METRICS_FILE = "client_metrics.parquet"
 _ROW_GROUP = 65_536
 # Rows that wait for a checkpoint at most: 70 bytes each.
@@ -66,7 +69,7 @@ class ClientRows:
         self._waiting: list[pa.Table] = []
         self._written = False
 
-    def add(self, records: Sequence[ClientRecord | ClientTest]) -> None:
+    def add(self, records: Sequence[ClientRecord | ClientTest | Note]) -> None:
         """Add the rows of a round.
 
         Raises:
@@ -157,4 +160,4 @@ def readable(folder: RunFolder, name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise RunFolderError(f"cannot go on from {folder.location}/{name}: {error}") from None
+        raise RunFolderError(f"cannot go on from {child(folder.location, name)}: {error}") from None

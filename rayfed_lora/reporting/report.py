@@ -9,6 +9,7 @@ import pandas as pd
 import pyarrow as pa
 
 from rayfed_lora.errors import BadInputError
+from rayfed_lora.locations import child, parent
 from rayfed_lora.reporting.figures import figures, partitions
 from rayfed_lora.reporting.page import REPORT_FILE, Rows, even, page, shown
 from rayfed_lora.reporting.progress import duration, megabytes, percent
@@ -50,11 +51,11 @@ def report(locations: Sequence[str], to: str | None = None) -> str:
     if not locations:
         raise BadInputError("report: expected at least one run folder, got none")
     if to is None:
-        to = f"{locations[0].rstrip('/')}/{REPORT_FILE}" if len(locations) == 1 else REPORT_FILE
-    if not to.endswith(".html"):
+        to = child(locations[0], REPORT_FILE) if len(locations) == 1 else REPORT_FILE
+    folder, name = parent(to)
+    if not name.endswith(".html"):
         raise BadInputError(f"--out: expected a file that ends in .html, got {to!r}")
-    folder, slash, name = to.rpartition("/")
-    RunFolder(folder or slash or ".").write(name, _content(locations).encode())
+    RunFolder(folder).write(name, _content(locations).encode())
     return to
 
 
@@ -114,6 +115,16 @@ def _overview(run: RunData) -> dict[str, str]:
         "less than FedAvg": percent(sent["reduction_vs_fedavg"]),
         "failed": str(run.failed),
         "time": duration(timing["wall_s"]),
+        **_simulated(run.summary.get("simulation")),
+    }
+
+
+def _simulated(simulation: Mapping[str, Any] | None) -> dict[str, str]:
+    if simulation is None:
+        return {}
+    return {
+        "simulated time": duration(simulation["total_s"]),
+        "left or late": str(simulation["dropped_clients"]),
     }
 
 
@@ -123,6 +134,7 @@ def _details(run: RunData) -> dict[str, Rows]:
         "Communication": _bill(run.summary["communication"]) if run.summary else [],
         "Annealing record": _proposals(run.rounds),
         "The worst 10 % of clients": _worst(run.tests),
+        "Notes": _notes(run),
         "Versions": [dict(run.summary["versions"])] if run.summary else [],
     }
     return {title: rows for title, rows in found.items() if rows}
@@ -163,6 +175,16 @@ def _worst(tests: pd.DataFrame) -> Rows:
     return [
         {str(name).replace("_", " "): shown(value) for name, value in row.items()}
         for row in used.to_dict("records")
+    ]
+
+
+def _notes(run: RunData) -> Rows:
+    """Return the notes of a run but those of failed clients, which have a table of their own."""
+    failed = {f"client {row.client} failed: {row.error}" for row in run.failures.itertuples()}
+    return [
+        {"round": str(row["round"] + 1), "note": str(row["text"])}
+        for row in run.notes.to_dict("records")
+        if row["text"] not in failed
     ]
 
 

@@ -19,8 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayfed_lora.errors import RunFolderError
+from rayfed_lora.locations import child
 from rayfed_lora.recipe_loading import parse_yaml
-from rayfed_lora.reporting.client_rows import CLIENT_METRICS_FILE
+from rayfed_lora.reporting.client_rows import CLIENT_METRICS_FILE, NOTES_FILE
 from rayfed_lora.reporting.tables import PARTITION_FILE
 from rayfed_lora.storage import RunFolder
 
@@ -43,6 +44,7 @@ class RunData:
         failed: number of failed updates.
         tests: rows of client_metrics.parquet of the last tested round; may be empty.
         partition: client, label and examples of clients that stand for all; may be empty.
+        notes: round and text of what the user should know, the first of them; may be empty.
     """
 
     label: str
@@ -57,6 +59,7 @@ class RunData:
     failed: int
     tests: pd.DataFrame
     partition: pd.DataFrame
+    notes: pd.DataFrame
 
 
 @dataclass(frozen=True)
@@ -143,12 +146,17 @@ def _read(location: str) -> list[_Found]:
     # Not by the recorded location: the folder may have been moved.
     return [
         _Found(
-            replace(read_run(RunFolder(f"{location.rstrip('/')}/{m}/seed-{s}")), label=m),
+            replace(read_run(RunFolder(_of_cell(location, m, s))), label=m),
             f"{location} {m}",
             f"{name}/{m}",
         )
         for m, s in cells
     ]
+
+
+def _of_cell(location: str, method: str, seed: int) -> str:
+    with _readable(RunFolder(location)):
+        return child(location, method, f"seed-{seed}")
 
 
 def _all_but_the_seed(run: RunData) -> str:
@@ -188,12 +196,13 @@ def read_run(folder: RunFolder, summary: Mapping[str, Any] | None = None) -> Run
             failed=failed,
             tests=_last_tests(folder),
             partition=_table(folder, PARTITION_FILE),
+            notes=_table(folder, NOTES_FILE).head(_MOST_FAILURES),
         )
 
 
 def _path(folder: RunFolder) -> PurePosixPath:
     """Return where a run is; of a comparison's runs the folder of the method."""
-    path = PurePosixPath(str(folder.local or folder.location.rstrip("/")))
+    path = PurePosixPath(folder.place[1])
     return path.parent if _SEED.fullmatch(path.name) else path
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from rayfed_lora.errors import RunFolderError
+from rayfed_lora.locations import child
 from rayfed_lora.recipe_loading import parse_yaml
 from rayfed_lora.reporting.curves import measure, short
 from rayfed_lora.reporting.figures import Figure, curve_figures, framed
@@ -80,8 +81,9 @@ def read_search(folder: RunFolder) -> SearchData:
         first, mode = next(iter(objectives.items()))
         ran = trials[trials["round"].notna()].sort_values(first, ascending=mode == "min")
         # Not by the recorded location: the folder may have been moved.
-        where = f"{folder.location.rstrip('/')}/trials"
-        folders = {trial: RunFolder(f"{where}/{trial}") for trial in ran["trial"]}
+        folders = {
+            trial: RunFolder(child(folder.location, "trials", trial)) for trial in ran["trial"]
+        }
         # One that has failed early may have saved nothing.
         kept = [trial for trial, own in folders.items() if own.exists("rounds.parquet")]
         rounds = [

@@ -16,6 +16,7 @@ from uuid import uuid4
 
 from rayfed_lora.errors import BadInputError, InterruptedRunError, RayfedError
 from rayfed_lora.federation.executor import Executor
+from rayfed_lora.locations import child
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, override_pairs
 from rayfed_lora.reporting.comparison import Cell, Comparison, Ended, Standing
@@ -24,6 +25,7 @@ from rayfed_lora.reporting.tracking import Tracker
 from rayfed_lora.runtime import launch
 from rayfed_lora.runtime.factory import Factory, TorchFactory, in_process
 from rayfed_lora.runtime.local import LocalExecutor
+from rayfed_lora.runtime.location import with_absolute_paths
 from rayfed_lora.runtime.session import claim, finished, simulate
 from rayfed_lora.storage import RunFolder
 
@@ -222,8 +224,8 @@ def cells_of(
                     f"methods: expected the same runtime for all, since they share actors; {name!r}"
                     f" has another than {cells[0].method!r}"
                 )
-            location = f"{out.rstrip('/')}/{name}/seed-{seed}"
-            cells.append(Cell(name, seed, launch.with_absolute_paths(given), location))
+            location = child(out, name, f"seed-{seed}")
+            cells.append(Cell(name, seed, with_absolute_paths(given), location))
     return cells
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, replace
@@ -20,6 +21,7 @@ from rayfed_lora.federation.executor import Executor, Population
 from rayfed_lora.federation.progress import Progress, Timing
 from rayfed_lora.federation.server import Server
 from rayfed_lora.federation.transitions import GlobalModel
+from rayfed_lora.locations import child
 from rayfed_lora.lora.fingerprint import sha256
 from rayfed_lora.recipe import Recipe, Runtime
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
@@ -74,21 +76,12 @@ def check_unused(folder: RunFolder) -> None:
     Raises:
         RunFolderError: it has other files in it.
     """
-    if _foreign_files(folder):
+    # Scratch files of a killed write are nobody's.
+    if any(not name.startswith(".") for name in folder.names()):
         raise RunFolderError(
             f"run folder {folder.location}: expected a new or empty folder or one with a run,"
             " it has other files in it"
         )
-
-
-def _foreign_files(folder: RunFolder) -> list[str]:
-    """Return what lies in a folder without a run, but for scratch files of a killed write."""
-    try:
-        return [name for name in folder.names() if not name.startswith(".")]
-    except OSError as error:
-        raise RunFolderError(
-            f"run folder {folder.location}: expected a folder; {error.strerror or error}"
-        ) from None
 
 
 def kept_recipe(folder: RunFolder) -> Recipe | None:
@@ -105,7 +98,9 @@ def kept_recipe(folder: RunFolder) -> Recipe | None:
             raise ValueError(f"expected a mapping, got {type(raw).__name__}")
         return load_recipe(raw)
     except (OSError, ValueError, RecipeError) as error:
-        raise RunFolderError(f"{folder.location}/recipe.yaml cannot be read: {error}") from None
+        raise RunFolderError(
+            f"{child(folder.location, 'recipe.yaml')} cannot be read: {error}"
+        ) from None
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
@@ -123,10 +118,21 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 
 def finished(folder: RunFolder) -> dict[str, Any] | None:
-    """Return the summary of a finished run, None where it is not finished."""
+    """Return the summary of a finished run, None where it is not finished.
+
+    Raises:
+        RunFolderError: it cannot be read.
+    """
     if not folder.exists("summary.json"):
         return None
-    result: dict[str, Any] = json.loads(folder.read("summary.json"))
+    try:
+        result = json.loads(folder.read("summary.json"))
+        if not isinstance(result, dict):
+            raise ValueError(f"expected an object, got {type(result).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunFolderError(
+            f"{child(folder.location, 'summary.json')} cannot be read: {error}"
+        ) from None
     return result
 
 
@@ -255,6 +261,7 @@ class _Sitting:
         self._tracking = tracking
         self._aggregation_s = 0.0
         self._labels = population.label_names
+        self._notes_seen = 0
         self._checkpoints = CheckpointWriter(folder, recipe.storage.keep)
         self._tables = Tables(folder, list(population.shape.modules))
         self._server = Server(recipe, executor, population, self, should_stop)
@@ -279,12 +286,15 @@ class _Sitting:
 
     def round_done(self, record: RoundRecord, clients: list[ClientRecord]) -> None:
         self._tables.add(record, clients)
+        notes = self._board.status(notes_seen=self._notes_seen).notes
+        self._tables.add_notes(record.round, notes)
+        self._notes_seen += len(notes)
         self._board.round_done(record, clients)
         self._tracking.round_done(record, clients, self._aggregation_s)
 
     def rounds(self, began: float, resume: bool) -> Generator[Tables, None, None]:
         snapshot = checkpoints.newest(self._folder, self._board.note) if resume else None
-        start = self._server.fresh() if snapshot is None else self._restored(snapshot)
+        start = self._server.fresh() if snapshot is None else self._gone_on(snapshot)
         self._tracking.resumed(self._tables.rounds)
         self._earlier = start.timing
         startup_s = start.timing.startup_s + time.perf_counter() - began
@@ -303,7 +313,7 @@ class _Sitting:
                 raise
             raise InterruptedRunError(
                 f"stopped with {self._progress.rounds} of {self._recipe.annealing.total_rounds}"
-                f" rounds done; go on with --resume --out {self._folder.location}"
+                f" rounds done; go on with --resume --out {shlex.quote(self._folder.location)}"
             ) from stop
 
     def finish(self, began: float, page: bool) -> dict[str, Any]:
@@ -371,6 +381,15 @@ class _Sitting:
             personal=progress.personal,
         )
         self._checkpoints.write(snapshot)
+
+    def _gone_on(self, snapshot: Snapshot) -> Progress:
+        try:
+            return self._restored(snapshot)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise RunFolderError(
+                f"cannot go on from the checkpoint of round {snapshot.rounds} in"
+                f" {self._folder.location}: {type(error).__name__}: {error}"
+            ) from error
 
     def _restored(self, snapshot: Snapshot) -> Progress:
         self._tables.restore(snapshot.rounds)

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from rayfed_lora.errors import BadInputError, RunError
+from rayfed_lora.locations import child
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.page import REPORT_FILE
 from rayfed_lora.reporting.plots import write_front
@@ -77,7 +78,7 @@ class SearchResult:
         Raises:
             RunError: no trial has finished.
         """
-        rows = [_row(f"{location}/trials/{t.trial}", space, recipe, t) for t in tried]
+        rows = [_row(child(location, "trials", t.trial), space, recipe, t) for t in tried]
         trials = pd.DataFrame(rows)
         for key in space.drawn:
             # A column of Parquet has one type.
@@ -121,7 +122,7 @@ class SearchResult:
         folder.write(REPORT_FILE, search_html(read_search(folder)).encode())
 
     def _recipe_of(self, name: str, trial: str) -> str:
-        folder = RunFolder(f"{self.location}/trials/{trial}")
+        folder = RunFolder(child(self.location, "trials", trial))
         row = self.trials.set_index("trial").loc[trial]
         heading = [f"# The best trial of a search by {name}: {trial}"]
         heading += [

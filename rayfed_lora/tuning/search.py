@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -11,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from rayfed_lora.errors import (
@@ -21,12 +22,14 @@ from rayfed_lora.errors import (
     RunError,
     RunFolderError,
 )
+from rayfed_lora.locations import child
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, yaml_text
 from rayfed_lora.reporting.search import SEARCH_FILE, SearchNews, Watch
 from rayfed_lora.reporting.tracking import check_tracking
 from rayfed_lora.runtime import launch
 from rayfed_lora.runtime.factory import Factory, TorchFactory
+from rayfed_lora.runtime.location import with_absolute_paths
 from rayfed_lora.runtime.placement import Layout, Node, layout, nodes_of
 from rayfed_lora.runtime.session import check_unused, differences
 from rayfed_lora.storage import RunFolder
@@ -91,7 +94,7 @@ def tune(  # noqa: PLR0913 - a user names them
         space = space.model_dump()
     space = load_space(space, **changed)
     base = load_recipe(recipe.model_dump() if isinstance(recipe, Recipe) else recipe, settings)
-    base = _of_trials(launch.with_absolute_paths(base))
+    base = _of_trials(with_absolute_paths(base))
     if max_concurrent is not None and max_concurrent < 1:
         raise BadInputError(f"--max-concurrent: expected at least 1, got {max_concurrent}")
     if max_concurrent is not None and space.scheduler == "pbt":
@@ -102,7 +105,7 @@ def tune(  # noqa: PLR0913 - a user names them
     location = out or f"runs/tune-{base.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = RunFolder(location)
     # Absolutely: trials run in another folder.
-    location = location.rstrip("/") if folder.local is None else str(folder.local)
+    location = location if folder.local is None else str(folder.local)
     check_objectives(space, base)
     check_tracking(base)
     max_concurrent = _claim(folder, space, base, max_concurrent, resume)
@@ -146,7 +149,9 @@ def _claim(
         before, kept_recipe = Space.model_validate(kept["space"]), load_recipe(kept["recipe"])
         limit: int | None = kept["max_concurrent"]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise RunFolderError(f"{folder.location}/{SEARCH_FILE} cannot be read: {error}") from None
+        raise RunFolderError(
+            f"{child(folder.location, SEARCH_FILE)} cannot be read: {error}"
+        ) from None
     fields = Space.model_fields
     changed = [name for name in fields if getattr(before, name) != getattr(space, name)]
     changed += differences(kept_recipe, recipe)
@@ -234,7 +239,7 @@ class _Job:
             self._written(tried)
         raise InterruptedRunError(
             "stopped; finished trials and the rounds of others are kept; go on with --resume"
-            f" --out {self._location}"
+            f" --out {shlex.quote(self._location)}"
         )
 
     def _written(self, tried: Sequence[Tried]) -> SearchResult:
@@ -285,13 +290,22 @@ class _Job:
         from rayfed_lora.tuning import drawing
         from rayfed_lora.tuning.watching import WATCH, Watcher, tried_of
 
-        space, recipe, path = self._space, self._recipe, f"{self._location}/{_TUNE}"
+        space, recipe = self._space, self._recipe
+        path = child(self._location, _TUNE)
+        folder = RunFolder(path)
+        # An object store as we open it: Tune would wait longer for one that does not answer.
+        filesystem = None if folder.local is not None else folder.place[0]
+        own = folder.place[1]
         param_space = drawing.param_space(space, recipe)
         # Without a state of its trials Tune would begin anew, and with one trial only.
-        begun = any(name.startswith("experiment_state") for name in RunFolder(path).names())
-        if resume and begun and ray_tune.Tuner.can_restore(path):
+        begun = any(name.startswith("experiment_state") for name in folder.names())
+        if resume and begun and ray_tune.Tuner.can_restore(own, filesystem):
             tuner = ray_tune.Tuner.restore(
-                path, trainable, resume_unfinished=True, param_space=param_space
+                own,
+                trainable,
+                resume_unfinished=True,
+                param_space=param_space,
+                storage_filesystem=filesystem,
             )
         else:
             tuner = ray_tune.Tuner(
@@ -306,7 +320,8 @@ class _Job:
                 ),
                 run_config=ray_tune.RunConfig(
                     name=_TUNE,
-                    storage_path=self._location,
+                    storage_path=str(PurePosixPath(own).parent),
+                    storage_filesystem=filesystem,
                     verbose=0,
                     failure_config=ray_tune.FailureConfig(max_failures=_RETRIES),
                     # A run folder needs no copy, but where another trial goes on with it.

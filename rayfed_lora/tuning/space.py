@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from rayfed_lora.annealing.stages import stage_lengths
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe, parse_yaml
+from rayfed_lora.recipe_loading import load_recipe, parse_yaml, read_text
 from rayfed_lora.reporting.summary import TESTED
 from rayfed_lora.types import Stage
 
@@ -319,8 +319,8 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, Mapping[str, Any
     shipped = shipped_spaces()
     path = shipped.get(str(source), Path(source))
     try:
-        raw = parse_yaml(str(source), path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        raw = parse_yaml(str(source), read_text(path))
+    except (OSError, ValueError) as error:
         raise BadInputError(
             f"SPACE: expected one of {', '.join(shipped)}, or a readable YAML file; got {source!r}"
             f" ({error})"

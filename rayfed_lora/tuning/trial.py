@@ -11,6 +11,7 @@ import ray
 from ray import tune
 
 from rayfed_lora.errors import RunFolderError
+from rayfed_lora.locations import child
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.search import SEARCH_FILE
 from rayfed_lora.reporting.status import StatusBoard
@@ -74,7 +75,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
 
     @property
     def _folder(self) -> RunFolder:
-        return RunFolder(f"{self._shared.location}/trials/{self.trial_id}")
+        return RunFolder(child(self._shared.location, "trials", self.trial_id))
 
     def step(self) -> dict[str, Any]:
         """Run a round, or up to the first one that is tested where objectives need that."""

@@ -6,16 +6,18 @@ Source: this project, on ray.tune's callbacks.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
-from ray import cloudpickle, tune
+from ray import tune
 from ray.exceptions import RayTaskError
 
 from rayfed_lora.errors import RayfedError
+from rayfed_lora.locations import child
 from rayfed_lora.reporting.search import SearchNews, Watch
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.drawing import DRAW
@@ -23,6 +25,9 @@ from rayfed_lora.tuning.results import Tried
 
 # Tune pickles its callbacks and brings them back from there when it goes on with a search: whom to
 # tell is known by who asks for the search.
+_FAILURE = re.compile(r"^Failure # \d+ .*\n", re.MULTILINE)
+# The last line of a traceback; what it calls from is indented.
+_RAISED = re.compile(r"^(?P<ours>rayfed_lora\.errors\.)?(?:\w+\.)*(?P<kind>\w+): ", re.MULTILINE)
 WATCH: ContextVar[Watch] = ContextVar("watch")
 
 
@@ -44,9 +49,9 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray has no types
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tell why a trial failed."""
-        # Not by `get_error`: that reads a copy which is made later.
-        error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
-        _tell(trials, (trial.trial_id, f"failed: {_reason(error)}"))
+        # Not by `get_error`: that reads a copy which is made later; and no pickle is read here.
+        text = Path(trial.error_file).read_text("utf-8", errors="replace")
+        _tell(trials, (trial.trial_id, f"failed: {reason_in(text)}"))
 
 
 def _tell(
@@ -73,7 +78,7 @@ def tried_of(grid: tune.ResultGrid, location: str) -> list[Tried]:
     for result in grid:
         trial = PurePosixPath(result.path).name
         metrics: Mapping[str, Any] = result.metrics or {}
-        config = metrics.get("config") or _config(RunFolder(f"{location}/{trial}"))
+        config = metrics.get("config") or _config(RunFolder(child(location, trial)))
         reason = None if result.error is None else _reason(result.error)
         found.append(Tried(trial, config.get(DRAW, {}), metrics, reason))
     return found
@@ -84,6 +89,21 @@ def _config(folder: RunFolder) -> Mapping[str, Any]:
         return {}
     config: Mapping[str, Any] = json.loads(folder.read("params.json"))
     return config
+
+
+def reason_in(text: str) -> str:
+    """Return the newest error in the text that Tune keeps of a trial's failures.
+
+    Args:
+        text: headings `Failure # 1 (...)`, each with a traceback under it.
+    """
+    newest = _FAILURE.split(text)[-1]
+    last = newest.rpartition("direct cause of the following exception:")[2]
+    found = _RAISED.search(last)
+    if found is None:
+        return last.strip()
+    kind, message = found["kind"], last[found.end() :].strip()
+    return message if found["ours"] else f"{kind}: {message}"
 
 
 def _reason(error: Exception) -> str:

@@ -563,7 +563,10 @@ def test_a_run_goes_on_without_as_many_raising_clients_as_it_may(tmp_path):
     assert failed[["round", "client", "examples"]].to_numpy().tolist() == [[1, 4, 5], [3, 4, 5]]
     assert set(failed["error"]) == {"ValueError: the fake client 4 was told to raise"}
     notes = board.status().notes
-    assert notes.count("client 4 failed: ValueError: the fake client 4 was told to raise") == 2
+    failure = "client 4 failed: ValueError: the fake client 4 was told to raise"
+    assert notes.count(failure) == 2
+    kept = pd.read_parquet(tmp_path / "notes.parquet")
+    assert kept.to_numpy().tolist() == [[1, failure], [3, failure]]
 
 
 def test_more_raising_clients_than_may_end_the_run_with_the_last_ones_traceback(tmp_path):

@@ -83,6 +83,56 @@ def test_a_rename_that_fails_is_a_run_error_and_leaves_the_old_content(
     assert everything_in(tmp_path) == ["run/a"]
 
 
+def test_a_network_folder_without_fsync_of_folders_and_permissions_will_do(
+    tmp_path, folder, monkeypatch
+):
+    sync = os.fsync
+
+    def of_files_only(handle: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(handle)
+
+    def refused(path: str, mode: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fsync", of_files_only)
+    monkeypatch.setattr(os, "chmod", refused)
+    folder.write("a", b"old")
+    folder.write("a", b"new")
+    assert folder.read("a") == b"new"
+    assert everything_in(tmp_path) == ["run/a"]
+
+
+def test_a_folder_that_cannot_be_saved_after_the_rename_is_a_run_error(folder, monkeypatch):
+    sync = os.fsync
+
+    def broken_for_folders(handle: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.EIO, "Input/output error")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", broken_for_folders)
+    with pytest.raises(RunError, match="Input/output error"):
+        folder.write("a", b"x")
+
+
+@pytest.mark.parametrize("name", ["../a", "b/../../a", "/etc/passwd", "a\\b", "a\0b"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path, folder, name):
+    (tmp_path / "a").write_text("not the run's")
+    asks = (folder.read, folder.exists, folder.names, folder.remove, folder.source)
+    for ask in (*asks, lambda name: folder.write(name, b"x")):
+        with pytest.raises(RunFolderError, match="expected a name inside the folder"):
+            ask(name)
+    assert everything_in(tmp_path) == ["a"]
+
+
+def test_a_folder_that_cannot_be_looked_into_is_a_run_folder_error(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(RunFolderError, match=r"expected a folder that can be read .*run"):
+        RunFolder(tmp_path / "run").names()
+
+
 def test_a_kill_before_the_rename_leaves_no_scratch_file(tmp_path, folder, monkeypatch):
     def interrupted(source: str, target: str) -> None:
         raise KeyboardInterrupt

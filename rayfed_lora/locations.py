@@ -1,0 +1,114 @@
+"""Names of folders and files, as paths or URIs: joined, checked, and shown without secrets.
+
+Text only: `storage` opens what is named here.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import parse_qsl, quote, urlsplit
+
+# Parameters of URIs that carry a secret, in any object store's words.
+_SECRET = r"[\w-]*(?:secret|passw|token|credential|signature|key)[\w-]*|sig"
+_SECRETS = (
+    # Up to the last @: a secret may have slashes in it that should have been quoted.
+    re.compile(r"\b(s3://)[^\s'\"]*@", re.IGNORECASE),
+    re.compile(r"\b([a-z][a-z0-9+.-]*://)[^\s'\"/@]*:[^\s'\"@]*@", re.IGNORECASE),
+    re.compile(rf"([?&](?:{_SECRET})=)[^\s'\"&]+", re.IGNORECASE),
+)
+
+
+def is_uri(location: str) -> bool:
+    """Return whether a location is a URI, not a path.
+
+    >>> is_uri("s3://bucket/runs"), is_uri("/data/runs")
+    (True, False)
+    """
+    return "://" in location
+
+
+def child(location: str, *names: str) -> str:
+    """Return the location of something in a folder; the options of a URI stay at its end.
+
+    >>> child("runs/a/", "trials", "7")
+    'runs/a/trials/7'
+    >>> child("s3://bucket/a?region=eu-central-1", "report.html")
+    's3://bucket/a/report.html?region=eu-central-1'
+
+    Args:
+        location: path or URI of the folder.
+        names: relative, each at most a few folders deep.
+
+    Raises:
+        ValueError: a name leads out of the folder.
+    """
+    for name in names:
+        check_name(name)
+    if not is_uri(location):
+        return "/".join([location.rstrip("/"), *names])
+    folder, mark, options = location.partition("?")
+    return "/".join([folder.rstrip("/"), *map(quote, names)]) + mark + options
+
+
+def parent(location: str) -> tuple[str, str]:
+    """Return the folder that holds a file, and the file's name in it; undoes `child`.
+
+    >>> parent("report.html"), parent("/a/report.html")
+    (('.', 'report.html'), ('/a', 'report.html'))
+    >>> parent("s3://bucket/a/report.html?scheme=http")
+    ('s3://bucket/a?scheme=http', 'report.html')
+    """
+    path, mark, options = location.partition("?") if is_uri(location) else (location, "", "")
+    folder, slash, name = path.rpartition("/")
+    return (folder or slash or ".") + mark + options, name
+
+
+def check_name(name: str) -> None:
+    r"""Check that a name stays in the folder that it is in.
+
+    Raises:
+        ValueError: it is absolute, goes up, or has a character that no file of a run has.
+
+    >>> check_name("checkpoints/round-000003/state.json")
+    >>> check_name("adapter/../../.bashrc")
+    Traceback (most recent call last):
+    ValueError: expected a name inside the folder, got 'adapter/../../.bashrc'
+    """
+    unsafe = name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name
+    if unsafe:
+        raise ValueError(f"expected a name inside the folder, got {name!r}")
+
+
+def holds_secret(location: str) -> bool:
+    """Return whether a location has credentials in it.
+
+    >>> holds_secret("s3://bucket/runs?region=eu-central-1")
+    False
+    >>> holds_secret("s3://AKIA:secret@bucket/runs"), holds_secret("gs://b/a?access_token=x")
+    (True, True)
+    """
+    if not is_uri(location):
+        return False
+    scheme, _, rest = location.partition("://")
+    authority = rest.partition("?")[0].partition("/")[0]
+    user, at, _ = authority.rpartition("@")
+    # A bucket has neither; in other stores what stands before the @ may be a container or a user.
+    if scheme.lower() == "s3" and (at or ":" in authority):
+        return True
+    if ":" in user:
+        return True
+    names = [name for name, _ in parse_qsl(urlsplit(location).query, keep_blank_values=True)]
+    return any(re.fullmatch(_SECRET, name, re.IGNORECASE) for name in names)
+
+
+def without_secrets(text: str) -> str:
+    """Return a text with the credentials of all URIs in it blotted out.
+
+    >>> without_secrets("cannot open s3://AKIA:se/cret@bucket/runs?x_token=abc&region=eu")
+    'cannot open s3://***@bucket/runs?x_token=***&region=eu'
+    """
+    for pattern in _SECRETS:
+        text = pattern.sub(lambda found: f"{found[1]}***{'' if found[1][-1] == '=' else '@'}", text)
+    return text
