@@ -79,7 +79,8 @@ def main(out: Path) -> None:
     print(json.dumps({"session": ray._private.worker._global_node.get_session_dir_path()}))
     sys.stdout.flush()
     pending = [run.run.remote() for run in runs]
-    while ray.get(runs[0].status.remote()).rounds_done < 3:
+    # Ray tells of tasks a second or more after they have ended.
+    while ray.get(runs[0].status.remote()).rounds_done < 6:
         time.sleep(0.2)
     head = f"http://{context.dashboard_url}"
     seen = {
