@@ -154,6 +154,8 @@ def _shortened(text: str) -> str:
 def _yaml() -> YAML:
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
+    # A key that is folded over two lines cannot be read again.
+    yaml.width = 4 * _MOST_CHARACTERS
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     return yaml
 
