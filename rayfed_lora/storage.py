@@ -56,7 +56,7 @@ class RunFolder:
                 f" {_S3_HINT}"
             )
         try:
-            self._fs, root = _opened(self.location)
+            self._fs, root = opened(self.location)
         except (OSError, ValueError) as error:
             raise RunFolderError(f"run folder {self.location}: {error}") from error
         self._root = PurePosixPath(root)
@@ -196,7 +196,12 @@ class RunFolder:
         return f" ({_S3_HINT})" if isinstance(self._fs, fs.S3FileSystem) else ""
 
 
-def _opened(location: str) -> tuple[fs.FileSystem, str]:
+def opened(location: str) -> tuple[fs.FileSystem, str]:
+    """Return the filesystem of a path or URI, and the path in it.
+
+    Raises:
+        OSError, ValueError: the URI cannot be opened.
+    """
     if "\0" in location:
         raise ValueError("expected a path or URI without NUL characters")
     if not is_uri(location):

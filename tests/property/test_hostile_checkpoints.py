@@ -21,7 +21,7 @@ from rayfed_lora.runtime.session import finished, kept_recipe, sitting
 from rayfed_lora.storage import RunFolder
 from tests.fakes import local_executor, make_recipe
 
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=25, deadline=None)
 FOLDER = "checkpoints/round-000002"
 FILES = ("manifest.json", "state.json", "state.safetensors")
 JSON: st.SearchStrategy[Any] = st.recursive(
