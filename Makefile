@@ -49,7 +49,8 @@ coverage: setup
 	@if [ ! -f .coverage ]; then $(MAKE) test; fi
 	$(BIN)/coverage report --skip-covered
 
-# Whole commands in fresh processes, killed and resumed: minutes, not part of CI.
+# Whole commands in fresh processes, killed and resumed, and clusters of machines made on this one:
+# minutes, not part of CI.
 e2e: setup
 	$(BIN)/python -m pytest -m e2e
 

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from rayfed_lora import cli_cluster
+from rayfed_lora.cli_options import AddressOption, OutOption, RecipeArgument, SetOption
 from rayfed_lora.errors import RayfedError
 
 app = typer.Typer(
@@ -18,13 +20,7 @@ app = typer.Typer(
     help="Federated LoRA fine-tuning simulated on Ray, with annealed parameter budgets.",
 )
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped name or a path.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a recipe key; repeatable."),
-]
-OutOption = Annotated[str | None, typer.Option(help="Run folder or URI.")]
-AddressOption = Annotated[str | None, typer.Option(help="A running Ray cluster.")]
+app.add_typer(cli_cluster.app)
 
 
 @app.command()

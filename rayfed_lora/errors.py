@@ -9,6 +9,7 @@
     |   `-- RunFolderError       2   the run folder cannot be written or holds another run
     |-- ClientError              1   a client's training raised
     |-- RunError                 1   the run cannot go on
+    |   `-- BlockMemoryError     1   clients do not fit into memory together; halved by the executor
     `-- InterruptedRunError    130   stopped by the user; the last checkpoint is kept
 
 Source: this project.
@@ -110,6 +111,15 @@ class ClientError(RunError):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by the arguments, as errors cross process borders."""
         return type(self), (self.client, self.round_index, self.trace)
+
+    @property
+    def reason(self) -> str:
+        """The last line of the traceback: what was raised."""
+        return self.trace.rstrip().rpartition("\n")[2]
+
+
+class BlockMemoryError(RunError):
+    """Clients do not fit into memory together; an executor trains smaller blocks then."""
 
 
 class InterruptedRunError(RayfedError):

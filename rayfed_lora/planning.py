@@ -6,7 +6,7 @@ Source: this project.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.annealing import budget
 from rayfed_lora.annealing.stages import Feedback, adapter_rounds_before, plan_round
 from rayfed_lora.federation import sampling
+from rayfed_lora.federation.devices import Devices
 from rayfed_lora.federation.learning_rate import learning_rate
 from rayfed_lora.federation.ledger import BYTES_A_VALUE, Ledger, Totals
 from rayfed_lora.federation.sampling import block_size
 from rayfed_lora.federation.traffic import RoundFacts, is_cut
-from rayfed_lora.recipe import Annealing, Recipe
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe_annealing import Annealing
 from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.training.workload import Outline, outline
 from rayfed_lora.types import Device, Frozen, ModelShape, RoundPlan, Stage, Trainable
@@ -41,7 +43,9 @@ class PlannedRound:
         trainable_params: number of values that a client trains.
         learning_rate: local learning rate.
         clients: size of the cohort.
+        arriving: how many of them arrive in time, by the simulated clock.
         bytes_up, bytes_down, bytes_base: of the whole cohort.
+        simulated_s: length of the round by the simulated clock; None where no time is simulated.
     """
 
     round: int
@@ -51,9 +55,11 @@ class PlannedRound:
     trainable_params: int
     learning_rate: float
     clients: int
+    arriving: int
     bytes_up: int
     bytes_down: int
     bytes_base: int
+    simulated_s: float | None
 
 
 @dataclass(frozen=True)
@@ -63,15 +69,18 @@ class Plan:
     Attributes:
         rounds: every round; with an acceptance rule, as if each proposal were accepted; with
             spectral allocation, the upper bound that the uniform rank sets.
-        totals: the ledger's, if every client's update arrives.
+        totals: the ledger's, if every update arrives but those that leave or are late by the
+            simulated clock.
         outline: sizes of data and model.
         needs: what it needs of the cluster, one line each.
+        actor_mb: memory of an actor, without activations.
     """
 
     rounds: tuple[PlannedRound, ...]
     totals: Totals
     outline: Outline
     needs: tuple[str, ...]
+    actor_mb: float
 
 
 def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
@@ -87,17 +96,20 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     sizes = outline(recipe)
-    clients = len(sizes.examples)
-    ledger = Ledger(sizes.shape, clients, RULES[recipe.aggregation.rule])
+    ledger = Ledger(sizes.shape, len(sizes.devices.sizes), RULES[recipe.aggregation.rule])
+    devices = Devices(recipe, sizes.devices) if recipe.simulates_time else None
     rounds: list[PlannedRound] = []
     rank: int | None = None
+    clock_s = 0.0
     for t in range(recipe.annealing.total_rounds):
         scheduled = plan_round(_without_feedback(recipe), t, Feedback(rank=rank))
-        cohort = sampling.cohort(recipe, clients, t)
-        rounds.append(_planned(recipe, sizes.shape, ledger, scheduled, cohort, clients, rank))
+        planned = _planned(recipe, sizes, ledger, scheduled, rank, devices, clock_s)
+        rounds.append(planned)
+        clock_s += planned.simulated_s or 0.0
         rank = None if scheduled.trainable == "full" else scheduled.rank
     needs = _needs(recipe, sizes, rounds)
-    return Plan(tuple(rounds), ledger.totals, sizes, needs)
+    actor_mb = _PROCESS_MB + _training_mb(sizes, rounds)
+    return Plan(tuple(rounds), ledger.totals, sizes, needs, actor_mb)
 
 
 def _without_feedback(recipe: Recipe) -> Annealing:
@@ -106,47 +118,70 @@ def _without_feedback(recipe: Recipe) -> Annealing:
 
 def _planned(
     recipe: Recipe,
-    shape: ModelShape,
+    sizes: Outline,
     ledger: Ledger,
     scheduled: RoundPlan,
+    rank_before: int | None,
+    devices: Devices | None,
+    clock_s: float,
+) -> PlannedRound:
+    shape, clients = sizes.shape, len(sizes.devices.sizes)
+    full = scheduled.trainable == "full"
+    if devices is None:
+        cohort, began = sampling.cohort(recipe, clients, scheduled.round), clock_s
+    else:
+        cohort, began = devices.cohort(scheduled.round, clock_s)
+    facts = _facts(recipe, shape, scheduled, rank_before, cohort, clients)
+    simulated_s = None
+    if devices is not None:
+        turnout = devices.turnout(scheduled.round, cohort, ledger.quote(facts), full, began)
+        facts = replace(facts, arrived=~turnout.sent.absent, sent=turnout.sent)
+        simulated_s = began + turnout.length_s - clock_s
+    bill = ledger.book(facts)
+    return PlannedRound(
+        round=scheduled.round,
+        stage=scheduled.stage,
+        trainable=scheduled.trainable,
+        rank=None if full else scheduled.rank,
+        trainable_params=_trained(shape, facts.ranks, facts.frozen, full),
+        learning_rate=learning_rate(recipe, scheduled.round),
+        clients=len(cohort),
+        arriving=bill.arrived,
+        bytes_up=bill.params_up * BYTES_A_VALUE,
+        bytes_down=bill.params_down * BYTES_A_VALUE,
+        bytes_base=bill.base_params * BYTES_A_VALUE,
+        simulated_s=simulated_s,
+    )
+
+
+def _facts(
+    recipe: Recipe,
+    shape: ModelShape,
+    scheduled: RoundPlan,
+    rank_before: int | None,
     cohort: tuple[int, ...],
     clients: int,
-    rank_before: int | None,
-) -> PlannedRound:
+) -> RoundFacts:
+    """Return what decides a round's messages if all arrive."""
     full = scheduled.trainable == "full"
     ranks = {} if full else budget.uniform(shape.modules, scheduled.rank)
     anew = RULES[recipe.aggregation.rule].merges == "stack"
     kept = None if anew else rank_before
     before = {} if kept is None else budget.uniform(shape.modules, kept)
     turn = adapter_rounds_before(recipe.annealing, scheduled.round)
-    frozen = None if full else RULES[recipe.aggregation.rule].frozen(turn)
     limits = sampling.rank_limits(recipe, clients)
     folded = _folded(recipe, shape, before, ranks)
-    bill = ledger.book(
-        RoundFacts(
-            trainable=scheduled.trainable,
-            cohort=cohort,
-            arrived=np.ones(len(cohort), bool),
-            ranks=ranks,
-            limits=None if limits is None else limits[list(cohort)],
-            frozen=frozen,
-            ranks_before=before if folded else None,
-            folded=folded,
-            resized=is_cut(before, ranks),
-            after_initiating=scheduled.stage != "initiating",
-        )
-    )
-    return PlannedRound(
-        round=scheduled.round,
-        stage=scheduled.stage,
+    return RoundFacts(
         trainable=scheduled.trainable,
-        rank=None if full else scheduled.rank,
-        trainable_params=_trained(shape, ranks, frozen, full),
-        learning_rate=learning_rate(recipe, scheduled.round),
-        clients=len(cohort),
-        bytes_up=bill.params_up * BYTES_A_VALUE,
-        bytes_down=bill.params_down * BYTES_A_VALUE,
-        bytes_base=bill.base_params * BYTES_A_VALUE,
+        cohort=cohort,
+        arrived=np.ones(len(cohort), bool),
+        ranks=ranks,
+        limits=None if limits is None else limits[list(cohort)],
+        frozen=None if full else RULES[recipe.aggregation.rule].frozen(turn),
+        ranks_before=before if folded else None,
+        folded=folded,
+        resized=is_cut(before, ranks),
+        after_initiating=scheduled.stage != "initiating",
     )
 
 
@@ -172,7 +207,6 @@ def _folded(
 
 def _needs(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> tuple[str, ...]:
     runtime = recipe.runtime
-    model_mb = sizes.shape.total_params * BYTES_A_VALUE / 1e6
     actors = runtime.client_actors
     most = max(planned.clients for planned in rounds)
     count = f"1 to {most} (auto)" if actors == "auto" else str(actors)
@@ -181,7 +215,7 @@ def _needs(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> tuple[
     gpu = "" if runtime.device == "cpu" or gpus == 0 else f" and {share} where the cluster has GPUs"
     where = "this process" if runtime.executor == "local" else f"client actors: {count}"
     full = any(planned.trainable == "full" for planned in rounds)
-    training_mb = model_mb * (4 if full else 1)
+    training_mb = _training_mb(sizes, rounds)
     return (
         f"{where}, each {runtime.cpus_per_actor:g} CPU{gpu}",
         *_blocks(recipe, sizes, rounds),
@@ -189,6 +223,12 @@ def _needs(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> tuple[
         f" ({_PROCESS_MB} MB of Python and torch, {training_mb:.0f} MB of model"
         f"{', gradients and optimiser state' if full else ''}), without activations",
     )
+
+
+def _training_mb(sizes: Outline, rounds: list[PlannedRound]) -> float:
+    """Return the memory of model, gradients and optimiser state."""
+    full = any(planned.trainable == "full" for planned in rounds)
+    return sizes.shape.total_params * BYTES_A_VALUE / 1e6 * (4 if full else 1)
 
 
 def _blocks(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> Iterator[str]:

@@ -13,9 +13,29 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayfed_lora.plain_values import strange
+from rayfed_lora.recipe_annealing import Annealing
+from rayfed_lora.recipe_devices import (
+    Availability,
+    Network,
+    OwnNumber,
+    also_plain,
+    own_number,
+    short_for,
+)
+from rayfed_lora.recipe_fields import (
+    Auto,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Section,
+    option,
+    section,
+)
 
 Method = Literal[
     "sa-fedlora",
@@ -34,9 +54,7 @@ Method = Literal[
     "head-only",
     "bitfit",
 ]
-Shape = Literal["linear", "cosine", "cubic", "exponential", "logarithmic", "step", "constant"]
 Scaling = Literal["constant", "alpha_over_rank", "rslora"]
-Auto = Literal["auto"]
 Rule = Literal[
     "factor-average",
     "product-svd",
@@ -49,29 +67,9 @@ Rule = Literal[
     "correct",
 ]
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
-
-def option(default: Any, description: str, unit: str | None = None) -> Any:
-    """Return a field with its description and, where it has one, its unit."""
-    extra: dict[str, JsonValue] | None = None if unit is None else {"unit": unit}
-    return Field(default, description=description, json_schema_extra=extra, validate_default=True)
-
-
-def section(kind: type[BaseModel], description: str) -> Any:
-    """Return a field that holds a sub-section with that section's defaults."""
-    return Field(default_factory=kind, description=description)
-
-
-class Section(BaseModel):
-    """A mapping of a recipe: unknown keys are faults, values cannot change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+# 4 * 1.3 is a little more than 5.2 in floating point; 10 * 1.1 is to be 11.
+_ROUNDING = 1e-9
 
 
 class Partition(Section):
@@ -179,94 +177,6 @@ class Adapter(Section):
     )
 
 
-class Initiating(Section):
-    """The first stage: regularised training against client drift."""
-
-    rounds: Count = option(2, "length of the stage", "rounds")
-    trainable: Literal["full", "adapter", "none"] = option(
-        "full", "full: every weight | adapter: factors and head | none: skip the stage"
-    )
-    proximal_weight: NonNegative = option(
-        0.01, "mu of the proximal term (mu / 2) * ||theta - theta_received||^2"
-    )
-    lr: PositiveFloat | None = option(
-        None, "local learning rate of this stage; null: `clients.optimizer.lr`"
-    )
-
-
-class Heating(Section):
-    """The high parameter budget."""
-
-    rounds: Count = option(4, "length of the stage", "rounds")
-    rank: Count = option(16, "LoRA rank R0", "rank")
-    shape: Literal["hold", "ramp"] = option(
-        "hold", "hold: R0 throughout | ramp: linearly from cooling.rank up to R0"
-    )
-
-
-class Cooling(Section):
-    """The shrinking parameter budget."""
-
-    rounds: Count = option(10, "length of the stage", "rounds")
-    rank: Count = option(2, "LoRA rank R1 at its end", "rank")
-    shape: Shape = option("cosine", "curve from heating.rank to cooling.rank")
-    steps: Positive = option(4, "number of plateaus (shape step)", "steps")
-    residual: Literal["drop", "fold"] = option(
-        "drop", "what a shrink cuts off: dropped, or folded into the frozen base"
-    )
-
-
-class Holding(Section):
-    """Training on at the low budget."""
-
-    rounds: Count = option(4, "length of the stage", "rounds")
-
-
-class Target(Section):
-    """What the rank may not cost (acceptance target)."""
-
-    metric: Literal["accuracy", "loss"] = option("accuracy", "validation metric to watch")
-    value: Finite | None = option(None, "value to hold; null: the best one at the heating rank")
-    tolerance: NonNegative = option(0.01, "how far below (loss: above) the value is still held")
-
-
-class Annealing(Section):
-    """The schedule of the parameter budget: SA-FedLoRA proper."""
-
-    mode: Literal["staged", "full", "fixed"] = option(
-        "staged",
-        "staged: the four stages | full: the full model in all rounds (FedAvg) | fixed: the adapter"
-        " at heating.rank in all rounds; the number of rounds is the sum over the stages in each",
-    )
-    initiating: Initiating = section(Initiating, "regularised first rounds")
-    heating: Heating = section(Heating, "rounds at the high rank")
-    cooling: Cooling = section(Cooling, "rounds in which the rank falls")
-    holding: Holding = section(Holding, "rounds at the low rank")
-    allocation: Literal["uniform", "spectral"] = option(
-        "uniform", "uniform: one rank for all modules | spectral: by singular energy a parameter"
-    )
-    acceptance: Literal["always", "metropolis", "target"] = option(
-        "always",
-        "whether a lower rank is taken: always, by Metropolis' rule, or while a target holds",
-    )
-    temperature: PositiveFloat = option(0.05, "first temperature (metropolis)", "nats of loss")
-    temperature_decay: Annotated[float, Field(gt=0.0, le=1.0)] = option(
-        0.8, "factor on the temperature for each cooling round (metropolis)"
-    )
-    target: Target = section(Target, "what acceptance target holds")
-
-    @property
-    def initiating_rounds(self) -> int:
-        """Rounds of the initiating stage as it will run: 0 where it is skipped."""
-        return 0 if self.initiating.trainable == "none" else self.initiating.rounds
-
-    @property
-    def total_rounds(self) -> int:
-        """T, the number of communication rounds."""
-        rest = self.heating.rounds + self.cooling.rounds + self.holding.rounds
-        return self.initiating_rounds + rest
-
-
 class ServerOptimizer(Section):
     """The step the server takes along the averaged update."""
 
@@ -333,6 +243,31 @@ class Clients(Section):
     optimizer: Optimizer = section(Optimizer, "local optimiser")
     lr_schedule: LrSchedule = section(LrSchedule, "learning rate over rounds")
     max_grad_norm: PositiveFloat | None = option(None, "clip the gradient's 2-norm; null: never")
+    max_failed: Count | Annotated[float, Field(gt=0.0, lt=1.0)] = option(
+        0,
+        "how many clients of a round may raise an error and be left out before the run ends: a"
+        " number, or a share of the cohort",
+        "clients",
+    )
+    over_select: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = option(
+        1.0,
+        "draw so many times `per_round` clients, and take the first `per_round` that arrive by the"
+        " simulated clock",
+    )
+    deadline_s: PositiveFloat | None = option(
+        None, "a round waits so long, by the simulated clock; null: for all", "s"
+    )
+    availability: Annotated[Availability, short_for({float: "dropout", str: "trace"})] = Field(
+        default_factory=Availability,
+        description="when clients can be reached; a number: probability to leave in the middle of a"
+        " round; a text: file of a trace",
+        json_schema_extra=lambda schema: also_plain(schema, "number", "string"),
+    )
+    speed: OwnNumber = own_number(
+        "examples that a client trains the adapter on in a second (a full model takes 1.5 times as"
+        " long); null: training takes no time",
+        "examples/s",
+    )
     ranks: Positive | Ranks | RankShares | None = option(
         None,
         "largest rank that a client can train: one for all | a list, dealt to clients in turn"
@@ -399,6 +334,12 @@ class Runtime(Section):
     start_timeout_s: PositiveFloat = option(
         120.0, "how long to wait for resources that others hold", "s"
     )
+    block_timeout_s: PositiveFloat | None = option(
+        None,
+        "an actor whose block, or share of a test, takes longer is ended and the work run again"
+        " (executor ray); null: no limit",
+        "s",
+    )
 
 
 class Storage(Section):
@@ -409,6 +350,21 @@ class Storage(Section):
     )
     checkpoint_every: Positive = option(1, "save after every so many rounds", "rounds")
     keep: Positive = option(2, "how many of the newest checkpoints to keep", "checkpoints")
+
+
+Label = Annotated[str, Field(min_length=1)]
+
+
+class Tracking(Section):
+    """Where else the rows of rounds.parquet go while the run goes on.
+
+    Addresses and keys of servers are not a recipe's: W&B and MLflow read them from their own
+    environment variables.
+    """
+
+    tensorboard: bool = option(False, "write TensorBoard event files into the run folder")
+    wandb: Label | None = option(None, "Weights & Biases project; null: none")
+    mlflow: Label | None = option(None, "MLflow experiment; null: none")
 
 
 class Recipe(Section):
@@ -425,9 +381,11 @@ class Recipe(Section):
     annealing: Annealing = section(Annealing, "schedule of the parameter budget")
     aggregation: Aggregation = section(Aggregation, "server")
     clients: Clients = section(Clients, "cohort and local training")
+    network: Network = section(Network, "simulated network")
     evaluation: Evaluation = section(Evaluation, "tests of the global model")
     runtime: Runtime = section(Runtime, "executor")
     storage: Storage = section(Storage, "run folder")
+    tracking: Tracking = section(Tracking, "TensorBoard, W&B, MLflow")
 
     @model_validator(mode="after")
     def _values_go_together(self) -> Recipe:
@@ -450,3 +408,29 @@ class Recipe(Section):
         """Return how many of `clients` clients take part in a round, at least 1."""
         share = self.clients.per_round
         return share if isinstance(share, int) else max(1, math.floor(share * clients + 0.5))
+
+    def drawn(self, clients: int) -> int:
+        """Return how many of `clients` clients are drawn for a round, late ones included."""
+        wanted = self.cohort_size(clients) * self.clients.over_select
+        return min(clients, math.ceil(wanted - _ROUNDING))
+
+    @property
+    def simulates_time(self) -> bool:
+        """Whether clients come, go or take time by the simulated clock."""
+        own, network = self.clients, self.network
+        spreads = (own.speed, network.up_mbps, network.down_mbps)
+        comes_and_goes = own.availability.dropout > 0 or own.availability.trace is not None
+        takes_time = network.latency_s > 0 or any(spread is not None for spread in spreads)
+        return comes_and_goes or takes_time or own.over_select > 1 or own.deadline_s is not None
+
+    @property
+    def device_columns(self) -> tuple[str, ...]:
+        """Columns of the data that say what clients' devices are like."""
+        spreads = (self.clients.speed, self.network.up_mbps, self.network.down_mbps)
+        named = [spread.column for spread in spreads if spread is not None]
+        return tuple(dict.fromkeys(name for name in named if name is not None))
+
+    def most_failed(self, cohort: int) -> int:
+        """Return how many of a cohort may raise an error before the run ends."""
+        most = self.clients.max_failed
+        return most if isinstance(most, int) else math.floor(most * cohort)

@@ -13,7 +13,9 @@ from rayfed_lora.locations import holds_secret
 from rayfed_lora.rule_facts import RULE_FACTS
 
 if TYPE_CHECKING:
-    from rayfed_lora.recipe import Annealing, Recipe, Runtime
+    from rayfed_lora.recipe import Recipe, Runtime
+    from rayfed_lora.recipe_annealing import Annealing
+    from rayfed_lora.recipe_devices import Spread
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def conflicts(recipe: Recipe) -> list[Conflict]:
         *_of_acceptance(recipe),
         *_of_clients(recipe),
         *_of_rule(recipe),
+        *_of_devices(recipe),
         *_of_gpus(recipe.runtime),
     ]
 
@@ -142,6 +145,45 @@ def _of_clients(recipe: Recipe) -> Iterator[Conflict]:
             ("clients.per_round", "data.partition.clients"),
             f"expected at most data.partition.clients ({partition.clients}),"
             f" got {clients.per_round}",
+        )
+
+
+def _of_devices(recipe: Recipe) -> Iterator[Conflict]:
+    clients, network = recipe.clients, recipe.network
+    spreads = {
+        "clients.speed": clients.speed,
+        "network.up_mbps": network.up_mbps,
+        "network.down_mbps": network.down_mbps,
+    }
+    for path, spread in spreads.items():
+        if spread is not None:
+            yield from _of_spread(path, spread)
+    time_passes = network.latency_s > 0 or any(spread is not None for spread in spreads.values())
+    if clients.deadline_s is not None and not time_passes:
+        yield Conflict(
+            ("clients.deadline_s", "clients.speed", "network"),
+            "nobody can be late where nothing takes time; expected clients.speed or network too",
+        )
+    if clients.availability.period_s is not None and clients.availability.trace is None:
+        yield Conflict(
+            ("clients.availability.period_s", "clients.availability.trace"),
+            "expected a trace that is to begin anew",
+        )
+
+
+def _of_spread(path: str, spread: Spread) -> Iterator[Conflict]:
+    given = [key for key in ("median", "low", "high", "column") if getattr(spread, key) is not None]
+    expected = {"lognormal": ["median"], "uniform": ["low", "high"]}[spread.distribution]
+    if given not in (expected, ["column"]):
+        yield Conflict(
+            (path,),
+            f"distribution '{spread.distribution}' expects {' and '.join(expected)}, or a column"
+            f" instead, got {', '.join(given) or 'none of them'}",
+        )
+    elif spread.low is not None and spread.high is not None and spread.low > spread.high:
+        yield Conflict(
+            (f"{path}.low", f"{path}.high"),
+            f"expected at most high ({spread.high:g}), got {spread.low:g}",
         )
 
 

@@ -325,6 +325,9 @@ def _location(loc: Sequence[int | str]) -> tuple[str, ...]:
 
 
 def _fields_of(node: Any) -> dict[str, Any] | None:
+    # A section that may be null is named by its location as one that may not.
+    members = [member for member in typing.get_args(node) if member is not type(None)]
+    node = members[0] if len(members) == 1 else node
     if isinstance(node, type) and issubclass(node, BaseModel):
         return {key: info.annotation for key, info in node.model_fields.items()}
     return None

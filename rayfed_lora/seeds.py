@@ -24,6 +24,8 @@ class Purpose(IntEnum):
     RANKS = 8
     CLIENT_SPLIT = 9
     TESTED_CLIENTS = 10
+    DEVICES = 11
+    DEPARTURES = 12
 
 
 def sequence(seed: int, purpose: Purpose, *key: int) -> np.random.SeedSequence:

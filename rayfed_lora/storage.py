@@ -71,6 +71,11 @@ class RunFolder:
         """The folder as a local path, None where it is elsewhere."""
         return Path(self._root) if isinstance(self._fs, fs.LocalFileSystem) else None
 
+    @property
+    def name(self) -> str:
+        """The last part of the folder's path."""
+        return self._root.name
+
     def write(self, name: str, content: bytes) -> None:
         """Write a file whole or not at all, durable on return.
 

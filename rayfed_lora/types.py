@@ -18,6 +18,9 @@ Trainable = Literal["full", "adapter"]
 Split = Literal["validation", "test"]
 Device = Literal["cpu", "cuda"]
 Frozen = Literal["a", "b"]
+Absence = Literal["dropped", "late"]
+# Times of a trace are whole microseconds.
+TRACE_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,7 @@ class LocalPlan:
         lr: local learning rate of this round.
         proximal_weight: mu of the proximal term.
         frozen: the factor of every module that is not trained, if any.
+        tolerant: whether a client that raises is left out, instead of ending the run.
     """
 
     round: int
@@ -176,6 +180,7 @@ class LocalPlan:
     lr: float
     proximal_weight: float
     frozen: Frozen | None = None
+    tolerant: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,6 +194,10 @@ class ClientUpdate:
         train_loss: mean loss over its local steps (nan where it failed).
         seconds: its local training time.
         error: why it failed, or None.
+        trace: its traceback where training raised, else None.
+        note: what the user should know of it beside that, or None.
+        absent: why nothing of it is used, by the simulated clock: it left (`dropped`) or came too
+            late (`late`); else None.
         personal: B by module where the client keeps its own, else None; a simulation has to keep
             it for the client.
     """
@@ -199,7 +208,15 @@ class ClientUpdate:
     train_loss: float
     seconds: float
     error: str | None = None
+    trace: str | None = None
+    note: str | None = None
+    absent: Absence | None = None
     personal: Mapping[str, FloatArray] | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether its state counts."""
+        return self.error is None and self.absent is None
 
 
 @dataclass(frozen=True)
@@ -262,6 +279,14 @@ class ClientTest:
 
 
 @dataclass(frozen=True)
+class Note:
+    """A row of notes.parquet: what the user should know of a round, e.g. a lost actor."""
+
+    round: int
+    text: str
+
+
+@dataclass(frozen=True)
 class ClientRecord:
     """A row of clients.parquet: one client in one round.
 
@@ -270,21 +295,24 @@ class ClientRecord:
         client: client id.
         examples: number of its training examples.
         train_loss: mean loss over its local steps, None where it failed.
-        status: `ok` or `failed`.
+        status: `ok`, `failed`, or by the simulated clock `dropped` or `late`.
         error: why it failed, or None.
-        bytes_up, bytes_down: its messages, base not included.
+        bytes_up, bytes_down: what was sent of its messages, base not included.
         seconds: its local training time.
+        simulated_s: by the simulated clock, from the start of the round until its update was there
+            or nobody waited for it any more; None where no time is simulated.
     """
 
     round: int
     client: int
     examples: int
     train_loss: float | None
-    status: Literal["ok", "failed"]
+    status: Literal["ok", "failed", "dropped", "late"]
     error: str | None
     bytes_up: int
     bytes_down: int
     seconds: float
+    simulated_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -300,7 +328,7 @@ class RoundRecord:
         proximal_weight: mu.
         clients: size of the cohort.
         failed_clients: how many of them sent nothing usable.
-        train_loss: mean over clients, weighted by examples.
+        train_loss: mean over clients, weighted by examples; nan where no update came.
         eval_accuracy, eval_loss, eval_macro_f1, eval_auc, eval_perplexity: of the new global model
             on the test split, None where not tested or not defined.
         validation_accuracy, validation_loss: likewise on the server's validation split.
@@ -311,6 +339,10 @@ class RoundRecord:
         learning_rate: local learning rate.
         proposal: the annealing's proposal and verdict, None where there was none.
         seconds: wall time of the round, evaluation included.
+        dropped_clients: how many left or came too late, by the simulated clock.
+        retried_blocks: how often a block was trained again because its actor was lost.
+        simulated_s: length of the round by the simulated clock, waiting for clients included; None
+            where no time is simulated.
     """
 
     round: int
@@ -338,3 +370,35 @@ class RoundRecord:
     learning_rate: float
     proposal: Proposal | None
     seconds: float
+    dropped_clients: int = 0
+    retried_blocks: int = 0
+    simulated_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The times at which clients can be reached, in seconds of the simulated clock.
+
+    Attributes:
+        client: (n,) client ids.
+        start_s, end_s: (n,) each from, and until before.
+    """
+
+    client: npt.NDArray[np.int64]
+    start_s: npt.NDArray[np.float64]
+    end_s: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What the data say of clients and their devices.
+
+    Attributes:
+        sizes: (clients,) number of training examples.
+        columns: (clients,) numbers by name of a data column.
+        trace: when clients can be reached; None: always.
+    """
+
+    sizes: npt.NDArray[np.int64]
+    columns: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    trace: Trace | None = None

@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.data.partition import ClientTable
+from rayfed_lora.errors import BlockMemoryError
 from rayfed_lora.federation.executor import Call, Population, Trained
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
@@ -98,6 +99,9 @@ class Behaviour:
         dying: the worker's process kills itself, as long as `marker` is there; it takes it away.
         marker: path of an empty file, needed by `dying`.
         dying_always: likewise without a marker, each time.
+        stuck: training takes an hour, as long as `marker` is there; it takes it away.
+        together: how many clients fit into memory together; None: any number.
+        tests: what is predicted: the class, with `probabilities`, or the tokens of `texts`.
     """
 
     failing: frozenset[tuple[int, int]] = frozenset()
@@ -106,6 +110,9 @@ class Behaviour:
     dying: frozenset[tuple[int, int]] = frozenset()
     marker: str = ""
     dying_always: frozenset[tuple[int, int]] = frozenset()
+    stuck: frozenset[tuple[int, int]] = frozenset()
+    together: int | None = None
+    tests: Literal["classes", "probabilities", "texts"] = "classes"
 
 
 def every_round(*clients: int) -> frozenset[tuple[int, int]]:
@@ -130,6 +137,8 @@ class FakeTrainer:
     def train(
         self, clients: Sequence[int], starts: Sequence[AdapterState], base: Base, plan: LocalPlan
     ) -> Iterator[ClientUpdate]:
+        if self._behaviour.together is not None and len(clients) > self._behaviour.together:
+            raise BlockMemoryError(f"{len(clients)} clients do not fit")
         for client, start in zip(clients, starts, strict=True):
             with attributed(client, plan.round):
                 yield self._train_client(client, start, base, plan)
@@ -141,13 +150,15 @@ class FakeTrainer:
         time.sleep(b.sleep_s.get(client, 0.0))
         if (client, t) in b.dying_always or ((client, t) in b.dying and _taken(b.marker)):
             os.kill(os.getpid(), signal.SIGKILL)
+        if (client, t) in b.stuck and _taken(b.marker):
+            time.sleep(3600)
         if (client, t) in b.raising:
             raise ValueError(f"the fake client {client} was told to raise")
         if (client, t) in b.failing:
             reason = "loss is nan in local step 1 of 1"
             return ClientUpdate(client, client + 1, None, math.nan, 0.0, reason)
         trained = moved(start, step(client, t, base), plan.frozen)
-        return ClientUpdate(client, client + 1, trained, float(client), 0.0)
+        return ClientUpdate(client, client + 1, trained, float(client), b.sleep_s.get(client, 0.0))
 
     def evaluate(
         self, split: Split, rows: slice, state: AdapterState, base: Base, trainable: Trainable
@@ -155,12 +166,20 @@ class FakeTrainer:
         size = TEST_ROWS if split == "test" else VALIDATION_ROWS
         wave = np.sin(energy(state, base, trainable) + np.arange(size)[rows])
         right = (wave < 0).astype(np.int64)
+        labels = np.ones(len(wave), np.int64)
+        if self._behaviour.tests == "texts":
+            labels = -labels
+        probabilities = None
+        if self._behaviour.tests == "probabilities":
+            labels = np.arange(size)[rows] % 2
+            probabilities = np.stack([wave, -wave], axis=1).astype(np.float32)
         return Predictions(
-            labels=np.ones(len(wave), np.int64),
+            labels=labels,
             losses=(1 + 0.1 * wave).astype(np.float32),
             correct=right,
             predicted=np.ones(len(wave), np.int64),
             classes=right,
+            probabilities=probabilities,
         )
 
     def test_clients(

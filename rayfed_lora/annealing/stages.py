@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rayfed_lora.annealing import acceptance, schedules
-from rayfed_lora.recipe import Annealing
+from rayfed_lora.recipe_annealing import Annealing
 from rayfed_lora.types import Proposal, RoundPlan, Stage
 
 

@@ -96,6 +96,22 @@ def as_client_names(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     return pc.cast(pc.cast(column, kind), pa.string())
 
 
+def as_positive(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """Return a column of numbers as float64.
+
+    Raises:
+        DataError: it holds something other than positive numbers, or a null.
+    """
+    reject_nulls(column, where)
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        raise DataError(f"{where}: need numbers, got {column.type}")
+    values = pc.cast(column, pa.float64(), safe=False)
+    wrong = values.filter(pc.invert(pc.and_(pc.is_finite(values), pc.greater(values, 0))))
+    if len(wrong) > 0:
+        raise DataError(f"{where}: need positive numbers, got {wrong[0].as_py():g}")
+    return values
+
+
 def as_labels(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     """Return a label column as int64 or strings (booleans become `false` and `true`).
 

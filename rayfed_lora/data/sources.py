@@ -44,18 +44,19 @@ class RawData:
     class_names: tuple[str, ...] | None = None
 
 
-def read_file(source: str, string_columns: Sequence[str]) -> RawData:
+def read_file(source: str, string_columns: Sequence[str], option: str = "data.source") -> RawData:
     """Read a table from a path or any URI that pyarrow.fs opens.
 
     Args:
         source: a path or URI that ends in one of `READERS`.
         string_columns: CSV columns never to be read as numbers or dates.
+        option: the recipe's key that names it, for messages.
 
     Raises:
         DataError: no such file, or content that is not of this format.
     """
     suffix = suffix_of(source)
-    with _named(source, f"a readable {suffix} file"), _open(source) as stream:
+    with _named(f"{option} {source!r}", f"a readable {suffix} file"), _open(source) as stream:
         return RawData(READERS[suffix](stream, string_columns))
 
 
@@ -115,17 +116,13 @@ def _labels_are_hidden(table: pa.Table, label: str | None) -> bool:
 
 
 @contextmanager
-def _named(source: str, expected: str) -> Iterator[None]:
+def _named(what: str, expected: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise DataError(
-            f"data.source {source!r}: need {expected}, there is no such file"
-        ) from error
+        raise DataError(f"{what}: need {expected}, there is no such file") from error
     except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
-        raise DataError(
-            f"data.source {source!r}: need {expected}, got {_first_line(error)}"
-        ) from error
+        raise DataError(f"{what}: need {expected}, got {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

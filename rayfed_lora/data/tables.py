@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,7 +33,8 @@ class Dataset:
 
     Every table has the column `text` (string) or `image` (fixed-shape tensor, float32, channels x
     height x width, pixels in [-1, 1]) and `label` (int64, 0 .. classes - 1); with partition kind
-    `column` the training rows also have `client` (string).
+    `column` the training rows also have `client` (string), and for each column of numbers that
+    is asked for a `number_column` (float64).
 
     Attributes:
         train: the rows to deal to clients.
@@ -48,7 +49,13 @@ class Dataset:
     label_names: tuple[str, ...]
 
 
-def load(data: recipe.Data, task: str, seed: int, validation_fraction: float) -> Dataset:
+def load(
+    data: recipe.Data,
+    task: str,
+    seed: int,
+    validation_fraction: float,
+    numbers: Sequence[str] = (),
+) -> Dataset:
     """Read, clean and split the data set that a recipe names.
 
     Rows are drawn in this order: the test split (where the source has none), the validation split
@@ -60,12 +67,14 @@ def load(data: recipe.Data, task: str, seed: int, validation_fraction: float) ->
         task: the recipe's `model.task`.
         seed: the run's seed.
         validation_fraction: share of the training rows kept for validation, 0 for none.
+        numbers: columns of positive numbers to keep of the training rows.
 
     Raises:
         DataError: the source cannot be found, read or used as asked.
     """
     raw = _read(data, task)
     rows = _select(raw.train, data, task, with_client=data.partition.kind == "column")
+    rows = _with_numbers(rows, raw.train, numbers, data.source)
     where = f"data.source {data.source!r}"
     if "label" in rows.column_names:
         classes = columns.find_classes(rows["label"], data.labels, raw.class_names, where)
@@ -78,6 +87,8 @@ def load(data: recipe.Data, task: str, seed: int, validation_fraction: float) ->
     else:
         test = _number(_select(raw.test, data, task), classes, keep_only, f"{where}, test split")
         _require_one_shape(train, test, where)
+    if raw.test is None:
+        test = test.drop_columns([number_column(name) for name in numbers])
     validation = None
     if validation_fraction > 0:
         train, validation = _split(train, validation_fraction, seed, "validation", where)
@@ -127,6 +138,19 @@ def _select(table: pa.Table, data: recipe.Data, task: str, with_client: bool = F
         column = find("partition.column", (data.partition.column,))
         selected["client"] = columns.as_client_names(*column)
     return pa.table(selected)
+
+
+def number_column(name: str) -> str:
+    """Return what a column of numbers of the source is called among the training rows."""
+    return f"number {name}"
+
+
+def _with_numbers(rows: pa.Table, raw: pa.Table, numbers: Sequence[str], source: str) -> pa.Table:
+    for name in numbers:
+        found = columns.pick(raw, (name,), "source", source)
+        where = f"data.source {source!r}, column {found!r}"
+        rows = rows.append_column(number_column(name), columns.as_positive(raw[found], where))
+    return rows
 
 
 def _uses_labels(data: recipe.Data) -> bool:

@@ -26,7 +26,7 @@ from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import AdapterState, Base, Factors, FloatArray
 
 _FOLDER = "checkpoints"
-_FORMAT = 2
+_FORMAT = 3
 # What files that are not as they were written may lead to.
 _DAMAGE = (
     OSError,

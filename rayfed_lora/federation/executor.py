@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.aggregation.rules import RULES
+from rayfed_lora.errors import BlockMemoryError, ClientError
 from rayfed_lora.federation.sampling import Block
 from rayfed_lora.types import (
     AdapterState,
@@ -19,6 +20,7 @@ from rayfed_lora.types import (
     ClientScore,
     ClientUpdate,
     Device,
+    DeviceFacts,
     Factors,
     FloatArray,
     LocalPlan,
@@ -41,6 +43,7 @@ class Population:
         examples: number of examples of each split.
         label_names: name of class i at place i.
         device: kind of device that clients are trained on.
+        devices: number of examples of each client, and what its device is like.
         label_counts: clients (k,) that stand for all, and how many training examples of each class
             they hold (k, classes).
     """
@@ -50,6 +53,7 @@ class Population:
     examples: dict[Split, int]
     label_names: tuple[str, ...] = ()
     device: Device = "cpu"
+    devices: DeviceFacts = field(default_factory=lambda: DeviceFacts(np.zeros(0, np.int64)))
     label_counts: tuple[IndexArray, IndexArray] | None = None
 
 
@@ -61,10 +65,12 @@ class Trained:
         clients: a report of each, in order; their states are left out.
         means: of the usable updates, as the run's rule needs them; None where later ones cover
             them.
+        retries: how often they were trained again because an actor was lost.
     """
 
     clients: tuple[ClientUpdate, ...]
     means: Means | None
+    retries: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,22 @@ class Call:
     def clients(self) -> tuple[int, ...]:
         """All clients, in order."""
         return tuple(chain.from_iterable(self.blocks))
+
+    def halved(self, times: int) -> Call:
+        """Return the call with each block in two, so many times.
+
+        >>> Call(((0, 1, 2), (3,))).halved(1).blocks
+        ((0,), (1, 2), (3,))
+        """
+        blocks = self.blocks
+        for _ in range(times):
+            blocks = tuple(
+                part
+                for block in blocks
+                for part in (block[: len(block) // 2], block[len(block) // 2 :])
+                if part
+            )
+        return replace(self, blocks=blocks)
 
 
 # Calls whose means the server joins by itself; of more, trainers join runs of `JOINED_CALLS`.
@@ -123,7 +145,7 @@ def trained(
     means, reports = entry.means(), []
     start = Starts(state, call, own_b=entry.personal)
     for block in call.blocks:
-        for update in trainer.train(block, [start.of(client) for client in block], base, plan):
+        for update in _updates(trainer, block, start, base, plan):
             own = None
             if update.state is not None:
                 means.add(float(update.examples), update.state)
@@ -131,6 +153,47 @@ def trained(
                     own = {name: f.b for name, f in update.state.factors.items()}
             reports.append(replace(update, state=None, personal=own))
     return tuple(reports), means
+
+
+def _updates(
+    trainer: Trains, block: Block, start: Starts, base: Base, plan: LocalPlan
+) -> Iterator[ClientUpdate]:
+    """Train a block: in halves where memory is short, without those who raise where that may be.
+
+    Raises:
+        ClientError: a client raised, or does not even fit into memory alone.
+    """
+    try:
+        # Whole before its first update is used: what is trained again must not be used twice.
+        found = list(trainer.train(block, [start.of(client) for client in block], base, plan))
+    except BlockMemoryError as error:
+        if len(block) > 1:
+            half = len(block) // 2
+            first, *others = _updates(trainer, block[:half], start, base, plan)
+            yield replace(first, note=_joined_notes(f"{error}; trained in halves", first.note))
+            yield from others
+            yield from _updates(trainer, block[half:], start, base, plan)
+            return
+        lone = ClientError(block[0], plan.round, str(error))
+        if not plan.tolerant:
+            raise lone from error
+        found = [_raised(lone)]
+    except ClientError as error:
+        if not plan.tolerant:
+            raise
+        rest = tuple(client for client in block if client != error.client)
+        trained_ones = list(_updates(trainer, rest, start, base, plan)) if rest else []
+        found = sorted([*trained_ones, _raised(error)], key=lambda u: block.index(u.client))
+    yield from found
+
+
+def _joined_notes(*notes: str | None) -> str:
+    return "; ".join(note for note in notes if note is not None)
+
+
+def _raised(error: ClientError) -> ClientUpdate:
+    nothing = float("nan")
+    return ClientUpdate(error.client, 0, None, nothing, 0.0, error.reason, error.trace)
 
 
 class Starts:
@@ -221,7 +284,7 @@ class Executor(Protocol):
             calls: clients; a block is trained together, a call by one trainer.
 
         Raises:
-            ClientError: a client's training raised.
+            ClientError: a client's training raised, and the plan is not tolerant.
         """
         ...
 

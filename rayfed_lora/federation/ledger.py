@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from rayfed_lora.federation.traffic import Counts, RoundFacts, Traffic, traffic
 from rayfed_lora.rule_facts import RuleFacts
@@ -88,6 +89,29 @@ def _reduction(sent: int, fedavg: int) -> float | None:
     return None if fedavg == 0 else 1.0 - sent / fedavg
 
 
+def _served(facts: RoundFacts, messages: Traffic) -> npt.NDArray[np.bool_]:
+    """Return (cohort,) who got its whole download; where that is the round's result, who stayed."""
+    if facts.sent is None:
+        return np.ones(len(facts.cohort), bool)
+    stayed = ~facts.sent.absent
+    return stayed if messages.merge else stayed | (facts.sent.down >= 1.0)
+
+
+def _bill(facts: RoundFacts, messages: Traffic, base: Counts) -> Bill:
+    """Return what was sent of the messages of a round."""
+    arrived, sent = facts.arrived, facts.sent
+    up, down = np.where(arrived, messages.up, 0), messages.down
+    if sent is not None:
+        up = np.where(sent.absent, _part(messages.up, sent.up), up)
+        down = np.where(sent.absent, _part(down, sent.down), down)
+        base = np.where(sent.absent, _part(base, sent.down), base)
+    return Bill(up, down, base, int(arrived.sum()))
+
+
+def _part(values: Counts, share: npt.NDArray[np.float64]) -> Counts:
+    return np.floor(values * share).astype(np.int64)
+
+
 class Ledger:
     """Books every message of a run and remembers what frozen weights each client holds.
 
@@ -114,12 +138,23 @@ class Ledger:
         self._factors: dict[str, int] = {}
         self.totals = Totals()
 
+    def quote(self, facts: RoundFacts) -> Bill:
+        """Return the bill of a round without booking it."""
+        kept = self._steps, dict(self._factors), self._held, self.totals
+        self._steps = list(self._steps)
+        self._held = {kind: versions.copy() for kind, versions in self._held.items()}
+        try:
+            return self.book(facts)
+        finally:
+            self._steps, self._factors, self._held, self.totals = kept
+
     def book(self, facts: RoundFacts) -> Bill:
         """Book a round and return its bill.
 
         A full-model round brings the base with it, and leaves another one behind; in an adapter
         round the base, or what a client missed of it, goes to whom does not hold it. Nothing is
-        booked as sent by a client that failed.
+        booked as sent by a client that failed; of one that left or was too late, the share of its
+        messages that had been sent by then.
         """
         if facts.folded:
             self._steps.append(facts.folded)
@@ -129,29 +164,31 @@ class Ledger:
         messages = traffic(self._shape, self._rule, facts)
         members = np.asarray(facts.cohort, dtype=np.int64)
         base = np.zeros_like(members)
+        served = _served(facts, messages)
         if facts.trainable == "adapter":
             base += self._catch_up(members, len(self._steps) - (facts.folded > 0))
-            base += self._missing_factors(members, messages)
+            base += self._missing_factors(members, served, messages)
         if messages.merge:
             self._steps.append(messages.merge)
-        self._held["base"][members] = len(self._steps)
+        self._held["base"][members[served]] = len(self._steps)
         if facts.trainable == "full":
             self._steps.append(self._shape.base_params)
             self._factors["head"] = self._factors.get("head", 0) + 1
-        up = np.where(facts.arrived, messages.up, 0)
-        bill = Bill(up, messages.down, base, int(facts.arrived.sum()))
+        bill = _bill(facts, messages, base)
         self._add(bill, facts.after_initiating)
         return bill
 
-    def _missing_factors(self, members: Counts, messages: Traffic) -> Counts:
-        """Return what members need of the frozen factors; they hold the current ones then."""
+    def _missing_factors(
+        self, members: Counts, served: npt.NDArray[np.bool_], messages: Traffic
+    ) -> Counts:
+        """Return what members need of the frozen factors; the served hold the current ones then."""
         missing = np.zeros_like(members)
         for kind, size in messages.frozen.items():
             held = self._held.setdefault(kind, np.zeros(self._clients, np.int64))
             now = self._factors.get(kind, 0)
             missing += np.where(held[members] < now, size, 0)
             self._factors[kind] = now + (kind in messages.renewed)
-            held[members] = self._factors[kind]
+            held[members[served]] = self._factors[kind]
         return missing
 
     def _catch_up(self, members: Counts, version: int) -> Counts:

@@ -30,6 +30,10 @@ class Observer(Protocol):
         """Note that a client's update was taken in."""
         ...
 
+    def aggregated(self, seconds: float) -> None:
+        """Note how long the server took to turn a round's updates into the next state."""
+        ...
+
     def clients_tested(self, tests: list[ClientTest]) -> None:
         """Note how the model of a round does on clients' own examples, before the round is done."""
         ...
@@ -61,6 +65,7 @@ class Progress:
         validation: newest scores on the validation split, where feedback needs them.
         best_at_heating: best validation metric at the heating rank (target acceptance).
         timing: seconds so far.
+        clock_s: simulated seconds so far.
         moments: of the server's optimiser.
         personal: B by module, of each client that keeps its own.
     """
@@ -71,6 +76,7 @@ class Progress:
     validation: Scores | None = None
     best_at_heating: float | None = None
     timing: Timing = field(default_factory=Timing)
+    clock_s: float = 0.0
     moments: Moments = field(default_factory=dict)
     personal: Mapping[int, Mapping[str, FloatArray]] = field(default_factory=dict)
 

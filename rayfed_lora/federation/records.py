@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from rayfed_lora.federation.devices import Turnout
 from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.ledger import BYTES_A_VALUE, Bill
 from rayfed_lora.federation.transitions import Entry
@@ -29,7 +30,7 @@ def round_record(
     updates: list[ClientUpdate],
     bill: Bill,
 ) -> RoundRecord:
-    """Return a round's row, scores and seconds still to be filled in.
+    """Return a round's row; scores, seconds and retries are still to be filled in.
 
     Args:
     plan: the round.
@@ -37,11 +38,13 @@ def round_record(
     frozen: the factor that they did not train.
     lr: their learning rate.
     error: of the aggregation.
-    updates: what came of them, at least one of it usable.
+    updates: what came of them.
     bill: what was sent.
     """
-    usable = [update for update in updates if update.error is None]
+    usable = [update for update in updates if update.usable]
+    failed = sum(update.error is not None for update in updates)
     examples = sum(update.examples for update in usable)
+    loss = math.fsum(update.train_loss * update.examples for update in usable)
     ranks = dict(entry.ranks) if plan.trainable == "adapter" else None
     state = entry.model.state
     return RoundRecord(
@@ -52,8 +55,8 @@ def round_record(
         trainable_params=factor_params(state, frozen) + dense_params(state),
         proximal_weight=plan.proximal_weight,
         clients=len(updates),
-        failed_clients=len(updates) - len(usable),
-        train_loss=math.fsum(u.train_loss * u.examples for u in usable) / examples,
+        failed_clients=failed,
+        train_loss=loss / examples if usable else math.nan,
         eval_accuracy=None,
         eval_loss=None,
         eval_macro_f1=None,
@@ -69,6 +72,7 @@ def round_record(
         bytes_base=bill.base_params * BYTES_A_VALUE,
         learning_rate=lr,
         proposal=plan.proposal,
+        dropped_clients=sum(update.absent is not None for update in updates),
         seconds=0.0,
     )
 
@@ -103,19 +107,31 @@ def client_test(t: int, score: ClientScore, own: ClientScore | None) -> ClientTe
     )
 
 
-def client_records(t: int, updates: list[ClientUpdate], bill: Bill) -> list[ClientRecord]:
-    """Return the row of every client of a round."""
+def client_records(
+    t: int, updates: list[ClientUpdate], bill: Bill, turnout: Turnout | None = None
+) -> list[ClientRecord]:
+    """Return the row of every client of a round.
+
+    Args:
+        t: index of the round.
+        updates: a report of each client of the cohort.
+        bill: what was sent.
+        turnout: by the simulated clock; None where there is none.
+    """
+    times = [None] * len(updates) if turnout is None else turnout.seconds.tolist()
+    sent = zip(bill.up.tolist(), bill.down.tolist(), times, strict=True)
     return [
         ClientRecord(
             round=t,
             client=update.client,
             examples=update.examples,
-            train_loss=None if update.error is not None else update.train_loss,
-            status="ok" if update.error is None else "failed",
+            train_loss=update.train_loss if update.usable else None,
+            status=update.absent or ("ok" if update.error is None else "failed"),
             error=update.error,
             bytes_up=up * BYTES_A_VALUE,
             bytes_down=down * BYTES_A_VALUE,
             seconds=update.seconds,
+            simulated_s=simulated_s,
         )
-        for update, up, down in zip(updates, bill.up.tolist(), bill.down.tolist(), strict=True)
+        for update, (up, down, simulated_s) in zip(updates, sent, strict=True)
     ]

@@ -61,16 +61,26 @@ class BlockSize:
     reason: str = ""
 
 
-def cohort(recipe: Recipe, clients: int, round_index: int) -> tuple[int, ...]:
+def cohort(
+    recipe: Recipe,
+    clients: int,
+    round_index: int,
+    reachable: npt.NDArray[np.int64] | None = None,
+) -> tuple[int, ...]:
     """Return the clients of a round: drawn uniformly without replacement, in rising order.
 
     Args:
         recipe: gives the size and the seed.
         clients: number of clients there are.
         round_index: from 0.
+        reachable: those that can be drawn; all of them where there are too few. None: all.
     """
     rng = generator(recipe.seed, Purpose.COHORT, round_index)
-    drawn = rng.choice(clients, recipe.cohort_size(clients), replace=False, shuffle=False)
+    wanted = recipe.drawn(clients)
+    if reachable is None:
+        drawn = rng.choice(clients, wanted, replace=False, shuffle=False)
+    else:
+        drawn = rng.choice(reachable, min(wanted, len(reachable)), replace=False, shuffle=False)
     return tuple(sorted(int(client) for client in drawn))
 
 

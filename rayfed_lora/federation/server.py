@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from rayfed_lora.aggregation.rules import RULES
@@ -25,8 +26,9 @@ from rayfed_lora.annealing.stages import (
     plan_round,
     proposed_rank,
 )
-from rayfed_lora.errors import InterruptedRunError, RunError
+from rayfed_lora.errors import ClientError, InterruptedRunError, RunError
 from rayfed_lora.federation import evaluation, records, sampling, transitions
+from rayfed_lora.federation.devices import Devices, Turnout
 from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.executor import Call, Executor, Population, Trained
 from rayfed_lora.federation.learning_rate import learning_rate
@@ -46,6 +48,7 @@ from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.types import (
     AdapterState,
     Base,
+    ClientRecord,
     ClientTest,
     ClientUpdate,
     Frozen,
@@ -61,13 +64,15 @@ _Wait = Callable[[], Scores]
 
 @dataclass(frozen=True)
 class _Started:
-    """A round whose clients are being trained."""
+    """A round whose clients are being trained; `clock_s` is the simulated time of its end."""
 
     before: Progress
     plan: RoundPlan
     cohort: tuple[int, ...]
     entry: Entry
     frozen: Frozen | None
+    turnout: Turnout | None
+    clock_s: float
     training: Iterator[Trained]
 
 
@@ -77,7 +82,7 @@ class _Trained:
 
     after: Progress
     plan: RoundPlan
-    updates: list[ClientUpdate]
+    clients: list[ClientRecord]
     bill: Bill
     record: RoundRecord
     test: tuple[_Wait | None, _Wait | None]
@@ -112,6 +117,7 @@ class Server:
         self._rule = RULES[recipe.aggregation.rule]
         self.ledger = Ledger(population.shape, population.clients, self._rule)
         self._limits = sampling.rank_limits(recipe, population.clients)
+        self._devices = Devices(recipe, population.devices) if recipe.simulates_time else None
         cohort = recipe.cohort_size(population.clients)
         # How many clients of an adapter round are trained together, and why.
         self.block_size = sampling.block_size(recipe, population.shape, cohort, population.device)
@@ -131,7 +137,7 @@ class Server:
 
         Raises:
             InterruptedRunError: `should_stop` said so; the last yielded progress is whole.
-            ClientError: a client's training raised.
+            ClientError: more clients raised than may.
             RunError: no client of a round sent a usable update.
         """
         watched = self._recipe.annealing.acceptance != "always"
@@ -154,17 +160,33 @@ class Server:
         """Plan a round and let its training begin."""
         recipe, shape = self._recipe, self._population.shape
         plan = plan_round(recipe.annealing, t, self._feedback(t, before))
-        cohort = sampling.cohort(recipe, self._population.clients, t)
         entry = transitions.enter(recipe, shape, before.model, plan)
         full = plan.trainable == "full"
         frozen = None if full else self._rule.frozen(adapter_rounds_before(recipe.annealing, t))
+        cohort, turnout, clock_s = self._drawn(plan, entry, frozen, before)
         lr = learning_rate(recipe, t)
-        local = LocalPlan(t, plan.trainable, lr, plan.proximal_weight, frozen)
+        tolerant = recipe.most_failed(len(cohort)) > 0
+        local = LocalPlan(t, plan.trainable, lr, plan.proximal_weight, frozen, tolerant)
         size = BlockSize(1, even=True) if full else self.block_size
-        blocks = sampling.calls(sampling.blocks(cohort, size))
+        absent = {} if turnout is None else turnout.absences
+        present = tuple(client for client in cohort if client not in absent)
+        blocks = sampling.calls(sampling.blocks(present, size)) if present else []
         calls = [self._call(run, before, full) for run in blocks]
         training = self._executor.train(entry.model.state, entry.model.base, local, calls)
-        return _Started(before, plan, cohort, entry, frozen, training)
+        return _Started(before, plan, cohort, entry, frozen, turnout, clock_s, training)
+
+    def _drawn(
+        self, plan: RoundPlan, entry: Entry, frozen: Frozen | None, before: Progress
+    ) -> tuple[tuple[int, ...], Turnout | None, float]:
+        """Return a round's cohort, what becomes of it, and the simulated time of the end."""
+        t, now = plan.round, before.clock_s
+        if self._devices is None:
+            return sampling.cohort(self._recipe, self._population.clients, t), None, now
+        cohort, now = self._devices.cohort(t, now)
+        all_there = np.ones(len(cohort), bool)
+        quote = self.ledger.quote(self._facts(plan, entry, frozen, before, cohort, all_there))
+        turnout = self._devices.turnout(t, cohort, quote, plan.trainable == "full", now)
+        return cohort, turnout, now + turnout.length_s
 
     def _call(self, blocks: tuple[Block, ...], before: Progress, full: bool) -> Call:
         """Return the call for some blocks, with what sets their clients apart."""
@@ -182,7 +204,7 @@ class Server:
         before = started.before
         moments = kept_moments(before, entry)
         step = OptimizerStep(self._recipe.aggregation.server_optimizer, moments, started.frozen)
-        aggregate, updates = self._aggregated(started, step)
+        aggregate, updates, retries = self._aggregated(started, step)
         bill = self._book(started, updates)
         base = transitions.merged(entry.model.base, aggregate.merged)
         model = replace(entry.model, state=aggregate.state, base=base)
@@ -190,15 +212,21 @@ class Server:
         after = replace(
             before,
             rounds=plan.round + 1,
+            clock_s=started.clock_s,
             model=model,
             rank=before.rank if plan.trainable == "full" else plan.rank,
             moments=step.moments,
             personal=personal_factors(before, updates),
         )
         lr, error = learning_rate(self._recipe, plan.round), aggregate.error
-        record = records.round_record(plan, entry, started.frozen, lr, error, updates, bill)
+        record = replace(
+            records.round_record(plan, entry, started.frozen, lr, error, updates, bill),
+            retried_blocks=retries,
+            simulated_s=None if self._devices is None else started.clock_s - before.clock_s,
+        )
         test, on_clients = self._test(plan.round, model), self._client_test(after)
-        return _Trained(after, plan, updates, bill, record, test, on_clients)
+        rows = records.client_records(plan.round, updates, bill, started.turnout)
+        return _Trained(after, plan, rows, bill, record, test, on_clients)
 
     def _finished(self, trained: _Trained) -> Progress:
         """Wait for a round's test, record the round, and return the run after it."""
@@ -218,9 +246,7 @@ class Server:
         plan = trained.plan
         if own_tests:
             self._observer.clients_tested(own_tests)
-        self._observer.round_done(
-            record, records.client_records(plan.round, trained.updates, trained.bill)
-        )
+        self._observer.round_done(record, trained.clients)
         after = replace(trained.after, validation=validation, timing=self._timing)
         return after if plan.trainable == "full" else self._noted(after, plan)
 
@@ -255,42 +281,99 @@ class Server:
 
     def _aggregated(
         self, started: _Started, step: OptimizerStep
-    ) -> tuple[Aggregate, list[ClientUpdate]]:
-        """Return the aggregate of a round's updates, joined as they come, and their reports."""
+    ) -> tuple[Aggregate, list[ClientUpdate], int]:
+        """Take in a round's updates as they come.
+
+        Returns:
+            Their aggregate (without any, the state as it was), a report of each client of the
+            cohort, and how often a block was trained again.
+        """
         whole = self._rule.means()
         reports: list[ClientUpdate] = []
+        spent = 0.0
+        retries = 0
         for part in started.training:
             if self._should_stop():
                 raise InterruptedRunError("stopped; the round was abandoned")
-            for report in part.clients:
+            retries += part.retries
+            for report in map(self._sized, part.clients):
+                reports.append(report)
                 self._observer.client_done(report)
-            reports += part.clients
+                if report.trace is not None:
+                    self._check_failed(started, reports)
             if part.means is not None:
+                began = time.perf_counter()
                 whole.join(part.means)
-        if all(report.error is not None for report in reports):
+                spent += time.perf_counter() - began
+        if reports and not any(report.usable for report in reports):
             reasons = sorted({str(report.error) for report in reports})
             raise RunError(
                 f"round {started.plan.round}: none of {len(reports)} clients sent a usable update;"
                 f" {'; '.join(reasons[:3])}"
             )
-        return self._rule.rule(started.entry.model.state, whole, step), reports
+        state = started.entry.model.state
+        began = time.perf_counter()
+        aggregate = self._rule.rule(state, whole, step) if reports else Aggregate(state, None, {})
+        self._observer.aggregated(spent + time.perf_counter() - began)
+        return aggregate, self._with_absent(started, reports), retries
+
+    def _with_absent(self, started: _Started, reports: list[ClientUpdate]) -> list[ClientUpdate]:
+        """Return the reports of a cohort, with those of who left or came too late."""
+        if started.turnout is None:
+            return reports
+        found = {report.client: report for report in reports}
+        for client, absence in started.turnout.absences.items():
+            size = int(self._population.devices.sizes[client])
+            absent = ClientUpdate(client, size, None, float("nan"), 0.0, absent=absence)
+            self._observer.client_done(absent)
+            found[client] = absent
+        return [found[client] for client in started.cohort]
+
+    def _sized(self, report: ClientUpdate) -> ClientUpdate:
+        """Return a report with the number of examples, which who raised could not say."""
+        if report.trace is None:
+            return report
+        return replace(report, examples=int(self._population.devices.sizes[report.client]))
+
+    def _check_failed(self, started: _Started, reports: list[ClientUpdate]) -> None:
+        """End the run where more clients of a round raised than may."""
+        raised = [report for report in reports if report.trace is not None]
+        most = self._recipe.most_failed(len(started.cohort))
+        if len(raised) > most:
+            last = raised[-1]
+            why = f"{len(raised)} clients of the round failed, clients.max_failed allows {most}"
+            raise ClientError(last.client, started.plan.round, f"{last.trace}\n{why}")
 
     def _book(self, started: _Started, updates: list[ClientUpdate]) -> Bill:
-        plan, entry, cohort = started.plan, started.entry, started.cohort
-        before = started.before.model.state.factors
-        return self.ledger.book(
-            RoundFacts(
-                trainable=plan.trainable,
-                cohort=cohort,
-                arrived=np.array([update.error is None for update in updates]),
-                ranks=entry.ranks,
-                limits=None if self._limits is None else self._limits[list(cohort)],
-                frozen=started.frozen,
-                ranks_before=entry.cut,
-                folded=entry.folded_params,
-                resized=is_cut({name: f.rank for name, f in before.items()}, entry.ranks),
-                after_initiating=plan.stage != "initiating",
-            )
+        arrived = np.array([update.usable for update in updates])
+        facts = self._facts(
+            started.plan, started.entry, started.frozen, started.before, started.cohort, arrived
+        )
+        turnout = started.turnout
+        return self.ledger.book(facts if turnout is None else replace(facts, sent=turnout.sent))
+
+    def _facts(
+        self,
+        plan: RoundPlan,
+        entry: Entry,
+        frozen: Frozen | None,
+        before: Progress,
+        cohort: tuple[int, ...],
+        arrived: npt.NDArray[np.bool_],
+    ) -> RoundFacts:
+        """Return what decides the messages of a round."""
+        factors = before.model.state.factors
+        return RoundFacts(
+            trainable=plan.trainable,
+            cohort=cohort,
+            arrived=arrived,
+            ranks=entry.ranks,
+            limits=None if self._limits is None else self._limits[list(cohort)],
+            frozen=frozen,
+            ranks_before=entry.cut,
+            folded=entry.folded_params,
+            resized=is_cut({name: f.rank for name, f in factors.items()}, entry.ranks),
+            after_initiating=plan.stage != "initiating",
         )
 
     def _test(self, t: int, model: GlobalModel) -> tuple[_Wait | None, _Wait | None]:

@@ -20,6 +20,20 @@ _NO_LIMIT = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
+class Sent:
+    """How much of the messages of a round went through, by the simulated clock.
+
+    Attributes:
+        absent: (cohort,) who left or came too late.
+        down, up: (cohort,) share of its download and of its upload.
+    """
+
+    absent: npt.NDArray[np.bool_]
+    down: npt.NDArray[np.float64]
+    up: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class RoundFacts:
     """What decides the messages of a round.
 
@@ -36,6 +50,8 @@ class RoundFacts:
         resized: whether the server has cut A and B (`is_cut`) since the last round's result. A
             rise needs no message: all draw the new rows of A from the seed.
         after_initiating: whether the round is after the initiating stage.
+        sent: what became of the messages of clients that left or came too late; None: all of each
+            message is sent.
     """
 
     trainable: Trainable
@@ -48,6 +64,7 @@ class RoundFacts:
     folded: int = 0
     resized: bool = False
     after_initiating: bool = True
+    sent: Sent | None = None
 
 
 def is_cut(before: Ranks, ranks: Ranks) -> bool:

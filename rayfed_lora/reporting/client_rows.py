@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.locations import child
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.types import ClientRecord, ClientTest
+from rayfed_lora.types import ClientRecord, ClientTest, Note
 
 CLIENTS = pa.schema(
     [
@@ -26,6 +26,7 @@ CLIENTS = pa.schema(
         ("bytes_up", pa.int64()),
         ("bytes_down", pa.int64()),
         ("seconds", pa.float64()),
+        ("simulated_s", pa.float64()),
     ]
 )
 CLIENT_METRICS = pa.schema(
@@ -39,6 +40,8 @@ CLIENT_METRICS = pa.schema(
         ("personal_loss", pa.float64()),
     ]
 )
+NOTES = pa.schema([("round", pa.int32()), ("text", pa.string())])
+NOTES_FILE = "notes.parquet"
 CLIENT_METRICS_FILE = "client_metrics.parquet"
 _ROW_GROUP = 65_536
 # Rows that wait for a checkpoint at most: 70 bytes each.
@@ -66,7 +69,7 @@ class ClientRows:
         self._waiting: list[pa.Table] = []
         self._written = False
 
-    def add(self, records: Sequence[ClientRecord | ClientTest]) -> None:
+    def add(self, records: Sequence[ClientRecord | ClientTest | Note]) -> None:
         """Add the rows of a round.
 
         Raises:

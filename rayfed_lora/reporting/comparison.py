@@ -15,7 +15,12 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.page import REPORT_FILE
 from rayfed_lora.reporting.plots import write_plots
 from rayfed_lora.reporting.report import report_html
-from rayfed_lora.reporting.run_data import accuracies_of_clients, read_failed, read_runs
+from rayfed_lora.reporting.run_data import (
+    accuracies_of_clients,
+    read_failed,
+    read_runs,
+    rounds_so_far,
+)
 from rayfed_lora.reporting.status import Status
 from rayfed_lora.storage import RunFolder
 
@@ -35,6 +40,7 @@ _AVERAGED = (
     "accuracy_per_mb",
     "rounds_to_target",
     "bytes_to_target",
+    "simulated_s_to_target",
     "wall_s",
 )
 
@@ -96,7 +102,8 @@ class Comparison:
 
     Attributes:
         runs: a row a run: method, seed, location, error (None where it finished), metrics, bytes,
-            accuracy per MB sent, rounds and bytes to the target (missing where not reached), times.
+            accuracy per MB sent, rounds, bytes and simulated seconds to the target (missing where
+            not reached), times.
         methods: a row a method: number of finished runs, mean and standard deviation over seeds
             (the sample's; missing with one seed) of each of those.
         rounds: rounds.parquet of all runs, with method, seed and `bytes_so_far`, up and down.
@@ -166,10 +173,9 @@ class Comparison:
 def _read(cell: Cell) -> tuple[Mapping[str, Any], pd.DataFrame]:
     folder = RunFolder(cell.location)
     summary = json.loads(folder.read("summary.json"))
-    rounds = pd.read_parquet(BytesIO(folder.read("rounds.parquet")))
+    rounds = rounds_so_far(folder)
     rounds.insert(0, "method", cell.method)
     rounds.insert(1, "seed", cell.seed)
-    rounds["bytes_so_far"] = (rounds["bytes_up"] + rounds["bytes_down"]).cumsum()
     return summary, rounds
 
 
@@ -195,6 +201,8 @@ def _row(
         "accuracy_per_mb": final["eval_accuracy"] / (sent["total_bytes"] / 1e6),
         "rounds_to_target": None if reached.empty else int(reached["round"].iloc[0]) + 1,
         "bytes_to_target": None if reached.empty else int(reached["bytes_so_far"].iloc[0]),
+        # Missing too where no time is simulated.
+        "simulated_s_to_target": None if reached.empty else reached["simulated_so_far"].iloc[0],
         "wall_s": summary["timing"]["wall_s"],
         "failed_clients": summary["failed_clients"],
         "adapter_sha256": summary["adapter_sha256"],

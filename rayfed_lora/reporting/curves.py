@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +20,12 @@ COLOURS = (
     "#000000",
     "#8a6d00",
 )
-Against = Literal["round", "bytes_so_far"]
+Against = Literal["round", "bytes_so_far", "simulated_so_far"]
+# What x is divided by, and what its axis says.
+UNITS: Mapping[Against, tuple[float, str]] = {
+    "bytes_so_far": (1e6, "sent so far, MB (up and down)"),
+    "simulated_so_far": (60.0, "simulated time, min"),
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Curve:
     Attributes:
         label: of the runs.
         place: of the label among all labels: the same in every plot.
-        x: (points,) rounds from 1, or megabytes sent so far (mean over runs).
+        x: (points,) rounds from 1, or megabytes or simulated minutes so far (mean over runs).
         mean: (points,) over the runs.
         std: (points,) sample standard deviation over the runs, 0 with one.
         runs: number of runs.
@@ -59,12 +65,20 @@ def short(key: str) -> str:
     return " ".join(parts[parts[0] == "annealing" :]).replace("_", " ")
 
 
+def has_points(rounds: pd.DataFrame, column: str, against: Against) -> bool:
+    """Return whether there is anything to draw; arguments as for `curves`."""
+    there = rounds[column].notna()
+    if against != "round":
+        there &= rounds[against].notna()
+    return bool(there.any())
+
+
 def curves(rounds: pd.DataFrame, column: str, against: Against = "round") -> list[Curve]:
     """Return a curve for each label, over the rounds in which the column has values.
 
     Args:
-        rounds: rows of rounds.parquet of all runs, with `method` (the label), `seed` and
-            `bytes_so_far`.
+        rounds: rows of rounds.parquet of all runs, with `method` (the label), `seed`,
+            `bytes_so_far` and `simulated_so_far`.
         column: what to draw.
         against: x.
     """
@@ -72,7 +86,7 @@ def curves(rounds: pd.DataFrame, column: str, against: Against = "round") -> lis
     places = {label: i for i, label in enumerate(rounds["method"].unique())}
     for label, own in rounds.dropna(subset=column).groupby("method", sort=False):
         points = own.groupby("round")
-        x = points["bytes_so_far"].mean() / 1e6 if against == "bytes_so_far" else None
+        x = None if against == "round" else points[against].mean() / UNITS[against][0]
         mean = points[column].mean()
         found.append(
             Curve(

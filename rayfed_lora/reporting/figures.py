@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from rayfed_lora.reporting.curves import COLOURS, Against, curves
+from rayfed_lora.reporting.curves import COLOURS, UNITS, Against, curves, has_points
 from rayfed_lora.reporting.run_data import RunData
 
 Figure = dict[str, Any]
@@ -41,6 +41,7 @@ class _Plot:
 _PLOTS = (
     _Plot("Accuracy on the test split", "eval_accuracy", "accuracy"),
     _Plot("Accuracy against what was sent", "eval_accuracy", "accuracy", "bytes_so_far"),
+    _Plot("Accuracy by the simulated clock", "eval_accuracy", "accuracy", "simulated_so_far"),
     _Plot("Loss on the test split", "eval_loss", "loss, nats"),
     _Plot("Perplexity on the test split", "eval_perplexity", "perplexity"),
     _Plot("Training loss", "train_loss", "loss, nats"),
@@ -70,7 +71,7 @@ def curve_figures(rounds: pd.DataFrame, stages: bool) -> Iterator[tuple[str, Fig
         stages: show the stages; of one run.
     """
     for plot in _PLOTS:
-        if rounds[plot.column].notna().any():
+        if has_points(rounds, plot.column, plot.against):
             yield plot.title, _curves(plot, rounds, stages)
 
 
@@ -145,8 +146,9 @@ def _curves(plot: _Plot, rounds: pd.DataFrame, stages: bool) -> Figure:
     if plot.against == "round":
         x: dict[str, Any] = {"title": {"text": "round"}}
         return framed(traces, height, x, y, **legend, **(_stages(rounds) if stages else {}))
-    sent = {"title": {"text": "sent so far, MB (up and down, log)"}}
-    x = {**sent, "type": "log", "tickformat": "~g", "dtick": "D2"}
+    x = {"title": {"text": UNITS[plot.against][1]}}
+    if plot.against == "bytes_so_far":
+        x |= {"type": "log", "tickformat": "~g", "dtick": "D2"}
     return framed(traces, height, x, y, **legend)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from rayfed_lora.reporting.curves import COLOURS, Against, Curve, curves, measure
+from rayfed_lora.reporting.curves import COLOURS, UNITS, Against, Curve, curves, has_points, measure
 from rayfed_lora.storage import RunFolder
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class _Plot:
 _PLOTS = (
     _Plot("accuracy-by-round", "eval_accuracy", "test accuracy"),
     _Plot("accuracy-by-bytes", "eval_accuracy", "test accuracy", "bytes_so_far"),
+    _Plot("accuracy-by-simulated-time", "eval_accuracy", "test accuracy", "simulated_so_far"),
     _Plot("loss-by-round", "eval_loss", "test loss, nats"),
     _Plot("rank", "rank", "rank, mean over modules"),
     _Plot("temperature", "temperature", "temperature"),
@@ -65,7 +66,7 @@ def write_plots(
     Raises:
         RunError: the folder cannot be written.
     """
-    shown = [plot for plot in _PLOTS if rounds[plot.column].notna().any()]
+    shown = [plot for plot in _PLOTS if has_points(rounds, plot.column, plot.against)]
     drawn = {plot.name: _drawn(plot, rounds) for plot in shown}
     if clients:
         drawn["clients"] = _spread(clients)
@@ -131,7 +132,7 @@ def _drawn(plot: _Plot, rounds: pd.DataFrame) -> Figure:
     if plot.against == "bytes_so_far":
         _log_scale(axes)
     axes.set(
-        xlabel="round" if plot.against == "round" else "sent so far, MB (up and down)",
+        xlabel="round" if plot.against == "round" else UNITS[plot.against][1],
         ylabel=plot.label,
     )
     if plot.column == "rank":

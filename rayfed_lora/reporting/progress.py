@@ -56,13 +56,14 @@ def round_line(record: RoundRecord, rounds: int) -> str:
     rank = "full model" if record.rank is None else f"rank {record.rank:g}"
     tested = "" if record.eval_accuracy is None else f"  accuracy {record.eval_accuracy:.3f}"
     failed = f"  {record.failed_clients} failed" if record.failed_clients else ""
+    dropped = f"  {record.dropped_clients} dropped" if record.dropped_clients else ""
     verdict = "" if record.proposal is None else f"  {record.proposal.verdict}"
     return (
         f"round {record.round + 1:{width}d}/{rounds}  {record.stage:<10}  {rank:<10}"
         f"  loss {record.train_loss:.3f}{tested}"
         f"  sent {megabytes(record.bytes_up + record.bytes_down):>9}"
         f"  {record.clients / record.seconds:5.1f} clients/s  {record.seconds:5.1f} s"
-        f"{verdict}{failed}"
+        f"{verdict}{failed}{dropped}"
     )
 
 

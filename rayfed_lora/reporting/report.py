@@ -115,6 +115,16 @@ def _overview(run: RunData) -> dict[str, str]:
         "less than FedAvg": percent(sent["reduction_vs_fedavg"]),
         "failed": str(run.failed),
         "time": duration(timing["wall_s"]),
+        **_simulated(run.summary.get("simulation")),
+    }
+
+
+def _simulated(simulation: Mapping[str, Any] | None) -> dict[str, str]:
+    if simulation is None:
+        return {}
+    return {
+        "simulated time": duration(simulation["total_s"]),
+        "left or late": str(simulation["dropped_clients"]),
     }
 
 
@@ -124,6 +134,7 @@ def _details(run: RunData) -> dict[str, Rows]:
         "Communication": _bill(run.summary["communication"]) if run.summary else [],
         "Annealing record": _proposals(run.rounds),
         "The worst 10 % of clients": _worst(run.tests),
+        "Notes": _notes(run),
         "Versions": [dict(run.summary["versions"])] if run.summary else [],
     }
     return {title: rows for title, rows in found.items() if rows}
@@ -164,6 +175,16 @@ def _worst(tests: pd.DataFrame) -> Rows:
     return [
         {str(name).replace("_", " "): shown(value) for name, value in row.items()}
         for row in used.to_dict("records")
+    ]
+
+
+def _notes(run: RunData) -> Rows:
+    """Return the notes of a run but those of failed clients, which have a table of their own."""
+    failed = {f"client {row.client} failed: {row.error}" for row in run.failures.itertuples()}
+    return [
+        {"round": str(row["round"] + 1), "note": str(row["text"])}
+        for row in run.notes.to_dict("records")
+        if row["text"] not in failed
     ]
 
 

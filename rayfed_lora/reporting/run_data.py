@@ -21,9 +21,12 @@ import pyarrow.parquet as pq
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.locations import child
 from rayfed_lora.recipe_loading import parse_yaml
-from rayfed_lora.reporting.client_rows import CLIENT_METRICS_FILE
+from rayfed_lora.reporting.client_rows import CLIENT_METRICS_FILE, NOTES_FILE
 from rayfed_lora.reporting.tables import PARTITION_FILE
 from rayfed_lora.storage import RunFolder
+
+# Keys in which runs may differ and still be drawn as one.
+_NOT_A_METHOD = ("seed", "storage", "runtime", "tracking")
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,12 @@ class RunData:
         recipe: content of recipe.yaml.
         name, method, seed: of the recipe.
         summary: content of summary.json; None where the run has not finished.
-        rounds: rows of rounds.parquet, with `bytes_so_far`, up and down.
+        rounds: rows of rounds.parquet, with `bytes_so_far`, up and down, and `simulated_so_far`.
         failures: round, client and error of each failed update, the first of them.
         failed: number of failed updates.
         tests: rows of client_metrics.parquet of the last tested round; may be empty.
         partition: client, label and examples of clients that stand for all; may be empty.
+        notes: round and text of what the user should know, the first of them; may be empty.
     """
 
     label: str
@@ -55,6 +59,7 @@ class RunData:
     failed: int
     tests: pd.DataFrame
     partition: pd.DataFrame
+    notes: pd.DataFrame
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,7 @@ def _of_cell(location: str, method: str, seed: int) -> str:
 def _all_but_the_seed(run: RunData) -> str:
     """Return what two runs must have in common to be drawn as one."""
     facts = parse_yaml(run.location, run.recipe)
-    return json.dumps({k: v for k, v in facts.items() if k not in ("seed", "storage", "runtime")})
+    return json.dumps({k: v for k, v in facts.items() if k not in _NOT_A_METHOD})
 
 
 def read_run(folder: RunFolder, summary: Mapping[str, Any] | None = None) -> RunData:
@@ -191,6 +196,7 @@ def read_run(folder: RunFolder, summary: Mapping[str, Any] | None = None) -> Run
             failed=failed,
             tests=_last_tests(folder),
             partition=_table(folder, PARTITION_FILE),
+            notes=_table(folder, NOTES_FILE).head(_MOST_FAILURES),
         )
 
 
@@ -215,13 +221,16 @@ def _table(folder: RunFolder, name: str) -> pd.DataFrame:
 
 
 def rounds_so_far(folder: RunFolder) -> pd.DataFrame:
-    """Return the rows of rounds.parquet with `bytes_so_far`, up and down.
+    """Return the rows of rounds.parquet with `bytes_so_far`, up and down, and `simulated_so_far`.
 
     Raises:
         OSError, ValueError, LookupError: it is not there, or damaged.
     """
     rounds = _table(folder, "rounds.parquet")
     rounds["bytes_so_far"] = (rounds["bytes_up"] + rounds["bytes_down"]).cumsum()
+    # Runs of earlier versions have no such column.
+    rounds["simulated_so_far"] = rounds.get("simulated_s", np.nan)
+    rounds["simulated_so_far"] = rounds["simulated_so_far"].astype(float).cumsum()
     return rounds
 
 

@@ -46,7 +46,9 @@ def summary(
         "final": {key: tested[-1][key] for key in _METRICS},
         "best": {key: best[key] for key in _METRICS},
         "failed_clients": sum(rounds["failed_clients"].to_pylist()),
+        "retried_blocks": sum(rounds["retried_blocks"].to_pylist()),
         "communication": totals.communication(),
+        "simulation": _simulation(recipe, rounds, best["round"]),
         "timing": {
             "startup_s": timing.startup_s,
             "training_s": training,
@@ -56,6 +58,18 @@ def summary(
         },
         "adapter_sha256": adapter_sha256,
         "versions": versions(),
+    }
+
+
+def _simulation(recipe: Recipe, rounds: pa.Table, best: int) -> dict[str, Any] | None:
+    """Return what the simulated clock says; None where no time is simulated."""
+    if not recipe.simulates_time:
+        return None
+    seconds = rounds["simulated_s"].to_numpy()
+    return {
+        "total_s": float(seconds.sum()),
+        "to_best_s": float(seconds[: best + 1].sum()),
+        "dropped_clients": sum(rounds["dropped_clients"].to_pylist()),
     }
 
 

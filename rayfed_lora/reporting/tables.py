@@ -17,11 +17,13 @@ from rayfed_lora.reporting.client_rows import (
     CLIENT_METRICS,
     CLIENT_METRICS_FILE,
     CLIENTS,
+    NOTES,
+    NOTES_FILE,
     ClientRows,
     readable,
 )
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.types import ClientRecord, ClientTest, Proposal, RoundRecord
+from rayfed_lora.types import ClientRecord, ClientTest, Note, Proposal, RoundRecord
 
 PARTITION_FILE = "partition.parquet"
 IntArray = npt.NDArray[np.int64]
@@ -67,9 +69,17 @@ def round_schema(modules: Sequence[str]) -> pa.Schema:
             ("eval_perplexity", pa.float64()),
             ("validation_accuracy", pa.float64()),
             ("validation_loss", pa.float64()),
+            ("dropped_clients", pa.int32()),
+            ("retried_blocks", pa.int32()),
+            ("simulated_s", pa.float64()),
             *((column, kind) for column, (_, kind) in _PROPOSAL_COLUMNS.items()),
         ]
     )
+
+
+def round_row(record: RoundRecord) -> dict[str, Any]:
+    """Return a round's row; of `proposal` too, which has columns of its own in the file."""
+    return {**asdict(record), **_proposal_row(record.proposal)}
 
 
 class Tables:
@@ -92,6 +102,7 @@ class Tables:
         self._new_rounds: list[dict[str, Any]] = []
         self._clients = ClientRows(folder, "clients.parquet", CLIENTS)
         self._tests = ClientRows(folder, CLIENT_METRICS_FILE, CLIENT_METRICS)
+        self._notes = ClientRows(folder, NOTES_FILE, NOTES)
 
     @property
     def rounds(self) -> pa.Table:
@@ -106,19 +117,24 @@ class Tables:
         Raises:
             RunError: there are many rows, and the folder cannot be written.
         """
-        self._new_rounds.append({**asdict(record), **_proposal_row(record.proposal)})
+        self._new_rounds.append(round_row(record))
         self._clients.add(clients)
 
     def add_tests(self, tests: Sequence[ClientTest]) -> None:
         """Add tests on clients' own examples; raises as `add` does."""
         self._tests.add(tests)
 
+    def add_notes(self, t: int, texts: Sequence[str]) -> None:
+        """Add notes of a round; raises as `add` does."""
+        if texts:
+            self._notes.add([Note(t, text) for text in texts])
+
     def last_tests(self, t: int) -> pa.Table:
         """Return the tests on clients after a round, from the file: save first."""
         return self._tests.of_round(t)
 
     def save(self) -> None:
-        """Write the files, each whole or not at all; that of tests on clients where there are any.
+        """Write the files, each whole or not at all; tests and notes where there are any.
 
         Raises:
             RunError: the folder cannot be written.
@@ -126,8 +142,9 @@ class Tables:
         with self._folder.opened("rounds.parquet") as sink:
             pq.write_table(self.rounds, sink)
         self._clients.save()
-        if not self._tests.empty:
-            self._tests.save()
+        for rows in (self._tests, self._notes):
+            if not rows.empty:
+                rows.save()
 
     def restore(self, rounds: int) -> None:
         """Go back to the first `rounds` rounds; later ones will be run again.
@@ -139,8 +156,9 @@ class Tables:
         self._rounds, self._new_rounds = self._first(rounds), []
         found = self._rounds["round"].to_pylist()
         clients = self._clients.restore(rounds)
-        if rounds == 0 or self._folder.exists(CLIENT_METRICS_FILE):
-            self._tests.restore(rounds)
+        for name, rows in ((CLIENT_METRICS_FILE, self._tests), (NOTES_FILE, self._notes)):
+            if rounds == 0 or self._folder.exists(name):
+                rows.restore(rounds)
         if found != list(range(rounds)) or clients != rounds:
             raise RunFolderError(
                 f"{self._folder.location}: expected rounds.parquet and clients.parquet to have"

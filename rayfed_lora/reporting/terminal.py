@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def show_plan(console: Console, recipe: Recipe, plan: Plan) -> None:
     """Print the schedule round by round, the bill, and what the run will need."""
-    shape, examples = plan.outline.shape, plan.outline.examples
+    shape, examples = plan.outline.shape, plan.outline.devices.sizes
     console.print(
         f"{recipe.name}: {recipe.method}, {len(plan.rounds)} rounds,"
         f" {len(examples)} clients with {examples.min()} to {examples.max()} examples,"
@@ -36,7 +36,10 @@ def show_plan(console: Console, recipe: Recipe, plan: Plan) -> None:
         f" head of {shape.head_params:,}",
         highlight=False,
     )
+    timed = plan.rounds[0].simulated_s is not None
     table = Table("round", "stage", "rank", "trained", "lr", "clients", "up", "down", "base")
+    if timed:
+        table.add_column("simulated")
     table.box = box.SIMPLE
     for column in table.columns:
         column.no_wrap = True
@@ -49,10 +52,11 @@ def show_plan(console: Console, recipe: Recipe, plan: Plan) -> None:
             rank,
             f"{r.trainable_params:,}",
             f"{r.learning_rate:.3g}",
-            str(r.clients),
+            str(r.clients) if r.arriving == r.clients else f"{r.arriving} of {r.clients}",
             megabytes(r.bytes_up),
             megabytes(r.bytes_down),
             megabytes(r.bytes_base),
+            *([duration(r.simulated_s)] if timed else []),
         )
     console.print(table)
     if recipe.annealing.acceptance != "always":
@@ -82,6 +86,13 @@ def show_summary(console: Console, summary: Mapping[str, Any], location: str) ->
         + (f", {summary['failed_clients']} failed updates" if summary["failed_clients"] else ""),
         highlight=False,
     )
+    simulation = summary.get("simulation")
+    if simulation is not None:
+        console.print(
+            f"simulated time {duration(simulation['total_s'])},"
+            f" {simulation['dropped_clients']} clients left or came too late",
+            highlight=False,
+        )
     console.print(f"run folder: {location}", highlight=False, soft_wrap=True)
 
 

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import (
@@ -25,8 +25,30 @@ from rayfed_lora.runtime.actors import NotOpenError
 ATTEMPTS = 4
 _RESTART_POLL_S = 0.5
 LOST = (ActorDiedError, ActorUnavailableError, OutOfMemoryError, NotOpenError)
-# Calls a method of an actor; a call of several results is done when the first of them is there.
-RemoteCall = Callable[[Any], "list[ray.ObjectRef]"]
+# Ray does not say of an actor that it restarts whether its memory was to blame (tried with 2.60):
+# work that has lost so many is done in smaller blocks from then on.
+_LOST_BEFORE_HALVING = 2
+
+
+class RemoteCall(Protocol):
+    """Calls a method of an actor; done when the first of its results is there."""
+
+    def __call__(self, actor: Any, halvings: int) -> list[ray.ObjectRef]:
+        """Return the references of the results.
+
+        Args:
+            actor: that does it.
+            halvings: how often blocks are to be halved, memory being short.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """A call, and what to call it where it is lost."""
+
+    name: str
+    call: RemoteCall
 
 
 @dataclass(eq=False)
@@ -34,15 +56,19 @@ class Job:
     """A call that some actor makes.
 
     Attributes:
-        call: makes it.
-        attempts: how often it was lost.
+        work: the call.
+        attempts: how often it was lost in its turn.
+        sent: how often an actor was sent it.
+        halvings: how often its blocks are to be halved, memory being short.
         value: its first result, once `done`.
         rest: references of its other results, which stay where they are.
         done: whether it is.
     """
 
-    call: RemoteCall
+    work: Work
     attempts: int = 0
+    sent: int = 0
+    halvings: int = 0
     value: Any = None
     rest: list[ray.ObjectRef] = field(default_factory=list)
     done: bool = False
@@ -50,10 +76,17 @@ class Job:
 
 @dataclass(eq=False)
 class _Worker:
-    """An actor and what it has been sent, in the order in which it does it."""
+    """An actor and what it has been sent, in the order in which it does it.
+
+    Attributes:
+        actor: its handle.
+        jobs: the first of them is being done.
+        since: `time.monotonic()` at which that was begun.
+    """
 
     actor: Any
     jobs: list[Job] = field(default_factory=list)
+    since: float = 0.0
 
 
 class ActorPool:
@@ -66,6 +99,7 @@ class ActorPool:
         note: Callable[[str], None],
         start_timeout_s: float,
         ahead: int = 0,
+        block_timeout_s: float | None = None,
     ) -> None:
         """Take open actors.
 
@@ -76,20 +110,24 @@ class ActorPool:
             start_timeout_s: how long a lost actor may take to come back while nothing else runs.
             ahead: how many jobs an actor is sent while it still works on another: it then never
                 waits for a message. Of use where jobs take equally long.
+            block_timeout_s: an actor that takes longer for a job is ended; None: no limit.
         """
         self._workers = [_Worker(actor) for actor in actors]
         self._reopen = reopen
         self._note = note
         self._start_timeout_s = start_timeout_s
         self._depth = 1 + ahead
+        # How many actors there were at first, and how often one was lost.
+        self.actors, self.losses = len(actors), 0
+        self._block_timeout_s = block_timeout_s
         self._waiting: deque[Job] = deque()
         self._running: dict[ray.ObjectRef, tuple[Job, list[ray.ObjectRef], _Worker]] = {}
         # Workers that Ray is restarting, by the call that tells when they are back.
         self._returning: dict[ray.ObjectRef, _Worker] = {}
 
-    def submit(self, calls: Sequence[RemoteCall], urgent: bool = False) -> list[Job]:
+    def submit(self, works: Sequence[Work], urgent: bool = False) -> list[Job]:
         """Queue some calls, urgent ones before all that wait, and start what can start."""
-        jobs = [Job(call) for call in calls]
+        jobs = [Job(work) for work in works]
         self._queue(jobs, urgent)
         return jobs
 
@@ -126,14 +164,19 @@ class ActorPool:
             if len(worker.jobs) == self._depth:
                 return
             job = self._waiting.popleft()
-            references = job.call(worker.actor)
+            references = job.work.call(worker.actor, job.halvings)
+            job.sent += 1
+            if not worker.jobs:
+                worker.since = time.monotonic()
             worker.jobs.append(job)
             self._running[references[0]] = (job, references, worker)
 
     def _advance(self) -> None:
         """Wait for the next call, or for an actor that comes back."""
         ready = self._next_ready()
-        if ready in self._returning:
+        if ready is None:
+            self._end_stuck()
+        elif ready in self._returning:
             self._back(ready)
         else:
             job, references, worker = self._running[ready]
@@ -142,29 +185,56 @@ class ActorPool:
                 job.rest, job.done = references[1:], True
                 del self._running[ready]
                 worker.jobs.remove(job)
+                worker.since = time.monotonic()
             except LOST as error:
                 self._lost(worker, error)
         self._start()
 
-    def _next_ready(self) -> ray.ObjectRef:
+    def _next_ready(self) -> ray.ObjectRef | None:
+        """Return the next call that is done or lost; None where one has taken too long."""
         pending = [*self._running, *self._returning]
         if not pending:
             raise RunError("every client actor is lost for good")
-        timeout = None if self._running else self._start_timeout_s
+        timeout = self._left_s() if self._running else self._start_timeout_s
         ready, _ = ray.wait(pending, num_returns=1, timeout=timeout, fetch_local=True)
-        if not ready:
+        if ready:
+            return ready[0]
+        if not self._running:
             raise RunError(f"no client actor came back within {timeout:g} s after it was lost")
-        return ready[0]
+        return None
+
+    def _left_s(self) -> float | None:
+        """Return the seconds until some running job will have taken too long."""
+        if self._block_timeout_s is None:
+            return None
+        began = min(worker.since for worker in self._workers if worker.jobs)
+        return max(began + self._block_timeout_s - time.monotonic(), 0.0)
+
+    def _end_stuck(self) -> None:
+        """End the actors that have taken too long for a job, and run their work again."""
+        limit = self._block_timeout_s or 0.0
+        now = time.monotonic()
+        for worker in [w for w in self._workers if w.jobs and now - w.since >= limit]:
+            # A running method cannot be cancelled; Ray starts the process again.
+            ray.kill(worker.actor, no_restart=False)
+            late = f"{worker.jobs[0].work.name} took longer than {limit:g} s"
+            self._lost(worker, TimeoutError(f"{late} (runtime.block_timeout_s)"))
 
     def _lost(self, worker: _Worker, error: Exception) -> None:
         """Take back all that a lost actor had been sent; the first of it may be to blame."""
         reason = str(error).strip().splitlines()[0]
+        self.losses += 1
         self._running = {r: sent for r, sent in self._running.items() if sent[2] is not worker}
         jobs, worker.jobs = worker.jobs, []
-        jobs[0].attempts += 1
-        if jobs[0].attempts >= ATTEMPTS:
-            raise RunError(f"the same work lost {ATTEMPTS} actors one after another: {reason}")
-        self._note(f"a client actor was lost and its work is run again: {reason}")
+        first = jobs[0]
+        first.attempts += 1
+        again = "its work is run again"
+        if isinstance(error, OutOfMemoryError) or first.attempts >= _LOST_BEFORE_HALVING:
+            first.halvings += 1
+            again += " in smaller blocks, in case memory was short"
+        if first.attempts >= ATTEMPTS:
+            raise RunError(f"{first.work.name} lost {ATTEMPTS} actors one after another: {reason}")
+        self._note(f"a client actor was lost in {first.work.name} and {again}: {reason}")
         self._waiting.extendleft(reversed(jobs))
         self._workers.remove(worker)
         self._revive(worker, error)

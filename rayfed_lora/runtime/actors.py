@@ -6,7 +6,9 @@ Source: this project.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import ray
 
@@ -32,8 +34,19 @@ if TYPE_CHECKING:
     from rayfed_lora.training.workload import Workload
 
 
+_T = TypeVar("_T")
+
+
 class NotOpenError(Exception):
     """The actor's process is a new one: Ray has restarted it while it had nothing to do."""
+
+
+@dataclass(frozen=True)
+class Timed(Generic[_T]):
+    """What a call has come to, and how long the actor worked on it."""
+
+    value: _T
+    seconds: float
 
 
 class ClientActor:
@@ -97,13 +110,15 @@ class ClientActor:
 
     def train(
         self, call: Call, state: AdapterState, base: Base, plan: LocalPlan
-    ) -> tuple[tuple[ClientUpdate, ...], Means]:
+    ) -> tuple[Timed[tuple[ClientUpdate, ...]], Means]:
         """Train some clients; arrays from the object store are read-only.
 
         Returns:
             The clients' reports, and the means of their updates, which stay in the store.
         """
-        return trained(self._opened(), call, state, base, plan, self._rule)
+        began = time.perf_counter()
+        reports, means = trained(self._opened(), call, state, base, plan, self._rule)
+        return Timed(reports, time.perf_counter() - began), means
 
     def join(self, *parts: Means) -> Means:
         """Join means of consecutive clients, in order."""
@@ -111,17 +126,21 @@ class ClientActor:
 
     def evaluate(
         self, split: Split, rows: slice, state: AdapterState, base: Base, trainable: Trainable
-    ) -> Predictions:
+    ) -> Timed[Predictions]:
         """Return the predictions on some rows of a split."""
-        return self._opened().evaluate(split, rows, state, base, trainable)
+        began = time.perf_counter()
+        found = self._opened().evaluate(split, rows, state, base, trainable)
+        return Timed(found, time.perf_counter() - began)
 
     def test_clients(
         self, call: Call, state: AdapterState, base: Base, trainable: Trainable
-    ) -> list[ClientScore]:
+    ) -> Timed[list[ClientScore]]:
         """Test clients on their own examples."""
+        began = time.perf_counter()
         starts = Starts(state, call)
         states = [starts.of(client) for client in call.clients]
-        return self._opened().test_clients(call.clients, states, base, trainable)
+        scores = self._opened().test_clients(call.clients, states, base, trainable)
+        return Timed(scores, time.perf_counter() - began)
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         """Return the files of the trained model."""

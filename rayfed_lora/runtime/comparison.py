@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -21,14 +21,17 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, override_pairs
 from rayfed_lora.reporting.comparison import Cell, Comparison, Ended, Standing
 from rayfed_lora.reporting.status import StatusBoard
+from rayfed_lora.reporting.tracking import Tracker
 from rayfed_lora.runtime import launch
 from rayfed_lora.runtime.factory import Factory, TorchFactory, in_process
 from rayfed_lora.runtime.local import LocalExecutor
+from rayfed_lora.runtime.location import with_absolute_paths
 from rayfed_lora.runtime.session import claim, finished, simulate
 from rayfed_lora.storage import RunFolder
 
 if TYPE_CHECKING:
     from rayfed_lora.runtime.crew import Crew
+    from rayfed_lora.runtime.ray_executor import RayExecutor
 
 # Makes the executor of a run; the board is told what the user should know.
 MakeExecutor = Callable[[Recipe, StatusBoard], Executor]
@@ -44,15 +47,22 @@ class Queue:
     Knows no Ray; safe to read from another thread.
     """
 
-    def __init__(self, cells: Sequence[Cell], make: MakeExecutor) -> None:
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        make: MakeExecutor,
+        metrics: Callable[[Cell, Any], Tracker | None] = lambda cell, executor: None,
+    ) -> None:
         """Keep the work.
 
         Args:
             cells: what to run.
             make: makes each run's executor.
+            metrics: makes what follows a run on that executor.
         """
         self._cells = tuple(cells)
         self._make = make
+        self._metrics = metrics
         self._stop = threading.Event()
         self._ended: tuple[Ended, ...] = ()
         self._running: tuple[Cell, StatusBoard] | None = None
@@ -85,8 +95,16 @@ class Queue:
             if summary is not None:
                 return Ended(cell, summary["final"]["eval_accuracy"], 0.0)
             executor = self._make(cell.recipe, board)
-            stop = self._stop.is_set
-            summary = simulate(cell.recipe, executor, folder, board, stop, resume=True)
+            summary = simulate(
+                cell.recipe,
+                executor,
+                folder,
+                board,
+                self._stop.is_set,
+                resume=True,
+                name=_name(cell),
+                metrics=self._metrics(cell, executor),
+            )
         except InterruptedRunError:
             raise InterruptedRunError(self._stopped()) from None
         except Exception as error:  # whatever it is, the other runs can still be made
@@ -125,7 +143,7 @@ class ComparisonServer:
         """
         self._factory = factory
         self._crew: Crew | None = None
-        self._queue = Queue(cells, self._executor)
+        self._queue = Queue(cells, self._executor, _metrics)
 
     def __repr__(self) -> str:
         return "server of a comparison"
@@ -156,6 +174,17 @@ class ComparisonServer:
     def stop(self) -> None:
         """Abandon the running round and end."""
         self._queue.stop()
+
+
+def _name(cell: Cell) -> str:
+    """Return a run's name: the folders of comparison, method and seed."""
+    return "/".join(PurePosixPath(cell.location).parts[-3:])
+
+
+def _metrics(cell: Cell, executor: RayExecutor) -> Tracker:
+    from rayfed_lora.runtime.metrics import RunMetrics
+
+    return RunMetrics(_name(cell), cell.recipe.annealing.total_rounds, executor.usage)
 
 
 def cells_of(
@@ -196,7 +225,7 @@ def cells_of(
                     f" has another than {cells[0].method!r}"
                 )
             location = child(out, name, f"seed-{seed}")
-            cells.append(Cell(name, seed, launch.with_absolute_paths(given), location))
+            cells.append(Cell(name, seed, with_absolute_paths(given), location))
     return cells
 
 

@@ -85,6 +85,7 @@ def population(workload: Workload, trainer: Trainer, device: str) -> Population:
         examples={"validation": len(workload.validation), "test": len(workload.test)},
         label_names=workload.label_names,
         device="cpu" if device == "cpu" else "cuda",
+        devices=workload.devices,
         label_counts=workload.clients.label_counts(workload.train.labels, classes),
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +20,11 @@ from rayfed_lora.errors import (
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.reporting.status import Status, StatusBoard
+from rayfed_lora.runtime import job_progress
 from rayfed_lora.runtime.factory import Factory, TorchFactory, in_process
 from rayfed_lora.runtime.local import LocalExecutor
+from rayfed_lora.runtime.location import run_location, with_absolute_paths
+from rayfed_lora.runtime.ports import unreachable_cluster
 from rayfed_lora.runtime.session import claim, finished, simulate
 from rayfed_lora.storage import RunFolder
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 NAMESPACE = "rayfed_lora"
 _POLL_S = 0.25
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 # Set before a Ray of our own starts; a value that the user has set stays.
 _QUIET_RAY = {
     "RAY_AUTH_MODE": "token",
@@ -77,13 +80,6 @@ class Started:
     actor: str
 
 
-def default_location(recipe: Recipe) -> str:
-    """Return `storage.path`, or a new folder under `runs/` named after the recipe and the time."""
-    if recipe.storage.path is not None:
-        return recipe.storage.path
-    return f"runs/{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
 def run(
     recipe: Recipe | str | Path | Mapping[str, Any],
     out: str | None = None,
@@ -95,8 +91,8 @@ def run(
 ) -> Result:
     """Run a recipe to its end and return the result.
 
-    SIGINT stops it cleanly: the round is abandoned, the finished ones are saved. A second one
-    ends it at once.
+    SIGINT or SIGTERM stops it cleanly: the round is abandoned, the finished ones are saved. A
+    second one ends it at once.
 
     Args:
         recipe: from `load_recipe`, or what it takes: a shipped name, a path or a mapping.
@@ -108,13 +104,13 @@ def run(
 
     Raises:
         BadInputError: refused before anything started.
-        InterruptedRunError: stopped by SIGINT.
+        InterruptedRunError: stopped by a signal.
         RunError: the run failed; the last checkpoint is kept.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     recipe = with_absolute_paths(recipe)
-    location = out or default_location(recipe)
+    location = run_location(recipe, out)
     folder = RunFolder(location)
     claim(folder, recipe, resume)
     done = finished(folder) if resume else None
@@ -126,7 +122,9 @@ def run(
         return Result(location, _run_here(recipe, folder, resume, watch, factory))
     with ray_session(address):
         server, _ = _start_server(recipe, folder, resume, factory, lifetime=None)
-        return Result(location, _follow(server, watch))
+        seen = location if folder.local is None else str(folder.local)
+        with job_progress.told(recipe, seen, watch) as tell:
+            return Result(location, _follow(server, tell))
 
 
 def start(
@@ -149,7 +147,7 @@ def start(
             " a cluster on this machine is started by `ray start --head`"
         )
     recipe = with_absolute_paths(recipe)
-    location = out or default_location(recipe)
+    location = run_location(recipe, out)
     folder = RunFolder(location)
     claim(folder, recipe, resume)
     import ray
@@ -159,26 +157,6 @@ def start(
         # Once it answers, it runs without this process.
         ray.get(server.status.remote())
         return Started(location, name)
-
-
-def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """Name local files and folders absolutely: workers may run in another folder."""
-
-    def absolute(source: str) -> str:
-        # A folder that happens to be called like a built-in name does not hide it.
-        is_path = Path(source).suffix or os.sep in source or Path(source, "config.json").is_file()
-        return os.path.abspath(source) if is_path and os.path.exists(source) else source
-
-    model = recipe.model
-    tokenizer = None if model.tokenizer is None else absolute(model.tokenizer)
-    return recipe.model_copy(
-        update={
-            "data": recipe.data.model_copy(update={"source": absolute(recipe.data.source)}),
-            "model": model.model_copy(
-                update={"source": absolute(model.source), "tokenizer": tokenizer}
-            ),
-        }
-    )
 
 
 def _run_here(
@@ -213,7 +191,10 @@ def local_device(recipe: Recipe) -> str:
 
 @contextmanager
 def interruptible(stop: Callable[[], object]) -> Iterator[None]:
-    """Let the first SIGINT call `stop`; a second one raises KeyboardInterrupt."""
+    """Let the first SIGINT or SIGTERM call `stop`; a second one raises KeyboardInterrupt.
+
+    SIGTERM is how Ray stops a job.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -225,11 +206,12 @@ def interruptible(stop: Callable[[], object]) -> Iterator[None]:
         asked.set()
         stop()
 
-    before = signal.signal(signal.SIGINT, on_signal)
+    before = {number: signal.signal(number, on_signal) for number in _STOPPING}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -239,6 +221,9 @@ def ray_session(address: str | None) -> Iterator[None]:
     if where is None:
         for name, value in _QUIET_RAY.items():
             os.environ.setdefault(name, value)
+    reason = None if where is None else unreachable_cluster(where)
+    if reason is not None:
+        raise ResourceError(f"no Ray cluster at {where}: {reason}")
     import ray
 
     if ray.is_initialized():
@@ -264,6 +249,7 @@ def _start_server(
     recipe: Recipe, folder: RunFolder, resume: bool, factory: Factory, lifetime: str | None
 ) -> tuple[Any, str]:
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from rayfed_lora.runtime.simulation_server import SimulationServer
 
@@ -277,6 +263,10 @@ def _start_server(
         "max_restarts": -1,
         "max_task_retries": -1,
         "max_concurrency": 2,
+        # Where the folder was claimed: a local path may be another folder on another node.
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=True
+        ),
     }
     try:
         server = ray.remote(SimulationServer).options(**options)
@@ -288,7 +278,7 @@ def _start_server(
 
 
 def _follow(server: Any, watch: Callable[[Status], None]) -> dict[str, Any]:
-    """Wait for the run, showing its status; pass SIGINT on."""
+    """Wait for the run, showing its status; pass signals to stop on."""
     import ray
 
     result = server.run.remote()

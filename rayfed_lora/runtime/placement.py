@@ -43,6 +43,10 @@ class Layout:
         share = {"CPU": self.cpus, "GPU": self.gpus}
         return [{name: value for name, value in share.items() if value > 0}] * self.actors
 
+    def most_on(self, node: Node) -> int:
+        """Return how many of such actors one machine could hold."""
+        return _capacity(node, self.cpus, self.gpus)
+
 
 def nodes_of(ray_nodes: Sequence[Mapping[str, object]]) -> list[Node]:
     """Return the live nodes of `ray.nodes()`."""

@@ -16,13 +16,15 @@ from rayfed_lora.aggregation.means import Means
 from rayfed_lora.errors import RunError
 from rayfed_lora.federation.executor import Call, Population, Trained, joins
 from rayfed_lora.recipe import Recipe
-from rayfed_lora.runtime.actor_pool import ATTEMPTS, LOST, ActorPool, Job, RemoteCall, result
+from rayfed_lora.runtime.actor_pool import ATTEMPTS, LOST, ActorPool, Job, Work, result
 from rayfed_lora.runtime.crew import Crew
 from rayfed_lora.runtime.factory import Factory
+from rayfed_lora.runtime.metrics import Usage
 from rayfed_lora.types import (
     AdapterState,
     Base,
     ClientScore,
+    ClientUpdate,
     FloatArray,
     LocalPlan,
     Predictions,
@@ -63,6 +65,7 @@ class RayExecutor:
         self._shared: list[ray.ObjectRef] = []
         self._base: tuple[tuple[int, int], ray.ObjectRef] | None = None
         self._state: tuple[AdapterState, ray.ObjectRef] | None = None
+        self._busy_s, self._retried = 0.0, 0
 
     def open(self) -> Population:
         """Check that the run fits the cluster, then start the actors and prepare the data.
@@ -87,7 +90,8 @@ class RayExecutor:
         timeout = self._recipe.runtime.start_timeout_s
         # Blocks of as many steps each may be dealt out ahead; others go to whoever is free first.
         ahead = 0 if self._recipe.clients.local_steps is None else 1
-        self._pool = ActorPool(crew.actors, self._open, self._note, timeout, ahead)
+        limit = self._recipe.runtime.block_timeout_s
+        self._pool = ActorPool(crew.actors, self._open, self._note, timeout, ahead, limit)
         population: Population = populations[0]
         return population
 
@@ -102,12 +106,14 @@ class RayExecutor:
     def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
         """Return the dense tensors that the first round starts from."""
         tensors: dict[str, FloatArray]
-        tensors = self._one(lambda actor: [actor.initial_tensors.remote(trainable)])
+        tensors = self._one(
+            Work("the first tensors", lambda actor, _: [actor.initial_tensors.remote(trainable)])
+        )
         return tensors
 
-    def _one(self, call: RemoteCall) -> Any:
+    def _one(self, work: Work) -> Any:
         pool = self._opened()
-        return pool.result(*pool.submit([call]))
+        return pool.result(*pool.submit([work]))
 
     def train(
         self, state: AdapterState, base: Base, plan: LocalPlan, calls: Sequence[Call]
@@ -115,10 +121,13 @@ class RayExecutor:
         """Start all calls, the state put once; yield what comes of each call, in order."""
         state_ref, base_ref = self._put_state(state), self._put_base(base)
 
-        def remote(index: int, call: Call) -> RemoteCall:
+        def remote(index: int, call: Call) -> Work:
             name = f"round {plan.round} block {index}"
-            return lambda actor: actor.train.options(name=name, num_returns=2).remote(
-                call, state_ref, base_ref, plan
+            return Work(
+                name,
+                lambda actor, halvings: actor.train.options(name=name, num_returns=2).remote(
+                    call.halved(halvings), state_ref, base_ref, plan
+                ),
             )
 
         jobs = self._opened().submit([remote(i, call) for i, call in enumerate(calls)])
@@ -129,11 +138,28 @@ class RayExecutor:
         try:
             for run in joins(jobs):
                 for job in run[:-1]:
-                    yield Trained(pool.result(job), None)
-                reports = pool.result(run[-1])
-                yield Trained(reports, self._joined(run))
+                    yield Trained(self._reports(job), None, job.sent - 1)
+                reports = self._reports(run[-1])
+                means = self._joined(run)
+                yield Trained(reports, means, run[-1].sent - 1)
         finally:
             pool.drop(jobs)
+
+    def _reports(self, job: Job) -> tuple[ClientUpdate, ...]:
+        reports: tuple[ClientUpdate, ...] = self._worked(job)
+        self._retried += (job.sent - 1) * len(reports)
+        return reports
+
+    def _worked(self, job: Job) -> Any:
+        """Return a timed call's result and book its time."""
+        timed = self._opened().result(job)
+        self._busy_s += timed.seconds
+        return timed.value
+
+    def usage(self) -> Usage:
+        """Return what the actors have done since `open`."""
+        pool = self._opened()
+        return Usage(pool.actors, self._busy_s, pool.losses, self._retried)
 
     def _joined(self, run: Sequence[Job]) -> Means:
         """Fetch the means of some calls, joined by an actor where there are several.
@@ -158,7 +184,8 @@ class RayExecutor:
             whole = result(parts[0])
             return whole
         pool = self._opened()
-        (join,) = pool.submit([lambda actor: [actor.join.remote(*parts)]], urgent=True)
+        work = Work("joining blocks", lambda actor, _: [actor.join.remote(*parts)])
+        (join,) = pool.submit([work], urgent=True)
         whole = pool.result(join)
         return whole
 
@@ -173,16 +200,21 @@ class RayExecutor:
         """Start the evaluation of each shard of rows, ahead of all training that waits."""
         state_ref, base_ref = self._put_state(state), self._put_base(base)
 
-        def call(rows: slice) -> RemoteCall:
-            return lambda actor: [
-                actor.evaluate.options(name=f"evaluate {split}").remote(
-                    split, rows, state_ref, base_ref, trainable
-                )
-            ]
+        name = f"evaluate {split}"
+
+        def work(rows: slice) -> Work:
+            return Work(
+                name,
+                lambda actor, _: [
+                    actor.evaluate.options(name=name).remote(
+                        split, rows, state_ref, base_ref, trainable
+                    )
+                ],
+            )
 
         pool = self._opened()
-        jobs = pool.submit([call(rows) for rows in shards], urgent=True)
-        return lambda: [pool.result(job) for job in jobs]
+        jobs = pool.submit([work(rows) for rows in shards], urgent=True)
+        return lambda: [self._worked(job) for job in jobs]
 
     def test_clients(
         self, calls: Sequence[Call], state: AdapterState, base: Base, trainable: Trainable
@@ -190,21 +222,28 @@ class RayExecutor:
         """Start tests on clients' own examples, ahead of all training that waits."""
         state_ref, base_ref = self._put_state(state), self._put_base(base)
 
-        def remote(call: Call) -> RemoteCall:
-            return lambda actor: [
-                actor.test_clients.options(name="test clients").remote(
-                    call, state_ref, base_ref, trainable
-                )
-            ]
+        name = "test clients"
+
+        def work(call: Call) -> Work:
+            return Work(
+                name,
+                lambda actor, _: [
+                    actor.test_clients.options(name=name).remote(
+                        call, state_ref, base_ref, trainable
+                    )
+                ],
+            )
 
         pool = self._opened()
-        jobs = pool.submit([remote(call) for call in calls], urgent=True)
-        return lambda: [score for job in jobs for score in pool.result(job)]
+        jobs = pool.submit([work(call) for call in calls], urgent=True)
+        return lambda: [score for job in jobs for score in self._worked(job)]
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         """Return the files of the trained model."""
         files: dict[str, bytes]
-        files = self._one(lambda actor: [actor.export.remote(state, base, trainable)])
+        files = self._one(
+            Work("the export", lambda actor, _: [actor.export.remote(state, base, trainable)])
+        )
         return files
 
     def _put_state(self, state: AdapterState) -> ray.ObjectRef:

@@ -31,12 +31,15 @@ from rayfed_lora.reporting.run_data import read_run
 from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.reporting.summary import client_summary, summary
 from rayfed_lora.reporting.tables import PARTITION_FILE, Tables, write_partition
+from rayfed_lora.reporting.trackers import trackers
+from rayfed_lora.reporting.tracking import Outcome, Tracker, Tracking, check_tracking
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import ClientRecord, ClientTest, ClientUpdate, RoundPlan, RoundRecord
 
 # Where a run happens and is kept may differ between sittings; what it computes may not.
 _FREE_KEYS: Any = {
     "storage": True,
+    "tracking": True,
     "runtime": set(Runtime.model_fields) - {"cohort_size", "precision"},
 }
 
@@ -46,7 +49,9 @@ def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
 
     Raises:
         RunFolderError: it holds a run and `resume` is false, or another run, or cannot be written.
+        BadInputError: what the recipe wants to tell of the run is not installed.
     """
+    check_tracking(recipe)
     kept = kept_recipe(folder) if resume else None
     if kept is not None:
         changed = differences(kept, recipe)
@@ -131,7 +136,7 @@ def finished(folder: RunFolder) -> dict[str, Any] | None:
     return result
 
 
-def simulate(
+def simulate(  # noqa: PLR0913 - the callers name them
     recipe: Recipe,
     executor: Executor,
     folder: RunFolder,
@@ -139,6 +144,8 @@ def simulate(
     should_stop: Callable[[], bool],
     *,
     resume: bool,
+    name: str | None = None,
+    metrics: Tracker | None = None,
 ) -> dict[str, Any]:
     """Run a recipe to its end, or go on with it, and return its summary.
 
@@ -148,7 +155,9 @@ def simulate(
         InterruptedRunError: `should_stop` said so; the finished rounds are saved.
         RayfedError: whatever else ends a run; the last checkpoint is kept.
     """
-    rounds = sitting(recipe, executor, folder, board, should_stop, resume=resume)
+    rounds = sitting(
+        recipe, executor, folder, board, should_stop, resume=resume, name=name, metrics=metrics
+    )
     while True:
         try:
             next(rounds)
@@ -157,7 +166,7 @@ def simulate(
             return summary
 
 
-def sitting(
+def sitting(  # noqa: PLR0913 - the callers name them
     recipe: Recipe,
     executor: Executor,
     folder: RunFolder,
@@ -166,6 +175,8 @@ def sitting(
     *,
     resume: bool,
     page: bool = True,
+    name: str | None = None,
+    metrics: Tracker | None = None,
 ) -> Generator[Tables, None, dict[str, Any]]:
     """Run a recipe round by round.
 
@@ -179,6 +190,8 @@ def sitting(
         should_stop: once true, the round is abandoned and the run saved.
         resume: go on from the newest whole checkpoint where there is one.
         page: write report.html too.
+        name: what to call the run where it is shown; None: as its folder.
+        metrics: told of finished rounds, beside those that the recipe asks for.
 
     Yields:
         After each round the tables so far, the same object each time.
@@ -194,6 +207,10 @@ def sitting(
     done = finished(folder) if resume else None
     if done is not None:
         return done
+    # Here too: the one who claimed the folder may be on another machine.
+    check_tracking(recipe)
+    tracking = Tracking([] if metrics is None else [metrics], board.note)
+    outcome: Outcome = "failed"
     try:
         population = executor.open()
         # Only now: a run that was refused leaves its folder as it was.
@@ -202,10 +219,18 @@ def sitting(
         # After it: a folder without a recipe is nobody's run.
         if population.label_counts is not None and not folder.exists(PARTITION_FILE):
             write_partition(folder, *population.label_counts, population.label_names)
-        run = _Sitting(recipe, executor, folder, board, should_stop, population)
+        for tracker in trackers(recipe, folder, name or folder.name):
+            tracking.add(tracker)
+        run = _Sitting(recipe, executor, folder, board, tracking, should_stop, population)
         yield from run.rounds(began, resume)
-        return run.finish(began, page)
+        summary = run.finish(began, page)
+        outcome = "done"
+        return summary
+    except (InterruptedRunError, GeneratorExit):
+        outcome = "stopped"
+        raise
     finally:
+        tracking.close(outcome)
         executor.close()
 
 
@@ -225,6 +250,7 @@ class _Sitting:
         executor: Executor,
         folder: RunFolder,
         board: StatusBoard,
+        tracking: Tracking,
         should_stop: Callable[[], bool],
         population: Population,
     ) -> None:
@@ -232,7 +258,10 @@ class _Sitting:
         self._executor = executor
         self._folder = folder
         self._board = board
+        self._tracking = tracking
+        self._aggregation_s = 0.0
         self._population = population
+        self._notes_seen = 0
         self._checkpoints = CheckpointWriter(folder, recipe.storage.keep)
         self._tables = Tables(folder, list(population.shape.modules))
         self._server = Server(recipe, executor, population, self, should_stop)
@@ -245,18 +274,28 @@ class _Sitting:
     def client_done(self, update: ClientUpdate) -> None:
         if update.error is not None:
             self._board.note(f"client {update.client} failed: {update.error}")
+        if update.note is not None:
+            self._board.note(update.note)
         self._board.client_done(update)
 
     def clients_tested(self, tests: list[ClientTest]) -> None:
         self._tables.add_tests(tests)
 
+    def aggregated(self, seconds: float) -> None:
+        self._aggregation_s = seconds
+
     def round_done(self, record: RoundRecord, clients: list[ClientRecord]) -> None:
         self._tables.add(record, clients)
+        notes = self._board.status(notes_seen=self._notes_seen).notes
+        self._tables.add_notes(record.round, notes)
+        self._notes_seen += len(notes)
         self._board.round_done(record, clients)
+        self._tracking.round_done(record, clients, self._aggregation_s)
 
     def rounds(self, began: float, resume: bool) -> Generator[Tables, None, None]:
         snapshot = checkpoints.newest(self._folder, self._board.note) if resume else None
         start = self._server.fresh() if snapshot is None else self._gone_on(snapshot)
+        self._tracking.resumed(self._tables.rounds)
         self._earlier = start.timing
         startup_s = start.timing.startup_s + time.perf_counter() - began
         self._progress = replace(start, timing=replace(start.timing, startup_s=startup_s))
@@ -329,6 +368,7 @@ class _Sitting:
             "best_at_heating": progress.best_at_heating,
             "timing": asdict(replace(progress.timing, wall_s=wall_s)),
             "ledger": ledger,
+            "clock_s": progress.clock_s,
         }
         model = progress.model
         snapshot = Snapshot(
@@ -365,6 +405,7 @@ class _Sitting:
             validation=None if scores is None else Scores(**scores),
             best_at_heating=facts["best_at_heating"],
             timing=Timing(**facts["timing"]),
+            clock_s=facts["clock_s"],
             moments=snapshot.moments,
             personal=snapshot.personal,
         )

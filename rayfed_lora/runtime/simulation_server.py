@@ -14,6 +14,7 @@ from rayfed_lora.errors import RayfedError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.status import Status, StatusBoard
 from rayfed_lora.runtime.factory import Factory
+from rayfed_lora.runtime.metrics import RunMetrics
 from rayfed_lora.runtime.ray_executor import RayExecutor
 from rayfed_lora.runtime.session import simulate
 from rayfed_lora.storage import RunFolder
@@ -70,13 +71,16 @@ class SimulationServer:
 
     def _run(self, run_id: str, again: bool) -> dict[str, Any]:
         executor = RayExecutor(self._recipe, self._factory, self._board.note, run_id)
+        folder = RunFolder(self._location)
+        rounds = self._recipe.annealing.total_rounds
         return simulate(
             self._recipe,
             executor,
-            RunFolder(self._location),
+            folder,
             self._board,
             self._stop.is_set,
             resume=self._resume or again,
+            metrics=RunMetrics(folder.name, rounds, executor.usage),
         )
 
     def status(self, records_seen: int = 0, notes_seen: int = 0) -> Status:

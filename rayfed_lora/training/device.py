@@ -27,3 +27,18 @@ def device_of_share(gpus: float) -> str:
     if gpus < 1:
         torch.cuda.set_per_process_memory_fraction(_MEMORY_SHARE * gpus, 0)
     return "cuda:0"
+
+
+def seen_gpus() -> int:
+    """Return how many GPUs torch can use in this process."""
+    return torch.cuda.device_count() if has_gpu() else 0
+
+
+def peak_mb() -> float:
+    """Return the most GPU memory that torch has held at a time in this process, in MB (10^6)."""
+    return torch.cuda.max_memory_reserved() / 1e6
+
+
+def total_mb() -> float:
+    """Return the memory of this process's first GPU, in MB (10^6)."""
+    return torch.cuda.get_device_properties(0).total_memory / 1e6

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from rayfed_lora.errors import ClientError
+from rayfed_lora.errors import BlockMemoryError, ClientError
 from rayfed_lora.types import (
     AdapterState,
     Base,
@@ -39,7 +39,12 @@ class Trainer(Protocol):
     def train(
         self, clients: Sequence[int], starts: Sequence[AdapterState], base: Base, plan: LocalPlan
     ) -> Iterator[ClientUpdate]:
-        """Train each client of a block from its state; one update a client, in the same order."""
+        """Train each client of a block from its state; one update a client, in the same order.
+
+        Raises:
+            ClientError: a client's training raised.
+            BlockMemoryError: the block does not fit into memory.
+        """
         ...
 
     def evaluate(
@@ -65,8 +70,13 @@ class Trainer(Protocol):
 
 @contextmanager
 def attributed(client: int, round_index: int) -> Iterator[None]:
-    """Turn whatever a client's training raises into a ClientError that names it."""
+    """Turn whatever a client's training raises into a ClientError that names it.
+
+    A shortage of memory is the block's, not the client's.
+    """
     try:
         yield
+    except BlockMemoryError:
+        raise
     except Exception as error:
         raise ClientError(client, round_index, traceback.format_exc()) from error

@@ -10,6 +10,7 @@ Source: local SGD as in FedAvg, arXiv:1602.05629; proximal term: FedProx, arXiv:
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,12 +25,14 @@ from torch.nn import functional
 
 from rayfed_lora.data.examples import Batch
 from rayfed_lora.data.tables import LANGUAGE_TASK
+from rayfed_lora.errors import BlockMemoryError, RunError
 from rayfed_lora.models import sources
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.recipe import Clients, Recipe
 from rayfed_lora.training.dropout import ClientDropout
 from rayfed_lora.training.groups import ClientTask, GroupBatch, clip_by_client, kept
+from rayfed_lora.training.memory import memory_watched
 from rayfed_lora.training.protocol import attributed
 from rayfed_lora.training.tokens import token_losses
 from rayfed_lora.training.workload import Workload
@@ -126,24 +129,29 @@ class LocalTrainer:
 
         Raises:
             ClientError: a client's training raised; names the client and the round.
+            BlockMemoryError: the block does not fit into memory.
+            RunError: each client can be trained alone, but not the block.
         """
         alone = plan.trainable == "full" or self._model.obstacle is not None
         if not alone and len(clients) > 1:
             try:
-                yield from self._train_group(clients, starts, base, plan)
+                with memory_watched(clients):
+                    yield from self._train_group(clients, starts, base, plan)
                 return
+            except BlockMemoryError:
+                raise
             except Exception as error:
                 together = error
         for client, start in zip(clients, starts, strict=True):
-            with attributed(client, plan.round):
+            with attributed(client, plan.round), memory_watched([client]):
                 yield from self._train_group([client], [start], base, plan)
         if not alone and len(clients) > 1:
             # Each of them can be trained alone: it is the block that fails.
-            with attributed(clients[0], plan.round):
-                raise RuntimeError(
-                    f"clients {clients[0]} to {clients[-1]} cannot be trained together;"
-                    " lower runtime.cohort_size"
-                ) from together
+            trace = "".join(traceback.format_exception(together))
+            raise RunError(
+                f"round {plan.round}: clients {clients[0]} to {clients[-1]} cannot be trained"
+                f" together; lower runtime.cohort_size\n{trace}"
+            )
 
     def _train_group(
         self, clients: Sequence[int], starts: Sequence[AdapterState], base: Base, plan: LocalPlan

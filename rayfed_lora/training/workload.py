@@ -5,21 +5,24 @@ Source: this project.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.data.partition import ClientTable, deal, hold_out
-from rayfed_lora.data.tables import IMAGE_TASK, LANGUAGE_TASK, Dataset, load
+from rayfed_lora.data.tables import IMAGE_TASK, LANGUAGE_TASK, Dataset, load, number_column
+from rayfed_lora.data.traces import read_trace
 from rayfed_lora.errors import DataError, ModelError
 from rayfed_lora.models import sources
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.models.tokens import tokenize, tokenize_whole
 from rayfed_lora.recipe import Recipe
-from rayfed_lora.types import ModelShape
+from rayfed_lora.types import DeviceFacts, ModelShape, Trace
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Workload:
         label_names: name of class i at place i.
         config: transformers' configuration of the model, as a dictionary.
         held_out: which rows of `train` each client is tested on; None where none are kept.
+        columns: (clients,) numbers that say what clients' devices are like, by data column.
+        trace: when clients can be reached; None: always.
     """
 
     train: Examples
@@ -41,6 +46,13 @@ class Workload:
     label_names: tuple[str, ...]
     config: dict[str, Any]
     held_out: ClientTable | None = None
+    columns: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    trace: Trace | None = None
+
+    @property
+    def devices(self) -> DeviceFacts:
+        """What the simulated clock needs to know of clients."""
+        return DeviceFacts(self.clients.counts, self.columns, self.trace)
 
 
 @dataclass(frozen=True)
@@ -49,14 +61,14 @@ class Outline:
 
     Attributes:
         shape: the model's sizes.
-        examples: (clients,) number of training examples of each client.
+        devices: number of training examples of each client, and what its device is like.
         test_examples: number of test examples.
         validation_examples: number of validation examples.
         label_names: name of class i at place i.
     """
 
     shape: ModelShape
-    examples: Any
+    devices: DeviceFacts
     test_examples: int
     validation_examples: int
     label_names: tuple[str, ...]
@@ -78,7 +90,7 @@ def outline(recipe: Recipe) -> Outline:
     net = sources.skeleton(recipe.model, config)
     return Outline(
         shape=model_shape(net, recipe),
-        examples=clients.counts,
+        devices=DeviceFacts(clients.counts, *_devices(recipe, dataset, clients)),
         test_examples=dataset.test.num_rows,
         validation_examples=0 if dataset.validation is None else dataset.validation.num_rows,
         label_names=dataset.label_names,
@@ -94,6 +106,7 @@ def prepare(recipe: Recipe) -> Workload:
     """
     dataset = _dataset(recipe)
     clients, held_out = _deal(recipe, dataset)
+    device_columns, trace = _devices(recipe, dataset, clients)
     tokenizer = None if recipe.model.task == IMAGE_TASK else sources.tokenizer(recipe.model)
     config = sources.configuration(recipe.model, _facts(recipe, dataset, tokenizer))
     _check_config(recipe, config, dataset)
@@ -107,11 +120,39 @@ def prepare(recipe: Recipe) -> Workload:
         label_names=dataset.label_names,
         config=config.to_dict(),
         held_out=held_out,
+        columns=device_columns,
+        trace=trace,
     )
 
 
 def _dataset(recipe: Recipe) -> Dataset:
-    return load(recipe.data, recipe.model.task, recipe.seed, recipe.validation_fraction)
+    return load(
+        recipe.data,
+        recipe.model.task,
+        recipe.seed,
+        recipe.validation_fraction,
+        recipe.device_columns,
+    )
+
+
+def _devices(
+    recipe: Recipe, dataset: Dataset, clients: ClientTable
+) -> tuple[Mapping[str, npt.NDArray[np.float64]], Trace | None]:
+    """Return the numbers of each client by column, and when clients can be reached.
+
+    Raises:
+        DataError: a client has no example to take a number from, or the trace cannot be read.
+    """
+    found = {}
+    for name in recipe.device_columns:
+        values = dataset.train[number_column(name)].to_numpy()
+        if (clients.counts == 0).any():
+            raise DataError(f"column {name!r}: expected an example of each client, some have none")
+        sums = np.add.reduceat(values[clients.order], clients.offsets[:-1])
+        found[name] = sums / clients.counts
+    path = recipe.clients.availability.trace
+    period_s = recipe.clients.availability.period_s
+    return found, None if path is None else read_trace(path, clients.clients, period_s)
 
 
 def _deal(recipe: Recipe, dataset: Dataset) -> tuple[ClientTable, ClientTable | None]:

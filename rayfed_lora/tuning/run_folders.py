@@ -16,11 +16,13 @@ from rayfed_lora.federation import checkpoints
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, recipe_yaml
 from rayfed_lora.reporting.summary import TESTED
+from rayfed_lora.reporting.trackers import EVENTS_FOLDER, TRACKING_FILE
 from rayfed_lora.runtime.session import kept_recipe
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.space import Space, continued
 
 CHANGES_FILE = "changes.json"
+_NOT_COPIED = {TRACKING_FILE, EVENTS_FOLDER, "wandb"}
 # Summed over rounds: what has been sent, or has passed, so far.
 _SUMMED = ("bytes_up", "bytes_down", "bytes_base", "seconds")
 
@@ -46,8 +48,10 @@ def measured(rounds: pa.Table) -> dict[str, Any]:
 
 
 def copied(source: RunFolder, to: RunFolder, folder: str = "") -> None:
-    """Copy all files of a run folder, sub-folders too."""
+    """Copy a run folder, but for what it keeps of programs that are told of the run."""
     for name in source.names(folder):
+        if name in _NOT_COPIED:
+            continue
         path = f"{folder}/{name}" if folder else name
         if source.is_folder(path):
             copied(source, to, path)

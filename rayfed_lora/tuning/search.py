@@ -26,8 +26,10 @@ from rayfed_lora.locations import child
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, yaml_text
 from rayfed_lora.reporting.search import SEARCH_FILE, SearchNews, Watch
+from rayfed_lora.reporting.tracking import check_tracking
 from rayfed_lora.runtime import launch
 from rayfed_lora.runtime.factory import Factory, TorchFactory
+from rayfed_lora.runtime.location import with_absolute_paths
 from rayfed_lora.runtime.placement import Layout, Node, layout, nodes_of
 from rayfed_lora.runtime.session import check_unused, differences
 from rayfed_lora.storage import RunFolder
@@ -92,7 +94,7 @@ def tune(  # noqa: PLR0913 - a user names them
         space = space.model_dump()
     space = load_space(space, **changed)
     base = load_recipe(recipe.model_dump() if isinstance(recipe, Recipe) else recipe, settings)
-    base = _of_trials(launch.with_absolute_paths(base))
+    base = _of_trials(with_absolute_paths(base))
     if max_concurrent is not None and max_concurrent < 1:
         raise BadInputError(f"--max-concurrent: expected at least 1, got {max_concurrent}")
     if max_concurrent is not None and space.scheduler == "pbt":
@@ -105,6 +107,7 @@ def tune(  # noqa: PLR0913 - a user names them
     # Absolutely: trials run in another folder.
     location = location if folder.local is None else str(folder.local)
     check_objectives(space, base)
+    check_tracking(base)
     max_concurrent = _claim(folder, space, base, max_concurrent, resume)
     with launch.ray_session(address), _quiet_tune():
         watch = watch or (lambda news: None)

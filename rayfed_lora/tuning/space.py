@@ -44,7 +44,7 @@ METRICS = (
 _STAGES: tuple[Stage, ...] = ("initiating", "heating", "cooling", "holding")
 _ROUNDS = tuple(f"annealing.{stage}.rounds" for stage in _STAGES)
 # Trials share actors and have folders of their own.
-_NOT_SEARCHED = ("runtime", "storage", "name")
+_NOT_SEARCHED = ("runtime", "storage", "tracking", "name")
 
 
 class _Strict(BaseModel):

@@ -18,6 +18,7 @@ from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.reporting.tables import Tables, read_rounds
 from rayfed_lora.runtime.crew import Crew
 from rayfed_lora.runtime.factory import Factory
+from rayfed_lora.runtime.metrics import RunMetrics
 from rayfed_lora.runtime.placement import Layout
 from rayfed_lora.runtime.ray_executor import RayExecutor
 from rayfed_lora.runtime.session import kept_recipe, sitting
@@ -110,8 +111,17 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         self._total = recipe.annealing.total_rounds
         self._board = StatusBoard(self._total)
         executor = RayExecutor(recipe, shared.factory, self._board.note, crew=self._crew)
+        name = f"{RunFolder(shared.location).name}/{self.trial_id}"
         return sitting(
-            recipe, executor, folder, self._board, lambda: False, resume=True, page=False
+            recipe,
+            executor,
+            folder,
+            self._board,
+            lambda: False,
+            resume=True,
+            page=False,
+            name=name,
+            metrics=RunMetrics(name, self._total, executor.usage),
         )
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

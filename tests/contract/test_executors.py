@@ -317,6 +317,23 @@ def test_a_round_in_which_every_client_fails_ends_the_run_and_says_why(faulty, t
     assert (tmp_path / "checkpoints" / "round-000003" / "manifest.json").exists()
 
 
+def test_a_client_that_raises_is_left_out_where_the_plan_says_so(faulty):
+    plan = replace(PLAN, round=5, tolerant=True)
+    parts = list(faulty.train(STATE, Base(), plan, [Call(((0, 1, 2), (3,)))]))
+    reports = [report for part in parts for report in part.clients]
+    assert [report.client for report in reports] == [0, 1, 2, 3]
+    assert [report.error for report in reports] == [
+        None,
+        "ValueError: the fake client 1 was told to raise",
+        None,
+        None,
+    ]
+    assert "_train_client" in reports[1].trace
+    # Clients 0, 2 and 3 hold 1, 3 and 4 examples and move the head by 5, 7 and 8: none twice.
+    head = parts[-1].means.tensors()["head"] - STATE.dense["head"]
+    np.testing.assert_allclose(head, (1 * 5 + 3 * 7 + 4 * 8) / 8, rtol=1e-6)
+
+
 def test_a_client_that_raises_is_named_with_round_and_traceback_promptly(faulty):
     # Nobody waits for clients 4 and 5, which take two minutes each. Last of those on `faulty`.
     began = time.perf_counter()

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 
 from rayfed_lora.data.examples import Examples
-from rayfed_lora.errors import InterruptedRunError, ResourceError, RunFolderError
+from rayfed_lora.errors import InterruptedRunError, ResourceError, RunError, RunFolderError
 from rayfed_lora.federation.executor import Call
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.status import Status, StatusBoard
@@ -63,8 +64,11 @@ def assert_same_result(summary: dict[str, Any], location: Path, expected: Path) 
     wanted = json.loads((expected / "summary.json").read_text())
     for key in ("adapter_sha256", "communication", "final", "best"):
         assert summary[key] == wanted[key]
+    # What was lost on the way is told, and changes nothing else.
     pd.testing.assert_frame_equal(
-        table(location, "rounds"), table(expected, "rounds"), check_exact=True
+        table(location, "rounds").drop(columns="retried_blocks"),
+        table(expected, "rounds").drop(columns="retried_blocks"),
+        check_exact=True,
     )
 
 
@@ -84,8 +88,68 @@ def test_a_client_actor_killed_in_a_block_is_told_and_the_result_is_the_same(
     recipe = on_ray(clients__per_round=1.0, runtime__client_actors=actors)
     summary, board = run(recipe, tmp_path / "run", FakeFactory(behaviour, side))
     assert not marker.exists()
-    assert any("client actor was lost" in note for note in board.status().notes)
+    assert any("lost in round 2 block 3" in note for note in board.status().notes)
+    assert summary["retried_blocks"] == 1
+    assert table(tmp_path / "run", "rounds")["retried_blocks"].tolist() == [0, 0, 1, 0, 0, 0]
     assert_same_result(summary, tmp_path / "run", tmp_path / "local")
+
+
+def test_a_block_that_takes_too_long_is_run_again_on_a_new_process(tmp_path):
+    expected_summary(tmp_path / "local")
+    marker = tmp_path / "marker"
+    marker.touch()
+    behaviour = Behaviour(stuck=frozenset((client, 2) for client in range(6)), marker=str(marker))
+    recipe = on_ray(runtime__block_timeout_s=3.0)
+    summary, board = run(recipe, tmp_path / "run", FakeFactory(behaviour))
+    (note,) = (note for note in board.status().notes if "lost" in note)
+    assert re.search(r"round 2 block \d took longer than 3 s \(runtime.block_timeout_s\)", note)
+    assert summary["retried_blocks"] >= 1
+    assert_same_result(summary, tmp_path / "run", tmp_path / "local")
+
+
+@pytest.mark.e2e
+def test_work_that_is_stuck_each_time_ends_the_run_with_its_name(tmp_path):
+    stuck = Behaviour(sleep_s=dict.fromkeys(range(6), 600.0))
+    recipe = on_ray(runtime__block_timeout_s=1.0)
+    with pytest.raises(RunError, match=r"round 0 block \d lost 4 actors .* longer than 1 s"):
+        run(recipe, tmp_path / "run", FakeFactory(stuck))
+
+
+@pytest.mark.e2e
+def test_work_that_ends_its_process_twice_is_tried_in_smaller_blocks(tmp_path):
+    # Ray's memory monitor, and the kernel's, end a process without a word that would reach us.
+    lethal = Behaviour(dying_always=frozenset({(0, 0)}))
+    recipe = on_ray(clients__per_round=1.0, runtime__cohort_size=6)
+    board = StatusBoard(recipe.annealing.total_rounds)
+    with pytest.raises(RunError, match="round 0 block 0 lost 4 actors"):
+        run(recipe, tmp_path / "run", FakeFactory(lethal), board)
+    assert sum("in smaller blocks" in note for note in board.status().notes) == 2
+
+
+@pytest.mark.e2e
+def test_when_all_client_actors_are_killed_at_once_the_result_is_the_same(tmp_path):
+    expected_summary(tmp_path / "local", clients__per_round=1.0)
+    killed: list[int] = []
+
+    def watch(status: Status) -> None:
+        if status.rounds_done == 2 and not killed:
+            killed.extend(actor_processes())
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    recipe = on_ray(clients__per_round=1.0, runtime__client_actors=2)
+    board = StatusBoard(recipe.annealing.total_rounds, watch)
+    summary, _ = run(recipe, tmp_path / "run", FakeFactory(SLOW), board)
+    assert len(killed) == 2
+    assert summary["retried_blocks"] >= 1
+    assert_same_result(summary, tmp_path / "run", tmp_path / "local")
+
+
+def actor_processes() -> list[int]:
+    """Return the processes of this session's client actors, named by what they are or do."""
+    ours = psutil.Process().children(recursive=True)
+    named = {process.pid: " ".join(process.cmdline()) for process in ours}
+    return [pid for pid, name in named.items() if name.startswith(("ray::client", "ray::round"))]
 
 
 @pytest.mark.e2e

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.federation.ledger import Bill, Ledger, Totals
-from rayfed_lora.federation.traffic import RoundFacts
+from rayfed_lora.federation.traffic import RoundFacts, Sent
 from rayfed_lora.types import ModelShape, ModuleShape, Trainable
 
 # q is 4 -> 6: 10 values a rank; v is 3 -> 4: 7 values a rank.
@@ -480,3 +480,42 @@ def test_stacking_sends_the_sum_of_different_ranks():
     bill = book(new_ledger("stacking"), "adapter", RANK_2, (0, 1), 2, limits=np.array([1, 2]))
     assert bill.up.tolist() == [17 + 6, 34 + 6]
     assert bill.down.tolist() == 2 * [17 + 34 + 6]
+
+
+def test_of_who_left_the_sent_part_is_booked_and_the_rest_of_the_base_comes_later(ledger):
+    sent = Sent(
+        absent=np.array([False, True, True]),
+        down=np.array([1.0, 0.5, 1.0]),
+        up=np.array([1.0, 0.0, 0.25]),
+    )
+    facts = RoundFacts("adapter", (0, 1, 2), np.array([True, False, False]), RANKS, sent=sent)
+    bill = ledger.book(facts)
+    # Half of 33 and of 41 values, and a quarter of 33, each rounded down.
+    assert bill.up.tolist() == [33, 0, 8]
+    assert bill.down.tolist() == [33, 16, 33]
+    assert bill.base.tolist() == [41, 20, 41]
+    assert bill.arrived == 1
+    # Client 1 has not got the base whole; client 2 has, though it left.
+    assert book(ledger, "adapter", RANKS, (0, 1, 2), 3).base.tolist() == [0, 41, 0]
+
+
+def test_who_left_before_a_rounds_result_is_sent_it_later():
+    ledger = new_ledger("stacking")
+    sent = Sent(np.array([False, True]), np.array([1.0, 1.0]), np.array([1.0, 0.5]))
+    facts = RoundFacts("adapter", (0, 1), np.array([True, False]), RANKS, sent=sent)
+    ledger.book(facts)
+    # The result was one client's factors, 27 values; client 1 never got it, nor the base with it.
+    assert book(ledger, "adapter", RANKS, (0, 1), 2).base.tolist() == [0, 41 + 6]
+
+
+def test_a_quote_is_the_bill_and_books_nothing(ledger):
+    facts = RoundFacts("adapter", (0, 1), np.ones(2, bool), RANKS, folded=7)
+    before = ledger.snapshot()
+    quote = ledger.quote(facts)
+    facts_before, held_before = before
+    facts_now, held_now = ledger.snapshot()
+    assert facts_now == facts_before
+    assert all((held_now[kind] == held).all() for kind, held in held_before.items())
+    bill = ledger.book(facts)
+    for kind in ("up", "down", "base"):
+        assert (getattr(quote, kind) == getattr(bill, kind)).all()

@@ -17,12 +17,14 @@ import pytest
 from rayfed_lora.errors import ClientError, InterruptedRunError, RunError, RunFolderError
 from rayfed_lora.federation import checkpoints
 from rayfed_lora.lora.fingerprint import sha256
+from rayfed_lora.planning import plan
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, recipe_yaml
 from rayfed_lora.reporting.status import Status, StatusBoard
+from rayfed_lora.runtime import launch
 from rayfed_lora.runtime.session import claim, finished, simulate
 from rayfed_lora.storage import RunFolder
-from tests.fakes import Behaviour, Killed, KilledExecutor, local_executor, make_recipe
+from tests.fakes import Behaviour, Killed, KilledExecutor, every_round, local_executor, make_recipe
 
 METROPOLIS: dict[str, Any] = {
     "annealing__acceptance": "metropolis",
@@ -72,6 +74,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "share-a after a full stage": {
         "aggregation__rule": "share-a",
         "annealing__cooling__rank": 3,
+    },
+    "simulated devices": {
+        "clients__availability": {"dropout": 0.3},
+        "clients__speed": {"median": 2.0, "sigma": 0.5},
+        "clients__over_select": 1.4,
+        "network": {"up_mbps": 0.001, "latency_s": 0.1},
     },
     "tested on clients": {
         "method": "fedsa-lora",
@@ -543,6 +551,54 @@ def test_a_client_that_raises_ends_the_run_and_the_rounds_before_are_kept(tmp_pa
     assert board.status().rounds_before == 3
 
 
+def test_a_run_goes_on_without_as_many_raising_clients_as_it_may(tmp_path):
+    recipe = make_recipe(clients__per_round=1.0, clients__max_failed=0.2)
+    broken = local_executor(recipe, Behaviour(raising=frozenset({(4, 1), (4, 3)})))
+    summary, board = run(recipe, tmp_path, executor=broken)
+    assert summary["failed_clients"] == 2
+    rounds, clients = table(tmp_path, "rounds"), table(tmp_path, "clients")
+    assert rounds["failed_clients"].tolist() == [0, 1, 0, 1, 0, 0]
+    failed = clients[clients["status"] == "failed"]
+    # Client k holds k + 1 examples.
+    assert failed[["round", "client", "examples"]].to_numpy().tolist() == [[1, 4, 5], [3, 4, 5]]
+    assert set(failed["error"]) == {"ValueError: the fake client 4 was told to raise"}
+    notes = board.status().notes
+    failure = "client 4 failed: ValueError: the fake client 4 was told to raise"
+    assert notes.count(failure) == 2
+    kept = pd.read_parquet(tmp_path / "notes.parquet")
+    assert kept.to_numpy().tolist() == [[1, failure], [3, failure]]
+
+
+def test_more_raising_clients_than_may_end_the_run_with_the_last_ones_traceback(tmp_path):
+    recipe = make_recipe(clients__per_round=1.0, clients__max_failed=1)
+    broken = local_executor(recipe, Behaviour(raising=frozenset({(2, 3), (4, 3), (5, 3)})))
+    with pytest.raises(ClientError, match=r"client 4 failed in round 3:\n") as raised:
+        run(recipe, tmp_path, executor=broken)
+    assert "_train_client" in raised.value.trace
+    assert str(raised.value).endswith("2 clients of the round failed, clients.max_failed allows 1")
+    _, board = run(recipe, tmp_path, resume=True)
+    assert board.status().rounds_before == 3
+
+
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_a_block_that_does_not_fit_into_memory_is_halved_and_that_is_said(
+    together, undisturbed, tmp_path
+):
+    recipe = make_recipe(clients__per_round=5, runtime__cohort_size=5)
+    expected, _ = run(recipe, tmp_path / "expected")
+    short = local_executor(recipe, Behaviour(together=together))
+    summary, board = run(recipe, tmp_path / "short", executor=short)
+    assert summary["adapter_sha256"] == expected["adapter_sha256"]
+    notes = board.status().notes
+    assert "5 clients do not fit; trained in halves" in " ".join(notes)
+
+
+def test_a_client_that_does_not_fit_into_memory_alone_ends_the_run(tmp_path):
+    recipe = make_recipe(clients__per_round=5)
+    with pytest.raises(ClientError, match="1 clients do not fit"):
+        run(recipe, tmp_path, executor=local_executor(recipe, Behaviour(together=0)))
+
+
 def test_a_disk_that_fills_up_ends_the_run_and_the_rounds_before_are_kept(
     undisturbed, tmp_path, monkeypatch
 ):
@@ -576,3 +632,69 @@ def test_an_executor_that_cannot_open_is_closed_and_the_run_can_start_again(tmp_
     assert executor.closed
     summary, _ = run(recipe, tmp_path, resume=True)
     assert summary["rounds"] == 6
+
+
+def test_who_is_late_is_not_trained_and_stands_in_the_tables(tmp_path):
+    # Client k holds k + 1 examples and trains them in k + 1 seconds.
+    recipe = make_recipe(
+        clients__per_round=1.0,
+        clients__local_epochs=1,
+        clients__speed=1.0,
+        clients__deadline_s=4.5,
+        annealing__mode="fixed",
+    )
+    # Clients 4 and 5 would kill the process if they were trained.
+    lethal = local_executor(recipe, Behaviour(dying_always=every_round(4, 5)))
+    summary, board = run(recipe, tmp_path, executor=lethal)
+    rounds, clients = table(tmp_path, "rounds"), table(tmp_path, "clients")
+    assert rounds["dropped_clients"].tolist() == [2] * 6
+    assert rounds["clients"].tolist() == [6] * 6
+    assert rounds["simulated_s"].tolist() == [4.5] * 6
+    assert summary["simulation"]["total_s"] == 27.0
+    assert summary["simulation"]["dropped_clients"] == 12
+    late = clients[clients["status"] == "late"]
+    assert sorted(set(late["client"])) == [4, 5]
+    assert set(late["examples"]) == {5, 6}
+    assert late["train_loss"].isna().all()
+    assert (late["bytes_up"] == 0).all()
+    assert set(late["simulated_s"]) == {4.5}
+    assert board.status().clients_done == 6
+
+
+def test_a_round_in_which_nobody_arrives_leaves_the_model_as_it_is(tmp_path):
+    recipe = make_recipe(annealing__mode="fixed", clients__speed=1.0, clients__deadline_s=1e-3)
+    run(recipe, tmp_path)
+    rounds = table(tmp_path, "rounds")
+    assert rounds["dropped_clients"].tolist() == [3] * 6
+    assert rounds["train_loss"].isna().all()
+    assert rounds["bytes_up"].sum() == 0
+    assert rounds["eval_loss"].nunique() == 1
+    summary = finished(RunFolder(tmp_path))
+    assert summary is not None
+    assert summary["final"]["train_loss"] is None
+
+
+def test_a_plan_foretells_the_simulated_clock(tmp_path):
+    recipe = load_recipe(
+        "digits-vit",
+        {
+            "data.max_examples": 200,
+            "clients.speed": {"median": 50.0, "sigma": 0.5},
+            "clients.availability": 0.2,
+            "network": {"up_mbps": 1.0, "down_mbps": 4.0},
+            "annealing.initiating.rounds": 1,
+            "annealing.heating.rounds": 1,
+            "annealing.cooling.rounds": 2,
+            "annealing.holding.rounds": 0,
+            "runtime.executor": "local",
+        },
+    )
+    planned = plan(recipe)
+    result = launch.run(recipe, str(tmp_path / "run"))
+    rounds = result.rounds
+    assert [r.simulated_s for r in planned.rounds] == rounds["simulated_s"].tolist()
+    assert [r.arriving for r in planned.rounds] == (
+        rounds["clients"] - rounds["dropped_clients"]
+    ).tolist()
+    assert [r.bytes_up for r in planned.rounds] == rounds["bytes_up"].tolist()
+    assert rounds["dropped_clients"].sum() > 0

@@ -1,0 +1,153 @@
+"""The commands about a cluster: jobs, and what is wrong with it. No logic, as in `cli`."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rayfed_lora.cli_options import OutOption, RecipeArgument, SetOption
+
+if TYPE_CHECKING:
+    from rayfed_lora.runtime.jobs import Jobs, Submitted
+
+app = typer.Typer()
+
+DashboardOption = Annotated[
+    str | None,
+    typer.Option("--address", help="The cluster's dashboard, e.g. http://127.0.0.1:8265."),
+]
+JobArgument = Annotated[str, typer.Argument(metavar="ID", help="As submit printed it.")]
+FollowOption = Annotated[
+    bool, typer.Option("--follow", help="Show what the job prints until it ends.")
+]
+
+
+@app.command()
+def submit(
+    recipe: RecipeArgument,
+    address: DashboardOption = None,
+    set_: SetOption = None,
+    out: OutOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    follow: FollowOption = False,
+) -> None:
+    """Run a recipe as a Ray job of a cluster."""
+    from rayfed_lora.recipe_loading import load_recipe
+
+    loaded = load_recipe(recipe, set_ or ())
+    from rayfed_lora.runtime.jobs import Jobs
+
+    jobs = Jobs(address)
+    _submitted(jobs, jobs.submit(loaded, out, resume=resume), follow)
+
+
+@app.command()
+def resume(job: JobArgument, address: DashboardOption = None, follow: FollowOption = False) -> None:
+    """Go on with the run of a job that was stopped or has failed."""
+    from rayfed_lora.runtime.jobs import Jobs
+
+    jobs = Jobs(address)
+    _submitted(jobs, jobs.resume(job), follow)
+
+
+def _submitted(jobs: Jobs, submitted: Submitted, follow: bool) -> None:
+    from rich.console import Console
+
+    from rayfed_lora.reporting.jobs import show_submitted
+
+    show_submitted(Console(), submitted.id, submitted.location, submitted.notes)
+    if follow:
+        raise typer.Exit(_follow(jobs, submitted.id))
+
+
+def _follow(jobs: Jobs, job: str) -> int:
+    from rayfed_lora.reporting.jobs import exit_status
+
+    return exit_status(jobs.follow(job, _echo))
+
+
+def _echo(text: str) -> None:
+    typer.echo(text, nl=False)
+
+
+@app.command()
+def status(
+    job: Annotated[str | None, typer.Argument(metavar="ID", help="One job; default all.")] = None,
+    address: DashboardOption = None,
+) -> None:
+    """Show where jobs stand: stage, round, metrics, time left."""
+    from rich.console import Console
+
+    from rayfed_lora.reporting.jobs import show_job, show_jobs
+    from rayfed_lora.runtime.jobs import Jobs
+
+    jobs, console = Jobs(address), Console()
+    if job is None:
+        wide = console if console.is_terminal else Console(width=160)
+        show_jobs(wide, jobs.all())
+    else:
+        show_job(console, jobs.status(job), time.time())
+
+
+@app.command()
+def logs(job: JobArgument, address: DashboardOption = None, follow: FollowOption = False) -> None:
+    """Print what a job has printed."""
+    from rayfed_lora.runtime.jobs import Jobs
+
+    jobs = Jobs(address)
+    if follow:
+        raise typer.Exit(_follow(jobs, job))
+    typer.echo(jobs.logs(job), nl=False)
+
+
+@app.command()
+def stop(job: JobArgument, address: DashboardOption = None) -> None:
+    """Stop a job; its finished rounds are kept."""
+    from rich.console import Console
+
+    from rayfed_lora.reporting.jobs import show_stopped
+    from rayfed_lora.runtime.jobs import Jobs
+
+    show_stopped(Console(), Jobs(address).stop(job))
+
+
+@app.command()
+def doctor(
+    address: Annotated[
+        str | None,
+        typer.Option(help="A running Ray cluster, or its dashboard's URL; default this machine."),
+    ] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RECIPE", help="To be fitted in; repeatable; default the shipped."),
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Folder or URI that every node must be able to write.")
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Measure the recipes' GPU memory by short runs.")
+    ] = False,
+) -> None:
+    """Say what this machine or a cluster offers, what is wrong, and how to mend it."""
+    from rich.console import Console
+
+    from rayfed_lora.recipe_loading import load_recipe
+    from rayfed_lora.reporting.diagnosis import diagnosis_status, show_diagnosis
+    from rayfed_lora.runtime.dashboard import is_dashboard
+
+    recipes = [load_recipe(each) for each in recipe or ()]
+    if is_dashboard(address):
+        from rayfed_lora.reporting.jobs import JobView, exit_status
+        from rayfed_lora.runtime.remote_doctor import examine
+
+        found = examine(address, recipes, storage=storage, probe=probe, show=_echo)
+        if isinstance(found, JobView):
+            raise typer.Exit(exit_status(found))
+    else:
+        from rayfed_lora.runtime.doctor import doctor as look
+
+        found = look(address, recipes, storage=storage, probe=probe)
+    show_diagnosis(Console(), found)
+    raise typer.Exit(diagnosis_status(found))

@@ -1,0 +1,68 @@
+"""Traces: when each client can be reached. Source: this project."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from rayfed_lora.data import sources
+from rayfed_lora.errors import DataError
+from rayfed_lora.types import TRACE_DIGITS, Trace
+
+_OPTION = "clients.availability.trace"
+_COLUMNS = ("client", "start_s", "end_s")
+
+
+def read_trace(source: str, clients: int, period_s: float | None) -> Trace:
+    """Read a table with a row for each time in which a client can be reached.
+
+    Args:
+        source: a path or URI with columns client (id from 0), start_s and end_s (seconds).
+        clients: number of clients there are.
+        period_s: the trace begins anew after so long; None: never.
+
+    Raises:
+        DataError: it cannot be read, or a row makes no sense; names the first one.
+    """
+    where = f"{_OPTION} {source!r}"
+    if sources.suffix_of(source) not in sources.READERS:
+        raise DataError(f"{where}: need a path or URI ending in {' '.join(sources.READERS)}")
+    table = sources.read_file(source, (), _OPTION).train
+    missing = [name for name in _COLUMNS if table.column_names.count(name) != 1]
+    if missing:
+        raise DataError(
+            f"{where}: need one column each of {', '.join(_COLUMNS)}, got the columns"
+            f" {', '.join(table.column_names)}"
+        )
+    if table.num_rows == 0:
+        raise DataError(f"{where}: need rows, got an empty table")
+    client, start, end = (_numbers(table[name], f"{where}, column {name!r}") for name in _COLUMNS)
+    limit = np.inf if period_s is None else period_s
+    faults = {
+        f"a whole number from 0 to {clients - 1} as client": (client % 1 != 0)
+        | (client < 0)
+        | (client >= clients),
+        "0 <= start_s < end_s": ~((start >= 0) & (start < end)),
+        f"end_s up to period_s ({limit:g})": end > limit,
+    }
+    for expected, wrong in faults.items():
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise DataError(
+                f"{where}: need {expected}, got client {client[row]:g} from {start[row]:g} to"
+                f" {end[row]:g} in row {row + 1}"
+            )
+    return Trace(client.astype(np.int64), start.round(TRACE_DIGITS), end.round(TRACE_DIGITS))
+
+
+def _numbers(column: pa.ChunkedArray, where: str) -> np.ndarray:
+    kind = column.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        raise DataError(f"{where}: need numbers, got {kind}")
+    values = np.asarray(column.to_numpy(), np.float64)
+    if not np.isfinite(values).all():
+        row = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise DataError(
+            f"{where}: need a number in every row, got {values[row]:g} in row {row + 1}"
+        )
+    return values

@@ -1,0 +1,211 @@
+"""Clients that come, go and take their time: the simulated clock of a run.
+
+Nothing here waits: from the sizes of messages, the clients' devices and a seed follows who of a
+round's cohort is there in time, and how long the round takes. Only those are trained.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from rayfed_lora.errors import RunError
+from rayfed_lora.federation import sampling
+from rayfed_lora.federation.ledger import BYTES_A_VALUE, Bill
+from rayfed_lora.federation.traffic import Sent
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe_devices import Spread
+from rayfed_lora.seeds import Purpose, generator
+from rayfed_lora.types import TRACE_DIGITS, Absence, DeviceFacts, Trace
+
+Times = npt.NDArray[np.float64]
+Clients = npt.NDArray[np.int64]
+# Work of an example: forward, gradients of what the layers give out, gradients of the weights; with
+# a frozen base the last third is left out, but for the adapter.
+_FULL_MODEL_WORK = 1.5
+_BYTES_A_MEGABIT = 125_000
+
+
+@dataclass(frozen=True)
+class Turnout:
+    """What became of a round's cohort by the simulated clock.
+
+    Attributes:
+        absences: of each client that left (`dropped`) or came too late (`late`).
+        seconds: (cohort,) from the start of the round until the client's update was there, or
+            nobody waited for it any more.
+        sent: what went through of the messages.
+        length_s: of the round.
+    """
+
+    absences: dict[int, Absence]
+    seconds: Times
+    sent: Sent
+    length_s: float
+
+
+class Devices:
+    """The clients' devices and the network between them and the server."""
+
+    def __init__(self, recipe: Recipe, facts: DeviceFacts) -> None:
+        """Draw each client's speed and bandwidths.
+
+        Args:
+            recipe: gives `clients`, `network` and the seed.
+            facts: what the data say.
+        """
+        self._recipe = recipe
+        self._facts = facts
+        own, network = recipe.clients, recipe.network
+        self._speed = self._drawn(own.speed, 0)
+        self._up = self._drawn(network.up_mbps, 1) * _BYTES_A_MEGABIT
+        self._down = self._drawn(network.down_mbps, 2) * _BYTES_A_MEGABIT
+
+    def _drawn(self, spread: Spread | None, stream: int) -> Times:
+        """Return each client's number, (clients,); infinite where there is none."""
+        clients = len(self._facts.sizes)
+        rng = generator(self._recipe.seed, Purpose.DEVICES, stream)
+        if spread is None:
+            return np.full(clients, np.inf)
+        if spread.column is not None:
+            return self._facts.columns[spread.column]
+        if spread.low is not None and spread.high is not None:
+            return rng.uniform(spread.low, spread.high, clients)
+        middle = spread.median if spread.median is not None else np.inf
+        return middle * np.exp(spread.sigma * rng.standard_normal(clients))
+
+    def cohort(self, t: int, now: float) -> tuple[tuple[int, ...], float]:
+        """Return the cohort of a round, and when it is drawn: once any client can be reached.
+
+        Args:
+            t: index of the round.
+            now: simulated seconds since the start of the run.
+
+        Raises:
+            RunError: no client can ever be reached again.
+        """
+        clients = len(self._facts.sizes)
+        if self._facts.trace is None:
+            return sampling.cohort(self._recipe, clients, t), now
+        reachable, now = self._reachable(self._facts.trace, now)
+        return sampling.cohort(self._recipe, clients, t, reachable), now
+
+    def _reachable(self, trace: Trace, now: float) -> tuple[Clients, float]:
+        lap, clock = self._lap(now)
+        period = self._recipe.clients.availability.period_s
+        there = _at(trace, clock)
+        if not there.any():
+            coming = trace.start_s[trace.start_s > clock]
+            if len(coming) == 0:
+                if period is None:
+                    raise RunError(
+                        f"no client can be reached after {now:g} s of the simulated clock: the"
+                        " trace of clients.availability has ended; expected a longer one, or"
+                        " period_s"
+                    )
+                lap, coming = lap + period, trace.start_s
+            clock = float(coming.min())
+            there, now = _at(trace, clock), lap + clock
+        return np.unique(trace.client[there]), now
+
+    def _lap(self, now: float) -> tuple[float, float]:
+        """Return when the trace was last begun anew, and the seconds since."""
+        period = self._recipe.clients.availability.period_s
+        lap = 0.0 if period is None else now // period * period
+        return lap, round(now - lap, TRACE_DIGITS)
+
+    def turnout(
+        self, t: int, cohort: tuple[int, ...], bill: Bill, full: bool, now: float
+    ) -> Turnout:
+        """Return what becomes of a cohort.
+
+        A client receives its download, trains, and sends its upload; one that leaves does so at a
+        uniformly drawn point of that, or when its trace says so. The server waits until all have
+        arrived or left, at most `deadline_s`, and with `over_select` for the first `per_round`.
+
+        Args:
+            t: index of the round.
+            cohort: its clients.
+            bill: sizes of their messages if all arrive.
+            full: whether every weight is trained.
+            now: simulated seconds since the start of the run.
+        """
+        k = np.asarray(cohort, np.int64)
+        latency = self._recipe.network.latency_s
+        down = (bill.down + bill.base) * BYTES_A_VALUE / self._down[k]
+        train = self._examples(k) * (_FULL_MODEL_WORK if full else 1.0) / self._speed[k]
+        up = bill.up * BYTES_A_VALUE / self._up[k]
+        sending = down + latency + train
+        whole = sending + up + latency
+        rng = generator(self._recipe.seed, Purpose.DEPARTURES, t)
+        leaves = np.minimum(self._departures(rng, whole), self._trace_ends(k, now))
+        arrives = np.where(whole < leaves, whole, np.inf)
+        # Who arrives at the same moment is taken in an order of chance, not by its number.
+        order = np.lexsort((rng.permutation(len(k)), arrives))
+        wanted = self._recipe.cohort_size(len(self._facts.sizes))
+        length = self._length(arrives[order], np.minimum(whole, leaves), wanted)
+        first = np.zeros(len(k), bool)
+        first[order[:wanted]] = True
+        there = first & (arrives <= length)
+        stopped = np.minimum(leaves, length)
+        absences: dict[int, Absence] = {
+            client: "dropped" if left else "late"
+            for client, left in zip(k[~there].tolist(), (leaves <= length)[~there], strict=True)
+        }
+        sent = Sent(
+            absent=~there,
+            down=np.where(there, 1.0, _share(stopped, down, begun=1.0)),
+            up=np.where(there, 1.0, _share(stopped - sending, up, begun=0.0)),
+        )
+        return Turnout(absences, np.where(there, whole, stopped), sent, length)
+
+    def _examples(self, k: Clients) -> Clients:
+        """Return how many examples each client goes through."""
+        settings, sizes = self._recipe.clients, self._facts.sizes[k]
+        if settings.steps is None:
+            return sizes * (settings.local_epochs or 1)
+        return settings.steps * np.minimum(settings.batch_size, sizes)
+
+    def _departures(self, rng: np.random.Generator, whole: Times) -> Times:
+        leaving = rng.random(len(whole)) < self._recipe.clients.availability.dropout
+        return np.where(leaving, rng.random(len(whole)) * whole, np.inf)
+
+    def _trace_ends(self, k: Clients, now: float) -> Times:
+        """Return in how many seconds the trace takes each client away."""
+        trace = self._facts.trace
+        if trace is None:
+            return np.full(len(k), np.inf)
+        _, clock = self._lap(now)
+        there = _at(trace, clock)
+        ends = np.full(len(self._facts.sizes), clock)
+        np.maximum.at(ends, trace.client[there], trace.end_s[there])
+        return ends[k] - clock
+
+    def _length(self, arrives: Times, known: Times, wanted: int) -> float:
+        """Return how long the server waits.
+
+        Args:
+            arrives: (cohort,) rising; infinite for who never does.
+            known: (cohort,) when each has arrived or left.
+            wanted: number of clients that are enough.
+        """
+        enough = arrives[wanted - 1] if len(arrives) >= wanted else np.inf
+        deadline = self._recipe.clients.deadline_s
+        return float(min(enough, known.max(), np.inf if deadline is None else deadline))
+
+
+def _at(trace: Trace, clock: float) -> npt.NDArray[np.bool_]:
+    """Return which rows of a trace hold at a moment."""
+    there: npt.NDArray[np.bool_] = (trace.start_s <= clock) & (clock < trace.end_s)
+    return there
+
+
+def _share(elapsed: Times, needed: Times, begun: float) -> Times:
+    """Return which share of a message has been sent; of one that takes no time, `begun` or none."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.clip(elapsed / needed, 0.0, 1.0)
+    return np.where(needed > 0, share, np.where(elapsed >= 0, begun, 0.0))

@@ -1,0 +1,32 @@
+"""What the sections of a recipe are made of. Source: this project."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+def option(default: Any, description: str, unit: str | None = None) -> Any:
+    """Return a field with its description and, where it has one, its unit."""
+    extra: dict[str, JsonValue] | None = None if unit is None else {"unit": unit}
+    return Field(default, description=description, json_schema_extra=extra, validate_default=True)
+
+
+def section(kind: type[BaseModel], description: str) -> Any:
+    """Return a field that holds a sub-section with that section's defaults."""
+    return Field(default_factory=kind, description=description)
+
+
+class Section(BaseModel):
+    """A mapping of a recipe: unknown keys are faults, values cannot change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())

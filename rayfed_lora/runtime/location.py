@@ -1,0 +1,64 @@
+"""Where a run is kept, and the local files that it names. Source: this project."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from rayfed_lora.errors import BadInputError
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.runtime import job_progress
+
+# Where runs of Ray jobs are kept by default, on the head node: a job's own folder is temporary.
+JOB_RUNS = "~/rayfed-lora-runs"
+
+
+def run_location(recipe: Recipe, out: str | None) -> str:
+    """Return where a run is kept: `out`, `storage.path`, or a new folder.
+
+    The new one is named after the recipe and the time, under `runs/`, or in a Ray job under
+    `JOB_RUNS`. `~` is the home folder.
+
+    Raises:
+        BadInputError: a relative path in a Ray job.
+    """
+    in_job = job_progress.job_id() is not None
+    new = f"{JOB_RUNS if in_job else 'runs'}/{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    location = os.path.expanduser(out or recipe.storage.path or new)
+    if in_job:
+        refuse_relative(location)
+    return location
+
+
+def refuse_relative(location: str) -> None:
+    """Check that a run folder stays when the Ray job that writes it is gone.
+
+    Raises:
+        BadInputError: it is a relative path.
+    """
+    if "://" not in location and not location.startswith(("/", "~")):
+        raise BadInputError(
+            f"run folder {location!r}: expected an absolute path that the cluster's nodes see, or a"
+            " URI such as s3://bucket/runs/a: the working folder of a Ray job is temporary"
+        )
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Name local files and folders absolutely: workers may run in another folder."""
+
+    def absolute(source: str) -> str:
+        # A folder that happens to be called like a built-in name does not hide it.
+        is_path = Path(source).suffix or os.sep in source or Path(source, "config.json").is_file()
+        return os.path.abspath(source) if is_path and os.path.exists(source) else source
+
+    model = recipe.model
+    tokenizer = None if model.tokenizer is None else absolute(model.tokenizer)
+    return recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update={"source": absolute(recipe.data.source)}),
+            "model": model.model_copy(
+                update={"source": absolute(model.source), "tokenizer": tokenizer}
+            ),
+        }
+    )

@@ -1,0 +1,27 @@
+"""Whether somebody listens: asked before Ray is, which would wait for minutes.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import socket
+
+_CONNECT_S = 10.0
+
+
+def unreachable(host: str, port: int) -> str | None:
+    """Return why nothing answers at a TCP port, None where something does."""
+    try:
+        socket.create_connection((host, port), _CONNECT_S).close()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def unreachable_cluster(address: str) -> str | None:
+    """Return why nothing answers at `host:port`; None for other kinds of address too."""
+    host, colon, port = address.rpartition(":")
+    if not colon or "/" in address or not port.isdecimal():
+        return None
+    return unreachable(host.strip("[]"), int(port))

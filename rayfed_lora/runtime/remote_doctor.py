@@ -1,0 +1,45 @@
+"""The doctor of a cluster that is reached by its dashboard only: a job. Source: this project."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+
+from rayfed_lora.errors import ResourceError
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe_loading import recipe_yaml
+from rayfed_lora.reporting.diagnosis import Finding
+from rayfed_lora.reporting.jobs import JobView
+from rayfed_lora.runtime.jobs import Jobs
+
+
+def examine(
+    address: str | None,
+    recipes: Sequence[Recipe],
+    *,
+    storage: str | None,
+    probe: bool,
+    show: Callable[[str], None],
+) -> list[Finding] | JobView:
+    """Let a job be the doctor of a cluster that is reached by its dashboard only.
+
+    Args:
+        address: the dashboard's.
+        recipes: as for `doctor`, likewise the next two.
+        storage: folder or URI.
+        probe: measure GPU memory.
+        show: called with what the job prints.
+
+    Returns:
+        How the job ended, or what is wrong where no job can be started.
+    """
+    try:
+        jobs = Jobs(address)
+    except ResourceError as error:
+        mend = "start the cluster, open the tunnel to its dashboard, and set the token"
+        return [Finding("fault", "dashboard", str(error), mend)]
+    files = {f"recipe-{i}.yaml": recipe_yaml(recipe) for i, recipe in enumerate(recipes)}
+    command = ["rayfed-lora", "doctor", *(f"--recipe={name}" for name in files)]
+    command += [] if storage is None else [f"--storage={storage}"]
+    command += ["--probe"] * probe
+    return jobs.follow(jobs.start_doctor(shlex.join(command), files), show)

@@ -1,0 +1,40 @@
+"""Tells a shortage of memory from other failures. Source: this project."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from rayfed_lora.errors import BlockMemoryError
+
+# torch raises a plain RuntimeError when the CPU's allocator finds none.
+_CPU_ALLOCATOR = "DefaultCPUAllocator"
+
+
+@contextmanager
+def memory_watched(clients: Sequence[int]) -> Iterator[None]:
+    """Turn a shortage of memory, of a GPU or the host, into a BlockMemoryError.
+
+    What torch keeps of a GPU's memory for later is given back.
+
+    Args:
+        clients: of the block, for the message.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _is_shortage(error):
+            raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise BlockMemoryError(
+            f"{len(clients)} clients ({clients[0]} to {clients[-1]}) do not fit into memory"
+            f" together: {said}"
+        ) from error
+
+
+def _is_shortage(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _CPU_ALLOCATOR in str(error)

@@ -1,0 +1,175 @@
+"""Clusters of several raylets on this machine: nodes, drivers and submitters that are killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+
+from tests.e2e.processes import PROGRAM, WAIT_S, environment, wait_until
+
+pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(900)]
+
+RECIPE = """\
+name: nodes
+data: {source: digits, max_examples: 200, partition: {clients: 8}}
+model:
+  config: {architecture: vit, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2,
+    intermediate_size: 24, patch_size: 2}
+annealing:
+  initiating: {rounds: 2}
+  heating: {rounds: 4, rank: 4}
+  cooling: {rounds: 4, rank: 1, shape: linear, residual: fold}
+  holding: {rounds: 2}
+clients: {per_round: 6, local_steps: 60, batch_size: 8, optimizer: {name: adamw, lr: 0.01}}
+runtime: {device: cpu, client_actors: 2, cohort_size: 1}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "nodes.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture
+def undisturbed(recipe: Path, tmp_path: Path) -> dict[str, Any]:
+    """The summary of a run that nothing happened to."""
+    out = tmp_path / "undisturbed"
+    finish(recipe, out, "--set", "runtime.executor=local")
+    return summary_of(out)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A head without CPUs and two nodes of one CPU each, each with processes of its own."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            made.add_node(num_cpus=1)
+        yield made
+    finally:
+        made.shutdown()
+
+
+def command(recipe: Path, out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-c", PROGRAM, "run", str(recipe), "--out", str(out), *more]
+
+
+def finish(recipe: Path, out: Path, *more: str) -> None:
+    done = subprocess.run(
+        command(recipe, out, *more),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(),
+        timeout=WAIT_S,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def summary_of(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    return found
+
+
+def rounds_saved(out: Path, count: int) -> Callable[[], bool]:
+    def there() -> bool:
+        found = list(out.glob("checkpoints/round-*/manifest.json"))
+        return any(int(path.parent.name.removeprefix("round-")) >= count for path in found)
+
+    return there
+
+
+def assert_same_result(out: Path, expected: dict[str, Any]) -> None:
+    found = summary_of(out)
+    for key in ("adapter_sha256", "final", "best", "communication"):
+        assert found[key] == expected[key]
+
+
+def test_a_run_outlives_a_node_and_ends_with_the_same_bits(recipe, undisturbed, cluster, tmp_path):
+    out = tmp_path / "run"
+    run = subprocess.Popen(
+        command(recipe, out, "--address", cluster.address),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    wait_until(rounds_saved(out, 2))
+    # SIGKILL of the raylet and of all that it has started.
+    cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
+    stdout, stderr = run.communicate(timeout=WAIT_S)
+    assert run.returncode == 0, stderr
+    assert "lost" in stdout
+    assert_same_result(out, undisturbed)
+    assert pd.read_parquet(out / "rounds.parquet")["retried_blocks"].sum() >= 1
+
+
+def test_a_detached_run_outlives_its_submitter_and_its_driver(
+    recipe, undisturbed, cluster, tmp_path
+):
+    out = tmp_path / "run"
+    finish(recipe, out, "--address", cluster.address, "--detach")
+    wait_until(rounds_saved(out, 2))
+    servers = [
+        process
+        for process in psutil.process_iter()
+        if process.name().startswith("ray::Simulation") and of(cluster, process)
+    ]
+    assert len(servers) == 1
+    servers[0].send_signal(signal.SIGKILL)
+    wait_until((out / "summary.json").exists)
+    assert_same_result(out, undisturbed)
+
+
+def of(cluster: Any, process: psutil.Process) -> bool:
+    """Return whether a worker belongs to one of the cluster's raylets."""
+    raylets = {
+        info.process.pid
+        for node in cluster.list_all_nodes()
+        for info in node.all_processes["raylet"]
+    }
+    return any(parent.pid in raylets for parent in process.parents())
+
+
+def test_an_object_store_that_is_too_small_spills_and_the_run_goes_on(tmp_path):
+    # Full rounds of 1.6 million weights: 6 MB a state, 13 MB for the reduced updates of a block;
+    # six blocks and what is in flight do not fit into the 80 MB that the store has.
+    recipe = tmp_path / "large.yaml"
+    recipe.write_text(
+        RECIPE.replace("hidden_size: 16", "hidden_size: 256").replace(
+            "intermediate_size: 24", "intermediate_size: 512"
+        )
+    )
+    settings = [
+        "--set",
+        "annealing.mode=full",
+        "annealing.heating.rounds=1",
+        "annealing.cooling.rounds=0",
+        "annealing.holding.rounds=0",
+        "clients.local_steps=1",
+        "clients.per_round=8",
+    ]
+    local = tmp_path / "local"
+    finish(recipe, local, *settings, "runtime.executor=local")
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 80_000_000}
+    small = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        finish(recipe, tmp_path / "run", *settings, "--address", small.address)
+    finally:
+        small.shutdown()
+    assert_same_result(tmp_path / "run", summary_of(local))

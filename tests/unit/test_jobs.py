@@ -1,0 +1,452 @@
+"""Jobs as a user meets them, with a fake of Ray's client in place of a cluster."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from rayfed_lora.errors import BadInputError, InterruptedRunError, ResourceError, RunError
+from rayfed_lora.recipe_loading import load_recipe, parse_yaml
+from rayfed_lora.reporting.jobs import (
+    JobProgress,
+    JobView,
+    exit_status,
+    show_job,
+    show_jobs,
+    show_stopped,
+    show_submitted,
+)
+from rayfed_lora.reporting.status import Status
+from rayfed_lora.runtime import dashboard
+from rayfed_lora.runtime.dashboard import dashboard_url, is_dashboard, refused
+from rayfed_lora.runtime.job_files import files_named
+from rayfed_lora.runtime.job_progress import facts
+from rayfed_lora.runtime.jobs import Jobs
+from rayfed_lora.runtime.ports import unreachable_cluster
+from tests.fakes import make_recipe
+
+
+@dataclass
+class Details:
+    """Ray's JobDetails, as far as it is read."""
+
+    submission_id: str | None
+    entrypoint: str
+    metadata: dict[str, str] | None = None
+    status: str = "RUNNING"
+    message: str | None = None
+    start_time: int | None = 1_000
+    driver_exit_code: int | None = None
+
+
+@dataclass
+class FakeClient:
+    """Ray's JobSubmissionClient: keeps what was submitted, with the files as they were."""
+
+    jobs: dict[str, Details] = field(default_factory=dict)
+    sent: list[dict[str, Any]] = field(default_factory=list)
+    tail: list[str] = field(default_factory=list)
+    on_poll: Callable[[Details], None] = lambda job: None
+
+    def submit_job(self, **request: Any) -> str:
+        folder = Path(request["runtime_env"]["working_dir"])
+        files = {path.name: path.read_text() for path in folder.iterdir()}
+        self.sent.append({**request, "files": files})
+        job = request["submission_id"]
+        self.jobs[job] = Details(job, request["entrypoint"], request["metadata"], "PENDING")
+        return str(job)
+
+    def list_jobs(self) -> list[Details]:
+        return list(self.jobs.values())
+
+    def get_job_info(self, job: str) -> Details:
+        if job not in self.jobs:
+            raise RuntimeError(f"Request failed with status code 404: Job {job} does not exist.")
+        self.on_poll(self.jobs[job])
+        return self.jobs[job]
+
+    def get_job_logs(self, job: str) -> str:
+        return "".join(self.tail)
+
+    def stop_job(self, job: str) -> bool:
+        self.jobs[job] = replace(self.jobs[job], status="STOPPED")
+        return True
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        for text in self.tail:
+            if text == "broken":
+                self.tail = [each for each in self.tail if each != "broken"]
+                raise RuntimeError("WebSocket connection closed unexpectedly")
+            yield text
+        self.jobs[job] = replace(self.jobs[job], status="SUCCEEDED")
+
+
+def progress(**changes: Any) -> JobProgress:
+    values = {
+        "phase": "training",
+        "rounds_done": 6,
+        "rounds": 30,
+        "stage": "cooling",
+        "rank": 12,
+        "loss": 0.3,
+        "accuracy": 0.8,
+        "eta_s": 72.0,
+        "told_at": 100.0,
+    }
+    return JobProgress.model_validate(values | changes)
+
+
+def told(job: Details, **changes: Any) -> None:
+    assert job.metadata is not None
+    job.metadata["rayfed_lora.progress"] = progress(**changes).model_dump_json()
+
+
+def shown(show: Callable[..., None], *arguments: Any) -> str:
+    console = Console(width=160)
+    with console.capture() as capture:
+        show(console, *arguments)
+    return capture.get()
+
+
+def test_a_recipe_travels_as_a_file_and_the_shell_reads_fixed_text_only(tmp_path: Path) -> None:
+    client = FakeClient()
+    recipe = make_recipe(model__config={"architecture": "$(touch x)"})
+    out = "/shared/a b; rm -rf $HOME"
+    submitted = Jobs(client=client).submit(recipe, out)
+    (sent,) = client.sent
+    assert sent["entrypoint"] == "rayfed-lora run recipe.yaml"
+    assert list(sent["files"]) == ["recipe.yaml"]
+    travelled = load_recipe(parse_yaml("recipe", sent["files"]["recipe.yaml"]))
+    assert travelled.storage.path == out
+    assert travelled.model == recipe.model
+    assert submitted.location == out
+    assert sent["metadata"]["recipe"] == "fake"
+    assert sent["metadata"]["run folder"] == out
+    # Time to save the run, in place of Ray's three seconds.
+    assert sent["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "120"}
+    assert not Path(sent["runtime_env"]["working_dir"]).exists()
+
+
+def test_a_job_without_a_folder_gets_one_that_outlives_it_and_says_where_it_is() -> None:
+    client = FakeClient()
+    submitted = Jobs(client=client).submit(make_recipe())
+    assert submitted.location == f"~/rayfed-lora-runs/{submitted.id}"
+    assert submitted.id.startswith("fake-")
+    assert "is on the head node's disk and goes with it" in submitted.notes[0]
+    text = shown(show_submitted, submitted.id, submitted.location, submitted.notes)
+    assert f"job: {submitted.id}" in text
+    assert f"run folder: {submitted.location}" in text
+
+
+def test_a_job_takes_the_folder_of_the_recipe_where_no_other_is_given() -> None:
+    recipe = make_recipe(storage__path="s3://bucket/a")
+    submitted = Jobs(client=FakeClient()).submit(recipe)
+    assert (submitted.location, submitted.notes) == ("s3://bucket/a", ())
+    assert Jobs(client=FakeClient()).submit(recipe, "/b").location == "/b"
+
+
+def test_a_relative_folder_is_refused_since_a_jobs_own_is_temporary() -> None:
+    client = FakeClient()
+    with pytest.raises(BadInputError, match="'runs/a': expected an absolute path") as refusal:
+        Jobs(client=client).submit(make_recipe(), "runs/a")
+    assert "the working folder of a Ray job is temporary" in str(refusal.value)
+    with pytest.raises(BadInputError, match="--resume: give --out"):
+        Jobs(client=client).submit(make_recipe(), resume=True)
+    assert client.sent == []
+
+
+def test_files_that_a_recipe_names_are_named_absolutely_and_said_not_to_travel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "texts.csv").write_text("text,label\n")
+    monkeypatch.chdir(tmp_path)
+    client = FakeClient()
+    recipe = make_recipe(data__source="texts.csv")
+    submitted = Jobs(client=client).submit(recipe, "/out")
+    where = str(tmp_path / "texts.csv")
+    assert submitted.notes == (
+        f"data.source: {where} is not sent along: every node of the cluster needs it under this"
+        " path",
+    )
+    travelled = load_recipe(parse_yaml("recipe", client.sent[0]["files"]["recipe.yaml"]))
+    assert travelled.data.source == where
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("data.source", "gone.parquet"), ("data.source", "~/a.csv"), ("model.source", "../model")],
+)
+def test_relative_paths_to_nothing_are_refused(key: str, value: str) -> None:
+    recipe = make_recipe(**{key.replace(".", "__"): value})
+    with pytest.raises(BadInputError, match=f"{key}: '{value}' is not here"):
+        files_named(recipe)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("data.source", "digits", []),
+        ("data.source", "s3://bucket/a.parquet", []),
+        ("data.source", "/on/the/nodes.parquet", [("data.source", "/on/the/nodes.parquet")]),
+        ("model.source", "org/model-1.5", []),
+        ("model.source", "package:some_package", []),
+    ],
+)
+def test_what_every_node_finds_by_itself_needs_no_word(key, value, named) -> None:
+    assert files_named(make_recipe(**{key.replace(".", "__"): value})) == named
+
+
+def test_jobs_of_recipes_are_listed_also_those_of_plain_ray_job_submit() -> None:
+    client = FakeClient()
+    ours = Jobs(client=client).submit(make_recipe(), "/out").id
+    client.jobs["other"] = Details("other", "python train.py", {"job": "x"})
+    client.jobs["plain"] = Details("plain", "rayfed-lora run digits-vit", None)
+    client.jobs["path"] = Details("path", "/venv/bin/rayfed-lora run digits-vit", {})
+    client.jobs["doctor"] = Details("doctor", "rayfed-lora doctor")
+    client.jobs["driver"] = Details(None, "rayfed-lora run digits-vit")
+    assert [job.id for job in Jobs(client=client).all()] == [ours, "plain", "path"]
+    text = shown(show_jobs, Jobs(client=client).all())
+    assert "pending" in text
+    assert "other" not in text
+    assert "no job of rayfed-lora" in shown(show_jobs, [])
+
+
+def test_status_tells_stage_round_metric_and_time_left() -> None:
+    client = FakeClient()
+    job = Jobs(client=client).submit(make_recipe(), "/out").id
+    client.jobs[job].status = "RUNNING"
+    view = Jobs(client=client).status(job)
+    assert view.standing == "starting"
+    told(client.jobs[job])
+    view = Jobs(client=client).status(job)
+    line = "round 7/30 cooling rank 12, loss 0.300, accuracy 0.800, ETA 1:12"
+    assert view.standing == line
+    text = shown(show_job, view, 103.0)
+    assert f"progress    {line} (3 s ago)" in text
+    assert "run folder  /out" in text
+    assert "recipe      fake" in text
+
+
+def test_an_ended_job_tells_of_its_finished_rounds_only() -> None:
+    client = FakeClient()
+    job = Jobs(client=client).submit(make_recipe(), "/out").id
+    told(client.jobs[job])
+    client.jobs[job].status = "STOPPED"
+    view = Jobs(client=client).status(job)
+    assert view.standing == "6 of 30 rounds done, loss 0.300, accuracy 0.800"
+    assert "s ago" not in shown(show_job, view, 103.0)
+    told(client.jobs[job], phase="starting", rounds_done=0, loss=None, accuracy=None, eta_s=None)
+    assert Jobs(client=client).status(job).standing == "0 of 30 rounds done"
+
+
+@pytest.mark.parametrize(
+    "text", ["{", '"training"', '{"phase": 1}', '{"phase": "training", "rounds": "many"}']
+)
+def test_progress_of_another_form_counts_as_none(text: str) -> None:
+    assert JobProgress.read(text) is None
+    assert JobProgress.read(None) is None
+
+
+def test_a_failed_job_shows_the_message_of_the_command() -> None:
+    message = (
+        "Job entrypoint command failed with exit code 1, last available logs (truncated):\n"
+        "round 1/3\nrayfed-lora: client 3 failed in round 1:\nValueError: no\n"
+    )
+    failed = Details("a", "rayfed-lora run x", {}, "FAILED", message, driver_exit_code=1)
+    view = Jobs(client=FakeClient({"a": failed})).status("a")
+    assert view.message == "rayfed-lora: client 3 failed in round 1:\nValueError: no"
+    assert "ValueError: no" in shown(show_job, view, 0.0)
+    killed = Details("a", "rayfed-lora run x", {}, "FAILED", "Job supervisor actor died.")
+    view = Jobs(client=FakeClient({"a": killed})).status("a")
+    assert view.message == "Job supervisor actor died."
+    absent = Details("a", "rayfed-lora run x", {}, "FAILED", "x", driver_exit_code=127)
+    view = Jobs(client=FakeClient({"a": absent})).status("a")
+    assert "not on the PATH of the head node's Ray" in view.message
+
+
+@pytest.mark.parametrize("job", ["nope", "../../api", "a b", "-x", ""])
+def test_a_job_that_is_not_there_is_bad_input(job: str) -> None:
+    jobs = Jobs(client=FakeClient())
+    for ask in (jobs.status, jobs.stop, jobs.resume):
+        with pytest.raises(BadInputError, match="job"):
+            ask(job)
+
+
+def test_stop_waits_for_the_end_and_says_how_to_go_on() -> None:
+    client = FakeClient()
+    job = Jobs(client=client).submit(make_recipe(), "/out").id
+    told(client.jobs[job])
+    view = Jobs(client=client).stop(job)
+    text = shown(show_stopped, view)
+    assert text.startswith(f"job {job} stopped: 6 of 30 rounds done, loss 0.300, accuracy 0.800;")
+    assert f"its checkpoint is kept in /out; rayfed-lora resume {job} goes on" in text
+    with pytest.raises(BadInputError, match="has ended already"):
+        Jobs(client=client).stop(job)
+
+
+def test_a_stop_before_the_first_round_and_one_that_came_too_late_say_so() -> None:
+    early = JobView("a", "fake", "stopped", "/out")
+    assert shown(show_stopped, early) == "job a stopped before its first round\n"
+    late = JobView("a", "fake", "succeeded", "/out", progress())
+    assert shown(show_stopped, late) == "job a had finished; run folder: /out\n"
+
+
+def test_a_job_that_does_not_end_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayfed_lora.runtime.jobs.STOP_WAIT_S", -10)
+    client = FakeClient()
+    job = Jobs(client=client).submit(make_recipe(), "/out").id
+    monkeypatch.setattr(client, "stop_job", lambda job: True)
+    with pytest.raises(RunError, match="has not ended"):
+        Jobs(client=client).stop(job)
+
+
+def test_resume_submits_the_same_recipe_into_the_same_folder() -> None:
+    client = FakeClient()
+    jobs = Jobs(client=client)
+    first = jobs.submit(make_recipe(seed=7), "/out")
+    jobs.stop(first.id)
+    again = jobs.resume(first.id)
+    assert again.id != first.id
+    assert again.location == "/out"
+    assert client.sent[1]["entrypoint"] == "rayfed-lora run recipe.yaml --resume"
+    assert client.sent[1]["files"] == client.sent[0]["files"]
+
+
+def test_resume_refuses_what_runs_is_done_or_unknown() -> None:
+    client = FakeClient()
+    jobs = Jobs(client=client)
+    job = jobs.submit(make_recipe(), "/out").id
+    with pytest.raises(BadInputError, match="is still pending"):
+        jobs.resume(job)
+    client.jobs[job].status = "SUCCEEDED"
+    with pytest.raises(BadInputError, match="is done; its run folder: /out"):
+        jobs.resume(job)
+    client.jobs[job] = Details(job, "rayfed-lora run x", {}, "FAILED")
+    with pytest.raises(BadInputError, match="did not get as far as telling of its recipe"):
+        jobs.resume(job)
+    for text in ("[1]", "{", "name: 3"):
+        broken = {**facts(make_recipe(), "/out"), "rayfed_lora.recipe": text}
+        client.jobs[job] = Details(job, "rayfed-lora run x", broken, "FAILED")
+        with pytest.raises(BadInputError, match="cannot be read"):
+            jobs.resume(job)
+
+
+def test_a_log_is_followed_over_a_broken_connection_without_repeats(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rayfed_lora.runtime.jobs._POLL_S", 0.0)
+    client = FakeClient(tail=["one\ntwo\n", "broken", "three\n"])
+    job = Jobs(client=client).submit(make_recipe(), "/out").id
+    seen: list[str] = []
+    view = Jobs(client=client).follow(job, seen.append)
+    assert "".join(seen) == "one\ntwo\nthree\n"
+    assert exit_status(view) == 0
+    assert Jobs(client=client).logs(job) == "one\ntwo\nthree\n"
+
+
+def test_who_stops_following_does_not_stop_the_job() -> None:
+    client = FakeClient(tail=["one\n"])
+    job = Jobs(client=client).submit(make_recipe(), "/out").id
+
+    def interrupt(text: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(InterruptedRunError, match=f"job {job} goes on: rayfed-lora stop {job}"):
+        Jobs(client=client).follow(job, interrupt)
+    assert client.jobs[job].status == "PENDING"
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "status"),
+    [
+        ("succeeded", 0, 0),
+        ("stopped", None, 130),
+        ("failed", 2, 2),
+        ("failed", 1, 1),
+        ("failed", None, 1),
+        ("failed", 0, 1),
+    ],
+)
+def test_a_followed_job_has_the_exit_status_of_its_command(state, code, status) -> None:
+    assert exit_status(JobView("a", "fake", state, exit_status=code)) == status
+
+
+def test_progress_says_what_a_status_says() -> None:
+    status = Status(
+        phase="training",
+        rounds_done=2,
+        rounds=6,
+        stage="heating",
+        rank=None,
+        training_since=10.0,
+        loss=1.0,
+    )
+    # Two rounds took 20 s: four more take 40.
+    found = JobProgress.of(status, now=30.0)
+    assert found.eta_s == pytest.approx(40.0)
+    assert found.line() == "round 3/6 heating full model, loss 1.000, ETA 0:40"
+    assert JobProgress.read(found.model_dump_json()) == found
+
+
+def test_an_address_is_a_dashboards(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    assert dashboard_url("http://127.0.0.1:8265/") == "http://127.0.0.1:8265"
+    assert dashboard_url("head:8265") == "http://head:8265"
+    for wrong in (None, "auto", "ray://head:10001", "https://"):
+        with pytest.raises(BadInputError, match="expected the address of a cluster's dashboard"):
+            dashboard_url(wrong)
+    assert not is_dashboard(None)
+    assert not is_dashboard("127.0.0.1:6379")
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:1")
+    assert is_dashboard(None)
+    assert dashboard_url(None) == "http://head:1"
+    assert dashboard_url("http://other:2") == "http://other:2"
+
+
+def test_a_dashboard_that_nobody_answers_at_is_said_at_once() -> None:
+    with pytest.raises(ResourceError, match=r"no Ray dashboard at http://127.0.0.1:1: .*refused"):
+        Jobs("http://127.0.0.1:1")
+    assert "refused" in str(unreachable_cluster("127.0.0.1:1"))
+    for other in ("auto", "local", "ray://127.0.0.1:1", "http://127.0.0.1:1"):
+        assert unreachable_cluster(other) is None
+
+
+def test_a_refused_token_is_told_with_how_to_give_one_and_without_itself() -> None:
+    from ray.exceptions import AuthenticationError
+
+    with pytest.raises(ResourceError, match="RAY_AUTH_TOKEN_PATH"), refused():
+        raise AuthenticationError("Authentication failed: Forbidden. See the documents.")
+    with pytest.raises(ResourceError, match="does not answer as expected"), refused():
+        raise ConnectionError("gone")
+    with pytest.raises(RunError, match="the cluster refused: status code 500"), refused("a"):
+        raise RuntimeError("status code 500")
+
+
+def test_rays_client_gets_the_address_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    seen = {}
+
+    class Client:
+        def __init__(self, address: str) -> None:
+            seen[address] = os.environ.get("RAY_API_SERVER_ADDRESS"), os.environ.get("RAY_ADDRESS")
+
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Client)
+    monkeypatch.setattr(dashboard, "unreachable", lambda host, port: None)
+    monkeypatch.setenv("RAY_ADDRESS", "http://other:1")
+    dashboard.client_of("http://head:2")
+    assert seen == {"http://head:2": ("http://head:2", None)}
+    assert os.environ["RAY_ADDRESS"] == "http://other:1"
+    assert "RAY_API_SERVER_ADDRESS" not in os.environ
+
+
+def test_what_a_job_tells_is_plain_json() -> None:
+    found = json.loads(progress().model_dump_json())
+    assert found["rounds_done"] == 6
