@@ -57,7 +57,11 @@ def read_file(source: str, string_columns: Sequence[str], option: str = "data.so
     """
     suffix = suffix_of(source)
     with _named(f"{option} {source!r}", f"a readable {suffix} file"), _open(source) as stream:
-        return RawData(READERS[suffix](stream, string_columns))
+        table = READERS[suffix](stream, string_columns)
+        # Names and texts may be no UTF-8, lengths may lie: else noticed where it is too late.
+        _ = table.column_names
+        table.validate(full=True)
+        return RawData(table)
 
 
 def suffix_of(source: str) -> str:

@@ -39,6 +39,7 @@ class _Facts(TypedDict):
     best_at_heating: float | None
     timing: Timing
     ledger: _Ledger
+    clock_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 _FACTS: TypeAdapter[_Facts] = TypeAdapter(_Facts)

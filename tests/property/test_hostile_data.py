@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from pyarrow import csv, parquet
 
 from rayfed_lora.data import tables
+from rayfed_lora.data.traces import read_trace
 from rayfed_lora.errors import DataError
 from rayfed_lora.recipe import Data
+from rayfed_lora.types import Trace
 from tests.property.test_hostile_checkpoints import damage
 
 QUICK = settings(max_examples=40, deadline=None)
@@ -92,6 +94,39 @@ def test_a_damaged_file_is_a_data_set_or_refused(
 def test_a_file_of_any_bytes_is_a_data_set_or_refused(content: bytes, suffix: str) -> None:
     for task in (TEXTS, IMAGES):
         loaded(content, suffix, task)
+
+
+TRACE = b"client,start_s,end_s\n0,0.0,10.5\n1,3.0,4.0\n0,20.0,30.0\n"
+
+
+def traced(content: bytes, suffix: str) -> Trace | None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"trace{suffix}"
+        path.write_bytes(content)
+        try:
+            return read_trace(str(path), 2, 40.0)
+        except DataError as error:
+            assert str(error)
+            return None
+
+
+@QUICK
+@given(data=st.data(), suffix=st.sampled_from([".csv", ".parquet"]))
+def test_a_damaged_trace_is_a_trace_or_refused(data: st.DataObject, suffix: str) -> None:
+    content = TRACE
+    if suffix == ".parquet":
+        content = written(csv.read_csv(BytesIO(TRACE)), suffix)
+    assert traced(content, suffix) is not None
+    found = traced(data.draw(damage(content)), suffix)
+    if found is not None:
+        assert (found.start_s < found.end_s).all() and (found.end_s <= 40).all()
+
+
+@QUICK
+@given(content=st.text(st.sampled_from('client,start_s end0123456789.-+einfNaN\n"'), max_size=60))
+def test_a_trace_of_any_signs_is_a_trace_or_refused(content: str) -> None:
+    traced(b"client,start_s,end_s\n" + content.encode(), ".csv")
+    traced(content.encode(), ".csv")
 
 
 VALUES: st.SearchStrategy[Any] = st.recursive(

@@ -148,7 +148,16 @@ def test_a_package_source_stays_inside_the_package_and_imports_nothing(source):
 SECRET = "s3://AKIA:sEcret@bucket/a"
 
 
-@pytest.mark.parametrize("key", ["data.source", "model.source", "model.tokenizer", "storage.path"])
+LOCATIONS = (
+    "data.source",
+    "model.source",
+    "model.tokenizer",
+    "clients.availability.trace",
+    "storage.path",
+)
+
+
+@pytest.mark.parametrize("key", LOCATIONS)
 def test_a_recipe_with_credentials_is_refused_and_they_are_not_repeated(key):
     with pytest.raises(RecipeError, match=rf"{key}: expected a URI without cred") as refused:
         make_recipe(**{key.replace(".", "__"): f"{SECRET}/x.parquet"})
