@@ -19,6 +19,8 @@ from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.executor import Population
 from rayfed_lora.federation.ledger import Totals
 from rayfed_lora.federation.progress import Timing
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.rule_facts import RULE_FACTS
 
 _Count = Annotated[int, Field(ge=0, lt=2**62)]
 
@@ -45,7 +47,7 @@ class _Facts(TypedDict):
 _FACTS: TypeAdapter[_Facts] = TypeAdapter(_Facts)
 
 
-def check(snapshot: Snapshot, population: Population) -> None:
+def check(snapshot: Snapshot, recipe: Recipe, population: Population) -> None:
     """Check the kinds of a checkpoint's facts, and its arrays against model and clients.
 
     Raises:
@@ -56,7 +58,10 @@ def check(snapshot: Snapshot, population: Population) -> None:
         _expect(f"held {kind}", versions, (population.clients,), "i")
     adapter = snapshot.facts["trainable"] == "adapter"
     modules = population.shape.modules if adapter else {}
-    _expect_names("factors", snapshot.state.factors, modules)
+    # Where all goes into the base there are none between two rounds.
+    stacked = RULE_FACTS[recipe.aggregation.rule].merges == "stack"
+    if snapshot.state.factors or not stacked:
+        _expect_names("factors", snapshot.state.factors, modules)
     if adapter:
         _expect_names("tensors", snapshot.state.dense, population.shape.head)
     for name, factors in snapshot.state.factors.items():

@@ -384,7 +384,7 @@ class _Sitting:
 
     def _gone_on(self, snapshot: Snapshot) -> Progress:
         try:
-            restored.check(snapshot, self._population)
+            restored.check(snapshot, self._recipe, self._population)
             return self._restored(snapshot)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise RunFolderError(

@@ -40,7 +40,7 @@ def snapshot(request: pytest.FixtureRequest, tmp_path: Any) -> Snapshot:
 
 
 def test_the_runs_own_checkpoint_fits(snapshot):
-    restored.check(snapshot, POPULATION)
+    restored.check(snapshot, make_recipe(), POPULATION)
 
 
 @pytest.mark.parametrize(
@@ -57,18 +57,20 @@ def test_the_runs_own_checkpoint_fits(snapshot):
 )
 def test_a_fact_of_another_kind_is_refused(snapshot, key, value):
     with pytest.raises(ValueError, match=key):
-        restored.check(replace(snapshot, facts={**snapshot.facts, key: value}), POPULATION)
+        restored.check(
+            replace(snapshot, facts={**snapshot.facts, key: value}), make_recipe(), POPULATION
+        )
 
 
 def test_a_missing_fact_is_refused(snapshot):
     facts = {key: value for key, value in snapshot.facts.items() if key != "ledger"}
     with pytest.raises(ValueError, match="ledger"):
-        restored.check(replace(snapshot, facts=facts), POPULATION)
+        restored.check(replace(snapshot, facts=facts), make_recipe(), POPULATION)
 
 
 def test_another_number_of_clients_is_refused(snapshot):
     with pytest.raises(ValueError, match=r"held base: expected shape \(7,\), got int64 of \(6,\)"):
-        restored.check(snapshot, replace(POPULATION, clients=7))
+        restored.check(snapshot, make_recipe(), replace(POPULATION, clients=7))
 
 
 def test_factors_of_other_modules_or_shapes_are_refused(snapshot):
@@ -79,7 +81,7 @@ def test_factors_of_other_modules_or_shapes_are_refused(snapshot):
     ):
         state = AdapterState(factors, snapshot.state.dense)
         with pytest.raises(ValueError, match=complaint):
-            restored.check(replace(snapshot, state=state), POPULATION)
+            restored.check(replace(snapshot, state=state), make_recipe(), POPULATION)
 
 
 def test_a_run_whose_data_have_other_clients_now_is_refused_in_a_line(tmp_path):
