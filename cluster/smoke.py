@@ -1,13 +1,15 @@
-"""Ask a cluster for GPUs, wait until they are there, and print which nodes have them.
+"""Wait until a cluster has GPUs, print which nodes they are on, then run a command.
 
-A first job on a new cluster, and a way to have the nodes of a run ready, since a run takes those
-that are there when it starts: `python smoke.py --gpus 4`.
+A first job on a new cluster: `python smoke.py`. And what brings the nodes of a run, which takes
+those that are there when it starts: `python smoke.py --gpus 4 rayfed-lora run RECIPE --out URI`.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import socket
+import sys
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -22,18 +24,25 @@ def where() -> tuple[str, list[int]]:
 
 def main() -> None:
     """Reserve the GPUs all at once, so that an autoscaler starts all nodes at once."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--timeout-s", type=float, default=1200)
+    parser.add_argument("command", nargs=argparse.REMAINDER)
     asked = parser.parse_args()
     ray.init()
     group = placement_group([{"GPU": 1}] * asked.gpus)
-    ray.get(group.ready(), timeout=asked.timeout_s)
+    if not group.wait(asked.timeout_s):
+        sys.exit(
+            f"waited {asked.timeout_s:g} s for {asked.gpus} GPUs; see `ray status` on the head"
+        )
     strategies = [PlacementGroupSchedulingStrategy(group, i) for i in range(asked.gpus)]
     tasks = [where.options(scheduling_strategy=strategy).remote() for strategy in strategies]
     for host, gpus in ray.get(tasks):
-        print(f"GPU {gpus[0]} of {host}")
+        print(f"GPU {gpus[0]} of {host}", flush=True)
     remove_placement_group(group)
+    ray.shutdown()
+    if asked.command:
+        os.execvp(asked.command[0], asked.command)
 
 
 if __name__ == "__main__":

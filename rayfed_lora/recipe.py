@@ -334,6 +334,12 @@ class Runtime(Section):
     start_timeout_s: PositiveFloat = option(
         120.0, "how long to wait for resources that others hold", "s"
     )
+    scale_up_s: PositiveFloat | None = option(
+        None,
+        "how long an autoscaling cluster may take to bring nodes for `client_actors` actors; null:"
+        " only nodes that are there count",
+        "s",
+    )
     block_timeout_s: PositiveFloat | None = option(
         None,
         "an actor whose block, or share of a test, takes longer is ended and the work run again"

@@ -258,6 +258,12 @@ def _shrinks(annealing: Annealing) -> bool:
 
 def _of_gpus(runtime: Runtime) -> Iterator[Conflict]:
     share = runtime.gpus_per_actor
+    if runtime.scale_up_s is not None and "auto" in (runtime.client_actors, runtime.device):
+        yield Conflict(
+            ("runtime.scale_up_s", "runtime.client_actors", "runtime.device"),
+            "needs to know which nodes are wanted: expected a number of client_actors, and device"
+            f" cuda or cpu, got {runtime.client_actors} and {runtime.device}",
+        )
     if share == "auto":
         return
     if share > 1 and share != int(share):

@@ -301,6 +301,8 @@ def _fault(path: tuple[str, ...], entries: Sequence[Any]) -> Fault:
 
 
 def _expectation(entry: Any) -> str:
+    if entry["type"] == "model_type":
+        return "expected a mapping of its keys"
     message = str(entry["msg"])
     return message.replace("Input should be", "expected").replace("Input should", "expected to")
 

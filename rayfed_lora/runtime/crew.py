@@ -27,7 +27,7 @@ from rayfed_lora.errors import ResourceError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.actors import ClientActor
 from rayfed_lora.runtime.factory import Factory
-from rayfed_lora.runtime.placement import Layout, layout, nodes_of
+from rayfed_lora.runtime.placement import Layout, layout, nodes_of, wanted
 from rayfed_lora.runtime.shelf import PREPARING, prepared_from
 
 _POLL_S = 0.5
@@ -65,12 +65,18 @@ class Crew:
                 the job lives.
 
         Raises:
-            ResourceError: they do not fit, or what they need stayed in use for start_timeout_s.
+            ResourceError: they do not fit, or what they need stayed in use for start_timeout_s, or
+                did not come within scale_up_s.
         """
         most = recipe.cohort_size(recipe.data.partition.clients)
-        plan = layout(recipe.runtime, nodes_of(ray.nodes()), most)
+        runtime, limit = recipe.runtime, ("start_timeout_s", recipe.runtime.start_timeout_s)
+        if runtime.scale_up_s is None:
+            plan = layout(runtime, nodes_of(ray.nodes()), most)
+        else:
+            # What is reserved and does not fit is what an autoscaler brings nodes for.
+            plan, limit = wanted(runtime), ("scale_up_s", runtime.scale_up_s)
         _free_leftover(name)
-        return cls(recipe, plan, _reserve(plan, name, recipe.runtime.start_timeout_s))
+        return cls(recipe, plan, _reserve(plan, name, *limit))
 
     def _start(self, recipe: Recipe, index: int, plan: Layout) -> Any:
         strategy = PlacementGroupSchedulingStrategy(
@@ -148,7 +154,7 @@ def _free_leftover(name: str) -> None:
     remove_placement_group(leftover)
 
 
-def _reserve(plan: Layout, name: str, timeout_s: float) -> PlacementGroup:
+def _reserve(plan: Layout, name: str, key: str, timeout_s: float) -> PlacementGroup:
     group = placement_group(plan.bundles, strategy="PACK", name=name)
     try:
         ray.get(group.ready(), timeout=timeout_s)
@@ -156,7 +162,7 @@ def _reserve(plan: Layout, name: str, timeout_s: float) -> PlacementGroup:
         remove_placement_group(group)
         free = ray.available_resources()
         raise ResourceError(
-            f"waited {timeout_s:g} s (runtime.start_timeout_s) for {plan.actors} client actors of"
+            f"waited {timeout_s:g} s (runtime.{key}) for {plan.actors} client actors of"
             f" {plan.cpus:g} CPU and {plan.gpus:g} GPU; free now: {free.get('CPU', 0):g} CPU,"
             f" {free.get('GPU', 0):g} GPU, the rest is in use by others"
         ) from None

@@ -87,6 +87,13 @@ def layout(runtime: Runtime, nodes: Sequence[Node], most: int) -> Layout:
     return Layout(actors, runtime.cpus_per_actor, gpus)
 
 
+def wanted(runtime: Runtime) -> Layout:
+    """Return the actors that a recipe with `scale_up_s` asks for, whatever nodes there are."""
+    gpus = 1.0 if runtime.gpus_per_actor == "auto" else runtime.gpus_per_actor
+    actors = 1 if runtime.client_actors == "auto" else runtime.client_actors
+    return Layout(actors, runtime.cpus_per_actor, gpus if runtime.device == "cuda" else 0.0)
+
+
 def _gpu_share(runtime: Runtime, nodes: Sequence[Node]) -> float:
     there = any(node.gpus > 0 for node in nodes)
     if runtime.device == "cuda" and not there:

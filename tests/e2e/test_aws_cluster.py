@@ -98,8 +98,9 @@ def test_gpu_nodes_on_aws_come_with_a_job_and_go_again(tmp_path: Path) -> None:
                 "from": [VALUES["SshFrom"]],
             }
             # The mock's GPU is none that torch could use.
-            run = ["rayfed-lora", "run", "digits-vit", "--out", f"s3://{VALUES['Bucket']}/first"]
-            launcher.job(*run, "--set", *SHORTER, "runtime.device=cpu")
+            out = f"s3://{VALUES['Bucket']}/first"
+            run = ["rayfed-lora", "run", "digits-vit", "--out", out, "--set", *SHORTER]
+            launcher.job("python", "smoke.py", *run, "runtime.device=cpu", options=smoke)
             assert account(launcher, "read", "first/summary.json")["rounds"] == 5
             launcher.wait_until(lambda: set(account(launcher, "show")["instances"]) == {head}, 240)
         assert account(launcher, "show")["instances"] == {}

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,30 @@ def test_a_run_outlives_a_node_and_ends_with_the_same_bits(recipe, undisturbed, 
     assert "lost" in stdout
     assert_same_result(out, undisturbed)
     assert pd.read_parquet(out / "rounds.parquet")["retried_blocks"].sum() >= 1
+
+
+def test_a_run_waits_for_the_nodes_that_it_asks_for(recipe, undisturbed, tmp_path):
+    from ray.cluster_utils import Cluster
+
+    growing = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
+    out = tmp_path / "run"
+    try:
+        run = subprocess.Popen(
+            command(recipe, out, "--address", growing.address, "--set", "runtime.scale_up_s=120"),
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        time.sleep(20)
+        assert run.poll() is None
+        growing.add_node(num_cpus=2)
+        _, stderr = run.communicate(timeout=WAIT_S)
+    finally:
+        growing.shutdown()
+    assert run.returncode == 0, stderr
+    assert_same_result(out, undisturbed)
 
 
 def test_a_detached_run_outlives_its_submitter_and_its_driver(

@@ -249,6 +249,12 @@ def test_more_actors_than_fit_are_refused_at_once_with_the_numbers(tmp_path):
     assert "it holds 4. Nodes: 4 CPU, 2 GPU" in str(refused.value)
 
 
+def test_nodes_that_do_not_come_are_waited_for_so_long_and_no_longer(tmp_path):
+    recipe = on_ray(runtime__client_actors=50, runtime__scale_up_s=1.0)
+    with pytest.raises(ResourceError, match=r"waited 1 s \(runtime.scale_up_s\) for 50 client"):
+        run(recipe, tmp_path, FakeFactory())
+
+
 def test_resources_that_others_hold_are_waited_for_so_long_and_no_longer(tmp_path):
     from ray.util.placement_group import placement_group, remove_placement_group
 

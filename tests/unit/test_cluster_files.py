@@ -107,8 +107,9 @@ def test_the_project_is_installed_from_its_lock(name: str) -> None:
         if not source.startswith("~"):
             assert (ROOT / source).exists()
             assert target == f"~/rayfed-lora/{source}"
-    (install,) = (c for c in config["setup_commands"] if "pip install" in c)
+    install, demo = (c for c in config["setup_commands"] if "pip install" in c)
     assert "--constraints constraints.txt" in install
+    assert "--no-deps --requirement requirements-demo.txt" in demo
     extra = re.search(r"\.\[(\w+)\]", install)
     assert extra is None or f"\n{extra[1]} = [" in (ROOT / "pyproject.toml").read_text()
 
