@@ -50,11 +50,7 @@ class RunFolder:
             RunFolderError: the URI cannot be opened, or has credentials in it.
         """
         self.location = str(location)
-        if holds_secret(self.location):
-            raise RunFolderError(
-                "run folder: expected a URI without credentials, which would be kept with the run;"
-                f" {_S3_HINT}"
-            )
+        refuse_secrets(self.location)
         try:
             self._fs, root = opened(self.location)
         except (OSError, ValueError) as error:
@@ -199,6 +195,19 @@ class RunFolder:
     @property
     def _hint(self) -> str:
         return f" ({_S3_HINT})" if isinstance(self._fs, fs.S3FileSystem) else ""
+
+
+def refuse_secrets(location: str) -> None:
+    """Check that a run folder's location has no credentials in it: it is kept and shown.
+
+    Raises:
+        RunFolderError: it has; the message does not repeat them.
+    """
+    if holds_secret(location):
+        raise RunFolderError(
+            "run folder: expected a URI without credentials, which would be kept with the run;"
+            f" {_S3_HINT}"
+        )
 
 
 def opened(location: str) -> tuple[fs.FileSystem, str]:
