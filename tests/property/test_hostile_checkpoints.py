@@ -16,11 +16,19 @@ from hypothesis import strategies as st
 
 from rayfed_lora.errors import RayfedError, RunFolderError
 from rayfed_lora.federation import checkpoints
+from rayfed_lora.reporting.report import report
 from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.runtime.session import finished, kept_recipe, sitting
 from rayfed_lora.storage import RunFolder
 from tests.fakes import local_executor, make_recipe
 
+REPORTED = (
+    "recipe.yaml",
+    "rounds.parquet",
+    "clients.parquet",
+    "partition.parquet",
+    "summary.json",
+)
 QUICK = settings(max_examples=25, deadline=None)
 FOLDER = "checkpoints/round-000002"
 FILES = ("manifest.json", "state.json", "state.safetensors")
@@ -205,6 +213,22 @@ def test_a_run_whose_other_files_are_damaged_goes_on_or_is_refused(
 
     found = after(lambda folder: folder.write(name, content), use)
     assert found == {} or isinstance(found, RayfedError)
+
+
+# A page is five megabytes.
+@settings(QUICK, max_examples=8)
+@given(data=st.data(), name=st.sampled_from(REPORTED))
+def test_a_run_with_any_damage_is_reported_or_refused(data: st.DataObject, name: str) -> None:
+    files = run_of_two_rounds()
+    content = data.draw(damage(files.get(name, b"{}")))
+    if name == "summary.json":
+        content = data.draw(
+            st.one_of(JSON.map(lambda value: json.dumps(value).encode()), st.just(content))
+        )
+    found = after(
+        lambda folder: folder.write(name, content), lambda folder: report([folder.location])
+    )
+    assert isinstance(found, (str, RayfedError))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])

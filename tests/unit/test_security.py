@@ -15,6 +15,7 @@ import rayfed_lora
 from rayfed_lora.errors import BadInputError, ClientError, ModelError, RecipeError, RunError
 from rayfed_lora.models import export, sources
 from rayfed_lora.recipe import Model
+from rayfed_lora.reporting.page import page
 from tests.fakes import make_recipe
 
 PACKAGE = Path(rayfed_lora.__file__).parent
@@ -84,6 +85,19 @@ def test_that_search_finds_what_it_looks_for():
         "allow_pickle",
         "trust_remote_code",
     }
+
+
+def test_what_stands_in_a_strangers_run_is_text_in_a_report():
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+    figure = {
+        "data": [{"type": "scatter", "x": [1], "y": [1], "name": evil}],
+        "layout": {"title": {"text": evil}},
+    }
+    html = page(
+        evil, evil, [{evil: evil}], [(evil, figure)], [(evil, figure)], failures=[{"a": evil}]
+    )
+    assert "alert(1)" in html
+    assert "<script>alert" not in html and "<img src" not in html
 
 
 @pytest.fixture
