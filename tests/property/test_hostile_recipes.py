@@ -46,6 +46,8 @@ ODD = st.sampled_from(
         "\0",
         "\ud800",
         "a" * 5000,
+        "\x85",
+        " a\u2028",
         "*x",
         "!!python/name:os.system",
         b"bytes",
