@@ -152,7 +152,7 @@ BASE = "name: a\nmodel: {config: {architecture: vit}}\n"
         ),
         (f"{BASE}data: &d {{partition: *d}}\n", "at most 32 levels"),
         (f"{BASE}clients: {'{a: ' * 60}1{'}' * 60}\n", "at most 32 levels"),
-        (f"{BASE}clients: {'[' * 400}{']' * 400}\n", "recursion"),
+        (f"{BASE}clients: {'[' * 400}{']' * 400}\n", "recursion|at most 32 levels"),
         (f"{BASE}seed: {'9' * 5000}\n", "4300 digits"),
         (f"{BASE}seed: {2**63}\n", "at most 64 bits"),
         (f"{BASE}seed: .nan\n", "seed: expected a valid integer"),
