@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from rayfed_lora.reporting.comparison import Comparison as Comparison
     from rayfed_lora.reporting.report import report as report
     from rayfed_lora.runtime.comparison import compare as compare
+    from rayfed_lora.runtime.doctor import doctor as doctor
+    from rayfed_lora.runtime.jobs import Jobs as Jobs
     from rayfed_lora.runtime.launch import Result as Result
     from rayfed_lora.runtime.launch import run as run
     from rayfed_lora.tuning.results import SearchResult as SearchResult
@@ -23,9 +25,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Comparison": "rayfed_lora.reporting.comparison",
+    "Jobs": "rayfed_lora.runtime.jobs",
     "Result": "rayfed_lora.runtime.launch",
     "SearchResult": "rayfed_lora.tuning.results",
     "compare": "rayfed_lora.runtime.comparison",
+    "doctor": "rayfed_lora.runtime.doctor",
     "load_recipe": "rayfed_lora.recipe_loading",
     "plan": "rayfed_lora.planning",
     "report": "rayfed_lora.reporting.report",
@@ -34,10 +38,12 @@ _HOMES = {
 }
 __all__ = [
     "Comparison",
+    "Jobs",
     "Result",
     "SearchResult",
     "__version__",
     "compare",
+    "doctor",
     "load_recipe",
     "plan",
     "report",

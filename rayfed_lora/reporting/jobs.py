@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rayfed_lora.reporting.progress import duration, headline
 from rayfed_lora.reporting.status import Status
@@ -144,7 +145,8 @@ def exit_status(job: JobView) -> int:
 def show_submitted(console: Console, job: str, location: str, notes: Sequence[str]) -> None:
     """Print a job's id, its run folder, and what the user should know of it."""
     for note in notes:
-        console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
+        said = f"note: {note}"
+        console.print(said, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for line in (f"job: {job}", f"run folder: {location}"):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -191,5 +193,7 @@ def show_jobs(console: Console, jobs: Sequence[JobView]) -> None:
             if job.started_at is None
             else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.started_at))
         )
-        table.add_row(job.id, job.recipe or "-", job.state, began, job.standing)
+        cells = (job.id, job.recipe or "-", job.state, began, job.standing)
+        # As text: whoever may submit jobs to the cluster may write anything.
+        table.add_row(*map(Text, cells))
     console.print(table)

@@ -25,7 +25,7 @@ from rayfed_lora.reporting.tracking import Tracker
 from rayfed_lora.runtime import launch
 from rayfed_lora.runtime.factory import Factory, TorchFactory, in_process
 from rayfed_lora.runtime.local import LocalExecutor
-from rayfed_lora.runtime.location import with_absolute_paths
+from rayfed_lora.runtime.location import run_location, with_absolute_paths
 from rayfed_lora.runtime.session import claim, finished, simulate
 from rayfed_lora.storage import RunFolder
 
@@ -262,6 +262,7 @@ def compare(  # noqa: PLR0913 - a user names them
         BadInputError: refused before anything started.
         InterruptedRunError: stopped by SIGINT; call again to go on.
     """
+    out = run_location(out, "")
     folder = RunFolder(out)
     # Absolutely: workers may run in another folder.
     where = out if folder.local is None else str(folder.local)

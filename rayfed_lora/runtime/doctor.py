@@ -18,7 +18,7 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, shipped_names
 from rayfed_lora.reporting.diagnosis import Finding
 from rayfed_lora.runtime.launch import ray_session
-from rayfed_lora.runtime.location import with_absolute_paths
+from rayfed_lora.runtime.location import absolute_place, with_absolute_paths
 from rayfed_lora.runtime.placement import Layout, Node, layout, nodes_of
 
 _ANSWER_S = 10.0
@@ -72,7 +72,8 @@ def _examined(
     reports = node_checks.reports(nodes)
     answering = {report.node for report in reports if not report.error}
     live = [node for node in nodes if node_checks.node_name(node) in answering]
-    places = {recipe.storage.path for recipe in recipes} | {storage}
+    given = filter(None, [storage, *(recipe.storage.path for recipe in recipes)])
+    places = sorted({absolute_place(place) for place in given})
     where = ", started here for this: no --address was given" if own else ""
     return [
         Finding("ok", "Ray", f"{ray.__version__}, {len(nodes)} nodes{where}"),
@@ -81,11 +82,7 @@ def _examined(
         *node_report.check_gpus(reports),
         *node_checks.check_network(live),
         *([] if own else _dashboard()),
-        *(
-            f
-            for place in sorted(filter(None, places))
-            for f in node_checks.check_storage(place, live)
-        ),
+        *(f for place in places for f in node_checks.check_storage(place, live)),
         *check_recipes(recipes, shipped, live),
         *(check_gpu_memory(recipes, nodes_of(live)) if probe else []),
     ]
@@ -151,11 +148,9 @@ def _dashboard() -> list[Finding]:
 
     try:
         url = ray_address_to_api_server_url(ray.get_runtime_context().gcs_address)
-    except Exception as error:  # Ray has no common one
-        text = f"none ({type(error).__name__}): no jobs, no metrics"
-        return [
-            Finding("warning", "dashboard", text, "start the head with --include-dashboard=true")
-        ]
+    except ValueError as error:
+        mend = "install ray[default] on the head node"
+        return [Finding("warning", "dashboard", f"none: {error}", mend)]
     return [judge_dashboard(url, answer_without_token(url))]
 
 
@@ -179,8 +174,9 @@ def judge_dashboard(url: str, status: int | None) -> Finding:
         status: from `answer_without_token`.
     """
     if status is None:
-        mend = "open that port from the head node, or start the head with another --dashboard-port"
-        return Finding("fault", "dashboard", f"{url} does not answer", mend)
+        text = f"none answers at {url} from here: no jobs, no metrics, its token was not checked"
+        mend = "look from the head node, or start the head with --include-dashboard=true"
+        return Finding("warning", "dashboard", text, mend)
     if status in (401, 403):
         return Finding("ok", "dashboard", f"{url} asks for the token")
     mend = (

@@ -94,7 +94,7 @@ class Jobs:
             BadInputError: refused; nothing was started.
         """
         loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, settings)
-        job = f"{loaded.name[:_NAME_LENGTH]}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid4().hex[:6]}"
+        job = _new_id(loaded.name)
         location = out or loaded.storage.path
         if resume and location is None:
             raise BadInputError("--resume: give --out, the folder of the run to go on with")
@@ -109,14 +109,15 @@ class Jobs:
         self._start(job, command, files, job_progress.facts(loaded, where))
         return Submitted(job, where, notes)
 
-    def start_doctor(self, command: str, files: Mapping[str, str]) -> str:
+    def start(self, name: str, command: str, files: Mapping[str, str]) -> str:
         """Start a job that is not a run; return its id.
 
         Args:
+            name: what its id begins with.
             command: for the shell, quoted.
             files: texts by name, in its working folder.
         """
-        job = f"doctor-{time.strftime('%Y%m%d-%H%M%S')}-{uuid4().hex[:6]}"
+        job = _new_id(name)
         self._start(job, command, files, {})
         return job
 
@@ -240,6 +241,10 @@ class Jobs:
         except (RecipeError, TypeError) as error:
             raise BadInputError(f"the recipe of job {job} cannot be read: {error}") from None
         return self.submit(recipe, view.location, resume=True)
+
+
+def _new_id(name: str) -> str:
+    return f"{name[:_NAME_LENGTH]}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid4().hex[:6]}"
 
 
 def _check_id(job: str) -> None:

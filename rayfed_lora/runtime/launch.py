@@ -110,7 +110,7 @@ def run(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     recipe = with_absolute_paths(recipe)
-    location = run_location(recipe, out)
+    location = run_location(out or recipe.storage.path, recipe.name)
     folder = RunFolder(location)
     claim(folder, recipe, resume)
     done = finished(folder) if resume else None
@@ -147,7 +147,7 @@ def start(
             " a cluster on this machine is started by `ray start --head`"
         )
     recipe = with_absolute_paths(recipe)
-    location = run_location(recipe, out)
+    location = run_location(out or recipe.storage.path, recipe.name)
     folder = RunFolder(location)
     claim(folder, recipe, resume)
     import ray

@@ -14,21 +14,26 @@ from rayfed_lora.runtime import job_progress
 JOB_RUNS = "~/rayfed-lora-runs"
 
 
-def run_location(recipe: Recipe, out: str | None) -> str:
-    """Return where a run is kept: `out`, `storage.path`, or a new folder.
+def run_location(given: str | None, name: str) -> str:
+    """Return where something is kept: what is given, or a new folder.
 
-    The new one is named after the recipe and the time, under `runs/`, or in a Ray job under
+    The new one is named after `name` and the time, under `runs/`, or in a Ray job under
     `JOB_RUNS`. `~` is the home folder.
 
     Raises:
         BadInputError: a relative path in a Ray job.
     """
     in_job = job_progress.job_id() is not None
-    new = f"{JOB_RUNS if in_job else 'runs'}/{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    location = os.path.expanduser(out or recipe.storage.path or new)
+    new = f"{JOB_RUNS if in_job else 'runs'}/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    location = os.path.expanduser(given or new)
     if in_job:
         refuse_relative(location)
     return location
+
+
+def absolute_place(location: str) -> str:
+    """Return a folder as every process of this machine finds it; a URI as it is."""
+    return location if "://" in location else os.path.abspath(os.path.expanduser(location))
 
 
 def refuse_relative(location: str) -> None:

@@ -11,6 +11,7 @@ from rayfed_lora.recipe_loading import recipe_yaml
 from rayfed_lora.reporting.diagnosis import Finding
 from rayfed_lora.reporting.jobs import JobView
 from rayfed_lora.runtime.jobs import Jobs
+from rayfed_lora.runtime.location import refuse_relative
 
 
 def examine(
@@ -32,7 +33,12 @@ def examine(
 
     Returns:
         How the job ended, or what is wrong where no job can be started.
+
+    Raises:
+        BadInputError: a folder is named by a relative path.
     """
+    for place in filter(None, [storage, *(recipe.storage.path for recipe in recipes)]):
+        refuse_relative(place)
     try:
         jobs = Jobs(address)
     except ResourceError as error:
@@ -42,4 +48,4 @@ def examine(
     command = ["rayfed-lora", "doctor", *(f"--recipe={name}" for name in files)]
     command += [] if storage is None else [f"--storage={storage}"]
     command += ["--probe"] * probe
-    return jobs.follow(jobs.start_doctor(shlex.join(command), files), show)
+    return jobs.follow(jobs.start("doctor", shlex.join(command), files), show)

@@ -8,7 +8,6 @@ import shlex
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -29,7 +28,7 @@ from rayfed_lora.reporting.search import SEARCH_FILE, SearchNews, Watch
 from rayfed_lora.reporting.tracking import check_tracking
 from rayfed_lora.runtime import launch
 from rayfed_lora.runtime.factory import Factory, TorchFactory
-from rayfed_lora.runtime.location import with_absolute_paths
+from rayfed_lora.runtime.location import run_location, with_absolute_paths
 from rayfed_lora.runtime.placement import Layout, Node, layout, nodes_of
 from rayfed_lora.runtime.session import check_unused, differences
 from rayfed_lora.storage import RunFolder
@@ -102,7 +101,7 @@ def tune(  # noqa: PLR0913 - a user names them
             "--max-concurrent: expected none with scheduler pbt, whose trials take turns where the"
             f" cluster cannot hold all of them; got {max_concurrent}"
         )
-    location = out or f"runs/tune-{base.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    location = run_location(out, f"tune-{base.name}")
     folder = RunFolder(location)
     # Absolutely: trials run in another folder.
     location = location if folder.local is None else str(folder.local)

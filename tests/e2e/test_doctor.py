@@ -24,7 +24,7 @@ from tests import ailing
 port, storage, ail = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "ailing"
 cluster = Cluster(
     initialize_head=True,
-    head_node_args={"num_cpus": 1, "port": port, "include_dashboard": False},
+    head_node_args={"num_cpus": 1, "gcs_server_port": port, "include_dashboard": False},
 )
 cluster.add_node(num_cpus=2, num_gpus=1)
 if ail:
@@ -60,6 +60,7 @@ def test_two_healthy_nodes_have_no_fault(tmp_path: Path) -> None:
     # By the only GPU: one actor.
     assert "recipe digits-vit: 1 client actors of 1 CPU and 1 GPU fit" in done.stdout
     assert "0 faults" in done.stdout
+    assert "warning dashboard: none answers" in done.stdout
 
 
 def test_another_torch_and_a_folder_that_cannot_be_written_end_with_status_1(

@@ -14,12 +14,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 
 def test_a_healthy_machine_has_no_fault_and_a_folder_that_was_not_there_is_not_there_after(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     recipe = make_recipe(
         data__source="digits",
         model__config={"architecture": "vit", "hidden_size": 16, "num_attention_heads": 2},
-        storage__path=str(tmp_path / "runs" / "a"),
+        storage__path="runs/a",
     )
     found = doctor.doctor(None, [recipe], probe=True)
     by_subject = {each.subject: each for each in found}

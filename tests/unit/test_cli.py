@@ -134,7 +134,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         spent.append(time.perf_counter() - began)
     assert outcome.status == 0
     assert outcome.out.splitlines()[-1] == "[]"
-    for name in ("run", "compare", "plan", "report", "export", "recipes"):
+    for name in ("run", "compare", "plan", "report", "export", "recipes", "submit", "doctor"):
         assert name in outcome.out
     assert min(spent) < 2.0
 

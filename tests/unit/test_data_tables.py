@@ -7,6 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from rayfed_lora.data import load
+from rayfed_lora.data.tables import number_column
 from rayfed_lora.errors import DataError
 from rayfed_lora.recipe import Data, Partition
 
@@ -203,3 +204,34 @@ def test_a_client_column_that_names_no_clients_is_an_error(save, clients, messag
     partition = Partition(kind="column", column="who")
     with pytest.raises(DataError, match=message):
         load(Data(source=source, partition=partition), TASK, 0, 0.0)
+
+
+def test_columns_of_numbers_stay_with_the_training_rows_and_not_with_the_test(save):
+    pace = [float(i + 1) for i in range(30)]
+    source = save(text=texts(30), label=[0, 1] * 15, pace=pace, ping=list(range(1, 31)))
+    dataset = load(Data(source=source), TASK, 0, 0.1, ("pace", "ping"))
+    for row in dataset.train.to_pylist():
+        place = int(row["text"].removeprefix("text "))
+        assert row[number_column("pace")] == row[number_column("ping")] == place + 1
+    assert dataset.test.column_names == ["text", "label"]
+
+
+@pytest.mark.parametrize(
+    ("pace", "message"),
+    [
+        ([1.0, None] * 5, "need a value in every row, got null in row 2"),
+        ([1.0, 0.0] * 5, "need positive numbers, got 0"),
+        ([1.0, float("nan")] * 5, "need positive numbers, got nan"),
+        (["a", "b"] * 5, "need numbers, got string"),
+    ],
+)
+def test_a_column_that_is_not_of_positive_numbers_is_an_error(save, pace, message):
+    source = save(text=texts(10), label=[0, 1] * 5, pace=pace)
+    with pytest.raises(DataError, match=rf"column 'pace': {message}"):
+        load(Data(source=source), TASK, 0, 0.0, ("pace",))
+
+
+def test_a_column_of_numbers_that_is_not_there_is_an_error(save):
+    source = save(text=texts(10), label=[0, 1] * 5)
+    with pytest.raises(DataError, match="need a column pace, got the columns text, label"):
+        load(Data(source=source), TASK, 0, 0.0, ("pace",))

@@ -146,7 +146,7 @@ def test_data_that_are_not_there_are_a_fault_where_the_recipe_was_asked_for(
         ("http://10.0.0.1:8265", 403, "ok", "asks for the token"),
         ("http://127.0.0.1:8265", 200, "warning", "every user of the head node can run code"),
         ("http://10.0.0.1:8265", 200, "fault", "whoever reaches that port can run code"),
-        ("http://10.0.0.1:8265", None, "fault", "does not answer"),
+        ("http://10.0.0.1:8265", None, "warning", "none answers at http://10.0.0.1:8265"),
     ],
 )
 def test_a_dashboard_without_a_token_is_an_open_door(url, status, level, part) -> None:

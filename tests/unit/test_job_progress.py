@@ -13,7 +13,8 @@ from ray.exceptions import RaySystemError
 
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.reporting.status import Status
-from rayfed_lora.runtime import job_progress
+from rayfed_lora.runtime import job_progress, launch
+from rayfed_lora.runtime.comparison import compare
 from rayfed_lora.runtime.job_progress import job_id, told
 from rayfed_lora.runtime.launch import interruptible
 from rayfed_lora.runtime.location import run_location
@@ -108,20 +109,24 @@ def test_a_run_that_cannot_tell_of_itself_goes_on(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.usefixtures("in_job")
 def test_a_run_in_a_job_is_kept_where_it_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ada")
-    recipe = make_recipe()
-    assert run_location(recipe, None).startswith("/home/ada/rayfed-lora-runs/fake-")
-    assert run_location(recipe, "~/a") == "/home/ada/a"
-    assert run_location(recipe, "s3://bucket/a") == "s3://bucket/a"
-    assert run_location(make_recipe(storage__path="/shared/a"), None) == "/shared/a"
-    with pytest.raises(BadInputError, match="'runs/a': expected an absolute path"):
-        run_location(recipe, "runs/a")
+    assert run_location(None, "fake").startswith("/home/ada/rayfed-lora-runs/fake-")
+    assert run_location("~/a", "fake") == "/home/ada/a"
+    assert run_location("s3://bucket/a", "fake") == "s3://bucket/a"
+    assert run_location("/shared/a", "fake") == "/shared/a"
+    refusal = "'runs/a': expected an absolute path"
+    with pytest.raises(BadInputError, match=refusal):
+        run_location("runs/a", "fake")
+    with pytest.raises(BadInputError, match=refusal):
+        launch.run(make_recipe(storage__path="runs/a"))
+    with pytest.raises(BadInputError, match=refusal):
+        compare("digits-vit", ["fedavg"], "runs/a")
 
 
 def test_a_run_elsewhere_is_kept_under_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
-    assert run_location(make_recipe(), None).startswith("runs/fake-")
-    assert run_location(make_recipe(), "a") == "a"
-    assert run_location(make_recipe(), "~/a") == str(Path.home() / "a")
+    assert run_location(None, "fake").startswith("runs/fake-")
+    assert run_location("a", "fake") == "a"
+    assert run_location("~/a", "fake") == str(Path.home() / "a")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,62 +28,8 @@ from rayfed_lora.runtime.job_files import files_named
 from rayfed_lora.runtime.job_progress import facts
 from rayfed_lora.runtime.jobs import Jobs
 from rayfed_lora.runtime.ports import unreachable_cluster
+from tests.fake_jobs import Details, FakeClient
 from tests.fakes import make_recipe
-
-
-@dataclass
-class Details:
-    """Ray's JobDetails, as far as it is read."""
-
-    submission_id: str | None
-    entrypoint: str
-    metadata: dict[str, str] | None = None
-    status: str = "RUNNING"
-    message: str | None = None
-    start_time: int | None = 1_000
-    driver_exit_code: int | None = None
-
-
-@dataclass
-class FakeClient:
-    """Ray's JobSubmissionClient: keeps what was submitted, with the files as they were."""
-
-    jobs: dict[str, Details] = field(default_factory=dict)
-    sent: list[dict[str, Any]] = field(default_factory=list)
-    tail: list[str] = field(default_factory=list)
-    on_poll: Callable[[Details], None] = lambda job: None
-
-    def submit_job(self, **request: Any) -> str:
-        folder = Path(request["runtime_env"]["working_dir"])
-        files = {path.name: path.read_text() for path in folder.iterdir()}
-        self.sent.append({**request, "files": files})
-        job = request["submission_id"]
-        self.jobs[job] = Details(job, request["entrypoint"], request["metadata"], "PENDING")
-        return str(job)
-
-    def list_jobs(self) -> list[Details]:
-        return list(self.jobs.values())
-
-    def get_job_info(self, job: str) -> Details:
-        if job not in self.jobs:
-            raise RuntimeError(f"Request failed with status code 404: Job {job} does not exist.")
-        self.on_poll(self.jobs[job])
-        return self.jobs[job]
-
-    def get_job_logs(self, job: str) -> str:
-        return "".join(self.tail)
-
-    def stop_job(self, job: str) -> bool:
-        self.jobs[job] = replace(self.jobs[job], status="STOPPED")
-        return True
-
-    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
-        for text in self.tail:
-            if text == "broken":
-                self.tail = [each for each in self.tail if each != "broken"]
-                raise RuntimeError("WebSocket connection closed unexpectedly")
-            yield text
-        self.jobs[job] = replace(self.jobs[job], status="SUCCEEDED")
 
 
 def progress(**changes: Any) -> JobProgress:
@@ -222,6 +167,9 @@ def test_jobs_of_recipes_are_listed_also_those_of_plain_ray_job_submit() -> None
     assert "pending" in text
     assert "other" not in text
     assert "no job of rayfed-lora" in shown(show_jobs, [])
+    strange = JobView("[/b]", "[red]x", "running", "[/]", progress(phase="[/]"))
+    assert "[/b]" in shown(show_jobs, [strange])
+    assert "[red]x" in shown(show_job, strange, 0.0)
 
 
 def test_status_tells_stage_round_metric_and_time_left() -> None:

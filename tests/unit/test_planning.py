@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from rayfed_lora import planning
 from rayfed_lora.aggregation.rules import RULES
@@ -175,3 +177,62 @@ def test_the_plan_says_what_it_needs_of_the_cluster(
     overrides: dict[str, Any], expected: str
 ) -> None:
     assert planning.plan(make_recipe(overrides)).needs[0] == expected
+
+
+def test_a_column_and_a_trace_decide_the_simulated_clock(tmp_path: Path) -> None:
+    # Clients a, b, c of 2, 3 and 4 training images at 1, 2 and 4 images a second, by column.
+    owners = ["a"] * 2 + ["b"] * 3 + ["c"] * 4
+    pace = {"a": 1.0, "b": 2.0, "c": 4.0}
+    rows = 9
+    image = pa.array([[[0.0] * 4] * 4] * rows)
+    own = pa.table(
+        {
+            "image": image,
+            "label": [0, 1, 2] * 3,
+            "owner": owners,
+            "pace": [pace[owner] for owner in owners],
+        }
+    )
+    source = tmp_path / "images.parquet"
+    parquet.write_table(own, source)
+    trace = tmp_path / "times.csv"
+    trace.write_text("client,start_s,end_s\n0,0,100\n1,0,0.5\n2,0,100\n")
+    recipe = load_recipe(
+        {
+            "data": {
+                "source": str(source),
+                "test_fraction": 0.34,
+                "partition": {"kind": "column", "column": "owner"},
+            },
+            "model": {
+                "config": {
+                    "architecture": "vit",
+                    "hidden_size": 8,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 1,
+                    "intermediate_size": 8,
+                    "patch_size": 2,
+                }
+            },
+            "annealing": {
+                "mode": "fixed",
+                "heating": {"rounds": 1, "rank": 4},
+                "initiating": {"rounds": 0},
+                "cooling": {"rounds": 0},
+                "holding": {"rounds": 0},
+            },
+            "clients": {
+                "per_round": 1.0,
+                "local_epochs": 1,
+                "speed": {"column": "pace"},
+                "availability": str(trace),
+            },
+        }
+    )
+    found = planning.plan(recipe)
+    sizes = found.outline.devices.sizes.tolist()
+    assert found.outline.devices.columns["pace"].tolist() == [1.0, 2.0, 4.0]
+    # Client 1 is away after half a second, before it has trained its one or more images.
+    (only,) = found.rounds
+    assert (only.clients, only.arriving) == (3, 2)
+    assert only.simulated_s == max(sizes[0] / 1.0, sizes[2] / 4.0)
