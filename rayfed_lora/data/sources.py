@@ -125,7 +125,7 @@ def _named(what: str, expected: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise DataError(f"{what}: need {expected}, there is no such file") from error
-    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, RecursionError, pa.ArrowException) as error:
         raise DataError(f"{what}: need {expected}, got {_first_line(error)}") from error
 
 

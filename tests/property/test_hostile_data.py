@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyarrow import csv, parquet
 
@@ -139,6 +139,7 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
 
 
 @QUICK
+@example(rows=[{"text": 2**63}])
 @given(rows=st.lists(st.dictionaries(st.sampled_from(["text", "image", "label"]), VALUES)))
 def test_json_rows_of_any_values_are_a_data_set_or_refused(rows: list[dict[str, Any]]) -> None:
 
