@@ -60,6 +60,7 @@ def _of_locations(recipe: Recipe) -> Iterator[Conflict]:
         "data.source": recipe.data.source,
         "model.source": recipe.model.source,
         "model.tokenizer": recipe.model.tokenizer,
+        "clients.availability.trace": recipe.clients.availability.trace,
         "storage.path": recipe.storage.path,
     }
     for key, location in named.items():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import difflib
 import json
+import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -20,6 +21,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.representer import SafeRepresenter
 
 from rayfed_lora.errors import Fault, RecipeError
 from rayfed_lora.plain_values import MOST_LEVELS, excess
@@ -28,6 +30,7 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_checks import ConflictError
 
 _MAX_PASSES = 8
+_BREAKS = re.compile("[\x85\u2028\u2029\ufeff]")
 # A list of ranks may be long; who writes more than that wants to harm.
 _MOST_CHARACTERS = 1 << 20
 _MOST_SHOWN = 400
@@ -151,9 +154,23 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
+class _Representer(SafeRepresenter):
+    """Writes texts with line breaks of Unicode's own in quotes, escaped: plain ones lose them."""
+
+    def represent_str(self, data: str) -> Any:
+        style = '"' if _BREAKS.search(data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Representer.add_representer(str, _Representer.represent_str)
+
+
 def _yaml() -> YAML:
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
     yaml.default_flow_style = False
+    # A key that is folded over two lines cannot be read again.
+    yaml.width = 4 * _MOST_CHARACTERS
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     return yaml
 

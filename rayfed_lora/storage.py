@@ -50,13 +50,9 @@ class RunFolder:
             RunFolderError: the URI cannot be opened, or has credentials in it.
         """
         self.location = str(location)
-        if holds_secret(self.location):
-            raise RunFolderError(
-                "run folder: expected a URI without credentials, which would be kept with the run;"
-                f" {_S3_HINT}"
-            )
+        refuse_secrets(self.location)
         try:
-            self._fs, root = _opened(self.location)
+            self._fs, root = opened(self.location)
         except (OSError, ValueError) as error:
             raise RunFolderError(f"run folder {self.location}: {error}") from error
         self._root = PurePosixPath(root)
@@ -201,7 +197,25 @@ class RunFolder:
         return f" ({_S3_HINT})" if isinstance(self._fs, fs.S3FileSystem) else ""
 
 
-def _opened(location: str) -> tuple[fs.FileSystem, str]:
+def refuse_secrets(location: str) -> None:
+    """Check that a run folder's location has no credentials in it: it is kept and shown.
+
+    Raises:
+        RunFolderError: it has; the message does not repeat them.
+    """
+    if holds_secret(location):
+        raise RunFolderError(
+            "run folder: expected a URI without credentials, which would be kept with the run;"
+            f" {_S3_HINT}"
+        )
+
+
+def opened(location: str) -> tuple[fs.FileSystem, str]:
+    """Return the filesystem of a path or URI, and the path in it.
+
+    Raises:
+        OSError, ValueError: the URI cannot be opened.
+    """
     if "\0" in location:
         raise ValueError("expected a path or URI without NUL characters")
     if not is_uri(location):

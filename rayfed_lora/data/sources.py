@@ -5,6 +5,8 @@ Source: this project.
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +14,18 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import pyarrow as pa
 
+from rayfed_lora import storage
 from rayfed_lora.errors import DataError
+from rayfed_lora.locations import is_uri
 
 HUB_PREFIX = "hf:"
 BLOCK_BYTES = 1 << 26  # the longest CSV or JSON record, such as an image written out in numbers
+_MOST_LEVELS = 100
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_OPENING, _CLOSING = (list(signs) for signs in (b"[{", b"]}"))
 HIDDEN_LABEL = -1  # the hub's mark in a test split whose labels are kept secret
 
 
@@ -49,7 +57,11 @@ def read_file(source: str, string_columns: Sequence[str], option: str = "data.so
     """
     suffix = suffix_of(source)
     with _named(f"{option} {source!r}", f"a readable {suffix} file"), _open(source) as stream:
-        return RawData(READERS[suffix](stream, string_columns))
+        table = READERS[suffix](stream, string_columns)
+        # Names and texts may be no UTF-8, lengths may lie: else noticed where it is too late.
+        _ = table.column_names
+        table.validate(full=True)
+        return RawData(table)
 
 
 def suffix_of(source: str) -> str:
@@ -113,7 +125,7 @@ def _named(what: str, expected: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise DataError(f"{what}: need {expected}, there is no such file") from error
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, RecursionError, pa.ArrowException) as error:
         raise DataError(f"{what}: need {expected}, got {_first_line(error)}") from error
 
 
@@ -122,12 +134,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _open(source: str) -> pa.NativeFile:
-    from pyarrow import fs
-
-    if "://" in source:
-        filesystem, path = fs.FileSystem.from_uri(source)
-    else:
-        filesystem, path = fs.LocalFileSystem(), str(Path(source).expanduser())
+    filesystem, path = storage.opened(source if is_uri(source) else str(Path(source).expanduser()))
     return filesystem.open_input_file(path)
 
 
@@ -160,6 +167,10 @@ def _read_json(stream: pa.NativeFile, string_columns: Sequence[str]) -> pa.Table
     if stream.read(1) == b"[":
         return _read_json_array(stream)
     stream.seek(0)
+    lines = io.BufferedReader(stream, BLOCK_BYTES)
+    for line in lines:
+        _check_depth(line)
+    lines.detach().seek(0)
     return arrow_json.read_json(stream, arrow_json.ReadOptions(block_size=BLOCK_BYTES))
 
 
@@ -167,10 +178,23 @@ def _read_json_array(stream: pa.NativeFile) -> pa.Table:
     import json
 
     stream.seek(0)
-    rows = json.loads(stream.read())
+    content = stream.read()
+    _check_depth(content)
+    rows = json.loads(content)
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("an array of something other than objects")
     return pa.Table.from_pylist(rows)
+
+
+def _check_depth(content: bytes) -> None:
+    """Refuse JSON so deep that Arrow's reader would end the process."""
+    if content.count(b"[") + content.count(b"{") <= _MOST_LEVELS:
+        return
+    signs = np.frombuffer(_STRING.sub(b"", content), np.uint8)
+    opened, closed = np.isin(signs, _OPENING), np.isin(signs, _CLOSING)
+    depth = int(np.max(np.cumsum(opened.astype(np.int64) - closed), initial=0))
+    if depth > _MOST_LEVELS:
+        raise ValueError(f"JSON nested in {depth} levels, more than {_MOST_LEVELS}")
 
 
 def _read_arrow(stream: pa.NativeFile, string_columns: Sequence[str]) -> pa.Table:

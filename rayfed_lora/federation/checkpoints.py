@@ -223,6 +223,9 @@ def _read(folder: RunFolder, name: str) -> Snapshot:
         raise ValueError(f"format {manifest['format']}, this version reads {_FORMAT}")
     contents = {f: _checked(folder, f"{name}/{f}", s) for f, s in manifest["files"].items()}
     facts = json.loads(contents["state.json"])
+    rounds = facts["rounds"]
+    if type(rounds) is not int or not name.endswith(f"/{_round_name(rounds)}"):
+        raise ValueError(f"it is of round {rounds!r}")
     tensors = load(contents["state.safetensors"])
     # Orders come from the JSON: safetensors sorts its names.
     factors = {
@@ -237,7 +240,7 @@ def _read(folder: RunFolder, name: str) -> Snapshot:
         int(facts["base_root"]), saved, int(facts["base_merges"]), _named(tensors, "merged")
     )
     return Snapshot(
-        rounds=int(facts["rounds"]),
+        rounds=rounds,
         state=AdapterState(factors, dense),
         base=base,
         held=_named(tensors, "held"),

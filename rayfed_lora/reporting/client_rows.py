@@ -89,13 +89,18 @@ class ClientRows:
         """Bring all rows into the file.
 
         Raises:
+            RunFolderError: the file is damaged.
             RunError: the folder cannot be written.
         """
         if self._written and not self._waiting:
             return
         new = pa.concat_tables([self._schema.empty_table(), *self._waiting])
         if self._written:
-            with self._folder.source(self._name) as source, pq.ParquetFile(source) as old:
+            with (
+                readable(self._folder, self._name),
+                self._folder.source(self._name) as source,
+                pq.ParquetFile(source) as old,
+            ):
                 groups = (old.read_row_group(i) for i in range(old.num_row_groups))
                 self._write(groups, new)
         else:
@@ -106,7 +111,7 @@ class ClientRows:
         """Return the saved rows of a round."""
         if not self._written:
             return self._schema.empty_table()
-        with self._folder.source(self._name) as source:
+        with readable(self._folder, self._name), self._folder.source(self._name) as source:
             return pq.read_table(source, filters=pc.field("round") == t)
 
     def restore(self, rounds: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from rayfed_lora.errors import BadInputError
+from rayfed_lora.errors import BadInputError, RunFolderError
 from rayfed_lora.locations import child, parent
 from rayfed_lora.reporting.figures import figures, partitions
 from rayfed_lora.reporting.page import REPORT_FILE, Rows, even, page, shown
@@ -55,7 +55,14 @@ def report(locations: Sequence[str], to: str | None = None) -> str:
     folder, name = parent(to)
     if not name.endswith(".html"):
         raise BadInputError(f"--out: expected a file that ends in .html, got {to!r}")
-    RunFolder(folder).write(name, _content(locations).encode())
+    try:
+        content = _content(locations).encode()
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise RunFolderError(
+            f"{', '.join(locations)}: expected folders as rayfed-lora writes them; what stands in"
+            f" them cannot be shown: {type(error).__name__}: {error}"
+        ) from error
+    RunFolder(folder).write(name, content)
     return to
 
 

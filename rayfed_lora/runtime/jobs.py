@@ -30,6 +30,7 @@ from rayfed_lora.runtime.dashboard import client_of, refused
 from rayfed_lora.runtime.job_files import notes_on
 from rayfed_lora.runtime.job_records import is_ours, view_of
 from rayfed_lora.runtime.location import JOB_RUNS, refuse_relative, with_absolute_paths
+from rayfed_lora.storage import refuse_secrets
 
 RECIPE_FILE = "recipe.yaml"
 COMMAND = f"rayfed-lora run {RECIPE_FILE}"
@@ -99,6 +100,7 @@ class Jobs:
             raise BadInputError("--resume: give --out, the folder of the run to go on with")
         where = location or f"{JOB_RUNS}/{job}"
         refuse_relative(where)
+        refuse_secrets(where)
         notes = notes_on(loaded, where, given=location is not None)
         storage = loaded.storage.model_copy(update={"path": where})
         loaded = with_absolute_paths(loaded).model_copy(update={"storage": storage})

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from rayfed_lora.errors import InterruptedRunError, RecipeError, RunFolderError
-from rayfed_lora.federation import checkpoints
+from rayfed_lora.federation import checkpoints, restored
 from rayfed_lora.federation.checkpoints import CheckpointWriter, Snapshot
 from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.executor import Executor, Population
@@ -260,7 +260,7 @@ class _Sitting:
         self._board = board
         self._tracking = tracking
         self._aggregation_s = 0.0
-        self._labels = population.label_names
+        self._population = population
         self._notes_seen = 0
         self._checkpoints = CheckpointWriter(folder, recipe.storage.keep)
         self._tables = Tables(folder, list(population.shape.modules))
@@ -337,7 +337,7 @@ class _Sitting:
         tests = self._tables.last_tests(progress.rounds - 1)
         if tests.num_rows > 0:
             result["clients"] = client_summary(tests)
-        result["labels"] = list(self._labels)
+        result["labels"] = list(self._population.label_names)
         if page:
             self._report(result)
         # Last: a folder with a summary is a finished run.
@@ -384,6 +384,7 @@ class _Sitting:
 
     def _gone_on(self, snapshot: Snapshot) -> Progress:
         try:
+            restored.check(snapshot, self._recipe, self._population)
             return self._restored(snapshot)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise RunFolderError(

@@ -31,6 +31,7 @@ def test_a_run_on_ray_is_the_one_of_a_local_folder(bucket, tmp_path):
     assert RunFolder(bucket.uri("runs/a")).names("checkpoints")
 
 
+@pytest.mark.e2e
 def test_a_search_in_an_object_store_is_stopped_goes_on_and_is_reported(bucket):
     def interrupt(news: SearchNews) -> None:
         if news.ended is not None:

@@ -46,6 +46,8 @@ ODD = st.sampled_from(
         "\0",
         "\ud800",
         "a" * 5000,
+        "\x85",
+        " a\u2028",
         "*x",
         "!!python/name:os.system",
         b"bytes",
@@ -150,7 +152,7 @@ BASE = "name: a\nmodel: {config: {architecture: vit}}\n"
         ),
         (f"{BASE}data: &d {{partition: *d}}\n", "at most 32 levels"),
         (f"{BASE}clients: {'{a: ' * 60}1{'}' * 60}\n", "at most 32 levels"),
-        (f"{BASE}clients: {'[' * 1000}{']' * 1000}\n", "recursion"),
+        (f"{BASE}clients: {'[' * 400}{']' * 400}\n", "recursion|at most 32 levels"),
         (f"{BASE}seed: {'9' * 5000}\n", "4300 digits"),
         (f"{BASE}seed: {2**63}\n", "at most 64 bits"),
         (f"{BASE}seed: .nan\n", "seed: expected a valid integer"),
@@ -159,7 +161,7 @@ BASE = "name: a\nmodel: {config: {architecture: vit}}\n"
         ("model: {config: {architecture: vit, x: 2020-01-01}}", "got a date"),
         ('model: {config: {architecture: vit, x: "\\ud800"}}', "got '.ud800'"),
         ("model: !!python/object/apply:os.system ['false']", "could not determine a constructor"),
-        (json.dumps({f"k{i}": i for i in range(5000)}), "unknown key"),
+        (json.dumps({f"k{i}": i for i in range(2000)}), "unknown key"),
     ],
 )
 def test_documents_made_to_harm_are_refused_in_a_line(

@@ -96,6 +96,13 @@ def test_a_job_takes_the_folder_of_the_recipe_where_no_other_is_given() -> None:
     assert Jobs(client=FakeClient()).submit(recipe, "/b").location == "/b"
 
 
+def test_a_folder_with_credentials_in_its_uri_is_refused_before_it_is_sent() -> None:
+    client = FakeClient()
+    with pytest.raises(BadInputError, match="without credentials"):
+        Jobs(client=client).submit(make_recipe(), "s3://AKIA:sEcret@bucket/runs/a")
+    assert client.sent == []
+
+
 def test_a_relative_folder_is_refused_since_a_jobs_own_is_temporary() -> None:
     client = FakeClient()
     with pytest.raises(BadInputError, match="'runs/a': expected an absolute path") as refusal:

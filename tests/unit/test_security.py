@@ -15,6 +15,7 @@ import rayfed_lora
 from rayfed_lora.errors import BadInputError, ClientError, ModelError, RecipeError, RunError
 from rayfed_lora.models import export, sources
 from rayfed_lora.recipe import Model
+from rayfed_lora.reporting.page import page
 from tests.fakes import make_recipe
 
 PACKAGE = Path(rayfed_lora.__file__).parent
@@ -86,6 +87,19 @@ def test_that_search_finds_what_it_looks_for():
     }
 
 
+def test_what_stands_in_a_strangers_run_is_text_in_a_report():
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+    figure = {
+        "data": [{"type": "scatter", "x": [1], "y": [1], "name": evil}],
+        "layout": {"title": {"text": evil}},
+    }
+    html = page(
+        evil, evil, [{evil: evil}], [(evil, figure)], [(evil, figure)], failures=[{"a": evil}]
+    )
+    assert "alert(1)" in html
+    assert "<script>alert" not in html and "<img src" not in html
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A small model's folder, its weights pickled."""
@@ -148,7 +162,16 @@ def test_a_package_source_stays_inside_the_package_and_imports_nothing(source):
 SECRET = "s3://AKIA:sEcret@bucket/a"
 
 
-@pytest.mark.parametrize("key", ["data.source", "model.source", "model.tokenizer", "storage.path"])
+LOCATIONS = (
+    "data.source",
+    "model.source",
+    "model.tokenizer",
+    "clients.availability.trace",
+    "storage.path",
+)
+
+
+@pytest.mark.parametrize("key", LOCATIONS)
 def test_a_recipe_with_credentials_is_refused_and_they_are_not_repeated(key):
     with pytest.raises(RecipeError, match=rf"{key}: expected a URI without cred") as refused:
         make_recipe(**{key.replace(".", "__"): f"{SECRET}/x.parquet"})

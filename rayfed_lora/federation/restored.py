@@ -1,0 +1,82 @@
+"""Whether a checkpoint belongs to the run that goes on from it.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
+
+# Of typing only from Python 3.12 on, as pydantic needs it.
+from typing_extensions import TypedDict
+
+from rayfed_lora.federation.checkpoints import Snapshot
+from rayfed_lora.federation.evaluation import Scores
+from rayfed_lora.federation.executor import Population
+from rayfed_lora.federation.ledger import Totals
+from rayfed_lora.federation.progress import Timing
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.rule_facts import RULE_FACTS
+
+_Count = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+class _Ledger(TypedDict):
+    steps: list[_Count]
+    factors: dict[str, _Count]
+    totals: Totals
+
+
+class _Facts(TypedDict):
+    base_root: _Count
+    base_merges: _Count
+    scales: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    rank: _Count | None
+    trainable: Literal["full", "adapter"]
+    validation: Scores | None
+    best_at_heating: float | None
+    timing: Timing
+    ledger: _Ledger
+    clock_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+_FACTS: TypeAdapter[_Facts] = TypeAdapter(_Facts)
+
+
+def check(snapshot: Snapshot, recipe: Recipe, population: Population) -> None:
+    """Check the kinds of a checkpoint's facts, and its arrays against model and clients.
+
+    Raises:
+        ValueError: something is missing, or of another kind or shape.
+    """
+    _FACTS.validate_json(json.dumps(dict(snapshot.facts)), strict=True)
+    for kind, versions in snapshot.held.items():
+        _expect(f"held {kind}", versions, (population.clients,), "i")
+    adapter = snapshot.facts["trainable"] == "adapter"
+    modules = population.shape.modules if adapter else {}
+    # Where all goes into the base there are none between two rounds.
+    stacked = RULE_FACTS[recipe.aggregation.rule].merges == "stack"
+    if snapshot.state.factors or not stacked:
+        _expect_names("factors", snapshot.state.factors, modules)
+    if adapter:
+        _expect_names("tensors", snapshot.state.dense, population.shape.head)
+    for name, factors in snapshot.state.factors.items():
+        rank = factors.a.shape[0] if factors.a.ndim else 0
+        _expect(f"A of {name}", factors.a, (rank, modules[name].d_in), "f")
+        _expect(f"B of {name}", factors.b, (modules[name].d_out, rank), "f")
+
+
+def _expect_names(what: str, found: Iterable[str], expected: Iterable[str]) -> None:
+    if set(found) != set(expected):
+        raise ValueError(
+            f"expected {what} of {', '.join(expected) or 'nothing'}, got {', '.join(found)}"
+        )
+
+
+def _expect(name: str, array: Any, shape: tuple[int, ...], kind: str) -> None:
+    if array.shape != shape or array.dtype.kind != kind:
+        raise ValueError(f"{name}: expected shape {shape}, got {array.dtype} of {array.shape}")
