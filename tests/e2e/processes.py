@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import psutil
 
@@ -16,6 +18,35 @@ WAIT_S = 240.0
 
 def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+
+
+def command(*arguments: str) -> list[str]:
+    """Return how rayfed-lora is called with these arguments."""
+    return [sys.executable, "-c", PROGRAM, *arguments]
+
+
+def finish(*arguments: str) -> str:
+    """Call rayfed-lora, expect that it ends well without a complaint; return what it prints."""
+    done = subprocess.run(
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(),
+        timeout=2 * WAIT_S,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def rounds_saved(out: Path, rounds: int) -> Callable[[], bool]:
+    """Return what tells whether a checkpoint after so many rounds, or a later one, is whole."""
+
+    def there() -> bool:
+        found = out.glob("checkpoints/round-*/manifest.json")
+        return any(int(path.parent.name.removeprefix("round-")) >= rounds for path in found)
+
+    return there
 
 
 @contextlib.contextmanager

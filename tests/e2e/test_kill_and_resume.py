@@ -6,9 +6,8 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -16,11 +15,12 @@ import psutil
 import pytest
 
 from tests.e2e.processes import (
-    PROGRAM,
-    WAIT_S,
+    command,
     environment,
+    finish,
     kill,
     lives,
+    rounds_saved,
     started,
     wait_for,
     wait_until,
@@ -61,36 +61,13 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a run that nothing happened to."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    finish(recipe, out, "local")
+    finish(*arguments(recipe, out, "local"))
     return out
 
 
 def arguments(recipe: Path, out: Path, executor: str, *more: str) -> list[str]:
     chosen = ["--set", f"runtime.executor={executor}"]
-    return [sys.executable, "-c", PROGRAM, "run", str(recipe), "--out", str(out), *chosen, *more]
-
-
-def finish(recipe: Path, out: Path, executor: str, *more: str) -> None:
-    """Run to the end."""
-    done = subprocess.run(
-        arguments(recipe, out, executor, *more),
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment(),
-        timeout=WAIT_S,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def saved(out: Path, rounds: int) -> Callable[[], bool]:
-    """Return whether the checkpoint after so many rounds, or a later one, is whole."""
-
-    def there() -> bool:
-        found = out.glob("checkpoints/round-*/manifest.json")
-        return any(int(path.parent.name.removeprefix("round-")) >= rounds for path in found)
-
-    return there
+    return ["run", str(recipe), "--out", str(out), *chosen, *more]
 
 
 def rounds_of(out: Path) -> pd.DataFrame:
@@ -125,14 +102,14 @@ def test_a_run_killed_again_and_again_ends_as_one_left_alone(
     # After the first round; in the middle of one (of the next stage, on a replaced base); at the
     # end, when the last checkpoint is there and the export is not.
     for rounds, pause_s in ((1, 0.0), (4, 0.15), (ROUNDS, 0.0)):
-        with started(arguments(recipe, out, executor, *resume)) as process:
-            wait_for(saved(out, rounds), process)
+        with started(command(*arguments(recipe, out, executor, *resume))) as process:
+            wait_for(rounds_saved(out, rounds), process)
             time.sleep(pause_s)
             kill(process)
         assert process.returncode == -signal.SIGKILL
         resume = ["--resume"]
     assert not (out / "summary.json").exists()
-    finish(recipe, out, executor, *resume)
+    finish(*arguments(recipe, out, executor, *resume))
     assert_same_run(out, undisturbed)
 
 
@@ -140,11 +117,11 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(
     recipe: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    with started(arguments(recipe, out, "local")) as process:
+    with started(command(*arguments(recipe, out, "local"))) as process:
         wait_for((out / "recipe.yaml").exists, process)
         kill(process)
     assert not (out / "checkpoints").exists()
-    finish(recipe, out, "local", "--resume")
+    finish(*arguments(recipe, out, "local", "--resume"))
     assert_same_run(out, undisturbed)
 
 
@@ -153,28 +130,28 @@ def test_an_interrupted_run_keeps_its_rounds_and_goes_on(
     executor: str, recipe: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    with started(arguments(recipe, out, executor)) as process:
-        wait_for(saved(out, 2), process)
+    with started(command(*arguments(recipe, out, executor))) as process:
+        wait_for(rounds_saved(out, 2), process)
         # As a terminal does it: to every process of the group.
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "go on with --resume" in err
     assert "Traceback" not in err
-    assert saved(out, 2)()
+    assert rounds_saved(out, 2)()
     assert not (out / "summary.json").exists()
-    finish(recipe, out, executor, "--resume")
+    finish(*arguments(recipe, out, executor, "--resume"))
     assert_same_run(out, undisturbed)
 
 
 def test_a_killed_run_is_not_started_again_by_mistake(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with started(arguments(recipe, out, "local")) as process:
-        wait_for(saved(out, 1), process)
+    with started(command(*arguments(recipe, out, "local"))) as process:
+        wait_for(rounds_saved(out, 1), process)
         kill(process)
     kept = files(out)
     done = subprocess.run(
-        arguments(recipe, out, "local"),
+        command(*arguments(recipe, out, "local")),
         capture_output=True,
         text=True,
         check=False,
@@ -190,8 +167,8 @@ def test_when_its_starter_alone_is_killed_a_run_on_ray_ends_and_can_be_gone_on_w
     recipe: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    with started(arguments(recipe, out, "ray")) as process:
-        wait_for(saved(out, 2), process)
+    with started(command(*arguments(recipe, out, "ray"))) as process:
+        wait_for(rounds_saved(out, 2), process)
         family = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         try:
@@ -200,5 +177,5 @@ def test_when_its_starter_alone_is_killed_a_run_on_ray_ends_and_can_be_gone_on_w
             for member in filter(lives, family):
                 member.kill()
     assert not (out / "summary.json").exists()
-    finish(recipe, out, "local", "--resume")
+    finish(*arguments(recipe, out, "local", "--resume"))
     assert_same_run(out, undisturbed)

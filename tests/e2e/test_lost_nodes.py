@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,15 @@ import pandas as pd
 import psutil
 import pytest
 
-from tests.e2e.processes import PROGRAM, WAIT_S, environment, started, wait_for, wait_until
+from tests.e2e.processes import (
+    WAIT_S,
+    command,
+    finish,
+    rounds_saved,
+    started,
+    wait_for,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -46,7 +52,7 @@ def recipe(tmp_path: Path) -> Path:
 def undisturbed(recipe: Path, tmp_path: Path) -> dict[str, Any]:
     """The summary of a run that nothing happened to."""
     out = tmp_path / "undisturbed"
-    finish(recipe, out, "--set", "runtime.executor=local")
+    finish("run", str(recipe), "--out", str(out), "--set", "runtime.executor=local")
     return summary_of(out)
 
 
@@ -64,33 +70,9 @@ def cluster() -> Iterator[Any]:
         made.shutdown()
 
 
-def command(recipe: Path, out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-c", PROGRAM, "run", str(recipe), "--out", str(out), *more]
-
-
-def finish(recipe: Path, out: Path, *more: str) -> None:
-    done = subprocess.run(
-        command(recipe, out, *more),
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment(),
-        timeout=WAIT_S,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-
-
 def summary_of(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((out / "summary.json").read_text())
     return found
-
-
-def rounds_saved(out: Path, count: int) -> Callable[[], bool]:
-    def there() -> bool:
-        found = list(out.glob("checkpoints/round-*/manifest.json"))
-        return any(int(path.parent.name.removeprefix("round-")) >= count for path in found)
-
-    return there
 
 
 def assert_same_result(out: Path, expected: dict[str, Any]) -> None:
@@ -101,7 +83,9 @@ def assert_same_result(out: Path, expected: dict[str, Any]) -> None:
 
 def test_a_run_outlives_a_node_and_ends_with_the_same_bits(recipe, undisturbed, cluster, tmp_path):
     out = tmp_path / "run"
-    with started(command(recipe, out, "--address", cluster.address)) as run:
+    with started(
+        command("run", str(recipe), "--out", str(out), "--address", cluster.address)
+    ) as run:
         wait_for(rounds_saved(out, 2), run)
         # SIGKILL of the raylet and of all that it has started.
         cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
@@ -121,7 +105,7 @@ def test_a_run_waits_for_the_nodes_that_it_asks_for(recipe, undisturbed, tmp_pat
     out = tmp_path / "run"
     asked = ["--address", growing.address, "--set", "runtime.scale_up_s=120"]
     try:
-        with started(command(recipe, out, *asked)) as run:
+        with started(command("run", str(recipe), "--out", str(out), *asked)) as run:
             time.sleep(20)
             assert run.poll() is None
             growing.add_node(num_cpus=2)
@@ -136,7 +120,7 @@ def test_a_detached_run_outlives_its_submitter_and_its_driver(
     recipe, undisturbed, cluster, tmp_path
 ):
     out = tmp_path / "run"
-    finish(recipe, out, "--address", cluster.address, "--detach")
+    finish("run", str(recipe), "--out", str(out), "--address", cluster.address, "--detach")
     wait_until(rounds_saved(out, 2))
     servers = [
         process
@@ -178,13 +162,21 @@ def test_an_object_store_that_is_too_small_spills_and_the_run_goes_on(tmp_path):
         "clients.per_round=8",
     ]
     local = tmp_path / "local"
-    finish(recipe, local, *settings, "runtime.executor=local")
+    finish("run", str(recipe), "--out", str(local), *settings, "runtime.executor=local")
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 80_000_000}
     small = Cluster(initialize_head=True, head_node_args=head)
     try:
-        finish(recipe, tmp_path / "run", *settings, "--address", small.address)
+        finish(
+            "run",
+            str(recipe),
+            "--out",
+            str(tmp_path / "run"),
+            *settings,
+            "--address",
+            small.address,
+        )
     finally:
         small.shutdown()
     assert_same_result(tmp_path / "run", summary_of(local))

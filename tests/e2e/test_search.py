@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from tests.e2e.processes import PROGRAM, WAIT_S, environment, started, wait_for
+from tests.e2e.processes import WAIT_S, command, finish, started, wait_for
 from tests.e2e.test_kill_and_resume import RECIPE
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(900)]
@@ -26,24 +24,11 @@ search: grid
 """
 
 
-def command(folder: Path, out: Path, *more: str) -> list[str]:
+def arguments(folder: Path, out: Path, *more: str) -> list[str]:
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "space.yaml").write_text(SPACE)
     files = [str(folder / "space.yaml"), "--recipe", str(folder / "recipe.yaml")]
-    return [sys.executable, "-c", PROGRAM, "tune", *files, "--out", str(out), *more]
-
-
-def finish(folder: Path, out: Path, *more: str) -> str:
-    done = subprocess.run(
-        command(folder, out, *more),
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment(),
-        timeout=2 * WAIT_S,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
+    return ["tune", *files, "--out", str(out), *more]
 
 
 def shas(out: Path) -> dict[tuple[int, int], str]:
@@ -61,7 +46,7 @@ def shas(out: Path) -> dict[tuple[int, int], str]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], str]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    said = finish(folder, folder / "out")
+    said = finish(*arguments(folder, folder / "out"))
     assert "4 finished" in said and "best-knee.yaml" in said
     return shas(folder / "out")
 
@@ -72,23 +57,23 @@ def test_a_search_that_is_killed_goes_on_without_redoing_finished_trials(undistu
     def done() -> list[Path]:
         return list(out.glob("trials/*/summary.json"))
 
-    with started(command(tmp_path, out, "--max-concurrent", "1")) as process:
+    with started(command(*arguments(tmp_path, out, "--max-concurrent", "1"))) as process:
         wait_for(lambda: len(done()) > 0, process)
         wait_for(lambda: len(list(out.glob("trials/*/rounds.parquet"))) > len(done()), process)
     finished = {path: path.stat().st_mtime_ns for path in done()}
     assert 0 < len(finished) < 4
-    finish(tmp_path, out, "--resume", "--max-concurrent", "1")
+    finish(*arguments(tmp_path, out, "--resume", "--max-concurrent", "1"))
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert shas(out) == undisturbed
 
 
 def test_a_search_that_is_interrupted_says_how_to_go_on(undisturbed, tmp_path):
     out = tmp_path / "out"
-    with started(command(tmp_path, out)) as process:
+    with started(command(*arguments(tmp_path, out))) as process:
         wait_for(lambda: len(list(out.glob("trials/*/rounds.parquet"))) > 0, process)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=WAIT_S)
     assert process.returncode == 130
     assert "--resume" in said and "Traceback" not in said
-    finish(tmp_path, out, "--resume")
+    finish(*arguments(tmp_path, out, "--resume"))
     assert shas(out) == undisturbed
