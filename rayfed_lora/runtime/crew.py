@@ -55,7 +55,7 @@ class Crew:
         self._shared: tuple[str, list[ray.ObjectRef]] = ("", [])
 
     @classmethod
-    def reserved(cls, recipe: Recipe, name: str) -> Crew:
+    def reserved(cls, recipe: Recipe, name: str, *, fewer: bool = False) -> Crew:
         """Check that the actors fit the cluster, reserve their shares and start them.
 
         Args:
@@ -63,6 +63,8 @@ class Crew:
             name: of the placement group: unique in the cluster, and the same when a lost driver
                 goes on. What that one had reserved is given back first: Ray would keep it while
                 the job lives.
+            fewer: take as many of the asked for actors as the nodes hold that are left: one at
+                least.
 
         Raises:
             ResourceError: they do not fit, or what they need stayed in use for start_timeout_s, or
@@ -70,11 +72,14 @@ class Crew:
         """
         most = recipe.cohort_size(recipe.data.partition.clients)
         runtime, limit = recipe.runtime, ("start_timeout_s", recipe.runtime.start_timeout_s)
+        if fewer and runtime.client_actors != "auto":
+            most = min(most, runtime.client_actors)
+            runtime = runtime.model_copy(update={"client_actors": "auto"})
         if runtime.scale_up_s is None:
             plan = layout(runtime, nodes_of(ray.nodes()), most)
         else:
             # What is reserved and does not fit is what an autoscaler brings nodes for.
-            plan, limit = wanted(runtime), ("scale_up_s", runtime.scale_up_s)
+            plan, limit = wanted(recipe.runtime), ("scale_up_s", runtime.scale_up_s)
         _free_leftover(name)
         return cls(recipe, plan, _reserve(plan, name, *limit))
 

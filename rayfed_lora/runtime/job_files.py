@@ -42,6 +42,10 @@ def files_named(recipe: Recipe) -> list[tuple[str, str]]:
     here = with_absolute_paths(recipe)
     named = {
         "data.source": (recipe.data.source, here.data.source),
+        "clients.availability.trace": (
+            recipe.clients.availability.trace or "",
+            here.clients.availability.trace or "",
+        ),
         "model.source": (recipe.model.source, here.model.source),
         "model.tokenizer": (recipe.model.tokenizer or "", here.model.tokenizer or ""),
     }
@@ -60,5 +64,5 @@ def files_named(recipe: Recipe) -> list[tuple[str, str]]:
 def _is_relative_path(key: str, source: str) -> bool:
     if "://" in source or source.startswith("hf:"):
         return False
-    has_ending = key == "data.source" and Path(source).suffix != ""
+    has_ending = not key.startswith("model.") and Path(source).suffix != ""
     return has_ending or source.startswith(("./", "../", "~"))

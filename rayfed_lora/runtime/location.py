@@ -57,10 +57,15 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         is_path = Path(source).suffix or os.sep in source or Path(source, "config.json").is_file()
         return os.path.abspath(source) if is_path and os.path.exists(source) else source
 
-    model = recipe.model
+    model, clients = recipe.model, recipe.clients
+    trace = clients.availability.trace
+    availability = clients.availability.model_copy(
+        update={"trace": None if trace is None else absolute(trace)}
+    )
     tokenizer = None if model.tokenizer is None else absolute(model.tokenizer)
     return recipe.model_copy(
         update={
+            "clients": clients.model_copy(update={"availability": availability}),
             "data": recipe.data.model_copy(update={"source": absolute(recipe.data.source)}),
             "model": model.model_copy(
                 update={"source": absolute(model.source), "tokenizer": tokenizer}

@@ -6,9 +6,10 @@ new series. Prometheus knows them as `ray_rayfed_lora_<name>`, counters with `_t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -62,6 +63,8 @@ _COUNTERS = {
     "actor_restarts": "client actors lost",
 }
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+# Ray forgets a gauge that is not set again within two of its reports, by default 20 s.
+_REFRESH_S = 1.0
 # An observation costs some 10 us: of a large cohort only so many clients are observed.
 _MOST_OBSERVED = 500
 
@@ -84,7 +87,7 @@ class Usage:
 
 
 class RunMetrics:
-    """Follows a run; its metrics are tagged with the run's name."""
+    """Follows a run; its metrics are tagged with the run's name, and seen until it is closed."""
 
     def __init__(self, name: str, rounds: int, usage: Callable[[], Usage]) -> None:
         """Declare the metrics.
@@ -111,52 +114,71 @@ class RunMetrics:
         self._client_seconds = Histogram(
             "rayfed_lora_client_seconds", "local training time", list(_SECONDS), ("run",)
         ).set_default_tags(run)
-        self._gauges["rounds"].set(rounds)
+        self._stages = dict.fromkeys(get_args(Stage), 0)
+        self._values: dict[str, float] = {"rounds": rounds}
+        self._closed = threading.Event()
 
     def resumed(self, rounds: pa.Table) -> None:
         """Let the counters begin with what earlier sittings counted."""
-        for key in _SUMMED:
-            self._count(key, pc.sum(rounds[key]).as_py() or 0)
-        clients, failed = (
-            pc.sum(rounds[key]).as_py() or 0 for key in ("clients", "failed_clients")
-        )
-        self._count("client_updates", clients - failed)
+        threading.Thread(target=self._refresh, name="metrics", daemon=True).start()
+        sums = {key: pc.sum(rounds[key]).as_py() or 0 for key in ("clients", *_SUMMED)}
+        self._count_round(sums)
 
     def round_done(
         self, record: RoundRecord, clients: Sequence[ClientRecord], aggregation_s: float
     ) -> None:
         """Set everything to a finished round."""
         row = round_row(record) | {"rank": record.rank or 0.0}
-        for key in _OF_ROW:
-            self._gauges[key].set(row[key])
-        for key in _SUMMED:
-            self._count(key, row[key])
-        for stage in get_args(Stage):
-            self._stage.set(int(stage == record.stage), {"stage": stage})
-        updates = record.clients - record.failed_clients - record.dropped_clients
-        self._count("client_updates", updates)
-        self._gauges["client_updates_per_second"].set(updates / record.seconds)
-        self._gauges["round_seconds"].set(record.seconds)
-        self._gauges["aggregation_seconds"].set(aggregation_s)
+        updates = self._count_round(row)
         times = [client.seconds for client in clients if client.status == "ok"]
         for seconds in times[:: len(times) // _MOST_OBSERVED + 1]:
             self._client_seconds.observe(seconds)
-        self._use(record.seconds)
+        self._stages = {stage: int(stage == record.stage) for stage in self._stages}
+        # What was not measured this time, such as a test, stays as it was.
+        self._values = {
+            **self._values,
+            **{key: row[key] for key in _OF_ROW if row[key] is not None},
+            "client_updates_per_second": updates / record.seconds,
+            "round_seconds": record.seconds,
+            "aggregation_seconds": aggregation_s,
+            **self._used(record.seconds),
+        }
+        self._show()
 
-    def _use(self, seconds: float) -> None:
+    def _used(self, seconds: float) -> dict[str, float]:
         before, now = self._seen, self._usage()
         self._seen = now
         self._count("actor_restarts", now.losses - before.losses)
         self._count("retried_clients", now.retried_clients - before.retried_clients)
         busy = (now.busy_s - before.busy_s) / (now.actors * seconds)
-        self._gauges["actors"].set(now.actors)
         # A round's first blocks may have been trained while the one before it was tested.
-        self._gauges["actor_idle_share"].set(max(0.0, 1.0 - busy))
+        return {"actors": now.actors, "actor_idle_share": max(0.0, 1.0 - busy)}
+
+    def _show(self) -> None:
+        # Never changed, only replaced: another thread may be reading them.
+        for key, value in self._values.items():
+            self._gauges[key].set(value)
+        if "round" in self._values:
+            for stage, is_now in self._stages.items():
+                self._stage.set(is_now, {"stage": stage})
+
+    def _refresh(self) -> None:
+        while not self._closed.wait(_REFRESH_S):
+            self._show()
+
+    def _count_round(self, row: Mapping[str, Any]) -> int:
+        """Count a row, or the sums over several; return the number of usable updates."""
+        for key in _SUMMED:
+            self._count(key, row[key])
+        updates: int = row["clients"] - row["failed_clients"] - row["dropped_clients"]
+        self._count("client_updates", updates)
+        return updates
 
     def _count(self, key: str, more: int) -> None:
         if more > 0:
             self._counters[key].inc(more)
 
     def close(self, outcome: Outcome) -> None:
-        """Leave the last values; they go with the process."""
+        """Let Ray forget the gauges."""
         del outcome
+        self._closed.set()

@@ -63,6 +63,10 @@ def shortened(recipe: Recipe, block: int) -> Recipe:
         "runtime.cohort_size": block,
         "runtime.executor": "local",
         "storage.path": None,
+        # A probe is nobody's run.
+        "tracking.tensorboard": False,
+        "tracking.wandb": None,
+        "tracking.mlflow": None,
     }
     return load_recipe(recipe.model_dump(), changes)
 

@@ -43,6 +43,8 @@ class RayExecutor:
         note: Callable[[str], None],
         run_id: str | None = None,
         crew: Crew | None = None,
+        *,
+        again: bool = False,
     ) -> None:
         """Keep the run; Ray must be initialised before `open`.
 
@@ -53,12 +55,14 @@ class RayExecutor:
             run_id: unique in the cluster, and the same when a lost driver goes on with the run.
                 None: a new one.
             crew: actors that others use after this run; None: own ones.
+            again: a lost driver goes on, maybe on fewer nodes: with as many actors as they hold.
         """
         self._recipe = recipe
         self._factory = factory
         self._note = note
         self._name = f"clients of {recipe.name} {run_id or uuid4().hex}"
         self._lent = crew is not None
+        self._again = again
         self._crew = crew
         self._pool: ActorPool | None = None
         # References of the workload and of the base's weights.
@@ -75,7 +79,13 @@ class RayExecutor:
             DataError: the data cannot be read or dealt.
             ModelError: the model does not fit the recipe.
         """
-        crew = self._crew = self._crew or Crew.reserved(self._recipe, self._name)
+        crew = self._crew or Crew.reserved(self._recipe, self._name, fewer=self._again)
+        self._crew = crew
+        asked = self._recipe.runtime.client_actors
+        if self._again and asked != "auto" and len(crew.actors) < asked:
+            self._note(
+                f"nodes were lost: going on with {len(crew.actors)} of {asked} client actors"
+            )
         prepared, self._shared = crew.prepare(self._recipe, self._factory)
         opened = [self._open(actor) for actor in crew.actors]
         try:

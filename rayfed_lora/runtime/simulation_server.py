@@ -70,7 +70,7 @@ class SimulationServer:
             self._board.phase("stopped" if error.exit_status == 130 else "failed")
 
     def _run(self, run_id: str, again: bool) -> dict[str, Any]:
-        executor = RayExecutor(self._recipe, self._factory, self._board.note, run_id)
+        executor = RayExecutor(self._recipe, self._factory, self._board.note, run_id, again=again)
         folder = RunFolder(self._location)
         rounds = self._recipe.annealing.total_rounds
         return simulate(

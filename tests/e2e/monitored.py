@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,23 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.simulation_server import SimulationServer
 from tests.fakes import Behaviour, FakeFactory, make_recipe
 
-# Long enough to be scraped in its middle: 24 rounds of 6 clients on two actors.
+# Long enough to be scraped in its middle: 24 rounds of 6 clients on two actors, or 3 on one.
 SLEEP_S = 0.5
+LENGTH = {"annealing.cooling.rounds": 12, "annealing.holding.rounds": 9}
 CLASSES: dict[str, Any] = {
+    **LENGTH,
     "name": "watched",
     "annealing.acceptance": "metropolis",
-    "annealing.cooling.rounds": 12,
-    "annealing.holding.rounds": 9,
     "clients.per_round": 6,
     "clients.speed": 10.0,
     "runtime.client_actors": 2,
+}
+TEXTS: dict[str, Any] = {
+    **LENGTH,
+    "name": "texts",
+    # Has scores on the validation split.
+    "annealing.acceptance": "target",
+    "runtime.client_actors": 1,
 }
 
 
@@ -45,14 +54,15 @@ def main(out: Path) -> None:
     out.mkdir()
     marker = out / "marker"
     marker.touch()
-    behaviour = Behaviour(
+    slow = Behaviour(sleep_s=dict.fromkeys(range(6), SLEEP_S))
+    faulty = replace(
+        slow,
         dying=frozenset({(3, 8)}),
         marker=str(marker),
         failing=frozenset({(2, 5)}),
-        sleep_s=dict.fromkeys(range(6), SLEEP_S),
         tests="probabilities",
     )
-    ray.init(
+    context = ray.init(
         address="local",
         num_cpus=3,
         include_dashboard=True,
@@ -61,25 +71,25 @@ def main(out: Path) -> None:
         log_to_driver=False,
         logging_level="ERROR",
         _temp_dir=str(out.parent / "ray"),
-        _system_config={"metrics_report_interval_ms": 1000},
     )
-    texts = on_ray({"name": "texts", "runtime.client_actors": 1})
     runs = [
-        server_of(on_ray(CLASSES), out / "watched", behaviour),
-        server_of(texts, out / "texts", Behaviour(tests="texts")),
+        server_of(on_ray(CLASSES), out / "watched", faulty),
+        server_of(on_ray(TEXTS), out / "texts", replace(slow, tests="texts")),
     ]
     print(json.dumps({"session": ray._private.worker._global_node.get_session_dir_path()}))
     sys.stdout.flush()
     pending = [run.run.remote() for run in runs]
-    # While they are alive: the state of client actors that have ended lacks their repr.
-    ray.get(pending[1])
+    # Ray tells of tasks a second or more after they have ended.
+    while ray.get(runs[0].status.remote()).rounds_done < 6:
+        time.sleep(0.2)
+    head = f"http://{context.dashboard_url}"
     seen = {
-        "actors": [actor.repr_name for actor in list_actors(detail=True, limit=1000)],
-        "tasks": [task.name for task in list_tasks(limit=10_000)],
+        "actors": [actor.repr_name for actor in list_actors(head, detail=True, limit=1000)],
+        "tasks": [task.name for task in list_tasks(head, limit=10_000)],
     }
-    ray.get(pending)
     print(json.dumps(seen))
     sys.stdout.flush()
+    ray.get(pending)
     sys.stdin.read()
     ray.shutdown()
 

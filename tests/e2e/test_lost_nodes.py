@@ -15,7 +15,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from tests.e2e.processes import PROGRAM, WAIT_S, environment, wait_until
+from tests.e2e.processes import PROGRAM, WAIT_S, environment, started, wait_for, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -101,17 +101,11 @@ def assert_same_result(out: Path, expected: dict[str, Any]) -> None:
 
 def test_a_run_outlives_a_node_and_ends_with_the_same_bits(recipe, undisturbed, cluster, tmp_path):
     out = tmp_path / "run"
-    run = subprocess.Popen(
-        command(recipe, out, "--address", cluster.address),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
-    wait_until(rounds_saved(out, 2))
-    # SIGKILL of the raylet and of all that it has started.
-    cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
-    stdout, stderr = run.communicate(timeout=WAIT_S)
+    with started(command(recipe, out, "--address", cluster.address)) as run:
+        wait_for(rounds_saved(out, 2), run)
+        # SIGKILL of the raylet and of all that it has started.
+        cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
+        stdout, stderr = run.communicate(timeout=WAIT_S)
     assert run.returncode == 0, stderr
     assert "lost" in stdout
     assert_same_result(out, undisturbed)
@@ -125,17 +119,13 @@ def test_a_run_waits_for_the_nodes_that_it_asks_for(recipe, undisturbed, tmp_pat
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
     )
     out = tmp_path / "run"
+    asked = ["--address", growing.address, "--set", "runtime.scale_up_s=120"]
     try:
-        run = subprocess.Popen(
-            command(recipe, out, "--address", growing.address, "--set", "runtime.scale_up_s=120"),
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(),
-        )
-        time.sleep(20)
-        assert run.poll() is None
-        growing.add_node(num_cpus=2)
-        _, stderr = run.communicate(timeout=WAIT_S)
+        with started(command(recipe, out, *asked)) as run:
+            time.sleep(20)
+            assert run.poll() is None
+            growing.add_node(num_cpus=2)
+            _, stderr = run.communicate(timeout=WAIT_S)
     finally:
         growing.shutdown()
     assert run.returncode == 0, stderr

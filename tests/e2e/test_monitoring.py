@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import socket
@@ -12,7 +13,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,25 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Watched:
-    """Two finished runs whose servers are still there, and a Prometheus that has scraped them."""
+    """Two finished runs and a Prometheus that has scraped them.
+
+    Attributes:
+        runs: folder of their run folders.
+        actors: readable names of all actors while both were running.
+        tasks: names of all tasks until then.
+        url: of Prometheus.
+        ends: time at which Prometheus knew the last round of a run, by its name.
+    """
 
     runs: Path
     actors: list[str | None]
     tasks: list[str]
     url: str
+    ends: dict[str, float] = field(default_factory=dict)
 
-    def ask(self, query: str) -> list[dict[str, Any]]:
-        """Return the series that answer a query now."""
-        text = urllib.parse.urlencode({"query": query})
+    def ask(self, query: str, run: str) -> list[dict[str, Any]]:
+        """Return the series that answer a query at the end of a run, or now if it goes on."""
+        text = urllib.parse.urlencode({"query": query, "time": self.ends.get(run, time.time())})
         with urllib.request.urlopen(f"{self.url}/api/v1/query?{text}", timeout=30) as answer:
             found: dict[str, Any] = json.load(answer)
         assert found["status"] == "success", found
@@ -58,7 +68,7 @@ class Watched:
         return result
 
     def value(self, name: str, run: str) -> float:
-        (series,) = self.ask(f'max by (run) (ray_rayfed_lora_{name}{{run="{run}"}})')
+        (series,) = self.ask(f'max by (run) (ray_rayfed_lora_{name}{{run="{run}"}})', run)
         return float(series["value"][1])
 
     def rounds(self, run: str) -> pd.DataFrame:
@@ -83,8 +93,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     )
     prometheus = None
     try:
-        assert runs.stdout is not None
-        session = Path(json.loads(runs.stdout.readline())["session"])
+        session = Path(_told(runs)["session"])
         config = session / "metrics" / "prometheus" / "prometheus.yml"
         wait_until(config.exists)
         prometheus = psutil.Popen(
@@ -97,32 +106,48 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        seen = json.loads(runs.stdout.readline())
+        seen = _told(runs)
         found = Watched(out / "runs", seen["actors"], seen["tasks"], f"http://127.0.0.1:{port}")
-        last = len(found.rounds("watched")) - 1
-        wait_until(lambda: _scraped(found, last))
+        wait_until(lambda: _scraped(found))
         yield found
     finally:
         if prometheus is not None:
             prometheus.kill()
             prometheus.wait()
+        assert runs.stdin is not None
+        runs.stdin.close()
         kill(runs)
 
 
-def _scraped(watched: Watched, last: int) -> bool:
+def _told(runs: subprocess.Popen[str]) -> dict[str, Any]:
+    """Return what comes next of the runs; Ray writes lines of its own between."""
+    assert runs.stdout is not None
+    for line in runs.stdout:
+        if line.startswith("{"):
+            told: dict[str, Any] = json.loads(line)
+            return told
+    pytest.fail("the runs ended early")
+
+
+def _scraped(watched: Watched) -> bool:
+    """Note which runs have ended, by Prometheus; return whether all have."""
     time.sleep(1.0)
-    series = watched.ask('ray_rayfed_lora_round{run="watched"}')
-    return bool(series) and float(series[0]["value"][1]) == last
+    for run in {"watched", "texts"} - set(watched.ends):
+        last = f'ray_rayfed_lora_round{{run="{run}"}} == ray_rayfed_lora_rounds{{run="{run}"}} - 1'
+        now = time.time()
+        if watched.ask(last, run):
+            watched.ends[run] = now
+    return len(watched.ends) == 2
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS, ids=range(len(EXPRESSIONS)))
 def test_every_query_of_the_dashboard_answers_with_a_number(watched, expression):
     query = expression.replace("$run", ".*").replace("$__rate_interval", "2m")
     assert "$" not in query
-    series = watched.ask(query)
+    series = [row for run in watched.ends for row in watched.ask(query, run)]
     assert {row["metric"]["run"] for row in series} & {"watched", "texts"}
     numbers = [float(row["value"][1]) for row in series]
-    assert any(number == number for number in numbers), "only NaN"
+    assert not all(map(math.isnan, numbers))
 
 
 @pytest.mark.parametrize("run", ["watched", "texts"])
@@ -142,7 +167,7 @@ def test_prometheus_has_what_rounds_parquet_has(watched, run):
 
 
 def test_the_stage_of_the_newest_round_is_the_one_that_is_1(watched):
-    series = watched.ask('ray_rayfed_lora_stage{run="watched"}')
+    series = watched.ask('ray_rayfed_lora_stage{run="watched"}', "watched")
     now = {row["metric"]["stage"]: float(row["value"][1]) for row in series}
     assert now == {"initiating": 0, "heating": 0, "cooling": 0, "holding": 1}
 
@@ -172,4 +197,4 @@ def test_actors_and_blocks_have_readable_names_in_rays_state(watched):
     names = {"client-actor-00 of watched", "client-actor-01 of watched", "server of watched"}
     assert names <= set(watched.actors)
     blocks = [name for name in watched.tasks if re.fullmatch(r"round \d+ block \d+", name)]
-    assert {"round 0 block 0", "round 1 block 5"} <= set(blocks)
+    assert {"round 0 block 0", "round 2 block 5"} <= set(blocks)

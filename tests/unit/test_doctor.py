@@ -166,6 +166,13 @@ def test_the_probe_is_one_round_at_the_heating_rank_after_one_of_the_full_model(
     assert full.annealing.total_rounds == 1
 
 
+def test_a_probe_is_told_to_nobody():
+    asked = make_recipe(
+        tracking__tensorboard=True, tracking__wandb="project", tracking__mlflow="experiment"
+    )
+    assert shortened(asked, 2).tracking == make_recipe().tracking
+
+
 def test_a_probe_runs_the_recipe_and_says_why_it_cannot() -> None:
     short = shortened(make_recipe(), 2)
     assert probe(short, 0.0, FakeFactory()) == Probe("fake", 0.0)
