@@ -4,35 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from rayfed_lora.storage import RunFolder
-from tests.e2e.processes import PROGRAM, WAIT_S, environment, kill, started, wait_for
+from tests.e2e.processes import command, environment, finish, kill, started, wait_for
 from tests.e2e.test_kill_and_resume import RECIPE
 from tests.object_store import Bucket
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(900)]
 KEYS = ("adapter_sha256", "final", "best", "communication", "rounds")
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", PROGRAM, *arguments]
-
-
-def finish(*arguments: str) -> str:
-    done = subprocess.run(
-        command(*arguments),
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment(),
-        timeout=2 * WAIT_S,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
 
 
 @pytest.fixture
