@@ -231,11 +231,11 @@ def test_a_damaged_base_is_noticed_and_the_checkpoint_before_is_used(folder, how
 def test_a_checkpoint_of_another_format_is_passed_over(folder):
     save_checkpoint(folder, snapshot(4), keep=2)
     name = "checkpoints/round-000004/manifest.json"
-    folder.write(name, folder.read(name).replace(b'"format": 2', b'"format": 1'))
+    folder.write(name, folder.read(name).replace(b'"format": 3', b'"format": 1'))
     notes: list[str] = []
     with pytest.raises(RunFolderError):
         checkpoints.newest(folder, notes.append)
-    assert "format 1, this version reads 2" in notes[0]
+    assert "format 1, this version reads 3" in notes[0]
 
 
 def test_checkpoints_that_are_all_damaged_are_an_error_that_names_the_folder(folder):
