@@ -249,7 +249,7 @@ class Clients(Section):
         " number, or a share of the cohort",
         "clients",
     )
-    over_select: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = option(
+    over_select: Annotated[float, Field(ge=1.0, le=1000.0)] = option(
         1.0,
         "draw so many times `per_round` clients, and take the first `per_round` that arrive by the"
         " simulated clock",

@@ -17,7 +17,9 @@ class Spread(Section):
         "lognormal", "lognormal: median * exp(sigma * normal) | uniform: between low and high"
     )
     median: PositiveFloat | None = option(None, "the middle of all clients (lognormal)")
-    sigma: NonNegative = option(0.0, "spread of the logarithm (lognormal); 0: the same for all")
+    sigma: Annotated[float, Field(ge=0.0, le=10.0)] = option(
+        0.0, "spread of the logarithm (lognormal); 0: the same for all"
+    )
     low: PositiveFloat | None = option(None, "smallest value (uniform)")
     high: PositiveFloat | None = option(None, "largest value (uniform)")
     column: str | None = option(

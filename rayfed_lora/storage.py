@@ -163,7 +163,7 @@ class RunFolder:
             self.remove(probe)
             for folder in made:
                 folder.rmdir()
-            if not there:
+            if not there and not self.names():
                 # An object store has got a mark of an empty folder.
                 self.remove("")
         except (RunError, OSError) as error:
@@ -220,6 +220,8 @@ def opened(location: str) -> tuple[fs.FileSystem, str]:
         raise ValueError("expected a path or URI without NUL characters")
     if not is_uri(location):
         return fs.LocalFileSystem(), os.path.abspath(location)
+    if "#" in location:
+        raise ValueError("expected a URI without '#', after which names would be lost")
     parts = urlsplit(location)
     path = unquote(parts.path).strip("/")
     check_name(path)

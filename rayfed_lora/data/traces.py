@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from rayfed_lora.data import sources
@@ -37,7 +38,8 @@ def read_trace(source: str, clients: int, period_s: float | None) -> Trace:
     if table.num_rows == 0:
         raise DataError(f"{where}: need rows, got an empty table")
     client, start, end = (_numbers(table[name], f"{where}, column {name!r}") for name in _COLUMNS)
-    limit = np.inf if period_s is None else period_s
+    start, end = start.round(TRACE_DIGITS), end.round(TRACE_DIGITS)
+    limit = np.inf if period_s is None else round(period_s, TRACE_DIGITS)
     faults = {
         f"a whole number from 0 to {clients - 1} as client": (client % 1 != 0)
         | (client < 0)
@@ -52,7 +54,23 @@ def read_trace(source: str, clients: int, period_s: float | None) -> Trace:
                 f"{where}: need {expected}, got client {client[row]:g} from {start[row]:g} to"
                 f" {end[row]:g} in row {row + 1}"
             )
-    return Trace(client.astype(np.int64), start.round(TRACE_DIGITS), end.round(TRACE_DIGITS))
+    return _joined(client.astype(np.int64), start, end)
+
+
+def _joined(
+    client: npt.NDArray[np.int64], start: npt.NDArray[np.float64], end: npt.NDArray[np.float64]
+) -> Trace:
+    """Return the rows by client and time, those that touch or overlap as one."""
+    rows: list[tuple[int, float, float]] = []
+    order = np.lexsort((start, client))
+    for row in zip(*(part[order].tolist() for part in (client, start, end)), strict=True):
+        k, begins, ends = row
+        if rows and rows[-1][0] == k and begins <= rows[-1][2]:
+            rows[-1] = (k, rows[-1][1], max(rows[-1][2], ends))
+        else:
+            rows.append((k, begins, ends))
+    clients, starts, stops = zip(*rows, strict=True)
+    return Trace(np.array(clients, np.int64), np.array(starts), np.array(stops))
 
 
 def _numbers(column: pa.ChunkedArray, where: str) -> np.ndarray:

@@ -115,8 +115,12 @@ class Devices:
     def _lap(self, now: float) -> tuple[float, float]:
         """Return when the trace was last begun anew, and the seconds since."""
         period = self._recipe.clients.availability.period_s
-        lap = 0.0 if period is None else now // period * period
-        return lap, round(now - lap, TRACE_DIGITS)
+        if period is None:
+            return 0.0, round(now, TRACE_DIGITS)
+        lap = now // period * period
+        clock = max(round(now - lap, TRACE_DIGITS), 0.0)
+        # At the very end of a lap the division may say either.
+        return (lap + period, 0.0) if clock >= round(period, TRACE_DIGITS) else (lap, clock)
 
     def turnout(
         self, t: int, cohort: tuple[int, ...], bill: Bill, full: bool, now: float
@@ -183,6 +187,14 @@ class Devices:
         there = _at(trace, clock)
         ends = np.full(len(self._facts.sizes), clock)
         np.maximum.at(ends, trace.client[there], trace.end_s[there])
+        period = self._recipe.clients.availability.period_s
+        if period is not None:
+            # Who can be reached until the end of a lap may be there from the start of the next.
+            first = np.zeros(len(ends))
+            early = trace.start_s == 0.0
+            np.maximum.at(first, trace.client[early], trace.end_s[early])
+            end = round(period, TRACE_DIGITS)
+            ends = np.where(ends < end, ends, np.where(first < end, end + first, np.inf))
         return ends[k] - clock
 
     def _length(self, arrives: Times, known: Times, wanted: int) -> float:

@@ -163,28 +163,34 @@ def _updates(
     Raises:
         ClientError: a client raised, or does not even fit into memory alone.
     """
+    failure: BlockMemoryError | ClientError
     try:
         # Whole before its first update is used: what is trained again must not be used twice.
         found = list(trainer.train(block, [start.of(client) for client in block], base, plan))
-    except BlockMemoryError as error:
-        if len(block) > 1:
-            half = len(block) // 2
-            first, *others = _updates(trainer, block[:half], start, base, plan)
-            yield replace(first, note=_joined_notes(f"{error}; trained in halves", first.note))
-            yield from others
-            yield from _updates(trainer, block[half:], start, base, plan)
-            return
-        lone = ClientError(block[0], plan.round, str(error))
-        if not plan.tolerant:
-            raise lone from error
-        found = [_raised(lone)]
-    except ClientError as error:
-        if not plan.tolerant:
+    except (BlockMemoryError, ClientError) as error:
+        if isinstance(error, ClientError) and not plan.tolerant:
             raise
-        rest = tuple(client for client in block if client != error.client)
-        trained_ones = list(_updates(trainer, rest, start, base, plan)) if rest else []
-        found = sorted([*trained_ones, _raised(error)], key=lambda u: block.index(u.client))
-    yield from found
+        # Without what it was raised in, which would stay in memory while others are trained.
+        failure = error.with_traceback(None)
+        failure.__cause__ = failure.__context__ = None
+    else:
+        yield from found
+        return
+    if isinstance(failure, BlockMemoryError) and len(block) > 1:
+        half = len(block) // 2
+        first, *others = _updates(trainer, block[:half], start, base, plan)
+        yield replace(first, note=_joined_notes(f"{failure}; trained in halves", first.note))
+        yield from others
+        yield from _updates(trainer, block[half:], start, base, plan)
+        return
+    if isinstance(failure, BlockMemoryError):
+        failure = ClientError(block[0], plan.round, str(failure))
+        if not plan.tolerant:
+            raise failure
+    lone = _raised(failure)
+    rest = tuple(client for client in block if client != lone.client)
+    trained_ones = list(_updates(trainer, rest, start, base, plan)) if rest else []
+    yield from sorted([*trained_ones, lone], key=lambda update: block.index(update.client))
 
 
 def _joined_notes(*notes: str | None) -> str:

@@ -29,12 +29,14 @@ class Bill:
         down: (cohort,) each client's download, base not included.
         base: (cohort,) the frozen base, and frozen factors, that each client was sent.
         arrived: number of uploads.
+        fedavg: values that FedAvg would have sent both ways, to and by the same clients as far.
     """
 
     up: Counts
     down: Counts
     base: Counts
     arrived: int
+    fedavg: int = 0
 
     @property
     def params_up(self) -> int:
@@ -94,18 +96,24 @@ def _served(facts: RoundFacts, messages: Traffic) -> npt.NDArray[np.bool_]:
     if facts.sent is None:
         return np.ones(len(facts.cohort), bool)
     stayed = ~facts.sent.absent
-    return stayed if messages.merge else stayed | (facts.sent.down >= 1.0)
+    is_result = messages.merge > 0 or len(messages.renewed) > 0
+    return stayed if is_result else stayed | (facts.sent.down >= 1.0)
 
 
-def _bill(facts: RoundFacts, messages: Traffic, base: Counts) -> Bill:
+def _bill(facts: RoundFacts, messages: Traffic, base: Counts, total_params: int) -> Bill:
     """Return what was sent of the messages of a round."""
     arrived, sent = facts.arrived, facts.sent
     up, down = np.where(arrived, messages.up, 0), messages.down
+    whole = np.full(len(arrived), total_params, np.int64)
+    fedavg_up, fedavg_down = np.where(arrived, whole, 0), whole
     if sent is not None:
         up = np.where(sent.absent, _part(messages.up, sent.up), up)
         down = np.where(sent.absent, _part(down, sent.down), down)
         base = np.where(sent.absent, _part(base, sent.down), base)
-    return Bill(up, down, base, int(arrived.sum()))
+        fedavg_up = np.where(sent.absent, _part(whole, sent.up), fedavg_up)
+        fedavg_down = np.where(sent.absent, _part(whole, sent.down), fedavg_down)
+    fedavg = int(fedavg_up.sum() + fedavg_down.sum())
+    return Bill(up, down, base, int(arrived.sum()), fedavg)
 
 
 def _part(values: Counts, share: npt.NDArray[np.float64]) -> Counts:
@@ -174,7 +182,7 @@ class Ledger:
         if facts.trainable == "full":
             self._steps.append(self._shape.base_params)
             self._factors["head"] = self._factors.get("head", 0) + 1
-        bill = _bill(facts, messages, base)
+        bill = _bill(facts, messages, base, self._shape.total_params)
         self._add(bill, facts.after_initiating)
         return bill
 
@@ -203,7 +211,7 @@ class Ledger:
         t = self.totals
         up, down = bill.params_up * BYTES_A_VALUE, bill.params_down * BYTES_A_VALUE
         base = bill.base_params * BYTES_A_VALUE
-        fedavg = (len(bill.down) + bill.arrived) * self._shape.total_params * BYTES_A_VALUE
+        fedavg = bill.fedavg * BYTES_A_VALUE
         self.totals = replace(
             t,
             bytes_up=t.bytes_up + up,

@@ -149,7 +149,12 @@ class Server:
                 if tested is not None and watched:
                     yield (progress := self._finished(tested))
                     tested = None
-                started = self._started(t, progress if tested is None else tested.after)
+                try:
+                    started = self._started(t, progress if tested is None else tested.after)
+                except RunError:
+                    if tested is not None:
+                        yield self._finished(tested)
+                    raise
                 if tested is not None:
                     yield self._finished(tested)
                 tested = self._trained(started)

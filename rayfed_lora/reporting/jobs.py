@@ -155,8 +155,8 @@ def show_stopped(console: Console, job: JobView) -> None:
     """Print how a job ended that was told to stop, and how to go on with it."""
     if job.state == "succeeded":
         text = f"job {job.id} had finished; run folder: {job.location}"
-    elif job.progress is None:
-        text = f"job {job.id} {job.state} before its first round"
+    elif job.progress is None or job.progress.rounds_done == 0:
+        text = f"job {job.id} {job.state} before its first round was done"
     else:
         text = (
             f"job {job.id} {job.state}: {job.standing}; its checkpoint is kept in {job.location};"

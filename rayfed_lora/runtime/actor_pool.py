@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
+    ObjectLostError,
     OutOfMemoryError,
     RayTaskError,
 )
@@ -45,10 +46,11 @@ class RemoteCall(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """A call, and what to call it where it is lost."""
+    """A call, what to call it where it is lost, and whether `block_timeout_s` is for it."""
 
     name: str
     call: RemoteCall
+    limited: bool = False
 
 
 @dataclass(eq=False)
@@ -87,6 +89,11 @@ class _Worker:
     actor: Any
     jobs: list[Job] = field(default_factory=list)
     since: float = 0.0
+
+    @property
+    def limited(self) -> bool:
+        """Whether it does something that may not take for ever."""
+        return bool(self.jobs) and self.jobs[0].work.limited
 
 
 class ActorPool:
@@ -186,9 +193,21 @@ class ActorPool:
                 del self._running[ready]
                 worker.jobs.remove(job)
                 worker.since = time.monotonic()
+            except ObjectLostError as error:
+                del self._running[ready]
+                worker.jobs.remove(job)
+                self._result_lost(job, error)
             except LOST as error:
                 self._lost(worker, error)
         self._start()
+
+    def _result_lost(self, job: Job, error: Exception) -> None:
+        """Run a job again whose result was lost with the node that held it."""
+        job.attempts += 1
+        if job.attempts >= ATTEMPTS:
+            raise RunError(f"the results of {job.work.name} were lost {ATTEMPTS} times: {error}")
+        self._note(f"the results of {job.work.name} were lost, and are computed again")
+        self._waiting.appendleft(job)
 
     def _next_ready(self) -> ray.ObjectRef | None:
         """Return the next call that is done or lost; None where one has taken too long."""
@@ -207,14 +226,14 @@ class ActorPool:
         """Return the seconds until some running job will have taken too long."""
         if self._block_timeout_s is None:
             return None
-        began = min(worker.since for worker in self._workers if worker.jobs)
-        return max(began + self._block_timeout_s - time.monotonic(), 0.0)
+        began = [worker.since for worker in self._workers if worker.limited]
+        return max(min(began) + self._block_timeout_s - time.monotonic(), 0.0) if began else None
 
     def _end_stuck(self) -> None:
         """End the actors that have taken too long for a job, and run their work again."""
         limit = self._block_timeout_s or 0.0
         now = time.monotonic()
-        for worker in [w for w in self._workers if w.jobs and now - w.since >= limit]:
+        for worker in [w for w in self._workers if w.limited and now - w.since >= limit]:
             # A running method cannot be cancelled; Ray starts the process again.
             ray.kill(worker.actor, no_restart=False)
             late = f"{worker.jobs[0].work.name} took longer than {limit:g} s"

@@ -73,7 +73,7 @@ class Crew:
         most = recipe.cohort_size(recipe.data.partition.clients)
         runtime, limit = recipe.runtime, ("start_timeout_s", recipe.runtime.start_timeout_s)
         if fewer and runtime.client_actors != "auto":
-            most = min(most, runtime.client_actors)
+            most = runtime.client_actors
             runtime = runtime.model_copy(update={"client_actors": "auto"})
         if runtime.scale_up_s is None:
             plan = layout(runtime, nodes_of(ray.nodes()), most)

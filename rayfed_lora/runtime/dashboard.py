@@ -39,8 +39,7 @@ def dashboard_url(address: str | None) -> str:
     """
     found = address or next((os.environ[n] for n in _OVERRIDES if os.environ.get(n)), None)
     url = found if found is None or "://" in found else f"http://{found}"
-    parts = urlsplit(url or "")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.hostname == "auto":
+    if not _is_http(url or ""):
         raise BadInputError(
             "--address: expected the address of a cluster's dashboard, e.g. http://127.0.0.1:8265"
             f" (ray dashboard cluster.yaml opens the way to it), got {found!r}"
@@ -48,10 +47,21 @@ def dashboard_url(address: str | None) -> str:
     return str(url).rstrip("/")
 
 
+def _is_http(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        # A port that is none is found out when it is asked for.
+        _ = parts.port
+    except ValueError:
+        return False
+    named = bool(parts.hostname) and parts.hostname != "auto"
+    return parts.scheme in ("http", "https") and named
+
+
 def is_dashboard(address: str | None) -> bool:
     """Return whether an address, or $RAY_ADDRESS without one, is a dashboard's URL."""
     found = address or os.environ.get("RAY_ADDRESS") or ""
-    return urlsplit(found).scheme in ("http", "https")
+    return found.startswith(("http://", "https://"))
 
 
 def client_of(address: str | None) -> Any:

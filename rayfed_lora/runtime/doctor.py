@@ -5,6 +5,7 @@ Source: this project.
 
 from __future__ import annotations
 
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -20,6 +21,8 @@ from rayfed_lora.reporting.diagnosis import Finding
 from rayfed_lora.runtime.launch import ray_session
 from rayfed_lora.runtime.location import absolute_place, with_absolute_paths
 from rayfed_lora.runtime.placement import Layout, Node, layout, nodes_of
+from rayfed_lora.runtime.placement import wanted as asked_layout
+from rayfed_lora.storage import refuse_secrets
 
 _ANSWER_S = 10.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -43,6 +46,8 @@ def doctor(
     Raises:
         RecipeError: a recipe has faults.
     """
+    if storage is not None:
+        refuse_secrets(storage)
     named = [r if isinstance(r, Recipe) else load_recipe(r) for r in recipes]
     wanted = [with_absolute_paths(recipe) for recipe in named]
     shipped = not wanted
@@ -107,6 +112,10 @@ def check_recipes(
         subject = f"recipe {recipe.name}"
         try:
             actor_mb = plan(recipe).actor_mb
+            if recipe.runtime.scale_up_s is not None:
+                asked = asked_layout(recipe.runtime)
+                found.append(Finding("ok", subject, _brings(asked)))
+                continue
             actors = layout(recipe.runtime, nodes, _most(recipe))
         except ResourceError as error:
             mend = "lower what is asked for, or add nodes"
@@ -117,6 +126,11 @@ def check_recipes(
         else:
             found.append(_fit(subject, actors, actor_mb, nodes, memory))
     return found
+
+
+def _brings(asked: Layout) -> str:
+    share = f"{asked.cpus:g} CPU and {asked.gpus:g} GPU"
+    return f"waits for nodes with {asked.actors} times {share} (runtime.scale_up_s)"
 
 
 def _most(recipe: Recipe) -> int:
@@ -162,7 +176,7 @@ def answer_without_token(url: str) -> int | None:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return None
 
 

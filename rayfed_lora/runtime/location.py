@@ -53,6 +53,8 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     """Name local files and folders absolutely: workers may run in another folder."""
 
     def absolute(source: str) -> str:
+        if os.path.exists(os.path.expanduser(source)):
+            source = os.path.expanduser(source)
         # A folder that happens to be called like a built-in name does not hide it.
         is_path = Path(source).suffix or os.sep in source or Path(source, "config.json").is_file()
         return os.path.abspath(source) if is_path and os.path.exists(source) else source

@@ -91,7 +91,15 @@ def cards(run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run)
     except (OSError, subprocess.SubprocessError):
         return ()
     rows = csv.reader(said.splitlines(), skipinitialspace=True)
-    return tuple(Gpu(row[0], float(row[1]) * _MIB, float(row[2]) * _MIB) for row in rows)
+    return tuple(Gpu(row[0], _bytes(row[1]), _bytes(row[2])) for row in rows)
+
+
+def _bytes(mebibytes: str) -> float:
+    # Cards that share the host's memory say [N/A].
+    try:
+        return float(mebibytes) * _MIB
+    except ValueError:
+        return 0.0
 
 
 def check_nodes(reports: Sequence[NodeReport]) -> list[Finding]:

@@ -14,7 +14,7 @@ def unreachable(host: str, port: int) -> str | None:
     """Return why nothing answers at a TCP port, None where something does."""
     try:
         socket.create_connection((host, port), _CONNECT_S).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         return str(error)
     return None
 

@@ -144,6 +144,7 @@ class RayExecutor:
                 lambda actor, halvings: actor.train.options(name=shown, num_returns=2).remote(
                     call.halved(halvings), state_ref, base_ref, plan
                 ),
+                limited=True,
             )
 
         jobs = self._opened().submit([remote(i, call) for i, call in enumerate(calls)])
@@ -226,6 +227,7 @@ class RayExecutor:
                         split, rows, state_ref, base_ref, trainable
                     )
                 ],
+                limited=True,
             )
 
         pool = self._opened()
@@ -248,6 +250,7 @@ class RayExecutor:
                         call, state_ref, base_ref, trainable
                     )
                 ],
+                limited=True,
             )
 
         pool = self._opened()

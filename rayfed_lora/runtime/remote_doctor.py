@@ -10,8 +10,10 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import recipe_yaml
 from rayfed_lora.reporting.diagnosis import Finding
 from rayfed_lora.reporting.jobs import JobView
+from rayfed_lora.runtime.job_files import files_named
 from rayfed_lora.runtime.jobs import Jobs
-from rayfed_lora.runtime.location import refuse_relative
+from rayfed_lora.runtime.location import refuse_relative, with_absolute_paths
+from rayfed_lora.storage import refuse_secrets
 
 
 def examine(
@@ -37,14 +39,19 @@ def examine(
     Raises:
         BadInputError: a folder is named by a relative path.
     """
+    if storage is not None:
+        refuse_secrets(storage)
     for place in filter(None, [storage, *(recipe.storage.path for recipe in recipes)]):
         refuse_relative(place)
+    for recipe in recipes:
+        files_named(recipe)
     try:
         jobs = Jobs(address)
     except ResourceError as error:
         mend = "start the cluster, open the tunnel to its dashboard, and set the token"
         return [Finding("fault", "dashboard", str(error), mend)]
-    files = {f"recipe-{i}.yaml": recipe_yaml(recipe) for i, recipe in enumerate(recipes)}
+    sent = map(with_absolute_paths, recipes)
+    files = {f"recipe-{i}.yaml": recipe_yaml(recipe) for i, recipe in enumerate(sent)}
     command = ["rayfed-lora", "doctor", *(f"--recipe={name}" for name in files)]
     command += [] if storage is None else [f"--storage={storage}"]
     command += ["--probe"] * probe

@@ -61,5 +61,7 @@ def prepared_from(recipe: Recipe) -> str:
         "validation": recipe.validation_fraction,
         "cohort": recipe.clients.per_round,
         "held out": recipe.evaluation.client_fraction,
+        "device columns": recipe.device_columns,
+        "trace": recipe.clients.availability.model_dump(exclude={"dropout"}),
     }
     return json.dumps(parts, sort_keys=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -27,6 +29,9 @@ def memory_watched(clients: Sequence[int]) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _is_shortage(error):
             raise
+        # What the failed step has made lives in its frames: the next, smaller one needs the room.
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         said = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -140,17 +140,17 @@ class LocalTrainer:
                 return
             except BlockMemoryError:
                 raise
-            except Exception as error:
-                together = error
+            except Exception:
+                # As text: the error itself would keep all that the block has made.
+                together = traceback.format_exc()
         for client, start in zip(clients, starts, strict=True):
             with attributed(client, plan.round), memory_watched([client]):
                 yield from self._train_group([client], [start], base, plan)
         if not alone and len(clients) > 1:
             # Each of them can be trained alone: it is the block that fails.
-            trace = "".join(traceback.format_exception(together))
             raise RunError(
                 f"round {plan.round}: clients {clients[0]} to {clients[-1]} cannot be trained"
-                f" together; lower runtime.cohort_size\n{trace}"
+                f" together; lower runtime.cohort_size\n{together}"
             )
 
     def _train_group(

@@ -216,3 +216,37 @@ def test_the_server_never_waits_for_ever(now, period):
     cohort, began = found.cohort(0, now)
     assert cohort == (3,)
     assert now - 1e-6 <= began <= now + period + 0.3 + 1e-6
+
+
+@pytest.mark.parametrize("period", [100.0, 3600.1, 0.7, 86164.0905])
+def test_the_clock_goes_on_from_lap_to_lap(period):
+    own = recipe(
+        clients__per_round=1.0,
+        clients__local_epochs=1,
+        clients__speed=60 / (0.3 * period),
+        clients__availability={"trace": "times.csv", "period_s": period},
+    )
+    everyone = np.arange(6)
+    trace = Trace(everyone, np.zeros(6), np.full(6, round(0.9 * period, 6)))
+    found = Devices(own, DeviceFacts(SIZES, trace=trace))
+    now = 0.0
+    for t in range(200):
+        cohort, began = found.cohort(t, now)
+        round_ = found.turnout(t, cohort, bill(len(cohort)), full=False, now=began)
+        assert began + round_.length_s > now
+        now = began + round_.length_s
+    # A round takes three tenths of a lap, of which nine tenths can be used: three rounds a lap.
+    assert now == pytest.approx(200 / 3 * period, rel=0.05)
+
+
+def test_who_can_be_reached_over_the_end_of_a_lap_stays():
+    trace = Trace(np.array([0, 1, 1]), np.array([0.0, 0, 60]), np.array([100.0, 5, 100]))
+    own = recipe(
+        clients__speed=1.0, clients__availability={"trace": "times.csv", "period_s": 100.0}
+    )
+    found = Devices(own, DeviceFacts(SIZES, trace=trace)).turnout(
+        0, (0, 1), bill(2), full=False, now=90.0
+    )
+    # Client 0 is always there and needs 10 s; client 1 needs 20 s and is there for 10 + 5.
+    assert found.absences == {1: "dropped"}
+    np.testing.assert_allclose(found.seconds, [10, 15])

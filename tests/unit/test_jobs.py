@@ -247,7 +247,7 @@ def test_stop_waits_for_the_end_and_says_how_to_go_on() -> None:
 
 def test_a_stop_before_the_first_round_and_one_that_came_too_late_say_so() -> None:
     early = JobView("a", "fake", "stopped", "/out")
-    assert shown(show_stopped, early) == "job a stopped before its first round\n"
+    assert shown(show_stopped, early) == "job a stopped before its first round was done\n"
     late = JobView("a", "fake", "succeeded", "/out", progress())
     assert shown(show_stopped, late) == "job a had finished; run folder: /out\n"
 

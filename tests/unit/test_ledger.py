@@ -519,3 +519,20 @@ def test_a_quote_is_the_bill_and_books_nothing(ledger):
     bill = ledger.book(facts)
     for kind in ("up", "down", "base"):
         assert (getattr(quote, kind) == getattr(bill, kind)).all()
+
+
+def test_fedavg_saves_nothing_against_itself_whoever_leaves(ledger):
+    sent = Sent(np.array([False, True]), np.array([1.0, 0.3]), np.array([1.0, 0.0]))
+    facts = RoundFacts("full", (0, 1), np.array([True, False]), sent=sent)
+    ledger.book(facts)
+    assert ledger.totals.communication()["reduction_vs_fedavg"] == 0.0
+
+
+def test_who_missed_a_rounds_result_holds_no_renewed_factors():
+    ledger = new_ledger("alternate")
+    sent = Sent(np.array([False, True]), np.array([1.0, 1.0]), np.array([1.0, 0.0]))
+    arrived = np.array([True, False])
+    ledger.book(RoundFacts("adapter", (0, 1), arrived, RANKS, frozen="a", sent=sent))
+    # B of q, 6 values at rank 2, of v, 4 at rank 1, and the head of 6, which went to client 0 only.
+    later = book(ledger, "adapter", RANKS, (0, 1), 2, frozen="b")
+    assert later.base.tolist() == [0, 41 + 6 * 2 + 4 + 6]

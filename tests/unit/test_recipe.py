@@ -314,6 +314,8 @@ def test_validation_examples_are_kept_where_the_annealing_needs_them(pairs, shar
         ("clients.max_failed", -1),
         ("clients.max_failed", 1.0),
         ("clients.over_select", 0.9),
+        ("clients.over_select", 1001.0),
+        ("clients.speed.sigma", 1000.0),
         ("clients.deadline_s", 0),
         ("clients.availability.dropout", 1.0),
         ("clients.speed.sigma", -1.0),

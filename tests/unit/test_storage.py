@@ -242,3 +242,8 @@ def test_another_filesystem_is_checked_for_writing_too(elsewhere):
 def test_what_cannot_be_written_on_another_filesystem_is_a_run_error(elsewhere):
     with pytest.raises(RunError, match="cannot write runs/not/there"):
         elsewhere.write("not/there/x", b"1")
+
+
+def test_a_uri_with_a_fragment_is_refused_since_names_after_it_would_be_lost():
+    with pytest.raises(RunFolderError, match="without '#'"):
+        RunFolder("s3://bucket/comparison#1/fedavg/seed-0")

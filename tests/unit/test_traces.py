@@ -51,3 +51,16 @@ def test_a_missing_file_and_a_strange_ending_are_said(tmp_path):
         read_trace(str(tmp_path / "none.csv"), 3, None)
     with pytest.raises(DataError, match="ending in"):
         read_trace(str(tmp_path / "times.txt"), 3, None)
+
+
+def test_rows_of_a_client_that_touch_or_overlap_are_one(tmp_path):
+    source = write(tmp_path, "client,start_s,end_s\n1,5,9\n0,50,100\n0,0,50\n1,0,6\n1,20,30\n")
+    trace = read_trace(source, 3, None)
+    assert trace.client.tolist() == [0, 1, 1]
+    assert trace.start_s.tolist() == [0.0, 0.0, 20.0]
+    assert trace.end_s.tolist() == [100.0, 9.0, 30.0]
+
+
+def test_a_row_shorter_than_a_microsecond_is_none(tmp_path):
+    with pytest.raises(DataError, match="0 <= start_s < end_s"):
+        read_trace(write(tmp_path, "client,start_s,end_s\n0,1,1.0000001\n"), 3, None)
