@@ -149,7 +149,8 @@ def actor_processes() -> list[int]:
     """Return the processes of this session's client actors, named by what they are or do."""
     ours = psutil.Process().children(recursive=True)
     named = {process.pid: " ".join(process.cmdline()) for process in ours}
-    return [pid for pid, name in named.items() if name.startswith(("ray::client", "ray::round"))]
+    doing = ("ray::ClientActor", "ray::client", "ray::round", "ray::evaluate")
+    return [pid for pid, name in named.items() if name.startswith(doing)]
 
 
 @pytest.mark.e2e
