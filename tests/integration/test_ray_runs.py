@@ -146,7 +146,7 @@ def test_when_all_client_actors_are_killed_at_once_the_result_is_the_same(tmp_pa
 
 
 def actor_processes() -> list[int]:
-    """Return the processes of this session's client actors, named by what they are or do."""
+    """Return the processes of our own Ray's client actors, named by what they are or do."""
     ours = psutil.Process().children(recursive=True)
     named = {process.pid: " ".join(process.cmdline()) for process in ours}
     doing = ("ray::ClientActor", "ray::client", "ray::round", "ray::evaluate")
