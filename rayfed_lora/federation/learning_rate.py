@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from rayfed_lora.annealing.stages import locate
-from rayfed_lora.recipe import LrSchedule, Recipe
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe_clients import LrSchedule
 
 
 def factor(schedule: LrSchedule, t: int, rounds: int) -> float:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from rayfed_lora.data.batches import IndexArray, batch_indices
-from rayfed_lora.recipe import Clients
+from rayfed_lora.recipe_clients import Clients
 from rayfed_lora.seeds import Purpose, generator, torch_seed
 from rayfed_lora.types import AdapterState, FloatArray, LocalPlan
 

@@ -29,7 +29,8 @@ from rayfed_lora.errors import BlockMemoryError, RunError
 from rayfed_lora.models import sources
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.shapes import model_shape
-from rayfed_lora.recipe import Clients, Recipe
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe_clients import Clients
 from rayfed_lora.training.dropout import ClientDropout
 from rayfed_lora.training.groups import ClientTask, GroupBatch, clip_by_client, kept
 from rayfed_lora.training.memory import memory_watched
