@@ -31,6 +31,10 @@ LOST = (ActorDiedError, ActorUnavailableError, OutOfMemoryError, NotOpenError)
 _LOST_BEFORE_HALVING = 2
 
 
+class PartsLostError(RunError):
+    """What a call was to work on, other calls' results, was lost with the node that held it."""
+
+
 class RemoteCall(Protocol):
     """Calls a method of an actor; done when the first of its results is there."""
 
@@ -60,19 +64,21 @@ class Job:
     Attributes:
         work: the call.
         attempts: how often it was lost in its turn.
-        sent: how often an actor was sent it.
+        begun: how often an actor began it, as far as is known.
         halvings: how often its blocks are to be halved, memory being short.
         value: its first result, once `done`.
         rest: references of its other results, which stay where they are.
-        done: whether it is.
+        error: why it has no result and never will.
+        done: whether it is over.
     """
 
     work: Work
     attempts: int = 0
-    sent: int = 0
+    begun: int = 0
     halvings: int = 0
     value: Any = None
     rest: list[ray.ObjectRef] = field(default_factory=list)
+    error: PartsLostError | None = None
     done: bool = False
 
 
@@ -159,10 +165,13 @@ class ActorPool:
 
         Raises:
             RayfedError: what the call raised.
+            PartsLostError: what it was to work on was lost.
             RunError: it was lost again and again, or no actor is left.
         """
         while not job.done:
             self._advance()
+        if job.error is not None:
+            raise job.error
         return job.value
 
     def _start(self) -> None:
@@ -172,7 +181,7 @@ class ActorPool:
                 return
             job = self._waiting.popleft()
             references = job.work.call(worker.actor, job.halvings)
-            job.sent += 1
+            job.begun += 1
             if not worker.jobs:
                 worker.since = time.monotonic()
             worker.jobs.append(job)
@@ -193,16 +202,23 @@ class ActorPool:
                 del self._running[ready]
                 worker.jobs.remove(job)
                 worker.since = time.monotonic()
-            except ObjectLostError as error:
+            except (ObjectLostError, PartsLostError) as error:
                 del self._running[ready]
                 worker.jobs.remove(job)
+                worker.since = time.monotonic()
                 self._result_lost(job, error)
             except LOST as error:
                 self._lost(worker, error)
         self._start()
 
-    def _result_lost(self, job: Job, error: Exception) -> None:
-        """Run a job again whose result was lost with the node that held it."""
+    def _result_lost(self, job: Job, error: ObjectLostError | PartsLostError) -> None:
+        """Run a job again whose result was lost with the node that held it.
+
+        One whose parts were lost is over: whoever knows how they are made must submit another.
+        """
+        if isinstance(error, PartsLostError):
+            job.error, job.done = error, True
+            return
         job.attempts += 1
         if job.attempts >= ATTEMPTS:
             raise RunError(f"the results of {job.work.name} were lost {ATTEMPTS} times: {error}")
@@ -245,7 +261,9 @@ class ActorPool:
         self.losses += 1
         self._running = {r: sent for r, sent in self._running.items() if sent[2] is not worker}
         jobs, worker.jobs = worker.jobs, []
-        first = jobs[0]
+        first, *queued = jobs
+        for job in queued:
+            job.begun -= 1
         first.attempts += 1
         again = "its work is run again"
         if isinstance(error, OutOfMemoryError) or first.attempts >= _LOST_BEFORE_HALVING:
@@ -284,4 +302,6 @@ def result(reference: ray.ObjectRef) -> Any:
         cause = error.cause
         if isinstance(cause, (RayfedError, NotOpenError)):
             raise cause from None
+        if isinstance(cause, ObjectLostError):
+            raise PartsLostError(str(cause)) from error
         raise RunError(f"a worker failed:\n{error}") from error

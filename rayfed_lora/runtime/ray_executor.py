@@ -16,7 +16,15 @@ from rayfed_lora.aggregation.means import Means
 from rayfed_lora.errors import RunError
 from rayfed_lora.federation.executor import Call, Population, Trained, joins
 from rayfed_lora.recipe import Recipe
-from rayfed_lora.runtime.actor_pool import ATTEMPTS, LOST, ActorPool, Job, Work, result
+from rayfed_lora.runtime.actor_pool import (
+    ATTEMPTS,
+    LOST,
+    ActorPool,
+    Job,
+    PartsLostError,
+    Work,
+    result,
+)
 from rayfed_lora.runtime.crew import Crew
 from rayfed_lora.runtime.factory import Factory
 from rayfed_lora.runtime.metrics import Usage
@@ -148,24 +156,24 @@ class RayExecutor:
             )
 
         jobs = self._opened().submit([remote(i, call) for i, call in enumerate(calls)])
-        return self._collect(jobs)
+        return self._collect(jobs, calls)
 
-    def _collect(self, jobs: list[Job]) -> Iterator[Trained]:
+    def _collect(self, jobs: list[Job], calls: Sequence[Call]) -> Iterator[Trained]:
         pool = self._opened()
+        call_of = dict(zip(jobs, calls, strict=True))
         try:
             for run in joins(jobs):
-                for job in run[:-1]:
-                    yield Trained(self._reports(job), None, job.sent - 1)
-                reports = self._reports(run[-1])
-                means = self._joined(run)
-                yield Trained(reports, means, run[-1].sent - 1)
+                told = 0
+                for job in run:
+                    reports: tuple[ClientUpdate, ...] = self._worked(job)
+                    means = self._joined(run) if job is run[-1] else None
+                    # Of all: a join may have them computed again that were told of before.
+                    again = sum(max(each.begun - 1, 0) * len(call_of[each].blocks) for each in run)
+                    yield Trained(reports, means, again - told)
+                    told = again
+                self._retried += sum((job.begun - 1) * len(call_of[job].clients) for job in run)
         finally:
             pool.drop(jobs)
-
-    def _reports(self, job: Job) -> tuple[ClientUpdate, ...]:
-        reports: tuple[ClientUpdate, ...] = self._worked(job)
-        self._retried += (job.sent - 1) * len(reports)
-        return reports
 
     def _worked(self, job: Job) -> Any:
         """Return a timed call's result and book its time."""
@@ -187,7 +195,7 @@ class RayExecutor:
         for _ in range(ATTEMPTS):
             try:
                 return self._fetched([reference for job in run for reference in job.rest])
-            except ObjectLostError as error:
+            except (ObjectLostError, PartsLostError) as error:
                 self._note(f"results were lost and are computed again: {error}")
                 for job in run:
                     pool.again(job)

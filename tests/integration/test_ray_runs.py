@@ -107,6 +107,55 @@ def test_a_block_that_takes_too_long_is_run_again_on_a_new_process(tmp_path):
     assert_same_result(summary, tmp_path / "run", tmp_path / "local")
 
 
+def test_parts_of_a_join_that_are_lost_are_computed_again(tmp_path, monkeypatch):
+    from rayfed_lora.runtime.actor_pool import PartsLostError
+    from rayfed_lora.runtime.ray_executor import RayExecutor
+
+    expected_summary(tmp_path / "local", clients__per_round=1.0)
+    monkeypatch.setattr("rayfed_lora.federation.executor._CALLS_OF_ONE_SERVER", 1)
+    fetched, asked = RayExecutor._fetched, []
+
+    def losing(self: RayExecutor, parts: list[Any]) -> Any:
+        asked.append(len(parts))
+        if len(asked) == 2:
+            raise PartsLostError("the node is gone")
+        return fetched(self, parts)
+
+    monkeypatch.setattr(RayExecutor, "_fetched", losing)
+    recipe = on_ray(clients__per_round=1.0)
+    summary, board = run(recipe, tmp_path / "run", FakeFactory())
+    blocks = asked[0]
+    assert blocks > 1
+    assert asked == [blocks] * 7
+    assert any("lost and are computed again: the node is gone" in n for n in board.status().notes)
+    assert summary["retried_blocks"] == blocks
+    assert_same_result(summary, tmp_path / "run", tmp_path / "local")
+
+
+def test_a_pool_ends_only_the_call_whose_parts_were_lost():
+    import ray
+    from ray.exceptions import ObjectLostError
+
+    from rayfed_lora.runtime.actor_pool import ActorPool, PartsLostError, Work
+
+    @ray.remote(num_cpus=0)
+    class Joining:
+        def join(self, good: bool) -> str:
+            if good:
+                return "joined"
+            # What a call raises in Ray whose arguments are lost.
+            raise ObjectLostError("00" * 28, None, "")
+
+    def joining(good: bool) -> Work:
+        return Work("joining", lambda actor, _: [actor.join.remote(good)])
+
+    pool = ActorPool([Joining.remote()], lambda actor: actor.ready.remote(), print, 10.0)
+    lost, whole = pool.submit([joining(False), joining(True)])
+    assert pool.result(whole) == "joined"
+    with pytest.raises(PartsLostError):
+        pool.result(lost)
+
+
 @pytest.mark.e2e
 def test_work_that_is_stuck_each_time_ends_the_run_with_its_name(tmp_path):
     stuck = Behaviour(sleep_s=dict.fromkeys(range(6), 600.0))
