@@ -170,6 +170,9 @@ class Ledger:
         if facts.resized and not facts.folded:
             self._factors = {kind: self._factors.get(kind, 0) + 1 for kind in ("a", "b")}
         messages = traffic(self._shape, self._rule, facts)
+        if not facts.arrived.any():
+            # Nothing is aggregated: what the round starts from stays as it is.
+            messages = replace(messages, merge=0, renewed=())
         members = np.asarray(facts.cohort, dtype=np.int64)
         base = np.zeros_like(members)
         served = _served(facts, messages)
@@ -179,7 +182,7 @@ class Ledger:
         if messages.merge:
             self._steps.append(messages.merge)
         self._held["base"][members[served]] = len(self._steps)
-        if facts.trainable == "full":
+        if facts.trainable == "full" and facts.arrived.any():
             self._steps.append(self._shape.base_params)
             self._factors["head"] = self._factors.get("head", 0) + 1
         bill = _bill(facts, messages, base, self._shape.total_params)

@@ -307,7 +307,7 @@ def test_the_totals_agree_with_a_slow_ledger_that_follows_each_client(events):
             after_initiating=event["later"],
         )
         slow.book(event)
-        if event["kind"] == "full":
+        if event["kind"] == "full" and event["arrived"]:
             slow.replace()
     assert ledger.totals == Totals(**slow.sums)
 
@@ -536,3 +536,18 @@ def test_who_missed_a_rounds_result_holds_no_renewed_factors():
     # B of q, 6 values at rank 2, of v, 4 at rank 1, and the head of 6, which went to client 0 only.
     later = book(ledger, "adapter", RANKS, (0, 1), 2, frozen="b")
     assert later.base.tolist() == [0, 41 + 6 * 2 + 4 + 6]
+
+
+def test_a_full_round_in_which_nobody_arrives_leaves_no_new_base(ledger):
+    book(ledger, "full", {}, (0, 1), 2)
+    book(ledger, "full", {}, (0,), 0)
+    # Client 0 was sent the result of the first round; client 1 has only helped to make it.
+    assert book(ledger, "adapter", RANKS, (0, 1), 2).base.tolist() == [0, BASE]
+
+
+@pytest.mark.parametrize("rule", ["stacking", "residual", "alternate"])
+def test_a_round_in_which_nobody_arrives_renews_nothing(rule):
+    ledger = new_ledger(rule)
+    book(ledger, "adapter", RANKS, (0, 1), 2, frozen=RULES[rule].frozen(0))
+    book(ledger, "adapter", RANKS, (0,), 0, frozen=RULES[rule].frozen(1))
+    assert book(ledger, "adapter", RANKS, (0, 1), 2, frozen=RULES[rule].frozen(1)).base_params == 0
