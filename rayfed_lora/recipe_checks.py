@@ -186,6 +186,11 @@ def _of_spread(path: str, spread: Spread) -> Iterator[Conflict]:
             (f"{path}.low", f"{path}.high"),
             f"expected at most high ({spread.high:g}), got {spread.low:g}",
         )
+    elif spread.sigma > 0 and spread.median is None:
+        yield Conflict(
+            (f"{path}.sigma", path),
+            f"expected 0 without a lognormal distribution's median, got {spread.sigma:g}",
+        )
 
 
 def _of_rule(recipe: Recipe) -> Iterator[Conflict]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from rayfed_lora.runtime import node_report
 from rayfed_lora.runtime.node_report import NodeReport
@@ -27,3 +29,9 @@ def sees_nothing(location: str, marks: Sequence[str]) -> int:
 def fails(node: str, ray_gpus: float) -> NodeReport:
     """Answer as a node whose environment lacks something."""
     raise ModuleNotFoundError("No module named 'peft'")
+
+
+def marks_late(mark: str, seconds: float) -> None:
+    """Answer late, and leave a file when it does."""
+    time.sleep(seconds)
+    Path(mark).touch()

@@ -50,6 +50,8 @@ _FACTS: TypeAdapter[_Facts] = TypeAdapter(_Facts)
 def check(snapshot: Snapshot, recipe: Recipe, population: Population) -> None:
     """Check the kinds of a checkpoint's facts, and its arrays against model and clients.
 
+    Moments are not looked at: those of another shape start anew (`OptimizerStep`).
+
     Raises:
         ValueError: something is missing, or of another kind or shape.
     """
@@ -62,12 +64,25 @@ def check(snapshot: Snapshot, recipe: Recipe, population: Population) -> None:
     stacked = RULE_FACTS[recipe.aggregation.rule].merges == "stack"
     if snapshot.state.factors or not stacked:
         _expect_names("factors", snapshot.state.factors, modules)
+    shape, dense = population.shape, snapshot.state.dense
     if adapter:
-        _expect_names("tensors", snapshot.state.dense, population.shape.head)
+        _expect_names("tensors", dense, shape.head)
+    values = sum(tensor.size for tensor in dense.values())
+    expected = shape.head_params if adapter else shape.total_params
+    if values != expected:
+        raise ValueError(f"tensors: expected {expected} values in all, got {values}")
     for name, factors in snapshot.state.factors.items():
         rank = factors.a.shape[0] if factors.a.ndim else 0
         _expect(f"A of {name}", factors.a, (rank, modules[name].d_in), "f")
         _expect(f"B of {name}", factors.b, (modules[name].d_out, rank), "f")
+    for client, own in snapshot.personal.items():
+        if not 0 <= client < population.clients:
+            raise ValueError(
+                f"own factors: expected clients 0 to {population.clients - 1}, got {client}"
+            )
+        _expect_names(f"own factors of client {client}", own, snapshot.state.factors)
+        for name, b in own.items():
+            _expect(f"B of {name} of client {client}", b, snapshot.state.factors[name].b.shape, "f")
 
 
 def _expect_names(what: str, found: Iterable[str], expected: Iterable[str]) -> None:

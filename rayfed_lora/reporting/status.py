@@ -72,7 +72,9 @@ class StatusBoard:
             rounds: number of rounds of the run.
             on_change: called on each change with the status, of records and notes the new one only.
         """
+        # Without notes: they would be copied at each change.
         self._status = Status(rounds=rounds)
+        self._notes: list[str] = []
         self._lock = threading.Lock()
         self._on_change = on_change
 
@@ -84,14 +86,16 @@ class StatusBoard:
             notes_seen: number of notes that are not asked for.
         """
         with self._lock:
-            now = self._status
+            now, notes = self._status, tuple(self._notes[notes_seen:])
         new = max(now.rounds_done - now.rounds_before - records_seen, 0)
         records = now.records[max(len(now.records) - new, 0) :]
-        return replace(now, records=records, notes=now.notes[notes_seen:])
+        return replace(now, records=records, notes=notes)
 
     def note(self, text: str) -> None:
         """Note a warning for the user, one line."""
-        self._change(replace(self._status, notes=(*self._status.notes, text)), note=text)
+        with self._lock:
+            self._notes.append(text)
+        self._change(self._status, note=text)
 
     def phase(self, phase: str) -> None:
         """Note what is going on."""

@@ -129,6 +129,17 @@ class Tables:
         if texts:
             self._notes.add([Note(t, text) for text in texts])
 
+    def begin(self) -> None:
+        """Remove what a sitting that never came to a checkpoint may have left.
+
+        The other tables are written over by the first `save`; these only where they have rows.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        for name in (CLIENT_METRICS_FILE, NOTES_FILE):
+            self._folder.remove(name)
+
     def last_tests(self, t: int) -> pa.Table:
         """Return the tests on clients after a round, from the file: save first."""
         return self._tests.of_round(t)

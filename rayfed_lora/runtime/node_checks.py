@@ -49,10 +49,17 @@ def on_node(node_id: str, ask: Callable[..., Any], *arguments: Any) -> ray.Objec
 
 
 def answers(asked: Sequence[ray.ObjectRef], timeout_s: float = _ANSWER_S) -> list[Any]:
-    """Wait for all answers together; an `Unanswered` for each that does not come."""
-    if asked:
-        ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
-    return [_answer(each) for each in asked]
+    """Wait for all answers together; an `Unanswered` for each that does not come.
+
+    Whatever takes too long is ended, with the worker process it is in.
+    """
+    if not asked:
+        return []
+    _, late = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
+    found = [_answer(each) for each in asked]
+    for each in late:
+        ray.cancel(each, force=True)
+    return found
 
 
 def _answer(asked: ray.ObjectRef) -> Any:

@@ -294,7 +294,7 @@ class _Sitting:
 
     def rounds(self, began: float, resume: bool) -> Generator[Tables, None, None]:
         snapshot = checkpoints.newest(self._folder, self._board.note) if resume else None
-        start = self._server.fresh() if snapshot is None else self._gone_on(snapshot)
+        start = self._begun() if snapshot is None else self._gone_on(snapshot)
         self._tracking.resumed(self._tables.rounds)
         self._earlier = start.timing
         startup_s = start.timing.startup_s + time.perf_counter() - began
@@ -381,6 +381,10 @@ class _Sitting:
             personal=progress.personal,
         )
         self._checkpoints.write(snapshot)
+
+    def _begun(self) -> Progress:
+        self._tables.begin()
+        return self._server.fresh()
 
     def _gone_on(self, snapshot: Snapshot) -> Progress:
         try:

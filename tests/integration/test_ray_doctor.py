@@ -56,6 +56,21 @@ def test_a_folder_that_cannot_be_written_and_one_that_is_not_shared_are_faults(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_question_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    import ray
+
+    from rayfed_lora.runtime.node_checks import Unanswered, answers, on_node
+
+    mark, node = tmp_path / "awake", ray.nodes()[0]["NodeID"]
+    asked = on_node(node, ailing.marks_late, str(mark), 6.0)
+    (answer,) = answers([asked], timeout_s=3.0)
+    assert isinstance(answer, Unanswered)
+    assert answer.reason == "no answer in time"
+    with pytest.raises(ray.exceptions.RayError):
+        ray.get(asked, timeout=20.0)
+    assert not mark.exists()
+
+
 def test_a_node_that_is_gone_or_lacks_a_package_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 

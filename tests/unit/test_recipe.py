@@ -499,6 +499,11 @@ def test_a_missing_model_is_named():
             ["at most high (2)", "got 3"],
         ),
         (
+            [("clients.speed", {"column": "pace", "sigma": 0.5})],
+            "clients.speed.sigma",
+            ["expected 0", "median", "got 0.5"],
+        ),
+        (
             [("clients.speed", {"median": 1.0, "column": "pace"})],
             "clients.speed",
             ["median, column"],

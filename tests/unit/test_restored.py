@@ -84,6 +84,34 @@ def test_factors_of_other_modules_or_shapes_are_refused(snapshot):
             restored.check(replace(snapshot, state=state), make_recipe(), POPULATION)
 
 
+def test_tensors_of_another_size_are_refused(snapshot):
+    dense = {name: tensor[:1] for name, tensor in snapshot.state.dense.items()}
+    state = AdapterState(snapshot.state.factors, dense)
+    with pytest.raises(ValueError, match=r"tensors: expected (6|47) values in all, got \d+"):
+        restored.check(replace(snapshot, state=state), make_recipe(), POPULATION)
+
+
+@pytest.mark.parametrize(
+    ("client", "names", "rows", "complaint"),
+    [
+        (6, "qv", 6, "own factors: expected clients 0 to 5, got 6"),
+        (2, "q", 6, "expected own factors of client 2 of q, v, got q"),
+        (2, "qv", 5, r"B of q of client 2: expected shape \(6, 3\)"),
+    ],
+)
+def test_own_factors_of_no_client_or_of_another_shape_are_refused(
+    client, names, rows, complaint, tmp_path
+):
+    folder = RunFolder(tmp_path)
+    begun(folder, make_recipe(), 2)
+    found = checkpoints.newest(folder, lambda text: None)
+    assert found is not None
+    sizes = {"q": rows, "v": 4}
+    own = {name: np.zeros((sizes[name], 3), np.float32) for name in names}
+    with pytest.raises(ValueError, match=complaint):
+        restored.check(replace(found, personal={client: own}), make_recipe(), POPULATION)
+
+
 def test_a_run_whose_data_have_other_clients_now_is_refused_in_a_line(tmp_path):
     folder = RunFolder(tmp_path)
     begun(folder, make_recipe(), 2)

@@ -457,6 +457,15 @@ def test_a_kill_between_two_writes_of_a_save_loses_nothing(
     assert_same_run(tmp_path, undisturbed("plain"))
 
 
+def test_notes_of_a_start_that_never_came_to_a_checkpoint_go(tmp_path):
+    recipe = make_recipe()
+    with pytest.raises(Killed):
+        run(recipe, tmp_path, executor=KilledExecutor(recipe, 0, 0))
+    (tmp_path / "notes.parquet").write_bytes(b"of a killed start")
+    run(recipe, tmp_path, resume=True)
+    assert not (tmp_path / "notes.parquet").exists()
+
+
 def test_a_run_killed_while_it_exports_needs_no_round_again(undisturbed, tmp_path):
     recipe = make_recipe()
 
