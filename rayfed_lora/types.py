@@ -340,7 +340,7 @@ class RoundRecord:
         proposal: the annealing's proposal and verdict, None where there was none.
         seconds: wall time of the round, evaluation included.
         dropped_clients: how many left or came too late, by the simulated clock.
-        retried_blocks: how often a block was trained again because its actor or its result was lost.
+        retried_blocks: how often a block was trained again, its actor or its result being lost.
         simulated_s: length of the round by the simulated clock, waiting for clients included; None
             where no time is simulated.
     """

@@ -113,6 +113,7 @@ class ActorPool:
         start_timeout_s: float,
         ahead: int = 0,
         block_timeout_s: float | None = None,
+        renewed: Callable[[Any], Any] = lambda actor: actor,
     ) -> None:
         """Take open actors.
 
@@ -124,9 +125,11 @@ class ActorPool:
             ahead: how many jobs an actor is sent while it still works on another: it then never
                 waits for a message. Of use where jobs take equally long.
             block_timeout_s: an actor that takes longer for a job is ended; None: no limit.
+            renewed: returns another actor in place of one that Ray cannot restart for now.
         """
         self._workers = [_Worker(actor) for actor in actors]
         self._reopen = reopen
+        self._renewed = renewed
         self._note = note
         self._start_timeout_s = start_timeout_s
         self._depth = 1 + ahead
@@ -289,7 +292,13 @@ class ActorPool:
         except LOST as error:
             # Ray refuses calls for the seconds that a restart takes; do not ask in a tight loop.
             time.sleep(_RESTART_POLL_S)
-            self._revive(worker, error)
+            renewed = self._renewed(worker.actor)
+            if renewed is worker.actor:
+                self._revive(worker, error)
+            else:
+                self._note("a client actor's node is gone: another one starts where there is room")
+                worker.actor = renewed
+                self._returning[self._reopen(renewed)] = worker
         else:
             self._workers.append(worker)
 

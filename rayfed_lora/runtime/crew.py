@@ -1,4 +1,4 @@
-"""Client actors in a placement group, and what they share: for one run, or for several.
+"""Client actors in their placement groups, and what they share: for one run, or for several.
 
 Source: this project.
 """
@@ -6,6 +6,7 @@ Source: this project.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ray
@@ -19,6 +20,7 @@ from ray.util.placement_group import (
     PlacementGroup,
     get_placement_group,
     placement_group,
+    placement_group_table,
     remove_placement_group,
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -31,26 +33,40 @@ from rayfed_lora.runtime.placement import Layout, layout, nodes_of, wanted
 from rayfed_lora.runtime.shelf import PREPARING, prepared_from
 
 _POLL_S = 0.5
+# A bundle of a placement group.
+Place = tuple[PlacementGroup, int]
 
 
 class Crew:
     """Actors that are ready to be opened for a recipe, again and again."""
 
     def __init__(
-        self, recipe: Recipe, plan: Layout, group: PlacementGroup, shelf: Any = None
+        self,
+        recipe: Recipe,
+        plan: Layout,
+        places: Sequence[Place],
+        shelf: Any = None,
+        *,
+        group_name: str | None = None,
     ) -> None:
         """Start the actors.
 
         Args:
             recipe: names them.
             plan: how many, and their shares.
-            group: has a bundle for each of them first.
+            places: where each of them goes.
             shelf: actor handle of a `Shelf` that prepares data and base, for crews beside this one
                 too; None: the first actor of the crew does.
+            group_name: each place is a group of its own, the crew's to remove, so named but for a
+                number; None: the places are others'.
         """
-        self._group = group
+        self._name = recipe.name
+        self._plan = plan
+        self._places = list(places)
         self._shelf = shelf
-        self.actors = [self._start(recipe, i, plan) for i in range(plan.actors)]
+        self._group_name = group_name
+        self._renewals = 0
+        self.actors = [self._start(i) for i in range(plan.actors)]
         # References of the newest workload and of its base's weights, by what they are made from.
         self._shared: tuple[str, list[ray.ObjectRef]] = ("", [])
 
@@ -60,9 +76,9 @@ class Crew:
 
         Args:
             recipe: gives `runtime`, and how many actors are of use.
-            name: of the placement group: unique in the cluster, and the same when a lost driver
-                goes on. What that one had reserved is given back first: Ray would keep it while
-                the job lives.
+            name: of the placement groups, but for a number: unique in the cluster, and the same
+                when a lost driver goes on. What that one had reserved is given back first: Ray
+                would keep it while the job lives.
             fewer: take as many of the asked for actors as the nodes hold that are left: one at
                 least.
 
@@ -80,25 +96,45 @@ class Crew:
         else:
             # What is reserved and does not fit is what an autoscaler brings nodes for.
             plan, limit = wanted(recipe.runtime), ("scale_up_s", runtime.scale_up_s)
-        _free_leftover(name)
-        return cls(recipe, plan, _reserve(plan, name, *limit))
+        _free_leftovers(name)
+        places = [(group, 0) for group in _reserve(plan, name, *limit)]
+        return cls(recipe, plan, places, group_name=name)
 
-    def _start(self, recipe: Recipe, index: int, plan: Layout) -> Any:
+    def _start(self, index: int) -> Any:
+        group, bundle = self._places[index]
         strategy = PlacementGroupSchedulingStrategy(
-            self._group,
-            placement_group_bundle_index=index,
+            group,
+            placement_group_bundle_index=bundle,
             placement_group_capture_child_tasks=False,
         )
         options = {
-            "num_cpus": plan.cpus,
-            "num_gpus": plan.gpus,
+            "num_cpus": self._plan.cpus,
+            "num_gpus": self._plan.gpus,
             "max_restarts": -1,
             # The same work on another actor gives the same result: the executor decides.
             "max_task_retries": 0,
             "scheduling_strategy": strategy,
         }
         actor = ray.remote(ClientActor).options(**options)
-        return actor.remote(plan.gpus, f"client-actor-{index:02d} of {recipe.name}")
+        return actor.remote(self._plan.gpus, f"client-actor-{index:02d} of {self._name}")
+
+    def renewed(self, actor: Any) -> Any:
+        """Return an actor in place of one whose node is gone; the same one where it is not.
+
+        The new one starts when a node has room for it. Its group is a new one too: one that has
+        lost its node is tried again without a pause, which keeps the head node busy (Ray's pull
+        request 65007), and one that never had a node with growing pauses.
+        """
+        index = self.actors.index(actor)
+        group, _ = self._places[index]
+        if self._group_name is None or placement_group_table(group).get("state") != "RESCHEDULING":
+            return actor
+        remove_placement_group(group)
+        self._renewals += 1
+        number = len(self._places) + self._renewals
+        self._places[index] = _group(self._plan, self._group_name, number), 0
+        self.actors[index] = self._start(index)
+        return self.actors[index]
 
     def prepare(
         self, recipe: Recipe, factory: Factory
@@ -146,29 +182,43 @@ class Crew:
 
     def close(self) -> None:
         """End the actors and give their resources back."""
-        remove_placement_group(self._group)
+        if self._group_name is not None:
+            _remove(group for group, _ in self._places)
         self.actors = []
         self.forget()
 
 
-def _free_leftover(name: str) -> None:
-    try:
-        leftover = get_placement_group(name)
-    except ValueError:
-        return
-    remove_placement_group(leftover)
+def _group(plan: Layout, name: str, number: int) -> PlacementGroup:
+    return placement_group([plan.bundle], name=f"{name} {number:03d}")
 
 
-def _reserve(plan: Layout, name: str, key: str, timeout_s: float) -> PlacementGroup:
-    group = placement_group(plan.bundles, strategy="PACK", name=name)
-    try:
-        ray.get(group.ready(), timeout=timeout_s)
-    except GetTimeoutError:
+def _free_leftovers(name: str) -> None:
+    table = placement_group_table().values()
+    names = [each["name"] for each in table if each["state"] != "REMOVED"]
+    _remove(get_placement_group(each) for each in names if each.startswith(f"{name} "))
+
+
+def _remove(groups: Iterable[PlacementGroup]) -> None:
+    for group in groups:
         remove_placement_group(group)
+
+
+def _reserve(plan: Layout, name: str, key: str, timeout_s: float) -> list[PlacementGroup]:
+    """Reserve a group for each actor.
+
+    Raises:
+        ResourceError: they were not there in time; nothing stays reserved.
+    """
+    # A group an actor: what becomes of one when its node is lost is no matter to the others.
+    groups = [_group(plan, name, i) for i in range(plan.actors)]
+    try:
+        ray.get([group.ready() for group in groups], timeout=timeout_s)
+    except GetTimeoutError:
+        _remove(groups)
         free = ray.available_resources()
         raise ResourceError(
             f"waited {timeout_s:g} s (runtime.{key}) for {plan.actors} client actors of"
             f" {plan.cpus:g} CPU and {plan.gpus:g} GPU; free now: {free.get('CPU', 0):g} CPU,"
             f" {free.get('GPU', 0):g} GPU, the rest is in use by others"
         ) from None
-    return group
+    return groups

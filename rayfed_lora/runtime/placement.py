@@ -38,10 +38,10 @@ class Layout:
     gpus: float
 
     @property
-    def bundles(self) -> list[dict[str, float]]:
-        """The placement group's bundles, one an actor."""
+    def bundle(self) -> dict[str, float]:
+        """What an actor's placement group reserves."""
         share = {"CPU": self.cpus, "GPU": self.gpus}
-        return [{name: value for name, value in share.items() if value > 0}] * self.actors
+        return {name: value for name, value in share.items() if value > 0}
 
     def most_on(self, node: Node) -> int:
         """Return how many of such actors one machine could hold."""

@@ -108,11 +108,14 @@ class RayExecutor:
             populations = [result(ready) for ready in opened]
         except LOST as error:
             raise RunError(f"a client actor was lost while it started: {error}") from error
-        timeout = self._recipe.runtime.start_timeout_s
+        runtime = self._recipe.runtime
+        timeout = max(runtime.start_timeout_s, runtime.scale_up_s or 0.0)
         # Blocks of as many steps each may be dealt out ahead; others go to whoever is free first.
         ahead = 0 if self._recipe.clients.local_steps is None else 1
-        limit = self._recipe.runtime.block_timeout_s
-        self._pool = ActorPool(crew.actors, self._open, self._note, timeout, ahead, limit)
+        limit = runtime.block_timeout_s
+        self._pool = ActorPool(
+            crew.actors, self._open, self._note, timeout, ahead, limit, crew.renewed
+        )
         population: Population = populations[0]
         return population
 

@@ -279,7 +279,9 @@ class _Job:
         result(ray.get(shelf.prepared.remote(recipe, self._factory))[0])
         shared = Shared(space, recipe, self._location, actors, shelf, self._factory)
         # The trial's own process computes little: it takes no share.
-        group = ray_tune.PlacementGroupFactory([{}, *actors.bundles], strategy="PACK")
+        group = ray_tune.PlacementGroupFactory(
+            [{}, *[actors.bundle] * actors.actors], strategy="PACK"
+        )
         trainable = ray_tune.with_parameters(Trial, shared=shared)
         return trials, ray_tune.with_resources(trainable, group), slots
 

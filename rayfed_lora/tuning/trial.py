@@ -107,7 +107,8 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             self._crew = None
         if self._crew is None:
             group = ray.util.get_current_placement_group()
-            self._crew = Crew(recipe, shared.layout, group, shared.shelf)
+            places = [(group, i) for i in range(shared.layout.actors)]
+            self._crew = Crew(recipe, shared.layout, places, shared.shelf)
         self._total = recipe.annealing.total_rounds
         self._board = StatusBoard(self._total)
         executor = RayExecutor(recipe, shared.factory, self._board.note, crew=self._crew)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import psutil
 import pytest
 
@@ -92,6 +94,51 @@ def test_a_run_outlives_a_node_and_ends_with_the_same_bits(recipe, undisturbed, 
     assert run.returncode == 0, stderr
     assert "lost" in stdout
     assert_same_result(out, undisturbed)
+
+
+def test_a_lost_node_leaves_the_head_at_rest_and_one_that_comes_takes_its_place(tmp_path, cluster):
+    recipe = tmp_path / "nodes.yaml"
+    recipe.write_text(RECIPE.replace("local_steps: 60", "local_steps: 150"))
+    finish("run", str(recipe), "--out", str(tmp_path / "a"), "--set", "runtime.executor=local")
+    out = tmp_path / "b"
+    (head,) = (p for p in psutil.Process().children(recursive=True) if p.name() == "gcs_server")
+    with started(
+        command("run", str(recipe), "--out", str(out), "--address", cluster.address)
+    ) as run:
+        wait_for(rounds_saved(out, 2), run)
+        lost = next(n for n in cluster.worker_nodes if "ray::Simulation" not in " ".join(at(n)))
+        cluster.remove_node(lost, allow_graceful=False)
+        # Ray takes some seconds to see that a node is gone.
+        wait_for(lambda: "node is gone" in notes_of(out), run)
+        before, since = sum(head.cpu_times()[:2]), time.monotonic()
+        wait_for(rounds_saved(out, rounds_of(out) + 2), run)
+        used, spent = sum(head.cpu_times()[:2]) - before, time.monotonic() - since
+        node = cluster.add_node(num_cpus=1)
+        wait_for(lambda: any(name.startswith("ray::round") for name in at(node)), run)
+        _, stderr = run.communicate(timeout=WAIT_S)
+    assert run.returncode == 0, stderr
+    # It was 0.75 of a core when Ray tried to place what was lost again and again.
+    assert used < 0.2 * spent
+    assert_same_result(out, summary_of(tmp_path / "a"))
+
+
+def at(node: Any) -> list[str]:
+    """Return what the workers of one of the cluster's raylets are and do."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    found = []
+    for worker in raylet.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(" ".join(worker.cmdline()))
+    return found
+
+
+def notes_of(out: Path) -> str:
+    path = out / "notes.parquet"
+    return "; ".join(pd.read_parquet(path)["text"]) if path.exists() else ""
+
+
+def rounds_of(out: Path) -> int:
+    return len(pd.read_parquet(out / "rounds.parquet"))
 
 
 def test_a_run_waits_for_the_nodes_that_it_asks_for(recipe, undisturbed, tmp_path):

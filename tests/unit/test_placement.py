@@ -47,7 +47,7 @@ def test_a_share_never_spans_two_machines():
 def test_without_a_gpu_the_same_recipe_takes_cpu_shares():
     plan = layout(runtime(gpus_per_actor=0.5, cpus_per_actor=2), LAPTOP, 1000)
     assert plan == Layout(actors=2, cpus=2.0, gpus=0.0)
-    assert plan.bundles == [{"CPU": 2.0}, {"CPU": 2.0}]
+    assert plan.bundle == {"CPU": 2.0}
 
 
 def test_auto_takes_a_whole_gpu_where_there_is_one_and_none_where_not():
@@ -68,8 +68,8 @@ def test_a_number_of_actors_that_is_asked_for_is_what_one_gets():
     assert layout(runtime(client_actors=3), LAPTOP, most=2).actors == 3
 
 
-def test_bundles_name_cpus_and_gpus_once_an_actor():
-    assert Layout(2, 1.0, 0.5).bundles == [{"CPU": 1.0, "GPU": 0.5}] * 2
+def test_a_bundle_names_cpus_and_gpus():
+    assert Layout(2, 1.0, 0.5).bundle == {"CPU": 1.0, "GPU": 0.5}
 
 
 def test_cpu_fractions_that_are_not_exact_in_binary_are_counted_right():
