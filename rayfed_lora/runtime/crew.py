@@ -5,6 +5,7 @@ Source: this project.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -33,6 +34,8 @@ from rayfed_lora.runtime.placement import Layout, layout, nodes_of, wanted
 from rayfed_lora.runtime.shelf import PREPARING, prepared_from
 
 _POLL_S = 0.5
+# How long a run holds a part of what it waits for.
+_PATIENCE_S = {"start_timeout_s": 10.0, "scale_up_s": 60.0}
 # A bundle of a placement group.
 Place = tuple[PlacementGroup, int]
 
@@ -204,21 +207,30 @@ def _remove(groups: Iterable[PlacementGroup]) -> None:
 
 
 def _reserve(plan: Layout, name: str, key: str, timeout_s: float) -> list[PlacementGroup]:
-    """Reserve a group for each actor.
+    """Reserve a group for each actor: what becomes of one is no matter to the others.
+
+    Runs that wait for the same nodes must not hold a part each for ever: who has not got all lets
+    go of all from time to time, for a while.
 
     Raises:
         ResourceError: they were not there in time; nothing stays reserved.
     """
-    # A group an actor: what becomes of one when its node is lost is no matter to the others.
-    groups = [_group(plan, name, i) for i in range(plan.actors)]
-    try:
-        ray.get([group.ready() for group in groups], timeout=timeout_s)
-    except GetTimeoutError:
-        _remove(groups)
+    deadline = time.monotonic() + timeout_s
+    while True:
+        groups = [_group(plan, name, i) for i in range(plan.actors)]
+        left_s = max(deadline - time.monotonic(), 0.0)
+        patience_s = random.uniform(1.0, 2.0) * _PATIENCE_S[key]
+        ready = [group.ready() for group in groups]
+        _, late = ray.wait(ready, num_returns=len(ready), timeout=min(left_s, patience_s))
+        if not late:
+            return groups
         free = ray.available_resources()
-        raise ResourceError(
-            f"waited {timeout_s:g} s (runtime.{key}) for {plan.actors} client actors of"
-            f" {plan.cpus:g} CPU and {plan.gpus:g} GPU; free now: {free.get('CPU', 0):g} CPU,"
-            f" {free.get('GPU', 0):g} GPU, the rest is in use by others"
-        ) from None
-    return groups
+        _remove(groups)
+        if left_s <= patience_s:
+            raise ResourceError(
+                f"waited {timeout_s:g} s (runtime.{key}) for {plan.actors} client actors of"
+                f" {plan.cpus:g} CPU and {plan.gpus:g} GPU, and got {len(groups) - len(late)};"
+                f" free beside them: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU, the"
+                " rest is in use by others"
+            )
+        time.sleep(random.uniform(0.1, 0.5) * patience_s)

@@ -8,6 +8,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -154,6 +155,60 @@ def test_a_pool_ends_only_the_call_whose_parts_were_lost():
     assert pool.result(whole) == "joined"
     with pytest.raises(PartsLostError):
         pool.result(lost)
+
+
+def test_a_pool_goes_on_with_another_actor_where_one_cannot_come_back():
+    import ray
+
+    from rayfed_lora.runtime.actor_pool import ActorPool, Work
+    from rayfed_lora.runtime.actors import NotOpenError
+
+    @ray.remote(num_cpus=0)
+    class Sometimes:
+        def __init__(self, well: bool) -> None:
+            self._well = well
+
+        def open(self) -> None:
+            if not self._well:
+                raise NotOpenError("the node is gone")
+
+        def train(self) -> str:
+            self.open()
+            return "trained"
+
+    ill, well, notes = Sometimes.remote(False), Sometimes.remote(True), []
+    pool = ActorPool(
+        [ill], lambda actor: actor.open.remote(), notes.append, 10.0, renewed=lambda actor: well
+    )
+    (job,) = pool.submit([Work("training", lambda actor, _: [actor.train.remote()])])
+    assert pool.result(job) == "trained"
+    assert "another one starts where there is room" in notes[-1]
+
+
+def test_an_actor_is_renewed_with_its_placement_group_where_its_node_is_gone(monkeypatch):
+    import ray
+
+    from rayfed_lora.runtime import crew as crews
+
+    table = crews.placement_group_table
+    crew = crews.Crew.reserved(on_ray(runtime__client_actors=2), "renewed")
+    try:
+        assert crew.wait(60.0)
+        first, second = crew.actors
+        assert crew.renewed(first) is first
+        monkeypatch.setattr(crews, "placement_group_table", lambda _: {"state": "RESCHEDULING"})
+        other = crew.renewed(first)
+        assert other is not first
+        assert crew.actors == [other, second]
+        monkeypatch.undo()
+        assert crew.wait(60.0)
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(first.__ray_ready__.remote(), timeout=60.0)
+    finally:
+        crew.close()
+    ours = [each for each in table().values() if each["name"].startswith("renewed ")]
+    assert len(ours) == 3
+    assert {each["state"] for each in ours} == {"REMOVED"}
 
 
 @pytest.mark.e2e
@@ -313,11 +368,34 @@ def test_resources_that_others_hold_are_waited_for_so_long_and_no_longer(tmp_pat
     try:
         recipe = on_ray(runtime__client_actors=2, runtime__start_timeout_s=1.0)
         with pytest.raises(
-            ResourceError, match=r"waited 1 s .* 2 client actors .* free now: 1 CPU"
+            ResourceError, match=r"waited 1 s .* 2 client actors .* got 1; free beside them: 0 CPU"
         ):
             run(recipe, tmp_path, FakeFactory())
     finally:
         remove_placement_group(taken)
+
+
+@pytest.mark.e2e
+def test_who_waits_does_not_keep_for_ever_what_another_one_waits_for():
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    from rayfed_lora.runtime.crew import Crew
+
+    # Of 4 CPUs the other one has 2 and wants a third; we want 3.
+    has = placement_group([{"CPU": 2.0}])
+    assert has.wait(30)
+    recipe = on_ray(runtime__client_actors=3, runtime__start_timeout_s=200.0)
+    with ThreadPoolExecutor() as pool:
+        ours = pool.submit(Crew.reserved, recipe, "ours")
+        time.sleep(5.0)
+        wants = placement_group([{"CPU": 1.0}])
+        assert wants.wait(60)
+        assert not ours.done()
+        remove_placement_group(has)
+        remove_placement_group(wants)
+        crew = ours.result(100)
+    assert crew.wait(60.0)
+    crew.close()
 
 
 def test_the_object_store_does_not_grow_with_the_rounds(tmp_path):
