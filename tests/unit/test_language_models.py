@@ -219,9 +219,12 @@ def test_tied_weights_stay_tied_where_they_travel(texts: Path) -> None:
     # Each buffer by itself, as an object store hands them out.
     arrived = pickle.loads(sent, buffers=[bytes(buffer) for buffer in buffers])
     here, there = LocalTrainer(recipe, workload), LocalTrainer(recipe, workload, weights=arrived)
-    full = set(here.initial_tensors("full"))
+    tensors = here.initial_tensors("full")
+    full = set(tensors)
     assert "lm_head.weight" not in full
     assert set(there.initial_tensors("full")) == full
+    # What a checkpoint is checked against.
+    assert sum(tensor.size for tensor in tensors.values()) == here.shape().total_params
 
 
 def test_labelled_texts_may_be_dealt_by_label_and_used_without(tmp_path: Path, texts: Path) -> None:
