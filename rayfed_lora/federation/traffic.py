@@ -44,8 +44,9 @@ class RoundFacts:
         ranks: rank by module; not looked at in a full-model round.
         limits: (cohort,) largest rank of each client, None where none is limited.
         frozen: the factor that is not trained.
-        ranks_before: rank by module of the download, where it differs: in a round whose shrink
-            is folded, clients get the factors before the cut, to fold the rest themselves.
+        ranks_before: rank by module of what the round starts from, where it differs: in a round
+            whose shrink is folded, clients get the factors before the cut, to fold the rest
+            themselves.
         folded: number of values in what that shrink folds into the base.
         resized: whether the server has cut A and B (`is_cut`) since the last round's result. A
             rise needs no message: all draw the new rows of A from the seed.
@@ -110,13 +111,14 @@ def traffic(shape: ModelShape, rule: RuleFacts, facts: RoundFacts) -> Traffic:
         whole = np.full(len(facts.cohort), shape.total_params, np.int64)
         return Traffic(whole, whole)
     ranks = facts.ranks
+    start = ranks if facts.ranks_before is None else facts.ranks_before
     both: tuple[Frozen, ...] = ("a", "b")
     limits = np.full(len(facts.cohort), _NO_LIMIT) if facts.limits is None else facts.limits
     kinds: tuple[Frozen, ...] = tuple(kind for kind in both if kind != facts.frozen)
     kinds = ("a",) if rule.personal else kinds
     up = _size(shape.modules, ranks, limits, kinds) + shape.head_params
     size: dict[str, int] = {
-        k: int(_size(shape.modules, ranks, np.array([_NO_LIMIT]), (k,))[0]) for k in both
+        k: int(_size(shape.modules, start, np.array([_NO_LIMIT]), (k,))[0]) for k in both
     }
     # A download that is the round's result leaves out where the round starts from.
     head = {"head": shape.head_params}
@@ -127,14 +129,10 @@ def traffic(shape: ModelShape, rule: RuleFacts, facts: RoundFacts) -> Traffic:
     if rule.merges == "residual":
         merge = _residual(shape.modules, ranks, int(facts.arrived.sum()))
         return Traffic(up, up + merge, merge, frozen={**size, **head}, renewed=("a", "b", "head"))
-    down = up
-    if facts.ranks_before is not None:
-        down = _size(shape.modules, facts.ranks_before, limits, kinds) + shape.head_params
-    if rule.trains == "both":
-        return Traffic(up, down)
-    if rule.trains == "b":
-        return Traffic(up, down, frozen={"a": size["a"]})
-    return Traffic(up, down, frozen={**size, **head}, renewed=(*kinds, "head"))
+    if rule.trains == "turns":
+        return Traffic(up, up, frozen={**size, **head}, renewed=(*kinds, "head"))
+    down = _size(shape.modules, start, limits, kinds) + shape.head_params
+    return Traffic(up, down, frozen={"a": size["a"]} if rule.trains == "b" else {})
 
 
 def _size(

@@ -470,6 +470,33 @@ def test_a_folded_cut_needs_no_new_frozen_factor():
     assert book(ledger, "adapter", {"q": 1, "v": 1}, ALL, 4, **facts).base_params == 0
 
 
+def test_who_lacks_a_frozen_factor_is_sent_it_from_before_a_folded_cut():
+    ledger = new_ledger("freeze-a")
+    book(ledger, "adapter", RANK_2, (0, 1), 2, frozen="a")
+    book(ledger, "adapter", {"q": 1, "v": 1}, (0, 1), 2, frozen="a", resized=True)
+    # Client 2 lacks the A of rank 1 that the cut to v's rank 0 starts from.
+    facts = {"frozen": "a", "resized": True, "ranks_before": {"q": 1, "v": 1}, "folded": 7}
+    assert book(ledger, "adapter", {"q": 1, "v": 0}, (0, 2), 2, **facts).base.tolist() == [
+        0,
+        BASE + 7,
+    ]
+
+
+def test_where_the_download_is_the_result_a_folded_cut_makes_it_no_larger():
+    one, facts = {"q": 1, "v": 1}, {"ranks_before": RANK_2, "folded": 17}
+    ledger = new_ledger("alternate")
+    book(ledger, "adapter", RANK_2, (0, 1), 2, frozen="a")
+    bill = book(ledger, "adapter", one, (0, 2), 2, frozen="b", resized=True, **facts)
+    assert bill.up.tolist() == bill.down.tolist() == 2 * [7 + 6]
+    # Client 2 starts from the head and from B as it was before the cut; A is still the seed's.
+    assert bill.base.tolist() == [0, BASE + B + 6]
+    ledger = new_ledger("residual")
+    book(ledger, "adapter", RANK_2, (0, 1), 2)
+    bill = book(ledger, "adapter", one, (0, 2), 2, resized=True, **facts)
+    assert bill.down.tolist() == 2 * [17 + 6 + 17]
+    assert bill.base.tolist() == [0, BASE + A + B + 6]
+
+
 @pytest.mark.parametrize("rule", ["product-svd", "zero-pad"])
 def test_clients_of_different_ranks_send_and_get_their_own(rule):
     bill = book(new_ledger(rule), "adapter", {"q": 2, "v": 1}, (0, 1), 2, limits=np.array([1, 5]))
