@@ -129,13 +129,18 @@ def newest(folder: RunFolder, warn: Callable[[str], None]) -> Snapshot | None:
         RunFolderError: there are checkpoints, but every one of them is damaged.
     """
     names = _names(folder)
+    faults = []
     for name in reversed(names):
         try:
             return _read(folder, f"{_FOLDER}/{name}")
         except _DAMAGE as error:
+            faults.append(f"{name}: {error}")
             warn(f"checkpoint {name} is damaged or half written ({error}); using the one before it")
     if any(folder.exists(f"{_FOLDER}/{name}/manifest.json") for name in names):
-        raise RunFolderError(f"every checkpoint in {child(folder.location, _FOLDER)} is damaged")
+        raise RunFolderError(
+            f"every checkpoint in {child(folder.location, _FOLDER)} is damaged, or of another"
+            f" version ({faults[0]})"
+        )
     return None
 
 

@@ -233,7 +233,7 @@ def test_a_checkpoint_of_another_format_is_passed_over(folder):
     name = "checkpoints/round-000004/manifest.json"
     folder.write(name, folder.read(name).replace(b'"format": 3', b'"format": 1'))
     notes: list[str] = []
-    with pytest.raises(RunFolderError):
+    with pytest.raises(RunFolderError, match="format 1, this version reads 3"):
         checkpoints.newest(folder, notes.append)
     assert "format 1, this version reads 3" in notes[0]
 
@@ -243,7 +243,8 @@ def test_checkpoints_that_are_all_damaged_are_an_error_that_names_the_folder(fol
         save_checkpoint(folder, snapshot(rounds), keep=2)
         damage(folder, f"checkpoints/round-00000{rounds}/state.json", "flipped")
     notes: list[str] = []
-    with pytest.raises(RunFolderError, match=r"every checkpoint in .*/checkpoints is damaged"):
+    fault = r"every checkpoint in .*/checkpoints is damaged.*\(round-000005: "
+    with pytest.raises(RunFolderError, match=fault):
         checkpoints.newest(folder, notes.append)
     assert len(notes) == 2
 
