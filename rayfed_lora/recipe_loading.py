@@ -25,7 +25,7 @@ from ruamel.yaml.representer import SafeRepresenter
 
 from rayfed_lora.errors import Fault, RecipeError
 from rayfed_lora.plain_values import MOST_LEVELS, excess
-from rayfed_lora.presets import PRESETS, merged
+from rayfed_lora.presets import merged, preset
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_checks import ConflictError
 
@@ -78,13 +78,14 @@ def load_recipe(
     for path, value in pairs:
         _check_size(name, value, f"--set {path}")
         written = merged(written, _nested(name, path, value))
-    own = raw.get("method", "sa-fedlora")
-    layers = [_preset(own), raw]
+    own, given = raw.get("method", "sa-fedlora"), merged(raw, written)
+    layers = [preset(own, given), raw]
     if written.get("method", own) != own:
         # Another method than the recipe was written for: its preset goes over the recipe's keys.
-        layers = [_freed_of(raw, _preset(own)), _preset(written["method"])]
+        rest = _freed_of(raw, preset(own, raw))
+        layers = [rest, preset(written["method"], merged(rest, written))]
     merged_layers: dict[str, Any] = {}
-    for layer in [_of_task(merged(raw, written)), *layers, written]:
+    for layer in [_of_task(given), *layers, written]:
         merged_layers = merged(merged_layers, layer)
     return _validated(name, merged_layers)
 
@@ -240,11 +241,6 @@ def _of_task(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     model = raw.get("model")
     language = isinstance(model, Mapping) and model.get("task") == "causal-lm"
     return {"adapter": {"train_head": False}} if language else {}
-
-
-def _preset(method: Any) -> Mapping[str, Any]:
-    # An unknown method has no preset; validation names it as a fault.
-    return PRESETS.get(method, {}) if isinstance(method, str) else {}
 
 
 def _validated(name: str, raw: dict[str, Any]) -> Recipe:

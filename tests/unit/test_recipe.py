@@ -194,6 +194,26 @@ def test_what_is_not_written_has_the_default_of_the_method(key, default):
     assert at(load_recipe(VIT), key) == default
 
 
+@pytest.mark.parametrize(
+    ("pairs", "scaling"),
+    [
+        ([], "alpha_over_rank"),
+        ([("method", "spd-cfl")], "alpha_over_rank"),
+        ([("method", "fedlora")], "constant"),
+        ([("clients.optimizer.name", "sgd")], "constant"),
+        ([("adapter.scaling", "rslora")], "rslora"),
+        ([("adapter.scaling", "constant")], "constant"),
+    ],
+)
+def test_falling_ranks_keep_the_learning_rate_of_adamw_unless_written(pairs, scaling):
+    adamw = with_values(("clients.optimizer.name", "adamw"))
+    assert load_recipe(adamw, dict(pairs)).adapter.scaling == scaling
+    # A resolved recipe says what it was given as if the user had written it.
+    resolved = load_recipe(adamw).model_dump()
+    expected = "alpha_over_rank" if pairs == [("clients.optimizer.name", "sgd")] else scaling
+    assert load_recipe(resolved, dict(pairs)).adapter.scaling == expected
+
+
 def options(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str | None]]:
     for name, info in kind.model_fields.items():
         yield f"{prefix}{name}", info.description
