@@ -121,7 +121,7 @@ def _of_acceptance(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict(
             ("annealing.acceptance", "annealing.cooling.residual"),
             "'metropolis' does not go with residual 'fold': a folded shrink leaves the model as it"
-            " is, so every proposal would be accepted; use 'always'",
+            " is, so every proposal would be accepted; use 'always', or residual 'drop'",
         )
     adapter_initiating = annealing.initiating.trainable == "adapter" and annealing.initiating_rounds
     at_heating_rank = annealing.heating.rounds > 0 or adapter_initiating
