@@ -20,24 +20,26 @@ PAIRS = (
 )
 
 
-def spread(values: pd.Series[float]) -> str:
-    """Return mean and standard deviation, in points of accuracy."""
-    return f"{100 * values.mean():.2f} ({100 * values.std():.2f})"
+def spread(values: pd.Series[float], decimals: int = 2) -> str:
+    """Return the mean, and the standard deviation where there are several values."""
+    mean = f"{values.mean():.{decimals}f}"
+    return mean if len(values) == 1 else f"{mean} ({values.std():.{decimals}f})"
 
 
 def methods(runs: pd.DataFrame) -> str:
-    """Return a table with a row a method: accuracy, bytes, reduction.
+    """Return a table with a row a method: accuracy, loss, bytes, reduction.
 
     Args:
-        runs: final_accuracy, total_bytes, bytes_base and both reductions of each method and seed.
+        runs: final_accuracy, final_loss, total_bytes and both reductions of each method and seed.
     """
     lines = [
-        "| method | accuracy, % | MB sent | less than FedAvg | with the base counted |",
-        "|---|---|---|---|---|",
+        "| method | accuracy, % | loss | MB sent | less than FedAvg | with the base counted |",
+        "|---|---|---|---|---|---|",
     ]
     for method, own in runs.groupby("method", sort=False):
         lines.append(
-            f"| {method} | {spread(own['final_accuracy'])}"
+            f"| {method} | {spread(100 * own['final_accuracy'])}"
+            f" | {spread(own['final_loss'], 3)}"
             f" | {own['total_bytes'].mean() / 1e6:.0f}"
             f" | {100 * own['reduction_vs_fedavg'].mean():.2f} %"
             f" | {100 * own['reduction_vs_fedavg_with_base'].mean():.2f} % |"
@@ -46,27 +48,31 @@ def methods(runs: pd.DataFrame) -> str:
 
 
 def differences(runs: pd.DataFrame) -> str:
-    """Return a table of differences of accuracy, seed by seed."""
-    scores = runs.pivot_table(index="seed", columns="method", values="final_accuracy")
-    lines = ["| | mean difference, points | each seed |", "|---|---|---|"]
+    """Return a table of differences, seed by seed for accuracy."""
+    scores = runs.pivot_table(
+        index="seed", columns="method", values=["final_accuracy", "final_loss"]
+    )
+    accuracy, loss = scores["final_accuracy"], scores["final_loss"]
+    lines = ["| | accuracy, points | each seed | loss |", "|---|---|---|---|"]
     for one, other in PAIRS:
-        if one in scores and other in scores:
-            found = 100 * (scores[one] - scores[other])
+        if one in accuracy and other in accuracy:
+            found = 100 * (accuracy[one] - accuracy[other])
             each = ", ".join(f"{value:+.2f}" for value in found)
-            lines.append(f"| {one} - {other} | {found.mean():+.2f} | {each} |")
+            apart = (loss[one] - loss[other]).mean()
+            lines.append(f"| {one} - {other} | {found.mean():+.2f} | {each} | {apart:+.3f} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     """Print all sets, as far as they are run."""
     for name in ("trec", "vader", "fashion"):
-        for part in (*map(str, ALPHAS), "rules", "choices"):
+        for part in (*map(str, ALPHAS), "plain", "rules", "choices"):
             path = RESULTS / f"{name}-{part}-runs.csv"
             if path.exists():
                 runs = pd.read_csv(path)
                 seeds = runs["seed"].nunique()
                 print(f"**{name}, {part}**, {seeds} seeds\n\n{methods(runs)}\n")
-                if part not in ("rules", "choices"):
+                if part != "choices":
                     print(f"{differences(runs)}\n")
 
 
