@@ -1,17 +1,17 @@
 """The paper's claim put to the test: SA-FedLoRA beside FedAvg and federated-LoRA methods.
 
-`python run.py [--out DIR] [--stages tune,main,plain,rules,choices] [--sets trec,vader,fashion]`
+`python run.py [--out DIR] [--stages main,plain,rules,choices] [--sets trec,vader,fashion]`
 runs, in this order and one run after another:
 
-* tune: each method's learning rate, by a climb on a grid that is the same for all, seed 100,
-  alpha 0.5;
 * main: SA-FedLoRA (full and adapter-only initiating stage), FedAvg and fixed ranks (high, low, and
-  the one that sends as much as the annealed ranks do), every set, alpha 0.1 and 0.5, three seeds
+  the one that sends as much as the annealed ranks do), every set, alpha 0.5 and 0.1, three seeds
   that tuning has not seen; FedProx too on TREC, alpha 0.5;
 * plain: the same on TREC, alpha 0.5, with the choices that were made before anything was known;
 * rules: the other methods on TREC, alpha 0.5;
 * choices: SA-FedLoRA's own options on TREC, alpha 0.5, seeds for tuning only.
 
+Each method's learning rate is tuned first, by a climb on a grid that is the same for all, on seed
+100 and the same skew; what is found stands in results/paper/rates.json and is not looked for again.
 Finished runs are not run again: end it at any time (SIGINT), start it again. Tables of what there
 is go to results/paper/.
 """
@@ -38,6 +38,7 @@ GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 # Where the climb starts; the grid is the same for all.
 START, START_FULL = 3e-3, 3e-4
 TUNING_SEEDS, SEEDS = (100, 101), (0, 1, 2)
+ALPHAS = (0.5, 0.1)
 LR, FIRST_LR = "clients.optimizer.lr", "annealing.initiating.lr"
 RANK, LOW_RANK = "annealing.heating.rank", "annealing.cooling.rank"
 Variant = Mapping[str, Any]
@@ -63,6 +64,7 @@ MAIN: Mapping[str, Variant] = {
 }
 # Only their rank differs, and the scale is alpha / rank.
 LR_OF: Mapping[str, str] = {"fixed-equal": "fixed-high", "fixed-low": "fixed-high"}
+Rates = Mapping[str, float]
 # The same comparison before anything was looked for: query and value projections, alpha 16, rank
 # 8 to 2 and 5 at equal bytes, plain averaging, a constant scale, cuts dropped.
 PLAIN: Mapping[str, Variant] = {
@@ -73,11 +75,13 @@ PLAIN: Mapping[str, Variant] = {
     "sa-full": {"method": "sa-fedlora", "adapter.scaling": "constant"},
 }
 # On one set and skew only, as the other methods: it costs as much as all fixed ranks together.
-FIRST, FIRST_ALPHA = "trec", 0.5
+FIRST = "trec"
 ONCE: Mapping[str, Variant] = {"fedprox": {"method": "fedprox"}}
-# The methods that set an aggregation rule.
+# The methods that set an aggregation rule. FlexLoRA is fixed-high; FedSA-LoRA has no global model.
 RULES: Mapping[str, Variant] = {
-    name: {**WIDE, "method": name} for name, keys in PRESETS.items() if "aggregation" in keys
+    name: {**WIDE, "method": name}
+    for name, keys in PRESETS.items()
+    if "aggregation" in keys and name not in ("flexlora", "fedsa-lora")
 }
 _SHAPES = ("linear", "cubic", "exponential", "logarithmic", "step")
 CHOICES: Mapping[str, Variant] = {
@@ -102,53 +106,71 @@ def compare(name: str, out: Path, variants: Mapping[str, Variant], seeds: Any, *
         )
 
 
-def tuned(
-    name: str, out: Path, variants: Mapping[str, Variant], known: Mapping[str, Variant]
-) -> dict[str, Variant]:
-    """Return the variants with the best learning rate found on the grid for each.
+def rates_of(
+    title: str, name: str, out: Path, methods: Mapping[str, Variant], given: Rates, **settings: Any
+) -> Rates:
+    """Return the best learning rate on the grid of each method; tune those not known yet.
 
     A climb on the grid, which ends where both neighbours are no better.
-    SA-FedLoRA's full first round takes the rate that is the best for FedAvg.
 
     Args:
+        title: what the rates are kept under.
         name: of the set.
         out: folder of the runs.
-        variants: to tune.
-        known: tuned ones that these may take a rate from.
+        methods: to tune.
+        given: rates of methods that are tuned elsewhere.
+        settings: keys of all runs.
     """
-    scores: dict[str, dict[float, float]] = {method: {} for method in variants}
-    found: dict[str, Variant] = {}
-    while len(found) < len(variants):
+    path = RESULTS / "rates.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    rates: dict[str, float] = {**given, **kept.get(title, {})}
+    scores: dict[str, dict[float, float]] = {
+        method: {} for method in methods if method not in rates and method not in LR_OF
+    }
+    # SA-FedLoRA's full first round takes the rate that is the best for FedAvg.
+    waiting = {"sa-full"} if "fedavg" in scores else set()
+    while scores.keys() - rates.keys():
         trials: dict[str, tuple[str, float]] = {}
-        grid: dict[str, Variant] = {}
-        for method, own in variants.items():
-            others = {**known, **found}
-            needed = "fedavg" if method == "sa-full" else LR_OF.get(method)
-            if needed is not None and needed not in others:
-                continue
-            first = {FIRST_LR: others["fedavg"][LR]} if method == "sa-full" else {}
-            full = method in ("fedavg", "fedprox")
-            lr = next_rate(scores[method], START_FULL if full else START)
-            if method in LR_OF:
-                found[method] = {**own, LR: others[LR_OF[method]][LR]}
-            elif lr is None:
-                best = max(scores[method], key=scores[method].__getitem__)
-                found[method] = {**own, **first, LR: best}
+        for method in scores.keys() - rates.keys() - waiting:
+            start = START_FULL if method in ("fedavg", "fedprox") else START
+            lr = next_rate(scores[method], start)
+            if lr is None:
+                rates[method] = max(scores[method], key=scores[method].__getitem__)
             else:
                 trials[f"{method}-{lr:g}"] = method, lr
-                grid[f"{method}-{lr:g}"] = {**own, **first, LR: lr}
+        waiting -= {"sa-full"} if "fedavg" in rates else set()
+        grid = {
+            label: with_rates({method: methods[method]}, {**rates, method: lr})[method]
+            for label, (method, lr) in sorted(trials.items())
+        }
         if grid:
-            runs = compare(name, out, grid, TUNING_SEEDS[:1]).runs
+            runs = compare(name, out, grid, TUNING_SEEDS[:1], **settings).runs
             for label, accuracy in zip(runs["method"], runs["final_accuracy"], strict=True):
                 method, lr = trials[label]
                 scores[method][lr] = accuracy
-    rows = [
-        {"method": method, "lr": lr, "accuracy": accuracy}
-        for method, tried in scores.items()
-        for lr, accuracy in sorted(tried.items())
-    ]
-    save(pd.DataFrame(rows), f"{name}-{out.name}")
-    return found
+    if scores:
+        rows = [
+            {"method": method, "lr": lr, "accuracy": accuracy}
+            for method, tried in scores.items()
+            for lr, accuracy in sorted(tried.items())
+        ]
+        save(pd.DataFrame(rows), f"{title}-tuning")
+        found = {method: rates[method] for method in methods if method in rates}
+        path.write_text(json.dumps({**kept, title: found}, indent=1, sort_keys=True) + "\n")
+    return rates
+
+
+def with_rates(methods: Mapping[str, Variant], rates: Rates) -> dict[str, Variant]:
+    """Return methods with their learning rates."""
+    first = {FIRST_LR: rates["fedavg"]} if "sa-full" in methods else {}
+    return {
+        method: {
+            **own,
+            **(first if method == "sa-full" else {}),
+            LR: rates[LR_OF.get(method, method)],
+        }
+        for method, own in methods.items()
+    }
 
 
 def next_rate(scores: Mapping[float, float], start: float) -> float | None:
@@ -184,31 +206,34 @@ def main() -> None:
     """Run the stages."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default=str(HERE / "runs"))
-    parser.add_argument("--stages", default="tune,main,plain,rules,choices")
+    parser.add_argument("--stages", default="main,plain,rules,choices")
     parser.add_argument("--sets", default="trec,vader,fashion")
     args = parser.parse_args()
     stages, sets, out = args.stages.split(","), args.sets.split(","), Path(args.out)
-    best = {
-        name: tuned(name, out / name / "tuning", {**MAIN, **(ONCE if name == FIRST else {})}, {})
-        for name in sets
-    }
-    if "main" in stages:
-        for alpha in (FIRST_ALPHA, 0.1):
-            for name in sets:
-                partition = {"data.partition.alpha": alpha}
-                whole = (name, alpha) == (FIRST, FIRST_ALPHA)
-                variants = {m: own for m, own in best[name].items() if whole or m not in ONCE}
-                folder = out / name / f"main-{alpha}"
-                finish(name, folder, f"{name}-{alpha}", variants, SEEDS, **partition)
+
+    def rates(name: str, part: str, methods: Mapping[str, Variant], given: Rates, **own: Any):
+        return rates_of(
+            f"{name}-{part}", name, out / name / f"tuning-{part}", methods, given, **own
+        )
+
+    for alpha in ALPHAS if "main" in stages else ():
+        for name in sets:
+            own = {"data.partition.alpha": alpha}
+            once = ONCE if (name, alpha) == (FIRST, ALPHAS[0]) else {}
+            methods = {**MAIN, **once}
+            found = with_rates(methods, rates(name, str(alpha), methods, {}, **own))
+            finish(name, out / name / f"main-{alpha}", f"{name}-{alpha}", found, SEEDS, **own)
+    if FIRST not in sets or not {"plain", "rules", "choices"} & set(stages):
+        return
+    best = rates(FIRST, str(ALPHAS[0]), {**MAIN, **ONCE}, {})
     for stage, methods in (("plain", PLAIN), ("rules", RULES)):
-        if FIRST in sets and stage in stages:
-            known = {"fedavg": best[FIRST]["fedavg"]}
-            variants = tuned(FIRST, out / FIRST / f"tuning-{stage}", methods, known)
-            finish(FIRST, out / FIRST / stage, f"{FIRST}-{stage}", variants, SEEDS)
-    if FIRST in sets and "choices" in stages:
-        variants = {name: {**best[FIRST]["sa-adapter"], **own} for name, own in CHOICES.items()}
-        finish(FIRST, out / FIRST / "choices", f"{FIRST}-choices", variants, TUNING_SEEDS)
-    (RESULTS / "chosen.json").write_text(json.dumps(best, indent=1) + "\n")
+        if stage in stages:
+            found = with_rates(methods, rates(FIRST, stage, methods, {"fedavg": best["fedavg"]}))
+            finish(FIRST, out / FIRST / stage, f"{FIRST}-{stage}", found, SEEDS)
+    if "choices" in stages:
+        annealed = with_rates(MAIN, best)["sa-adapter"]
+        found = {name: {**annealed, **own} for name, own in CHOICES.items()}
+        finish(FIRST, out / FIRST / "choices", f"{FIRST}-choices", found, TUNING_SEEDS)
 
 
 if __name__ == "__main__":
