@@ -14,6 +14,9 @@ from rayfed_lora.aggregation.step import Float64Array, Product
 from rayfed_lora.lora.products import stacked
 from rayfed_lora.types import Factors, FloatArray
 
+# Values; 512 kB in float64.
+_PART = 1 << 16
+
 
 class TensorMean:
     """The weighted mean of equally named tensors.
@@ -45,7 +48,10 @@ class TensorMean:
         if other._first is not None:
             self._add(*other._first)
         if other._sum is not None:
-            self._take(other._weight, other._sum)
+            own = self._summed()
+            # What came may be read-only.
+            self._sum = other._sum.copy() if own is None else np.add(own, other._sum, out=own)
+            self._weight += other._weight
 
     def _check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         expected = self._shapes = self._shapes if self._weight > 0.0 else shapes
@@ -57,21 +63,21 @@ class TensorMean:
             )
 
     def _add(self, weight: float, flat: FloatArray) -> None:
-        if self._weight == 0.0:
-            self._first, self._weight = (weight, flat), weight
-            return
-        self._take(weight, np.multiply(flat, weight, dtype=np.float64))
-
-    def _take(self, weight: float, total: Float64Array) -> None:
-        """Add a weighted sum to a sum of our own: what came may be read-only."""
-        if self._sum is None:
-            self._sum = np.zeros(total.shape)
-        if self._first is not None:
-            first_weight, flat = self._first
-            self._sum += np.multiply(flat, first_weight, dtype=np.float64)
-            self._first = None
-        self._sum += total
+        own = self._summed()
+        if own is None:
+            self._first = weight, flat
+        else:
+            # In parts that stay in a processor's cache; a whole product is as large as the sum.
+            for i in range(0, len(flat), _PART):
+                own[i : i + _PART] += np.multiply(flat[i : i + _PART], weight, dtype=np.float64)
         self._weight += weight
+
+    def _summed(self) -> Float64Array | None:
+        """Return the sum, with the first client in it; None where there is no client."""
+        if self._first is not None:
+            weight, flat = self._first
+            self._sum, self._first = np.multiply(flat, weight, dtype=np.float64), None
+        return self._sum
 
     def mean(self) -> dict[str, Float64Array]:
         """Return sum of weight * tensor / sum of weight, by name."""

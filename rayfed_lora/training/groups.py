@@ -110,8 +110,8 @@ def clip_by_client(parameters: Sequence[torch.Tensor], limit: float, clients: in
         clients: number of clients.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    squares = [g.reshape(clients, -1).square().sum(dim=1) for g in gradients]
-    norms = torch.stack(squares).sum(dim=0).sqrt()
+    each = [torch.linalg.vector_norm(g.reshape(clients, -1), dim=1) for g in gradients]
+    norms = torch.linalg.vector_norm(torch.stack(each), dim=0)
     shares = (limit / (norms + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         by_client = shares.view(clients, *[1] * (gradient.dim() - 1))

@@ -336,14 +336,21 @@ class LocalTrainer:
 def _optimizer(
     parameters: list[torch.Tensor], settings: Clients, lr: float
 ) -> torch.optim.Optimizer | None:
-    """Return a fresh optimiser; None where nothing is trained (rank 0 and no head)."""
+    """Return a fresh optimiser; None where nothing is trained (rank 0 and no head).
+
+    Fused ones read and write each tensor once.
+    """
     chosen = settings.optimizer
     if not parameters:
         return None
     if chosen.name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=chosen.weight_decay)
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=chosen.weight_decay, fused=True)
     return torch.optim.SGD(
-        parameters, lr=lr, momentum=chosen.momentum, weight_decay=chosen.weight_decay
+        parameters,
+        lr=lr,
+        momentum=chosen.momentum,
+        weight_decay=chosen.weight_decay,
+        fused=True,
     )
 
 

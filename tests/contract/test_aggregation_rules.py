@@ -667,3 +667,17 @@ def test_a_tensor_mean_is_taken_in_double_precision():
     for _ in range(3):
         mean.add(1.0, {"x": np.array([1.0], np.float32)})
     np.testing.assert_array_equal(mean.mean()["x"], [(16777216 + 3) / 4])
+
+
+def test_a_tensor_mean_of_a_large_model_joined_from_two_is_the_mean_of_all():
+    draw = np.random.default_rng(4)
+    sent = [{"x": draw.normal(size=200_003).astype(np.float32)} for _ in range(5)]
+    left, right = TensorMean(), TensorMean()
+    for k, tensors in enumerate(sent):
+        (left if k < 2 else right).add(k + 1, tensors)
+    held = right.mean()["x"].copy()
+    left.join(right)
+    expected = np.average([t["x"].astype(np.float64) for t in sent], 0, np.arange(1, 6))
+    np.testing.assert_allclose(left.mean()["x"], expected, rtol=0, atol=1e-14)
+    left.add(6, sent[0])
+    np.testing.assert_array_equal(right.mean()["x"], held)
