@@ -10,6 +10,9 @@ RESULTS = Path(__file__).parent.parent / "results" / "paper"
 ALPHAS = (0.5, 0.1)
 # Who is compared with whom, on the same seeds.
 PAIRS = (
+    ("sa-mended", "fixed-high"),
+    ("sa-mended", "fixed-equal"),
+    ("sa-mended", "sa-adapter"),
     ("sa-adapter", "fixed-equal"),
     ("sa-adapter", "fixed-high"),
     ("sa-adapter", "fixed-low"),
@@ -67,9 +70,11 @@ def main() -> None:
     """Print all sets, as far as they are run."""
     for name in ("trec", "vader", "fashion"):
         for part in (*map(str, ALPHAS), "plain", "rules", "choices"):
-            path = RESULTS / f"{name}-{part}-runs.csv"
-            if path.exists():
-                runs = pd.read_csv(path)
+            # The mended method is one more of those with plain choices.
+            titles = [f"{name}-{part}", *([f"{name}-mended"] if part == "plain" else [])]
+            paths = [RESULTS / f"{title}-runs.csv" for title in titles]
+            if paths[0].exists():
+                runs = pd.concat([pd.read_csv(path) for path in paths if path.exists()])
                 seeds = runs["seed"].nunique()
                 print(f"**{name}, {part}**, {seeds} seeds\n\n{methods(runs)}\n")
                 if part != "choices":
