@@ -60,13 +60,17 @@ def shipped_text(name: str) -> str:
 
 
 def load_recipe(
-    source: str | Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    variant: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """Return the validated recipe.
 
     Args:
         source: a shipped recipe's name, a path to a YAML file, or the mapping itself.
         overrides: `key.path=value` texts (values in YAML) or a mapping of key paths to values.
+        variant: what sets one variant of that recipe apart, by key path. A method that it names
+            brings its preset, which goes over what `source` and `overrides` say.
 
     Raises:
         RecipeError: the file cannot be read, is not YAML, or has faults; all are listed.
@@ -74,20 +78,51 @@ def load_recipe(
     name, raw = _read(source)
     _check_size(name, raw)
     pairs = overrides.items() if isinstance(overrides, Mapping) else override_pairs(name, overrides)
+    written = _nested_all(name, pairs)
+    if variant is not None:
+        raw = merged(raw, written) if _keeps_method(raw, written) else _layered(raw, written)
+        written = _nested_all(name, variant.items())
+    content = _layered(raw, written)
+    return _validated(name, merged(_of_task(content), content))
+
+
+def _nested_all(name: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     written: dict[str, Any] = {}
     for path, value in pairs:
         _check_size(name, value, f"--set {path}")
         written = merged(written, _nested(name, path, value))
-    own, given = raw.get("method", "sa-fedlora"), merged(raw, written)
-    layers = [preset(own, given), raw]
-    if written.get("method", own) != own:
+    return written
+
+
+def _own_method(raw: Mapping[str, Any]) -> Any:
+    return raw.get("method", "sa-fedlora")
+
+
+def _keeps_method(raw: Mapping[str, Any], written: Mapping[str, Any]) -> bool:
+    own = _own_method(raw)
+    return bool(written.get("method", own) == own)
+
+
+def _layered(raw: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe with the preset of its method and what is written over both."""
+    own = _own_method(raw)
+    if _keeps_method(raw, written):
+        under = merged(preset(own, merged(raw, written)), raw)
+    else:
         # Another method than the recipe was written for: its preset goes over the recipe's keys.
         rest = _freed_of(raw, preset(own, raw))
-        layers = [rest, preset(written["method"], merged(rest, written))]
-    merged_layers: dict[str, Any] = {}
-    for layer in [_of_task(given), *layers, written]:
-        merged_layers = merged(merged_layers, layer)
-    return _validated(name, merged_layers)
+        if _skips_initiating(rest):
+            rest = merged(rest, {"annealing": {"initiating": {"rounds": 0}}})
+        under = merged(rest, preset(written["method"], merged(rest, written)))
+    return merged(under, written)
+
+
+def _skips_initiating(raw: Mapping[str, Any]) -> bool:
+    """Return whether a recipe's first stage is not run, however many rounds it names."""
+    stage: Any = raw
+    for key in ("annealing", "initiating"):
+        stage = stage.get(key) if isinstance(stage, Mapping) else None
+    return isinstance(stage, Mapping) and stage.get("trainable") == "none"
 
 
 def recipe_yaml(recipe: Recipe) -> str:

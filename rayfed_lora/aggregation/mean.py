@@ -6,7 +6,7 @@ Source: this project (method.md, "Randomness": reductions in client order, float
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -106,18 +106,22 @@ class ProductMean:
     def add(self, weight: float, factors: Factors) -> None:
         """Add one client's factors with its weight, > 0; ranks and scales may differ."""
         self._weight += weight
-        self._factors.append((weight, factors))
-        self._shrink()
+        self._take([(weight, factors)])
 
     def join(self, other: ProductMean) -> None:
         """Add what another mean has taken in."""
         self._weight += other._weight
-        self._factors += other._factors
         if other._dense is not None:
             self._dense = other._dense if self._dense is None else self._dense + other._dense
-        self._shrink()
+        self._take(other._factors)
 
-    def _shrink(self) -> None:
+    def _take(self, factors: Sequence[tuple[float, Factors]]) -> None:
+        for weight, sent in factors:
+            # Of factors of rank 0 one is enough, for its shape.
+            if sent.rank > 0 or (not self._factors and self._dense is None):
+                self._factors.append((weight, sent))
+        if not self._factors:
+            return
         d_out, d_in = self._size()
         rank = sum(f.rank for _, f in self._factors)
         if rank * (d_out + d_in) > 2 * d_out * d_in:

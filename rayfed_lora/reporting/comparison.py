@@ -26,6 +26,14 @@ from rayfed_lora.storage import RunFolder
 
 # Share of the best accuracy that is to be reached, where no target is named.
 _TARGET_SHARE = 0.95
+# Of the last model on clients' own examples, and of their own models: columns of `runs`, and what
+# the summary calls them.
+_OF_CLIENTS = {
+    "clients_accuracy": "accuracy_mean",
+    "clients_accuracy_worst_tenth": "accuracy_worst_tenth",
+    "personal_accuracy": "personal_accuracy_mean",
+    "personal_accuracy_worst_tenth": "personal_accuracy_worst_tenth",
+}
 # Columns of `runs` that a mean and a standard deviation over seeds make sense of.
 _AVERAGED = (
     "final_accuracy",
@@ -33,6 +41,8 @@ _AVERAGED = (
     "final_loss",
     "final_macro_f1",
     "final_auc",
+    "final_perplexity",
+    *_OF_CLIENTS,
     "total_bytes",
     "bytes_base",
     "reduction_vs_fedavg",
@@ -183,6 +193,7 @@ def _row(
     cell: Cell, summary: Mapping[str, Any], rounds: pd.DataFrame, target: float
 ) -> dict[str, Any]:
     final, best, sent = summary["final"], summary["best"], summary["communication"]
+    on_clients = summary.get("clients") or {}
     reached = rounds[rounds["eval_accuracy"] >= target].head(1)
     return {
         "method": cell.method,
@@ -194,6 +205,8 @@ def _row(
         "final_loss": final["eval_loss"],
         "final_macro_f1": final["eval_macro_f1"],
         "final_auc": final["eval_auc"],
+        "final_perplexity": final["eval_perplexity"],
+        **{name: on_clients.get(key) for name, key in _OF_CLIENTS.items()},
         "total_bytes": sent["total_bytes"],
         "bytes_base": sent["bytes_base"],
         "reduction_vs_fedavg": sent["reduction_vs_fedavg"],

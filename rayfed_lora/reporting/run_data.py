@@ -268,9 +268,14 @@ def _told_apart(found: Sequence[_Found]) -> list[RunData]:
 
 
 def accuracies_of_clients(runs: Sequence[RunData]) -> dict[str, npt.NDArray[Any]]:
-    """Return the accuracies of the last models on clients' own examples, by label."""
+    """Return the accuracies of the last models on clients' own examples, by label.
+
+    Where clients have models of their own, theirs too, by the label with "(own models)".
+    """
     found: dict[str, list[npt.NDArray[Any]]] = {}
     for run in runs:
-        if not run.tests.empty:
-            found.setdefault(run.label, []).append(run.tests["accuracy"].to_numpy())
+        kinds = {"accuracy": run.label, "personal_accuracy": f"{run.label} (own models)"}
+        for column, label in kinds.items():
+            if column in run.tests and run.tests[column].notna().any():
+                found.setdefault(label, []).append(run.tests[column].dropna().to_numpy())
     return {label: np.concatenate(parts) for label, parts in found.items()}

@@ -14,12 +14,13 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from rayfed_lora.errors import BadInputError, InterruptedRunError, RayfedError
+from rayfed_lora.errors import BadInputError, InterruptedRunError, RayfedError, RunFolderError
 from rayfed_lora.federation.executor import Executor
 from rayfed_lora.locations import child
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, override_pairs
 from rayfed_lora.reporting.comparison import Cell, Comparison, Ended, Standing
+from rayfed_lora.reporting.search import SEARCH_FILE
 from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.reporting.tracking import Tracker
 from rayfed_lora.runtime import launch
@@ -218,7 +219,7 @@ def cells_of(
     cells: list[Cell] = []
     for seed in seeds:
         for name, own in methods.items():
-            given = load_recipe(recipe, {**settings, **own, "seed": seed})
+            given = load_recipe(recipe, settings, {**own, "seed": seed})
             if cells and given.runtime != cells[0].recipe.runtime:
                 raise BadInputError(
                     f"methods: expected the same runtime for all, since they share actors; {name!r}"
@@ -252,7 +253,8 @@ def compare(  # noqa: PLR0913 - a user names them
             your own, e.g. {"low": {"method": "fedlora", "annealing.heating.rank": 2}}.
         out: folder or URI of the comparison.
         seeds: of the runs.
-        settings: further overrides of the recipe, as for `--set`.
+        settings: further overrides of the recipe, as for `--set`; the keys that set another method
+            apart stay as its preset has them.
         target: accuracy to reach, for rounds and bytes to it; None: 95 % of the best one.
         address: of a running Ray cluster; default $RAY_ADDRESS, or a Ray of our own.
         watch: called with the standing from time to time.
@@ -267,6 +269,11 @@ def compare(  # noqa: PLR0913 - a user names them
     # Absolutely: workers may run in another folder.
     where = out if folder.local is None else str(folder.local)
     cells = cells_of(recipe, methods, seeds, where, settings)
+    for name, kind in (("recipe.yaml", "a run"), (SEARCH_FILE, "a search")):
+        if folder.exists(name):
+            raise RunFolderError(
+                f"{folder.location}: expected a folder for a comparison, it holds {kind}"
+            )
     for cell in cells:
         claim(RunFolder(cell.location), cell.recipe, resume=True)
     factory, watch = factory or TorchFactory(), watch or (lambda standing: None)

@@ -338,7 +338,8 @@ def _optimizer(
 ) -> torch.optim.Optimizer | None:
     """Return a fresh optimiser; None where nothing is trained (rank 0 and no head).
 
-    Fused ones read and write each tensor once.
+    Fused ones read and write each tensor once. SGD's needs all momenta from the first step on: a
+    parameter without a gradient has none yet.
     """
     chosen = settings.optimizer
     if not parameters:
@@ -350,7 +351,7 @@ def _optimizer(
         lr=lr,
         momentum=chosen.momentum,
         weight_decay=chosen.weight_decay,
-        fused=True,
+        fused=chosen.momentum == 0,
     )
 
 

@@ -660,6 +660,20 @@ def test_a_product_mean_of_five_hundred_clients_holds_no_more_than_a_few_and_is_
     np.testing.assert_allclose(held_b @ held_a, total / (500 * 501 / 2), atol=1e-12)
 
 
+def test_a_product_mean_of_clients_of_rank_0_holds_no_more_for_more_of_them():
+    none = Factors(np.zeros((0, 5), np.float32), np.zeros((4, 0), np.float32), 1.0)
+    one = Factors(np.ones((1, 5), np.float32), np.ones((4, 1), np.float32), 1.0)
+    few, many = ProductMean(), ProductMean()
+    few.add(1, none)
+    for _ in range(100):
+        many.add(1, none)
+        many.join(few)
+    assert len(pickle.dumps(many)) == len(pickle.dumps(few))
+    many.add(200, one)
+    b, a = many.mean()
+    np.testing.assert_array_equal(b @ a, np.full((4, 5), 0.5))
+
+
 def test_a_tensor_mean_is_taken_in_double_precision():
     # in float32 16777216 + 1 is 16777216, and the mean would lose the ones
     mean = TensorMean()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,72 @@ def test_a_folder_of_another_recipe_is_refused(whole):
     _, out = whole
     with pytest.raises(BadInputError, match=r"holds a run of another recipe.*clients\.per_round"):
         compared(out, settings={"clients.per_round": 2})
+
+
+@pytest.mark.parametrize(("name", "kind"), [("recipe.yaml", "a run"), ("search.yaml", "a search")])
+def test_a_folder_that_holds_something_else_is_refused_and_left_as_it_was(name, kind, tmp_path):
+    (tmp_path / name).write_text("kept: 1")
+    (tmp_path / "rounds.parquet").write_text("kept")
+    with pytest.raises(BadInputError, match=f"expected a folder for a comparison, it holds {kind}"):
+        compared(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {name, "rounds.parquet"}
+    assert (tmp_path / "rounds.parquet").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        (
+            "annealing.heating.rank",
+            2,
+            {"sa-fedlora": 2, "fedlora": 2, "head-only": 0, "bitfit": 0, "own": 1},
+        ),
+        (
+            "aggregation.rule",
+            "product-svd",
+            {"sa-fedlora": "product-svd", "flora": "stacking", "fedlora": "factor-average"},
+        ),
+        (
+            "annealing.initiating.proximal_weight",
+            0.5,
+            {"sa-fedlora": 0.5, "fedavg": 0.0, "fedprox": 0.01},
+        ),
+    ],
+)
+def test_a_setting_of_all_leaves_what_sets_a_method_apart(key, value, expected, tmp_path):
+    methods = {name: {"method": name} for name in expected if name != "own"}
+    if "own" in expected:
+        methods["own"] = {"method": "fedlora", key: 1}
+    cells = cells_of(RECIPE, methods, [0], str(tmp_path), {key: value})
+    assert {cell.method: attrgetter(key)(cell.recipe) for cell in cells} == expected
+
+
+def test_a_recipe_without_a_first_stage_runs_as_long_under_every_method(tmp_path):
+    none = {"annealing.initiating.trainable": "none", "annealing.initiating.rounds": 2}
+    recipe = rayfed_lora.load_recipe(RECIPE, none)
+    methods = ["sa-fedlora", "spd-cfl", "fedavg", "fedlora"]
+    for given in (recipe, recipe.model_dump()):
+        cells = cells_of(given, methods, [0], str(tmp_path))
+        assert len({cell.recipe.annealing.total_rounds for cell in cells}) == 1
+    cells = cells_of(RECIPE, methods, [0], str(tmp_path), none)
+    assert len({cell.recipe.annealing.total_rounds for cell in cells}) == 1
+
+
+def test_clients_own_examples_and_models_have_columns(tmp_path):
+    settings = {"evaluation.client_fraction": 0.2}
+    found = compared(tmp_path, ["fedlora", "fedsa-lora"], settings=settings)
+    runs = found.runs.set_index(["method", "seed"])
+    for method, seed in runs.index:
+        folder = tmp_path / method / f"seed-{seed}"
+        summary = json.loads((folder / "summary.json").read_text())["clients"]
+        row = runs.loc[(method, seed)]
+        assert row["clients_accuracy"] == summary["accuracy_mean"]
+        assert row["clients_accuracy_worst_tenth"] == summary["accuracy_worst_tenth"]
+        own = summary.get("personal_accuracy_mean")
+        assert (own is None) == (method == "fedlora")
+        assert own is None or row["personal_accuracy"] == own
+    means = found.methods.set_index("method")["personal_accuracy_mean"]
+    assert means.isna().tolist() == [True, False]
 
 
 def test_variants_of_ones_own_have_names_and_overrides(tmp_path):
