@@ -213,8 +213,7 @@ def _of_rule(recipe: Recipe) -> Iterator[Conflict]:
             f" or one of the rules {fitting}",
         )
     ranks = recipe.clients.ranks
-    limits = isinstance(ranks, int) and ranks < annealing.heating.rank
-    if not rule.mixed_ranks and (limits or (ranks is not None and not isinstance(ranks, int))):
+    if not rule.mixed_ranks and _smallest(ranks, annealing.heating.rank) < annealing.heating.rank:
         fitting = ", ".join(n for n, entry in RULE_FACTS.items() if entry.mixed_ranks)
         yield Conflict(
             ("clients.ranks", key),
@@ -225,13 +224,13 @@ def _of_rule(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict(
             (key, "annealing.cooling.rank"),
             f"'{name}' goes with one rank only: a cut gives each client another A, and A is shared;"
-            " expected annealing.mode fixed, or cooling.rank equal to heating.rank",
+            " expected annealing.mode fixed, cooling.rank equal to heating.rank, or another rule",
         )
     if rule.personal and annealing.allocation == "spectral":
         yield Conflict(
             (key, "annealing.allocation"),
             f"'{name}' goes with one rank only: 'spectral' would give each client another A, and A"
-            " is shared; use uniform",
+            " is shared; use uniform, or another rule",
         )
     if ranks is not None and annealing.cooling.residual == "fold":
         yield Conflict(
@@ -243,14 +242,19 @@ def _of_rule(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict(
             (key, "annealing.acceptance"),
             f"'{name}' starts LoRA anew each round, a lower rank cuts nothing off that 'metropolis'"
-            " could weigh; use acceptance always or target",
+            " could weigh; use acceptance always or target, or another rule",
         )
     if rule.merges == "stack" and annealing.allocation == "spectral":
         yield Conflict(
             (key, "annealing.allocation"),
             f"'{name}' starts LoRA anew each round: there is no trained adapter for 'spectral' to"
-            " look at; use uniform",
+            " look at; use uniform, or another rule",
         )
+
+
+def _smallest(ranks: int | list[int] | dict[int, float] | None, none: int) -> int:
+    """Return the smallest limit of `clients.ranks`; `none` where there is no limit."""
+    return min([ranks] if isinstance(ranks, int) else ranks or [none])
 
 
 def _shrinks(annealing: Annealing) -> bool:

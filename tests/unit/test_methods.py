@@ -217,7 +217,7 @@ def test_a_client_with_a_b_of_its_own_has_that_and_the_global_a():
             "aggregation.server_optimizer.name",
             "factor-average, freeze-a, alternate, zero-pad, share-a",
         ),
-        ({"aggregation__rule": "share-a"}, "aggregation.rule", "cooling.rank equal to heating"),
+        ({"aggregation__rule": "share-a"}, "aggregation.rule", "to heating.rank, or another rule"),
         (
             {"aggregation__rule": "stacking", "annealing__acceptance": "metropolis"},
             "aggregation.rule",
@@ -255,6 +255,15 @@ def test_what_a_rule_cannot_do_is_refused_with_the_reason(overrides, path, said)
         make_recipe(**overrides)
     assert path in str(raised.value)
     assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("ranks", [3, [3, 5], {4: 0.5, 16: 0.5}])
+def test_a_limit_that_is_never_reached_goes_with_any_rule_and_changes_nothing(ranks):
+    for rule in ("factor-average", "freeze-a", "residual"):
+        free = adapters(aggregation__rule=rule)
+        limited = adapters(aggregation__rule=rule, clients__ranks=ranks)
+        assert all(same(x, y, k) for x, y in zip(free, limited, strict=True) for k in "ab")
+    make_recipe(method="head-only", clients__ranks=ranks)
 
 
 def test_a_run_of_full_models_asks_nothing_of_the_rule():
