@@ -5,7 +5,7 @@ Source: this project (method.md, "The communication ledger").
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -91,13 +91,21 @@ def _reduction(sent: int, fedavg: int) -> float | None:
     return None if fedavg == 0 else 1.0 - sent / fedavg
 
 
-def _served(facts: RoundFacts, messages: Traffic) -> npt.NDArray[np.bool_]:
-    """Return (cohort,) who got its whole download; where that is the round's result, who stayed."""
+def _brings_result(messages: Traffic) -> bool:
+    """Return whether the download is the round's result, and not what the round starts from."""
+    return messages.merge > 0 or len(messages.renewed) > 0
+
+
+def _reached(
+    facts: RoundFacts, messages: Traffic
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Return (cohort,) who got all that the round starts from, and who got all of its messages."""
     if facts.sent is None:
-        return np.ones(len(facts.cohort), bool)
+        everyone = np.ones(len(facts.cohort), bool)
+        return everyone, everyone
     stayed = ~facts.sent.absent
-    is_result = messages.merge > 0 or len(messages.renewed) > 0
-    return stayed if is_result else stayed | (facts.sent.down >= 1.0)
+    began = stayed | (facts.sent.down >= 1.0)
+    return began, stayed if _brings_result(messages) else began
 
 
 def _bill(facts: RoundFacts, messages: Traffic, base: Counts, total_params: int) -> Bill:
@@ -108,7 +116,9 @@ def _bill(facts: RoundFacts, messages: Traffic, base: Counts, total_params: int)
     fedavg_up, fedavg_down = np.where(arrived, whole, 0), whole
     if sent is not None:
         up = np.where(sent.absent, _part(messages.up, sent.up), up)
-        down = np.where(sent.absent, _part(down, sent.down), down)
+        # A result is sent when the round is over, to those who are still there.
+        got = np.zeros_like(down) if _brings_result(messages) else _part(down, sent.down)
+        down = np.where(sent.absent, got, down)
         base = np.where(sent.absent, _part(base, sent.down), base)
         fedavg_up = np.where(sent.absent, _part(whole, sent.up), fedavg_up)
         fedavg_down = np.where(sent.absent, _part(whole, sent.down), fedavg_down)
@@ -166,19 +176,18 @@ class Ledger:
         """
         if facts.folded:
             self._steps.append(facts.folded)
-        # Where a cut is folded, clients get the factors before it and cut them themselves.
-        if facts.resized and not facts.folded:
-            self._factors = {kind: self._factors.get(kind, 0) + 1 for kind in ("a", "b")}
         messages = traffic(self._shape, self._rule, facts)
         if not facts.arrived.any():
             # Nothing is aggregated: what the round starts from stays as it is.
             messages = replace(messages, merge=0, renewed=())
         members = np.asarray(facts.cohort, dtype=np.int64)
         base = np.zeros_like(members)
-        served = _served(facts, messages)
+        began, served = _reached(facts, messages)
         if facts.trainable == "adapter":
             base += self._catch_up(members, len(self._steps) - (facts.folded > 0))
-            base += self._missing_factors(members, served, messages)
+            base += self._missing_factors(facts, members, began, messages)
+            self._renew(members[served], messages)
+        self._held["base"][members[began]] = len(self._steps)
         if messages.merge:
             self._steps.append(messages.merge)
         self._held["base"][members[served]] = len(self._steps)
@@ -190,17 +199,47 @@ class Ledger:
         return bill
 
     def _missing_factors(
-        self, members: Counts, served: npt.NDArray[np.bool_], messages: Traffic
+        self,
+        facts: RoundFacts,
+        members: Counts,
+        began: npt.NDArray[np.bool_],
+        messages: Traffic,
     ) -> Counts:
-        """Return what members need of the frozen factors; the served hold the current ones then."""
+        """Return what members need of the frozen factors; those who began hold the current then.
+
+        A cut makes new ones. Who holds A and B as they were makes the same cut; where it is
+        folded, all of the round are sent them as they were, and do so.
+        """
+        for kind in messages.frozen:
+            self._held.setdefault(kind, np.zeros(self._clients, np.int64))
+        cut = ("a", "b") if facts.resized else ()
+        know = np.full(self._clients, set(cut) <= messages.frozen.keys())
+        for kind in cut:
+            know &= self._held.get(kind, 0) == self._factors.get(kind, 0)
+        if not facts.folded:
+            self._raise(cut, know)
         missing = np.zeros_like(members)
         for kind, size in messages.frozen.items():
-            held = self._held.setdefault(kind, np.zeros(self._clients, np.int64))
-            now = self._factors.get(kind, 0)
+            held, now = self._held[kind], self._factors.get(kind, 0)
             missing += np.where(held[members] < now, size, 0)
-            self._factors[kind] = now + (kind in messages.renewed)
-            held[members[served]] = self._factors[kind]
+            held[members[began]] = now
+        if facts.folded:
+            know[members[began]] = True
+            self._raise(cut, know)
         return missing
+
+    def _raise(self, kinds: Sequence[str], know: npt.NDArray[np.bool_]) -> None:
+        """Replace frozen factors by new ones, which some clients hold already."""
+        for kind in kinds:
+            self._factors[kind] = self._factors.get(kind, 0) + 1
+            if kind in self._held:
+                self._held[kind][know] = self._factors[kind]
+
+    def _renew(self, served: Counts, messages: Traffic) -> None:
+        """Note what the result of a round brings to those who are sent it."""
+        for kind in messages.renewed:
+            self._factors[kind] = self._factors.get(kind, 0) + 1
+            self._held[kind][served] = self._factors[kind]
 
     def _catch_up(self, members: Counts, version: int) -> Counts:
         """Return the values each member must be sent to hold a base version."""

@@ -405,12 +405,34 @@ def test_alternate_brings_who_missed_a_turn_up_to_date():
     assert bill.base.tolist() == [0, 0, A + 6, BASE + A + B + 6]
 
 
-def test_alternate_sends_both_factors_after_a_cut():
-    ledger = new_ledger("alternate")
-    book(ledger, "adapter", RANK_2, (0, 1), 2, frozen="a")
-    bill = book(ledger, "adapter", {"q": 1, "v": 1}, (0, 1), 2, frozen="b", resized=True)
-    assert bill.base.tolist() == 2 * [7 + 10]
-    assert bill.up.tolist() == bill.down.tolist() == 2 * [7 + 6]
+@pytest.mark.parametrize(("rule", "frozen"), [("alternate", "b"), ("residual", None)])
+def test_who_holds_both_factors_cuts_them_and_others_are_sent_the_new_ones(rule, frozen):
+    ledger, one = new_ledger(rule), {"q": 1, "v": 1}
+    # One client, so that `residual` leaves nothing to merge.
+    book(ledger, "adapter", RANK_2, (0,), 1, frozen=RULES[rule].frozen(0))
+    bill = book(ledger, "adapter", one, (0, 1), 1, frozen=frozen, resized=True)
+    assert bill.base.tolist() == [0, BASE + 7 + 10 + 6]
+    # The cut leaves the head as it was: who missed two rounds is sent its newest.
+    assert book(ledger, "adapter", one, (2,), 1).base.tolist() == [BASE + 7 + 10 + 6]
+
+
+@pytest.mark.parametrize(
+    ("rule", "residual", "missing"),
+    [
+        ("freeze-a", 0, [0, 0, 7, BASE + 7]),
+        ("freeze-a", 17, [0, 0, 17 + 7, BASE + 7]),
+        # Client 2 cuts both itself, but A was live in the round that it missed, and the head.
+        ("alternate", 0, [0, 0, 7 + 6, BASE + 10 + 7 + 6]),
+        ("alternate", 17, [0, 0, 17 + 7 + 6, BASE + 10 + 7 + 6]),
+    ],
+)
+def test_who_missed_a_cut_is_sent_the_factors_that_it_made(rule, residual, missing):
+    ledger, one = new_ledger(rule), {"q": 1, "v": 1}
+    book(ledger, "adapter", RANK_2, (0, 1, 2), 3, frozen="a")
+    fold = {"ranks_before": RANK_2, "folded": residual} if residual else {}
+    book(ledger, "adapter", one, (0, 1), 2, frozen=RULES[rule].frozen(1), resized=True, **fold)
+    after = book(ledger, "adapter", one, ALL, 4, frozen=RULES[rule].frozen(2))
+    assert after.base.tolist() == missing
 
 
 def test_share_a_sends_a_and_the_head():
@@ -530,9 +552,10 @@ def test_who_left_before_a_rounds_result_is_sent_it_later():
     ledger = new_ledger("stacking")
     sent = Sent(np.array([False, True]), np.array([1.0, 1.0]), np.array([1.0, 0.5]))
     facts = RoundFacts("adapter", (0, 1), np.array([True, False]), RANKS, sent=sent)
-    ledger.book(facts)
-    # The result was one client's factors, 27 values; client 1 never got it, nor the base with it.
-    assert book(ledger, "adapter", RANKS, (0, 1), 2).base.tolist() == [0, 41 + 6]
+    bill = ledger.book(facts)
+    # The result was one client's factors, 27 values, and the head; client 1 got only the base.
+    assert (bill.down.tolist(), bill.base.tolist()) == ([27 + 6, 0], [41, 41])
+    assert book(ledger, "adapter", RANKS, (0, 1), 2).base.tolist() == [0, 27 + 6]
 
 
 def test_a_quote_is_the_bill_and_books_nothing(ledger):
@@ -562,7 +585,7 @@ def test_who_missed_a_rounds_result_holds_no_renewed_factors():
     ledger.book(RoundFacts("adapter", (0, 1), arrived, RANKS, frozen="a", sent=sent))
     # B of q, 6 values at rank 2, of v, 4 at rank 1, and the head of 6, which went to client 0 only.
     later = book(ledger, "adapter", RANKS, (0, 1), 2, frozen="b")
-    assert later.base.tolist() == [0, 41 + 6 * 2 + 4 + 6]
+    assert later.base.tolist() == [0, 6 * 2 + 4 + 6]
 
 
 def test_a_full_round_in_which_nobody_arrives_leaves_no_new_base(ledger):
