@@ -181,6 +181,7 @@ def _facts(
         ranks_before=before if folded else None,
         folded=folded,
         resized=is_cut(before, ranks),
+        stepped=recipe.aggregation.server_optimizer.lr != 1.0,
         after_initiating=scheduled.stage != "initiating",
     )
 

@@ -378,6 +378,7 @@ class Server:
             ranks_before=entry.cut,
             folded=entry.folded_params,
             resized=is_cut({name: f.rank for name, f in factors.items()}, entry.ranks),
+            stepped=self._recipe.aggregation.server_optimizer.lr != 1.0,
             after_initiating=plan.stage != "initiating",
         )
 

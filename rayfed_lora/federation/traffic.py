@@ -50,6 +50,8 @@ class RoundFacts:
         folded: number of values in what that shrink folds into the base.
         resized: whether the server has cut A and B (`is_cut`) since the last round's result. A
             rise needs no message: all draw the new rows of A from the seed.
+        stepped: whether the server goes another way than to the mean: what the averages lack of it
+            has the rank of one more client then, that of the start.
         after_initiating: whether the round is after the initiating stage.
         sent: what became of the messages of clients that left or came too late; None: all of each
             message is sent.
@@ -64,6 +66,7 @@ class RoundFacts:
     ranks_before: Ranks | None = None
     folded: int = 0
     resized: bool = False
+    stepped: bool = False
     after_initiating: bool = True
     sent: Sent | None = None
 
@@ -100,7 +103,8 @@ def traffic(shape: ModelShape, rule: RuleFacts, facts: RoundFacts) -> Traffic:
     that are trained, at each client's rank, and the head. A client with its own B sends A only.
     Where the result goes into the base, the download is that result: the factors of all clients
     that arrived (`stack`), or the averages and the factors of what they lack (`residual`), of rank
-    (clients - 1) * r, or the matrix itself where that is smaller.
+    (clients - 1) * r, or clients * r where the server's learning rate is not 1, or the matrix
+    itself where that is smaller.
 
     Args:
         shape: the model's sizes.
@@ -127,7 +131,7 @@ def traffic(shape: ModelShape, rule: RuleFacts, facts: RoundFacts) -> Traffic:
         down = np.full_like(up, merge + shape.head_params)
         return Traffic(up, down, merge, frozen=head, renewed=("head",))
     if rule.merges == "residual":
-        merge = _residual(shape.modules, ranks, int(facts.arrived.sum()))
+        merge = _residual(shape.modules, ranks, int(facts.arrived.sum()) - 1 + facts.stepped)
         return Traffic(up, up + merge, merge, frozen={**size, **head}, renewed=("a", "b", "head"))
     if rule.trains == "turns":
         return Traffic(up, up, frozen={**size, **head}, renewed=(*kinds, "head"))
@@ -146,9 +150,10 @@ def _size(
     return total
 
 
-def _residual(modules: Mapping[str, ModuleShape], ranks: Ranks, clients: int) -> int:
+def _residual(modules: Mapping[str, ModuleShape], ranks: Ranks, times: int) -> int:
+    """Return the values in updates of so many times the rank, or in matrices where fewer."""
     total = 0
     for name, module in modules.items():
-        rank = (max(clients, 1) - 1) * ranks[name]
+        rank = max(times, 0) * ranks[name]
         total += min(rank * (module.d_in + module.d_out), module.d_in * module.d_out)
     return total

@@ -695,3 +695,20 @@ def test_a_tensor_mean_of_a_large_model_joined_from_two_is_the_mean_of_all():
     np.testing.assert_allclose(left.mean()["x"], expected, rtol=0, atol=1e-14)
     left.add(6, sent[0])
     np.testing.assert_array_equal(right.mean()["x"], held)
+
+
+@pytest.mark.parametrize(("lr", "clients", "times"), [(1.0, 3, 2), (0.5, 3, 3), (0.5, 1, 1)])
+def test_what_averages_lack_has_the_rank_that_is_billed(lr, clients, times):
+    draw, rank = np.random.default_rng(5), 2
+
+    def state() -> AdapterState:
+        a = draw.normal(size=(rank, 20)).astype(np.float32)
+        b = draw.normal(size=(24, rank)).astype(np.float32)
+        return AdapterState({"q": Factors(a, b, 1.0)}, {})
+
+    start, means = state(), RULES["residual"].means()
+    for _ in range(clients):
+        means.add(1.0, state())
+    step = OptimizerStep(ServerOptimizer(lr=lr), {}, None)
+    b, a = RULES["residual"].rule(start, means, step).merged["q"]
+    assert np.linalg.matrix_rank(b @ a, tol=1e-5) == times * rank

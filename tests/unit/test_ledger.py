@@ -478,6 +478,9 @@ def test_residual_sends_beside_the_averages_what_they_lack_or_the_matrix():
         bill = book(ledger, "adapter", ranks, cohort, len(cohort))
         assert bill.up.tolist() == len(cohort) * [17 + 6]
         assert bill.down.tolist() == len(cohort) * [17 + 6 + lacking]
+    # A server's lr other than 1 leaves the start's part in what is lacking: one rank more.
+    alone = RoundFacts("adapter", (0,), np.ones(1, bool), ranks, stepped=True)
+    assert new_ledger("residual").book(alone).down.tolist() == [17 + 6 + 17]
     # Who missed the newest averages and head is sent them to start from; client 3 holds nothing.
     assert book(ledger, "adapter", ranks, ALL, 4).base.tolist() == [0, 23, 23, BASE + 23]
     book(ledger, "adapter", ranks, (0, 1), 2)

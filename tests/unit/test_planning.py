@@ -58,6 +58,12 @@ METHODS: dict[str, dict[str, Any]] = {
         for rule, entry in RULES.items()
         if entry.merges or entry.trains != "both"
     },
+    "alternate fold": {
+        "aggregation.rule": "alternate",
+        "annealing.cooling.residual": "fold",
+    },
+    "freeze-a fold": {"aggregation.rule": "freeze-a", "annealing.cooling.residual": "fold"},
+    "residual half way": {"method": "fedex-lora", "aggregation.server_optimizer.lr": 0.5},
     "mixed ranks": {"method": "flexlora", "clients.ranks": {1: 0.5, 4: 0.5}},
     "mixed ranks annealed": {"aggregation.rule": "zero-pad", "clients.ranks": [1, 2, 4]},
     "mixed ranks stacked": {"aggregation.rule": "stacking", "clients.ranks": [1, 2, 4]},
@@ -95,6 +101,15 @@ def test_a_run_sends_exactly_what_its_plan_says(name: str, tmp_path: Path) -> No
         result.rounds[SCHEDULED].astype({"rank": float}),
         check_dtype=False,
     )
+
+
+def test_half_a_step_of_the_server_leaves_more_for_residual_to_send() -> None:
+    # Of rank 1, so that factors are smaller than the matrix.
+    one = {"annealing.heating.rank": 1, "annealing.cooling.rank": 1}
+    half = planning.plan(make_recipe({**METHODS["residual half way"], **one})).totals
+    whole = planning.plan(make_recipe({"method": "fedex-lora", **one})).totals
+    assert half.bytes_down > whole.bytes_down
+    assert half.bytes_up == whole.bytes_up
 
 
 def test_the_bill_of_the_stages_is_that_of_the_model_counted_by_hand() -> None:
