@@ -80,6 +80,7 @@ def load_recipe(
     pairs = overrides.items() if isinstance(overrides, Mapping) else override_pairs(name, overrides)
     written = _nested_all(name, pairs)
     if variant is not None:
+        # The preset of a method that stays may depend on what the variant says: it comes below.
         raw = merged(raw, written) if _keeps_method(raw, written) else _layered(raw, written)
         written = _nested_all(name, variant.items())
     content = _layered(raw, written)
