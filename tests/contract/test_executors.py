@@ -135,8 +135,9 @@ def table(location: Path, name: str) -> pd.DataFrame:
 
 
 def test_opening_tells_the_sizes_and_closing_frees_what_was_taken(executor):
+    # What ran before gives its CPUs back some time after it was closed.
+    wait_until_no_cpu_is_held()
     made = executor("opened-and-closed", WITHOUT_FAULTS)
-    free = free_cpus()
     try:
         population = made.open()
     finally:
@@ -145,16 +146,18 @@ def test_opening_tells_the_sizes_and_closing_frees_what_was_taken(executor):
     assert population.clients == 6
     assert population.examples == {"validation": 0, "test": 5}
     made.close()
-    deadline = time.monotonic() + 30
-    while free_cpus() != free:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until_no_cpu_is_held()
 
 
-def free_cpus() -> float:
-    """Return Ray's free CPUs; 0 where Ray is not used."""
+def wait_until_no_cpu_is_held() -> None:
+    """Wait until all of Ray's CPUs are free; no Ray, no wait."""
     ray = sys.modules.get("ray")
-    return ray.available_resources()["CPU"] if ray and ray.is_initialized() else 0.0
+    if not ray or not ray.is_initialized():
+        return
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, ray.available_resources()
+        time.sleep(0.1)
 
 
 def test_the_first_tensors_are_the_head_or_in_a_full_round_all(opened):
