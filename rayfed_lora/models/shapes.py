@@ -106,10 +106,10 @@ def adapted_modules(net: nn.Module, adapter: Adapter) -> list[str]:
     outside = {n: m for n, m in net.named_modules() if n and not f"{n}.".startswith(head)}
     linear = [name for name, module in outside.items() if isinstance(module, nn.Linear)]
     targets = adapter.target_modules
-    if targets == "all-linear":
-        return linear
     if targets == "auto":
         return _query_and_value(linear)
+    if targets == "all-linear" and linear:
+        return linear
     found = [name for name in outside if _matches(targets, name)]
     if not found:
         raise ModelError(f"adapter.target_modules: {targets!r} matches nothing; {_offer(linear)}")
@@ -143,6 +143,8 @@ def _matches(targets: str | list[str], name: str) -> bool:
 
 
 def _offer(linear: list[str]) -> str:
+    if not linear:
+        return "factors go to nn.Linear modules, and the model has none outside of its head"
     endings = dict.fromkeys(re.sub(r"^.*\.\d+\.", "", name) for name in linear)
     return f"the model's linear modules end in {', '.join(endings)}"
 

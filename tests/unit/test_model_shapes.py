@@ -14,6 +14,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -146,6 +148,14 @@ def test_targets_that_match_nothing_list_the_endings_there_are(targets: str | li
         adapted_modules(vit(), adapter(target_modules=targets))
     for ending in ("attention.q_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"):
         assert ending in str(refused.value)
+
+
+@pytest.mark.parametrize("targets", ["auto", "all-linear", ["classifier"]])
+def test_a_model_without_linear_layers_outside_its_head_is_refused(targets: str) -> None:
+    config = ResNetConfig(num_channels=1, embedding_size=4, hidden_sizes=[4], depths=[1])
+    net = ResNetForImageClassification(config)
+    with pytest.raises(ModelError, match="nn.Linear modules, and the model has none outside"):
+        adapted_modules(net, adapter(target_modules=targets))
 
 
 def test_a_target_that_is_not_linear_is_refused_by_name_and_kind() -> None:
