@@ -102,6 +102,8 @@ class AdaptedModel:
             raise ValueError(f"need one client at a time, got {len(states)}: {self.obstacle}")
         for parameter in self._trained:
             parameter.requires_grad_(False)
+            # Those of a full-model round are as large as the model.
+            parameter.grad = None
         if trainable == "full":
             self._clean = False
         else:

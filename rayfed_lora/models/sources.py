@@ -178,7 +178,9 @@ def skeleton(model: Model, config: Any) -> nn.Module:
     """
     try:
         with quiet(), torch.device("meta"):
-            return _auto_class(model).from_config(config)  # type: ignore[no-any-return]
+            net = _auto_class(model).from_config(config)
+        # Some models make a few tensors where they please.
+        return net.to("meta")  # type: ignore[no-any-return]
     except Exception as error:  # a model takes its configuration at its word, and fails anyhow
         raise ModelError(f"{_where(model)}: {_message(error)}") from error
 

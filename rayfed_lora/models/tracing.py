@@ -26,7 +26,7 @@ class Trace:
     activation_bytes: int = 0
 
 
-# A number of examples that a sequence is unlikely to be a multiple of.
+# No text is traced at a length that is a multiple of it: a sequence is told from a batch.
 _EXAMPLES = 7
 
 
@@ -69,6 +69,8 @@ def _inputs(net: nn.Module, recipe: Recipe) -> dict[str, torch.Tensor]:
         positions = getattr(config, "max_position_embeddings", None) or 0
         longest = recipe.data.max_length
         length = min(longest, positions) if positions > 0 else longest
+        if length % _EXAMPLES == 0:
+            length -= 1
         shape = (_EXAMPLES, length)
         return {"input_ids": torch.zeros(shape, dtype=torch.long, device="meta")}
     size, channels = config.image_size, getattr(config, "num_channels", 3)

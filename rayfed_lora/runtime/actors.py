@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import ray
+from threadpoolctl import threadpool_limits
 
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.federation.executor import Call, Population, Starts, joined, trained
@@ -94,6 +95,8 @@ class ClientActor:
 
         device = device_of_share(self._gpus)
         workload, weights = ray.get(prepared)
+        # As in the server: sums must not depend on how many cores an actor has.
+        threadpool_limits(limits=1, user_api="blas")
         self._trainer = None
         self._rule = recipe.aggregation.rule
         self._trainer = factory.trainer(recipe, workload, weights, device)

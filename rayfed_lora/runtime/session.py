@@ -299,16 +299,14 @@ class _Sitting:
         self._earlier = start.timing
         startup_s = start.timing.startup_s + time.perf_counter() - began
         self._progress = replace(start, timing=replace(start.timing, startup_s=startup_s))
-        saved = self._progress.rounds
+        self._saved = self._progress.rounds
         try:
             for self._progress in self._server.rounds(self._progress):  # noqa: B020 - the run so far
                 if self._progress.rounds % self._recipe.storage.checkpoint_every == 0:
                     self._save(began)
-                    saved = self._progress.rounds
                 yield self._tables
         except (InterruptedRunError, GeneratorExit) as stop:
-            if self._progress.rounds > saved:
-                self._save(began)
+            self._save(began)
             if isinstance(stop, GeneratorExit):
                 raise
             raise InterruptedRunError(
@@ -356,9 +354,14 @@ class _Sitting:
             self._folder.write(REPORT_FILE, page.encode())
 
     def _save(self, began: float) -> None:
-        """Write tables first: a checkpoint never knows of a round that the tables lack."""
-        self._tables.save()
+        """Save the rounds that are not yet saved: a checkpoint is never written a second time.
+
+        Tables go first: a checkpoint never knows of a round that they lack.
+        """
         progress = self._progress
+        if progress.rounds == self._saved:
+            return
+        self._tables.save()
         ledger, held = self._server.ledger.snapshot()
         wall_s = self._earlier.wall_s + time.perf_counter() - began
         facts = {
@@ -381,6 +384,7 @@ class _Sitting:
             personal=progress.personal,
         )
         self._checkpoints.write(snapshot)
+        self._saved = progress.rounds
 
     def _begun(self) -> Progress:
         self._tables.begin()

@@ -58,8 +58,20 @@ class ClientDropout(TorchFunctionMode):
         return func(*args, **named)
 
     def _filled(self, zeros: torch.Tensor, fill: _Fill) -> torch.Tensor:
-        """Fill the rows of each client's own examples from its stream."""
+        """Fill the rows of each client's own examples from its stream; of one client, all.
+
+        Raises:
+            ValueError: the rows are not those of the clients' examples.
+        """
         clients = len(self._examples)
+        if clients == 1:
+            # Not every tensor has a row an example: some models put positions first.
+            return fill(zeros, self._streams[0])
+        if zeros.shape[0] % (clients * max(self._examples)) != 0:
+            raise ValueError(
+                f"dropout of {zeros.shape[0]} rows cannot be dealt to {clients} clients of"
+                f" {max(self._examples)} examples"
+            )
         by_client = zeros.view(clients, zeros.shape[0] // clients, *zeros.shape[1:])
         for rows, examples, stream in zip(by_client, self._examples, self._streams, strict=False):
             each = rows.shape[0] // max(self._examples)

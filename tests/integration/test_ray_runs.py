@@ -269,6 +269,24 @@ def test_a_client_actor_that_takes_long_to_come_back_is_waited_for(tmp_path):
     assert_same_result(summary, tmp_path / "run", tmp_path / "local")
 
 
+def test_actors_sum_with_one_thread_however_many_cores_they_have():
+    import ray
+    from threadpoolctl import threadpool_info
+
+    from rayfed_lora.runtime.ray_executor import RayExecutor
+
+    executor = RayExecutor(
+        on_ray(runtime__cpus_per_actor=4.0, runtime__client_actors=1), FakeFactory(), pytest.fail
+    )
+    try:
+        executor.open()
+        actor = executor._pool._workers[0].actor
+        pools = ray.get(actor.__ray_call__.remote(lambda itself: threadpool_info()))
+    finally:
+        executor.close()
+    assert [pool["num_threads"] for pool in pools if pool["user_api"] == "blas"] == [1]
+
+
 def test_an_actor_restarted_while_it_was_idle_is_opened_anew(tmp_path):
     import ray
 

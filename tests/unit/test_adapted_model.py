@@ -258,6 +258,15 @@ def test_adapter_rounds_train_the_factors_and_the_head_and_nothing_else() -> Non
     ]
 
 
+def test_the_gradients_of_a_full_round_are_not_kept() -> None:
+    model, given = AdaptedModel(build(), adapter()), state([1] * 6)
+    everything_trained = AdapterState({}, everything(seed=3))
+    model.load([everything_trained], Base(), "full")
+    backward(model, everything_trained)
+    model.load([given], Base(), "adapter")
+    assert backward(model, given) == {f"{n}.lora_{part}" for n in NAMES for part in "AB"} | {*HEAD}
+
+
 def test_a_head_that_is_not_trained_gets_no_gradient() -> None:
     model = AdaptedModel(build(), adapter(train_head=False))
     given = AdapterState(state([1] * 6).factors, {})

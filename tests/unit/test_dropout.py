@@ -80,6 +80,18 @@ def test_what_fills_a_batch_up_is_zero() -> None:
     assert (filled.view(2, 3, 50)[1, 1:] == 0).all()
 
 
+def test_a_client_alone_fills_tensors_that_do_not_begin_with_its_examples() -> None:
+    # 5 positions of 16 examples, and 512 shared ones.
+    for rows in (5, 512):
+        found = draw([7], [16], lambda _, n=rows: functional.dropout(torch.ones(n, 50), 0.4))
+        assert (found != 0).any(dim=1).all()
+
+
+def test_rows_that_cannot_be_dealt_to_the_clients_are_refused() -> None:
+    with pytest.raises(ValueError, match="dropout of 5 rows cannot be dealt to 2 clients of 4"):
+        draw([7, 8], [4, 4], lambda _: functional.dropout(torch.ones(5, 50), 0.4))
+
+
 def test_the_share_of_zeros_and_the_scale_are_those_of_dropout() -> None:
     dropped = draw([7], [100], lambda rows: functional.dropout(torch.ones(rows, 100), 0.25))
     # 10,000 draws: a standard deviation of 0.0043

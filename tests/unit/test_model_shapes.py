@@ -18,6 +18,7 @@ from transformers import (
     ResNetForImageClassification,
     ViTConfig,
     ViTForImageClassification,
+    XLNetConfig,
 )
 
 from rayfed_lora.errors import ModelError
@@ -27,6 +28,7 @@ from rayfed_lora.models.shapes import (
     head_parameters,
     model_shape,
 )
+from rayfed_lora.models.sources import skeleton
 from rayfed_lora.recipe import Adapter
 from rayfed_lora.types import ModuleShape
 from tests.fakes import make_recipe
@@ -151,7 +153,9 @@ def test_targets_that_match_nothing_list_the_endings_there_are(targets: str | li
 
 
 @pytest.mark.parametrize("targets", ["auto", "all-linear", ["classifier"]])
-def test_a_model_without_linear_layers_outside_its_head_is_refused(targets: str) -> None:
+def test_a_model_without_linear_layers_outside_its_head_is_refused(
+    targets: str | list[str],
+) -> None:
     config = ResNetConfig(num_channels=1, embedding_size=4, hidden_sizes=[4], depths=[1])
     net = ResNetForImageClassification(config)
     with pytest.raises(ModelError, match="nn.Linear modules, and the model has none outside"):
@@ -241,6 +245,19 @@ def test_a_model_without_weights_has_the_shape_of_the_real_one() -> None:
     found = model_shape(hollow, make_recipe())
     # Only a model without values is traced.
     assert replace(found, linear_flops=0.0, activation_bytes=0) == model_shape(vit(), make_recipe())
+
+
+@pytest.mark.parametrize("max_length", [12, 14])
+def test_a_model_that_keeps_positions_first_is_seen_whatever_it_is_made_of(max_length: int) -> None:
+    # XLNet makes its parameters itself, not where torch is told to; 14 is twice the trace's batch.
+    config = XLNetConfig(vocab_size=30, d_model=16, n_layer=1, n_head=2, d_inner=24)
+    recipe = make_recipe(
+        model__task="text-classification",
+        data__max_length=max_length,
+        adapter__target_modules="all-linear",
+    )
+    found = model_shape(skeleton(recipe.model, config), recipe)
+    assert found.obstacle == "the model does not keep a batch's examples in the first dimension"
 
 
 def test_the_largest_rank_that_fits_is_the_smaller_side() -> None:

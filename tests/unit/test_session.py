@@ -481,6 +481,21 @@ def test_a_run_killed_while_it_exports_needs_no_round_again(undisturbed, tmp_pat
     assert_same_run(tmp_path, undisturbed("plain"))
 
 
+def test_no_checkpoint_is_written_twice(tmp_path, monkeypatch):
+    written = []
+    write = checkpoints.CheckpointWriter.write
+    monkeypatch.setattr(
+        checkpoints.CheckpointWriter,
+        "write",
+        lambda itself, snapshot: (written.append(snapshot.rounds), write(itself, snapshot)),
+    )
+    run(make_recipe(storage__checkpoint_every=4), tmp_path)
+    assert written == [4, 6]
+    (tmp_path / "summary.json").unlink()
+    run(make_recipe(storage__checkpoint_every=4), tmp_path, resume=True)
+    assert written == [4, 6]
+
+
 def test_a_damaged_newest_checkpoint_is_told_and_the_result_is_the_same(undisturbed, tmp_path):
     recipe = make_recipe()
     with pytest.raises(Killed):
