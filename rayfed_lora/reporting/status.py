@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from uuid import uuid4
 
 from rayfed_lora.types import ClientRecord, ClientUpdate, RoundPlan, RoundRecord, Stage
 
@@ -31,6 +32,7 @@ class Status:
         records: finished rounds of this sitting, the newest of many; from `StatusBoard.status`
             only those asked for.
         notes: warnings for the user; likewise.
+        board: unique to the board that keeps it: another one counts records and notes anew.
     """
 
     phase: str = "starting"
@@ -48,6 +50,12 @@ class Status:
     accuracy: float | None = None
     records: tuple[RoundRecord, ...] = ()
     notes: tuple[str, ...] = ()
+    board: str = field(default="", compare=False)
+
+    @property
+    def over(self) -> bool:
+        """Whether the run has ended, however it did."""
+        return self.phase in ("done", "failed", "stopped")
 
     def clients_per_s(self, now: float) -> float:
         """Return client updates per second in this sitting, 0 before there is one."""
@@ -73,7 +81,7 @@ class StatusBoard:
             on_change: called on each change with the status, of records and notes the new one only.
         """
         # Without notes: they would be copied at each change.
-        self._status = Status(rounds=rounds)
+        self._status = Status(rounds=rounds, board=uuid4().hex)
         self._notes: list[str] = []
         self._lock = threading.Lock()
         self._on_change = on_change

@@ -114,6 +114,7 @@ class ActorPool:
         ahead: int = 0,
         block_timeout_s: float | None = None,
         renewed: Callable[[Any], Any] = lambda actor: actor,
+        prepare_again: Callable[[], None] = lambda: None,
     ) -> None:
         """Take open actors.
 
@@ -126,16 +127,20 @@ class ActorPool:
                 waits for a message. Of use where jobs take equally long.
             block_timeout_s: an actor that takes longer for a job is ended; None: no limit.
             renewed: returns another actor in place of one that Ray cannot restart for now.
+            prepare_again: makes what `reopen` needs once more: it was lost with a node.
         """
         self._workers = [_Worker(actor) for actor in actors]
         self._reopen = reopen
         self._renewed = renewed
+        self._prepare_again = prepare_again
         self._note = note
         self._start_timeout_s = start_timeout_s
         self._depth = 1 + ahead
         # How many actors there were at first, and how often one was lost.
         self.actors, self.losses = len(actors), 0
         self._block_timeout_s = block_timeout_s
+        # `time.monotonic()` since which no actor is left that works.
+        self._alone_since = 0.0
         self._waiting: deque[Job] = deque()
         self._running: dict[ray.ObjectRef, tuple[Job, list[ray.ObjectRef], _Worker]] = {}
         # Workers that Ray is restarting, by the call that tells when they are back.
@@ -238,8 +243,12 @@ class ActorPool:
         if ready:
             return ready[0]
         if not self._running:
-            raise RunError(f"no client actor came back within {timeout:g} s after it was lost")
+            raise self._none_came_back()
         return None
+
+    def _none_came_back(self) -> RunError:
+        limit = self._start_timeout_s
+        return RunError(f"no client actor came back within {limit:g} s after it was lost")
 
     def _left_s(self) -> float | None:
         """Return the seconds until some running job will have taken too long."""
@@ -277,6 +286,8 @@ class ActorPool:
         self._note(f"a client actor was lost in {first.work.name} and {again}: {reason}")
         self._waiting.extendleft(reversed(jobs))
         self._workers.remove(worker)
+        if not self._workers:
+            self._alone_since = time.monotonic()
         self._revive(worker, error)
 
     def _revive(self, worker: _Worker, error: Exception) -> None:
@@ -285,11 +296,22 @@ class ActorPool:
             self._returning[self._reopen(worker.actor)] = worker
 
     def _back(self, opened: ray.ObjectRef) -> None:
-        """Take an actor in that is back, or wait on if it was lost again."""
+        """Take an actor in that is back, or wait on if it was lost again.
+
+        Raises:
+            RunError: it was lost again, and none has worked for so long.
+        """
         worker = self._returning.pop(opened)
         try:
             result(opened)
+        except PartsLostError:
+            self._note("data and base were lost with their node and are prepared again")
+            self._prepare_again()
+            self._returning[self._reopen(worker.actor)] = worker
         except LOST as error:
+            alone_s = time.monotonic() - self._alone_since
+            if not self._workers and alone_s > self._start_timeout_s:
+                raise self._none_came_back() from error
             # Ray refuses calls for the seconds that a restart takes; do not ask in a tight loop.
             time.sleep(_RESTART_POLL_S)
             renewed = self._renewed(worker.actor)

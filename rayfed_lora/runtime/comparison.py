@@ -316,7 +316,11 @@ def _run_on_ray(
         # Not before: Ray reads its settings when it is imported.
         import ray
 
-        options = {"num_cpus": 0, "max_concurrency": 2}
+        options = {
+            "num_cpus": 0,
+            "max_concurrency": 2,
+            "scheduling_strategy": launch.on_this_node(),
+        }
         server = ray.remote(ComparisonServer).options(**options).remote(cells, factory)
         result = server.run.remote()
         stop, told = threading.Event(), False

@@ -29,7 +29,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rayfed_lora.errors import ResourceError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.actors import ClientActor
-from rayfed_lora.runtime.factory import Factory
+from rayfed_lora.runtime.factory import Factory, prepared
 from rayfed_lora.runtime.placement import Layout, layout, nodes_of, wanted
 from rayfed_lora.runtime.shelf import PREPARING, prepared_from
 
@@ -158,6 +158,16 @@ class Crew:
             done, *shared = ray.get(self._shelf.prepared.remote(recipe, factory))
         self._shared = made_from, shared
         return done, shared
+
+    def prepare_again(self, recipe: Recipe, factory: Factory) -> list[ray.ObjectRef]:
+        """Return new references of workload and weights, which were lost with their node.
+
+        A task makes them: Ray makes again what a task has made, but not what an actor has.
+        """
+        task = ray.remote(prepared).options(name=PREPARING, num_cpus=0, num_returns=3)
+        _, *shared = task.remote(recipe, factory)
+        self._shared = prepared_from(recipe), shared
+        return shared
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until all actors answer; return whether they do.

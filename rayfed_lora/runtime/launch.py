@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +31,11 @@ from rayfed_lora.storage import RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 NAMESPACE = "rayfed_lora"
 _POLL_S = 0.25
+_ANSWER_S = 30.0
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 # Set before a Ray of our own starts; a value that the user has set stays.
 _QUIET_RAY = {
@@ -249,7 +252,6 @@ def _start_server(
     recipe: Recipe, folder: RunFolder, resume: bool, factory: Factory, lifetime: str | None
 ) -> tuple[Any, str]:
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from rayfed_lora.runtime.simulation_server import SimulationServer
 
@@ -263,11 +265,9 @@ def _start_server(
         "max_restarts": -1,
         "max_task_retries": -1,
         "max_concurrency": 2,
-        # Where the folder was claimed: a local path may be another folder on another node.
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=True
-        ),
+        "scheduling_strategy": on_this_node(),
     }
+    _make_way(name)
     try:
         server = ray.remote(SimulationServer).options(**options)
         return server.remote(recipe, location, resume, factory, lifetime == "detached"), name
@@ -277,12 +277,38 @@ def _start_server(
         ) from error
 
 
+def _make_way(name: str) -> None:
+    """End the server of a detached run that is over: it still answers, under its name."""
+    import ray
+    from ray.exceptions import RayError
+
+    # There is no such actor, or it does not answer: it is being started again, and goes on.
+    with suppress(ValueError, RayError):
+        server = ray.get_actor(name, NAMESPACE)
+        if ray.get(server.status.remote(), timeout=_ANSWER_S).over:
+            ray.kill(server)
+            deadline = time.monotonic() + _ANSWER_S
+            while time.monotonic() < deadline and ray.get_actor(name, NAMESPACE) is not None:
+                time.sleep(_POLL_S)
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """Return the strategy of a server that writes folders which were claimed here.
+
+    A local path may be another folder on another node.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+
+
 def _follow(server: Any, watch: Callable[[Status], None]) -> dict[str, Any]:
     """Wait for the run, showing its status; pass signals to stop on."""
     import ray
 
     result = server.run.remote()
-    records = notes = 0
+    records, notes, board = 0, 0, ""
     stop, told = threading.Event(), False
     with interruptible(stop.set):
         while True:
@@ -292,6 +318,10 @@ def _follow(server: Any, watch: Callable[[Status], None]) -> dict[str, Any]:
                 told = True
             with unwrapped_errors():
                 status: Status = ray.get(server.status.remote(records, notes))
+                if status.board != board:
+                    # Of a server that Ray has started again, or the first one.
+                    records, notes, board = 0, 0, status.board
+                    status = ray.get(server.status.remote())
                 records = status.rounds_done - status.rounds_before
                 notes += len(status.notes)
                 watch(status)

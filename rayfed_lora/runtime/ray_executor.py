@@ -101,8 +101,10 @@ class RayExecutor:
         opened = [self._open(actor) for actor in crew.actors]
         try:
             result(prepared)
-        except BaseException:
+        except BaseException as error:
             crew.forget()
+            if isinstance(error, LOST):
+                raise RunError(f"a client actor was lost while it read the data: {error}") from error
             raise
         try:
             populations = [result(ready) for ready in opened]
@@ -114,13 +116,24 @@ class RayExecutor:
         ahead = 0 if self._recipe.clients.local_steps is None else 1
         limit = runtime.block_timeout_s
         self._pool = ActorPool(
-            crew.actors, self._open, self._note, timeout, ahead, limit, crew.renewed
+            crew.actors,
+            self._open,
+            self._note,
+            timeout,
+            ahead,
+            limit,
+            crew.renewed,
+            self._prepare_again,
         )
         population: Population = populations[0]
         return population
 
     def _open(self, actor: Any) -> ray.ObjectRef:
         return actor.open.options(name="open").remote(self._recipe, self._factory, self._shared)
+
+    def _prepare_again(self) -> None:
+        if self._crew is not None:
+            self._shared = self._crew.prepare_again(self._recipe, self._factory)
 
     def _opened(self) -> ActorPool:
         if self._pool is None:

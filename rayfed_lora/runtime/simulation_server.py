@@ -5,12 +5,15 @@ Source: this project.
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
+import traceback
 from typing import Any
 
 import ray
 
-from rayfed_lora.errors import RayfedError
+from rayfed_lora.errors import InterruptedRunError, RayfedError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.status import Status, StatusBoard
 from rayfed_lora.runtime.factory import Factory
@@ -18,6 +21,10 @@ from rayfed_lora.runtime.metrics import RunMetrics
 from rayfed_lora.runtime.ray_executor import RayExecutor
 from rayfed_lora.runtime.session import simulate
 from rayfed_lora.storage import RunFolder
+
+
+# How long the server of a detached run that is over still answers.
+_LINGER_S = 600.0
 
 
 class SimulationServer:
@@ -52,6 +59,7 @@ class SimulationServer:
         self._stop = threading.Event()
         self._board = StatusBoard(recipe.annealing.total_rounds)
         if detached:
+            self._itself = ray.get_runtime_context().current_actor
             threading.Thread(target=self._run_detached, args=_identity(), daemon=True).start()
 
     def __repr__(self) -> str:
@@ -65,9 +73,17 @@ class SimulationServer:
         """Run with nobody to raise to: a failure is what `status` tells."""
         try:
             self._run(run_id, again)
-        except RayfedError as error:
+        except InterruptedRunError as error:
             self._board.note(str(error))
-            self._board.phase("stopped" if error.exit_status == 130 else "failed")
+            self._board.phase("stopped")
+        except Exception as error:  # whatever it is, `status` is the only one to tell it
+            told = str(error) if isinstance(error, RayfedError) else traceback.format_exc()
+            # To Ray's logs, too.
+            print(told, file=sys.stderr)
+            self._board.note(told)
+            self._board.phase("failed")
+        time.sleep(_LINGER_S)
+        ray.kill(self._itself)
 
     def _run(self, run_id: str, again: bool) -> dict[str, Any]:
         executor = RayExecutor(self._recipe, self._factory, self._board.note, run_id, again=again)

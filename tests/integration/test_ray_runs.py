@@ -185,6 +185,105 @@ def test_a_pool_goes_on_with_another_actor_where_one_cannot_come_back():
     assert "another one starts where there is room" in notes[-1]
 
 
+def test_a_pool_does_not_wait_for_ever_for_an_actor_that_keeps_being_refused():
+    import ray
+
+    from rayfed_lora.runtime.actor_pool import ActorPool, Work
+    from rayfed_lora.runtime.actors import NotOpenError
+
+    @ray.remote(num_cpus=0)
+    class Ill:
+        def train(self) -> None:
+            raise NotOpenError("the node is gone")
+
+    pool = ActorPool([Ill.remote()], lambda actor: actor.train.remote(), str, 2.0)
+    (job,) = pool.submit([Work("training", lambda actor, _: [actor.train.remote()])])
+    with pytest.raises(RunError, match="no client actor came back within 2 s after it was lost"):
+        pool.result(job)
+
+
+def test_data_that_is_lost_with_its_node_is_prepared_again():
+    import ray
+    from ray.exceptions import ObjectLostError
+
+    from rayfed_lora.runtime.ray_executor import RayExecutor
+
+    @ray.remote(num_cpus=0)
+    def lost() -> None:
+        raise ObjectLostError("00" * 28, None, "")
+
+    notes: list[str] = []
+    executor = RayExecutor(on_ray(), FakeFactory(), notes.append)
+    try:
+        executor.open()
+        # What is lost of an actor's results is lost for good, and whoever asks for it is told.
+        executor._shared = [lost.remote(), lost.remote()]
+        actor = executor._pool._workers[0].actor
+        os.kill(ray.get(actor.__ray_call__.remote(lambda itself: os.getpid())), signal.SIGKILL)
+        state = AdapterState({}, executor.initial_tensors("adapter"))
+        plan = LocalPlan(round=1, trainable="adapter", lr=0.1, proximal_weight=0.0)
+        (part,) = executor.train(state, Base(), plan, [Call(((0, 1),))])
+    finally:
+        executor.close()
+    assert [report.client for report in part.clients] == [0, 1]
+    assert "data and base were lost with their node and are prepared again" in notes
+
+
+def test_a_detached_run_that_failed_says_why_and_makes_way_for_the_next_one(tmp_path):
+    import ray
+
+    recipe = on_ray()
+    raising = FakeFactory(Behaviour(raising=frozenset((client, 2) for client in range(6))))
+    folder = RunFolder(tmp_path / "run")
+    launch.claim(folder, recipe, resume=False)
+    server, name = launch._start_server(recipe, folder, False, raising, "detached")
+    status = over(server)
+    assert status.phase == "failed"
+    assert "was told to raise" in status.notes[-1]
+    server, again = launch._start_server(recipe, folder, True, FakeFactory(), "detached")
+    try:
+        assert again == name
+        assert (over(server).phase, over(server).rounds_before) == ("done", 2)
+    finally:
+        ray.kill(server)
+
+
+def over(server: Any) -> Status:
+    """Wait until a detached run is over; return its status."""
+    import ray
+
+    deadline = time.monotonic() + 120
+    while not (status := ray.get(server.status.remote())).over:
+        assert time.monotonic() < deadline, status
+        time.sleep(0.2)
+    return status
+
+
+def test_notes_of_a_server_that_was_started_again_are_all_seen():
+    import ray
+
+    @ray.remote(num_cpus=0, max_concurrency=2)
+    class Server:
+        def __init__(self) -> None:
+            self._boards = [StatusBoard(6), StatusBoard(6)]
+            for text in ("first", "second"):
+                self._boards[0].note(text)
+            self._boards[1].note("third")
+
+        def run(self) -> dict[str, Any]:
+            time.sleep(2.0)
+            self._boards.pop(0)
+            time.sleep(2.0)
+            return {}
+
+        def status(self, records_seen: int = 0, notes_seen: int = 0) -> Status:
+            return self._boards[0].status(records_seen, notes_seen)
+
+    seen: list[str] = []
+    launch._follow(Server.remote(), lambda status: seen.extend(status.notes))
+    assert seen == ["first", "second", "third"]
+
+
 def test_an_actor_is_renewed_with_its_placement_group_where_its_node_is_gone(monkeypatch):
     import ray
 
