@@ -17,7 +17,7 @@ from rayfed_lora.annealing import budget
 from rayfed_lora.annealing.stages import Feedback, adapter_rounds_before, plan_round
 from rayfed_lora.federation import sampling
 from rayfed_lora.federation.devices import Devices
-from rayfed_lora.federation.learning_rate import learning_rate
+from rayfed_lora.federation.learning_rate import doubt, learning_rate
 from rayfed_lora.federation.ledger import BYTES_A_VALUE, Ledger, Totals
 from rayfed_lora.federation.sampling import block_size
 from rayfed_lora.federation.traffic import RoundFacts, is_cut
@@ -74,6 +74,7 @@ class Plan:
         outline: sizes of data and model.
         needs: what it needs of the cluster, one line each.
         actor_mb: memory of an actor, without activations.
+        warning: of a learning rate that is probably not meant; None: nothing to warn of.
     """
 
     rounds: tuple[PlannedRound, ...]
@@ -81,6 +82,7 @@ class Plan:
     outline: Outline
     needs: tuple[str, ...]
     actor_mb: float
+    warning: str | None = None
 
 
 def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
@@ -109,7 +111,7 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
         rank = None if scheduled.trainable == "full" else scheduled.rank
     needs = _needs(recipe, sizes, rounds)
     actor_mb = _PROCESS_MB + _training_mb(sizes, rounds)
-    return Plan(tuple(rounds), ledger.totals, sizes, needs, actor_mb)
+    return Plan(tuple(rounds), ledger.totals, sizes, needs, actor_mb, doubt(recipe))
 
 
 def _without_feedback(recipe: Recipe) -> Annealing:

@@ -38,17 +38,26 @@ def _fixed(rule: str) -> dict[str, Any]:
     return method
 
 
-def _without_factors(**adapter: bool) -> dict[str, Any]:
+def _initiated_by_adapter(mode: str, **others: Any) -> dict[str, Any]:
+    """Return a method whose first stage trains the adapter, at the adapter's learning rate."""
+    method = _method(mode, trainable="adapter", **others)
+    method["annealing"]["initiating"] |= {"lr": None}
+    return method
+
+
+def _without_factors(*, train_biases: bool) -> dict[str, Any]:
     """Return a method that trains some of the model's own tensors only."""
-    method = _method("fixed", adapter={"train_head": True, **adapter})
+    method = _method("fixed", adapter={"train_head": True, "train_biases": train_biases})
     method["annealing"] |= {"allocation": "uniform", "heating": {"rank": 0}}
     return method
 
 
+# Without a rate: that of whatever optimiser the recipe asks for.
+_AVERAGED = {"server_optimizer": {"name": "sgd", "lr": None}}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "sa-fedlora": _method("staged", proximal_weight=0.01),
-    "fedavg": _method("full"),
-    "fedprox": _method("full", proximal_weight=0.01),
+    "fedavg": _method("full", aggregation=_AVERAGED),
+    "fedprox": _method("full", proximal_weight=0.01, aggregation=_AVERAGED),
     "fedlora": _fixed("factor-average"),
     "ffa-lora": _fixed("freeze-a"),
     "flora": _fixed("stacking"),
@@ -58,8 +67,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "rolora": _fixed("alternate"),
     "fedsa-lora": _fixed("share-a"),
     "lora-fair": _fixed("correct"),
-    "spd-cfl": _method("staged", trainable="adapter", proximal_weight=0.01, acceptance="target"),
-    "head-only": _without_factors(),
+    "spd-cfl": _initiated_by_adapter("staged", proximal_weight=0.01, acceptance="target"),
+    "head-only": _without_factors(train_biases=False),
     "bitfit": _without_factors(train_biases=True),
 }
 

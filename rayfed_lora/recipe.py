@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -102,7 +103,7 @@ class Data(Section):
     validation_fraction: Fraction | Auto = option(
         "auto",
         "share of the training examples kept on the server for the annealing feedback;"
-        " auto: 0.1 when `annealing.acceptance` needs it, else 0",
+        " auto: 0.1 when `annealing.acceptance` needs it (in a comparison: of any method), else 0",
     )
     text_column: str | Auto = option("auto", "column of the text (text tasks)")
     image_column: str | Auto = option("auto", "column of the image (image tasks)")
@@ -178,11 +179,21 @@ class ServerOptimizer(Section):
     name: Literal["sgd", "momentum", "adam", "yogi"] = option(
         "sgd", "sgd with lr 1 is plain averaging | momentum (FedAvgM) | adam, yogi (FedOpt)"
     )
-    lr: PositiveFloat = option(1.0, "server learning rate")
+    lr: PositiveFloat = option(
+        1.0, "server learning rate; where it is not given: 1 for sgd and momentum, 0.01 else"
+    )
     momentum: Fraction = option(0.9, "share of the earlier updates that is kept (momentum)")
     beta1: Fraction = option(0.9, "decay of the mean update (adam, yogi)")
     beta2: Fraction = option(0.99, "decay of the mean squared update (adam, yogi)")
     tau: PositiveFloat = option(1e-3, "added to the root of the mean square (adam, yogi)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_the_kind(cls, given: Any) -> Any:
+        """Give adam and yogi a rate of theirs: their steps have about its size in each weight."""
+        if not isinstance(given, Mapping) or given.get("lr") is not None:
+            return given
+        return {**given, "lr": 0.01 if given.get("name") in ("adam", "yogi") else 1.0}
 
 
 class Aggregation(Section):
@@ -317,7 +328,7 @@ class Recipe(Section):
         fraction = self.data.validation_fraction
         if fraction != "auto":
             return fraction
-        return 0.0 if self.annealing.acceptance == "always" else 0.1
+        return 0.0 if self.annealing.feedback == "always" else 0.1
 
     def cohort_size(self, clients: int) -> int:
         """Return how many of `clients` clients take part in a round, at least 1."""

@@ -17,6 +17,7 @@ from rayfed_lora.recipe_fields import (
     section,
 )
 
+Acceptance = Literal["always", "metropolis", "target"]
 Shape = Literal["linear", "cosine", "cubic", "exponential", "logarithmic", "step", "constant"]
 
 
@@ -86,7 +87,7 @@ class Annealing(Section):
     allocation: Literal["uniform", "spectral"] = option(
         "uniform", "uniform: one rank for all modules | spectral: by singular energy a parameter"
     )
-    acceptance: Literal["always", "metropolis", "target"] = option(
+    acceptance: Acceptance = option(
         "always",
         "whether a lower rank is taken: always, by Metropolis' rule, or while a target holds",
     )
@@ -95,6 +96,11 @@ class Annealing(Section):
         0.8, "factor on the temperature for each cooling round (metropolis)"
     )
     target: Target = section(Target, "what acceptance target holds")
+
+    @property
+    def feedback(self) -> Acceptance:
+        """The acceptance rule in force: where ranks never fall, nothing is proposed."""
+        return self.acceptance if self.mode == "staged" else "always"
 
     @property
     def initiating_rounds(self) -> int:

@@ -50,6 +50,7 @@ def conflicts(recipe: Recipe) -> list[Conflict]:
         *_of_clients(recipe),
         *_of_rule(recipe),
         *_of_devices(recipe),
+        *_of_evaluation(recipe),
         *_of_gpus(recipe.runtime),
     ]
 
@@ -110,14 +111,14 @@ def _of_stages(annealing: Annealing) -> Iterator[Conflict]:
 
 def _of_acceptance(recipe: Recipe) -> Iterator[Conflict]:
     annealing = recipe.annealing
-    if annealing.acceptance == "always":
+    if annealing.feedback == "always":
         return
     if recipe.data.validation_fraction == 0:
         yield Conflict(
             ("data.validation_fraction", "annealing.acceptance"),
             f"annealing.acceptance '{annealing.acceptance}' needs a value above 0 (or auto), got 0",
         )
-    if annealing.acceptance == "metropolis" and annealing.cooling.residual == "fold":
+    if annealing.feedback == "metropolis" and annealing.cooling.residual == "fold":
         yield Conflict(
             ("annealing.acceptance", "annealing.cooling.residual"),
             "'metropolis' does not go with residual 'fold': a folded shrink leaves the model as it"
@@ -125,8 +126,8 @@ def _of_acceptance(recipe: Recipe) -> Iterator[Conflict]:
         )
     adapter_initiating = annealing.initiating.trainable == "adapter" and annealing.initiating_rounds
     at_heating_rank = annealing.heating.rounds > 0 or adapter_initiating
-    value_is_sought = annealing.acceptance == "target" and annealing.target.value is None
-    if annealing.mode == "staged" and value_is_sought and not at_heating_rank:
+    value_is_sought = annealing.feedback == "target" and annealing.target.value is None
+    if value_is_sought and not at_heating_rank:
         yield Conflict(
             ("annealing.target.value", "annealing.heating.rounds"),
             "acceptance 'target' expects a number here, or heating.rounds above 0 to find it in",
@@ -146,6 +147,16 @@ def _of_clients(recipe: Recipe) -> Iterator[Conflict]:
             ("clients.per_round", "data.partition.clients"),
             f"expected at most data.partition.clients ({partition.clients}),"
             f" got {clients.per_round}",
+        )
+
+
+def _of_evaluation(recipe: Recipe) -> Iterator[Conflict]:
+    settings = recipe.evaluation
+    if settings.clients_every is not None and settings.client_fraction == 0:
+        yield Conflict(
+            ("evaluation.client_fraction", "evaluation.clients_every"),
+            "evaluation.clients_every needs examples to test clients on: expected a share above 0,"
+            " got 0",
         )
 
 
@@ -238,7 +249,7 @@ def _of_rule(recipe: Recipe) -> Iterator[Conflict]:
             "'fold' needs clients that hold all of what a cut folds; use residual drop, or no"
             " clients.ranks",
         )
-    if rule.merges == "stack" and annealing.acceptance == "metropolis":
+    if rule.merges == "stack" and annealing.feedback == "metropolis":
         yield Conflict(
             (key, "annealing.acceptance"),
             f"'{name}' starts LoRA anew each round, a lower rank cuts nothing off that 'metropolis'"

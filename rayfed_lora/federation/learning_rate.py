@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from rayfed_lora.annealing.stages import locate
+from rayfed_lora.annealing.stages import is_full, locate
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_clients import LrSchedule
 
@@ -36,3 +36,21 @@ def learning_rate(recipe: Recipe, t: int) -> float:
     own = recipe.annealing.initiating.lr if stage == "initiating" else None
     lr = recipe.clients.optimizer.lr if own is None else own
     return lr * factor(recipe.clients.lr_schedule, t, recipe.annealing.total_rounds)
+
+
+def doubt(recipe: Recipe) -> str | None:
+    """Return a warning where full-model rounds get a learning rate that was chosen for factors.
+
+    With adamw and pre-trained weights the best rate of factors was three to thirty times that of
+    the full model, at which the latter does not learn (source: this project, results/paper).
+    """
+    annealing = recipe.annealing
+    full = annealing.mode == "staged" and is_full(annealing, 0)
+    own = recipe.model.source == "config" or annealing.initiating.lr is not None
+    if not full or own or recipe.clients.optimizer.name != "adamw":
+        return None
+    return (
+        "full-model rounds (and FedAvg, in a comparison) train at the rate of the factors,"
+        f" clients.optimizer.lr ({recipe.clients.optimizer.lr:g}): pre-trained weights mostly need"
+        " a smaller one, annealing.initiating.lr"
+    )

@@ -140,7 +140,7 @@ class Server:
             ClientError: more clients raised than may.
             RunError: no client of a round sent a usable update.
         """
-        watched = self._recipe.annealing.acceptance != "always"
+        watched = self._recipe.annealing.feedback != "always"
         tested: _Trained | None = None
         # One BLAS thread: a result must not depend on how many cores a machine has.
         with threadpool_limits(limits=1, user_api="blas"):
@@ -259,10 +259,10 @@ class Server:
         """Return what the schedule may look at, computing the energies that a proposal needs."""
         annealing = self._recipe.annealing
         feedback = Feedback(rank=before.rank, best_at_heating=before.best_at_heating)
-        if annealing.acceptance == "target" and before.validation is not None:
+        if annealing.feedback == "target" and before.validation is not None:
             return replace(feedback, metric=getattr(before.validation, annealing.target.metric))
         proposed = proposed_rank(annealing, t, before.rank)
-        if annealing.acceptance != "metropolis" or proposed is None:
+        if annealing.feedback != "metropolis" or proposed is None:
             return feedback
         model, shape = before.model, self._population.shape
         ranks = transitions.allocate(self._recipe, shape, model.state, t, proposed)
@@ -386,7 +386,7 @@ class Server:
         """Start the test, and the evaluation that the annealing feedback needs."""
         last = t + 1 == self._recipe.annealing.total_rounds
         due = last or (t + 1) % self._recipe.evaluation.every == 0
-        watched = self._recipe.annealing.acceptance == "target"
+        watched = self._recipe.annealing.feedback == "target"
         return (
             self._evaluate("test", model) if due else None,
             self._evaluate("validation", model) if watched else None,

@@ -59,13 +59,15 @@ def show_plan(console: Console, recipe: Recipe, plan: Plan) -> None:
             *([duration(r.simulated_s)] if timed else []),
         )
     console.print(table)
-    if recipe.annealing.acceptance != "always":
-        console.print(f"if every proposal is accepted (acceptance {recipe.annealing.acceptance})")
+    if recipe.annealing.feedback != "always":
+        console.print(f"if every proposal is accepted (acceptance {recipe.annealing.feedback})")
     if recipe.annealing.allocation == "spectral":
         console.print("spectral allocation: ranks are the mean, bytes an upper bound")
     console.print(_bill(plan.totals.communication()))
     for need in plan.needs:
         console.print(need, highlight=False)
+    if plan.warning is not None:
+        console.print(f"warning: {plan.warning}", style="yellow", highlight=False)
 
 
 def show_summary(console: Console, summary: Mapping[str, Any], location: str) -> None:

@@ -197,7 +197,8 @@ def cells_of(
 ) -> list[Cell]:
     """Return the cells of a comparison: the recipe under each method and seed.
 
-    Seed by seed, so that methods of the same seed share their data.
+    Seed by seed, so that methods of the same seed share their data: all hold out as much for
+    validation as one of them needs, where `data.validation_fraction` is auto.
 
     Raises:
         BadInputError: no method or seed, one twice, or a recipe that is refused.
@@ -216,10 +217,15 @@ def cells_of(
         recipe = recipe.model_dump()
     if not isinstance(settings, Mapping):
         settings = dict(override_pairs("--set", settings))
+    held_out = {name: _held_out(load_recipe(recipe, settings, m)) for name, m in methods.items()}
+    most = max(fraction or 0.0 for fraction in held_out.values())
     cells: list[Cell] = []
     for seed in seeds:
         for name, own in methods.items():
-            given = load_recipe(recipe, settings, {**own, "seed": seed})
+            variant = {**own, "seed": seed}
+            if held_out[name] is not None and most > 0:
+                variant["data.validation_fraction"] = most
+            given = load_recipe(recipe, settings, variant)
             if cells and given.runtime != cells[0].recipe.runtime:
                 raise BadInputError(
                     f"methods: expected the same runtime for all, since they share actors; {name!r}"
@@ -228,6 +234,11 @@ def cells_of(
             location = child(out, name, f"seed-{seed}")
             cells.append(Cell(name, seed, with_absolute_paths(given), location))
     return cells
+
+
+def _held_out(recipe: Recipe) -> float | None:
+    """Return the share of the data that a method holds out by itself; None where it is told."""
+    return recipe.validation_fraction if recipe.data.validation_fraction == "auto" else None
 
 
 def compare(  # noqa: PLR0913 - a user names them

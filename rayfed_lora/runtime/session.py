@@ -18,6 +18,7 @@ from rayfed_lora.federation import checkpoints, restored
 from rayfed_lora.federation.checkpoints import CheckpointWriter, Snapshot
 from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.executor import Executor, Population
+from rayfed_lora.federation.learning_rate import doubt
 from rayfed_lora.federation.progress import Progress, Timing
 from rayfed_lora.federation.server import Server
 from rayfed_lora.federation.transitions import GlobalModel
@@ -267,6 +268,9 @@ class _Sitting:
         self._server = Server(recipe, executor, population, self, should_stop)
         if population.shape.obstacle is not None and recipe.annealing.mode != "full":
             board.note(f"clients are trained {self._server.block_size.reason}")
+        doubtful = doubt(recipe)
+        if doubtful is not None:
+            board.note(doubtful)
 
     def round_started(self, plan: RoundPlan, cohort: tuple[int, ...]) -> None:
         self._board.round_started(plan, cohort)

@@ -39,6 +39,22 @@ _CHANGEABLE = (
     "clients.max_grad_norm",
     "aggregation.server_optimizer.lr",
 )
+# Keys of the schedule that a mode does not look at; shares of rounds have the same sum in each.
+_UNSTAGED = (
+    "annealing.initiating.rounds",
+    "annealing.heating.rounds",
+    "annealing.heating.shape",
+    "annealing.cooling.",
+    "annealing.holding.",
+    "annealing.acceptance",
+    "annealing.temperature",
+    "annealing.target.",
+)
+_UNREAD: Mapping[str, tuple[str, ...]] = {
+    "staged": (),
+    "fixed": (*_UNSTAGED, "annealing.initiating."),
+    "full": (*_UNSTAGED, "annealing.heating.", "annealing.allocation", "aggregation.rule"),
+}
 _TRIED = 200
 _PERTURBATIONS = 5
 _REDUCTION = 3
@@ -94,6 +110,14 @@ def check(space: Space, recipe: Recipe) -> int:
     if first is not None and refused == tried:
         raise BadInputError(f"search space: no draw of it is a recipe that can run; e.g. {first}")
     return round(1000 * refused / tried)
+
+
+def without_effect(space: Space, recipe: Recipe) -> list[str]:
+    """Return the drawn keys that runs in the recipe's mode do not look at."""
+    if "method" in space.drawn or "annealing.mode" in space.drawn:
+        return []
+    unread = _UNREAD[recipe.annealing.mode]
+    return [key for key in space.drawn if key.startswith(unread)]
 
 
 def _trial_draws(space: Space, recipe: Recipe) -> Iterator[Mapping[str, Any]]:

@@ -210,6 +210,10 @@ class _Job:
         refused = drawing.check(self._space, self._recipe)
         if refused:
             self._tell(f"about {refused} of 1,000 draws are no recipes that can run; they fail")
+        idle = drawing.without_effect(self._space, self._recipe)
+        if idle:
+            mode = self._recipe.annealing.mode
+            self._tell(f"drawn for nothing with annealing.mode {mode}: {', '.join(idle)}")
         # Refused here, where they cannot be had: data come after.
         drawing.scheduler(self._space, self._recipe)
         drawing.searcher(self._space, self._recipe, 1)

