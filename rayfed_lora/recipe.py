@@ -232,7 +232,8 @@ class Runtime(Section):
     """Where the work runs.
 
     On the same kind of device nothing here changes a result, but for the rounding of float32 that
-    comes with another `cohort_size`, `threads_per_actor` or `precision`.
+    comes with another `cohort_size`, `threads_per_actor` or `precision` (and with `cohort_size`
+    for the dropout masks of texts of different lengths).
     """
 
     executor: Literal["ray", "local"] = option("ray", "ray, or local: in this process, without Ray")
