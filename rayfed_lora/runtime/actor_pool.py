@@ -102,37 +102,46 @@ class _Worker:
         return bool(self.jobs) and self.jobs[0].work.limited
 
 
+@dataclass(frozen=True)
+class Revival:
+    """How a lost actor comes back.
+
+    Attributes:
+        reopen: makes an actor ready again that Ray has restarted.
+        renewed: returns another actor in place of one that Ray cannot restart for now.
+        prepare_again: makes what `reopen` needs once more: it was lost with a node.
+    """
+
+    reopen: Callable[[Any], ray.ObjectRef]
+    renewed: Callable[[Any], Any] = lambda actor: actor
+    prepare_again: Callable[[], None] = lambda: None
+
+
 class ActorPool:
     """Runs jobs on the next free actor, in the order they were submitted; urgent ones first."""
 
     def __init__(
         self,
         actors: Sequence[Any],
-        reopen: Callable[[Any], ray.ObjectRef],
+        revival: Revival,
         note: Callable[[str], None],
         start_timeout_s: float,
         ahead: int = 0,
         block_timeout_s: float | None = None,
-        renewed: Callable[[Any], Any] = lambda actor: actor,
-        prepare_again: Callable[[], None] = lambda: None,
     ) -> None:
         """Take open actors.
 
         Args:
             actors: handles that are ready to be called.
-            reopen: makes an actor ready again that Ray has restarted.
+            revival: how a lost actor comes back.
             note: told of what the user should know, e.g. a lost actor.
             start_timeout_s: how long a lost actor may take to come back while nothing else runs.
             ahead: how many jobs an actor is sent while it still works on another: it then never
                 waits for a message. Of use where jobs take equally long.
             block_timeout_s: an actor that takes longer for a job is ended; None: no limit.
-            renewed: returns another actor in place of one that Ray cannot restart for now.
-            prepare_again: makes what `reopen` needs once more: it was lost with a node.
         """
         self._workers = [_Worker(actor) for actor in actors]
-        self._reopen = reopen
-        self._renewed = renewed
-        self._prepare_again = prepare_again
+        self._revival = revival
         self._note = note
         self._start_timeout_s = start_timeout_s
         self._depth = 1 + ahead
@@ -293,7 +302,7 @@ class ActorPool:
     def _revive(self, worker: _Worker, error: Exception) -> None:
         """Wait in the background for an actor that Ray restarts; forget one it does not."""
         if not isinstance(error, ActorDiedError):
-            self._returning[self._reopen(worker.actor)] = worker
+            self._returning[self._revival.reopen(worker.actor)] = worker
 
     def _back(self, opened: ray.ObjectRef) -> None:
         """Take an actor in that is back, or wait on if it was lost again.
@@ -306,21 +315,21 @@ class ActorPool:
             result(opened)
         except PartsLostError:
             self._note("data and base were lost with their node and are prepared again")
-            self._prepare_again()
-            self._returning[self._reopen(worker.actor)] = worker
+            self._revival.prepare_again()
+            self._returning[self._revival.reopen(worker.actor)] = worker
         except LOST as error:
             alone_s = time.monotonic() - self._alone_since
             if not self._workers and alone_s > self._start_timeout_s:
                 raise self._none_came_back() from error
             # Ray refuses calls for the seconds that a restart takes; do not ask in a tight loop.
             time.sleep(_RESTART_POLL_S)
-            renewed = self._renewed(worker.actor)
+            renewed = self._revival.renewed(worker.actor)
             if renewed is worker.actor:
                 self._revive(worker, error)
             else:
                 self._note("a client actor's node is gone: another one starts where there is room")
                 worker.actor = renewed
-                self._returning[self._reopen(renewed)] = worker
+                self._returning[self._revival.reopen(renewed)] = worker
         else:
             self._workers.append(worker)
 

@@ -167,7 +167,7 @@ class Crew:
         task = ray.remote(prepared).options(name=PREPARING, num_cpus=0, num_returns=3)
         _, *shared = task.remote(recipe, factory)
         self._shared = prepared_from(recipe), shared
-        return shared
+        return self._shared[1]
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until all actors answer; return whether they do.

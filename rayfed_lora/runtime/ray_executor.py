@@ -22,6 +22,7 @@ from rayfed_lora.runtime.actor_pool import (
     ActorPool,
     Job,
     PartsLostError,
+    Revival,
     Work,
     result,
 )
@@ -104,7 +105,9 @@ class RayExecutor:
         except BaseException as error:
             crew.forget()
             if isinstance(error, LOST):
-                raise RunError(f"a client actor was lost while it read the data: {error}") from error
+                raise RunError(
+                    f"a client actor was lost while it read the data: {error}"
+                ) from error
             raise
         try:
             populations = [result(ready) for ready in opened]
@@ -115,16 +118,8 @@ class RayExecutor:
         # Blocks of as many steps each may be dealt out ahead; others go to whoever is free first.
         ahead = 0 if self._recipe.clients.local_steps is None else 1
         limit = runtime.block_timeout_s
-        self._pool = ActorPool(
-            crew.actors,
-            self._open,
-            self._note,
-            timeout,
-            ahead,
-            limit,
-            crew.renewed,
-            self._prepare_again,
-        )
+        revival = Revival(self._open, crew.renewed, self._prepare_again)
+        self._pool = ActorPool(crew.actors, revival, self._note, timeout, ahead, limit)
         population: Population = populations[0]
         return population
 

@@ -22,7 +22,6 @@ from rayfed_lora.runtime.ray_executor import RayExecutor
 from rayfed_lora.runtime.session import simulate
 from rayfed_lora.storage import RunFolder
 
-
 # How long the server of a detached run that is over still answers.
 _LINGER_S = 600.0
 

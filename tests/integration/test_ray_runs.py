@@ -137,7 +137,7 @@ def test_a_pool_ends_only_the_call_whose_parts_were_lost():
     import ray
     from ray.exceptions import ObjectLostError
 
-    from rayfed_lora.runtime.actor_pool import ActorPool, PartsLostError, Work
+    from rayfed_lora.runtime.actor_pool import ActorPool, PartsLostError, Revival, Work
 
     @ray.remote(num_cpus=0)
     class Joining:
@@ -150,7 +150,8 @@ def test_a_pool_ends_only_the_call_whose_parts_were_lost():
     def joining(good: bool) -> Work:
         return Work("joining", lambda actor, _: [actor.join.remote(good)])
 
-    pool = ActorPool([Joining.remote()], lambda actor: actor.ready.remote(), print, 10.0)
+    revival = Revival(lambda actor: actor.ready.remote())
+    pool = ActorPool([Joining.remote()], revival, print, 10.0)
     lost, whole = pool.submit([joining(False), joining(True)])
     assert pool.result(whole) == "joined"
     with pytest.raises(PartsLostError):
@@ -160,7 +161,7 @@ def test_a_pool_ends_only_the_call_whose_parts_were_lost():
 def test_a_pool_goes_on_with_another_actor_where_one_cannot_come_back():
     import ray
 
-    from rayfed_lora.runtime.actor_pool import ActorPool, Work
+    from rayfed_lora.runtime.actor_pool import ActorPool, Revival, Work
     from rayfed_lora.runtime.actors import NotOpenError
 
     @ray.remote(num_cpus=0)
@@ -177,9 +178,8 @@ def test_a_pool_goes_on_with_another_actor_where_one_cannot_come_back():
             return "trained"
 
     ill, well, notes = Sometimes.remote(False), Sometimes.remote(True), []
-    pool = ActorPool(
-        [ill], lambda actor: actor.open.remote(), notes.append, 10.0, renewed=lambda actor: well
-    )
+    revival = Revival(lambda actor: actor.open.remote(), lambda actor: well)
+    pool = ActorPool([ill], revival, notes.append, 10.0)
     (job,) = pool.submit([Work("training", lambda actor, _: [actor.train.remote()])])
     assert pool.result(job) == "trained"
     assert "another one starts where there is room" in notes[-1]
@@ -188,7 +188,7 @@ def test_a_pool_goes_on_with_another_actor_where_one_cannot_come_back():
 def test_a_pool_does_not_wait_for_ever_for_an_actor_that_keeps_being_refused():
     import ray
 
-    from rayfed_lora.runtime.actor_pool import ActorPool, Work
+    from rayfed_lora.runtime.actor_pool import ActorPool, Revival, Work
     from rayfed_lora.runtime.actors import NotOpenError
 
     @ray.remote(num_cpus=0)
@@ -196,7 +196,7 @@ def test_a_pool_does_not_wait_for_ever_for_an_actor_that_keeps_being_refused():
         def train(self) -> None:
             raise NotOpenError("the node is gone")
 
-    pool = ActorPool([Ill.remote()], lambda actor: actor.train.remote(), str, 2.0)
+    pool = ActorPool([Ill.remote()], Revival(lambda actor: actor.train.remote()), str, 2.0)
     (job,) = pool.submit([Work("training", lambda actor, _: [actor.train.remote()])])
     with pytest.raises(RunError, match="no client actor came back within 2 s after it was lost"):
         pool.result(job)

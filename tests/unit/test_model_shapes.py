@@ -158,7 +158,7 @@ def test_a_model_without_linear_layers_outside_its_head_is_refused(
 ) -> None:
     config = ResNetConfig(num_channels=1, embedding_size=4, hidden_sizes=[4], depths=[1])
     net = ResNetForImageClassification(config)
-    with pytest.raises(ModelError, match="nn.Linear modules, and the model has none outside"):
+    with pytest.raises(ModelError, match=r"nn\.Linear modules, and the model has none outside"):
         adapted_modules(net, adapter(target_modules=targets))
 
 
