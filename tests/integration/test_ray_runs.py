@@ -202,6 +202,14 @@ def test_a_pool_does_not_wait_for_ever_for_an_actor_that_keeps_being_refused():
         pool.result(job)
 
 
+def trained(executor: Any) -> list[int]:
+    """Train a block of two clients; return who did."""
+    state = AdapterState({}, executor.initial_tensors("adapter"))
+    plan = LocalPlan(round=1, trainable="adapter", lr=0.1, proximal_weight=0.0)
+    (part,) = executor.train(state, Base(), plan, [Call(((0, 1),))])
+    return [report.client for report in part.clients]
+
+
 def test_data_that_is_lost_with_its_node_is_prepared_again():
     import ray
     from ray.exceptions import ObjectLostError
@@ -220,12 +228,9 @@ def test_data_that_is_lost_with_its_node_is_prepared_again():
         executor._shared = [lost.remote(), lost.remote()]
         actor = executor._pool._workers[0].actor
         os.kill(ray.get(actor.__ray_call__.remote(lambda itself: os.getpid())), signal.SIGKILL)
-        state = AdapterState({}, executor.initial_tensors("adapter"))
-        plan = LocalPlan(round=1, trainable="adapter", lr=0.1, proximal_weight=0.0)
-        (part,) = executor.train(state, Base(), plan, [Call(((0, 1),))])
+        assert trained(executor) == [0, 1]
     finally:
         executor.close()
-    assert [report.client for report in part.clients] == [0, 1]
     assert "data and base were lost with their node and are prepared again" in notes
 
 
@@ -401,12 +406,9 @@ def test_an_actor_restarted_while_it_was_idle_is_opened_anew(tmp_path):
         deadline = time.monotonic() + 60
         while not answers(actor):
             assert time.monotonic() < deadline
-        state = AdapterState({}, executor.initial_tensors("adapter"))
-        plan = LocalPlan(round=1, trainable="adapter", lr=0.1, proximal_weight=0.0)
-        (part,) = executor.train(state, Base(), plan, [Call(((0, 1),))])
+        assert trained(executor) == [0, 1]
     finally:
         executor.close()
-    assert [report.client for report in part.clients] == [0, 1]
     assert len(notes) == 1
     assert "client-actor-00 of fake was restarted while it was idle" in notes[0]
 
