@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,8 +26,8 @@ def export_run(location: str, to: Path, *, merge: bool) -> Iterator[str]:
         A line about each thing written.
 
     Raises:
-        BadInputError: the folder holds no finished run, `to` has files, or a full-model run is to
-            be exported as an adapter.
+        BadInputError: the folder holds no finished run, `to` has files or cannot be written, or a
+            full-model run is to be exported as an adapter.
     """
     run = RunFolder(location)
     recipe = _finished_recipe(run)
@@ -58,7 +59,6 @@ def _finished_recipe(run: RunFolder) -> Recipe:
 
 
 def _copy(run: RunFolder, part: str, to: Path) -> None:
-    to.mkdir(parents=True)
     for name in run.names(part):
         try:
             # Names come from whoever wrote the folder.
@@ -66,7 +66,17 @@ def _copy(run: RunFolder, part: str, to: Path) -> None:
             content = run.read(f"{part}/{name}")
         except (OSError, ValueError) as error:
             raise RunFolderError(f"{child(run.location, part)} cannot be read: {error}") from None
-        (to / name).write_bytes(content)
+        with _writing(to):
+            to.mkdir(parents=True, exist_ok=True)
+            (to / name).write_bytes(content)
+
+
+@contextmanager
+def _writing(to: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BadInputError(f"--to: {to} cannot be written: {error}") from error
 
 
 def _labels(run: RunFolder) -> list[str]:
@@ -91,4 +101,5 @@ def _write_merged(run: RunFolder, recipe: Recipe, to: Path) -> None:
         net = export.merge(source, adapter if adapter.exists() else None, recipe.model, labels)
         tokenizer = recipe.model.tokenizer or recipe.model.source
         is_text = recipe.model.task != "image-classification"
-        export.write_model(to, net, sources.location(tokenizer) if is_text else None)
+        with _writing(to):
+            export.write_model(to, net, sources.location(tokenizer) if is_text else None)

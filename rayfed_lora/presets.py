@@ -88,10 +88,25 @@ def preset(method: object, recipe: Mapping[str, Any]) -> Mapping[str, Any]:
     keys = PRESETS.get(method, {}) if isinstance(method, str) else {}
     clients = recipe.get("clients")
     optimizer = clients.get("optimizer") if isinstance(clients, Mapping) else None
-    adamw = isinstance(optimizer, Mapping) and optimizer.get("name") == "adamw"
-    if adamw and keys.get("annealing", {}).get("mode") == "staged":
-        return merged(keys, {"adapter": {"scaling": "alpha_over_rank"}})
+    name = optimizer.get("name") if isinstance(optimizer, Mapping) else None
+    if usual_scaling(method, name) != "constant":
+        return merged(keys, {"adapter": {"scaling": usual_scaling(method, name)}})
     return keys
+
+
+def usual_scaling(method: object, optimizer: object) -> str:
+    """Return `adapter.scaling` where a recipe says nothing: see `preset`."""
+    keys = PRESETS.get(method, {}) if isinstance(method, str) else {}
+    falls = keys.get("annealing", {}).get("mode") == "staged"
+    return "alpha_over_rank" if falls and optimizer == "adamw" else "constant"
+
+
+def usual_server_rate(optimizer: object) -> float:
+    """Return `aggregation.server_optimizer.lr` where a recipe says nothing.
+
+    Adam and yogi move each weight by about their rate at first; 1 is plain averaging for the rest.
+    """
+    return 0.01 if optimizer in ("adam", "yogi") else 1.0
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

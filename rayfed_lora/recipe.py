@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rayfed_lora.plain_values import strange
+from rayfed_lora.presets import usual_server_rate
 from rayfed_lora.recipe_annealing import Annealing
 from rayfed_lora.recipe_clients import Clients
 from rayfed_lora.recipe_devices import (
@@ -190,10 +191,9 @@ class ServerOptimizer(Section):
     @model_validator(mode="before")
     @classmethod
     def _rate_of_the_kind(cls, given: Any) -> Any:
-        """Give adam and yogi a rate of theirs: their steps have about its size in each weight."""
         if not isinstance(given, Mapping) or given.get("lr") is not None:
             return given
-        return {**given, "lr": 0.01 if given.get("name") in ("adam", "yogi") else 1.0}
+        return {**given, "lr": usual_server_rate(given.get("name"))}
 
 
 class Aggregation(Section):

@@ -18,6 +18,8 @@ from rayfed_lora.data.columns import reject_nulls
 from rayfed_lora.errors import DataError
 
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+# Pillow's modes of at most 8 bits a channel; it clips the others where it converts them.
+_EIGHT_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 LISTS = (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)
 
 
@@ -32,8 +34,8 @@ def as_tensors(column: pa.ChunkedArray, where: str) -> pa.FixedShapeTensorArray:
         where: source and column, for messages.
 
     Raises:
-        DataError: something else, images of several sizes, a missing or undecodable image, or
-            encoded images without Pillow.
+        DataError: something else, images of several sizes, a missing or undecodable image, one
+            of more than 8 bits a channel, or encoded images without Pillow.
     """
     reject_nulls(column, where)
     array = column.combine_chunks()
@@ -95,9 +97,15 @@ def _decode(encoded: pa.Array, where: str) -> npt.NDArray[np.uint8]:
     for row, content in enumerate(encoded, 1):
         try:
             image = Image.open(io.BytesIO(content.as_py()))
-            images.append(image if image.mode == "L" else image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
+            image.load()
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{where}: need an image in row {row}, got {error}") from error
+        if image.mode not in _EIGHT_BITS:
+            raise DataError(
+                f"{where}: need images of 8 bits a channel, got mode {image.mode!r} in row {row};"
+                " convert them first, or give their pixels as lists of floats"
+            )
+        images.append(image if image.mode == "L" else image.convert("RGB"))
     sizes = sorted({image.size for image in images})
     if len(sizes) > 1:
         raise DataError(

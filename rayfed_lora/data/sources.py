@@ -171,7 +171,16 @@ def _read_json(stream: pa.NativeFile, string_columns: Sequence[str]) -> pa.Table
     for line in lines:
         _check_depth(line)
     lines.detach().seek(0)
-    return arrow_json.read_json(stream, arrow_json.ReadOptions(block_size=BLOCK_BYTES))
+    options = arrow_json.ReadOptions(block_size=BLOCK_BYTES)
+    table = arrow_json.read_json(stream, options)
+    # Arrow takes texts that look like one for a date, which JSON does not have.
+    dates = [field.name for field in table.schema if pa.types.is_timestamp(field.type)]
+    if not dates:
+        return table
+    stream.seek(0)
+    texts = pa.schema([(name, pa.string()) for name in dates])
+    parsing = arrow_json.ParseOptions(texts, unexpected_field_behavior="infer")
+    return arrow_json.read_json(stream, options, parsing).select(table.column_names)
 
 
 def _read_json_array(stream: pa.NativeFile) -> pa.Table:

@@ -200,22 +200,36 @@ def build(model: Model, config: Any, seed: int) -> nn.Module:
     Raises:
         ModelError: the weights cannot be read.
     """
+    net, _ = built(model, config, seed)
+    return net
+
+
+def built(model: Model, config: Any, seed: int) -> tuple[nn.Module, frozenset[str]]:
+    """Return what `build` does, and the names of the tensors that the source does not have.
+
+    Raises:
+        ModelError: the weights cannot be read.
+    """
     torch.manual_seed(torch_seed(seed, Purpose.MODEL_INIT))
     try:
         with quiet():
             if model.source == "config":
-                net = _auto_class(model).from_config(config)
+                net, drawn = _auto_class(model).from_config(config), None
             else:
-                net = _auto_class(model).from_pretrained(
+                net, told = _auto_class(model).from_pretrained(
                     location(model.source),
                     config=config,
                     dtype=torch.float32,
                     use_safetensors=True,
                     trust_remote_code=False,
+                    output_loading_info=True,
                 )
+                drawn = set(told["missing_keys"])
     except Exception as error:  # as for configurations
         raise ModelError(f"{_where(model)}: {_message(error)}") from error
-    return net.float()  # type: ignore[no-any-return]
+    if drawn is None:
+        drawn = {name for name, _ in net.named_parameters()}
+    return net.float(), frozenset(drawn)
 
 
 def weights(net: nn.Module) -> dict[str, npt.NDArray[Any]]:

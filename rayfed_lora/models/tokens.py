@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from rayfed_lora.errors import ModelError
+from rayfed_lora.models import sources
 from rayfed_lora.models.sources import quiet
+from rayfed_lora.recipe import Model
 
 Tokens = dict[str, npt.NDArray[np.int32]]
 
@@ -63,3 +66,32 @@ def tokenize_whole(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
     for i, ids in enumerate(rows):
         tokens[i, : len(ids)], mask[i, : len(ids)] = ids, 1
     return {"input_ids": tokens, "attention_mask": mask}
+
+
+# What RoBERTa's kind keeps of the positions that its configuration names is a little less.
+_SPARE = 8
+_POSITIONS = ("position_embeddings", "embed_positions", "wpe")
+
+
+def check_length(model: Model, config: Any, longest: int) -> None:
+    """Refuse texts that are longer than the table of positions of a model that has one.
+
+    Args:
+        model: the recipe's section.
+        config: from `sources.configuration`.
+        longest: tokens of the longest text.
+
+    Raises:
+        ModelError: there are fewer positions.
+    """
+    named = getattr(config, "max_position_embeddings", None)
+    if not isinstance(named, int) or longest <= named - _SPARE:
+        return
+    for name, module in sources.skeleton(model, config).named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith(_POSITIONS):
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            if longest > module.num_embeddings - first:
+                raise ModelError(
+                    f"data.max_length: expected at most {module.num_embeddings - first}, the"
+                    f" positions of the model, the longest text has {longest} tokens"
+                )

@@ -116,25 +116,33 @@ def _cells(folder: RunFolder) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class _Found:
-    """A run, what its label stands for, and a longer label.
+    """A run, what its label stands for, and longer labels.
 
     Attributes:
         run: as read.
         group: equal for runs that differ in the seed only.
-        longer: label to take where another group has the same short one.
+        longer: labels to take, in turn, where another group has the same one.
     """
 
     run: RunData
     group: str
-    longer: str
+    longer: Sequence[str]
+
+
+def _endings(parts: Sequence[str], shortest: int) -> list[str]:
+    """Return the last parts of a path, `shortest` of them or more.
+
+    >>> _endings(["a", "b", "c"], 2)
+    ['b/c', 'a/b/c']
+    """
+    return ["/".join(parts[-k:]) for k in range(min(shortest, len(parts)), len(parts) + 1)]
 
 
 def _read(location: str) -> list[_Found]:
     folder = RunFolder(location)
     if folder.exists("recipe.yaml"):
         run = read_run(folder)
-        path = _path(folder)
-        return [_Found(run, _all_but_the_seed(run), "/".join(path.parts[-3:]))]
+        return [_Found(run, _all_but_the_seed(run), _endings(_path(folder).parts, 3))]
     if not folder.exists(_COMPARISON):
         raise RunFolderError(
             f"{location}: expected the folder of a run (recipe.yaml) or of a comparison"
@@ -142,13 +150,13 @@ def _read(location: str) -> list[_Found]:
         )
     finished = _cells(folder).query("error.isna()")
     cells = [(str(m), s) for m, s in zip(finished["method"], finished["seed"], strict=True)]
-    name = _path(folder).name
+    parts = _path(folder).parts
     # Not by the recorded location: the folder may have been moved.
     return [
         _Found(
             replace(read_run(RunFolder(_of_cell(location, m, s))), label=m),
             f"{location} {m}",
-            f"{name}/{m}",
+            _endings([*parts, m], 2),
         )
         for m, s in cells
     ]
@@ -255,16 +263,21 @@ def _last_tests(folder: RunFolder) -> pd.DataFrame:
 
 def _told_apart(found: Sequence[_Found]) -> list[RunData]:
     """Return the runs, with longer labels where one label would stand for several things."""
-    copies = Counter((each.run.label, each.group, each.run.seed) for each in found)
-    groups: dict[str, set[str]] = {}
-    for each in found:
-        groups.setdefault(each.run.label, set()).add(each.group)
-    return [
-        replace(each.run, label=each.longer)
-        if len(groups[each.run.label]) > 1 or copies[each.run.label, each.group, each.run.seed] > 1
-        else each.run
-        for each in found
-    ]
+    labels = [each.run.label for each in found]
+    for level in range(max(len(each.longer) for each in found)):
+        runs = list(zip(labels, found, strict=True))
+        copies = Counter((label, each.group, each.run.seed) for label, each in runs)
+        groups: dict[str, set[str]] = {}
+        for label, each in runs:
+            groups.setdefault(label, set()).add(each.group)
+        labels = [
+            each.longer[level]
+            if level < len(each.longer)
+            and (len(groups[label]) > 1 or copies[label, each.group, each.run.seed] > 1)
+            else label
+            for label, each in runs
+        ]
+    return [replace(each.run, label=label) for label, each in zip(labels, found, strict=True)]
 
 
 def accuracies_of_clients(runs: Sequence[RunData]) -> dict[str, npt.NDArray[Any]]:

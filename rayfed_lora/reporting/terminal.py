@@ -77,7 +77,7 @@ def show_summary(console: Console, summary: Mapping[str, Any], location: str) ->
     shown = ["accuracy", "loss"] + ["perplexity"] * (final["eval_perplexity"] is not None)
     table = Table("", *shown, "round", title=f"{summary['name']} ({summary['method']})")
     for name, row in (("final", final), ("best", best)):
-        numbers = [f"{row[f'eval_{metric}']:.4f}" for metric in shown]
+        numbers = [_metric(row[f"eval_{metric}"]) for metric in shown]
         table.add_row(name, *numbers, str(row["round"] + 1))
     console.print(table)
     console.print(_bill(summary["communication"]))
@@ -96,6 +96,11 @@ def show_summary(console: Console, summary: Mapping[str, Any], location: str) ->
             highlight=False,
         )
     console.print(f"run folder: {location}", highlight=False, soft_wrap=True)
+
+
+def _metric(value: float | None) -> str:
+    """Return a metric; JSON has no word for what is not finite."""
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _bill(communication: Mapping[str, Any]) -> Table:

@@ -317,13 +317,13 @@ class LocalTrainer:
         self._model.load([state], base, trainable)
         everything = self._model.tensors("full")
         changed = base.version > (0, 0) or trainable == "full"
-        new_head = not (self._recipe.adapter.train_head or self._language)
-        biases = self._recipe.adapter.train_biases
-        own_config = self._recipe.model.source == "config" or bool(self._recipe.model.config)
-        keep_base = changed or new_head or biases or own_config
+        biases, own_config = self._recipe.adapter.train_biases, bool(self._recipe.model.config)
+        config = sources.restored(self._workload.config)
+        net, drawn = sources.built(self._recipe.model, config, self._recipe.seed)
+        # What the run has drawn and the adapter does not hold is nowhere else.
+        keep_base = changed or biases or own_config or not drawn <= set(state.dense)
         with TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            net = self._build()
             if trainable == "adapter":
                 name = "base" if keep_base else sources.location(self._recipe.model.source)
                 export.write_adapter(folder / "adapter", state, net, self._recipe.adapter, name)

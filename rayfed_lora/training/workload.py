@@ -20,7 +20,7 @@ from rayfed_lora.data.traces import read_trace
 from rayfed_lora.errors import DataError, ModelError
 from rayfed_lora.models import sources
 from rayfed_lora.models.shapes import model_shape
-from rayfed_lora.models.tokens import tokenize, tokenize_whole
+from rayfed_lora.models.tokens import check_length, tokenize, tokenize_whole
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.types import DeviceFacts, ModelShape, Trace
 
@@ -111,10 +111,15 @@ def prepare(recipe: Recipe) -> Workload:
     config = sources.configuration(recipe.model, _facts(recipe, dataset, tokenizer))
     _check_config(recipe, config, dataset)
     held_back = dataset.test.slice(0, 0) if dataset.validation is None else dataset.validation
-    train, test = (_examples(table, tokenizer, recipe) for table in (dataset.train, dataset.test))
+    train, test, validation = (
+        _examples(table, tokenizer, recipe) for table in (dataset.train, dataset.test, held_back)
+    )
+    if tokenizer is not None:
+        tables = (train, test, validation)
+        check_length(recipe.model, config, max(t.inputs["input_ids"].shape[1] for t in tables))
     return Workload(
         train=train,
-        validation=_by_length(_examples(held_back, tokenizer, recipe)),
+        validation=_by_length(validation),
         test=_by_length(test),
         clients=clients,
         label_names=dataset.label_names,

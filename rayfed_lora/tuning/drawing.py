@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlg
 
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.recipe import Recipe
+from rayfed_lora.rule_facts import RULE_FACTS
 from rayfed_lora.tuning.space import Drawn, Space, trial_recipe
 
 # The key of a trial's config that holds its draw.
@@ -39,6 +41,7 @@ _CHANGEABLE = (
     "clients.max_grad_norm",
     "aggregation.server_optimizer.lr",
 )
+_RANKS = ("annealing.heating.rank", "annealing.cooling.rank")
 # Keys of the schedule that a mode does not look at; shares of rounds have the same sum in each.
 _UNSTAGED = (
     "annealing.initiating.rounds",
@@ -162,14 +165,27 @@ def searcher(space: Space, recipe: Recipe, max_concurrent: int) -> SearchAlgorit
 
 
 def scheduler(space: Space, recipe: Recipe) -> TrialScheduler | None:
-    """Return what ends or changes trials by the first objective; None where nothing does."""
+    """Return what ends or changes trials by the first objective; None where nothing does.
+
+    Raises:
+        BadInputError: pbt, and ranks are drawn under a rule by which clients keep factors.
+    """
     metric, mode = next(iter(space.objectives.items()))
     total = recipe.annealing.total_rounds
+    ranks = [key for key in space.drawn if key.startswith(_RANKS)]
+    if space.scheduler == "pbt" and ranks and RULE_FACTS[recipe.aggregation.rule].personal:
+        raise BadInputError(
+            f"--scheduler pbt: expected no {ranks[0]} in the space, since clients keep factors of"
+            f" their own under rule {recipe.aggregation.rule!r}, at the rank that they have"
+        )
     watched: dict[str, Any] = {"time_attr": "round", "metric": metric, "mode": mode}
     grace = math.ceil(total / 4)
     if space.scheduler == "asha":
         return ASHAScheduler(
-            max_t=total, grace_period=grace, reduction_factor=_REDUCTION, **watched
+            max_t=_most_rounds(space, recipe),
+            grace_period=grace,
+            reduction_factor=_REDUCTION,
+            **watched,
         )
     if space.scheduler == "median":
         return MedianStoppingRule(grace_period=grace, **watched)
@@ -183,6 +199,15 @@ def scheduler(space: Space, recipe: Recipe) -> TrialScheduler | None:
         synch=False,
         **watched,
     )
+
+
+def _most_rounds(space: Space, recipe: Recipe) -> int:
+    """Return the rounds of the longest run that the space is known to draw."""
+    lengths = [recipe.annealing.total_rounds]
+    for draw in _trial_draws(space, recipe):
+        with suppress(BadInputError):
+            lengths.append(trial_recipe(space, recipe, draw).annealing.total_rounds)
+    return max(lengths)
 
 
 def mutations(space: Space) -> dict[str, Any]:

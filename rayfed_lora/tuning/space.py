@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from rayfed_lora.annealing.stages import stage_lengths
 from rayfed_lora.errors import BadInputError
+from rayfed_lora.presets import usual_scaling, usual_server_rate
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, read_text
 from rayfed_lora.reporting.summary import TESTED
@@ -180,7 +181,25 @@ class Space(_Strict):
         if shared:
             total = sum(value_of(recipe, key) for key in shared)
             found |= apportioned({key: draw[key] for key in shared}, total)
-        return found
+        return {**_followers(recipe, found), **found}
+
+
+def _followers(recipe: Recipe, drawn: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values that are an optimiser's usual ones in the recipe, for the drawn optimiser.
+
+    A recipe that is resolved does not know any more which values nobody has written.
+    """
+    found: dict[str, Any] = {}
+    clients, server = recipe.clients.optimizer, recipe.aggregation.server_optimizer
+    name = drawn.get("clients.optimizer.name", clients.name)
+    scaling = usual_scaling(recipe.method, name)
+    if recipe.adapter.scaling == usual_scaling(recipe.method, clients.name) != scaling:
+        found["adapter.scaling"] = scaling
+    lr = usual_server_rate(drawn.get("aggregation.server_optimizer.name", server.name))
+    if server.lr == usual_server_rate(server.name) != lr:
+        found["aggregation.server_optimizer.lr"] = lr
+    # A method that is drawn brings its own.
+    return {} if "method" in drawn else found
 
 
 def _share(key: str, share: Any, whole: Any) -> int:

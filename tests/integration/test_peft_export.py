@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,11 +22,13 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
 from rayfed_lora import cli
+from rayfed_lora.errors import ModelError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.runtime import launch
@@ -307,6 +310,51 @@ def test_on_an_unchanged_source_the_adapter_alone_is_kept(
     assert net.config.id2label == {0: "kind 0", 1: "kind 1"}
     ids = AutoTokenizer.from_pretrained(merged)("who is far")["input_ids"]
     assert ids == [2 + WORDS.index(word) for word in ("who", "is", "far")]
+
+
+def test_weights_that_the_source_lacks_are_exported_as_the_run_drew_them(
+    source: Path, command: Command, tmp_path: Path
+) -> None:
+    # A checkpoint of a language model has no pooler, which is not of the head either.
+    config = BertConfig.from_pretrained(str(source))
+    masked = tmp_path / "masked"
+    BertForMaskedLM(config).save_pretrained(str(masked))
+    AutoTokenizer.from_pretrained(str(source)).save_pretrained(str(masked))
+    shutil.copy(source / "questions.jsonl", masked)
+    recipe = text_recipe(masked)
+    run = finished_run(tmp_path / "run", recipe.model_copy(update={"seed": 3}))
+    found = text_metrics(run.folder / "base", run.folder / "adapter", run)
+    assert_final(run, found)
+    status, _, _ = command("export", run.folder, "--to", tmp_path / "merged", "--merge")
+    assert status == 0
+    net = AutoModelForSequenceClassification.from_pretrained(str(tmp_path / "merged"))
+    assert_final(run, metrics(net, run.workload))
+
+
+def test_an_export_that_cannot_be_written_says_so(
+    lora_run: Run, command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for merge in ([], ["--merge"]):
+        status, _, err = command("export", lora_run.folder, "--to", tmp_path / "file/to", *merge)
+        assert status == 2
+        assert "cannot be written" in err
+
+
+def test_texts_longer_than_the_models_positions_are_refused(source: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.jsonl"
+    rows = [{"text": "dog " * (10 + i), "label": f"kind {i % 2}"} for i in range(80)]
+    long.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = text_recipe(source)
+    data = recipe.data.model_copy(update={"source": str(long)})
+    with pytest.raises(
+        ModelError, match=r"data\.max_length: expected at most 16, .* has 64 tokens"
+    ):
+        prepare(recipe.model_copy(update={"data": data}))
+    short = data.model_copy(update={"max_length": 16})
+    assert (
+        prepare(recipe.model_copy(update={"data": short})).train.inputs["input_ids"].shape[1] == 16
+    )
 
 
 def test_a_source_changed_by_the_recipe_is_exported_as_it_was_trained(

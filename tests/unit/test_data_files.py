@@ -161,6 +161,19 @@ def test_an_unreadable_file_is_an_error_that_names_the_format(tmp_path, suffix, 
         load(Data(source=str(path)), TASK, 0, 0.0)
 
 
+def test_texts_that_look_like_dates_stay_texts_in_json_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"text": f"text {i}", "label": f"2024-01-0{1 + i % 2}", "day": f"2024-02-0{1 + i % 3}"}
+        for i in range(60)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partition = {"kind": "column", "column": "day"}
+    found = load(Data(source=str(path), partition=partition), TASK, 0, 0.0)
+    assert found.label_names == ("2024-01-01", "2024-01-02")
+    assert set(found.train["client"].to_pylist()) == {f"2024-02-0{i}" for i in (1, 2, 3)}
+
+
 @pytest.mark.parametrize("prefix", ["", "file://"])
 def test_a_missing_file_is_an_error_that_says_so(tmp_path, prefix):
     with pytest.raises(DataError, match="there is no such file"):

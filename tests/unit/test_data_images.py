@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from types import ModuleType
@@ -38,6 +39,9 @@ class FakeImage:
         self.mode, self.pixels = mode, pixels
         self.size = (pixels.shape[1], pixels.shape[0])
 
+    def load(self) -> None:
+        """All of it is there."""
+
     def convert(self, mode: str) -> FakeImage:
         assert mode == "RGB"
         pixels = self.pixels
@@ -60,6 +64,7 @@ def pillow(monkeypatch):
 
     package, module = ModuleType("PIL"), ModuleType("PIL.Image")
     module.open = open_image
+    module.DecompressionBombError = type("DecompressionBombError", (Exception,), {})
     package.Image = module
     monkeypatch.setitem(sys.modules, "PIL", package)
     monkeypatch.setitem(sys.modules, "PIL.Image", module)
@@ -192,6 +197,23 @@ def test_encoded_colour_images_are_decoded_and_grey_ones_among_them_made_colour(
 def test_encoded_images_that_cannot_be_used_are_an_error(pillow, encoded, message):
     with pytest.raises(DataError, match=message):
         tensors(encoded)
+
+
+def test_images_that_pillow_would_clip_and_truncated_ones_are_an_error():
+    pil = pytest.importorskip("PIL.Image")
+
+    def png(pixels: np.ndarray) -> bytes:
+        file = io.BytesIO()
+        pil.fromarray(pixels).save(file, "png")
+        return file.getvalue()
+
+    grey = GREY[0].astype(np.uint8)
+    np.testing.assert_allclose(tensors([png(grey)])[0, 0], scaled(GREY[0]), atol=1e-6)
+    with pytest.raises(DataError, match="8 bits a channel, got mode 'I;16' in row 2"):
+        tensors([png(grey), png(GREY[0].astype(np.uint16) * 200)])
+    large = png(RNG.integers(0, 256, (64, 64)).astype(np.uint8))
+    with pytest.raises(DataError, match="need an image in row 2, got"):
+        tensors([large, large[: len(large) // 2]])
 
 
 def test_an_encoded_image_without_bytes_is_an_error():

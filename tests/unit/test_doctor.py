@@ -166,6 +166,21 @@ def test_the_probe_is_one_round_at_the_heating_rank_after_one_of_the_full_model(
     assert full.annealing.total_rounds == 1
 
 
+def test_a_probe_trains_whom_it_draws_whatever_clients_do_otherwise() -> None:
+    recipe = make_recipe(
+        clients__availability=0.5,
+        clients__speed={"median": 1.0},
+        clients__deadline_s=1.0,
+        clients__over_select=2.0,
+        evaluation__client_fraction=0.2,
+        evaluation__clients_every=2,
+    )
+    short = shortened(recipe, 2)
+    assert short.clients.availability == make_recipe().clients.availability
+    assert (short.clients.deadline_s, short.clients.over_select) == (None, 1.0)
+    assert (short.evaluation.client_fraction, short.evaluation.clients_every) == (0.0, None)
+
+
 def test_a_probe_is_told_to_nobody():
     asked = make_recipe(
         tracking__tensorboard=True, tracking__wandb="project", tracking__mlflow="experiment"

@@ -10,10 +10,12 @@ import pytest
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, PopulationBasedTraining
 
 from rayfed_lora.errors import BadInputError
+from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.tuning import drawing
 from rayfed_lora.tuning.drawing import DRAW
-from rayfed_lora.tuning.space import load_space
+from rayfed_lora.tuning.space import load_space, trial_recipe
+from tests import fakes
 from tests.fakes import make_recipe
 
 RATE = {"clients.optimizer.lr": {"loguniform": [0.01, 0.1]}}
@@ -166,3 +168,47 @@ def test_keys_that_a_mode_does_not_look_at_are_named(method, idle):
     assert drawing.without_effect(space, make_recipe(method=method)) == idle
     drawn_too = {"parameters": {**RATE, "method": {"choice": ["fedavg", "fedlora"]}}}
     assert drawing.without_effect(load_space(drawn_too), make_recipe(method=method)) == []
+
+
+def test_a_drawn_optimiser_has_its_usual_values_unless_they_were_changed():
+    space = load_space(
+        {
+            "parameters": {
+                "clients.optimizer.name": {"choice": ["sgd", "adamw"]},
+                "aggregation.server_optimizer.name": {"choice": ["sgd", "adam"]},
+            }
+        }
+    )
+
+    def drawn(recipe: Recipe, clients: str, server: str) -> tuple[str, float]:
+        names = {"clients.optimizer.name": clients, "aggregation.server_optimizer.name": server}
+        found = trial_recipe(space, recipe, names)
+        alone = load_recipe(fakes.RECIPE, names)
+        if recipe == make_recipe():
+            assert found == alone
+        return found.adapter.scaling, found.aggregation.server_optimizer.lr
+
+    for recipe in (
+        make_recipe(),
+        make_recipe(clients__optimizer__name="adamw", aggregation__server_optimizer__name="adam"),
+    ):
+        assert drawn(recipe, "sgd", "adam") == ("constant", 0.01)
+        assert drawn(recipe, "adamw", "sgd") == ("alpha_over_rank", 1.0)
+    own = make_recipe(adapter__scaling="rslora", aggregation__server_optimizer__lr=0.5)
+    assert drawn(own, "adamw", "adam") == ("rslora", 0.5)
+
+
+def test_a_schedulers_end_is_that_of_the_longest_trial():
+    lengths = {"parameters": {"annealing.cooling.rounds": {"choice": [2, 20]}}}
+    recipe = make_recipe()
+    longest = recipe.annealing.total_rounds - recipe.annealing.cooling.rounds + 20
+    made = drawing.scheduler(load_space({**lengths, "scheduler": "asha"}), recipe)
+    assert made._max_t == longest
+
+
+def test_a_population_does_not_change_ranks_that_clients_hold():
+    ranks = {"parameters": {**RATE, "annealing.heating.rank": {"choice": [2, 3]}}}
+    space = load_space({**ranks, "scheduler": "pbt"})
+    assert drawing.scheduler(space, make_recipe()) is not None
+    with pytest.raises(BadInputError, match=r"no annealing\.heating\.rank .* rule 'share-a'"):
+        drawing.scheduler(space, make_recipe(method="fedsa-lora"))

@@ -226,6 +226,12 @@ def test_runs_of_other_recipes_are_never_drawn_as_seeds_of_one(one, several, tmp
     twice = read_runs([str(several), str(tmp_path / "second")])
     assert len({run.label for run in twice}) == 4
     assert all(label.count("/") == 1 for label in {run.label for run in twice})
+    for name in ("trec", "vader"):
+        shutil.copytree(several, tmp_path / name / "same")
+    alike = read_runs([str(tmp_path / "trec/same"), str(tmp_path / "vader/same")])
+    groups = {(run.label, run.location.split("/same")[0]) for run in alike}
+    assert len({run.label for run in alike}) == len(groups) == 4
+    assert all(label.startswith(("trec/same/", "vader/same/")) for label, _ in groups)
 
 
 def test_a_table_has_the_columns_of_all_its_rows(one, tmp_path):
