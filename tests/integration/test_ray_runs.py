@@ -388,7 +388,7 @@ def test_actors_sum_with_one_thread_however_many_cores_they_have():
         pools = ray.get(actor.__ray_call__.remote(lambda itself: threadpool_info()))
     finally:
         executor.close()
-    assert [pool["num_threads"] for pool in pools if pool["user_api"] == "blas"] == [1]
+    assert {pool["num_threads"] for pool in pools if pool["user_api"] == "blas"} == {1}
 
 
 def test_an_actor_restarted_while_it_was_idle_is_opened_anew(tmp_path):
