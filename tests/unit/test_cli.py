@@ -418,14 +418,14 @@ def test_the_plan_shows_every_round_and_the_bill_without_ray(recipe: Path, elsew
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    """A recipe whose longest question is longer than its model can take, at client 1."""
-    vocabulary = {"[PAD]": 0, "[UNK]": 1, "why": 2}
+    """A recipe in which client 1 has a word that is not in its model's vocabulary."""
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, "why": 2, "how": 3}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
     fast.save_pretrained(str(tmp_path / "tokenizer"))
     rows = [
-        {"text": "why " * (9 if client else 3), "label": f"kind {i % 2}", "who": f"{client}"}
+        {"text": "how why" if client else "why why", "label": f"kind {i % 2}", "who": f"{client}"}
         for client in range(2)
         for i in range(10)
     ]
@@ -442,7 +442,7 @@ model:
   task: text-classification
   tokenizer: {tmp_path / "tokenizer"}
   config: {{architecture: bert, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2,
-    intermediate_size: 24, max_position_embeddings: 4}}
+    intermediate_size: 24, max_position_embeddings: 4, vocab_size: 3}}
 annealing:
   initiating: {{rounds: 0}}
   heating: {{rounds: 2, rank: 2}}
