@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -315,9 +315,12 @@ class Killed(BaseException):
 class KilledExecutor:
     """A local executor whose process 'is killed' when one client's update of a round is due."""
 
-    def __init__(self, recipe: Recipe, round_index: int, position: int) -> None:
+    def __init__(
+        self, recipe: Recipe, round_index: int, position: int, *, concurrent: bool = False
+    ) -> None:
         """Kill in round `round_index` before the update at `position` of the cohort comes."""
         self._inner = local_executor(recipe)
+        self.concurrent = concurrent
         self._at = (round_index, position)
         self.closed = False
 
@@ -329,7 +332,7 @@ class KilledExecutor:
 
     def train(
         self, state: AdapterState, base: Base, plan: LocalPlan, calls: Sequence[Call]
-    ) -> Iterator[Trained]:
+    ) -> Generator[Trained, None, None]:
         taken = 0
         for part in self._inner.train(state, base, plan, calls):
             taken += len(part.clients)

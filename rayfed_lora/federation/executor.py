@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Protocol, TypeVar
@@ -268,7 +268,13 @@ class Trains(Protocol):
 
 
 class Executor(Protocol):
-    """Trains and evaluates. Results never depend on which executor it is or on its size."""
+    """Trains and evaluates. Results never depend on which executor it is or on its size.
+
+    Attributes:
+        concurrent: whether what is started goes on while the server does something else.
+    """
+
+    concurrent: bool
 
     def open(self) -> Population:
         """Make everything ready and say what there is."""
@@ -280,8 +286,10 @@ class Executor(Protocol):
 
     def train(
         self, state: AdapterState, base: Base, plan: LocalPlan, calls: Sequence[Call]
-    ) -> Iterator[Trained]:
+    ) -> Generator[Trained, None, None]:
         """Train all clients from `state`; yield what comes of each call, in order.
+
+        Closed before its end, it begins no more calls.
 
         Args:
             state: the global state.

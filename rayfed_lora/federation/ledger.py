@@ -156,13 +156,13 @@ class Ledger:
         self._factors: dict[str, int] = {}
         self.totals = Totals()
 
-    def quote(self, facts: RoundFacts) -> Bill:
-        """Return the bill of a round without booking it."""
+    def quote(self, *facts: RoundFacts) -> Bill:
+        """Return the bill of the last of some consecutive rounds without booking any of them."""
         kept = self._steps, dict(self._factors), self._held, self.totals
         self._steps = list(self._steps)
         self._held = {kind: versions.copy() for kind, versions in self._held.items()}
         try:
-            return self.book(facts)
+            return [self.book(each) for each in facts][-1]
         finally:
             self._steps, self._factors, self._held, self.totals = kept
 

@@ -30,16 +30,20 @@ class Observer(Protocol):
         """Note that a client's update was taken in."""
         ...
 
-    def aggregated(self, seconds: float) -> None:
-        """Note how long the server took to turn a round's updates into the next state."""
-        ...
-
     def clients_tested(self, tests: list[ClientTest]) -> None:
         """Note how the model of a round does on clients' own examples, before the round is done."""
         ...
 
-    def round_done(self, record: RoundRecord, clients: list[ClientRecord]) -> None:
-        """Note a finished round."""
+    def round_done(
+        self, record: RoundRecord, clients: list[ClientRecord], aggregation_s: float
+    ) -> None:
+        """Note a finished round; another one may have been started and trained since.
+
+        Args:
+            record: its row.
+            clients: the rows of its clients.
+            aggregation_s: seconds that the server took to turn its updates into the next state.
+        """
         ...
 
 

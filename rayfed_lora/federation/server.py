@@ -9,7 +9,9 @@ Source: arXiv:2405.09394 v1 for the stages; FedAvg's loop, arXiv:1602.05629.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,7 +28,7 @@ from rayfed_lora.annealing.stages import (
     plan_round,
     proposed_rank,
 )
-from rayfed_lora.errors import ClientError, InterruptedRunError, RunError
+from rayfed_lora.errors import ClientError, InterruptedRunError, RayfedError, RunError
 from rayfed_lora.federation import evaluation, records, sampling, transitions
 from rayfed_lora.federation.devices import Devices, Turnout
 from rayfed_lora.federation.evaluation import Scores
@@ -48,7 +50,6 @@ from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.types import (
     AdapterState,
     Base,
-    ClientRecord,
     ClientTest,
     ClientUpdate,
     Frozen,
@@ -73,19 +74,39 @@ class _Started:
     frozen: Frozen | None
     turnout: Turnout | None
     clock_s: float
-    training: Iterator[Trained]
+    training: Generator[Trained, None, None]
 
 
 @dataclass(frozen=True)
 class _Trained:
-    """A round that is aggregated and being tested; `after` lacks scores and timing."""
+    """A round that is aggregated.
 
+    Attributes:
+        started: what it was.
+        after: the run after it, without scores and timing.
+        updates: a report of each client of the cohort.
+        error: of the aggregation.
+        retries: how often a block was trained again.
+        training_s: seconds since the round before it was aggregated, without waiting for tests.
+        aggregation_s: seconds that the server took to turn the updates into the next state.
+    """
+
+    started: _Started
     after: Progress
-    plan: RoundPlan
-    clients: list[ClientRecord]
-    bill: Bill
-    record: RoundRecord
-    test: tuple[_Wait | None, _Wait | None]
+    updates: list[ClientUpdate]
+    error: float | None
+    retries: int
+    training_s: float
+    aggregation_s: float
+
+
+@dataclass(frozen=True)
+class _Tested:
+    """An aggregated round that is being tested."""
+
+    trained: _Trained
+    test: _Wait | None
+    validation: _Wait | None
     on_clients: Callable[[], list[ClientTest]]
 
 
@@ -122,7 +143,11 @@ class Server:
         # How many clients of an adapter round are trained together, and why.
         self.block_size = sampling.block_size(recipe, population.shape, cohort, population.device)
         self._timing = Timing()
-        self._ended = 0.0
+        # `time.perf_counter()` at which the newest round was aggregated, later by the seconds that
+        # were spent waiting for tests since.
+        self._aggregated_at = 0.0
+        # Of aggregated rounds that are not finished yet, in order.
+        self._unbooked: deque[RoundFacts] = deque()
 
     def fresh(self) -> Progress:
         """Return the run before its first round."""
@@ -133,36 +158,63 @@ class Server:
     def rounds(self, progress: Progress) -> Iterator[Progress]:
         """Run the rounds that are left; yield the run after each of them.
 
-        Where no feedback needs it, a round is tested while the next one is being trained.
+        Where no feedback needs it, and the executor can, a round is tested behind the training of
+        the next one: by whoever is done with that first, and while the server aggregates. It is
+        over when the training of the one after that has begun.
 
         Raises:
             InterruptedRunError: `should_stop` said so; the last yielded progress is whole.
             ClientError: more clients raised than may.
             RunError: no client of a round sent a usable update.
         """
-        watched = self._recipe.annealing.feedback != "always"
-        tested: _Trained | None = None
+        beside = self._executor.concurrent and self._recipe.annealing.feedback == "always"
+        # The newest aggregated round, and the one before it where that is still being tested.
+        trained: _Trained | None = None
+        tested: _Tested | None = None
         # One BLAS thread: a result must not depend on how many cores a machine has.
         with threadpool_limits(limits=1, user_api="blas"):
-            self._timing, self._ended = progress.timing, time.perf_counter()
+            self._timing, self._aggregated_at = progress.timing, time.perf_counter()
             for t in range(progress.rounds, self._recipe.annealing.total_rounds):
-                if tested is not None and watched:
-                    yield (progress := self._finished(tested))
-                    tested = None
+                if trained is not None and not beside:
+                    last, trained = trained, None
+                    yield (progress := self._finished(self._in_test(last)))
                 try:
-                    started = self._started(t, progress if tested is None else tested.after)
+                    started = self._started(t, progress, trained)
                 except RunError:
-                    if tested is not None:
-                        yield self._finished(tested)
+                    yield from self._rescued(tested, trained)
                     raise
-                if tested is not None:
-                    yield self._finished(tested)
-                tested = self._trained(started)
-            if tested is not None:
-                yield self._finished(tested)
+                if trained is not None:
+                    earlier, tested, trained = tested, self._in_test(trained), None
+                    if earlier is not None:
+                        yield self._finished(earlier)
+                try:
+                    trained = self._trained(started)
+                except RunError:
+                    yield from self._rescued(tested, None)
+                    raise
+            yield from self._last(tested, trained)
 
-    def _started(self, t: int, before: Progress) -> _Started:
-        """Plan a round and let its training begin."""
+    def _last(self, tested: _Tested | None, trained: _Trained | None) -> Iterator[Progress]:
+        """Finish the rounds that are left."""
+        newest = None if trained is None else self._in_test(trained)
+        for each in (tested, newest):
+            if each is not None:
+                yield self._finished(each)
+
+    def _rescued(self, tested: _Tested | None, trained: _Trained | None) -> Iterator[Progress]:
+        """Finish the rounds that are left, as far as that goes, where a later one has failed."""
+        with suppress(RayfedError):
+            yield from self._last(tested, trained)
+
+    def _started(self, t: int, progress: Progress, trained: _Trained | None) -> _Started:
+        """Plan a round and let its training begin.
+
+        Args:
+            t: index of the round.
+            progress: the newest finished round.
+            trained: the round before this one, where that is not finished.
+        """
+        before = progress if trained is None else trained.after
         recipe, shape = self._recipe, self._population.shape
         plan = plan_round(recipe.annealing, t, self._feedback(t, before))
         entry = transitions.enter(recipe, shape, before.model, plan)
@@ -189,7 +241,8 @@ class Server:
             return sampling.cohort(self._recipe, self._population.clients, t), None, now
         cohort, now = self._devices.cohort(t, now)
         all_there = np.ones(len(cohort), bool)
-        quote = self.ledger.quote(self._facts(plan, entry, frozen, before, cohort, all_there))
+        facts = self._facts(plan, entry, frozen, before, cohort, all_there)
+        quote = self.ledger.quote(*self._unbooked, facts)
         turnout = self._devices.turnout(t, cohort, quote, plan.trainable == "full", now)
         return cohort, turnout, now + turnout.length_s
 
@@ -203,57 +256,75 @@ class Server:
         return replace(call, limits=limits, personal=own)
 
     def _trained(self, started: _Started) -> _Trained:
-        """Take a round's updates in, aggregate them, and let the test of the result begin."""
-        plan, entry = started.plan, started.entry
+        """Take a round's updates in and aggregate them."""
+        plan, entry, before = started.plan, started.entry, started.before
         self._observer.round_started(plan, started.cohort)
-        before = started.before
         moments = kept_moments(before, entry)
         step = OptimizerStep(self._recipe.aggregation.server_optimizer, moments, started.frozen)
-        aggregate, updates, retries = self._aggregated(started, step)
-        bill = self._book(started, updates)
+        with closing(started.training):
+            aggregate, updates, retries, aggregation_s = self._aggregated(started, step)
         base = transitions.merged(entry.model.base, aggregate.merged)
-        model = replace(entry.model, state=aggregate.state, base=base)
         # What the next round needs of this one; the rest is known when it is tested.
         after = replace(
             before,
             rounds=plan.round + 1,
             clock_s=started.clock_s,
-            model=model,
+            model=replace(entry.model, state=aggregate.state, base=base),
             rank=before.rank if plan.trainable == "full" else plan.rank,
             moments=step.moments,
             personal=personal_factors(before, updates),
         )
-        lr, error = learning_rate(self._recipe, plan.round), aggregate.error
-        record = replace(
-            records.round_record(plan, entry, started.frozen, lr, error, updates, bill),
-            retried_blocks=retries,
-            simulated_s=None if self._devices is None else started.clock_s - before.clock_s,
-        )
-        test, on_clients = self._test(plan.round, model), self._client_test(after)
-        rows = records.client_records(plan.round, updates, bill, started.turnout)
-        return _Trained(after, plan, rows, bill, record, test, on_clients)
-
-    def _finished(self, trained: _Trained) -> Progress:
-        """Wait for a round's test, record the round, and return the run after it."""
-        began = time.perf_counter()
-        tested, validation = (None if wait is None else wait() for wait in trained.test)
-        own_tests = trained.on_clients()
+        arrived = np.array([update.usable for update in updates])
+        facts = self._facts(plan, entry, started.frozen, before, started.cohort, arrived)
+        if started.turnout is not None:
+            facts = replace(facts, sent=started.turnout.sent)
+        self._unbooked.append(facts)
         now = time.perf_counter()
-        seconds, self._ended = now - self._ended, now
+        training_s, self._aggregated_at = now - self._aggregated_at, now
+        return _Trained(
+            started, after, updates, aggregate.error, retries, training_s, aggregation_s
+        )
+
+    def _finished(self, tested: _Tested) -> Progress:
+        """Wait for a round's test, book and record the round, and return the run after it."""
+        trained, began = tested.trained, time.perf_counter()
+        scores = None if tested.test is None else tested.test()
+        validation = None if tested.validation is None else tested.validation()
+        own_tests = tested.on_clients()
+        waited_s = time.perf_counter() - began
+        self._aggregated_at += waited_s
+        # Only now: what is yielded has to be what the ledger has.
+        bill = self.ledger.book(self._unbooked.popleft())
         earlier = self._timing
         self._timing = replace(
             earlier,
-            training_s=earlier.training_s + seconds - (now - began),
-            evaluation_s=earlier.evaluation_s + now - began,
-            client_updates=earlier.client_updates + trained.bill.arrived,
+            training_s=earlier.training_s + trained.training_s,
+            evaluation_s=earlier.evaluation_s + waited_s,
+            client_updates=earlier.client_updates + bill.arrived,
         )
-        record = records.scored(trained.record, tested, validation, seconds)
-        plan = trained.plan
         if own_tests:
             self._observer.clients_tested(own_tests)
-        self._observer.round_done(record, trained.clients)
-        after = replace(trained.after, validation=validation, timing=self._timing)
+        record = self._record(trained, bill)
+        seconds = trained.training_s + waited_s
+        self._observer.round_done(
+            records.scored(record, scores, validation, seconds),
+            records.client_records(record.round, trained.updates, bill, trained.started.turnout),
+            trained.aggregation_s,
+        )
+        after, plan = trained.after, trained.started.plan
+        after = replace(after, validation=validation, timing=self._timing)
         return after if plan.trainable == "full" else self._noted(after, plan)
+
+    def _record(self, trained: _Trained, bill: Bill) -> RoundRecord:
+        started, updates = trained.started, trained.updates
+        plan, entry = started.plan, started.entry
+        lr = learning_rate(self._recipe, plan.round)
+        lasted_s = started.clock_s - started.before.clock_s
+        return replace(
+            records.round_record(plan, entry, started.frozen, lr, trained.error, updates, bill),
+            retried_blocks=trained.retries,
+            simulated_s=None if self._devices is None else lasted_s,
+        )
 
     def _feedback(self, t: int, before: Progress) -> Feedback:
         """Return what the schedule may look at, computing the energies that a proposal needs."""
@@ -286,12 +357,12 @@ class Server:
 
     def _aggregated(
         self, started: _Started, step: OptimizerStep
-    ) -> tuple[Aggregate, list[ClientUpdate], int]:
+    ) -> tuple[Aggregate, list[ClientUpdate], int, float]:
         """Take in a round's updates as they come.
 
         Returns:
             Their aggregate (without any, the state as it was), a report of each client of the
-            cohort, and how often a block was trained again.
+            cohort, how often a block was trained again, and the seconds that aggregating took.
         """
         whole = self._rule.means()
         reports: list[ClientUpdate] = []
@@ -319,8 +390,8 @@ class Server:
         state = started.entry.model.state
         began = time.perf_counter()
         aggregate = self._rule.rule(state, whole, step) if reports else Aggregate(state, None, {})
-        self._observer.aggregated(spent + time.perf_counter() - began)
-        return aggregate, self._with_absent(started, reports), retries
+        spent += time.perf_counter() - began
+        return aggregate, self._with_absent(started, reports), retries, spent
 
     def _with_absent(self, started: _Started, reports: list[ClientUpdate]) -> list[ClientUpdate]:
         """Return the reports of a cohort, with those of who left or came too late."""
@@ -349,14 +420,6 @@ class Server:
             why = f"{len(raised)} clients of the round failed, clients.max_failed allows {most}"
             raise ClientError(last.client, started.plan.round, f"{last.trace}\n{why}")
 
-    def _book(self, started: _Started, updates: list[ClientUpdate]) -> Bill:
-        arrived = np.array([update.usable for update in updates])
-        facts = self._facts(
-            started.plan, started.entry, started.frozen, started.before, started.cohort, arrived
-        )
-        turnout = started.turnout
-        return self.ledger.book(facts if turnout is None else replace(facts, sent=turnout.sent))
-
     def _facts(
         self,
         plan: RoundPlan,
@@ -382,14 +445,17 @@ class Server:
             after_initiating=plan.stage != "initiating",
         )
 
-    def _test(self, t: int, model: GlobalModel) -> tuple[_Wait | None, _Wait | None]:
-        """Start the test, and the evaluation that the annealing feedback needs."""
-        last = t + 1 == self._recipe.annealing.total_rounds
-        due = last or (t + 1) % self._recipe.evaluation.every == 0
+    def _in_test(self, trained: _Trained) -> _Tested:
+        """Start a round's tests, and the evaluation that the annealing feedback needs."""
+        after = trained.after
+        last = after.rounds == self._recipe.annealing.total_rounds
+        due = last or after.rounds % self._recipe.evaluation.every == 0
         watched = self._recipe.annealing.feedback == "target"
-        return (
-            self._evaluate("test", model) if due else None,
-            self._evaluate("validation", model) if watched else None,
+        return _Tested(
+            trained,
+            test=self._evaluate("test", after.model) if due else None,
+            validation=self._evaluate("validation", after.model) if watched else None,
+            on_clients=self._client_test(after),
         )
 
     def _client_test(self, after: Progress) -> Callable[[], list[ClientTest]]:

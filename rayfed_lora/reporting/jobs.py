@@ -30,6 +30,7 @@ class JobProgress(BaseModel):
     Attributes:
         phase: as in `Status`.
         rounds_done, rounds: finished and all rounds.
+        running: number of the round that was running, from 1.
         stage, rank: of the round that was running; no rank in a full-model round.
         loss, accuracy: newest training loss and test accuracy, None before there is one.
         eta_s: seconds that were left, None before the first round.
@@ -41,6 +42,7 @@ class JobProgress(BaseModel):
     phase: str
     rounds_done: int
     rounds: int
+    running: int = 0
     stage: Stage | None = None
     rank: int | None = None
     loss: float | None = None
@@ -55,6 +57,7 @@ class JobProgress(BaseModel):
             phase=status.phase,
             rounds_done=status.rounds_done,
             rounds=status.rounds,
+            running=status.running,
             stage=status.stage,
             rank=status.rank,
             loss=status.loss,
@@ -81,6 +84,7 @@ class JobProgress(BaseModel):
             phase=self.phase,
             rounds_done=self.rounds_done,
             rounds=self.rounds,
+            running=self.running,
             stage=self.stage,
             rank=self.rank,
         )

@@ -83,11 +83,9 @@ def watching(console: Console) -> Iterator[Callable[[Status], None]]:
 
         def show(status: Status) -> None:
             _print_news(console, status)
-            done = status.rounds_done + (
-                status.clients_done / status.clients if status.phase == "training" else 0
-            )
-            # Between two rounds the finished one would count twice.
-            done = min(done, status.rounds_done + 0.999, status.rounds)
+            done: float = status.rounds_done
+            if status.phase == "training":
+                done = status.running - 1 + status.clients_done / status.clients
             total = None if status.phase == "starting" else status.rounds
             progress.update(
                 task,
@@ -125,9 +123,7 @@ def headline(status: Status) -> str:
     if status.phase != "training":
         return status.phase
     rank = "full model" if status.rank is None else f"rank {status.rank}"
-    return (
-        f"round {min(status.rounds_done + 1, status.rounds)}/{status.rounds} {status.stage} {rank}"
-    )
+    return f"round {status.running}/{status.rounds} {status.stage} {rank}"
 
 
 def _detail(status: Status) -> str:

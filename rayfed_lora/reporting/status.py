@@ -22,6 +22,8 @@ class Status:
         phase: what is going on: `starting`, `training`, `exporting`, `done`; of a detached
             run also `failed` and `stopped`, the newest note says why.
         rounds_done, rounds: finished and all rounds.
+        running: number of the round that is running, from 1; the one before it, or two, may not be
+            finished yet.
         stage, rank: of the round that is running; no rank in a full-model round.
         clients_done, clients: updates taken in, and cohort size, of the round that is running.
         updates: client updates since the start of this sitting.
@@ -38,6 +40,7 @@ class Status:
     phase: str = "starting"
     rounds_done: int = 0
     rounds: int = 0
+    running: int = 0
     stage: Stage | None = None
     rank: int | None = 0
     clients_done: int = 0
@@ -121,6 +124,7 @@ class StatusBoard:
             replace(
                 now,
                 phase="training",
+                running=plan.round + 1,
                 stage=plan.stage,
                 rank=None if plan.trainable == "full" else plan.rank,
                 clients_done=0,

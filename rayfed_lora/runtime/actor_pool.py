@@ -78,7 +78,7 @@ class Job:
     halvings: int = 0
     value: Any = None
     rest: list[ray.ObjectRef] = field(default_factory=list)
-    error: PartsLostError | None = None
+    error: RayfedError | None = None
     done: bool = False
 
 
@@ -163,7 +163,7 @@ class ActorPool:
 
     def again(self, job: Job) -> None:
         """Run a job again whose results were lost after it was done."""
-        job.done, job.value, job.rest = False, None, []
+        job.done, job.value, job.rest, job.error = False, None, [], None
         self._queue([job], urgent=True)
 
     def _queue(self, jobs: list[Job], urgent: bool) -> None:
@@ -212,30 +212,31 @@ class ActorPool:
         elif ready in self._returning:
             self._back(ready)
         else:
-            job, references, worker = self._running[ready]
-            try:
-                job.value = result(ready)
-                job.rest, job.done = references[1:], True
-                del self._running[ready]
-                worker.jobs.remove(job)
-                worker.since = time.monotonic()
-            except (ObjectLostError, PartsLostError) as error:
-                del self._running[ready]
-                worker.jobs.remove(job)
-                worker.since = time.monotonic()
-                self._result_lost(job, error)
-            except LOST as error:
-                self._lost(worker, error)
+            self._take(ready)
         self._start()
 
-    def _result_lost(self, job: Job, error: ObjectLostError | PartsLostError) -> None:
-        """Run a job again whose result was lost with the node that held it.
-
-        One whose parts were lost is over: whoever knows how they are made must submit another.
-        """
-        if isinstance(error, PartsLostError):
-            job.error, job.done = error, True
+    def _take(self, ready: ray.ObjectRef) -> None:
+        """Take a call's result in, or what it raised, which is for whoever asks for that job."""
+        job, references, worker = self._running[ready]
+        lost: ObjectLostError | None = None
+        try:
+            job.value = result(ready)
+            job.rest, job.done = references[1:], True
+        except LOST as error:
+            self._lost(worker, error)
             return
+        except ObjectLostError as error:
+            lost = error
+        except RayfedError as error:
+            job.error, job.done = error, True
+        del self._running[ready]
+        worker.jobs.remove(job)
+        worker.since = time.monotonic()
+        if lost is not None:
+            self._result_lost(job, lost)
+
+    def _result_lost(self, job: Job, error: ObjectLostError) -> None:
+        """Run a job again whose result was lost with the node that held it."""
         job.attempts += 1
         if job.attempts >= ATTEMPTS:
             raise RunError(f"the results of {job.work.name} were lost {ATTEMPTS} times: {error}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.federation.executor import (
@@ -29,6 +29,8 @@ from rayfed_lora.types import (
 
 class LocalExecutor:
     """Runs one trainer in this process."""
+
+    concurrent = False
 
     def __init__(self, rule: str, make: Callable[[], tuple[Trainer, Population]]) -> None:
         """Keep how the trainer is made.
@@ -57,7 +59,7 @@ class LocalExecutor:
 
     def train(
         self, state: AdapterState, base: Base, plan: LocalPlan, calls: Sequence[Call]
-    ) -> Iterator[Trained]:
+    ) -> Generator[Trained, None, None]:
         """Yield what comes of each call, in order."""
         trainer = self._opened()
         for run in joins(calls):

@@ -5,7 +5,7 @@ Source: this project.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -48,6 +48,8 @@ _MOST_NAMES = 1_000
 class RayExecutor:
     """Trains blocks on client actors; a lost actor's block is run again, to the same result."""
 
+    concurrent = True
+
     def __init__(
         self,
         recipe: Recipe,
@@ -79,7 +81,7 @@ class RayExecutor:
         self._pool: ActorPool | None = None
         # References of the workload and of the base's weights.
         self._shared: list[ray.ObjectRef] = []
-        self._base: tuple[tuple[int, int], ray.ObjectRef] | None = None
+        self._bases: dict[tuple[int, int], ray.ObjectRef] = {}
         self._state: tuple[AdapterState, ray.ObjectRef] | None = None
         self._busy_s, self._retried = 0.0, 0
 
@@ -149,7 +151,7 @@ class RayExecutor:
 
     def train(
         self, state: AdapterState, base: Base, plan: LocalPlan, calls: Sequence[Call]
-    ) -> Iterator[Trained]:
+    ) -> Generator[Trained, None, None]:
         """Start all calls, the state put once; yield what comes of each call, in order."""
         state_ref, base_ref = self._put_state(state), self._put_base(base)
 
@@ -169,7 +171,7 @@ class RayExecutor:
         jobs = self._opened().submit([remote(i, call) for i, call in enumerate(calls)])
         return self._collect(jobs, calls)
 
-    def _collect(self, jobs: list[Job], calls: Sequence[Call]) -> Iterator[Trained]:
+    def _collect(self, jobs: list[Job], calls: Sequence[Call]) -> Generator[Trained, None, None]:
         pool = self._opened()
         call_of = dict(zip(jobs, calls, strict=True))
         try:
@@ -233,7 +235,7 @@ class RayExecutor:
         base: Base,
         trainable: Trainable,
     ) -> Callable[[], list[Predictions]]:
-        """Start the evaluation of each shard of rows, ahead of all training that waits."""
+        """Start the evaluation of each shard of rows, behind all that waits."""
         state_ref, base_ref = self._put_state(state), self._put_base(base)
 
         name = f"evaluate {split}"
@@ -250,13 +252,13 @@ class RayExecutor:
             )
 
         pool = self._opened()
-        jobs = pool.submit([work(rows) for rows in shards], urgent=True)
+        jobs = pool.submit([work(rows) for rows in shards])
         return lambda: [self._worked(job) for job in jobs]
 
     def test_clients(
         self, calls: Sequence[Call], state: AdapterState, base: Base, trainable: Trainable
     ) -> Callable[[], list[ClientScore]]:
-        """Start tests on clients' own examples, ahead of all training that waits."""
+        """Start tests on clients' own examples, behind all that waits."""
         state_ref, base_ref = self._put_state(state), self._put_base(base)
 
         name = "test clients"
@@ -273,7 +275,7 @@ class RayExecutor:
             )
 
         pool = self._opened()
-        jobs = pool.submit([work(call) for call in calls], urgent=True)
+        jobs = pool.submit([work(call) for call in calls])
         return lambda: [score for job in jobs for score in self._worked(job)]
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
@@ -291,15 +293,18 @@ class RayExecutor:
         return self._state[1]
 
     def _put_base(self, base: Base) -> ray.ObjectRef:
-        """Put a base into the object store once; the one before it is dropped."""
+        """Put a base into the object store once; of two, the older one is dropped.
+
+        A round may start from another one than the round before it is tested with.
+        """
         key = base.version
-        if self._base is None or self._base[0] != key:
-            self._base = (key, ray.put(base))
-        return self._base[1]
+        if key not in self._bases:
+            self._bases = {**dict([*self._bases.items()][-1:]), key: ray.put(base)}
+        return self._bases[key]
 
     def close(self) -> None:
         """End the actors and give their resources back, unless they are others' too."""
         if self._crew is not None and not self._lent:
             self._crew.close()
         self._crew, self._pool = None, None
-        self._shared, self._base, self._state = [], None, None
+        self._shared, self._bases, self._state = [], {}, None

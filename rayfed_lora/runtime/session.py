@@ -260,9 +260,9 @@ class _Sitting:
         self._folder = folder
         self._board = board
         self._tracking = tracking
-        self._aggregation_s = 0.0
         self._population = population
-        self._notes_seen = 0
+        # The round that is running, and how many notes stand in the tables.
+        self._running, self._notes_seen = 0, 0
         self._checkpoints = CheckpointWriter(folder, recipe.storage.keep)
         self._tables = Tables(folder, list(population.shape.modules))
         self._server = Server(recipe, executor, population, self, should_stop)
@@ -273,6 +273,8 @@ class _Sitting:
             board.note(doubtful)
 
     def round_started(self, plan: RoundPlan, cohort: tuple[int, ...]) -> None:
+        self._keep_notes()
+        self._running = plan.round
         self._board.round_started(plan, cohort)
 
     def client_done(self, update: ClientUpdate) -> None:
@@ -285,16 +287,18 @@ class _Sitting:
     def clients_tested(self, tests: list[ClientTest]) -> None:
         self._tables.add_tests(tests)
 
-    def aggregated(self, seconds: float) -> None:
-        self._aggregation_s = seconds
-
-    def round_done(self, record: RoundRecord, clients: list[ClientRecord]) -> None:
+    def round_done(
+        self, record: RoundRecord, clients: list[ClientRecord], aggregation_s: float
+    ) -> None:
         self._tables.add(record, clients)
-        notes = self._board.status(notes_seen=self._notes_seen).notes
-        self._tables.add_notes(record.round, notes)
-        self._notes_seen += len(notes)
+        self._keep_notes()
         self._board.round_done(record, clients)
-        self._tracking.round_done(record, clients, self._aggregation_s)
+        self._tracking.round_done(record, clients, aggregation_s)
+
+    def _keep_notes(self) -> None:
+        notes = self._board.status(notes_seen=self._notes_seen).notes
+        self._tables.add_notes(self._running, notes)
+        self._notes_seen += len(notes)
 
     def rounds(self, began: float, resume: bool) -> Generator[Tables, None, None]:
         snapshot = checkpoints.newest(self._folder, self._board.note) if resume else None
@@ -303,7 +307,7 @@ class _Sitting:
         self._earlier = start.timing
         startup_s = start.timing.startup_s + time.perf_counter() - began
         self._progress = replace(start, timing=replace(start.timing, startup_s=startup_s))
-        self._saved = self._progress.rounds
+        self._saved = self._running = self._progress.rounds
         try:
             for self._progress in self._server.rounds(self._progress):  # noqa: B020 - the run so far
                 if self._progress.rounds % self._recipe.storage.checkpoint_every == 0:

@@ -74,6 +74,7 @@ class Lent:
 
     def __init__(self, executor: Executor, population: Population) -> None:
         self._population = population
+        self.concurrent = executor.concurrent
         self.initial_tensors = executor.initial_tensors
         self.train = executor.train
         self.evaluate = executor.evaluate

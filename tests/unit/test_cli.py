@@ -535,11 +535,12 @@ def record(**values: Any) -> RoundRecord:
 
 STATUSES = (
     Status(rounds=3),
-    Status(phase="training", rounds=3, stage="initiating", clients=4, training_since=1.0),
+    Status(phase="training", rounds=3, running=1, stage="initiating", clients=4),
     Status(
         phase="training",
         rounds_done=2,
         rounds=3,
+        running=3,
         stage="cooling",
         rank=2,
         clients_done=1,

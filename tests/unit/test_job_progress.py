@@ -68,7 +68,7 @@ def test_a_process_that_is_no_jobs_command_is_none(
 @pytest.mark.usefixtures("in_job")
 def test_a_job_tells_in_its_own_record_where_it_stands(records: dict[str, Any]) -> None:
     seen: list[Status] = []
-    first = Status(phase="training", rounds=6, stage="heating", rank=3)
+    first = Status(phase="training", rounds=6, running=1, stage="heating", rank=3)
     last = Status(phase="done", rounds_done=6, rounds=6, loss=0.5)
     with told(make_recipe(), "/out", seen.append) as tell:
         tell(first)

@@ -37,6 +37,7 @@ def progress(**changes: Any) -> JobProgress:
         "phase": "training",
         "rounds_done": 6,
         "rounds": 30,
+        "running": 7,
         "stage": "cooling",
         "rank": 12,
         "loss": 0.3,
@@ -337,6 +338,7 @@ def test_progress_says_what_a_status_says() -> None:
         phase="training",
         rounds_done=2,
         rounds=6,
+        running=4,
         stage="heating",
         rank=None,
         training_since=10.0,
@@ -345,7 +347,7 @@ def test_progress_says_what_a_status_says() -> None:
     # Two rounds took 20 s: four more take 40.
     found = JobProgress.of(status, now=30.0)
     assert found.eta_s == pytest.approx(40.0)
-    assert found.line() == "round 3/6 heating full model, loss 1.000, ETA 0:40"
+    assert found.line() == "round 4/6 heating full model, loss 1.000, ETA 0:40"
     assert JobProgress.read(found.model_dump_json()) == found
 
 

@@ -24,6 +24,7 @@ from rayfed_lora.reporting.status import Status, StatusBoard
 from rayfed_lora.runtime import launch
 from rayfed_lora.runtime.session import claim, finished, simulate
 from rayfed_lora.storage import RunFolder
+from rayfed_lora.types import LocalPlan
 from tests.fakes import Behaviour, Killed, KilledExecutor, every_round, local_executor, make_recipe
 
 METROPOLIS: dict[str, Any] = {
@@ -390,14 +391,87 @@ def test_a_run_killed_in_any_round_goes_on_to_the_same_bits(t, undisturbed, tmp_
     assert_same_run(tmp_path, undisturbed("plain"))
 
 
+@pytest.mark.parametrize("concurrent", [False, True])
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_run_killed_in_every_round_goes_on_to_the_same_bits(name, undisturbed, tmp_path):
+def test_a_run_killed_in_every_round_goes_on_to_the_same_bits(
+    name, concurrent, undisturbed, tmp_path
+):
     recipe = make_recipe(**RECIPES[name])
     for t in range(recipe.annealing.total_rounds):
         for position in (0, 2):
+            executor = KilledExecutor(recipe, t, position, concurrent=concurrent)
             with pytest.raises(Killed):
-                run(recipe, tmp_path, executor=KilledExecutor(recipe, t, position), resume=True)
+                run(recipe, tmp_path, executor=executor, resume=True)
     run(recipe, tmp_path, resume=True)
+    assert_same_run(tmp_path, undisturbed(name))
+
+
+@pytest.mark.parametrize("t", range(6))
+def test_a_kill_loses_two_rounds_where_one_is_tested_behind_the_next(t, undisturbed, tmp_path):
+    killed = KilledExecutor(make_recipe(), round_index=t, position=1, concurrent=True)
+    with pytest.raises(Killed):
+        run(make_recipe(), tmp_path, executor=killed)
+    _, board = run(make_recipe(), tmp_path, resume=True)
+    assert board.status().rounds_before == max(t - 1, 0)
+    assert_same_run(tmp_path, undisturbed("plain"))
+
+
+class Watched(KilledExecutor):
+    """Writes down what is begun and waited for, in order."""
+
+    def __init__(self, recipe: Recipe, *, concurrent: bool) -> None:
+        super().__init__(recipe, -1, 0, concurrent=concurrent)
+        self.seen: list[str] = []
+        self._tests = 0
+
+    def train(self, state: Any, base: Any, plan: LocalPlan, calls: Any) -> Any:
+        self.seen.append(f"train {plan.round}")
+        return super().train(state, base, plan, calls)
+
+    def evaluate(self, *args: Any) -> Any:
+        t, self._tests = self._tests, self._tests + 1
+        self.seen.append(f"test {t}")
+        wait = super().evaluate(*args)
+
+        def waited() -> Any:
+            self.seen.append(f"tested {t}")
+            return wait()
+
+        return waited
+
+
+def test_a_round_is_tested_behind_the_training_of_the_next_one(undisturbed, tmp_path):
+    recipe = make_recipe()
+    executor = Watched(recipe, concurrent=True)
+    run(recipe, tmp_path, executor=executor)
+    assert executor.seen == [
+        *("train 0", "train 1", "test 0"),
+        *("train 2", "test 1", "tested 0"),
+        *("train 3", "test 2", "tested 1"),
+        *("train 4", "test 3", "tested 2"),
+        *("train 5", "test 4", "tested 3"),
+        *("test 5", "tested 4", "tested 5"),
+    ]
+    assert_same_run(tmp_path, undisturbed("plain"))
+
+
+def test_without_a_next_one_at_the_same_time_a_round_is_tested_at_once(tmp_path):
+    executor = Watched(make_recipe(), concurrent=False)
+    run(make_recipe(), tmp_path, executor=executor)
+    assert executor.seen == [
+        f"{what} {t}" for t in range(6) for what in ("train", "test", "tested")
+    ]
+
+
+@pytest.mark.parametrize("name", ["metropolis", "target"])
+def test_where_feedback_needs_it_a_round_is_tested_at_once(name, undisturbed, tmp_path):
+    recipe = make_recipe(**RECIPES[name])
+    executor = Watched(recipe, concurrent=True)
+    run(recipe, tmp_path, executor=executor)
+    waiting = 0
+    for what in executor.seen:
+        waiting += what.startswith("test ") - what.startswith("tested ")
+        assert not (what.startswith("train ") and waiting)
     assert_same_run(tmp_path, undisturbed(name))
 
 
@@ -566,18 +640,22 @@ def test_a_stopped_run_keeps_its_finished_rounds_and_goes_on_to_the_same_bits(
     assert_same_run(tmp_path, undisturbed("plain"))
 
 
-def test_a_client_that_raises_ends_the_run_and_the_rounds_before_are_kept(tmp_path):
+@pytest.mark.parametrize("concurrent", [False, True])
+def test_a_client_that_raises_ends_the_run_and_the_rounds_before_are_kept(concurrent, tmp_path):
     recipe = make_recipe(clients__per_round=1.0)
     broken = local_executor(recipe, Behaviour(raising=frozenset({(4, 3)})))
+    broken.concurrent = concurrent
     with pytest.raises(ClientError, match=r"client 4 failed in round 3:\n"):
         run(recipe, tmp_path, executor=broken)
     _, board = run(recipe, tmp_path, resume=True)
     assert board.status().rounds_before == 3
 
 
-def test_a_run_goes_on_without_as_many_raising_clients_as_it_may(tmp_path):
+@pytest.mark.parametrize("concurrent", [False, True])
+def test_a_run_goes_on_without_as_many_raising_clients_as_it_may(concurrent, tmp_path):
     recipe = make_recipe(clients__per_round=1.0, clients__max_failed=0.2)
     broken = local_executor(recipe, Behaviour(raising=frozenset({(4, 1), (4, 3)})))
+    broken.concurrent = concurrent
     summary, board = run(recipe, tmp_path, executor=broken)
     assert summary["failed_clients"] == 2
     rounds, clients = table(tmp_path, "rounds"), table(tmp_path, "clients")
