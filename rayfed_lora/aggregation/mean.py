@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from rayfed_lora.aggregation.step import Float64Array, Product
-from rayfed_lora.lora.products import stacked
+from rayfed_lora.lora.products import WeightedProduct
 from rayfed_lora.types import Factors, FloatArray
 
 # Values; 512 kB in float64.
@@ -99,49 +99,55 @@ class ProductMean:
     """
 
     def __init__(self) -> None:
-        self._factors: list[tuple[float, Factors]] = []
+        self._terms: list[WeightedProduct] = []
         self._dense: Float64Array | None = None
         self._weight = 0.0
 
     def add(self, weight: float, factors: Factors) -> None:
         """Add one client's factors with its weight, > 0; ranks and scales may differ."""
         self._weight += weight
-        self._take([(weight, factors)])
+        self._take([WeightedProduct.of(weight, factors)])
 
     def join(self, other: ProductMean) -> None:
         """Add what another mean has taken in."""
         self._weight += other._weight
         if other._dense is not None:
             self._dense = other._dense if self._dense is None else self._dense + other._dense
-        self._take(other._factors)
+        self._take(other._terms)
 
-    def _take(self, factors: Sequence[tuple[float, Factors]]) -> None:
-        for weight, sent in factors:
-            # Of factors of rank 0 one is enough, for its shape.
-            if sent.rank > 0 or (not self._factors and self._dense is None):
-                self._factors.append((weight, sent))
-        if not self._factors:
+    def _take(self, terms: Sequence[WeightedProduct]) -> None:
+        for term in terms:
+            # Of products of rank 0 one is enough, for its shape.
+            if term.rank > 0 or (not self._terms and self._dense is None):
+                self._terms.append(term)
+        if not self._terms:
             return
         d_out, d_in = self._size()
-        rank = sum(f.rank for _, f in self._factors)
+        rank = sum(term.rank for term in self._terms)
         if rank * (d_out + d_in) > 2 * d_out * d_in:
-            self._dense, self._factors = self._matrix(), []
+            self._dense, self._terms = self._matrix(), []
 
     def _size(self) -> tuple[int, int]:
         if self._dense is not None:
             return self._dense.shape[0], self._dense.shape[1]
-        _, factors = self._factors[0]
-        return factors.b.shape[0], factors.a.shape[1]
+        return self._terms[0].b.shape[0], self._terms[0].a.shape[1]
 
     def _matrix(self) -> Float64Array:
-        b, a = stacked(self._factors)
+        b, a = WeightedProduct.sum(self._terms).weighted()
         matrix: Float64Array = b @ a
         return matrix if self._dense is None else self._dense + matrix
+
+    def pack(self) -> None:
+        """Hold the same in as few arrays as there can be: each costs time where it is sent."""
+        if self._dense is None:
+            self._terms = [WeightedProduct.sum(self._terms)] if self._terms else []
+        elif self._terms:
+            self._dense, self._terms = self._matrix(), []
 
     def mean(self) -> Product:
         """Return (b, a), (d_out, R) and (R, d_in), whose product is the mean update."""
         if self._dense is None:
-            b, a = stacked(self._factors)
+            b, a = WeightedProduct.sum(self._terms).weighted()
             return b / self._weight, a
-        matrix = self._matrix() if self._factors else self._dense
+        matrix = self._matrix() if self._terms else self._dense
         return matrix / self._weight, np.eye(matrix.shape[1])

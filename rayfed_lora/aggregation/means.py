@@ -55,6 +55,11 @@ class Means:
             self._products.setdefault(name, ProductMean()).join(mean)
         self._padded.join(other._padded)
 
+    def pack(self) -> None:
+        """Hold the same in as few arrays as there can be, to be sent."""
+        for mean in self._products.values():
+            mean.pack()
+
     def tensors(self) -> dict[str, Float64Array]:
         """Return the means of the dense tensors and, where kept, of A and B, by `step.named`."""
         return self._tensors.mean()

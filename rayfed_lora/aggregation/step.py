@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from rayfed_lora.lora.products import norm, stacked
+from rayfed_lora.lora.products import WeightedProduct, norm
 from rayfed_lora.types import AdapterState, Factors, FloatArray, Frozen
 
 Float64Array = npt.NDArray[np.float64]
@@ -70,14 +70,14 @@ def named(state: AdapterState) -> dict[str, FloatArray]:
 
 def product(factors: Factors) -> Product:
     """Return the effective update of some factors."""
-    return stacked([(1.0, factors)])
+    return WeightedProduct.of(1.0, factors).weighted()
 
 
 def stepped_product(start: Factors, mean: Product, lr: float) -> Product:
     """Return D_start + lr * (D_mean - D_start), exactly."""
     if lr == 1.0:
         return mean
-    old_b, old_a = stacked([(1.0 - lr, start)])
+    old_b, old_a = WeightedProduct.of(1.0 - lr, start).weighted()
     return np.concatenate([old_b, lr * mean[0]], axis=1), np.concatenate([old_a, mean[1]])
 
 

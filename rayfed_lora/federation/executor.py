@@ -152,6 +152,7 @@ def trained(
                 if entry.personal and update.state.factors:
                     own = {name: f.b for name, f in update.state.factors.items()}
             reports.append(replace(update, state=None, personal=own))
+    means.pack()
     return tuple(reports), means
 
 
@@ -254,6 +255,7 @@ def joined(parts: Iterable[Means], rule: str) -> Means:
     whole = RULES[rule].means()
     for part in parts:
         whole.join(part)
+    whole.pack()
     return whole
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from rayfed_lora.types import Factors
+from rayfed_lora.types import Factors, FloatArray
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -74,15 +74,41 @@ def spectrum(factors: Factors) -> Float64Array:
     return product_svd(factors.b, factors.a).s * factors.scale
 
 
-def stacked(terms: Sequence[tuple[float, Factors]]) -> tuple[Float64Array, Float64Array]:
-    """Return (b, a) with b @ a = sum of weight * D over the terms, exactly.
+@dataclass(frozen=True)
+class WeightedProduct:
+    """A sum of weighted products of columns and rows: b @ diag(weights) @ a.
 
-    Args:
-        terms: (weight, factors) of one module, at least one; ranks may differ.
-
-    Returns:
-        b (d_out, sum of ranks) and a (sum of ranks, d_in); weights and scales are in b.
+    Attributes:
+        weights: (r,).
+        b: (d_out, r).
+        a: (r, d_in).
     """
-    b = np.concatenate([f.b.astype(np.float64) * (w * f.scale) for w, f in terms], axis=1)
-    a = np.concatenate([np.asarray(f.a, np.float64) for _, f in terms], axis=0)
-    return b, a
+
+    weights: Float64Array
+    b: FloatArray
+    a: FloatArray
+
+    @classmethod
+    def of(cls, weight: float, factors: Factors) -> WeightedProduct:
+        """Return weight * D of an effective update D."""
+        return cls(np.full(factors.rank, weight * factors.scale), factors.b, factors.a)
+
+    @classmethod
+    def sum(cls, terms: Sequence[WeightedProduct]) -> WeightedProduct:
+        """Return the sum of at least one product of one module, side by side."""
+        if len(terms) == 1:
+            return terms[0]
+        return cls(
+            np.concatenate([term.weights for term in terms]),
+            np.concatenate([term.b for term in terms], axis=1),
+            np.concatenate([term.a for term in terms], axis=0),
+        )
+
+    @property
+    def rank(self) -> int:
+        """Number of columns and rows."""
+        return len(self.weights)
+
+    def weighted(self) -> tuple[Float64Array, Float64Array]:
+        """Return (b, a) with the weights in b, exactly."""
+        return self.b.astype(np.float64) * self.weights, np.asarray(self.a, np.float64)

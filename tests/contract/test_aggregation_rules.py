@@ -641,6 +641,8 @@ def test_a_product_mean_is_the_dense_mean_for_any_number_of_clients(count, rank,
         mean.add(weight, Factors(a, b, 2.0))
         total += weight * 2.0 * (b.astype(np.float64) @ a.astype(np.float64))
         weights += weight
+        if draw.random() < 0.3:
+            mean.pack()
     b_mean, a_mean = mean.mean()
     np.testing.assert_allclose(b_mean @ a_mean, total / weights, atol=1e-11)
 

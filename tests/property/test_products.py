@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayfed_lora.lora import products
+from rayfed_lora.lora.products import WeightedProduct
 from rayfed_lora.types import Factors
 
 cheap = settings(max_examples=80, deadline=None)
@@ -120,8 +121,9 @@ def terms(draw):
 
 @cheap
 @given(weighted=terms())
-def test_stacked_factors_multiply_to_the_weighted_sum_of_the_updates(weighted):
-    b, a = products.stacked(weighted)
+def test_weighted_products_side_by_side_multiply_to_the_sum_of_the_updates(weighted):
+    each = [WeightedProduct.of(w, f) for w, f in weighted]
+    b, a = WeightedProduct.sum(each).weighted()
     dense = sum(
         w * f.scale * (f.b.astype(np.float64) @ f.a.astype(np.float64)) for w, f in weighted
     )
