@@ -191,7 +191,9 @@ class LocalTrainer:
             losses.append(each.detach())
             if optimizer is None:
                 continue
-            optimizer.zero_grad(set_to_none=True)
+            # What `optimizer.zero_grad` does, without its hooks: 0.2 ms a step.
+            for parameter in parameters:
+                parameter.grad = None
             each.sum().backward()  # type: ignore[no-untyped-call]
             # A graph that lived on would hold the next one to the present number of clients.
             del each
