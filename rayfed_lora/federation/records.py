@@ -28,9 +28,8 @@ def round_record(
     lr: float,
     error: float | None,
     updates: list[ClientUpdate],
-    bill: Bill,
 ) -> RoundRecord:
-    """Return a round's row; scores, seconds and retries are still to be filled in.
+    """Return a round's row; bill, scores, seconds and retries are still to be filled in.
 
     Args:
     plan: the round.
@@ -39,7 +38,6 @@ def round_record(
     lr: their learning rate.
     error: of the aggregation.
     updates: what came of them.
-    bill: what was sent.
     """
     usable = [update for update in updates if update.usable]
     failed = sum(update.error is not None for update in updates)
@@ -65,11 +63,11 @@ def round_record(
         validation_accuracy=None,
         validation_loss=None,
         aggregation_error=error,
-        params_up=bill.params_up,
-        params_down=bill.params_down,
-        bytes_up=bill.params_up * BYTES_A_VALUE,
-        bytes_down=bill.params_down * BYTES_A_VALUE,
-        bytes_base=bill.base_params * BYTES_A_VALUE,
+        params_up=0,
+        params_down=0,
+        bytes_up=0,
+        bytes_down=0,
+        bytes_base=0,
         learning_rate=lr,
         proposal=plan.proposal,
         dropped_clients=sum(update.absent is not None for update in updates),
@@ -77,12 +75,21 @@ def round_record(
     )
 
 
-def scored(
-    record: RoundRecord, tested: Scores | None, validation: Scores | None, seconds: float
+def finished(
+    record: RoundRecord,
+    bill: Bill,
+    tested: Scores | None,
+    validation: Scores | None,
+    seconds: float,
 ) -> RoundRecord:
-    """Return the row with the scores of its model and the seconds that it took."""
+    """Return the row with what was sent, the scores of its model and the seconds that it took."""
     return replace(
         record,
+        params_up=bill.params_up,
+        params_down=bill.params_down,
+        bytes_up=bill.params_up * BYTES_A_VALUE,
+        bytes_down=bill.params_down * BYTES_A_VALUE,
+        bytes_base=bill.base_params * BYTES_A_VALUE,
         eval_accuracy=None if tested is None else tested.accuracy,
         eval_loss=None if tested is None else tested.loss,
         eval_macro_f1=None if tested is None else tested.macro_f1,

@@ -1,7 +1,7 @@
 """SA-FedLoRA's server: the round loop.
 
 For each round: plan (annealing), draw the cohort, resize the global state, let the executor train
-it, aggregate, book the bytes, test, record, save.
+it, aggregate, test, book the bytes, record, save.
 
 Source: arXiv:2405.09394 v1 for the stages; FedAvg's loop, arXiv:1602.05629.
 """
@@ -34,7 +34,7 @@ from rayfed_lora.federation.devices import Devices, Turnout
 from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.executor import Call, Executor, Population, Trained
 from rayfed_lora.federation.learning_rate import learning_rate
-from rayfed_lora.federation.ledger import Bill, Ledger
+from rayfed_lora.federation.ledger import Ledger
 from rayfed_lora.federation.progress import (
     Observer,
     Progress,
@@ -79,23 +79,23 @@ class _Started:
 
 @dataclass(frozen=True)
 class _Trained:
-    """A round that is aggregated.
+    """A round that is aggregated; nothing of the model that it started from.
 
     Attributes:
-        started: what it was.
+        plan: the round.
         after: the run after it, without scores and timing.
+        record: its row, without what was sent, scores and seconds.
         updates: a report of each client of the cohort.
-        error: of the aggregation.
-        retries: how often a block was trained again.
+        turnout: by the simulated clock.
         training_s: seconds since the round before it was aggregated, without waiting for tests.
         aggregation_s: seconds that the server took to turn the updates into the next state.
     """
 
-    started: _Started
+    plan: RoundPlan
     after: Progress
+    record: RoundRecord
     updates: list[ClientUpdate]
-    error: float | None
-    retries: int
+    turnout: Turnout | None
     training_s: float
     aggregation_s: float
 
@@ -176,20 +176,21 @@ class Server:
             self._timing, self._aggregated_at = progress.timing, time.perf_counter()
             for t in range(progress.rounds, self._recipe.annealing.total_rounds):
                 if trained is not None and not beside:
-                    last, trained = trained, None
-                    yield (progress := self._finished(self._in_test(last)))
+                    yield (progress := self._finished(self._in_test(trained)))
+                    trained = None
                 try:
-                    started = self._started(t, progress, trained)
+                    started = self._started(t, progress if trained is None else trained.after)
                 except RunError:
                     yield from self._rescued(tested, trained)
                     raise
                 if trained is not None:
-                    earlier, tested, trained = tested, self._in_test(trained), None
-                    if earlier is not None:
-                        yield self._finished(earlier)
+                    in_test, trained = self._in_test(trained), None
+                    if tested is not None:
+                        yield self._finished(tested)
+                    tested = in_test
                 try:
                     trained = self._trained(started)
-                except RunError:
+                except (RunError, InterruptedRunError):
                     yield from self._rescued(tested, None)
                     raise
             yield from self._last(tested, trained)
@@ -202,19 +203,12 @@ class Server:
                 yield self._finished(each)
 
     def _rescued(self, tested: _Tested | None, trained: _Trained | None) -> Iterator[Progress]:
-        """Finish the rounds that are left, as far as that goes, where a later one has failed."""
+        """Finish the rounds that are left, as far as that goes, where a later one has not ended."""
         with suppress(RayfedError):
             yield from self._last(tested, trained)
 
-    def _started(self, t: int, progress: Progress, trained: _Trained | None) -> _Started:
-        """Plan a round and let its training begin.
-
-        Args:
-            t: index of the round.
-            progress: the newest finished round.
-            trained: the round before this one, where that is not finished.
-        """
-        before = progress if trained is None else trained.after
+    def _started(self, t: int, before: Progress) -> _Started:
+        """Plan a round and let its training begin."""
         recipe, shape = self._recipe, self._population.shape
         plan = plan_round(recipe.annealing, t, self._feedback(t, before))
         entry = transitions.enter(recipe, shape, before.model, plan)
@@ -279,11 +273,17 @@ class Server:
         if started.turnout is not None:
             facts = replace(facts, sent=started.turnout.sent)
         self._unbooked.append(facts)
+        lr, lasted_s = learning_rate(self._recipe, plan.round), started.clock_s - before.clock_s
+        record = replace(
+            records.round_record(plan, entry, started.frozen, lr, aggregate.error, updates),
+            retried_blocks=retries,
+            simulated_s=None if self._devices is None else lasted_s,
+        )
+        # `after` has copies of what clients keep; this is a part of messages.
+        updates = [replace(u, personal=None) if u.personal else u for u in updates]
         now = time.perf_counter()
         training_s, self._aggregated_at = now - self._aggregated_at, now
-        return _Trained(
-            started, after, updates, aggregate.error, retries, training_s, aggregation_s
-        )
+        return _Trained(plan, after, record, updates, started.turnout, training_s, aggregation_s)
 
     def _finished(self, tested: _Tested) -> Progress:
         """Wait for a round's test, book and record the round, and return the run after it."""
@@ -304,27 +304,14 @@ class Server:
         )
         if own_tests:
             self._observer.clients_tested(own_tests)
-        record = self._record(trained, bill)
-        seconds = trained.training_s + waited_s
+        plan, seconds = trained.plan, trained.training_s + waited_s
         self._observer.round_done(
-            records.scored(record, scores, validation, seconds),
-            records.client_records(record.round, trained.updates, bill, trained.started.turnout),
+            records.finished(trained.record, bill, scores, validation, seconds),
+            records.client_records(plan.round, trained.updates, bill, trained.turnout),
             trained.aggregation_s,
         )
-        after, plan = trained.after, trained.started.plan
-        after = replace(after, validation=validation, timing=self._timing)
+        after = replace(trained.after, validation=validation, timing=self._timing)
         return after if plan.trainable == "full" else self._noted(after, plan)
-
-    def _record(self, trained: _Trained, bill: Bill) -> RoundRecord:
-        started, updates = trained.started, trained.updates
-        plan, entry = started.plan, started.entry
-        lr = learning_rate(self._recipe, plan.round)
-        lasted_s = started.clock_s - started.before.clock_s
-        return replace(
-            records.round_record(plan, entry, started.frozen, lr, trained.error, updates, bill),
-            retried_blocks=trained.retries,
-            simulated_s=None if self._devices is None else lasted_s,
-        )
 
     def _feedback(self, t: int, before: Progress) -> Feedback:
         """Return what the schedule may look at, computing the energies that a proposal needs."""

@@ -83,14 +83,11 @@ def watching(console: Console) -> Iterator[Callable[[Status], None]]:
 
         def show(status: Status) -> None:
             _print_news(console, status)
-            done: float = status.rounds_done
-            if status.phase == "training":
-                done = status.running - 1 + status.clients_done / status.clients
             total = None if status.phase == "starting" else status.rounds
             progress.update(
                 task,
                 description=headline(status),
-                completed=done,
+                completed=status.rounds_trained,
                 total=total,
                 detail=_detail(status),
             )

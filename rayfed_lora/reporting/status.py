@@ -65,12 +65,19 @@ class Status:
         spent = 0.0 if self.training_since is None else now - self.training_since
         return self.updates / spent if spent > 0 else 0.0
 
+    @property
+    def rounds_trained(self) -> float:
+        """Rounds trained so far, finished or not, with the part of the one that is running."""
+        if self.running == 0:
+            return self.rounds_done
+        return self.running - 1 + self.clients_done / max(self.clients, 1)
+
     def eta_s(self, now: float) -> float | None:
         """Return the seconds left, by the mean round so far; None before the first round."""
-        done = self.rounds_done - self.rounds_before
-        if done == 0 or self.training_since is None:
+        trained = self.rounds_trained - self.rounds_before
+        if trained < 1 or self.training_since is None:
             return None
-        return (now - self.training_since) / done * (self.rounds - self.rounds_done)
+        return (now - self.training_since) / trained * (self.rounds - self.rounds_trained)
 
 
 class StatusBoard:

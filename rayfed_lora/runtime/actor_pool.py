@@ -239,7 +239,9 @@ class ActorPool:
         """Run a job again whose result was lost with the node that held it."""
         job.attempts += 1
         if job.attempts >= ATTEMPTS:
-            raise RunError(f"the results of {job.work.name} were lost {ATTEMPTS} times: {error}")
+            why = f"the results of {job.work.name} were lost {ATTEMPTS} times: {error}"
+            job.error, job.done = RunError(why), True
+            return
         self._note(f"the results of {job.work.name} were lost, and are computed again")
         self._waiting.appendleft(job)
 
@@ -292,9 +294,12 @@ class ActorPool:
             first.halvings += 1
             again += " in smaller blocks, in case memory was short"
         if first.attempts >= ATTEMPTS:
-            raise RunError(f"{first.work.name} lost {ATTEMPTS} actors one after another: {reason}")
-        self._note(f"a client actor was lost in {first.work.name} and {again}: {reason}")
-        self._waiting.extendleft(reversed(jobs))
+            why = f"{first.work.name} lost {ATTEMPTS} actors one after another: {reason}"
+            first.error, first.done = RunError(why), True
+            self._waiting.extendleft(reversed(queued))
+        else:
+            self._note(f"a client actor was lost in {first.work.name} and {again}: {reason}")
+            self._waiting.extendleft(reversed(jobs))
         self._workers.remove(worker)
         if not self._workers:
             self._alone_since = time.monotonic()

@@ -7,8 +7,9 @@ new series. Prometheus knows them as `ray_rayfed_lora_<name>`, counters with `_t
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import pyarrow as pa
@@ -98,7 +99,7 @@ class RunMetrics:
             usage: asked after each round.
         """
         self._usage = usage
-        self._seen = Usage(0, 0.0, 0, 0)
+        self._seen, self._seen_at = Usage(0, 0.0, 0, 0), time.perf_counter()
         run = {"run": name}
         self._gauges = {
             key: Gauge(f"rayfed_lora_{key}", text, ("run",)).set_default_tags(run)
@@ -123,6 +124,7 @@ class RunMetrics:
         threading.Thread(target=self._refresh, name="metrics", daemon=True).start()
         sums = {key: pc.sum(rounds[key]).as_py() or 0 for key in ("clients", *_SUMMED)}
         self._count_round(sums)
+        self._seen_at = time.perf_counter()
 
     def round_done(
         self, record: RoundRecord, clients: Sequence[ClientRecord], aggregation_s: float
@@ -147,11 +149,16 @@ class RunMetrics:
 
     def _used(self, seconds: float) -> dict[str, float]:
         before, now = self._seen, self._usage()
-        self._seen = now
         self._count("actor_restarts", now.losses - before.losses)
         self._count("retried_clients", now.retried_clients - before.retried_clients)
-        busy = (now.busy_s - before.busy_s) / (now.actors * seconds)
-        # A round's first blocks may have been trained while the one before it was tested.
+        passed_s = time.perf_counter() - self._seen_at
+        if passed_s < seconds / 2:
+            # The last rounds are finished one right after the other.
+            self._seen = replace(now, busy_s=before.busy_s)
+            return {"actors": now.actors}
+        self._seen, self._seen_at = now, self._seen_at + passed_s
+        busy = (now.busy_s - before.busy_s) / (now.actors * passed_s)
+        # What was begun before may have been done since.
         return {"actors": now.actors, "actor_idle_share": max(0.0, 1.0 - busy)}
 
     def _show(self) -> None:

@@ -48,8 +48,6 @@ _MOST_NAMES = 1_000
 class RayExecutor:
     """Trains blocks on client actors; a lost actor's block is run again, to the same result."""
 
-    concurrent = True
-
     def __init__(
         self,
         recipe: Recipe,
@@ -59,6 +57,7 @@ class RayExecutor:
         crew: Crew | None = None,
         *,
         again: bool = False,
+        concurrent: bool = True,
     ) -> None:
         """Keep the run; Ray must be initialised before `open`.
 
@@ -70,7 +69,10 @@ class RayExecutor:
                 None: a new one.
             crew: actors that others use after this run; None: own ones.
             again: a lost driver goes on, maybe on fewer nodes: with as many actors as they hold.
+            concurrent: a round may be tested behind the training of the next one. Who may be ended
+                after any round is better off without: what is trained ahead would be lost.
         """
+        self.concurrent = concurrent
         self._recipe = recipe
         self._factory = factory
         self._note = note

@@ -111,7 +111,13 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             self._crew = Crew(recipe, shared.layout, places, shared.shelf)
         self._total = recipe.annealing.total_rounds
         self._board = StatusBoard(self._total)
-        executor = RayExecutor(recipe, shared.factory, self._board.note, crew=self._crew)
+        executor = RayExecutor(
+            recipe,
+            shared.factory,
+            self._board.note,
+            crew=self._crew,
+            concurrent=shared.space.scheduler == "none",
+        )
         name = f"{RunFolder(shared.location).name}/{self.trial_id}"
         return sitting(
             recipe,

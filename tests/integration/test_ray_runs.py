@@ -324,13 +324,17 @@ def test_work_that_is_stuck_each_time_ends_the_run_with_its_name(tmp_path):
 
 
 @pytest.mark.e2e
-def test_work_that_ends_its_process_twice_is_tried_in_smaller_blocks(tmp_path):
+def test_work_that_ends_its_process_is_tried_in_smaller_blocks_and_the_rounds_before_are_kept(
+    tmp_path,
+):
     # Ray's memory monitor, and the kernel's, end a process without a word that would reach us.
-    lethal = Behaviour(dying_always=frozenset({(0, 0)}))
+    lethal = Behaviour(dying_always=frozenset({(0, 2)}))
     recipe = on_ray(clients__per_round=1.0, runtime__cohort_size=6)
     board = StatusBoard(recipe.annealing.total_rounds)
-    with pytest.raises(RunError, match="round 0 block 0 lost 4 actors"):
+    with pytest.raises(RunError, match="round 2 block 0 lost 4 actors"):
         run(recipe, tmp_path / "run", FakeFactory(lethal), board)
+    # The second one still had to be tested.
+    assert table(tmp_path / "run", "rounds")["round"].tolist() == [0, 1]
     assert sum("in smaller blocks" in note for note in board.status().notes) == 2
 
 

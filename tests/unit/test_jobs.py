@@ -344,10 +344,10 @@ def test_progress_says_what_a_status_says() -> None:
         training_since=10.0,
         loss=1.0,
     )
-    # Two rounds took 20 s: four more take 40.
+    # Three rounds took 20 s, of which two are finished: three more take 20.
     found = JobProgress.of(status, now=30.0)
-    assert found.eta_s == pytest.approx(40.0)
-    assert found.line() == "round 4/6 heating full model, loss 1.000, ETA 0:40"
+    assert found.eta_s == pytest.approx(20.0)
+    assert found.line() == "round 4/6 heating full model, loss 1.000, ETA 0:20"
     assert JobProgress.read(found.model_dump_json()) == found
 
 

@@ -561,14 +561,21 @@ def test_who_left_before_a_rounds_result_is_sent_it_later():
     assert book(ledger, "adapter", RANKS, (0, 1), 2).base.tolist() == [0, 27 + 6]
 
 
-def test_a_quote_is_the_bill_and_books_nothing(ledger):
+@pytest.mark.parametrize("rounds_before", [0, 1, 2])
+def test_a_quote_is_the_bill_and_books_nothing(ledger, rounds_before):
     facts = RoundFacts("adapter", (0, 1), np.ones(2, bool), RANKS, folded=7)
+    earlier = [
+        RoundFacts("adapter", (t, 2), np.ones(2, bool), RANKS, folded=3)
+        for t in range(rounds_before)
+    ]
     before = ledger.snapshot()
-    quote = ledger.quote(facts)
+    quote = ledger.quote(*earlier, facts)
     facts_before, held_before = before
     facts_now, held_now = ledger.snapshot()
     assert facts_now == facts_before
     assert all((held_now[kind] == held).all() for kind, held in held_before.items())
+    for each in earlier:
+        ledger.book(each)
     bill = ledger.book(facts)
     for kind in ("up", "down", "base"):
         assert (getattr(quote, kind) == getattr(bill, kind)).all()

@@ -80,7 +80,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "clients__availability": {"dropout": 0.3},
         "clients__speed": {"median": 2.0, "sigma": 0.5},
         "clients__over_select": 1.4,
-        "network": {"up_mbps": 0.001, "latency_s": 0.1},
+        "network": {"up_mbps": 0.001, "down_mbps": 0.001, "latency_s": 0.1},
+        "annealing__cooling__residual": "fold",
     },
     "tested on clients": {
         "method": "fedsa-lora",
@@ -624,14 +625,17 @@ class StopAfter:
         return self._left < 0
 
 
+@pytest.mark.parametrize("concurrent", [False, True])
 @pytest.mark.parametrize(("updates", "rounds"), [(0, 0), (3, 1), (7, 2), (17, 5)])
-def test_a_stopped_run_keeps_its_finished_rounds_and_goes_on_to_the_same_bits(
-    updates, rounds, undisturbed, tmp_path
+def test_a_stopped_run_keeps_its_trained_rounds_and_goes_on_to_the_same_bits(
+    updates, rounds, concurrent, undisturbed, tmp_path
 ):
     # Rounds are saved every fourth time only, but a stop saves what is finished.
     recipe = make_recipe(storage__checkpoint_every=4)
+    executor = local_executor(recipe)
+    executor.concurrent = concurrent
     with pytest.raises(InterruptedRunError) as stopped:
-        run(recipe, tmp_path, should_stop=StopAfter(updates))
+        run(recipe, tmp_path, executor=executor, should_stop=StopAfter(updates))
     assert f"stopped with {rounds} of 6 rounds done; go on with --resume" in str(stopped.value)
     assert stopped.value.exit_status == 130
     assert finished(RunFolder(tmp_path)) is None
