@@ -69,7 +69,7 @@ def differences(runs: pd.DataFrame) -> str:
 def main() -> None:
     """Print all sets, as far as they are run."""
     for name in ("trec", "vader", "fashion"):
-        for part in (*map(str, ALPHAS), "plain", "rules", "choices"):
+        for part in (*map(str, ALPHAS), "plain", "rules", "choices", "metropolis"):
             # The mended method is one more of those with plain choices.
             titles = [f"{name}-{part}", *([f"{name}-mended"] if part == "plain" else [])]
             paths = [RESULTS / f"{title}-runs.csv" for title in titles]
@@ -77,7 +77,7 @@ def main() -> None:
                 runs = pd.concat([pd.read_csv(path) for path in paths if path.exists()])
                 seeds = runs["seed"].nunique()
                 print(f"**{name}, {part}**, {seeds} seeds\n\n{methods(runs)}\n")
-                if part != "choices":
+                if part not in ("choices", "metropolis"):
                     print(f"{differences(runs)}\n")
 
 
