@@ -243,7 +243,7 @@ def main() -> None:
             methods = {**MAIN, **once}
             found = with_rates(methods, rates(name, str(alpha), methods, {}, **own))
             finish(name, out / name / f"main-{alpha}", f"{name}-{alpha}", found, SEEDS, **own)
-    if FIRST not in sets or not {"plain", "mended", "rules", "choices", "metropolis"} & set(stages):
+    if FIRST not in sets or set(stages) <= {"main"}:
         return
     best = rates(FIRST, str(ALPHAS[0]), {**MAIN, **ONCE}, {})
     for stage, methods in (("plain", PLAIN), ("mended", MENDED), ("rules", RULES)):
