@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ MODEL_PACKAGES = ("transformers==5.23.0", "peft==0.21.2", "safetensors", "numpy"
 TORCH = "torch==2.13.0"
 # What each peer's environment gets beside torch and the model packages.
 PEERS = {"flower": ("flwr[simulation]>=1.30",), "pfl": ("pfl[pytorch]>=0.6",)}
+SAMPLE_S = 2.0
 # Weights of two runners that did the same work differ by float32 rounding only.
 SAME_WEIGHTS = 1e-3
 
@@ -93,30 +95,36 @@ def versions(environment: str) -> dict[str, str]:
 
 
 class Memory:
-    """The largest proportional set size of a process and all that descends from it, sampled."""
+    """The largest proportional set size of a process and all that descends from it, sampled.
+
+    Reading it walks every page of a process: twice a second took a tenth of a core from whom it
+    watched, the more the more processes those were.
+    """
 
     def __init__(self, root: int) -> None:
         self.peak_bytes = 0
-        self._root, self._seen, self._stop = root, set(), threading.Event()
+        # Ray's services leave their parent: what once descended is looked at till it ends.
+        self._seen, self._stop = {root}, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.5):
-            try:
-                # Ray's services leave their parent: what once descended is looked at till it ends.
-                self._seen |= {psutil.Process(self._root)}
-                self._seen |= set(psutil.Process(self._root).children(recursive=True))
-            except psutil.NoSuchProcess:
-                pass
+        while not self._stop.wait(SAMPLE_S):
+            parents = {p.pid: p.info["ppid"] for p in psutil.process_iter(["ppid"])}
+            self._seen &= set(parents)
+            for pid in sorted(parents):
+                if self._descends(pid, parents):
+                    self._seen.add(pid)
             total = 0
-            for process in list(self._seen):
-                try:
-                    self._seen |= set(process.children(recursive=True))
-                    total += process.memory_full_info().pss
-                except (psutil.NoSuchProcess, psutil.AccessDenied):
-                    self._seen.discard(process)
+            for pid in self._seen:
+                with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                    total += psutil.Process(pid).memory_full_info().pss
             self.peak_bytes = max(self.peak_bytes, total)
+
+    def _descends(self, pid: int, parents: dict[int, int]) -> bool:
+        while pid in parents and pid not in self._seen:
+            pid = parents[pid]
+        return pid in self._seen
 
     def stop(self) -> int:
         """End the watch and return the peak."""
@@ -250,7 +258,7 @@ def processor() -> str:
 def main() -> None:
     """Run the comparison and write its results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workloads", default="W,W3,W2q,W4")
+    parser.add_argument("--workloads", default="W,W3,W2,W4")
     parser.add_argument("--runners", default=",".join(r for r in RUNNERS if "," not in r))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", default=str(HERE / "results"))

@@ -69,8 +69,6 @@ SPECS = {
     "W2": Spec(100, 10, 5, 5, "random", MIDDLE),
     "W3": Spec(1000, 200, 1, 5, "digits", SMALL),
     "W4": Spec(100, 20, 1, 3, "trec"),
-    # W2 cut to two steps and three rounds, for repeats.
-    "W2q": Spec(100, 10, 2, 3, "random", MIDDLE),
 }
 
 
