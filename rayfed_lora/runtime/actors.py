@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -38,6 +40,10 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
+# Calls of an actor that Ray begins: one computes, the other comes or goes meanwhile.
+CALLS_AT_ONCE = 2
+
+
 class NotOpenError(Exception):
     """The actor's process is a new one: Ray has restarted it while it had nothing to do."""
 
@@ -65,6 +71,9 @@ class ClientActor:
         self._name = name
         self._rule = ""
         self._trainer: Trainer | None = None
+        # One thread computes, always the same (torch keeps its settings by thread), while Ray's
+        # own fetch what the next call needs and send what the last one has found.
+        self._computing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="computing")
 
     def __repr__(self) -> str:
         return self._name
@@ -90,6 +99,9 @@ class ClientActor:
             prepared: references of workload and weights, in a list so that Ray does not wait for
                 them: meanwhile this actor imports what it needs.
         """
+        return self._computed(lambda: self._open(recipe, factory, prepared))
+
+    def _open(self, recipe: Recipe, factory: Factory, prepared: list[ray.ObjectRef]) -> Population:
         factory.load(recipe)
         from rayfed_lora.training.device import device_of_share
 
@@ -109,7 +121,7 @@ class ClientActor:
 
     def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
         """Return the dense tensors that the first round starts from."""
-        return self._opened().initial_tensors(trainable)
+        return self._computed(lambda: self._opened().initial_tensors(trainable))
 
     def train(
         self, call: Call, state: AdapterState, base: Base, plan: LocalPlan
@@ -119,32 +131,42 @@ class ClientActor:
         Returns:
             The clients' reports, and the means of their updates, which stay in the store.
         """
-        began = time.perf_counter()
-        reports, means = trained(self._opened(), call, state, base, plan, self._rule)
-        return Timed(reports, time.perf_counter() - began), means
+        done = self._timed(lambda: trained(self._opened(), call, state, base, plan, self._rule))
+        reports, means = done.value
+        return Timed(reports, done.seconds), means
 
     def join(self, *parts: Means) -> Means:
         """Join means of consecutive clients, in order."""
-        return joined(parts, self._rule)
+        return self._computed(lambda: joined(parts, self._rule))
 
     def evaluate(
         self, split: Split, rows: slice, state: AdapterState, base: Base, trainable: Trainable
     ) -> Timed[Predictions]:
         """Return the predictions on some rows of a split."""
-        began = time.perf_counter()
-        found = self._opened().evaluate(split, rows, state, base, trainable)
-        return Timed(found, time.perf_counter() - began)
+        return self._timed(lambda: self._opened().evaluate(split, rows, state, base, trainable))
 
     def test_clients(
         self, call: Call, state: AdapterState, base: Base, trainable: Trainable
     ) -> Timed[list[ClientScore]]:
         """Test clients on their own examples."""
-        began = time.perf_counter()
         starts = Starts(state, call)
         states = [starts.of(client) for client in call.clients]
-        scores = self._opened().test_clients(call.clients, states, base, trainable)
-        return Timed(scores, time.perf_counter() - began)
+        return self._timed(
+            lambda: self._opened().test_clients(call.clients, states, base, trainable)
+        )
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         """Return the files of the trained model."""
-        return self._opened().export(state, base, trainable)
+        return self._computed(lambda: self._opened().export(state, base, trainable))
+
+    def _computed(self, work: Callable[[], _T]) -> _T:
+        """Do something in the thread that computes, in its turn."""
+        return self._computing.submit(work).result()
+
+    def _timed(self, work: Callable[[], _T]) -> Timed[_T]:
+        def timed() -> Timed[_T]:
+            began = time.perf_counter()
+            value = work()
+            return Timed(value, time.perf_counter() - began)
+
+        return self._computed(timed)

@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayfed_lora.errors import ResourceError
 from rayfed_lora.recipe import Recipe
-from rayfed_lora.runtime.actors import ClientActor
+from rayfed_lora.runtime.actors import CALLS_AT_ONCE, ClientActor
 from rayfed_lora.runtime.factory import Factory, prepared
 from rayfed_lora.runtime.placement import Layout, layout, nodes_of, wanted
 from rayfed_lora.runtime.shelf import PREPARING, prepared_from
@@ -113,6 +113,7 @@ class Crew:
         options = {
             "num_cpus": self._plan.cpus,
             "num_gpus": self._plan.gpus,
+            "max_concurrency": CALLS_AT_ONCE,
             "max_restarts": -1,
             # The same work on another actor gives the same result: the executor decides.
             "max_task_retries": 0,
