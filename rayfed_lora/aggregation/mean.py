@@ -6,7 +6,7 @@ Source: this project (method.md, "Randomness": reductions in client order, float
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -99,55 +99,62 @@ class ProductMean:
     """
 
     def __init__(self) -> None:
-        self._terms: list[WeightedProduct] = []
+        # Weighted factors, in the order in which they came; `_rank` is that of all together.
+        self._terms: list[tuple[float, Factors] | WeightedProduct] = []
+        self._rank = 0
         self._dense: Float64Array | None = None
         self._weight = 0.0
 
     def add(self, weight: float, factors: Factors) -> None:
         """Add one client's factors with its weight, > 0; ranks and scales may differ."""
         self._weight += weight
-        self._take([WeightedProduct.of(weight, factors)])
+        self._take((weight, factors), factors)
 
     def join(self, other: ProductMean) -> None:
         """Add what another mean has taken in."""
         self._weight += other._weight
         if other._dense is not None:
             self._dense = other._dense if self._dense is None else self._dense + other._dense
-        self._take(other._terms)
+        for term in other._terms:
+            self._take(term, term if isinstance(term, WeightedProduct) else term[1])
 
-    def _take(self, terms: Sequence[WeightedProduct]) -> None:
-        for term in terms:
-            # Of products of rank 0 one is enough, for its shape.
-            if term.rank > 0 or (not self._terms and self._dense is None):
-                self._terms.append(term)
-        if not self._terms:
+    def _take(
+        self, term: tuple[float, Factors] | WeightedProduct, product: Factors | WeightedProduct
+    ) -> None:
+        rank = product.rank
+        # Of products of rank 0 one is enough, for its shape.
+        if rank == 0 and (self._terms or self._dense is not None):
             return
-        d_out, d_in = self._size()
-        rank = sum(term.rank for term in self._terms)
-        if rank * (d_out + d_in) > 2 * d_out * d_in:
-            self._dense, self._terms = self._matrix(), []
+        self._terms.append(term)
+        self._rank += rank
+        d_out, d_in = product.b.shape[0], product.a.shape[1]
+        if self._rank * (d_out + d_in) > 2 * d_out * d_in:
+            self._dense, self._terms, self._rank = self._matrix(), [], 0
 
-    def _size(self) -> tuple[int, int]:
-        if self._dense is not None:
-            return self._dense.shape[0], self._dense.shape[1]
-        return self._terms[0].b.shape[0], self._terms[0].a.shape[1]
+    def _sum(self) -> WeightedProduct:
+        return WeightedProduct.sum(
+            [
+                term if isinstance(term, WeightedProduct) else WeightedProduct.of(*term)
+                for term in self._terms
+            ]
+        )
 
     def _matrix(self) -> Float64Array:
-        b, a = WeightedProduct.sum(self._terms).weighted()
+        b, a = self._sum().weighted()
         matrix: Float64Array = b @ a
         return matrix if self._dense is None else self._dense + matrix
 
     def pack(self) -> None:
         """Hold the same in as few arrays as there can be: each costs time where it is sent."""
         if self._dense is None:
-            self._terms = [WeightedProduct.sum(self._terms)] if self._terms else []
+            self._terms = [self._sum()] if self._terms else []
         elif self._terms:
-            self._dense, self._terms = self._matrix(), []
+            self._dense, self._terms, self._rank = self._matrix(), [], 0
 
     def mean(self) -> Product:
         """Return (b, a), (d_out, R) and (R, d_in), whose product is the mean update."""
         if self._dense is None:
-            b, a = WeightedProduct.sum(self._terms).weighted()
+            b, a = self._sum().weighted()
             return b / self._weight, a
         matrix = self._matrix() if self._terms else self._dense
         return matrix / self._weight, np.eye(matrix.shape[1])

@@ -149,20 +149,25 @@ class AdaptedModel:
             like: the state that it was loaded with.
             client: its place in the group.
         """
-        return self.read_from([like], client)[0]
+        return self.read_from([like], client)[0][0]
 
-    def read_from(self, likes: Sequence[AdapterState], client: int) -> list[AdapterState]:
+    def read_from(
+        self, likes: Sequence[AdapterState], client: int
+    ) -> tuple[list[AdapterState], bool]:
         """Return the current weights of some neighbouring clients, as `read` does of one.
 
         Args:
             likes: the states that they were loaded with.
             client: place of the first of them in the group.
+
+        Returns:
+            Their states, and whether all that was trained of them is finite.
         """
         held = {
             name: _to_numpy(tensor[client : client + len(likes)] if stacked else tensor)
             for name, (tensor, stacked) in self._held(likes[0]).items()
         }
-        return [
+        states = [
             AdapterState(
                 {name: _cut(held, name, f, i) for name, f in like.factors.items()},
                 {
@@ -172,6 +177,7 @@ class AdaptedModel:
             )
             for i, like in enumerate(likes)
         ]
+        return states, all(np.isfinite(array).all() for array in held.values())
 
     def _held(self, like: AdapterState) -> dict[str, tuple[torch.Tensor, bool]]:
         """Return the trained tensors, and whether their first dimension is the client."""
@@ -213,12 +219,13 @@ class AdaptedModel:
 
     def _stacked(self, clients: Sequence[Factors | None]) -> GroupFactors | None:
         """Return the clients' factors of one module, zeros behind the lower ranks."""
+        first = clients[0]
+        if all(f is first for f in clients):
+            return self._repeated(first, len(clients)) if first and first.rank > 0 else None
         found = [f for f in clients if f is not None]
         rank = max((f.rank for f in found), default=0)
         if rank == 0:
             return None
-        if all(f is found[0] for f in found):
-            return self._repeated(found[0], len(found))
         a = np.zeros((len(found), rank, found[0].a.shape[1]), np.float32)
         b = np.zeros((len(found), found[0].b.shape[0], rank), np.float32)
         for i, f in enumerate(found):

@@ -104,11 +104,13 @@ class ClientActor:
     def _open(self, recipe: Recipe, factory: Factory, prepared: list[ray.ObjectRef]) -> Population:
         factory.load(recipe)
         from rayfed_lora.training.device import device_of_share
+        from rayfed_lora.training.memory import keep_freed_memory
 
         device = device_of_share(self._gpus)
         workload, weights = ray.get(prepared)
         # As in the server: sums must not depend on how many cores an actor has.
         threadpool_limits(limits=1, user_api="blas")
+        keep_freed_memory()
         self._trainer = None
         self._rule = recipe.aggregation.rule
         self._trainer = factory.trainer(recipe, workload, weights, device)

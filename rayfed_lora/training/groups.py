@@ -11,7 +11,7 @@ import torch
 
 from rayfed_lora.data.batches import IndexArray, batch_indices
 from rayfed_lora.recipe_clients import Clients
-from rayfed_lora.seeds import Purpose, generator, torch_seed
+from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.types import AdapterState, FloatArray, LocalPlan
 
 
@@ -24,14 +24,12 @@ class ClientTask:
         start: the state that it starts from.
         examples: number of examples it holds.
         batches: rows of the training split, an array a step.
-        dropout_seed: of its dropout masks.
     """
 
     client: int
     start: AdapterState
     examples: int
     batches: list[IndexArray]
-    dropout_seed: int
 
     @classmethod
     def of(
@@ -61,8 +59,7 @@ class ClientTask:
             steps=settings.steps,
             epochs=settings.local_epochs,
         )
-        dropout_seed = torch_seed(seed, Purpose.DROPOUT, plan.round, client)
-        return cls(client, start, len(examples), batches, dropout_seed)
+        return cls(client, start, len(examples), batches)
 
 
 @dataclass(frozen=True)
@@ -89,13 +86,13 @@ class GroupBatch:
         >>> joined.indices.tolist(), joined.weights[1].tolist()
         ([4, 7, 9, 2, 2, 2], [1.0, 0.0, 0.0])
         """
-        examples = tuple(len(batch) for batch in batches)
-        rows = max(examples)
-        indices = np.concatenate(
-            [np.concatenate([b, np.repeat(b[:1], rows - len(b))]) for b in batches]
-        )
-        own = np.arange(rows) < np.array(examples)[:, None]
-        weights = (own / np.array(examples)[:, None]).astype(np.float32)
+        examples = tuple(map(len, batches))
+        sizes = np.array(examples)[:, None]
+        place = np.arange(max(examples))
+        own = place < sizes
+        starts = np.cumsum(sizes) - sizes.ravel()
+        indices = np.concatenate(batches)[(starts[:, None] + place * own).ravel()]
+        weights = (own / sizes).astype(np.float32)
         return cls(indices, weights, examples)
 
 

@@ -9,6 +9,7 @@ Source: local SGD as in FedAvg, arXiv:1602.05629; proximal term: FedProx, arXiv:
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_clients import Clients
+from rayfed_lora.seeds import Purpose, torch_seed
 from rayfed_lora.training.dropout import ClientDropout
 from rayfed_lora.training.groups import ClientTask, GroupBatch, clip_by_client, kept
 from rayfed_lora.training.memory import memory_watched
@@ -169,24 +171,29 @@ class LocalTrainer:
         # Who has done all its steps leaves the group from the end.
         tasks.sort(key=lambda task: (-len(task.batches), task.client))
         self._model.load([task.start for task in tasks], base, plan.trainable, plan.frozen)
+        drawing = tasks if self._drops else tasks[:1]
+        seeds = [torch_seed(seed, Purpose.DROPOUT, plan.round, task.client) for task in drawing]
         # After loading. What draws outside of `ClientDropout` draws from torch's own state.
-        _seed(tasks[0].dropout_seed, self._device)
-        dropout = ClientDropout([task.dropout_seed for task in tasks], self._device)
+        _seed(seeds[0], self._device)
+        dropout = ClientDropout(seeds, self._device) if self._drops else None
         parameters = list(self._model.parameters(tasks[0].start).values())
         optimizer = _optimizer(parameters, settings, plan.lr)
         received = [p.detach().clone() for p in parameters] if plan.proximal_weight > 0 else []
         self._model.train(True)
         losses: list[torch.Tensor] = []
-        trained: dict[int, AdapterState] = {}
-        for step in range(len(tasks[0].batches)):
-            batch = GroupBatch.of(
-                [task.batches[step] for task in tasks if step < len(task.batches)]
-            )
+        trained: dict[int, tuple[AdapterState, bool]] = {}
+        # All at once: a few lines of Python between two passes cost thrice what they cost here.
+        batches = [
+            GroupBatch.of([task.batches[step] for task in tasks if step < len(task.batches)])
+            for step in range(len(tasks[0].batches))
+        ]
+        for batch in batches:
             if len(batch.examples) + len(trained) < len(tasks):
                 self._let_go(len(batch.examples), tasks, trained)
                 kept(optimizer, len(batch.examples))
-            dropout.step(batch.examples)
-            with dropout if self._drops else nullcontext():
+            if dropout is not None:
+                dropout.step(batch.examples)
+            with dropout or nullcontext():
                 each = self._losses(batch)
             losses.append(each.detach())
             if optimizer is None:
@@ -205,7 +212,7 @@ class LocalTrainer:
         seconds = (time.perf_counter() - began) / len(tasks)
         numbers = [step.cpu().tolist() for step in losses]
         found = {
-            task.client: _update(task, trained[i], [n[i] for n in numbers if i < len(n)], seconds)
+            task.client: _update(task, *trained[i], [n[i] for n in numbers if i < len(n)], seconds)
             for i, task in enumerate(tasks)
         }
         return [found[client] for client in clients]
@@ -214,12 +221,15 @@ class LocalTrainer:
         self,
         staying: int,
         tasks: Sequence[ClientTask],
-        trained: dict[int, AdapterState],
+        trained: dict[int, tuple[AdapterState, bool]],
     ) -> None:
-        """Read out the clients from place `staying` on that are still in the group."""
+        """Read out the clients from place `staying` on that are still in the group.
+
+        Beside the state of each: whether those of all who leave with it are finite.
+        """
         leaving = range(staying, len(tasks) - len(trained))
-        states = self._model.read_from([tasks[i].start for i in leaving], staying)
-        trained |= dict(zip(leaving, states, strict=True))
+        states, finite = self._model.read_from([tasks[i].start for i in leaving], staying)
+        trained |= {i: (state, finite) for i, state in zip(leaving, states, strict=True)}
         if staying > 0:
             self._model.keep(staying)
 
@@ -386,9 +396,9 @@ def _tensors(
 
 
 def _update(
-    task: ClientTask, trained: AdapterState, losses: list[float], seconds: float
+    task: ClientTask, trained: AdapterState, finite: bool, losses: list[float], seconds: float
 ) -> ClientUpdate:
-    error = _fault(losses, trained)
+    error = _fault(losses, None if finite else trained)
     return ClientUpdate(
         client=task.client,
         examples=task.examples,
@@ -399,11 +409,13 @@ def _update(
     )
 
 
-def _fault(losses: list[float], update: AdapterState) -> str | None:
-    """Return why a trained client cannot be used, or None."""
-    bad = [step for step, loss in enumerate(losses) if not np.isfinite(loss)]
+def _fault(losses: list[float], update: AdapterState | None) -> str | None:
+    """Return why a trained client cannot be used, or None; no update: it is known to be finite."""
+    bad = [step for step, loss in enumerate(losses) if not math.isfinite(loss)]
     if bad:
         return f"loss is {losses[bad[0]]} in local step {bad[0] + 1} of {len(losses)}"
+    if update is None:
+        return None
     tensors = [*update.dense.values()]
     for factors in update.factors.values():
         tensors += [factors.a, factors.b]
