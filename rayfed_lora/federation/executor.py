@@ -87,6 +87,25 @@ class Call:
     limits: Mapping[int, int] = field(default_factory=dict)
     personal: Mapping[int, Mapping[str, FloatArray]] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls,
+        blocks: tuple[Block, ...],
+        limits: IndexArray | None,
+        personal: Mapping[int, Mapping[str, FloatArray]],
+    ) -> Call:
+        """Return the call for some blocks, with what sets their clients apart.
+
+        Args:
+            blocks: clients that are trained together, block by block.
+            limits: largest rank of each client there is, where any is limited.
+            personal: B by module, of each client there is that has one of its own.
+        """
+        call = cls(blocks)
+        limited = {} if limits is None else {k: int(limits[k]) for k in call.clients}
+        own = {k: personal[k] for k in call.clients if k in personal}
+        return replace(call, limits=limited, personal=own)
+
     @property
     def clients(self) -> tuple[int, ...]:
         """All clients, in order."""

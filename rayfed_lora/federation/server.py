@@ -22,16 +22,13 @@ from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.aggregation.step import Aggregate
 from rayfed_lora.annealing.stages import (
-    Feedback,
     adapter_rounds_before,
     is_full,
     plan_round,
-    proposed_rank,
 )
 from rayfed_lora.errors import ClientError, InterruptedRunError, RayfedError, RunError
-from rayfed_lora.federation import evaluation, records, sampling, transitions
+from rayfed_lora.federation import records, sampling, transitions
 from rayfed_lora.federation.devices import Devices, Turnout
-from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.executor import Call, Executor, Population, Trained
 from rayfed_lora.federation.learning_rate import learning_rate
 from rayfed_lora.federation.ledger import Ledger
@@ -42,25 +39,21 @@ from rayfed_lora.federation.progress import (
     kept_moments,
     personal_factors,
 )
-from rayfed_lora.federation.sampling import Block, BlockSize
+from rayfed_lora.federation.sampling import BlockSize
+from rayfed_lora.federation.testing import RoundTests, Tester
 from rayfed_lora.federation.traffic import RoundFacts, is_cut
 from rayfed_lora.federation.transitions import Entry, GlobalModel
 from rayfed_lora.recipe import Recipe
-from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.types import (
     AdapterState,
     Base,
-    ClientTest,
     ClientUpdate,
     Frozen,
     LocalPlan,
     RoundPlan,
     RoundRecord,
-    Split,
     Trainable,
 )
-
-_Wait = Callable[[], Scores]
 
 
 @dataclass(frozen=True)
@@ -105,9 +98,7 @@ class _Tested:
     """An aggregated round that is being tested."""
 
     trained: _Trained
-    test: _Wait | None
-    validation: _Wait | None
-    on_clients: Callable[[], list[ClientTest]]
+    tests: RoundTests
 
 
 class Server:
@@ -137,6 +128,7 @@ class Server:
         self._should_stop = should_stop
         self._rule = RULES[recipe.aggregation.rule]
         self.ledger = Ledger(population.shape, population.clients, self._rule)
+        self._tester = Tester(recipe, executor, population)
         self._limits = sampling.rank_limits(recipe, population.clients)
         self._devices = Devices(recipe, population.devices) if recipe.simulates_time else None
         cohort = recipe.cohort_size(population.clients)
@@ -207,10 +199,13 @@ class Server:
         with suppress(RayfedError):
             yield from self._last(tested, trained)
 
+    def _in_test(self, trained: _Trained) -> _Tested:
+        return _Tested(trained, self._tester.started(trained.after))
+
     def _started(self, t: int, before: Progress) -> _Started:
         """Plan a round and let its training begin."""
         recipe, shape = self._recipe, self._population.shape
-        plan = plan_round(recipe.annealing, t, self._feedback(t, before))
+        plan = plan_round(recipe.annealing, t, self._tester.feedback(t, before))
         entry = transitions.enter(recipe, shape, before.model, plan)
         full = plan.trainable == "full"
         frozen = None if full else self._rule.frozen(adapter_rounds_before(recipe.annealing, t))
@@ -222,7 +217,8 @@ class Server:
         absent = {} if turnout is None else turnout.absences
         present = tuple(client for client in cohort if client not in absent)
         blocks = sampling.calls(sampling.blocks(present, size)) if present else []
-        calls = [self._call(run, before, full) for run in blocks]
+        limits, personal = (None, {}) if full else (self._limits, before.personal)
+        calls = [Call.of(run, limits, personal) for run in blocks]
         training = self._executor.train(entry.model.state, entry.model.base, local, calls)
         return _Started(before, plan, cohort, entry, frozen, turnout, clock_s, training)
 
@@ -239,15 +235,6 @@ class Server:
         quote = self.ledger.quote(*self._unbooked, facts)
         turnout = self._devices.turnout(t, cohort, quote, plan.trainable == "full", now)
         return cohort, turnout, now + turnout.length_s
-
-    def _call(self, blocks: tuple[Block, ...], before: Progress, full: bool) -> Call:
-        """Return the call for some blocks, with what sets their clients apart."""
-        call = Call(blocks)
-        if full:
-            return call
-        limits = {} if self._limits is None else {k: int(self._limits[k]) for k in call.clients}
-        own = {k: before.personal[k] for k in call.clients if k in before.personal}
-        return replace(call, limits=limits, personal=own)
 
     def _trained(self, started: _Started) -> _Trained:
         """Take a round's updates in and aggregate them."""
@@ -288,9 +275,10 @@ class Server:
     def _finished(self, tested: _Tested) -> Progress:
         """Wait for a round's test, book and record the round, and return the run after it."""
         trained, began = tested.trained, time.perf_counter()
-        scores = None if tested.test is None else tested.test()
-        validation = None if tested.validation is None else tested.validation()
-        own_tests = tested.on_clients()
+        tests = tested.tests
+        scores = None if tests.test is None else tests.test()
+        validation = None if tests.validation is None else tests.validation()
+        own_tests = tests.on_clients()
         waited_s = time.perf_counter() - began
         self._aggregated_at += waited_s
         # Only now: what is yielded has to be what the ledger has.
@@ -311,36 +299,7 @@ class Server:
             trained.aggregation_s,
         )
         after = replace(trained.after, validation=validation, timing=self._timing)
-        return after if plan.trainable == "full" else self._noted(after, plan)
-
-    def _feedback(self, t: int, before: Progress) -> Feedback:
-        """Return what the schedule may look at, computing the energies that a proposal needs."""
-        annealing = self._recipe.annealing
-        feedback = Feedback(rank=before.rank, best_at_heating=before.best_at_heating)
-        if annealing.feedback == "target" and before.validation is not None:
-            return replace(feedback, metric=getattr(before.validation, annealing.target.metric))
-        proposed = proposed_rank(annealing, t, before.rank)
-        if annealing.feedback != "metropolis" or proposed is None:
-            return feedback
-        model, shape = before.model, self._population.shape
-        ranks = transitions.allocate(self._recipe, shape, model.state, t, proposed)
-        smaller = transitions.resized(self._recipe, model.state, ranks, t)
-        return replace(
-            feedback,
-            energy_current=self._evaluate("validation", model)().loss,
-            energy_proposed=self._evaluate("validation", replace(model, state=smaller))().loss,
-            draw=float(generator(self._recipe.seed, Purpose.ACCEPTANCE, t).random()),
-        )
-
-    def _noted(self, after: Progress, plan: RoundPlan) -> Progress:
-        """Note the best validation metric reached at the heating rank."""
-        target, scores = self._recipe.annealing.target, after.validation
-        rank = self._recipe.annealing.heating.rank
-        if scores is None or plan.rank != rank or plan.stage not in ("initiating", "heating"):
-            return after
-        metric, best = getattr(scores, target.metric), after.best_at_heating
-        better = max if target.metric == "accuracy" else min
-        return replace(after, best_at_heating=metric if best is None else better(best, metric))
+        return after if plan.trainable == "full" else self._tester.noted(after, plan)
 
     def _aggregated(
         self, started: _Started, step: OptimizerStep
@@ -431,50 +390,3 @@ class Server:
             stepped=self._recipe.aggregation.server_optimizer.lr != 1.0,
             after_initiating=plan.stage != "initiating",
         )
-
-    def _in_test(self, trained: _Trained) -> _Tested:
-        """Start a round's tests, and the evaluation that the annealing feedback needs."""
-        after = trained.after
-        last = after.rounds == self._recipe.annealing.total_rounds
-        due = last or after.rounds % self._recipe.evaluation.every == 0
-        watched = self._recipe.annealing.feedback == "target"
-        return _Tested(
-            trained,
-            test=self._evaluate("test", after.model) if due else None,
-            validation=self._evaluate("validation", after.model) if watched else None,
-            on_clients=self._client_test(after),
-        )
-
-    def _client_test(self, after: Progress) -> Callable[[], list[ClientTest]]:
-        """Start the tests on clients' own examples that are due after a round."""
-        settings, t = self._recipe.evaluation, after.rounds - 1
-        last = after.rounds == self._recipe.annealing.total_rounds
-        every = settings.clients_every
-        if settings.client_fraction == 0.0 or not (
-            last or (every is not None and after.rounds % every == 0)
-        ):
-            return list
-        tested = sampling.tested_clients(self._recipe, self._population.clients, t)
-        calls = [Call((block,)) for block in tested]
-        model, full = after.model, after.model.trainable == "full"
-        wait = self._executor.test_clients(calls, model.state, model.base, model.trainable)
-        own = [
-            self._call(call.blocks, after, full)
-            for call in calls
-            if any(client in after.personal for client in call.clients)
-        ]
-        wait_own = self._executor.test_clients(own, model.state, model.base, model.trainable)
-
-        def tests() -> list[ClientTest]:
-            scores = {s.client: s for s in wait_own() if s.client in after.personal}
-            return [records.client_test(t, score, scores.get(score.client)) for score in wait()]
-
-        return tests
-
-    def _evaluate(self, split: Split, model: GlobalModel) -> _Wait:
-        shards = evaluation.shards(
-            self._population.examples[split], self._recipe.evaluation.batch_size
-        )
-        state, base = model.state, model.base
-        wait = self._executor.evaluate(split, shards, state, base, model.trainable)
-        return lambda: evaluation.scores(wait())

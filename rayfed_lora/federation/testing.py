@@ -1,0 +1,141 @@
+"""Tests of global models: those that a recipe asks for, and those that the annealing looks at.
+
+Source: this project; the annealing's feedback as in method.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from rayfed_lora.annealing.stages import Feedback, proposed_rank
+from rayfed_lora.federation import evaluation, records, sampling, transitions
+from rayfed_lora.federation.evaluation import Scores
+from rayfed_lora.federation.executor import Call, Executor, Population
+from rayfed_lora.federation.progress import Progress
+from rayfed_lora.federation.transitions import GlobalModel
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.seeds import Purpose, generator
+from rayfed_lora.types import ClientTest, RoundPlan, Split
+
+_Wait = Callable[[], Scores]
+
+
+@dataclass(frozen=True)
+class RoundTests:
+    """The tests of one round that were started; each waits for its result.
+
+    Attributes:
+        test: on the test split, where it is due.
+        validation: on the validation split, where the annealing looks at it.
+        on_clients: on clients' own examples.
+    """
+
+    test: _Wait | None
+    validation: _Wait | None
+    on_clients: Callable[[], list[ClientTest]]
+
+
+class Tester:
+    """Has an executor test global models."""
+
+    def __init__(self, recipe: Recipe, executor: Executor, population: Population) -> None:
+        """Keep what decides which tests are due.
+
+        Args:
+            recipe: the run.
+            executor: opened.
+            population: what its `open` said.
+        """
+        self._recipe = recipe
+        self._executor = executor
+        self._population = population
+        self._limits = sampling.rank_limits(recipe, population.clients)
+
+    def started(self, after: Progress) -> RoundTests:
+        """Start the tests that are due after a round.
+
+        Args:
+            after: the run after it, without its scores.
+        """
+        last = after.rounds == self._recipe.annealing.total_rounds
+        due = last or after.rounds % self._recipe.evaluation.every == 0
+        watched = self._recipe.annealing.feedback == "target"
+        return RoundTests(
+            test=self._evaluation("test", after.model) if due else None,
+            validation=self._evaluation("validation", after.model) if watched else None,
+            on_clients=self._on_clients(after),
+        )
+
+    def _on_clients(self, after: Progress) -> Callable[[], list[ClientTest]]:
+        """Start the tests on clients' own examples that are due after a round."""
+        settings, t = self._recipe.evaluation, after.rounds - 1
+        last = after.rounds == self._recipe.annealing.total_rounds
+        every = settings.clients_every
+        if settings.client_fraction == 0.0 or not (
+            last or (every is not None and after.rounds % every == 0)
+        ):
+            return list
+        blocks = sampling.tested_clients(self._recipe, self._population.clients, t)
+        model, kept = after.model, after.personal
+        calls = [Call((block,)) for block in blocks]
+        wait = self._executor.test_clients(calls, model.state, model.base, model.trainable)
+        limits = None if model.trainable == "full" else self._limits
+        own = [
+            Call.of((block,), limits, {} if model.trainable == "full" else kept)
+            for block in blocks
+            if any(client in kept for client in block)
+        ]
+        wait_own = self._executor.test_clients(own, model.state, model.base, model.trainable)
+
+        def tests() -> list[ClientTest]:
+            scores = {s.client: s for s in wait_own() if s.client in kept}
+            return [records.client_test(t, score, scores.get(score.client)) for score in wait()]
+
+        return tests
+
+    def _evaluation(self, split: Split, model: GlobalModel) -> _Wait:
+        rows, size = self._population.examples[split], self._recipe.evaluation.batch_size
+        wait = self._executor.evaluate(
+            split, evaluation.shards(rows, size), model.state, model.base, model.trainable
+        )
+        return lambda: evaluation.scores(wait())
+
+    def feedback(self, t: int, before: Progress) -> Feedback:
+        """Return what the schedule may look at, computing the energies that a proposal needs.
+
+        Args:
+            t: the round that is to be planned.
+            before: the run before it.
+        """
+        annealing = self._recipe.annealing
+        feedback = Feedback(rank=before.rank, best_at_heating=before.best_at_heating)
+        if annealing.feedback == "target" and before.validation is not None:
+            return replace(feedback, metric=getattr(before.validation, annealing.target.metric))
+        proposed = proposed_rank(annealing, t, before.rank)
+        if annealing.feedback != "metropolis" or proposed is None:
+            return feedback
+        model, shape = before.model, self._population.shape
+        ranks = transitions.allocate(self._recipe, shape, model.state, t, proposed)
+        smaller = transitions.resized(self._recipe, model.state, ranks, t)
+        return replace(
+            feedback,
+            energy_current=self._evaluation("validation", model)().loss,
+            energy_proposed=self._evaluation("validation", replace(model, state=smaller))().loss,
+            draw=float(generator(self._recipe.seed, Purpose.ACCEPTANCE, t).random()),
+        )
+
+    def noted(self, after: Progress, plan: RoundPlan) -> Progress:
+        """Note the best validation metric reached at the heating rank.
+
+        Args:
+            after: the run after a round, with its scores.
+            plan: that round.
+        """
+        target, scores = self._recipe.annealing.target, after.validation
+        rank = self._recipe.annealing.heating.rank
+        if scores is None or plan.rank != rank or plan.stage not in ("initiating", "heating"):
+            return after
+        metric, best = getattr(scores, target.metric), after.best_at_heating
+        better = max if target.metric == "accuracy" else min
+        return replace(after, best_at_heating=metric if best is None else better(best, metric))
