@@ -98,7 +98,7 @@ def test_a_run_outlives_a_node_and_ends_with_the_same_bits(recipe, undisturbed, 
 
 def test_a_lost_node_leaves_the_head_at_rest_and_one_that_comes_takes_its_place(tmp_path, cluster):
     recipe = tmp_path / "nodes.yaml"
-    recipe.write_text(RECIPE.replace("local_steps: 60", "local_steps: 150"))
+    recipe.write_text(RECIPE.replace("local_steps: 60", "local_steps: 400"))
     finish("run", str(recipe), "--out", str(tmp_path / "a"), "--set", "runtime.executor=local")
     out = tmp_path / "b"
     (head,) = (p for p in psutil.Process().children(recursive=True) if p.name() == "gcs_server")
