@@ -1,7 +1,7 @@
 """How much of a round the client actors compute: `python overhead.py [--workloads W,W2,W3,W4]`.
 
-Computing is forward, loss, backward and optimiser step, of training and evaluation, on the wall
-clock of the actors. Everything else (reading batches, loading and reading adapters, messages,
+Computing is forward, loss, backward and optimiser step, and predictions of an evaluation, on the
+wall clock of the actors. Everything else (reading batches, loading and reading adapters, messages,
 waiting for the server or for each other) is overhead: 1 - computing / (actors x seconds), from the
 end of the first round to the end of the last. Writes results/overhead.json.
 """
@@ -64,7 +64,7 @@ class TracingFactory(workloads.BenchmarkFactory):
 
             return measured
 
-        # Forward, loss, backward and the end of the graph; of an evaluation the forward pass.
+        # Forward, loss, backward and the end of the graph; of an evaluation all but loading.
         trainer._pass = timed(trainer._pass)
         torch.optim.SGD.step = timed(torch.optim.SGD.step)
         trainer._predictions = timed(trainer._predictions)

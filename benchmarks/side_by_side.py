@@ -112,9 +112,7 @@ class Memory:
         while not self._stop.wait(SAMPLE_S):
             parents = {p.pid: p.info["ppid"] for p in psutil.process_iter(["ppid"])}
             self._seen &= set(parents)
-            for pid in sorted(parents):
-                if self._descends(pid, parents):
-                    self._seen.add(pid)
+            self._seen |= {pid for pid in parents if self._descends(pid, parents)}
             total = 0
             for pid in self._seen:
                 with suppress(psutil.NoSuchProcess, psutil.AccessDenied):

@@ -108,7 +108,7 @@ class ProductMean:
     def add(self, weight: float, factors: Factors) -> None:
         """Add one client's factors with its weight, > 0; ranks and scales may differ."""
         self._weight += weight
-        self._take((weight, factors), factors)
+        self._take((weight, factors))
 
     def join(self, other: ProductMean) -> None:
         """Add what another mean has taken in."""
@@ -116,17 +116,15 @@ class ProductMean:
         if other._dense is not None:
             self._dense = other._dense if self._dense is None else self._dense + other._dense
         for term in other._terms:
-            self._take(term, term if isinstance(term, WeightedProduct) else term[1])
+            self._take(term)
 
-    def _take(
-        self, term: tuple[float, Factors] | WeightedProduct, product: Factors | WeightedProduct
-    ) -> None:
-        rank = product.rank
+    def _take(self, term: tuple[float, Factors] | WeightedProduct) -> None:
+        product = term if isinstance(term, WeightedProduct) else term[1]
         # Of products of rank 0 one is enough, for its shape.
-        if rank == 0 and (self._terms or self._dense is not None):
+        if product.rank == 0 and (self._terms or self._dense is not None):
             return
         self._terms.append(term)
-        self._rank += rank
+        self._rank += product.rank
         d_out, d_in = product.b.shape[0], product.a.shape[1]
         if self._rank * (d_out + d_in) > 2 * d_out * d_in:
             self._dense, self._terms, self._rank = self._matrix(), [], 0

@@ -128,8 +128,8 @@ class Server:
         self._should_stop = should_stop
         self._rule = RULES[recipe.aggregation.rule]
         self.ledger = Ledger(population.shape, population.clients, self._rule)
-        self._tester = Tester(recipe, executor, population)
         self._limits = sampling.rank_limits(recipe, population.clients)
+        self._tester = Tester(recipe, executor, population, self._limits)
         self._devices = Devices(recipe, population.devices) if recipe.simulates_time else None
         cohort = recipe.cohort_size(population.clients)
         # How many clients of an adapter round are trained together, and why.

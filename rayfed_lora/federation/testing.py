@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from rayfed_lora.annealing.stages import Feedback, proposed_rank
 from rayfed_lora.federation import evaluation, records, sampling, transitions
 from rayfed_lora.federation.evaluation import Scores
-from rayfed_lora.federation.executor import Call, Executor, Population
+from rayfed_lora.federation.executor import Call, Executor, IndexArray, Population
 from rayfed_lora.federation.progress import Progress
 from rayfed_lora.federation.transitions import GlobalModel
 from rayfed_lora.recipe import Recipe
@@ -39,18 +39,25 @@ class RoundTests:
 class Tester:
     """Has an executor test global models."""
 
-    def __init__(self, recipe: Recipe, executor: Executor, population: Population) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        executor: Executor,
+        population: Population,
+        limits: IndexArray | None,
+    ) -> None:
         """Keep what decides which tests are due.
 
         Args:
             recipe: the run.
             executor: opened.
             population: what its `open` said.
+            limits: largest rank of each client, where any is limited.
         """
         self._recipe = recipe
         self._executor = executor
         self._population = population
-        self._limits = sampling.rank_limits(recipe, population.clients)
+        self._limits = limits
 
     def started(self, after: Progress) -> RoundTests:
         """Start the tests that are due after a round.
@@ -80,9 +87,8 @@ class Tester:
         model, kept = after.model, after.personal
         calls = [Call((block,)) for block in blocks]
         wait = self._executor.test_clients(calls, model.state, model.base, model.trainable)
-        limits = None if model.trainable == "full" else self._limits
         own = [
-            Call.of((block,), limits, {} if model.trainable == "full" else kept)
+            Call.of((block,), self._limits, kept)
             for block in blocks
             if any(client in kept for client in block)
         ]
