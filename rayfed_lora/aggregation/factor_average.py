@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.aggregation.step import (
-    A,
     Aggregate,
-    B,
     Product,
     ServerStep,
-    named,
     product,
     relative_error,
     stepped_product,
 )
+from rayfed_lora.lora.stacked import A, B, named
 from rayfed_lora.types import AdapterState, Factors
 
 

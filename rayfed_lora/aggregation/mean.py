@@ -37,9 +37,24 @@ class TensorMean:
         Raises:
             ValueError: their names or shapes are not those of the first client.
         """
-        self._check({name: tensor.shape for name, tensor in tensors.items()})
         flat = [tensor.ravel() for tensor in tensors.values()]
-        self._add(weight, np.concatenate(flat) if flat else np.zeros(0, np.float32))
+        row = np.concatenate(flat) if flat else np.zeros(0, np.float32)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.add_rows(np.array([weight]), row[None], shapes)
+
+    def add_rows(
+        self, weights: Float64Array, rows: FloatArray, shapes: dict[str, tuple[int, ...]]
+    ) -> None:
+        """Add clients, one after the other; raises as `add` does.
+
+        Args:
+            weights: (clients,), each > 0.
+            rows: (clients, values), all of a client's tensors.
+            shapes: of the tensors, by name, in the order in which they are in a row.
+        """
+        self._check(shapes)
+        for weight, row in zip(weights.tolist(), rows, strict=True):
+            self._add(weight, row)
 
     def join(self, other: TensorMean) -> None:
         """Add what another mean has taken in; raises as `add` does."""
@@ -109,6 +124,16 @@ class ProductMean:
         """Add one client's factors with its weight, > 0; ranks and scales may differ."""
         self._weight += weight
         self._take((weight, factors))
+
+    def add_total(self, weight: float, total: WeightedProduct) -> None:
+        """Add several clients.
+
+        Args:
+            weight: the sum of their weights.
+            total: the sum of their weighted updates.
+        """
+        self._weight += weight
+        self._take(total)
 
     def join(self, other: ProductMean) -> None:
         """Add what another mean has taken in."""

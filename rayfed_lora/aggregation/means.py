@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
 from rayfed_lora.aggregation.mean import ProductMean, TensorMean
-from rayfed_lora.aggregation.step import Float64Array, Product, named
+from rayfed_lora.aggregation.step import Float64Array, Product
 from rayfed_lora.lora.products import norm
+from rayfed_lora.lora.stacked import named, together
 from rayfed_lora.types import AdapterState, Factors
 
 Kept = Literal["factors", "padded"]
@@ -47,6 +48,30 @@ class Means:
             self._products.setdefault(name, ProductMean()).add(weight, sent)
         if "padded" in self._kept:
             self._padded.add(state.factors)
+
+    def add_all(self, updates: Sequence[tuple[float, AdapterState]]) -> None:
+        """Take clients in, as `add` does one: at once where they were trained together.
+
+        Sums of tensors are the same to the last bit; exact updates are summed by a matrix product,
+        which may order a module's sum in another way.
+
+        Args:
+            updates: weight and trained state of each, in order.
+        """
+        found = together([state for _, state in updates])
+        if found is None or len(updates) == 1:
+            for weight, state in updates:
+                self.add(weight, state)
+            return
+        stack, clients = found
+        weights = np.array([weight for weight, _ in updates])
+        rows, shapes = stack.values(clients, dense="factors" not in self._kept)
+        self._tensors.add_rows(weights, rows, shapes)
+        for name, total in stack.products(clients, weights).items():
+            self._products.setdefault(name, ProductMean()).add_total(float(weights.sum()), total)
+        if "padded" in self._kept:
+            for _, state in updates:
+                self._padded.add(state.factors)
 
     def join(self, other: Means) -> None:
         """Take in what another one of the same rule has, whose clients come after."""

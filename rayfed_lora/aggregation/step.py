@@ -19,8 +19,6 @@ from rayfed_lora.types import AdapterState, Factors, FloatArray, Frozen
 Float64Array = npt.NDArray[np.float64]
 # (b, a), (d_out, R) and (R, d_in), scales in b.
 Product = tuple[Float64Array, Float64Array]
-# Before a module's name; no parameter's name starts so.
-A, B = "A of ", "B of "
 
 
 @dataclass(frozen=True)
@@ -58,14 +56,6 @@ class ServerStep(Protocol):
     ) -> dict[str, FloatArray]:
         """Return the stepped tensors, by name, in the order of `start`; float32."""
         ...
-
-
-def named(state: AdapterState) -> dict[str, FloatArray]:
-    """Return all tensors of a state by one name each."""
-    tensors = dict(state.dense)
-    for name, f in state.factors.items():
-        tensors |= {A + name: f.a, B + name: f.b}
-    return tensors
 
 
 def product(factors: Factors) -> Product:

@@ -10,7 +10,8 @@ import numpy as np
 
 from rayfed_lora.aggregation.factor_average import step_error
 from rayfed_lora.aggregation.means import Means
-from rayfed_lora.aggregation.step import A, Aggregate, B, ServerStep, named
+from rayfed_lora.aggregation.step import Aggregate, ServerStep
+from rayfed_lora.lora.stacked import A, B, named
 from rayfed_lora.types import AdapterState, Factors
 
 

@@ -164,12 +164,12 @@ def trained(
     means, reports = entry.means(), []
     start = Starts(state, call, own_b=entry.personal)
     for block in call.blocks:
-        for update in _updates(trainer, block, start, base, plan):
+        updates = list(_updates(trainer, block, start, base, plan))
+        means.add_all([(float(u.examples), u.state) for u in updates if u.state is not None])
+        for update in updates:
             own = None
-            if update.state is not None:
-                means.add(float(update.examples), update.state)
-                if entry.personal and update.state.factors:
-                    own = {name: f.b for name, f in update.state.factors.items()}
+            if entry.personal and update.state is not None and update.state.factors:
+                own = {name: f.b for name, f in update.state.factors.items()}
             reports.append(replace(update, state=None, personal=own))
     means.pack()
     return tuple(reports), means

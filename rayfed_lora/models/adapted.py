@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rayfed_lora.lora.stacked import A, B, StackedStates
 from rayfed_lora.models.layers import AdaptedLinear, ClientLinear, GroupFactors
 from rayfed_lora.models.shapes import adapted_modules, fusion_obstacle, head_parameters
 from rayfed_lora.recipe import Adapter
@@ -62,6 +63,8 @@ class AdaptedModel:
         # All modules in one mode, the new layers too.
         net.train()
         self._trained: list[torch.Tensor] = []
+        # Clients that are loaded.
+        self._group = 0
         self._frozen: Frozen | None = None
         self._version, self._clean = Base().version, True
 
@@ -110,9 +113,12 @@ class AdaptedModel:
             self._load_base(base)
         for buffer, source in self._buffers:
             buffer.copy_(source)
+        self._group = len(states)
+        # What all start from is copied by torch: the rest of this is then as for one.
+        differing = states if any(state is not states[0] for state in states) else states[:1]
         for name, layer in self._layers.items():
-            layer.factors = self._stacked([state.factors.get(name) for state in states])
-        self._load_dense([state.dense for state in states], trainable)
+            layer.factors = self._stacked([state.factors.get(name) for state in differing])
+        self._load_dense([state.dense for state in differing], trainable)
         self._frozen = frozen
         self._trained = list(self.parameters(states[0]).values())
         for parameter in self._trained:
@@ -149,43 +155,34 @@ class AdaptedModel:
             like: the state that it was loaded with.
             client: its place in the group.
         """
-        return self.read_from([like], client)[0][0]
+        return self.read_from([like], client).state(0)
 
-    def read_from(
-        self, likes: Sequence[AdapterState], client: int
-    ) -> tuple[list[AdapterState], bool]:
+    def read_from(self, likes: Sequence[AdapterState], client: int) -> StackedStates:
         """Return the current weights of some neighbouring clients, as `read` does of one.
 
         Args:
             likes: the states that they were loaded with.
             client: place of the first of them in the group.
-
-        Returns:
-            Their states, and whether all that was trained of them is finite.
         """
-        held = {
-            name: _to_numpy(tensor[client : client + len(likes)] if stacked else tensor)
-            for name, (tensor, stacked) in self._held(likes[0]).items()
-        }
-        states = [
-            AdapterState(
-                {name: _cut(held, name, f, i) for name, f in like.factors.items()},
-                {
-                    name: held[name] if self._holder(name) is self._plain[name] else held[name][i]
-                    for name in like.dense
-                },
-            )
-            for i, like in enumerate(likes)
-        ]
-        return states, all(np.isfinite(array).all() for array in held.values())
-
-    def _held(self, like: AdapterState) -> dict[str, tuple[torch.Tensor, bool]]:
-        """Return the trained tensors, and whether their first dimension is the client."""
-        alone = {name for name in like.dense if self._holder(name) is self._plain[name]}
-        return {name: (t, name not in alone) for name, t in self.parameters(like).items()}
+        shapes = {name: like.shape for name, like in likes[0].dense.items()}
+        held = [self._holder(name) for name in likes[0].dense]
+        for name, like in likes[0].factors.items():
+            factors = self._layers[name].factors
+            if factors is None:
+                shapes |= {A + name: like.a.shape, B + name: like.b.shape}
+            else:
+                a, b = factors.a, factors.b
+                shapes |= {A + name: tuple(a.shape[1:]), B + name: tuple(b.shape[1:])}
+                held += [a, b]
+        if len(likes) < self._group:
+            held = [tensor[client : client + len(likes)] for tensor in held]
+        parts = [t.detach().to("cpu", torch.float32).reshape(len(likes), -1) for t in held]
+        rows = torch.cat(parts, dim=1) if parts else torch.zeros(len(likes), 0)
+        return StackedStates(rows.numpy(), likes, shapes)
 
     def keep(self, clients: int) -> None:
         """Go on with the first clients of the group only."""
+        self._group = clients
         for name, layer in self._layers.items():
             if layer.factors is not None:
                 a, b, scale = layer.factors.a, layer.factors.b, layer.factors.scale
@@ -209,7 +206,7 @@ class AdaptedModel:
         for owner, layer in self._copied.items():
             mine = [name for name in states[0] if name.rpartition(".")[0] == owner]
             layer.copies = {
-                name.rpartition(".")[2]: self._tensor(np.stack([dense[name] for dense in states]))
+                name.rpartition(".")[2]: self._by_client([dense[name] for dense in states])
                 for name in mine
                 if trainable == "adapter"
             }
@@ -219,9 +216,6 @@ class AdaptedModel:
 
     def _stacked(self, clients: Sequence[Factors | None]) -> GroupFactors | None:
         """Return the clients' factors of one module, zeros behind the lower ranks."""
-        first = clients[0]
-        if all(f is first for f in clients):
-            return self._repeated(first, len(clients)) if first and first.rank > 0 else None
         found = [f for f in clients if f is not None]
         rank = max((f.rank for f in found), default=0)
         if rank == 0:
@@ -231,12 +225,14 @@ class AdaptedModel:
         for i, f in enumerate(found):
             a[i, : f.rank], b[i, :, : f.rank] = f.a, f.b
         scale = np.array([f.scale for f in found], np.float32).reshape(-1, 1, 1)
-        return GroupFactors(self._tensor(a), self._tensor(b), self._tensor(scale))
+        return GroupFactors(self._by_client(a), self._by_client(b), self._tensor(scale))
 
-    def _repeated(self, f: Factors, clients: int) -> GroupFactors:
-        a, b = (np.broadcast_to(part, (clients, *part.shape)) for part in (f.a, f.b))
-        scale = torch.full((clients, 1, 1), f.scale, device=self.device)
-        return GroupFactors(self._tensor(a), self._tensor(b), scale)
+    def _by_client(self, arrays: Sequence[FloatArray] | FloatArray) -> torch.Tensor:
+        """Return a tensor a client of the group, from one each or from one for all."""
+        tensor = self._tensor(np.asarray(arrays))
+        if len(tensor) == self._group:
+            return tensor
+        return tensor.expand(self._group, *tensor.shape[1:]).clone()
 
     def _tensor(self, array: FloatArray) -> torch.Tensor:
         return torch.tensor(array, dtype=torch.float32, device=self.device)
@@ -265,18 +261,6 @@ def _replaced(net: nn.Module, name: str, make: Callable[[nn.Linear], _Layer]) ->
     layer = make(getattr(parent, attribute))
     setattr(parent, attribute, layer)
     return layer
-
-
-def _cut(held: Mapping[str, FloatArray], name: str, like: Factors, client: int) -> Factors:
-    """Return a client's factors at its own rank."""
-    if like.rank == 0:
-        return like
-    a, b = held.get(f"{name}.lora_A"), held.get(f"{name}.lora_B")
-    return Factors(
-        like.a if a is None else a[client, : like.rank],
-        like.b if b is None else b[client, :, : like.rank],
-        like.scale,
-    )
 
 
 def _to_numpy(tensor: torch.Tensor) -> FloatArray:

@@ -24,7 +24,7 @@ class GroupFactors:
         a: (group, rank, d_in).
         b: (group, d_out, rank); clients of a lower rank have zeros behind it, in `a` too: their
             gradients there are zero as well, so that they stay.
-        scale: (group, 1, 1), not trained.
+        scale: (group, 1, 1), or (1, 1, 1) where it is that of all; not trained.
     """
 
     a: torch.Tensor

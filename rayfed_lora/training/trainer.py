@@ -15,8 +15,9 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +70,13 @@ def built_weights(recipe: Recipe, workload: Workload) -> Weights:
     """
     config = sources.restored(workload.config)
     return sources.weights(sources.build(recipe.model, config, recipe.seed))
+
+
+class _Left(NamedTuple):
+    """A client that has done all its steps, and whether all who left with it are finite."""
+
+    state: AdapterState
+    finite: bool
 
 
 class LocalTrainer:
@@ -181,7 +189,7 @@ class LocalTrainer:
         received = [p.detach().clone() for p in parameters] if plan.proximal_weight > 0 else []
         self._model.train(True)
         losses: list[torch.Tensor] = []
-        trained: dict[int, tuple[AdapterState, bool]] = {}
+        trained: dict[int, _Left] = {}
         # All at once: a few lines of Python between two passes cost thrice what they cost here.
         batches = [
             GroupBatch.of([task.batches[step] for task in tasks if step < len(task.batches)])
@@ -210,7 +218,7 @@ class LocalTrainer:
         seconds = (time.perf_counter() - began) / len(tasks)
         numbers = [step.cpu().tolist() for step in losses]
         found = {
-            task.client: _update(task, *trained[i], [n[i] for n in numbers if i < len(n)], seconds)
+            task.client: _update(task, trained[i], [n[i] for n in numbers if i < len(n)], seconds)
             for i, task in enumerate(tasks)
         }
         return [found[client] for client in clients]
@@ -219,15 +227,13 @@ class LocalTrainer:
         self,
         staying: int,
         tasks: Sequence[ClientTask],
-        trained: dict[int, tuple[AdapterState, bool]],
+        trained: dict[int, _Left],
     ) -> None:
-        """Read out the clients from place `staying` on that are still in the group.
-
-        Beside the state of each: whether those of all who leave with it are finite.
-        """
+        """Read out the clients from place `staying` on that are still in the group."""
         leaving = range(staying, len(tasks) - len(trained))
-        states, finite = self._model.read_from([tasks[i].start for i in leaving], staying)
-        trained |= {i: (state, finite) for i, state in zip(leaving, states, strict=True)}
+        states = self._model.read_from([tasks[i].start for i in leaving], staying)
+        finite = bool(np.isfinite(states.rows).all())
+        trained |= {i: _Left(states.state(i - staying), finite) for i in leaving}
         if staying > 0:
             self._model.keep(staying)
 
@@ -410,15 +416,13 @@ def _tensors(
     return inputs, torch.from_numpy(examples.labels).to(device)
 
 
-def _update(
-    task: ClientTask, trained: AdapterState, finite: bool, losses: list[float], seconds: float
-) -> ClientUpdate:
-    error = _fault(losses, None if finite else trained)
+def _update(task: ClientTask, left: _Left, losses: list[float], seconds: float) -> ClientUpdate:
+    error = _fault(losses, None if left.finite else left.state)
     return ClientUpdate(
         client=task.client,
         examples=task.examples,
-        state=trained if error is None else None,
-        train_loss=float(np.mean(losses, dtype=np.float64)) if error is None else float("nan"),
+        state=left.state if error is None else None,
+        train_loss=fmean(losses) if error is None else float("nan"),
         seconds=seconds,
         error=error,
     )

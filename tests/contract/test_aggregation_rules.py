@@ -17,6 +17,7 @@ from rayfed_lora.aggregation.mean import ProductMean, TensorMean
 from rayfed_lora.aggregation.rules import RULES, RuleEntry
 from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.aggregation.step import Aggregate, relative_error
+from rayfed_lora.lora.stacked import StackedStates, named
 from rayfed_lora.recipe import Aggregation, ServerOptimizer
 from rayfed_lora.types import AdapterState, Factors, Frozen
 
@@ -170,6 +171,53 @@ def test_blocks_reduced_apart_and_joined_give_the_rule_on_all_clients(rule, cuts
     for name, tensor in whole.state.dense.items():
         np.testing.assert_allclose(got.state.dense[name], tensor, rtol=1e-6)
     assert got.error == pytest.approx(whole.error, abs=1e-9)
+
+
+@pytest.mark.parametrize("left_out", [[], [0], [2, 5]])
+def test_clients_of_one_stack_taken_in_at_once_give_the_rule_on_each(rule, left_out):
+    start = state(1)
+    updates = rule.received(start, clients(6))
+    of_a_stack = stacked(updates, [updates[0][1]] * 6)
+    kept = [k for k in range(6) if k not in left_out]
+    each, at_once = rule.entry.means(), rule.entry.means()
+    for k in kept:
+        each.add(*updates[k])
+    at_once.add_all([of_a_stack[k] for k in kept])
+    got, expected = (rule.entry.rule(start, m, rule.step(0.5)) for m in (at_once, each))
+    assert_same_update(got, {m: update_of(expected, m) for m in SHAPES}, atol=1e-6)
+    for name, tensor in expected.state.dense.items():
+        np.testing.assert_array_equal(got.state.dense[name], tensor)
+    for name, tensor in each.tensors().items():
+        np.testing.assert_array_equal(at_once.tensors()[name], tensor)
+
+
+def test_clients_of_one_stack_may_have_ranks_of_their_own(mixed_rule):
+    start = state(1)
+    updates = clients(6, ranks=(3, 0, 2))
+    expected = mixed_rule(start, updates, 0.5)
+    means = mixed_rule.entry.means()
+    means.add_all(stacked(updates, [update for _, update in updates]))
+    got = mixed_rule.entry.rule(start, means, mixed_rule.step(0.5))
+    assert_same_update(got, {m: update_of(expected, m) for m in SHAPES}, atol=1e-6)
+
+
+def stacked(updates: Updates, likes: list[AdapterState]) -> Updates:
+    """Return the same updates as parts of one array, padded to the largest rank."""
+    rank = max(f.rank for like in likes for f in like.factors.values())
+
+    def padded(update: AdapterState) -> AdapterState:
+        def of(f: Factors) -> Factors:
+            more = rank - f.rank
+            return Factors(
+                np.pad(f.a, ((0, more), (0, 0))), np.pad(f.b, ((0, 0), (0, more))), f.scale
+            )
+
+        return replace(update, factors={m: of(f) for m, f in update.factors.items()})
+
+    tensors = [named(padded(update)) for _, update in updates]
+    rows = np.stack([np.concatenate([t.ravel() for t in each.values()]) for each in tensors])
+    stack = StackedStates(rows, likes, {name: t.shape for name, t in tensors[0].items()})
+    return [(weight, stack.state(k)) for k, (weight, _) in enumerate(updates)]
 
 
 def test_joining_changes_nothing_in_what_is_joined(rule):
