@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from rayfed_lora.data.batches import IndexArray, batch_indices
 from rayfed_lora.recipe_clients import Clients
@@ -94,30 +93,3 @@ class GroupBatch:
         indices = np.concatenate(batches)[(starts[:, None] + place * own).ravel()]
         weights = (own / sizes).astype(np.float32)
         return cls(indices, weights, examples)
-
-
-def clip_by_client(parameters: Sequence[torch.Tensor], limit: float, clients: int) -> None:
-    """Cut each client's gradient, over all its parameters, to a norm of `limit` at most.
-
-    The formula is that of `torch.nn.utils.clip_grad_norm_`, client by client.
-
-    Args:
-        parameters: the first dimension of each is the client; with one client it need not be.
-        limit: largest norm, > 0.
-        clients: number of clients.
-    """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    each = [torch.linalg.vector_norm(g.reshape(clients, -1), dim=1) for g in gradients]
-    norms = torch.linalg.vector_norm(torch.stack(each), dim=0)
-    shares = (limit / (norms + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        by_client = shares.view(clients, *[1] * (gradient.dim() - 1))
-        gradient.mul_(by_client if gradient.dim() > 0 else by_client[0])
-
-
-def kept(optimizer: torch.optim.Optimizer | None, clients: int) -> None:
-    """Cut an optimiser's state to the first clients of the group, as its parameters have been."""
-    for state in () if optimizer is None else optimizer.state.values():
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor) and value.dim() > 0:
-                state[name] = value[:clients]

@@ -32,11 +32,16 @@ from rayfed_lora.models import sources
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_clients import Clients
 from rayfed_lora.seeds import Purpose, torch_seed
 from rayfed_lora.training.dropout import ClientDropout
-from rayfed_lora.training.groups import ClientTask, GroupBatch, clip_by_client, kept
+from rayfed_lora.training.groups import ClientTask, GroupBatch
 from rayfed_lora.training.memory import memory_watched
+from rayfed_lora.training.optimizing import (
+    add_proximal_gradient,
+    clip_by_client,
+    cut_to,
+    fresh_optimizer,
+)
 from rayfed_lora.training.protocol import attributed
 from rayfed_lora.training.tokens import token_losses
 from rayfed_lora.training.workload import Workload
@@ -185,7 +190,7 @@ class LocalTrainer:
         _seed(seeds[0], self._device)
         dropout = ClientDropout(seeds, self._device) if self._drops else None
         parameters = list(self._model.parameters(tasks[0].start).values())
-        optimizer = _optimizer(parameters, settings, plan.lr)
+        optimizer = fresh_optimizer(parameters, settings, plan.lr)
         received = [p.detach().clone() for p in parameters] if plan.proximal_weight > 0 else []
         self._model.train(True)
         losses: list[torch.Tensor] = []
@@ -198,7 +203,7 @@ class LocalTrainer:
         for batch in batches:
             if len(batch.examples) + len(trained) < len(tasks):
                 self._let_go(len(batch.examples), tasks, trained)
-                kept(optimizer, len(batch.examples))
+                cut_to(optimizer, len(batch.examples))
             if dropout is not None:
                 dropout.step(batch.examples)
             # What `optimizer.zero_grad` does, without its hooks: 0.2 ms a step.
@@ -210,7 +215,7 @@ class LocalTrainer:
                 losses.append(self._pass(inputs, labels, weights, optimizer is not None))
             if optimizer is None:
                 continue
-            _add_proximal_gradient(parameters, received, plan.proximal_weight)
+            add_proximal_gradient(parameters, received, plan.proximal_weight)
             if settings.max_grad_norm is not None:
                 clip_by_client(parameters, settings.max_grad_norm, len(batch.examples))
             optimizer.step()
@@ -364,39 +369,6 @@ class LocalTrainer:
                 export.write_base(folder / "base", net, everything)
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
-def _optimizer(
-    parameters: list[torch.Tensor], settings: Clients, lr: float
-) -> torch.optim.Optimizer | None:
-    """Return a fresh optimiser; None where nothing is trained (rank 0 and no head).
-
-    Fused ones read and write each tensor once. SGD's needs all momenta from the first step on: a
-    parameter without a gradient has none yet.
-    """
-    chosen = settings.optimizer
-    if not parameters:
-        return None
-    if chosen.name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=chosen.weight_decay, fused=True)
-    return torch.optim.SGD(
-        parameters,
-        lr=lr,
-        momentum=chosen.momentum,
-        weight_decay=chosen.weight_decay,
-        fused=chosen.momentum == 0,
-    )
-
-
-def _add_proximal_gradient(
-    parameters: list[torch.Tensor], received: list[torch.Tensor], weight: float
-) -> None:
-    """Add the gradient of (weight / 2) * ||theta - theta_received||^2."""
-    for parameter, anchor in zip(parameters, received, strict=False):
-        if parameter.grad is not None:
-            # Clients that have left the group are not in the parameter any more.
-            here = anchor[: len(parameter)] if parameter.dim() > 0 else anchor
-            parameter.grad.add_(parameter.detach() - here, alpha=weight)
 
 
 def _seed(seed: int, device: torch.device) -> None:

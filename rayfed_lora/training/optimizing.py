@@ -1,0 +1,83 @@
+"""Optimisers and gradients of a group of clients: the first dimension of a tensor is the client.
+
+Source: local SGD as in FedAvg, arXiv:1602.05629; proximal term: FedProx, arXiv:1812.06127, eq. 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rayfed_lora.recipe_clients import Clients
+
+
+def fresh_optimizer(
+    parameters: list[torch.Tensor], settings: Clients, lr: float
+) -> torch.optim.Optimizer | None:
+    """Return a fresh optimiser; None where nothing is trained (rank 0 and no head).
+
+    Fused ones read and write each tensor once. SGD's needs all momenta from the first step on: a
+    parameter without a gradient has none yet.
+
+    Args:
+        parameters: what is trained.
+        settings: the recipe's section.
+        lr: the round's learning rate.
+    """
+    chosen = settings.optimizer
+    if not parameters:
+        return None
+    if chosen.name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=chosen.weight_decay, fused=True)
+    return torch.optim.SGD(
+        parameters,
+        lr=lr,
+        momentum=chosen.momentum,
+        weight_decay=chosen.weight_decay,
+        fused=chosen.momentum == 0,
+    )
+
+
+def add_proximal_gradient(
+    parameters: list[torch.Tensor], received: list[torch.Tensor], weight: float
+) -> None:
+    """Add the gradient of (weight / 2) * ||theta - theta_received||^2.
+
+    Args:
+        parameters: theta, with gradients.
+        received: theta_received, of the clients that the group began with.
+        weight: >= 0; of 0, `received` may be empty.
+    """
+    for parameter, anchor in zip(parameters, received, strict=False):
+        if parameter.grad is not None:
+            # Clients that have left the group are not in the parameter any more.
+            here = anchor[: len(parameter)] if parameter.dim() > 0 else anchor
+            parameter.grad.add_(parameter.detach() - here, alpha=weight)
+
+
+def clip_by_client(parameters: Sequence[torch.Tensor], limit: float, clients: int) -> None:
+    """Cut each client's gradient, over all its parameters, to a norm of `limit` at most.
+
+    The formula is that of `torch.nn.utils.clip_grad_norm_`, client by client.
+
+    Args:
+        parameters: the first dimension of each is the client; with one client it need not be.
+        limit: largest norm, > 0.
+        clients: number of clients.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    each = [torch.linalg.vector_norm(g.reshape(clients, -1), dim=1) for g in gradients]
+    norms = torch.linalg.vector_norm(torch.stack(each), dim=0)
+    shares = (limit / (norms + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        by_client = shares.view(clients, *[1] * (gradient.dim() - 1))
+        gradient.mul_(by_client if gradient.dim() > 0 else by_client[0])
+
+
+def cut_to(optimizer: torch.optim.Optimizer | None, clients: int) -> None:
+    """Cut an optimiser's state to the first clients of the group, as its parameters have been."""
+    for state in () if optimizer is None else optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.dim() > 0:
+                state[name] = value[:clients]
