@@ -41,7 +41,7 @@ class Limits:
 
 # Measured: benchmarks/README.md. A GPU's are estimates from its launch time and speed.
 LIMITS: Mapping[Device, Limits] = {
-    "cpu": Limits(linear_flops=4e7, activation_bytes=1e9, clients=16),
+    "cpu": Limits(linear_flops=8e7, activation_bytes=1e9, clients=32),
     "cuda": Limits(linear_flops=1e10, activation_bytes=8e9, clients=64),
 }
 

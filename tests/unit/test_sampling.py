@@ -88,10 +88,10 @@ def sized(flops: float, held: int = 1000, obstacle: str | None = None) -> ModelS
 @pytest.mark.parametrize(
     ("flops", "held", "clients", "size"),
     [
-        # A batch of 10 of 4e5 is 4e6: ten of them are the 4e7 that a CPU wants.
-        (4e5, 1000, 100, 10),
-        (4e6, 1000, 100, 1),  # one is enough
-        (1e3, 1000, 100, 13),  # 16 at most: 7 blocks, rounded up to 8, of 12 or 13 clients
+        # A batch of 10 of 8e5 is 8e6: ten of them are the 8e7 that a CPU wants.
+        (8e5, 1000, 100, 10),
+        (8e6, 1000, 100, 1),  # one is enough
+        (1e3, 1000, 200, 25),  # 32 at most: 7 blocks, rounded up to 8, of 25 clients
         # 3 * 1e7 bytes * 10 examples = 0.3 of the 1 GB that a block may hold
         (1e3, 10**7, 100, 3),
         (2e5, 1000, 8, 2),  # four blocks at least, for several actors to share
@@ -108,7 +108,7 @@ def test_an_automatic_block_is_as_large_as_its_work_and_memory_ask_for(flops, he
 
 def test_a_gpu_takes_larger_blocks_than_a_cpu():
     recipe = make_recipe(clients__batch_size=10)
-    assert block_size(recipe, sized(2e5), 1000, "cuda").clients > 16
+    assert block_size(recipe, sized(2e5), 1000, "cuda").clients > 32
 
 
 def test_a_block_of_a_given_size_is_kept_and_says_where_it_comes_from():
