@@ -66,6 +66,11 @@ class AdaptedModel:
         # Clients that are loaded.
         self._group = 0
         self._frozen: Frozen | None = None
+        # Weights of the loaded states, (group, values) each, and their shapes in a stack.
+        self._held: list[torch.Tensor] = []
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        # The scales of the last module that was loaded.
+        self._scales: dict[tuple[float, ...], torch.Tensor] = {}
         self._version, self._clean = Base().version, True
 
     def tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
@@ -107,6 +112,7 @@ class AdaptedModel:
             parameter.requires_grad_(False)
             # Those of a full-model round are as large as the model.
             parameter.grad = None
+        self._held = []
         if trainable == "full":
             self._clean = False
         else:
@@ -119,6 +125,7 @@ class AdaptedModel:
         for name, layer in self._layers.items():
             layer.factors = self._stacked([state.factors.get(name) for state in differing])
         self._load_dense([state.dense for state in differing], trainable)
+        self._hold(states[0])
         self._frozen = frozen
         self._trained = list(self.parameters(states[0]).values())
         for parameter in self._trained:
@@ -164,21 +171,25 @@ class AdaptedModel:
             likes: the states that they were loaded with.
             client: place of the first of them in the group.
         """
-        shapes = {name: like.shape for name, like in likes[0].dense.items()}
-        held = [self._holder(name) for name in likes[0].dense]
-        for name, like in likes[0].factors.items():
+        parts = self._held
+        if len(likes) < self._group:
+            parts = [part[client : client + len(likes)] for part in parts]
+        rows = torch.cat(parts, dim=1) if parts else torch.zeros(len(likes), 0)
+        return StackedStates(rows.cpu().numpy(), likes, self._shapes)
+
+    def _hold(self, like: AdapterState) -> None:
+        """Keep views of all that is loaded: what is trained in place is then read at once."""
+        self._shapes = {name: tensor.shape for name, tensor in like.dense.items()}
+        held = [self._holder(name) for name in like.dense]
+        for name, f in like.factors.items():
             factors = self._layers[name].factors
             if factors is None:
-                shapes |= {A + name: like.a.shape, B + name: like.b.shape}
+                self._shapes |= {A + name: f.a.shape, B + name: f.b.shape}
             else:
                 a, b = factors.a, factors.b
-                shapes |= {A + name: tuple(a.shape[1:]), B + name: tuple(b.shape[1:])}
+                self._shapes |= {A + name: tuple(a.shape[1:]), B + name: tuple(b.shape[1:])}
                 held += [a, b]
-        if len(likes) < self._group:
-            held = [tensor[client : client + len(likes)] for tensor in held]
-        parts = [t.detach().to("cpu", torch.float32).reshape(len(likes), -1) for t in held]
-        rows = torch.cat(parts, dim=1) if parts else torch.zeros(len(likes), 0)
-        return StackedStates(rows.numpy(), likes, shapes)
+        self._held = [tensor.detach().view(self._group, -1) for tensor in held]
 
     def keep(self, clients: int) -> None:
         """Go on with the first clients of the group only."""
@@ -220,19 +231,21 @@ class AdaptedModel:
         rank = max((f.rank for f in found), default=0)
         if rank == 0:
             return None
-        a = np.zeros((len(found), rank, found[0].a.shape[1]), np.float32)
-        b = np.zeros((len(found), found[0].b.shape[0], rank), np.float32)
-        for i, f in enumerate(found):
-            a[i, : f.rank], b[i, :, : f.rank] = f.a, f.b
-        scale = np.array([f.scale for f in found], np.float32).reshape(-1, 1, 1)
-        return GroupFactors(self._by_client(a), self._by_client(b), self._tensor(scale))
+        found = [_padded(f, rank) for f in found]
+        a, b = self._by_client([f.a for f in found]), self._by_client([f.b for f in found])
+        return GroupFactors(a, b, self._scale(tuple(f.scale for f in found)))
 
-    def _by_client(self, arrays: Sequence[FloatArray] | FloatArray) -> torch.Tensor:
+    def _scale(self, scales: tuple[float, ...]) -> torch.Tensor:
+        """Return (clients, 1, 1); made once, mostly, for all modules and loads."""
+        if scales not in self._scales:
+            self._scales = {scales: self._tensor(np.array(scales)).view(-1, 1, 1)}
+        return self._scales[scales]
+
+    def _by_client(self, arrays: Sequence[FloatArray]) -> torch.Tensor:
         """Return a tensor a client of the group, from one each or from one for all."""
-        tensor = self._tensor(np.asarray(arrays))
-        if len(tensor) == self._group:
-            return tensor
-        return tensor.expand(self._group, *tensor.shape[1:]).clone()
+        if len(arrays) == self._group:
+            return self._tensor(np.asarray(arrays))
+        return self._tensor(arrays[0]).expand(self._group, *arrays[0].shape).clone()
 
     def _tensor(self, array: FloatArray) -> torch.Tensor:
         return torch.tensor(array, dtype=torch.float32, device=self.device)
@@ -261,6 +274,14 @@ def _replaced(net: nn.Module, name: str, make: Callable[[nn.Linear], _Layer]) ->
     layer = make(getattr(parent, attribute))
     setattr(parent, attribute, layer)
     return layer
+
+
+def _padded(f: Factors, rank: int) -> Factors:
+    """Return the same update in factors of a higher rank, with zeros behind."""
+    more = rank - f.rank
+    if more == 0:
+        return f
+    return Factors(np.pad(f.a, ((0, more), (0, 0))), np.pad(f.b, ((0, 0), (0, more))), f.scale)
 
 
 def _to_numpy(tensor: torch.Tensor) -> FloatArray:
