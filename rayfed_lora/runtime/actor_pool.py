@@ -21,7 +21,7 @@ from ray.exceptions import (
 )
 
 from rayfed_lora.errors import RayfedError, RunError
-from rayfed_lora.runtime.actors import NotOpenError
+from rayfed_lora.runtime.actors import NotOpenError, Timed
 
 ATTEMPTS = 4
 _RESTART_POLL_S = 0.5
@@ -50,11 +50,19 @@ class RemoteCall(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """A call, what to call it where it is lost, and whether `block_timeout_s` is for it."""
+    """A call.
+
+    Attributes:
+        name: what to call it where it is lost.
+        call: makes it.
+        limited: whether `block_timeout_s` is for it.
+        kind: calls of the same kind take about equally long.
+    """
 
     name: str
     call: RemoteCall
     limited: bool = False
+    kind: str = ""
 
 
 @dataclass(eq=False)
@@ -150,6 +158,8 @@ class ActorPool:
         self._block_timeout_s = block_timeout_s
         # `time.monotonic()` since which no actor is left that works.
         self._alone_since = 0.0
+        # What a call of each kind took last.
+        self._seconds: dict[str, float] = {}
         self._waiting: deque[Job] = deque()
         self._running: dict[ray.ObjectRef, tuple[Job, list[ray.ObjectRef], _Worker]] = {}
         # Workers that Ray is restarting, by the call that tells when they are back.
@@ -193,7 +203,8 @@ class ActorPool:
 
     def _start(self) -> None:
         while self._waiting and self._workers:
-            worker = min(self._workers, key=lambda worker: len(worker.jobs))
+            # Who has room may still be the last one to come to it.
+            worker = min(self._workers, key=lambda w: (self._expected_s(w), len(w.jobs)))
             if len(worker.jobs) == self._depth:
                 return
             job = self._waiting.popleft()
@@ -203,6 +214,13 @@ class ActorPool:
                 worker.since = time.monotonic()
             worker.jobs.append(job)
             self._running[references[0]] = (job, references, worker)
+
+    def _expected_s(self, worker: _Worker) -> float:
+        """Return when a worker will have done what it was sent; what was never timed counts 0."""
+        if not worker.jobs:
+            return 0.0
+        first, *queued = (self._seconds.get(job.work.kind, 0.0) for job in worker.jobs)
+        return max(first - (time.monotonic() - worker.since), 0.0) + sum(queued)
 
     def _advance(self) -> None:
         """Wait for the next call, or for an actor that comes back."""
@@ -221,6 +239,8 @@ class ActorPool:
         lost: ObjectLostError | None = None
         try:
             job.value = result(ready)
+            if isinstance(job.value, Timed):
+                self._seconds[job.work.kind] = job.value.seconds
             job.rest, job.done = references[1:], True
         except LOST as error:
             self._lost(worker, error)

@@ -168,6 +168,7 @@ class RayExecutor:
                     call.halved(halvings), state_ref, base_ref, plan
                 ),
                 limited=True,
+                kind="train",
             )
 
         jobs = self._opened().submit([remote(i, call) for i, call in enumerate(calls)])
@@ -251,6 +252,7 @@ class RayExecutor:
                     )
                 ],
                 limited=True,
+                kind=name,
             )
 
         pool = self._opened()
@@ -274,6 +276,7 @@ class RayExecutor:
                     )
                 ],
                 limited=True,
+                kind=name,
             )
 
         pool = self._opened()

@@ -202,6 +202,37 @@ def test_a_pool_does_not_wait_for_ever_for_an_actor_that_keeps_being_refused():
         pool.result(job)
 
 
+def test_a_pool_sends_work_ahead_to_whoever_will_come_to_it_first():
+    import ray
+
+    from rayfed_lora.runtime.actor_pool import ActorPool, Revival, Work
+    from rayfed_lora.runtime.actors import Timed
+
+    @ray.remote(num_cpus=0)
+    class Measured:
+        def work(self, seconds: float) -> Timed[str]:
+            return Timed("worked", seconds)
+
+    sent: list[Any] = []
+
+    def works(*kinds: str) -> list[Work]:
+        def call(kind: str, actor: Any) -> list[Any]:
+            sent.append(actor)
+            return [actor.work.remote({"long": 1000.0, "short": 0.001}[kind])]
+
+        return [Work(kind, lambda actor, _, k=kind: call(k, actor), kind=kind) for kind in kinds]
+
+    one, other = Measured.remote(), Measured.remote()
+    pool = ActorPool([one, other], Revival(lambda actor: actor.work.remote(0.0)), print, 10.0, 1)
+    for job in pool.submit(works("long", "short")):
+        assert pool.result(job).value == "worked"
+    sent.clear()
+    jobs = pool.submit(works("long", "short", "short", "short"))
+    # The last one waits: who has room for it is expected to be busy for long.
+    assert sent == [one, other, other]
+    assert [pool.result(job).seconds for job in jobs] == [1000.0, 0.001, 0.001, 0.001]
+
+
 def trained(executor: Any) -> list[int]:
     """Train a block of two clients; return who did."""
     state = AdapterState({}, executor.initial_tensors("adapter"))
