@@ -146,8 +146,8 @@ def joins(calls: Sequence[_T]) -> list[Sequence[_T]]:
 
 def trained(
     trainer: Trains, call: Call, state: AdapterState, base: Base, plan: LocalPlan, rule: str
-) -> tuple[tuple[ClientUpdate, ...], Means]:
-    """Train the clients of a call and reduce their updates as they come.
+) -> Callable[[], tuple[tuple[ClientUpdate, ...], Means]]:
+    """Train the clients of a call and reduce their updates block by block.
 
     Args:
         trainer: trains the blocks.
@@ -158,21 +158,34 @@ def trained(
         rule: name of the aggregation rule.
 
     Returns:
-        The clients' reports, without their states, and the means of their updates.
+        What takes in the last block, for which no trainer is needed any more, and returns the
+        clients' reports, without their states, and the means of their updates.
     """
     entry = RULES[rule]
     means, reports = entry.means(), []
     start = Starts(state, call, own_b=entry.personal)
-    for block in call.blocks:
-        updates = list(_updates(trainer, block, start, base, plan))
+
+    def take(updates: list[ClientUpdate]) -> None:
         means.add_all([(float(u.examples), u.state) for u in updates if u.state is not None])
         for update in updates:
             own = None
             if entry.personal and update.state is not None and update.state.factors:
                 own = {name: f.b for name, f in update.state.factors.items()}
             reports.append(replace(update, state=None, personal=own))
-    means.pack()
-    return tuple(reports), means
+
+    last: list[ClientUpdate] = []
+    for block in call.blocks:
+        take(last)
+        # Gone before the next block is trained.
+        last = []
+        last = list(_updates(trainer, block, start, base, plan))
+
+    def reduced() -> tuple[tuple[ClientUpdate, ...], Means]:
+        take(last)
+        means.pack()
+        return tuple(reports), means
+
+    return reduced
 
 
 def _updates(

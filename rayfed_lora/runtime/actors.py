@@ -74,6 +74,8 @@ class ClientActor:
         # One thread computes, always the same (torch keeps its settings by thread), while Ray's
         # own fetch what the next call needs and send what the last one has found.
         self._computing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="computing")
+        # Another one sums up what a call has come to, while the next one is computed.
+        self._summing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="summing")
 
     def __repr__(self) -> str:
         return self._name
@@ -110,6 +112,8 @@ class ClientActor:
         workload, weights = ray.get(prepared)
         # As in the server: sums must not depend on how many cores an actor has.
         threadpool_limits(limits=1, user_api="blas")
+        # Some libraries keep the limit by thread.
+        self._summing.submit(threadpool_limits, 1, "blas").result()
         keep_freed_memory()
         self._trainer = None
         self._rule = recipe.aggregation.rule
@@ -134,12 +138,12 @@ class ClientActor:
             The clients' reports, and the means of their updates, which stay in the store.
         """
         done = self._timed(lambda: trained(self._opened(), call, state, base, plan, self._rule))
-        reports, means = done.value
+        reports, means = self._summing.submit(done.value).result()
         return Timed(reports, done.seconds), means
 
     def join(self, *parts: Means) -> Means:
         """Join means of consecutive clients, in order."""
-        return self._computed(lambda: joined(parts, self._rule))
+        return self._summing.submit(joined, parts, self._rule).result()
 
     def evaluate(
         self, split: Split, rows: slice, state: AdapterState, base: Base, trainable: Trainable

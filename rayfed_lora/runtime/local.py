@@ -65,7 +65,7 @@ class LocalExecutor:
         for run in joins(calls):
             parts: list[Means] = []
             for i, call in enumerate(run):
-                reports, means = trained(trainer, call, state, base, plan, self._rule)
+                reports, means = trained(trainer, call, state, base, plan, self._rule)()
                 parts.append(means)
                 if i + 1 < len(run):
                     yield Trained(reports, None)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
+from rayfed_lora.federation.executor import Call
 from rayfed_lora.runtime.actors import CALLS_AT_ONCE, ClientActor
-from rayfed_lora.types import AdapterState, Base
+from rayfed_lora.types import AdapterState, Base, ClientUpdate, LocalPlan
 
 
 class Watched:
@@ -45,3 +49,54 @@ def test_calls_that_come_at_once_are_computed_by_one_thread_in_turn():
     assert trainer.most_at_once == 1
     assert len(set(trainer.threads)) == 1
     assert not own & set(trainer.threads)
+
+
+class Slow(dict[str, np.ndarray]):
+    """Tensors that are summed slowly: the first time they wait until something is set."""
+
+    def __init__(self, awaited: threading.Event) -> None:
+        super().__init__(w=np.ones(2, np.float32))
+        self.awaited, self.threads = awaited, set[int]()
+
+    def values(self) -> Any:
+        self.threads.add(threading.get_ident())
+        assert self.awaited.wait(10), "nothing was computed while this was summed up"
+        return super().values()
+
+
+class Training:
+    """A trainer of two blocks: the sum of the first one waits until the second one is trained."""
+
+    def __init__(self) -> None:
+        self.threads: set[int] = set()
+        self.second = threading.Event()
+        self.sent = Slow(self.second)
+
+    def train(self, clients: tuple[int, ...], *_: Any) -> Iterator[ClientUpdate]:
+        self.threads.add(threading.get_ident())
+        for client in clients:
+            state = AdapterState({}, self.sent)
+            yield ClientUpdate(client, 1 + client, state, 0.5, 0.1)
+        if clients == (2, 3):
+            self.second.set()
+
+
+def test_what_a_call_has_come_to_is_summed_up_while_the_next_one_is_computed():
+    actor, trainer = ClientActor(0.0, "client-actor-00"), Training()
+    actor._trainer, actor._rule = trainer, "product-svd"  # type: ignore[assignment]
+    plan = LocalPlan(0, "adapter", 0.1, 0.0, None, False)
+
+    def train(block: tuple[int, ...]) -> tuple[Any, Any]:
+        return actor.train(Call((block,)), AdapterState({}, {}), Base(), plan)
+
+    with ThreadPoolExecutor(CALLS_AT_ONCE) as callers:
+        first = callers.submit(train, (0, 1))
+        while not trainer.threads:
+            time.sleep(0.001)
+        second = callers.submit(train, (2, 3))
+        (reports, means), (others, _) = first.result(), second.result()
+    assert [each.client for each in (*reports.value, *others.value)] == [0, 1, 2, 3]
+    assert all(each.state is None for each in reports.value)
+    assert means.tensors()["w"].tolist() == [1.0, 1.0]
+    assert len(trainer.threads) == len(trainer.sent.threads) == 1
+    assert not trainer.threads & trainer.sent.threads
