@@ -1,9 +1,10 @@
-"""How much of a round the client actors compute: `python overhead.py [--workloads W,W2,W3,W4]`.
+"""How much of a round the client actors compute: `python overhead.py [--workloads W,W/10]`.
 
 Computing is forward, loss, backward and optimiser step, and predictions of an evaluation, on the
 wall clock of the actors. Everything else (reading batches, loading and reading adapters, messages,
 waiting for the server or for each other) is overhead: 1 - computing / (actors x seconds), from the
-end of the first round to the end of the last. Writes results/overhead.json.
+end of the first round to the end of the last. `W/10` is W in blocks of ten clients in place of
+those of `auto`. Writes results/overhead.json.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ class TracingFactory(workloads.BenchmarkFactory):
 
 def overhead(name: str) -> float:
     """Return the share of the rounds after the first that is not computing."""
-    recipe = workloads.recipe(name, runtime__client_actors=ACTORS)
+    workload, _, block = name.partition("/")
+    size = int(block) if block else "auto"
+    recipe = workloads.recipe(workload, runtime__client_actors=ACTORS, runtime__cohort_size=size)
     with tempfile.TemporaryDirectory() as traces, tempfile.TemporaryDirectory() as out:
         folder = Path(out, "run")
         result = rayfed_lora.run(recipe, out=str(folder), factory=TracingFactory(traces))
@@ -93,7 +96,7 @@ def overhead(name: str) -> float:
 def main() -> None:
     """Measure the workloads in turn, several times."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workloads", default="W,W2,W3,W4")
+    parser.add_argument("--workloads", default="W,W/10,W2,W3,W4")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     found: dict[str, list[float]] = {name: [] for name in args.workloads.split(",")}
