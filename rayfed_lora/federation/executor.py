@@ -144,54 +144,88 @@ def joins(calls: Sequence[_T]) -> list[Sequence[_T]]:
     return [calls[i : i + step] for i in range(0, len(calls), step)]
 
 
-def trained(
-    trainer: Trains, call: Call, state: AdapterState, base: Base, plan: LocalPlan, rule: str
-) -> Callable[[], tuple[tuple[ClientUpdate, ...], Means]]:
-    """Train the clients of a call and reduce their updates block by block.
+class Training:
+    """The clients of a call on their way to the means of their updates.
 
-    Args:
-        trainer: trains the blocks.
-        call: the clients.
-        state: the global state.
-        base: what is frozen.
-        plan: the round.
-        rule: name of the aggregation rule.
-
-    Returns:
-        What takes in the last block, for which no trainer is needed any more, and returns the
-        clients' reports, without their states, and the means of their updates.
+    Each step may be another thread's: only `train` computes.
     """
-    entry = RULES[rule]
-    means, reports = entry.means(), []
-    start = Starts(state, call, own_b=entry.personal)
 
-    def take(updates: list[ClientUpdate]) -> None:
-        means.add_all([(float(u.examples), u.state) for u in updates if u.state is not None])
+    def __init__(
+        self,
+        trainer: Trains,
+        call: Call,
+        state: AdapterState,
+        base: Base,
+        plan: LocalPlan,
+        rule: str,
+    ) -> None:
+        """Begin what needs no model.
+
+        Args:
+            trainer: trains the blocks.
+            call: the clients.
+            state: the global state.
+            base: what is frozen.
+            plan: the round.
+            rule: name of the aggregation rule.
+        """
+        self._rule = RULES[rule]
+        self._trainer, self._base, self._plan = trainer, base, plan
+        self._start = Starts(state, call, own_b=self._rule.personal)
+        self._begun = [(block, self._ahead(block)) for block in call.blocks]
+        self._means: Means = self._rule.means()
+        self._reports: list[ClientUpdate] = []
+        self._last: list[ClientUpdate] = []
+
+    def train(self) -> None:
+        """Train block by block; all but the last one are taken in meanwhile."""
+        for block, begun in self._begun:
+            self._take()
+            updates = _updates(self._trainer, block, self._start, self._base, self._plan, begun)
+            self._last = list(updates)
+
+    def reduced(self) -> tuple[tuple[ClientUpdate, ...], Means]:
+        """Take in the last block; return the clients' reports, without states, and the means."""
+        self._take()
+        self._means.pack()
+        return tuple(self._reports), self._means
+
+    def _ahead(self, block: Block) -> Iterator[ClientUpdate] | None:
+        starts = [self._start.of(client) for client in block]
+        try:
+            return self._trainer.train(block, starts, self._base, self._plan)
+        except ClientError:
+            # It is raised again when it is the block's turn, which then knows what to do.
+            return None
+
+    def _take(self) -> None:
+        # Gone before the next block is trained.
+        updates, self._last = self._last, []
+        self._means.add_all([(float(u.examples), u.state) for u in updates if u.state is not None])
         for update in updates:
             own = None
-            if entry.personal and update.state is not None and update.state.factors:
+            if self._rule.personal and update.state is not None and update.state.factors:
                 own = {name: f.b for name, f in update.state.factors.items()}
-            reports.append(replace(update, state=None, personal=own))
-
-    last: list[ClientUpdate] = []
-    for block in call.blocks:
-        take(last)
-        # Gone before the next block is trained.
-        last = []
-        last = list(_updates(trainer, block, start, base, plan))
-
-    def reduced() -> tuple[tuple[ClientUpdate, ...], Means]:
-        take(last)
-        means.pack()
-        return tuple(reports), means
-
-    return reduced
+            self._reports.append(replace(update, state=None, personal=own))
 
 
 def _updates(
-    trainer: Trains, block: Block, start: Starts, base: Base, plan: LocalPlan
+    trainer: Trains,
+    block: Block,
+    start: Starts,
+    base: Base,
+    plan: LocalPlan,
+    begun: Iterator[ClientUpdate] | None = None,
 ) -> Iterator[ClientUpdate]:
     """Train a block: in halves where memory is short, without those who raise where that may be.
+
+    Args:
+        trainer: trains it.
+        block: the clients.
+        start: their states.
+        base: what is frozen.
+        plan: the round.
+        begun: what the trainer has returned for this block, where it was asked before.
 
     Raises:
         ClientError: a client raised, or does not even fit into memory alone.
@@ -199,7 +233,8 @@ def _updates(
     failure: BlockMemoryError | ClientError
     try:
         # Whole before its first update is used: what is trained again must not be used twice.
-        found = list(trainer.train(block, [start.of(client) for client in block], base, plan))
+        starts = [start.of(client) for client in block]
+        found = list(begun or trainer.train(block, starts, base, plan))
     except (BlockMemoryError, ClientError) as error:
         if isinstance(error, ClientError) and not plan.tolerant:
             raise
@@ -297,7 +332,11 @@ class Trains(Protocol):
     def train(
         self, clients: Sequence[int], starts: Sequence[AdapterState], base: Base, plan: LocalPlan
     ) -> Iterator[ClientUpdate]:
-        """Train each client of a block from its state; one update a client, in the same order."""
+        """Train each client of a block from its state; one update a client, in the same order.
+
+        Called while another block may be trained: what computes waits until the first update is
+        asked for.
+        """
         ...
 
 

@@ -16,7 +16,7 @@ import ray
 from threadpoolctl import threadpool_limits
 
 from rayfed_lora.aggregation.means import Means
-from rayfed_lora.federation.executor import Call, Population, Starts, joined, trained
+from rayfed_lora.federation.executor import Call, Population, Starts, Training, joined
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.factory import Factory, population, prepared
 from rayfed_lora.types import (
@@ -137,8 +137,9 @@ class ClientActor:
         Returns:
             The clients' reports, and the means of their updates, which stay in the store.
         """
-        done = self._timed(lambda: trained(self._opened(), call, state, base, plan, self._rule))
-        reports, means = self._summing.submit(done.value).result()
+        training = Training(self._opened(), call, state, base, plan, self._rule)
+        done = self._timed(training.train)
+        reports, means = self._summing.submit(training.reduced).result()
         return Timed(reports, done.seconds), means
 
     def join(self, *parts: Means) -> Means:

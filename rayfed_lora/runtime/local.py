@@ -10,9 +10,9 @@ from rayfed_lora.federation.executor import (
     Population,
     Starts,
     Trained,
+    Training,
     joined,
     joins,
-    trained,
 )
 from rayfed_lora.training.protocol import Trainer
 from rayfed_lora.types import (
@@ -65,7 +65,9 @@ class LocalExecutor:
         for run in joins(calls):
             parts: list[Means] = []
             for i, call in enumerate(run):
-                reports, means = trained(trainer, call, state, base, plan, self._rule)()
+                training = Training(trainer, call, state, base, plan, self._rule)
+                training.train()
+                reports, means = training.reduced()
                 parts.append(means)
                 if i + 1 < len(run):
                     yield Trained(reports, None)

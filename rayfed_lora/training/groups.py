@@ -11,7 +11,7 @@ import numpy.typing as npt
 from rayfed_lora.data.batches import IndexArray, batch_indices
 from rayfed_lora.recipe_clients import Clients
 from rayfed_lora.seeds import Purpose, generator
-from rayfed_lora.types import AdapterState, FloatArray, LocalPlan
+from rayfed_lora.types import FloatArray, LocalPlan
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,11 @@ class ClientTask:
 
     Attributes:
         client: client id.
-        start: the state that it starts from.
         examples: number of examples it holds.
         batches: rows of the training split, an array a step.
     """
 
     client: int
-    start: AdapterState
     examples: int
     batches: list[IndexArray]
 
@@ -34,7 +32,6 @@ class ClientTask:
     def of(
         cls,
         client: int,
-        start: AdapterState,
         examples: npt.NDArray[np.int64],
         settings: Clients,
         seed: int,
@@ -44,7 +41,6 @@ class ClientTask:
 
         Args:
             client: client id.
-            start: the state that it starts from.
             examples: (n,) the rows it holds.
             settings: the recipe's section.
             seed: the run's seed.
@@ -58,7 +54,7 @@ class ClientTask:
             steps=settings.steps,
             epochs=settings.local_epochs,
         )
-        return cls(client, start, len(examples), batches)
+        return cls(client, len(examples), batches)
 
 
 @dataclass(frozen=True)
@@ -93,3 +89,26 @@ class GroupBatch:
         indices = np.concatenate(batches)[(starts[:, None] + place * own).ravel()]
         weights = (own / sizes).astype(np.float32)
         return cls(indices, weights, examples)
+
+
+@dataclass(frozen=True)
+class GroupTask:
+    """What the clients of a group do in one round.
+
+    Attributes:
+        tasks: who has most steps comes first: who has done its steps leaves from the end.
+        batches: of those who take part in a step, a step each.
+    """
+
+    tasks: Sequence[ClientTask]
+    batches: Sequence[GroupBatch]
+
+    @classmethod
+    def of(cls, tasks: Sequence[ClientTask]) -> GroupTask:
+        """Join what each client does, in whatever order."""
+        ordered = sorted(tasks, key=lambda task: (-len(task.batches), task.client))
+        batches = [
+            GroupBatch.of([task.batches[step] for task in ordered if step < len(task.batches)])
+            for step in range(len(ordered[0].batches))
+        ]
+        return cls(ordered, batches)

@@ -41,6 +41,9 @@ class Trainer(Protocol):
     ) -> Iterator[ClientUpdate]:
         """Train each client of a block from its state; one update a client, in the same order.
 
+        Called while another block may be trained: what computes waits until the first update is
+        asked for.
+
         Raises:
             ClientError: a client's training raised.
             BlockMemoryError: the block does not fit into memory.

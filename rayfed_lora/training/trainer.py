@@ -34,7 +34,7 @@ from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.seeds import Purpose, torch_seed
 from rayfed_lora.training.dropout import ClientDropout
-from rayfed_lora.training.groups import ClientTask, GroupBatch
+from rayfed_lora.training.groups import ClientTask, GroupTask
 from rayfed_lora.training.memory import memory_watched
 from rayfed_lora.training.optimizing import (
     add_proximal_gradient,
@@ -141,7 +141,9 @@ class LocalTrainer:
     def train(
         self, clients: Sequence[int], starts: Sequence[AdapterState], base: Base, plan: LocalPlan
     ) -> Iterator[ClientUpdate]:
-        """Train each client of a block from its state; yield one update a client, in that order.
+        """Train each client of a block from its state; return one update a client, in that order.
+
+        Batches are drawn at once, all else is done when the first update is asked for.
 
         Raises:
             ClientError: a client's training raised; names the client and the round.
@@ -149,60 +151,72 @@ class LocalTrainer:
             RunError: each client can be trained alone, but not the block.
         """
         alone = plan.trainable == "full" or self._model.obstacle is not None
-        if not alone and len(clients) > 1:
+        groups = [[client] for client in clients] if alone else [clients]
+        work = [self._drawn(group, plan) for group in groups]
+        return self._trained(work, dict(zip(clients, starts, strict=True)), base, plan)
+
+    def _drawn(self, clients: Sequence[int], plan: LocalPlan) -> GroupTask:
+        settings, seed, table = self._recipe.clients, self._recipe.seed, self._workload.clients
+        tasks = []
+        for client in clients:
+            with attributed(client, plan.round):
+                tasks.append(ClientTask.of(client, table.examples(client), settings, seed, plan))
+        return GroupTask.of(tasks)
+
+    def _trained(
+        self,
+        work: Sequence[GroupTask],
+        start_of: Mapping[int, AdapterState],
+        base: Base,
+        plan: LocalPlan,
+    ) -> Iterator[ClientUpdate]:
+        """Train one group, or one client after the other; yield in the order of `start_of`."""
+        together = None
+        if len(work[0].tasks) > 1:
             try:
-                with memory_watched(clients):
-                    yield from self._train_group(clients, starts, base, plan)
+                with memory_watched([*start_of]):
+                    yield from self._train_group(work[0], start_of, base, plan)
                 return
             except BlockMemoryError:
                 raise
             except Exception:
                 # As text: the error itself would keep all that the block has made.
                 together = traceback.format_exc()
-        for client, start in zip(clients, starts, strict=True):
+            work = [self._drawn([client], plan) for client in start_of]
+        for group in work:
+            client = group.tasks[0].client
             with attributed(client, plan.round), memory_watched([client]):
-                yield from self._train_group([client], [start], base, plan)
-        if not alone and len(clients) > 1:
+                yield from self._train_group(group, {client: start_of[client]}, base, plan)
+        if together is not None:
             # Each of them can be trained alone: it is the block that fails.
             raise RunError(
-                f"round {plan.round}: clients {clients[0]} to {clients[-1]} cannot be trained"
-                f" together; lower runtime.cohort_size\n{together}"
+                f"round {plan.round}: {len(start_of)} clients from {next(iter(start_of))} on cannot"
+                f" be trained together; lower runtime.cohort_size\n{together}"
             )
 
     def _train_group(
-        self, clients: Sequence[int], starts: Sequence[AdapterState], base: Base, plan: LocalPlan
+        self, group: GroupTask, start_of: Mapping[int, AdapterState], base: Base, plan: LocalPlan
     ) -> list[ClientUpdate]:
         """Train some clients in the same batches; the results are those of each one alone."""
         began = time.perf_counter()
         settings, seed = self._recipe.clients, self._recipe.seed
-        tasks = [
-            ClientTask.of(
-                client, start, self._workload.clients.examples(client), settings, seed, plan
-            )
-            for client, start in zip(clients, starts, strict=True)
-        ]
-        # Who has done all its steps leaves the group from the end.
-        tasks.sort(key=lambda task: (-len(task.batches), task.client))
-        self._model.load([task.start for task in tasks], base, plan.trainable, plan.frozen)
+        tasks = group.tasks
+        starts = [start_of[task.client] for task in tasks]
+        self._model.load(starts, base, plan.trainable, plan.frozen)
         drawing = tasks if self._drops else tasks[:1]
         seeds = [torch_seed(seed, Purpose.DROPOUT, plan.round, task.client) for task in drawing]
         # After loading. What draws outside of `ClientDropout` draws from torch's own state.
         _seed(seeds[0], self._device)
         dropout = ClientDropout(seeds, self._device) if self._drops else None
-        parameters = list(self._model.parameters(tasks[0].start).values())
+        parameters = list(self._model.parameters(starts[0]).values())
         optimizer = fresh_optimizer(parameters, settings, plan.lr)
         received = [p.detach().clone() for p in parameters] if plan.proximal_weight > 0 else []
         self._model.train(True)
         losses: list[torch.Tensor] = []
         trained: dict[int, _Left] = {}
-        # All at once: a few lines of Python between two passes cost thrice what they cost here.
-        batches = [
-            GroupBatch.of([task.batches[step] for task in tasks if step < len(task.batches)])
-            for step in range(len(tasks[0].batches))
-        ]
-        for batch in batches:
+        for batch in group.batches:
             if len(batch.examples) + len(trained) < len(tasks):
-                self._let_go(len(batch.examples), tasks, trained)
+                self._let_go(len(batch.examples), starts, trained)
                 cut_to(optimizer, len(batch.examples))
             if dropout is not None:
                 dropout.step(batch.examples)
@@ -219,24 +233,24 @@ class LocalTrainer:
             if settings.max_grad_norm is not None:
                 clip_by_client(parameters, settings.max_grad_norm, len(batch.examples))
             optimizer.step()
-        self._let_go(0, tasks, trained)
+        self._let_go(0, starts, trained)
         seconds = (time.perf_counter() - began) / len(tasks)
         numbers = [step.cpu().tolist() for step in losses]
         found = {
             task.client: _update(task, trained[i], [n[i] for n in numbers if i < len(n)], seconds)
             for i, task in enumerate(tasks)
         }
-        return [found[client] for client in clients]
+        return [found[client] for client in start_of]
 
     def _let_go(
         self,
         staying: int,
-        tasks: Sequence[ClientTask],
+        starts: Sequence[AdapterState],
         trained: dict[int, _Left],
     ) -> None:
         """Read out the clients from place `staying` on that are still in the group."""
-        leaving = range(staying, len(tasks) - len(trained))
-        states = self._model.read_from([tasks[i].start for i in leaving], staying)
+        leaving = range(staying, len(starts) - len(trained))
+        states = self._model.read_from([starts[i] for i in leaving], staying)
         finite = bool(np.isfinite(states.rows).all())
         trained |= {i: _Left(states.state(i - staying), finite) for i in leaving}
         if staying > 0:

@@ -64,7 +64,7 @@ class Slow(dict[str, np.ndarray]):
         return super().values()
 
 
-class Training:
+class TwoBlocks:
     """A trainer of two blocks: the sum of the first one waits until the second one is trained."""
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Training:
 
 
 def test_what_a_call_has_come_to_is_summed_up_while_the_next_one_is_computed():
-    actor, trainer = ClientActor(0.0, "client-actor-00"), Training()
+    actor, trainer = ClientActor(0.0, "client-actor-00"), TwoBlocks()
     actor._trainer, actor._rule = trainer, "product-svd"  # type: ignore[assignment]
     plan = LocalPlan(0, "adapter", 0.1, 0.0, None, False)
 
@@ -100,3 +100,41 @@ def test_what_a_call_has_come_to_is_summed_up_while_the_next_one_is_computed():
     assert means.tensors()["w"].tolist() == [1.0, 1.0]
     assert len(trainer.threads) == len(trainer.sent.threads) == 1
     assert not trainer.threads & trainer.sent.threads
+
+
+class Ahead:
+    """A trainer whose first block is not done before the second one is asked for."""
+
+    def __init__(self) -> None:
+        self.computing: list[int] = []
+        self.asked = threading.Event()
+
+    def train(self, clients: tuple[int, ...], *_: Any) -> Iterator[ClientUpdate]:
+        if self.computing:
+            self.asked.set()
+        return self._trained(clients)
+
+    def _trained(self, clients: tuple[int, ...]) -> Iterator[ClientUpdate]:
+        self.computing.append(threading.get_ident())
+        assert self.asked.wait(10), "nothing was asked for while this was trained"
+        for client in clients:
+            state = AdapterState({}, {"w": np.ones(2, np.float32)})
+            yield ClientUpdate(client, 1 + client, state, 0.5, 0.1)
+
+
+def test_a_block_is_asked_for_while_the_one_before_it_is_trained():
+    actor, trainer = ClientActor(0.0, "client-actor-00"), Ahead()
+    actor._trainer, actor._rule = trainer, "product-svd"  # type: ignore[assignment]
+    plan = LocalPlan(0, "adapter", 0.1, 0.0, None, False)
+
+    def train(block: tuple[int, ...]) -> tuple[Any, Any]:
+        return actor.train(Call((block,)), AdapterState({}, {}), Base(), plan)
+
+    with ThreadPoolExecutor(CALLS_AT_ONCE) as callers:
+        first = callers.submit(train, (0, 1))
+        while not trainer.computing:
+            time.sleep(0.001)
+        second = callers.submit(train, (2, 3))
+        clients = [each.client for call in (first, second) for each in call.result()[0].value]
+    assert clients == [0, 1, 2, 3]
+    assert len(set(trainer.computing)) == 1

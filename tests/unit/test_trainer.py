@@ -545,6 +545,18 @@ def test_the_order_of_clients_changes_no_bit() -> None:
         assert_same_bits(other[client], trained)
 
 
+def test_a_block_that_is_asked_for_while_another_one_is_trained_changes_no_bit() -> None:
+    trainer = image_trainer(make_recipe(**DROPPING))
+    state = adapter_state(trainer)
+    first, second = ([2, 1], [4, 0])
+    expected = [list(trainer.train(b, [state] * 2, Base(), local_plan())) for b in (first, second)]
+    asked = [trainer.train(b, [state] * 2, Base(), local_plan()) for b in (first, second)]
+    for updates, alone in zip([list(each) for each in asked], expected, strict=True):
+        for one, other in zip(updates, alone, strict=True):
+            assert one.client == other.client
+            assert_same_bits(one.state, only([other])[1])
+
+
 def test_training_does_not_change_the_state_it_was_given() -> None:
     recipe = make_recipe()
     trainer = image_trainer(recipe)
