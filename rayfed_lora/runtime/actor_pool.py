@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import ray
@@ -98,16 +99,31 @@ class _Worker:
         actor: its handle.
         jobs: the first of them is being done.
         since: `time.monotonic()` at which that was begun.
+        seconds: what a call of each kind took it last.
     """
 
     actor: Any
     jobs: list[Job] = field(default_factory=list)
     since: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def limited(self) -> bool:
         """Whether it does something that may not take for ever."""
         return bool(self.jobs) and self.jobs[0].work.limited
+
+    def expected_s(self, job: Job, usual_s: Mapping[str, float]) -> float:
+        """Return when it will have done one more job.
+
+        Args:
+            job: that it would be sent.
+            usual_s: what a call of each kind takes that it has not done yet; else 0.
+        """
+        known_s = {**usual_s, **self.seconds}
+        first, *queued = (known_s.get(each.work.kind, 0.0) for each in (*self.jobs, job))
+        if self.jobs:
+            first = max(first - (time.monotonic() - self.since), 0.0)
+        return first + sum(queued)
 
 
 @dataclass(frozen=True)
@@ -158,8 +174,8 @@ class ActorPool:
         self._block_timeout_s = block_timeout_s
         # `time.monotonic()` since which no actor is left that works.
         self._alone_since = 0.0
-        # What a call of each kind took last.
-        self._seconds: dict[str, float] = {}
+        # What a call of each kind took last, whoever did it.
+        self._usual_s: dict[str, float] = {}
         self._waiting: deque[Job] = deque()
         self._running: dict[ray.ObjectRef, tuple[Job, list[ray.ObjectRef], _Worker]] = {}
         # Workers that Ray is restarting, by the call that tells when they are back.
@@ -203,8 +219,8 @@ class ActorPool:
 
     def _start(self) -> None:
         while self._waiting and self._workers:
+            worker = min(self._workers, key=partial(self._place, self._waiting[0]))
             # Who has room may still be the last one to come to it.
-            worker = min(self._workers, key=lambda w: (self._expected_s(w), len(w.jobs)))
             if len(worker.jobs) == self._depth:
                 return
             job = self._waiting.popleft()
@@ -215,12 +231,13 @@ class ActorPool:
             worker.jobs.append(job)
             self._running[references[0]] = (job, references, worker)
 
-    def _expected_s(self, worker: _Worker) -> float:
-        """Return when a worker will have done what it was sent; what was never timed counts 0."""
-        if not worker.jobs:
-            return 0.0
-        first, *queued = (self._seconds.get(job.work.kind, 0.0) for job in worker.jobs)
-        return max(first - (time.monotonic() - worker.since), 0.0) + sum(queued)
+    def _place(self, job: Job, worker: _Worker) -> tuple[bool, float, int]:
+        """Return what is least for who is to do a job: who will have done it first.
+
+        Idle ones come before all others: who was slow once would never be asked again.
+        """
+        busy = bool(worker.jobs)
+        return busy, worker.expected_s(job, self._usual_s), len(worker.jobs)
 
     def _advance(self) -> None:
         """Wait for the next call, or for an actor that comes back."""
@@ -240,7 +257,9 @@ class ActorPool:
         try:
             job.value = result(ready)
             if isinstance(job.value, Timed):
-                self._seconds[job.work.kind] = job.value.seconds
+                took_s = {job.work.kind: job.value.seconds}
+                worker.seconds |= took_s
+                self._usual_s |= took_s
             job.rest, job.done = references[1:], True
         except LOST as error:
             self._lost(worker, error)

@@ -233,6 +233,37 @@ def test_a_pool_sends_work_ahead_to_whoever_will_come_to_it_first():
     assert [pool.result(job).seconds for job in jobs] == [1000.0, 0.001, 0.001, 0.001]
 
 
+def test_a_pool_sends_work_to_whoever_will_have_done_it_first():
+    import ray
+
+    from rayfed_lora.runtime.actor_pool import ActorPool, Revival, Work
+    from rayfed_lora.runtime.actors import Timed
+
+    @ray.remote(num_cpus=0)
+    class Measured:
+        def __init__(self, seconds: float) -> None:
+            self._seconds = seconds
+
+        def work(self) -> Timed[str]:
+            return Timed("worked", self._seconds)
+
+    sent: list[Any] = []
+
+    def call(actor: Any, _: int) -> list[Any]:
+        sent.append(actor)
+        return [actor.work.remote()]
+
+    slow, fast = Measured.remote(1000.0), Measured.remote(100.0)
+    pool = ActorPool([slow, fast], Revival(lambda actor: actor.work.remote()), print, 10.0, 1)
+    for job in pool.submit([Work("work", call, kind="work")] * 2):
+        assert pool.result(job).value == "worked"
+    sent.clear()
+    jobs = pool.submit([Work("work", call, kind="work")] * 4)
+    # Nobody stays idle; the last one waits for the fast one, which has two.
+    assert sent == [fast, slow, fast]
+    assert [pool.result(job).value for job in jobs] == ["worked"] * 4
+
+
 def trained(executor: Any) -> list[int]:
     """Train a block of two clients; return who did."""
     state = AdapterState({}, executor.initial_tensors("adapter"))
