@@ -16,6 +16,10 @@ import numpy.typing as npt
 
 from rayfed_lora.types import Predictions
 
+# Shards that a split has at least, where they have so many rows.
+_SHARDS_TO_SHARE = 4
+_FEW_ROWS = 64
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -40,10 +44,14 @@ class Scores:
 def shards(rows: int, size: int) -> list[slice]:
     """Cut a split into shards of at most `size` rows, as large as each other, to one.
 
+    There are a few even if one would do: for who is done with a round before the others.
+
     >>> shards(5, 2)
     [slice(0, 1, None), slice(1, 3, None), slice(3, 5, None)]
+    >>> shards(200, 256)
+    [slice(0, 66, None), slice(66, 133, None), slice(133, 200, None)]
     """
-    count = math.ceil(rows / size)
+    count = max(math.ceil(rows / size), min(_SHARDS_TO_SHARE, rows // _FEW_ROWS))
     edges = [i * rows // count for i in range(count + 1)]
     return [slice(low, high) for low, high in pairwise(edges)]
 

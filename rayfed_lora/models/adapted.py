@@ -72,6 +72,8 @@ class AdaptedModel:
         # The scales of the last module that was loaded.
         self._scales: dict[tuple[float, ...], torch.Tensor] = {}
         self._version, self._clean = Base().version, True
+        # What is loaded and was not trained since.
+        self._shown: tuple[AdapterState, tuple[int, int], Trainable] | None = None
 
     def tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
         """Return the first client's dense tensors: the head's, or in a full round all."""
@@ -105,6 +107,7 @@ class AdaptedModel:
         Raises:
             ValueError: several clients, and this model can hold only one at a time.
         """
+        self._shown = None
         alone = trainable == "full" or self.obstacle is not None
         if alone and len(states) != 1:
             raise ValueError(f"need one client at a time, got {len(states)}: {self.obstacle}")
@@ -130,6 +133,14 @@ class AdaptedModel:
         self._trained = list(self.parameters(states[0]).values())
         for parameter in self._trained:
             parameter.requires_grad_(True)
+
+    def show(self, state: AdapterState, base: Base, trainable: Trainable) -> None:
+        """Load a state that will not be trained, unless it is there already: the same object."""
+        shown, *under = self._shown or (None,)
+        if shown is state and under == [base.version, trainable]:
+            return
+        self.load([state], base, trainable)
+        self._shown = (state, base.version, trainable)
 
     def train(self, mode: bool) -> None:
         """Switch between training and evaluation."""

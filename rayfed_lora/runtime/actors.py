@@ -71,6 +71,8 @@ class ClientActor:
         self._name = name
         self._rule = ""
         self._trainer: Trainer | None = None
+        # The state that was tested last, and its key.
+        self._tested: tuple[str, AdapterState] | None = None
         # One thread computes, always the same (torch keeps its settings by thread), while Ray's
         # own fetch what the next call needs and send what the last one has found.
         self._computing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="computing")
@@ -115,7 +117,7 @@ class ClientActor:
         # Some libraries keep the limit by thread.
         self._summing.submit(threadpool_limits, 1, "blas").result()
         keep_freed_memory()
-        self._trainer = None
+        self._trainer, self._tested = None, None
         self._rule = recipe.aggregation.rule
         self._trainer = factory.trainer(recipe, workload, weights, device)
         return population(workload, self._trainer, device)
@@ -147,10 +149,32 @@ class ClientActor:
         return self._summing.submit(joined, parts, self._rule).result()
 
     def evaluate(
-        self, split: Split, rows: slice, state: AdapterState, base: Base, trainable: Trainable
+        self,
+        split: Split,
+        rows: slice,
+        state: AdapterState,
+        base: Base,
+        trainable: Trainable,
+        key: str,
     ) -> Timed[Predictions]:
-        """Return the predictions on some rows of a split."""
-        return self._timed(lambda: self._opened().evaluate(split, rows, state, base, trainable))
+        """Return the predictions on some rows of a split.
+
+        Args:
+            split: which split.
+            rows: of the split.
+            state: the global state: a new object in each call.
+            base: what is frozen.
+            trainable: `full` or `adapter`.
+            key: the same for the same state.
+        """
+
+        def evaluated() -> Predictions:
+            trainer = self._opened()
+            if self._tested is None or self._tested[0] != key:
+                self._tested = key, state
+            return trainer.evaluate(split, rows, self._tested[1], base, trainable)
+
+        return self._timed(evaluated)
 
     def test_clients(
         self, call: Call, state: AdapterState, base: Base, trainable: Trainable

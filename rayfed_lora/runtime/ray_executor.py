@@ -248,7 +248,7 @@ class RayExecutor:
                 name,
                 lambda actor, _: [
                     actor.evaluate.options(name=name).remote(
-                        split, rows, state_ref, base_ref, trainable
+                        split, rows, state_ref, base_ref, trainable, state_ref.hex()
                     )
                 ],
                 limited=True,

@@ -39,7 +39,7 @@ def test_calls_that_come_at_once_are_computed_by_one_thread_in_turn():
 
     def evaluate(row: int) -> slice:
         rows = slice(row, row + 1)
-        return actor.evaluate("test", rows, AdapterState({}, {}), Base(), "adapter").value
+        return actor.evaluate("test", rows, AdapterState({}, {}), Base(), "adapter", "").value
 
     with ThreadPoolExecutor(CALLS_AT_ONCE) as callers:
         found = list(callers.map(evaluate, range(6)))
@@ -49,6 +49,23 @@ def test_calls_that_come_at_once_are_computed_by_one_thread_in_turn():
     assert trainer.most_at_once == 1
     assert len(set(trainer.threads)) == 1
     assert not own & set(trainer.threads)
+
+
+def test_shards_of_a_split_are_tested_with_the_same_object():
+    class Tested:
+        def __init__(self) -> None:
+            self.states: list[AdapterState] = []
+
+        def evaluate(self, split: str, rows: slice, state: AdapterState, *_: Any) -> None:
+            self.states.append(state)
+
+    actor, trainer = ClientActor(0.0, "client-actor-00"), Tested()
+    actor._trainer = trainer  # type: ignore[assignment]
+    # Ray makes a new object for each call.
+    first, again, other = (AdapterState({}, {}) for _ in range(3))
+    for state, key in ((first, "one"), (again, "one"), (other, "two")):
+        actor.evaluate("test", slice(0, 1), state, Base(), "adapter", key)
+    assert [*map(id, trainer.states)] == [*map(id, (first, first, other))]
 
 
 class Slow(dict[str, np.ndarray]):

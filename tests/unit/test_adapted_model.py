@@ -281,3 +281,29 @@ def test_full_rounds_train_every_weight_of_the_plain_model() -> None:
     model.load([given], Base(), "full")
     assert len(backward(model, given)) == len(list(build().named_parameters()))
     assert list(model.parameters(given)) == [name for name, _ in build().named_parameters()]
+
+
+def test_what_is_shown_again_is_loaded_again_only_if_it_has_to_be() -> None:
+    model = AdaptedModel(build(), adapter())
+    one, other = (state(range(1, len(NAMES) + 1), seed=seed) for seed in (1, 5))
+    folded = merged(Base(), fold({NAMES[0]: 2}, seed=3))
+
+    def loaded_by(shown: AdapterState, base: Base) -> bool:
+        before = [*model.parameters(shown).values()]
+        model.show(shown, base, "adapter")
+        after = [*model.parameters(shown).values()]
+        expected = AdaptedModel(build(), adapter())
+        expected.load([shown], base, "adapter")
+        np.testing.assert_array_equal(logits(model), logits(expected))
+        return all(mine is not earlier for mine in after for earlier in before)
+
+    assert loaded_by(one, Base())
+    assert not loaded_by(one, Base())
+    assert loaded_by(other, Base())
+    assert loaded_by(other, folded)
+    assert not loaded_by(other, folded)
+    # What was trained in between has other weights now.
+    model.load([other], folded, "adapter")
+    for parameter in model.parameters(other).values():
+        parameter.data.add_(1.0)
+    assert loaded_by(other, folded)
