@@ -6,6 +6,7 @@ Source: LoRA, arXiv:2106.09685; computing several clients at once: this project.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -19,6 +20,29 @@ from rayfed_lora.recipe import Adapter
 from rayfed_lora.types import AdapterState, Base, Factors, FloatArray, Frozen, Trainable
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
+# What decides the tensors of a group that starts from one state: clients, what is frozen, modules
+# with ranks and scales, dense names.
+_Kind = tuple[int, Frozen | None, tuple[tuple[str, int, float], ...], tuple[str, ...]]
+_KINDS_KEPT = 2
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the weights of a group are, for the next group of its kind.
+
+    Attributes:
+        factors: of each layer that has some.
+        copies: of each densely trained layer, by parameter.
+        held: all of them, (group, values) each: of the dense names, then A and B of each module.
+        shapes: of each, without the group.
+        trained: those that are trained.
+    """
+
+    factors: dict[str, GroupFactors]
+    copies: dict[str, dict[str, torch.Tensor]]
+    held: list[torch.Tensor]
+    shapes: dict[str, tuple[int, ...]]
+    trained: list[torch.Tensor]
 
 
 class AdaptedModel:
@@ -69,6 +93,8 @@ class AdaptedModel:
         # Weights of the loaded states, (group, values) each, and their shapes in a stack.
         self._held: list[torch.Tensor] = []
         self._shapes: dict[str, tuple[int, ...]] = {}
+        # Of the last groups, the newest one last. Two: a group is trained, then a state tested.
+        self._places: dict[_Kind, _Places] = {}
         # The scales of the last module that was loaded.
         self._scales: dict[tuple[float, ...], torch.Tensor] = {}
         self._version, self._clean = Base().version, True
@@ -123,16 +149,53 @@ class AdaptedModel:
         for buffer, source in self._buffers:
             buffer.copy_(source)
         self._group = len(states)
-        # What all start from is copied by torch: the rest of this is then as for one.
-        differing = states if any(state is not states[0] for state in states) else states[:1]
-        for name, layer in self._layers.items():
-            layer.factors = self._stacked([state.factors.get(name) for state in differing])
-        self._load_dense([state.dense for state in differing], trainable)
-        self._hold(states[0])
         self._frozen = frozen
-        self._trained = list(self.parameters(states[0]).values())
+        if not alone and all(state is states[0] for state in states):
+            self._load_for_all(states[0])
+        else:
+            self._make(states, trainable)
         for parameter in self._trained:
             parameter.requires_grad_(True)
+
+    def _make(self, states: Sequence[AdapterState], trainable: Trainable) -> None:
+        """Make tensors of a group's states, or of one for all."""
+        for name, layer in self._layers.items():
+            layer.factors = self._stacked([state.factors.get(name) for state in states])
+        self._load_dense([state.dense for state in states], trainable)
+        self._hold(states[0])
+        self._trained = list(self.parameters(states[0]).values())
+
+    def _load_for_all(self, state: AdapterState) -> None:
+        """Load what all clients of the group start from, into tensors that are there if they are.
+
+        Making them takes several times as long as filling them.
+        """
+        ranks = tuple((name, f.rank, f.scale) for name, f in state.factors.items())
+        kind = (self._group, self._frozen, ranks, tuple(state.dense))
+        places = self._places.pop(kind, None)
+        if places is None:
+            self._make([state], "adapter")
+            factors = {n: each.factors for n, each in self._layers.items() if each.factors}
+            copies = {n: each.copies for n, each in self._copied.items()}
+            places = _Places(factors, copies, self._held, self._shapes, self._trained)
+        else:
+            for name, layer in self._layers.items():
+                layer.factors = places.factors.get(name)
+            for name, copied in self._copied.items():
+                copied.copies = places.copies[name]
+            self._held, self._shapes = places.held, places.shapes
+            self._trained = places.trained
+            self._fill(state)
+        self._places = {**dict([*self._places.items()][1 - _KINDS_KEPT :]), kind: places}
+
+    def _fill(self, state: AdapterState) -> None:
+        factors = [f for f in state.factors.values() if f.rank > 0]
+        arrays = [*state.dense.values(), *(part for f in factors for part in (f.a, f.b))]
+        for held, array in zip(self._held, arrays, strict=True):
+            if self.device.type == "cpu":
+                held.numpy()[...] = array.ravel()
+            else:
+                held.copy_(self._tensor(array).ravel())
 
     def show(self, state: AdapterState, base: Base, trainable: Trainable) -> None:
         """Load a state that will not be trained, unless it is there already: the same object."""
@@ -204,7 +267,7 @@ class AdaptedModel:
 
     def keep(self, clients: int) -> None:
         """Go on with the first clients of the group only."""
-        self._group = clients
+        self._places, self._group = {}, clients
         for name, layer in self._layers.items():
             if layer.factors is not None:
                 a, b, scale = layer.factors.a, layer.factors.b, layer.factors.scale

@@ -17,7 +17,7 @@ from rayfed_lora.federation import transitions
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.shapes import adapted_modules
 from rayfed_lora.recipe import Adapter
-from rayfed_lora.types import AdapterState, Base, Factors
+from rayfed_lora.types import AdapterState, Base, Factors, Frozen
 
 CLASSES = 3
 IMAGES = torch.from_numpy(np.random.default_rng(7).normal(size=(5, 1, 8, 8)).astype(np.float32))
@@ -49,6 +49,7 @@ def adapter(**values: Any) -> Adapter:
 
 NAMES = adapted_modules(build(), adapter())
 HEAD = ("classifier.weight", "classifier.bias")
+RANKS = range(1, len(NAMES) + 1)
 
 
 def factors(name: str, rank: int, rng: np.random.Generator, scale: float) -> Factors:
@@ -283,27 +284,69 @@ def test_full_rounds_train_every_weight_of_the_plain_model() -> None:
     assert list(model.parameters(given)) == [name for name, _ in build().named_parameters()]
 
 
+class Counted(AdaptedModel):
+    """Counts how often it is loaded."""
+
+    loads = 0
+
+    def load(self, *args: Any, **named: Any) -> None:
+        self.loads += 1
+        super().load(*args, **named)
+
+
 def test_what_is_shown_again_is_loaded_again_only_if_it_has_to_be() -> None:
-    model = AdaptedModel(build(), adapter())
-    one, other = (state(range(1, len(NAMES) + 1), seed=seed) for seed in (1, 5))
+    model, expected = Counted(build(), adapter()), AdaptedModel(build(), adapter())
+    one, other = (state(RANKS, seed) for seed in (1, 5))
     folded = merged(Base(), fold({NAMES[0]: 2}, seed=3))
 
-    def loaded_by(shown: AdapterState, base: Base) -> bool:
-        before = [*model.parameters(shown).values()]
+    def loads_of(shown: AdapterState, base: Base) -> int:
+        before = model.loads
         model.show(shown, base, "adapter")
-        after = [*model.parameters(shown).values()]
-        expected = AdaptedModel(build(), adapter())
         expected.load([shown], base, "adapter")
         np.testing.assert_array_equal(logits(model), logits(expected))
-        return all(mine is not earlier for mine in after for earlier in before)
+        return model.loads - before
 
-    assert loaded_by(one, Base())
-    assert not loaded_by(one, Base())
-    assert loaded_by(other, Base())
-    assert loaded_by(other, folded)
-    assert not loaded_by(other, folded)
+    found = [loads_of(*shown) for shown in ((one, Base()), (one, Base()), (other, Base()))]
+    found += [loads_of(other, folded), loads_of(other, folded)]
+    assert found == [1, 0, 1, 1, 0]
     # What was trained in between has other weights now.
     model.load([other], folded, "adapter")
     for parameter in model.parameters(other).values():
         parameter.data.add_(1.0)
-    assert loaded_by(other, folded)
+    assert loads_of(other, folded) == 1
+
+
+def test_tensors_of_a_group_are_used_again_by_the_next_one_of_its_kind() -> None:
+    model = AdaptedModel(build(), adapter())
+    one, other = (state(RANKS, seed) for seed in (1, 5))
+
+    def loaded(*states: AdapterState, frozen: Frozen | None = None) -> list[torch.Tensor]:
+        model.load(states, Base(), "adapter", frozen)
+        fresh = AdaptedModel(build(), adapter())
+        fresh.load(states, Base(), "adapter", frozen)
+        np.testing.assert_array_equal(logits(model), logits(fresh))
+        for i, each in enumerate(states):
+            assert_same_bits(model.read(each, i), each)
+        parameters = model.parameters(one)
+        assert parameters.keys() == fresh.parameters(one).keys()
+        # What training does to them.
+        for parameter in parameters.values():
+            assert parameter.requires_grad and parameter.grad is None
+            parameter.data.add_(1.0)
+            parameter.grad = torch.ones_like(parameter)
+        return [*parameters.values()]
+
+    def same(found: list[torch.Tensor], earlier: list[torch.Tensor]) -> bool:
+        return all(mine is theirs for mine, theirs in zip(found, earlier, strict=True))
+
+    five, single = loaded(*[one] * 5), loaded(one)
+    assert same(loaded(*[other] * 5), five)
+    assert same(loaded(other), single)
+    # Other kinds: what is frozen, ranks, clients that start apart; and a full-model round.
+    loaded(*[one] * 5, frozen="a")
+    loaded(*[state([*reversed(RANKS)])] * 5)
+    loaded(one, other, one, other, one)
+    model.load([AdapterState({}, everything(3))], Base(), "full")
+    five = loaded(*[one] * 5)
+    model.keep(2)
+    assert not same(loaded(*[other] * 5), five)
