@@ -30,6 +30,7 @@ from rayfed_lora.data.tables import LANGUAGE_TASK
 from rayfed_lora.errors import BlockMemoryError, RunError
 from rayfed_lora.models import sources
 from rayfed_lora.models.adapted import AdaptedModel
+from rayfed_lora.models.first_token import read_first_token_only
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.seeds import Purpose, torch_seed
@@ -119,6 +120,10 @@ class LocalTrainer:
         net = net or self._build()
         sources.choose_attention(net, self._device)
         self._model = AdaptedModel(net, recipe.adapter, device, self._shape.obstacle)
+        inputs, _ = _tensors(
+            workload.train.rows(np.arange(min(2, len(workload.train)))), self._device
+        )
+        read_first_token_only(net, inputs)
         self._language = recipe.model.task == LANGUAGE_TASK
         self._drops = recipe.adapter.dropout > 0 or sources.drops(workload.config)
 
