@@ -15,6 +15,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+# Weights of a layer that is small: merging was measured to be the quicker way up to 128 x 128
+# (benchmarks/README.md).
+_SMALL = 1 << 13
+
 
 @dataclass(frozen=True)
 class GroupFactors:
@@ -50,14 +54,33 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W^T + bias + scale_g (x_g A_g^T) B_g^T, (group * rows, ..., d_out)."""
-        plain = functional.linear(x, self.weight, self.bias)
         if self.factors is None:
-            return plain
-        a, b, scale = self.factors.a, self.factors.b, self.factors.scale
-        rows = functional.dropout(x, self.dropout, self.training) if self.dropout > 0 else x
-        low = torch.bmm(_by_client(rows, len(a)), a.transpose(1, 2))
-        update = (b * scale).transpose(1, 2)
-        return torch.baddbmm(_by_client(plain, len(a)), low, update).view(plain.shape)
+            return functional.linear(x, self.weight, self.bias)
+        a, scaled = self.factors.a, self.factors.b * self.factors.scale
+        rows = _by_client(x, len(a))
+        if self._merges(rows):
+            weights = torch.baddbmm(self.weight, scaled, a).transpose(1, 2)
+            y = torch.bmm(rows, weights)
+            y = y if self.bias is None else y.add_(self.bias)
+        else:
+            seen = functional.dropout(x, self.dropout, self.training) if self.dropout > 0 else x
+            low = torch.bmm(_by_client(seen, len(a)), a.transpose(1, 2))
+            # In place: nobody else has seen it, and a copy takes a third of the product's time.
+            y = functional.linear(rows, self.weight, self.bias)
+            y = y.baddbmm_(low, scaled.transpose(1, 2).to(y.dtype))
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _merges(self, rows: torch.Tensor) -> bool:
+        """Return whether x_g (W + scale_g B_g A_g)^T takes less time than the factors apart.
+
+        Its gradient is as large as W for each client: that pays for small layers only.
+        """
+        drops = self.dropout > 0 and self.training
+        # A weight rounded to bf16 would lose a small update.
+        if drops or torch.is_autocast_enabled(rows.device.type):
+            return False
+        small = self.weight.numel() <= _SMALL or not torch.is_grad_enabled()
+        return small and rows.shape[1] >= self.in_features + self.out_features
 
 
 class ClientLinear(nn.Linear):

@@ -295,6 +295,17 @@ def test_clients_of_different_numbers_of_steps_train_together_as_each_would_alon
     check_block(make_recipe(model, clients__optimizer=OPTIMIZERS[optimizer], **adapter))
 
 
+@pytest.mark.parametrize("targets", ["auto", "all-linear"])
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
+def test_clients_of_many_rows_for_a_layer_train_together_as_each_would_alone(
+    optimizer: str, targets: str
+) -> None:
+    # 17 tokens an image, two layers: the first layer's factors are merged into its weights.
+    longer = {"patch_size": 2, "num_hidden_layers": 2}
+    chosen = {"clients__optimizer": OPTIMIZERS[optimizer], "adapter__target_modules": targets}
+    check_block(make_recipe("vit", longer, **chosen))
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("model", FUSED)
 def test_clients_of_as_many_steps_but_smaller_batches_train_together_as_alone(
