@@ -59,6 +59,9 @@ class Timed(Generic[_T]):
 class ClientActor:
     """A trainer on a CPU or GPU share; serves many virtual clients, keeps nothing between calls."""
 
+    # As of the server: Ray asks for it even where the actor could not be made.
+    _name = "client-actor"
+
     def __init__(self, gpus: float, name: str) -> None:
         """Keep who it is; the trainer is made by `open`, also after a restart.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -221,7 +222,9 @@ def interruptible(stop: Callable[[], object]) -> Iterator[None]:
 def ray_session(address: str | None) -> Iterator[None]:
     """Connect to a cluster, or start a Ray of our own for the time of the run."""
     where = address or os.environ.get("RAY_ADDRESS")
-    if where is None:
+    # Ray reads them when it is imported: set later, they would hold for the processes that it
+    # starts, and not for this one.
+    if where is None and "ray" not in sys.modules:
         for name, value in _QUIET_RAY.items():
             os.environ.setdefault(name, value)
     reason = None if where is None else unreachable_cluster(where)

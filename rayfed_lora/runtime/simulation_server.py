@@ -33,6 +33,10 @@ class SimulationServer:
     another: the actor needs max_concurrency 2.
     """
 
+    # Ray asks who an actor is even where what it is made with could not be read: without an answer
+    # it would start it again for ever.
+    _name = "server"
+
     def __init__(
         self,
         recipe: Recipe,
@@ -51,6 +55,7 @@ class SimulationServer:
             detached: start the run at once, in a thread of its own: a call of `run` would be
                 lost with the process that made it, and not be made again after a restart.
         """
+        self._name = f"server of {recipe.name}"
         self._recipe = recipe
         self._location = location
         self._resume = resume
@@ -62,7 +67,7 @@ class SimulationServer:
             threading.Thread(target=self._run_detached, args=_identity(), daemon=True).start()
 
     def __repr__(self) -> str:
-        return f"server of {self._recipe.name}"
+        return self._name
 
     def run(self) -> dict[str, Any]:
         """Run to the end and return the summary; raises what `simulate` raises."""

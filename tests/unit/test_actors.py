@@ -9,9 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import pytest
 
 from rayfed_lora.federation.executor import Call
 from rayfed_lora.runtime.actors import CALLS_AT_ONCE, ClientActor
+from rayfed_lora.runtime.simulation_server import SimulationServer
 from rayfed_lora.types import AdapterState, Base, ClientUpdate, LocalPlan
 
 
@@ -155,3 +157,9 @@ def test_a_block_is_asked_for_while_the_one_before_it_is_trained():
         clients = [each.client for call in (first, second) for each in call.result()[0].value]
     assert clients == [0, 1, 2, 3]
     assert len(set(trainer.computing)) == 1
+
+
+@pytest.mark.parametrize("kind", [ClientActor, SimulationServer])
+def test_an_actor_that_could_not_be_made_says_who_it_is(kind: type) -> None:
+    # Ray asks for it when it tells why; if that raised, it would start the actor again for ever.
+    assert isinstance(repr(object.__new__(kind)), str)

@@ -1,0 +1,56 @@
+"""What Ray is told before it starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import pytest
+import ray
+
+from rayfed_lora.runtime.launch import ray_session
+
+SETTINGS = ("RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED", "RAY_SCHEDULER_EVENTS")
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Note what Ray is started with, in place of starting it."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: calls.append(options))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    for name in (*SETTINGS, "RAY_ADDRESS"):
+        # Set first: so that whatever is set meanwhile is taken back, too.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return calls
+
+
+def test_a_ray_of_our_own_starts_quietly_with_a_token_and_without_a_dashboard(
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Importing(dict[str, Any]):
+        """The modules, of which `ray` comes only when it is imported."""
+
+        def __contains__(self, name: object) -> bool:
+            return name != "ray" and super().__contains__(name)
+
+    monkeypatch.setattr(sys, "modules", Importing(sys.modules))
+    with ray_session(None):
+        assert {name: os.environ[name] for name in SETTINGS} == {
+            "RAY_AUTH_MODE": "token",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_SCHEDULER_EVENTS": "0",
+        }
+    assert [call["include_dashboard"] for call in started] == [False]
+
+
+def test_a_ray_that_was_imported_before_keeps_the_settings_that_it_has_read(
+    started: list[dict[str, Any]],
+) -> None:
+    # Its processes would ask for a token that this one does not send.
+    with ray_session(None):
+        assert not any(name in os.environ for name in SETTINGS)
+    assert len(started) == 1
