@@ -216,7 +216,9 @@ def _needs(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> tuple[
     gpus = runtime.gpus_per_actor
     share = "1 GPU" if gpus == "auto" else f"{gpus:g} GPU"
     gpu = "" if runtime.device == "cpu" or gpus == 0 else f" and {share} where the cluster has GPUs"
-    where = "this process" if runtime.executor == "local" else f"client actors: {count}"
+    where = f"client actors: {count}"
+    if runtime.executor == "local":
+        where = "this process" if actors in ("auto", 1) else f"this process, {actors} threads"
     full = any(planned.trainable == "full" for planned in rounds)
     training_mb = _training_mb(sizes, rounds)
     return (

@@ -237,7 +237,11 @@ class Runtime(Section):
     """
 
     executor: Literal["ray", "local"] = option("ray", "ray, or local: in this process, without Ray")
-    client_actors: Positive | Auto = option("auto", "auto: as many as the cluster holds", "actors")
+    client_actors: Positive | Auto = option(
+        "auto",
+        "auto: as many as the cluster holds; with executor local, threads that train: auto: one",
+        "actors",
+    )
     gpus_per_actor: NonNegative | Auto = option(
         "auto", "auto: 1 where the cluster has GPUs, else 0; fractions share a GPU", "GPUs"
     )

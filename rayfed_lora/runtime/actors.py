@@ -111,7 +111,6 @@ class ClientActor:
     def _open(self, recipe: Recipe, factory: Factory, prepared: list[ray.ObjectRef]) -> Population:
         factory.load(recipe)
         from rayfed_lora.training.device import device_of_share
-        from rayfed_lora.training.memory import keep_freed_memory
 
         device = device_of_share(self._gpus)
         workload, weights = ray.get(prepared)
@@ -119,7 +118,6 @@ class ClientActor:
         threadpool_limits(limits=1, user_api="blas")
         # Some libraries keep the limit by thread.
         self._summing.submit(threadpool_limits, 1, "blas").result()
-        keep_freed_memory()
         self._trainer, self._tested = None, None
         self._rule = recipe.aggregation.rule
         self._trainer = factory.trainer(recipe, workload, weights, device)

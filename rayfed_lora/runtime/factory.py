@@ -90,8 +90,11 @@ def population(workload: Workload, trainer: Trainer, device: str) -> Population:
     )
 
 
-def in_process(recipe: Recipe, factory: Factory, device: str) -> tuple[Trainer, Population]:
-    """Make workload and trainer here and now."""
+def in_process(recipe: Recipe, factory: Factory, device: str) -> tuple[list[Trainer], Population]:
+    """Make workload and trainers here and now: one, or on a CPU as many as the recipe asks for."""
     workload = factory.workload(recipe)
-    trainer = factory.trainer(recipe, workload, factory.weights(recipe, workload), device)
-    return trainer, population(workload, trainer, device)
+    weights = factory.weights(recipe, workload)
+    asked = recipe.runtime.client_actors
+    count = 1 if asked == "auto" or device != "cpu" else asked
+    trainers = [factory.trainer(recipe, workload, weights, device) for _ in range(count)]
+    return trainers, population(workload, trainers[0], device)

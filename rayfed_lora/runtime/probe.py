@@ -67,6 +67,7 @@ def shortened(recipe: Recipe, block: int) -> Recipe:
         "evaluation.clients_every": None,
         "runtime.cohort_size": block,
         "runtime.executor": "local",
+        "runtime.client_actors": 1,
         "storage.path": None,
         # A probe is nobody's run.
         "tracking.tensorboard": False,

@@ -13,10 +13,11 @@ import math
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +37,7 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.seeds import Purpose, torch_seed
 from rayfed_lora.training.dropout import ClientDropout
 from rayfed_lora.training.groups import ClientTask, GroupTask
-from rayfed_lora.training.memory import memory_watched
+from rayfed_lora.training.memory import keep_freed_memory, memory_watched
 from rayfed_lora.training.optimizing import (
     add_proximal_gradient,
     clip_by_client,
@@ -60,6 +61,8 @@ from rayfed_lora.types import (
 )
 
 Weights = Mapping[str, npt.NDArray[Any]]
+# Held by who draws from torch's own state, which is that of the whole process.
+_DRAWING = Lock()
 # With more classes, probabilities are not worth what they would take to send.
 _MOST_CLASSES = 200
 
@@ -111,6 +114,7 @@ class LocalTrainer:
             ModelError: the weights cannot be read, or the adapter does not fit the model.
         """
         torch.set_num_threads(recipe.runtime.threads_per_actor)
+        keep_freed_memory()
         self._recipe = recipe
         self._workload = workload
         self._device = torch.device(device)
@@ -179,8 +183,9 @@ class LocalTrainer:
         together = None
         if len(work[0].tasks) > 1:
             try:
-                with memory_watched([*start_of]):
-                    yield from self._train_group(work[0], start_of, base, plan)
+                with memory_watched([*start_of]), self._drawing():
+                    found = self._train_group(work[0], start_of, base, plan)
+                yield from found
                 return
             except BlockMemoryError:
                 raise
@@ -190,14 +195,19 @@ class LocalTrainer:
             work = [self._drawn([client], plan) for client in start_of]
         for group in work:
             client = group.tasks[0].client
-            with attributed(client, plan.round), memory_watched([client]):
-                yield from self._train_group(group, {client: start_of[client]}, base, plan)
+            with attributed(client, plan.round), memory_watched([client]), self._drawing():
+                found = self._train_group(group, {client: start_of[client]}, base, plan)
+            yield from found
         if together is not None:
             # Each of them can be trained alone: it is the block that fails.
             raise RunError(
                 f"round {plan.round}: {len(start_of)} clients from {next(iter(start_of))} on cannot"
                 f" be trained together; lower runtime.cohort_size\n{together}"
             )
+
+    def _drawing(self) -> AbstractContextManager[object]:
+        """Wait for other trainers of this process, where the model may draw."""
+        return _DRAWING if self._drops else nullcontext()
 
     def _train_group(
         self, group: GroupTask, start_of: Mapping[int, AdapterState], base: Base, plan: LocalPlan

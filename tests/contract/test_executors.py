@@ -64,6 +64,7 @@ ONE_STAGE: dict[str, Any] = {
 }
 EXECUTORS = [
     pytest.param(0, id="local"),
+    pytest.param(-2, id="local-2"),
     pytest.param(1, id="ray-1", marks=pytest.mark.ray),
     pytest.param(2, id="ray-2", marks=pytest.mark.ray),
 ]
@@ -92,8 +93,9 @@ class Lent:
 def executor(request: pytest.FixtureRequest) -> Make:
     """Return a function that makes an executor by that name, not yet opened."""
     actors = request.param
-    if actors == 0:
-        return lambda name, behaviour: local_executor(make_recipe(name=name), behaviour)
+    if actors <= 0:
+        count = {"runtime__client_actors": -actors} if actors else {}
+        return lambda name, behaviour: local_executor(make_recipe(name=name, **count), behaviour)
     request.getfixturevalue("ray_session")
     from rayfed_lora.runtime.ray_executor import RayExecutor
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 from typing import Any
 
 import numpy as np
@@ -519,6 +521,36 @@ def test_dropout_of_a_client_does_not_depend_on_a_full_round_before_it() -> None
     list(used.train([1], [whole], Base(), local_plan(trainable="full")))
     _, trained = only(used.train([2], [state], Base(), local_plan()))
     assert_same_bits(trained, expected)
+
+
+def together(trainers: Sequence[LocalTrainer], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Return whether trainers in threads of their own train at the same time."""
+    meeting = Barrier(len(trainers))
+    met: list[bool] = []
+
+    def train_group(*_: Any) -> list[ClientUpdate]:
+        try:
+            meeting.wait(timeout=1.0)
+            met.append(True)
+        except BrokenBarrierError:
+            met.append(False)
+        return []
+
+    def trained(trainer: LocalTrainer) -> None:
+        monkeypatch.setattr(trainer, "_train_group", train_group)
+        list(trainer.train([0], [adapter_state(trainer)], Base(), local_plan()))
+
+    with ThreadPoolExecutor(len(trainers)) as threads:
+        list(threads.map(trained, trainers))
+    return all(met)
+
+
+def test_trainers_of_one_process_take_turns_where_they_may_draw_from_its_generator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calm, dropping = make_recipe(), make_recipe(**DROPPING)
+    assert together([image_trainer(calm), image_trainer(calm)], monkeypatch)
+    assert not together([image_trainer(dropping), image_trainer(dropping)], monkeypatch)
 
 
 def test_dropout_is_drawn_anew_for_each_round_and_client() -> None:
