@@ -54,8 +54,20 @@ class Runner:
     command: tuple[str, ...]
 
 
+# Two threads of one process train, where the others have two processes.
+WITHOUT_RAY = "rayfed_lora without Ray"
 RUNNERS = {
     "rayfed_lora": Runner("own", ("run_rayfed.py",)),
+    WITHOUT_RAY: Runner(
+        "own",
+        (
+            "run_rayfed.py",
+            "--set",
+            'runtime__executor="local"',
+            "--set",
+            "runtime__client_actors=2",
+        ),
+    ),
     "flower": Runner("flower", ("peers/run_flower.py",)),
     "pfl": Runner(
         "pfl", ("-m", "torch.distributed.run", "--nproc-per-node", "2", "peers/run_pfl.py")
@@ -63,6 +75,7 @@ RUNNERS = {
     "plain": Runner("own", ("peers/run_plain.py",)),
     "plain, 2 processes": Runner("own", ("peers/run_plain.py", "--processes", "2")),
 }
+OURS = ("rayfed_lora", WITHOUT_RAY)
 
 
 def python_of(environment: str) -> str:
@@ -230,7 +243,11 @@ def compare(name: str, runners: Sequence[str], repeats: int) -> dict[str, Any]:
         "versions": {e: versions(e) for e in {RUNNERS[r].environment for r in runners}},
         "weights_apart": distances,
         "runners": {r: summary_of(found[r]) for r in runners},
-        "ratios": {r: ratios(found[runners[0]], found[r]) for r in runners[1:]},
+        "ratios": {
+            ours: {r: ratios(found[ours], found[r]) for r in runners if r not in OURS}
+            for ours in OURS
+            if ours in runners
+        },
     }
 
 

@@ -15,21 +15,27 @@ def cell(found: dict[str, float], digits: int) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return one workload's table."""
+    """Return one workload's tables: what was measured, and our share of each other runner's."""
     lines = [
         f"**{result['workload']}**, {result['repeats']} repeats",
         "",
-        "| runner | clients/s | start-up s | wall s | peak MB | ours: times the clients/s"
-        " | ours: share of its wall | ours: share of its memory |",
-        "|---|---|---|---|---|---|---|---|",
+        "| runner | clients/s | start-up s | wall s | peak MB |",
+        "|---|---|---|---|---|",
     ]
     for name, found in result["runners"].items():
-        ratios = result["ratios"].get(name)
         shown = [cell(found["clients_per_s"], 1), cell(found["startup_s"], 1)]
         shown += [cell(found["wall_s"], 1), cell(found["peak_pss_mb"], 0)]
-        keys = ("clients_per_s", "wall_s", "peak_pss_mb")
-        shown += [cell(ratios[key], 2) for key in keys] if ratios else ["", "", ""]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    keys = ("clients_per_s", "startup_s", "wall_s", "peak_pss_mb")
+    lines += [
+        "",
+        "| ours by theirs | clients/s | start-up | wall | memory |",
+        "|---|---|---|---|---|",
+    ]
+    for ours, others in result["ratios"].items():
+        for name, ratios in others.items():
+            shown = [cell(ratios[key], 2) for key in keys]
+            lines.append(f"| {ours} / {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
