@@ -1,10 +1,11 @@
-"""How much of a round the client actors compute: `python overhead.py [--workloads W,W/10]`.
+"""How much of a round the client actors compute: `python overhead.py [--workloads W,W/local]`.
 
 Computing is forward, loss, backward and optimiser step, and predictions of an evaluation, on the
-wall clock of the actors. Everything else (reading batches, loading and reading adapters, messages,
-waiting for the server or for each other) is overhead: 1 - computing / (actors x seconds), from the
-end of the first round to the end of the last. `W/10` is W in blocks of ten clients in place of
-those of `auto`. Writes results/overhead.json.
+wall clock of the actors or threads. Everything else (reading batches, loading and reading adapters,
+messages, waiting for the server or for each other) is overhead: 1 - computing / (actors x seconds),
+from the end of the first round to the end of the last. `W/local` is W without Ray, in two threads
+of one process; `W/10` in blocks of ten clients in place of those of `auto`. Writes
+results/overhead.json.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,15 +35,17 @@ class TracingFactory(workloads.BenchmarkFactory):
     """The benchmark's, with trainers that write down when they compute."""
 
     def __init__(self, folder: str) -> None:
-        """Let every actor write to a file of its own in `folder`."""
+        """Let every process write to a file of its own in `folder`."""
         self.folder = folder
+        # By thread.
+        self.spans: dict[int, list[str]] = {}
+        self.times_steps = False
 
     def trainer(self, recipe: Recipe, *made_from: Any) -> Trainer:
         """Build the trainer and time what it calls of torch."""
         import torch
 
         trainer = super().trainer(recipe, *made_from)
-        spans: list[str] = []
 
         def timed(call: Callable[..., Any]) -> Callable[..., Any]:
             def measured(*args: Any, **named: Any) -> Any:
@@ -49,7 +53,8 @@ class TracingFactory(workloads.BenchmarkFactory):
                 try:
                     return call(*args, **named)
                 finally:
-                    spans.append(f"{began} {time.time()}\n")
+                    mine = self.spans.setdefault(threading.get_ident(), [])
+                    mine.append(f"{began} {time.time()}\n")
 
             return measured
 
@@ -59,15 +64,18 @@ class TracingFactory(workloads.BenchmarkFactory):
                     return call(*args, **named)
                 finally:
                     # Once a call: a line at a time would be seen in what is measured.
+                    mine = self.spans.pop(threading.get_ident(), [])
                     with Path(self.folder, f"{os.getpid()}").open("a") as file:
-                        file.writelines(spans)
-                    spans.clear()
+                        file.write("".join(mine))
 
             return measured
 
         # Forward, loss, backward and the end of the graph; of an evaluation all but loading.
         trainer._pass = timed(trainer._pass)
-        torch.optim.SGD.step = timed(torch.optim.SGD.step)
+        if not self.times_steps:
+            # Once a process, for all its trainers.
+            torch.optim.SGD.step = timed(torch.optim.SGD.step)
+            self.times_steps = True
         trainer._predictions = timed(trainer._predictions)
         trainer._train_group = written(trainer._train_group)
         trainer.evaluate = written(trainer.evaluate)
@@ -76,9 +84,13 @@ class TracingFactory(workloads.BenchmarkFactory):
 
 def overhead(name: str) -> float:
     """Return the share of the rounds after the first that is not computing."""
-    workload, _, block = name.partition("/")
-    size = int(block) if block else "auto"
-    recipe = workloads.recipe(workload, runtime__client_actors=ACTORS, runtime__cohort_size=size)
+    workload, _, variant = name.partition("/")
+    changes: dict[str, Any] = {"runtime__client_actors": ACTORS}
+    if variant == "local":
+        changes["runtime__executor"] = variant
+    elif variant:
+        changes["runtime__cohort_size"] = int(variant)
+    recipe = workloads.recipe(workload, **changes)
     with tempfile.TemporaryDirectory() as traces, tempfile.TemporaryDirectory() as out:
         folder = Path(out, "run")
         result = rayfed_lora.run(recipe, out=str(folder), factory=TracingFactory(traces))
@@ -96,7 +108,7 @@ def overhead(name: str) -> float:
 def main() -> None:
     """Measure the workloads in turn, several times."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workloads", default="W,W/10,W2,W3,W4")
+    parser.add_argument("--workloads", default="W,W/local,W3,W3/local,W2,W4")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     found: dict[str, list[float]] = {name: [] for name in args.workloads.split(",")}
