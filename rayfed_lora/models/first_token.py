@@ -16,9 +16,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from rayfed_lora.models.attention import KEYS_FIRST
+
 _Forward = Callable[..., torch.Tensor]
 # Attention of these implementations takes masks that are added or true where a token is seen.
-_PLAIN_MASKS = ("eager", "sdpa")
+_PLAIN_MASKS = ("eager", "sdpa", KEYS_FIRST)
 # Largest difference of a logit that is rounding, as a share of the largest logit.
 _ROUNDING = 1e-4
 

@@ -282,21 +282,6 @@ def _view(array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array)
 
 
-# Up to this length, torch's attention kernel for the CPU is slower than three plain products.
-_SHORT = 32
-
-
-def choose_attention(net: nn.Module, device: torch.device) -> None:
-    """Choose the attention of an image model that is the fastest on the device."""
-    config = net.config
-    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-    if device.type != "cpu" or not isinstance(size, int) or not isinstance(patch, int):
-        return
-    if (size // patch) ** 2 < _SHORT and config._attn_implementation == "sdpa":  # type: ignore[union-attr]
-        with quiet():
-            net.set_attn_implementation("eager")  # type: ignore[operator]
-
-
 def drops(config: Mapping[str, Any]) -> bool:
     """Return whether a configuration asks for dropout anywhere."""
     return any(

@@ -31,6 +31,7 @@ from rayfed_lora.data.tables import LANGUAGE_TASK
 from rayfed_lora.errors import BlockMemoryError, RunError
 from rayfed_lora.models import sources
 from rayfed_lora.models.adapted import AdaptedModel
+from rayfed_lora.models.attention import choose_attention
 from rayfed_lora.models.first_token import read_first_token_only
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.recipe import Recipe
@@ -122,7 +123,7 @@ class LocalTrainer:
         self._shape = model_shape(sources.skeleton(recipe.model, config), recipe)
         net = None if weights is None else self._assembled(weights)
         net = net or self._build()
-        sources.choose_attention(net, self._device)
+        choose_attention(net, self._device)
         self._model = AdaptedModel(net, recipe.adapter, device, self._shape.obstacle)
         inputs, _ = _tensors(
             workload.train.rows(np.arange(min(2, len(workload.train)))), self._device
