@@ -4,8 +4,8 @@ Computing is forward, loss, backward and optimiser step, and predictions of an e
 wall clock of the actors or threads. Everything else (reading batches, loading and reading adapters,
 messages, waiting for the server or for each other) is overhead: 1 - computing / (actors x seconds),
 from the end of the first round to the end of the last. `W/local` is W without Ray, in two threads
-of one process; `W/10` in blocks of ten clients in place of those of `auto`. Writes
-results/overhead.json.
+of one process, where a wait for Python's lock inside of what computes is not seen; `W/10` is W in
+blocks of ten clients in place of those of `auto`. Writes results/overhead.json.
 """
 
 from __future__ import annotations

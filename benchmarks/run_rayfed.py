@@ -1,4 +1,4 @@
-"""This project on a workload, as a user runs it: `rayfed_lora.run` on Ray."""
+"""This project on a workload, as a user runs it: `rayfed_lora.run`, on Ray or without."""
 
 from __future__ import annotations
 

@@ -218,7 +218,8 @@ def _needs(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> tuple[
     gpu = "" if runtime.device == "cpu" or gpus == 0 else f" and {share} where the cluster has GPUs"
     where = f"client actors: {count}"
     if runtime.executor == "local":
-        where = "this process" if actors in ("auto", 1) else f"this process, {actors} threads"
+        one = actors in ("auto", 1) or runtime.device == "cuda"
+        where = "this process" if one else f"this process, up to {actors} threads"
     full = any(planned.trainable == "full" for planned in rounds)
     training_mb = _training_mb(sizes, rounds)
     return (

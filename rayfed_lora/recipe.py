@@ -239,7 +239,7 @@ class Runtime(Section):
     executor: Literal["ray", "local"] = option("ray", "ray, or local: in this process, without Ray")
     client_actors: Positive | Auto = option(
         "auto",
-        "auto: as many as the cluster holds; with executor local, threads that train: auto: one",
+        "auto: as many as the cluster holds; executor local: threads on a CPU, auto: one",
         "actors",
     )
     gpus_per_actor: NonNegative | Auto = option(

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-# Weights of a layer that is small: merging was measured to be the quicker way up to 128 x 128
-# (benchmarks/README.md).
+# Weights of a layer for which merging was measured to be the quicker way (benchmarks/README.md).
 _SMALL = 1 << 13
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
@@ -91,10 +92,13 @@ def population(workload: Workload, trainer: Trainer, device: str) -> Population:
 
 
 def in_process(recipe: Recipe, factory: Factory, device: str) -> tuple[list[Trainer], Population]:
-    """Make workload and trainers here and now: one, or on a CPU as many as the recipe asks for."""
+    """Make workload and trainers here and now: one, or on a CPU as many as the recipe asks for.
+
+    A core has one of them at most.
+    """
     workload = factory.workload(recipe)
     weights = factory.weights(recipe, workload)
     asked = recipe.runtime.client_actors
-    count = 1 if asked == "auto" or device != "cpu" else asked
+    count = 1 if asked == "auto" or device != "cpu" else min(asked, os.cpu_count() or 1)
     trainers = [factory.trainer(recipe, workload, weights, device) for _ in range(count)]
     return trainers, population(workload, trainers[0], device)

@@ -222,11 +222,12 @@ def interruptible(stop: Callable[[], object]) -> Iterator[None]:
 def ray_session(address: str | None) -> Iterator[None]:
     """Connect to a cluster, or start a Ray of our own for the time of the run."""
     where = address or os.environ.get("RAY_ADDRESS")
-    # Ray reads them when it is imported: set later, they would hold for the processes that it
-    # starts, and not for this one.
-    if where is None and "ray" not in sys.modules:
+    if where is None:
         for name, value in _QUIET_RAY.items():
-            os.environ.setdefault(name, value)
+            # Read when Ray is imported: set later, it would hold for the processes that Ray
+            # starts, and not for this one.
+            if name != "RAY_AUTH_MODE" or "ray" not in sys.modules:
+                os.environ.setdefault(name, value)
     reason = None if where is None else unreachable_cluster(where)
     if reason is not None:
         raise ResourceError(f"no Ray cluster at {where}: {reason}")

@@ -176,8 +176,8 @@ class LocalExecutor:
         return self._begun(lambda trainer: trainer.export(state, base, trainable)).result()
 
     def close(self) -> None:
-        """Let the trainers go."""
+        """Let the trainers go; what threads are doing is not waited for, but by a process's end."""
         if self._threads is not None:
-            self._threads.shutdown(cancel_futures=True)
+            self._threads.shutdown(wait=False, cancel_futures=True)
         self._trainers, self._idle, self._threads = (), None, None
         self.concurrent = False

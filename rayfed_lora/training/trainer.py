@@ -125,11 +125,10 @@ class LocalTrainer:
         net = net or self._build()
         choose_attention(net, self._device)
         self._model = AdaptedModel(net, recipe.adapter, device, self._shape.obstacle)
-        inputs, _ = _tensors(
-            workload.train.rows(np.arange(min(2, len(workload.train)))), self._device
-        )
-        read_first_token_only(net, inputs)
         self._language = recipe.model.task == LANGUAGE_TASK
+        if not self._language:
+            two = workload.train.rows(np.arange(min(2, len(workload.train))))
+            read_first_token_only(net, _tensors(two, self._device)[0])
         self._drops = recipe.adapter.dropout > 0 or sources.drops(workload.config)
 
     def _build(self) -> nn.Module:
@@ -215,6 +214,7 @@ class LocalTrainer:
     ) -> list[ClientUpdate]:
         """Train some clients in the same batches; the results are those of each one alone."""
         began = time.perf_counter()
+        _know_threads()
         settings, seed = self._recipe.clients, self._recipe.seed
         tasks = group.tasks
         starts = [start_of[task.client] for task in tasks]
@@ -320,6 +320,7 @@ class LocalTrainer:
 
     def _predictions(self, examples: Batch) -> Predictions:
         """Return what the loaded model, in evaluation mode, says of some examples."""
+        _know_threads()
         inputs, labels = _tensors(examples, self._device)
         logits = self._model.net(**inputs).logits.float()
         if self._language:
@@ -402,6 +403,11 @@ class LocalTrainer:
                 export.write_base(folder / "base", net, everything)
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def _know_threads() -> None:
+    """Let torch settle how many threads this thread may use: else the first products take all."""
+    torch.get_num_threads()
 
 
 def _seed(seed: int, device: torch.device) -> None:

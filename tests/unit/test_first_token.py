@@ -138,6 +138,27 @@ class MeanReader(nn.Module):
         return type("Output", (), {"logits": self.classifier(read)})
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        # Its second head reads the second token.
+        ("deit", {**IMAGE, "architectures": ["DeiTForImageClassificationWithTeacher"]}),
+        # Its feed-forward part wants three tokens at a time.
+        ("distilbert", {**DISTIL, "chunk_size_feed_forward": 3}),
+        # The first token sees itself only.
+        ("bert", {**TEXT, "is_decoder": True}),
+    ],
+)
+def test_a_layer_that_cannot_do_with_one_token_is_left_as_it_is(
+    name: str, values: dict[str, Any]
+) -> None:
+    net = classifier(name, values).eval()
+    inputs = examples(net)
+    before = net(**inputs).logits
+    assert not read_first_token_only(net, inputs)
+    assert torch.equal(net(**inputs).logits, before)
+
+
 def test_a_model_that_reads_other_tokens_is_left_as_it_is() -> None:
     net = MeanReader()
     inputs = examples(net)

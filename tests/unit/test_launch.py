@@ -47,10 +47,11 @@ def test_a_ray_of_our_own_starts_quietly_with_a_token_and_without_a_dashboard(
     assert [call["include_dashboard"] for call in started] == [False]
 
 
-def test_a_ray_that_was_imported_before_keeps_the_settings_that_it_has_read(
+def test_a_ray_that_was_imported_before_decides_on_tokens_itself(
     started: list[dict[str, Any]],
 ) -> None:
     # Its processes would ask for a token that this one does not send.
     with ray_session(None):
-        assert not any(name in os.environ for name in SETTINGS)
+        assert "RAY_AUTH_MODE" not in os.environ
+        assert {os.environ[name] for name in SETTINGS[1:]} == {"0"}
     assert len(started) == 1

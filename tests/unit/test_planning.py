@@ -176,7 +176,7 @@ def test_the_plan_knows_the_data_it_was_made_for() -> None:
     ("overrides", "expected"),
     [
         ({}, "this process, each 1 CPU"),
-        ({"runtime.client_actors": 2}, "this process, 2 threads, each 1 CPU"),
+        ({"runtime.client_actors": 2}, "this process, up to 2 threads, each 1 CPU"),
         ({"runtime.executor": "ray"}, "client actors: 1 to 3 (auto), each 1 CPU"),
         (
             {
