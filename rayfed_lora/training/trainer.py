@@ -38,7 +38,11 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.seeds import Purpose, torch_seed
 from rayfed_lora.training.dropout import ClientDropout
 from rayfed_lora.training.groups import ClientTask, GroupTask
-from rayfed_lora.training.memory import keep_freed_memory, memory_watched
+from rayfed_lora.training.memory import (
+    keep_freed_memory,
+    memory_watched,
+    return_freed_memory,
+)
 from rayfed_lora.training.optimizing import (
     add_proximal_gradient,
     clip_by_client,
@@ -383,6 +387,8 @@ class LocalTrainer:
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         """Return `adapter/...` and, where a user could not get the base elsewhere, `base/...`."""
+        # Training is over.
+        return_freed_memory()
         # peft is imported for this only: no client needs it.
         from rayfed_lora.models import export
 
