@@ -81,15 +81,9 @@ def _vit(
 ) -> torch.Tensor:
     """Return the first token after a layer that normalises before each part, (batch, 1, d)."""
     own = layer.attention
-    seen = layer.layernorm_before(hidden)
-    read = _attended(
-        own.q_proj(seen[:, :1]),
-        own.k_proj(seen),
-        own.v_proj(seen),
-        attention_mask,
-        own.head_dim,
-        own.attention_dropout if own.training else 0.0,
-    )
+    parts = (own.q_proj, own.k_proj, own.v_proj)
+    drop, seen = own.attention_dropout, layer.layernorm_before(hidden)
+    read = _attended(own, parts, seen, attention_mask, own.head_dim, drop)
     first = hidden[:, :1] + layer.dropout(own.o_proj(read))
     return first + layer.dropout(layer.mlp(layer.layernorm_after(first)))  # type: ignore[no-any-return]
 
@@ -99,14 +93,8 @@ def _bert(
 ) -> torch.Tensor:
     """Return the first token after a layer that normalises after each part, (batch, 1, d)."""
     own = layer.attention.self
-    read = _attended(
-        own.query(hidden[:, :1]),
-        own.key(hidden),
-        own.value(hidden),
-        attention_mask,
-        own.attention_head_size,
-        own.dropout.p if own.training else 0.0,
-    )
+    parts, head = (own.query, own.key, own.value), own.attention_head_size
+    read = _attended(own, parts, hidden, attention_mask, head, own.dropout.p)
     return layer.feed_forward_chunk(layer.attention.output(read, hidden[:, :1]))  # type: ignore[no-any-return]
 
 
@@ -115,22 +103,16 @@ def _distilbert(
 ) -> torch.Tensor:
     """Return what `_bert` does, of a layer with other names."""
     own = layer.attention
-    read = _attended(
-        own.q_lin(hidden[:, :1]),
-        own.k_lin(hidden),
-        own.v_lin(hidden),
-        attention_mask,
-        own.attention_head_size,
-        own.dropout.p if own.training else 0.0,
-    )
+    parts, head = (own.q_lin, own.k_lin, own.v_lin), own.attention_head_size
+    read = _attended(own, parts, hidden, attention_mask, head, own.dropout.p)
     first = layer.sa_layer_norm(own.out_lin(read) + hidden[:, :1])
     return layer.output_layer_norm(layer.ffn(first) + first)  # type: ignore[no-any-return]
 
 
 def _attended(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    own: nn.Module,
+    projections: tuple[nn.Module, nn.Module, nn.Module],
+    seen: torch.Tensor,
     mask: torch.Tensor | None,
     head: int,
     dropout: float,
@@ -138,18 +120,21 @@ def _attended(
     """Return what the first token reads of all, (batch, 1, d), before the output projection.
 
     Args:
-        query: (batch, 1, d).
-        key: (batch, tokens, d).
-        value: (batch, tokens, d).
+        own: the attention.
+        projections: of queries, keys and values.
+        seen: (batch, tokens, d), what they are applied to.
         mask: (batch or 1, heads or 1, tokens or 1, tokens) as transformers makes it; None: every
             token is seen.
         head: size of a head.
-        dropout: probability of a zero in the attention.
+        dropout: probability of a zero in the attention while it is trained.
     """
-    q, k, v = (x.view(*x.shape[:2], -1, head).transpose(1, 2) for x in (query, key, value))
-    own = None if mask is None else mask[:, :, :1]
-    read = functional.scaled_dot_product_attention(q, k, v, attn_mask=own, dropout_p=dropout)
-    return read.transpose(1, 2).reshape(query.shape)
+    query, key, value = projections
+    projected = (query(seen[:, :1]), key(seen), value(seen))
+    q, k, v = (x.view(*x.shape[:2], -1, head).transpose(1, 2) for x in projected)
+    first = None if mask is None else mask[:, :, :1]
+    rate = dropout if own.training else 0.0
+    read = functional.scaled_dot_product_attention(q, k, v, attn_mask=first, dropout_p=rate)
+    return read.transpose(1, 2).flatten(2)
 
 
 _FORWARD_OF: dict[str, _Forward] = {
