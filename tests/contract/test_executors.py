@@ -63,7 +63,7 @@ ONE_STAGE: dict[str, Any] = {
     "data__partition__clients": 3,
     "clients__per_round": 3,
 }
-BRIEFLY_S = 10.0
+BRIEFLY_S = 4.0
 EXECUTORS = [
     pytest.param(0, id="local"),
     pytest.param(-2, id="local-2"),
