@@ -64,7 +64,7 @@ class AdaptedLinear(nn.Linear):
         else:
             seen = functional.dropout(x, self.dropout, self.training) if self.dropout > 0 else x
             low = torch.bmm(_by_client(seen, len(a)), a.transpose(1, 2))
-            # In place: nobody else has seen it, and a copy takes a third of the product's time.
+            # In place: nobody else has seen it, and a copy takes longer than the product.
             y = functional.linear(rows, self.weight, self.bias)
             y = y.baddbmm_(low, scaled.transpose(1, 2).to(y.dtype))
         return y.view(*x.shape[:-1], self.out_features)
