@@ -42,8 +42,8 @@ class TracingFactory(workloads.BenchmarkFactory):
         self.times_steps = False
 
     def trainer(self, recipe: Recipe, *made_from: Any) -> Trainer:
-        """Build the trainer and time what it calls of torch."""
-        import torch
+        """Build the trainer and time what it has torch compute."""
+        from rayfed_lora.training import trainer as training
 
         trainer = super().trainer(recipe, *made_from)
 
@@ -74,7 +74,14 @@ class TracingFactory(workloads.BenchmarkFactory):
         trainer._pass = timed(trainer._pass)
         if not self.times_steps:
             # Once a process, for all its trainers.
-            torch.optim.SGD.step = timed(torch.optim.SGD.step)
+            make = training.fresh_optimizer
+
+            def optimizer(*args: Any) -> Any:
+                made = make(*args)
+                made.step = timed(made.step)
+                return made
+
+            training.fresh_optimizer = optimizer
             self.times_steps = True
         trainer._predictions = timed(trainer._predictions)
         trainer._train_group = written(trainer._train_group)

@@ -74,8 +74,8 @@ class ClientActor:
         self._name = name
         self._rule = ""
         self._trainer: Trainer | None = None
-        # The state that was tested last, and its key.
-        self._tested: tuple[str, AdapterState] | None = None
+        # The state that was tested last, and its number.
+        self._tested: tuple[int, AdapterState] | None = None
         # One thread computes, always the same (torch keeps its settings by thread), while Ray's
         # own fetch what the next call needs and send what the last one has found.
         self._computing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="computing")
@@ -156,7 +156,7 @@ class ClientActor:
         state: AdapterState,
         base: Base,
         trainable: Trainable,
-        key: str,
+        number: int,
     ) -> Timed[Predictions]:
         """Return the predictions on some rows of a split.
 
@@ -166,13 +166,13 @@ class ClientActor:
             state: the global state: a new object in each call.
             base: what is frozen.
             trainable: `full` or `adapter`.
-            key: the same for the same state.
+            number: of the state, the same for the same one.
         """
 
         def evaluated() -> Predictions:
             trainer = self._opened()
-            if self._tested is None or self._tested[0] != key:
-                self._tested = key, state
+            if self._tested is None or self._tested[0] != number:
+                self._tested = number, state
             return trainer.evaluate(split, rows, self._tested[1], base, trainable)
 
         return self._timed(evaluated)

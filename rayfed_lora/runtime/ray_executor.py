@@ -5,7 +5,7 @@ Source: this project.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -15,6 +15,7 @@ from ray.exceptions import ObjectLostError
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.errors import RunError
 from rayfed_lora.federation.executor import Call, Population, Trained, joins
+from rayfed_lora.lora.stacked import named
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.actor_pool import (
     ATTEMPTS,
@@ -43,6 +44,8 @@ from rayfed_lora.types import (
 
 # Each name of a task stays in the metrics of every process, with 15 kB (measured with Ray 2.60).
 _MOST_NAMES = 1_000
+# Bytes; below the 100 kB up to which Ray itself sends a value with the call.
+_SENT_WITH_CALL = 1 << 16
 
 
 class RayExecutor:
@@ -83,8 +86,10 @@ class RayExecutor:
         self._pool: ActorPool | None = None
         # References of the workload and of the base's weights.
         self._shared: list[ray.ObjectRef] = []
-        self._bases: dict[tuple[int, int], ray.ObjectRef] = {}
-        self._state: tuple[AdapterState, ray.ObjectRef] | None = None
+        self._bases: dict[tuple[int, int], ray.ObjectRef | Base] = {}
+        # The newest state, how it is sent, and its number.
+        self._state: tuple[AdapterState, ray.ObjectRef | AdapterState] | None = None
+        self._states = 0
         self._busy_s, self._retried = 0.0, 0
 
     def open(self) -> Population:
@@ -240,6 +245,7 @@ class RayExecutor:
     ) -> Callable[[], list[Predictions]]:
         """Start the evaluation of each shard of rows, behind all that waits."""
         state_ref, base_ref = self._put_state(state), self._put_base(base)
+        number = self._states
 
         name = f"evaluate {split}"
 
@@ -248,7 +254,7 @@ class RayExecutor:
                 name,
                 lambda actor, _: [
                     actor.evaluate.options(name=name).remote(
-                        split, rows, state_ref, base_ref, trainable, state_ref.hex()
+                        split, rows, state_ref, base_ref, trainable, number
                     )
                 ],
                 limited=True,
@@ -291,20 +297,27 @@ class RayExecutor:
         )
         return files
 
-    def _put_state(self, state: AdapterState) -> ray.ObjectRef:
-        """Put a state once: a round starts from what the one before was tested with."""
+    def _put_state(self, state: AdapterState) -> ray.ObjectRef | AdapterState:
+        """Put a state once: a round starts from what the one before was tested with.
+
+        A small one goes with each call instead.
+        """
         if self._state is None or self._state[0] is not state:
-            self._state = (state, ray.put(state))
+            small = _small(named(state).values())
+            self._state = (state, state if small else ray.put(state))
+            self._states += 1
         return self._state[1]
 
-    def _put_base(self, base: Base) -> ray.ObjectRef:
-        """Put a base into the object store once; of two, the older one is dropped.
+    def _put_base(self, base: Base) -> ray.ObjectRef | Base:
+        """Put a base once, unless it is small; of two, the older one is dropped.
 
         A round may start from another one than the round before it is tested with.
         """
         key = base.version
         if key not in self._bases:
-            self._bases = {**dict([*self._bases.items()][-1:]), key: ray.put(base)}
+            small = base.tensors is None and _small(base.merged.values())
+            sent = base if small else ray.put(base)
+            self._bases = {**dict([*self._bases.items()][-1:]), key: sent}
         return self._bases[key]
 
     def close(self) -> None:
@@ -313,3 +326,8 @@ class RayExecutor:
             self._crew.close()
         self._crew, self._pool = None, None
         self._shared, self._bases, self._state = [], {}, None
+
+
+def _small(arrays: Iterable[FloatArray]) -> bool:
+    """Return whether to send some arrays with each call, rather than once by the object store."""
+    return sum(array.nbytes for array in arrays) <= _SENT_WITH_CALL
