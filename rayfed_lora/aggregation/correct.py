@@ -11,7 +11,7 @@ import numpy as np
 
 from rayfed_lora.aggregation.factor_average import averaged, stepped_mean
 from rayfed_lora.aggregation.means import Means
-from rayfed_lora.aggregation.step import Aggregate, Product, ServerStep, product, relative_error
+from rayfed_lora.aggregation.step import Aggregate, Product, ServerStep, error_of
 from rayfed_lora.types import AdapterState, Factors, FloatArray
 
 # Share of the mean eigenvalue of A A^T that the ridge adds to it.
@@ -27,8 +27,8 @@ def correct(start: AdapterState, means: Means, step: ServerStep) -> Aggregate:
     state = averaged(start, means, step)
     exact = stepped_mean(start, means, step.lr)
     factors = {name: _corrected(f, exact[name]) for name, f in state.factors.items()}
-    used = {name: product(f) for name, f in factors.items()}
-    return Aggregate(AdapterState(factors, state.dense), relative_error(used, exact), {})
+    corrected = AdapterState(factors, state.dense)
+    return Aggregate(corrected, {}, lambda: error_of(corrected, exact))
 
 
 def _corrected(mean: Factors, exact: Product) -> Factors:

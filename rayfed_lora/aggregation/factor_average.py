@@ -11,8 +11,7 @@ from rayfed_lora.aggregation.step import (
     Aggregate,
     Product,
     ServerStep,
-    product,
-    relative_error,
+    error_of,
     stepped_product,
 )
 from rayfed_lora.lora.stacked import A, B, named
@@ -29,7 +28,7 @@ def factor_average(start: AdapterState, means: Means, step: ServerStep) -> Aggre
     FedAvg is this rule on a state without factors.
     """
     state = averaged(start, means, step)
-    return Aggregate(state, step_error(start, state, means, step), {})
+    return Aggregate(state, {}, lambda: step_error(start, state, means, step))
 
 
 def step_error(
@@ -38,8 +37,7 @@ def step_error(
     """Return how far a stepped state is from the same step towards the exact mean."""
     if not step.linear:
         return None
-    used = {name: product(f) for name, f in state.factors.items()}
-    return relative_error(used, stepped_mean(start, means, step.lr))
+    return error_of(state, stepped_mean(start, means, step.lr))
 
 
 def averaged(start: AdapterState, means: Means, step: ServerStep) -> AdapterState:

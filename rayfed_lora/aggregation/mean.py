@@ -53,15 +53,15 @@ class TensorMean:
             shapes: of the tensors, by name, in the order in which they are in a row.
         """
         self._check(shapes)
-        for weight, row in zip(weights.tolist(), rows, strict=True):
-            self._add(weight, row)
+        self._add(weights, rows)
 
     def join(self, other: TensorMean) -> None:
         """Add what another mean has taken in; raises as `add` does."""
         if other._weight > 0.0:
             self._check(other._shapes)
         if other._first is not None:
-            self._add(*other._first)
+            weight, flat = other._first
+            self._add(np.array([weight]), flat[None])
         if other._sum is not None:
             own = self._summed()
             # What came may be read-only.
@@ -77,15 +77,21 @@ class TensorMean:
                 f" {shapes.get(wrong)}"
             )
 
-    def _add(self, weight: float, flat: FloatArray) -> None:
+    def _add(self, weights: Float64Array, rows: FloatArray) -> None:
         own = self._summed()
-        if own is None:
-            self._first = weight, flat
-        else:
-            # In parts that stay in a processor's cache; a whole product is as large as the sum.
-            for i in range(0, len(flat), _PART):
-                own[i : i + _PART] += np.multiply(flat[i : i + _PART], weight, dtype=np.float64)
-        self._weight += weight
+        self._weight += sum(weights.tolist())
+        if own is None and len(rows) == 1:
+            self._first = float(weights[0]), rows[0]
+            return
+        total = self._sum = np.empty(rows.shape[1]) if own is None else own
+        # In parts that stay in a processor's cache: all products are as large as the clients.
+        step = max(_PART // len(rows), 2)
+        for i in range(0, len(total), step):
+            products = np.multiply(rows[:, i : i + step], weights[:, None], dtype=np.float64)
+            if own is not None:
+                products[0] += own[i : i + step]
+            # Row by row, as if they had come one by one.
+            np.add.reduce(products, axis=0, out=total[i : i + step])
 
     def _summed(self) -> Float64Array | None:
         """Return the sum, with the first client in it; None where there is no client."""

@@ -19,7 +19,7 @@ def stacking(start: AdapterState, means: Means, step: ServerStep) -> Aggregate:
     exact = stepped_mean(start, means, step.lr)
     merged = {name: update for name, update in exact.items() if update[0].shape[1] > 0}
     state = AdapterState({}, step(start.dense, means.tensors()))
-    return Aggregate(state, 0.0 if exact else None, merged)
+    return Aggregate(state, merged, lambda: 0.0 if exact else None)
 
 
 def residual(start: AdapterState, means: Means, step: ServerStep) -> Aggregate:
@@ -29,4 +29,4 @@ def residual(start: AdapterState, means: Means, step: ServerStep) -> Aggregate:
     merged = {
         name: difference(exact[name], product(f)) for name, f in state.factors.items() if f.rank > 0
     }
-    return Aggregate(state, 0.0 if exact else None, merged)
+    return Aggregate(state, merged, lambda: 0.0 if exact else None)

@@ -14,8 +14,7 @@ from rayfed_lora.aggregation.step import (
     Aggregate,
     Product,
     ServerStep,
-    product,
-    relative_error,
+    error_of,
 )
 from rayfed_lora.lora.products import product_svd as svd_of_product
 from rayfed_lora.lora.resize import from_svd
@@ -30,9 +29,8 @@ def product_svd(start: AdapterState, means: Means, step: ServerStep) -> Aggregat
     """
     exact = stepped_mean(start, means, step.lr)
     factors = {name: _cut(f, exact[name]) for name, f in start.factors.items()}
-    used = {name: product(f) for name, f in factors.items()}
     state = AdapterState(factors, step(start.dense, means.tensors()))
-    return Aggregate(state, relative_error(used, exact), {})
+    return Aggregate(state, {}, lambda: error_of(state, exact))
 
 
 def _cut(start: Factors, target: Product) -> Factors:

@@ -6,8 +6,9 @@ Source: this project; the server's step: `server_step`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -28,14 +29,22 @@ class Aggregate:
     Attributes:
         state: same modules, scales and tensor names as the state the clients started from; no
             factors where the rule lets LoRA start anew.
-        error: ||D_used - D_exact||_F / ||D_exact||_F over all modules, D_exact the same step
-            towards the exact mean; None without factors, and where the step is not linear.
         merged: update by module that goes into the frozen base; empty for most rules.
+        measure: computes `error`.
     """
 
     state: AdapterState
-    error: float | None
     merged: Mapping[str, Product]
+    measure: Callable[[], float | None]
+
+    @cached_property
+    def error(self) -> float | None:
+        """||D_used - D_exact||_F / ||D_exact||_F over all modules, computed when it is asked for.
+
+        D_exact is the same step towards the exact mean; None without factors, and where the step
+        is not linear.
+        """
+        return self.measure()
 
 
 class ServerStep(Protocol):
@@ -69,6 +78,11 @@ def stepped_product(start: Factors, mean: Product, lr: float) -> Product:
         return mean
     old_b, old_a = WeightedProduct.of(1.0 - lr, start).weighted()
     return np.concatenate([old_b, lr * mean[0]], axis=1), np.concatenate([old_a, mean[1]])
+
+
+def error_of(state: AdapterState, exact: Mapping[str, Product]) -> float | None:
+    """Return `relative_error` of a state's effective updates."""
+    return relative_error({name: product(f) for name, f in state.factors.items()}, exact)
 
 
 def relative_error(used: Mapping[str, Product], exact: Mapping[str, Product]) -> float | None:

@@ -36,4 +36,4 @@ def zero_pad(start: AdapterState, means: Means, step: ServerStep) -> Aggregate:
         for name, f in start.factors.items()
     }
     state = AdapterState(factors, {name: stepped[name] for name in start.dense})
-    return Aggregate(state, step_error(start, state, means, step), {})
+    return Aggregate(state, {}, lambda: step_error(start, state, means, step))

@@ -26,17 +26,15 @@ def round_record(
     entry: Entry,
     frozen: Frozen | None,
     lr: float,
-    error: float | None,
     updates: list[ClientUpdate],
 ) -> RoundRecord:
-    """Return a round's row; bill, scores, seconds and retries are still to be filled in.
+    """Return a round's row, without the aggregate's error, bill, scores, seconds and retries.
 
     Args:
     plan: the round.
     entry: the model that its clients started from.
     frozen: the factor that they did not train.
     lr: their learning rate.
-    error: of the aggregation.
     updates: what came of them.
     """
     usable = [update for update in updates if update.usable]
@@ -62,7 +60,7 @@ def round_record(
         eval_perplexity=None,
         validation_accuracy=None,
         validation_loss=None,
-        aggregation_error=error,
+        aggregation_error=None,
         params_up=0,
         params_down=0,
         bytes_up=0,

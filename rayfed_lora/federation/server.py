@@ -72,12 +72,13 @@ class _Started:
 
 @dataclass(frozen=True)
 class _Trained:
-    """A round that is aggregated; nothing of the model that it started from.
+    """A round that is aggregated.
 
     Attributes:
         plan: the round.
         after: the run after it, without scores and timing.
-        record: its row, without what was sent, scores and seconds.
+        record: its row, without what was sent, the aggregate's error, scores and seconds.
+        error: computes the aggregate's error; holds the model that the round started from.
         updates: a report of each client of the cohort.
         turnout: by the simulated clock.
         training_s: seconds since the round before it was aggregated, without waiting for tests.
@@ -87,6 +88,7 @@ class _Trained:
     plan: RoundPlan
     after: Progress
     record: RoundRecord
+    error: Callable[[], float | None]
     updates: list[ClientUpdate]
     turnout: Turnout | None
     training_s: float
@@ -95,7 +97,7 @@ class _Trained:
 
 @dataclass(frozen=True)
 class _Tested:
-    """An aggregated round that is being tested."""
+    """An aggregated round that is being tested; nothing of the model that it started from."""
 
     trained: _Trained
     tests: RoundTests
@@ -200,7 +202,11 @@ class Server:
             yield from self._last(tested, trained)
 
     def _in_test(self, trained: _Trained) -> _Tested:
-        return _Tested(trained, self._tester.started(trained.after))
+        """Let the test of a round begin, and compute what nobody had to wait for."""
+        tests = self._tester.started(trained.after)
+        record = replace(trained.record, aggregation_error=trained.error())
+        # Without what the error is computed from.
+        return _Tested(replace(trained, record=record, error=lambda: None), tests)
 
     def _started(self, t: int, before: Progress) -> _Started:
         """Plan a round and let its training begin."""
@@ -262,7 +268,7 @@ class Server:
         self._unbooked.append(facts)
         lr, lasted_s = learning_rate(self._recipe, plan.round), started.clock_s - before.clock_s
         record = replace(
-            records.round_record(plan, entry, started.frozen, lr, aggregate.error, updates),
+            records.round_record(plan, entry, started.frozen, lr, updates),
             retried_blocks=retries,
             simulated_s=None if self._devices is None else lasted_s,
         )
@@ -270,7 +276,16 @@ class Server:
         updates = [replace(u, personal=None) if u.personal else u for u in updates]
         now = time.perf_counter()
         training_s, self._aggregated_at = now - self._aggregated_at, now
-        return _Trained(plan, after, record, updates, started.turnout, training_s, aggregation_s)
+        return _Trained(
+            plan,
+            after,
+            record,
+            aggregate.measure,
+            updates,
+            started.turnout,
+            training_s,
+            aggregation_s,
+        )
 
     def _finished(self, tested: _Tested) -> Progress:
         """Wait for a round's test, book and record the round, and return the run after it."""
@@ -335,7 +350,9 @@ class Server:
             )
         state = started.entry.model.state
         began = time.perf_counter()
-        aggregate = self._rule.rule(state, whole, step) if reports else Aggregate(state, None, {})
+        aggregate = (
+            self._rule.rule(state, whole, step) if reports else Aggregate(state, {}, lambda: None)
+        )
         spent += time.perf_counter() - began
         return aggregate, self._with_absent(started, reports), retries, spent
 

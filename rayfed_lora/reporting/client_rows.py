@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -75,8 +74,9 @@ class ClientRows:
         Raises:
             RunError: so many wait that they are saved, and the folder cannot be written.
         """
-        rows = [asdict(record) for record in records]
-        self._waiting.append(pa.Table.from_pylist(rows, schema=self._schema))
+        names = self._schema.names
+        columns = {name: [getattr(record, name) for record in records] for name in names}
+        self._waiting.append(pa.Table.from_pydict(columns, schema=self._schema))
         if sum(table.num_rows for table in self._waiting) > _WAITING:
             self.save()
 

@@ -35,6 +35,8 @@ from rayfed_lora.types import (
 )
 
 _T = TypeVar("_T")
+# Waits for the reports of a call's clients and their means.
+_Reduced = Callable[[], tuple[tuple[ClientUpdate, ...], Means]]
 
 
 class _Later(Generic[_T]):
@@ -65,6 +67,8 @@ class LocalExecutor:
         # Trainers that have nothing to do; None: there is only one, and no thread for it.
         self._idle: SimpleQueue[Trainer] | None = None
         self._threads: ThreadPoolExecutor | None = None
+        # One more thread sums up what a call has come to, while its trainer does the next one.
+        self._summing: ThreadPoolExecutor | None = None
 
     def open(self) -> Population:
         """Make the trainers."""
@@ -73,12 +77,10 @@ class LocalExecutor:
             self._idle = SimpleQueue()
             for trainer in self._trainers:
                 self._idle.put(trainer)
-            self._threads = ThreadPoolExecutor(
-                len(self._trainers),
-                "training",
-                # Some libraries keep the limit by thread; a sum must not depend on their number.
-                initializer=partial(threadpool_limits, 1, "blas"),
-            )
+            # Some libraries keep the limit by thread; a sum must not depend on their number.
+            alone = partial(threadpool_limits, 1, "blas")
+            self._threads = ThreadPoolExecutor(len(self._trainers), "training", alone)
+            self._summing = ThreadPoolExecutor(1, "summing", alone)
             self.concurrent = True
         return population
 
@@ -111,27 +113,28 @@ class LocalExecutor:
         self, state: AdapterState, base: Base, plan: LocalPlan, calls: Sequence[Call]
     ) -> Generator[Trained, None, None]:
         """Yield what comes of each call, in order."""
+        summing = self._summing
 
-        def trained(call: Call, trainer: Trainer) -> tuple[tuple[ClientUpdate, ...], Means]:
+        def trained(call: Call, trainer: Trainer) -> _Reduced:
             training = Training(trainer, call, state, base, plan, self._rule)
             training.train()
-            return training.reduced()
+            if summing is None:
+                return training.reduced
+            return summing.submit(training.reduced).result
 
         return self._collected(deque(self._begun(partial(trained, call)) for call in calls))
 
     def _collected(
-        self,
-        begun: deque[
-            Future[tuple[tuple[ClientUpdate, ...], Means]]
-            | _Later[tuple[tuple[ClientUpdate, ...], Means]]
-        ],
+        self, begun: deque[Future[_Reduced] | _Later[_Reduced]]
     ) -> Generator[Trained, None, None]:
         try:
             for run in joins(range(len(begun))):
                 parts: list[Means] = []
                 for i in run:
                     # Nothing of it stays here when it has been told.
-                    reports, means = begun.popleft().result()
+                    reduced = begun.popleft().result()
+                    reports, means = reduced()
+                    del reduced
                     parts.append(means)
                     if i != run[-1]:
                         yield Trained(reports, None)
@@ -177,7 +180,8 @@ class LocalExecutor:
 
     def close(self) -> None:
         """Let the trainers go; what threads are doing is not waited for, but by a process's end."""
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
-        self._trainers, self._idle, self._threads = (), None, None
+        for threads in (self._threads, self._summing):
+            if threads is not None:
+                threads.shutdown(wait=False, cancel_futures=True)
+        self._trainers, self._idle, self._threads, self._summing = (), None, None, None
         self.concurrent = False
