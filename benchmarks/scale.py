@@ -36,7 +36,7 @@ from rayfed_lora.types import (
 )
 
 if TYPE_CHECKING:
-    from rayfed_lora.training.workload import Workload
+    from rayfed_lora.data.workload import Workload
 
 # The adapted modules of the workload W: query and value of four layers, 64 x 64.
 SHAPE = ModelShape(
@@ -96,7 +96,7 @@ class AddingFactory:
     def workload(self, recipe: Recipe) -> Workload:
         from rayfed_lora.data.examples import Examples
         from rayfed_lora.data.partition import ClientTable
-        from rayfed_lora.training.workload import Workload
+        from rayfed_lora.data.workload import Workload
 
         clients = recipe.data.partition.clients
         rows = Examples.of({"pixel_values": np.zeros((8, 1), np.float32)}, np.zeros(8, np.int64))

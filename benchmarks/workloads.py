@@ -28,7 +28,7 @@ from rayfed_lora.types import AdapterState, Base
 
 if TYPE_CHECKING:
     # Not at run time: a driver has no need of torch.
-    from rayfed_lora.training.workload import Workload
+    from rayfed_lora.data.workload import Workload
 
 BATCH = 16
 
@@ -120,7 +120,7 @@ class BenchmarkFactory(TorchFactory):
 
 def workload(of: Recipe) -> Workload:
     """Return the workload's data: what a run of this project gets in place of its recipe's."""
-    from rayfed_lora.training.workload import Workload
+    from rayfed_lora.data.workload import Workload
 
     spec = SPECS[of.name]
     if spec.data == "trec":

@@ -32,9 +32,9 @@ from rayfed_lora.types import (
 )
 
 if TYPE_CHECKING:
+    from rayfed_lora.data.workload import Workload
     from rayfed_lora.training.protocol import Trainer
     from rayfed_lora.training.trainer import Weights
-    from rayfed_lora.training.workload import Workload
 
 
 _T = TypeVar("_T")
@@ -110,9 +110,11 @@ class ClientActor:
 
     def _open(self, recipe: Recipe, factory: Factory, prepared: list[ray.ObjectRef]) -> Population:
         factory.load(recipe)
-        from rayfed_lora.training.device import device_of_share
+        device = "cpu"
+        if self._gpus > 0:
+            from rayfed_lora.training.device import device_of_share
 
-        device = device_of_share(self._gpus)
+            device = device_of_share(self._gpus)
         workload, weights = ray.get(prepared)
         # As in the server: sums must not depend on how many cores an actor has.
         threadpool_limits(limits=1, user_api="blas")

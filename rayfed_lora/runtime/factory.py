@@ -10,9 +10,9 @@ from rayfed_lora.federation.executor import Population
 from rayfed_lora.recipe import Recipe
 
 if TYPE_CHECKING:
+    from rayfed_lora.data.workload import Workload
     from rayfed_lora.training.protocol import Trainer
     from rayfed_lora.training.trainer import Weights
-    from rayfed_lora.training.workload import Workload
 
 
 class Factory(Protocol):

@@ -28,6 +28,7 @@ from torch.nn import functional
 
 from rayfed_lora.data.examples import Batch
 from rayfed_lora.data.tables import LANGUAGE_TASK
+from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import BlockMemoryError, RunError
 from rayfed_lora.models import sources
 from rayfed_lora.models.adapted import AdaptedModel
@@ -51,7 +52,6 @@ from rayfed_lora.training.optimizing import (
 )
 from rayfed_lora.training.protocol import attributed
 from rayfed_lora.training.tokens import token_losses
-from rayfed_lora.training.workload import Workload
 from rayfed_lora.types import (
     AdapterState,
     Base,

@@ -27,6 +27,7 @@ from transformers import (
 from rayfed_lora.data.batches import batch_indices
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.data.partition import ClientTable
+from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import ClientError
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.shapes import adapted_modules, fusion_obstacle
@@ -34,7 +35,6 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.training.trainer import LocalTrainer
-from rayfed_lora.training.workload import Workload
 from rayfed_lora.types import AdapterState, Base, ClientUpdate, Factors, LocalPlan
 from tests.fakes import spoilt
 

@@ -28,12 +28,13 @@ from transformers import (
 )
 
 from rayfed_lora import cli
+from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import ModelError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.runtime import launch
 from rayfed_lora.training.trainer import LocalTrainer
-from rayfed_lora.training.workload import Workload, prepare
+from rayfed_lora.training.workload import prepare
 from rayfed_lora.types import AdapterState, Base, Factors
 
 # PEFT asks transformers 5 for a property that it is about to rename.

@@ -29,12 +29,13 @@ from transformers import (
 from rayfed_lora.data.batches import batch_indices
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.data.partition import ClientTable
+from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import ClientError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.training.trainer import LocalTrainer
-from rayfed_lora.training.workload import Workload, prepare
+from rayfed_lora.training.workload import prepare
 from rayfed_lora.types import (
     AdapterState,
     Base,
