@@ -35,20 +35,20 @@ if TYPE_CHECKING:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 NAMESPACE = "rayfed_lora"
-# A poll takes 3 ms of a core, of which the clients' share is short.
+# Each poll is work for server and driver, on cores that clients need.
 _POLL_S = 0.5
 _ANSWER_S = 30.0
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 # Set before a Ray of our own starts; a value that the user has set stays.
-_QUIET_RAY = {
+_OWN_RAY = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SCHEDULER_EVENTS": "0",
-    # Nobody can ask a Ray that lives as long as a run: a hundredth of a core.
+    # Nobody asks a Ray that lives as long as its run; collecting took a hundredth of a core.
     "RAY_enable_metrics_collection": "0",
-    # Bytes of a result that comes with the answer to its call (Ray: 100 kB). A larger one is put
-    # into the object store and fetched from there, which took 1.5 ms longer and two processes more.
-    "RAY_max_direct_call_object_size": str(1 << 20),
+    # Bytes up to which a result comes with the answer to its call (Ray: 100 kB). Larger ones go by
+    # the object store: 1.5 ms later on two cores that were busy.
+    "RAY_max_direct_call_object_size": str(1 << 19),
 }
 
 
@@ -229,7 +229,7 @@ def ray_session(address: str | None) -> Iterator[None]:
     """Connect to a cluster, or start a Ray of our own for the time of the run."""
     where = address or os.environ.get("RAY_ADDRESS")
     if where is None:
-        for name, value in _QUIET_RAY.items():
+        for name, value in _OWN_RAY.items():
             # Read when Ray is imported: set later, it would hold for the processes that Ray
             # starts, and not for this one.
             if name != "RAY_AUTH_MODE" or "ray" not in sys.modules:

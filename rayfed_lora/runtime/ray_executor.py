@@ -193,6 +193,9 @@ class RayExecutor:
                     yield Trained(reports, means, again - told)
                     told = again
                 self._retried += sum((job.begun - 1) * len(call_of[job].clients) for job in run)
+                # What it was: others of the round may be a while.
+                for job in run:
+                    job.value, job.rest = None, []
         finally:
             pool.drop(jobs)
 

@@ -108,6 +108,30 @@ def test_a_block_that_takes_too_long_is_run_again_on_a_new_process(tmp_path):
     assert_same_result(summary, tmp_path / "run", tmp_path / "local")
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_a_large_state_is_put_once_and_a_small_one_goes_with_each_call(
+    large, tmp_path, monkeypatch
+):
+    import ray
+
+    expected_summary(tmp_path / "local")
+    if large:
+        monkeypatch.setattr("rayfed_lora.runtime.ray_executor._SENT_WITH_CALL", 0)
+    put, states = ray.put, []
+
+    def noting(value: Any) -> Any:
+        if isinstance(value, AdapterState):
+            states.append(value)
+        return put(value)
+
+    monkeypatch.setattr(ray, "put", noting)
+    summary, _ = run(on_ray(), tmp_path / "run", FakeFactory())
+    # The first one, what each of six rounds has come to, and that at another rank.
+    assert len(states) >= 7 if large else not states
+    assert len({id(state) for state in states}) == len(states)
+    assert_same_result(summary, tmp_path / "run", tmp_path / "local")
+
+
 def test_parts_of_a_join_that_are_lost_are_computed_again(tmp_path, monkeypatch):
     from rayfed_lora.runtime.actor_pool import PartsLostError
     from rayfed_lora.runtime.ray_executor import RayExecutor

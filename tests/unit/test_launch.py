@@ -11,7 +11,8 @@ import ray
 
 from rayfed_lora.runtime.launch import ray_session
 
-SETTINGS = ("RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED", "RAY_SCHEDULER_EVENTS")
+SWITCHED_OFF = ("RAY_USAGE_STATS_ENABLED", "RAY_SCHEDULER_EVENTS", "RAY_enable_metrics_collection")
+SETTINGS = ("RAY_AUTH_MODE", *SWITCHED_OFF, "RAY_max_direct_call_object_size")
 
 
 @pytest.fixture
@@ -41,8 +42,8 @@ def test_a_ray_of_our_own_starts_quietly_with_a_token_and_without_a_dashboard(
     with ray_session(None):
         assert {name: os.environ[name] for name in SETTINGS} == {
             "RAY_AUTH_MODE": "token",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_SCHEDULER_EVENTS": "0",
+            **dict.fromkeys(SWITCHED_OFF, "0"),
+            "RAY_max_direct_call_object_size": "524288",
         }
     assert [call["include_dashboard"] for call in started] == [False]
 
@@ -53,5 +54,5 @@ def test_a_ray_that_was_imported_before_decides_on_tokens_itself(
     # Its processes would ask for a token that this one does not send.
     with ray_session(None):
         assert "RAY_AUTH_MODE" not in os.environ
-        assert {os.environ[name] for name in SETTINGS[1:]} == {"0"}
+        assert {os.environ[name] for name in SWITCHED_OFF} == {"0"}
     assert len(started) == 1
