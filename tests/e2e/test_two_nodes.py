@@ -40,7 +40,7 @@ seen = set()
 
 def watch(status):
     global second
-    if status.rounds_done == 3 and second is not None:
+    if status.rounds_done >= 3 and second is not None:
         second, gone = None, second
         seen.update(node["NodeName"] + node["NodeID"] for node in ray.nodes() if node["Alive"])
         cluster.remove_node(gone, allow_graceful=False)
