@@ -193,7 +193,7 @@ class RayExecutor:
                     yield Trained(reports, means, again - told)
                     told = again
                 self._retried += sum((job.begun - 1) * len(call_of[job].clients) for job in run)
-                # What it was: others of the round may be a while.
+                # Told and joined: it need not stay until the round is over.
                 for job in run:
                     job.value, job.rest = None, []
         finally:
