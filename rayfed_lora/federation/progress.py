@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,8 +26,8 @@ class Observer(Protocol):
         """Note that a round begins."""
         ...
 
-    def client_done(self, update: ClientUpdate) -> None:
-        """Note that a client's update was taken in."""
+    def clients_done(self, updates: Sequence[ClientUpdate]) -> None:
+        """Note that clients' updates were taken in."""
         ...
 
     def clients_tested(self, tests: list[ClientTest]) -> None:

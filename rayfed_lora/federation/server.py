@@ -333,9 +333,10 @@ class Server:
             if self._should_stop():
                 raise InterruptedRunError("stopped; the round was abandoned")
             retries += part.retries
-            for report in map(self._sized, part.clients):
+            new = [self._sized(report) for report in part.clients]
+            self._observer.clients_done(new)
+            for report in new:
                 reports.append(report)
-                self._observer.client_done(report)
                 if report.trace is not None:
                     self._check_failed(started, reports)
             if part.means is not None:
@@ -360,12 +361,13 @@ class Server:
         """Return the reports of a cohort, with those of who left or came too late."""
         if started.turnout is None:
             return reports
-        found = {report.client: report for report in reports}
-        for client, absence in started.turnout.absences.items():
-            size = int(self._population.devices.sizes[client])
-            absent = ClientUpdate(client, size, None, float("nan"), 0.0, absent=absence)
-            self._observer.client_done(absent)
-            found[client] = absent
+        sizes = self._population.devices.sizes
+        absent = [
+            ClientUpdate(client, int(sizes[client]), None, float("nan"), 0.0, absent=absence)
+            for client, absence in started.turnout.absences.items()
+        ]
+        self._observer.clients_done(absent)
+        found = {report.client: report for report in (*reports, *absent)}
         return [found[client] for client in started.cohort]
 
     def _sized(self, report: ClientUpdate) -> ClientUpdate:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
-from rayfed_lora.types import ClientRecord, ClientUpdate, RoundPlan, RoundRecord, Stage
+from rayfed_lora.types import ClientRecord, RoundPlan, RoundRecord, Stage
 
 # Records that are kept for who has not seen them yet; all of them are in rounds.parquet.
 _NEWEST = 1000
@@ -140,11 +140,11 @@ class StatusBoard:
             )
         )
 
-    def client_done(self, update: ClientUpdate) -> None:
-        """Note that a client's update was taken in."""
-        del update
+    def clients_done(self, count: int) -> None:
+        """Note that the updates of so many clients were taken in."""
         now = self._status
-        self._change(replace(now, clients_done=now.clients_done + 1, updates=now.updates + 1))
+        done, updates = now.clients_done + count, now.updates + count
+        self._change(replace(now, clients_done=done, updates=updates))
 
     def round_done(self, record: RoundRecord, clients: list[ClientRecord]) -> None:
         """Note a finished round."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -79,7 +78,8 @@ def round_schema(modules: Sequence[str]) -> pa.Schema:
 
 def round_row(record: RoundRecord) -> dict[str, Any]:
     """Return a round's row; of `proposal` too, which has columns of its own in the file."""
-    return {**asdict(record), **_proposal_row(record.proposal)}
+    # Not by `asdict`, which copies what is in the fields too.
+    return {**vars(record), **_proposal_row(record.proposal)}
 
 
 class Tables:

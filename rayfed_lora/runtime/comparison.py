@@ -182,10 +182,10 @@ def _name(cell: Cell) -> str:
     return "/".join(PurePosixPath(cell.location).parts[-3:])
 
 
-def _metrics(cell: Cell, executor: RayExecutor) -> Tracker:
-    from rayfed_lora.runtime.metrics import RunMetrics
+def _metrics(cell: Cell, executor: RayExecutor) -> Tracker | None:
+    from rayfed_lora.runtime.metrics import run_metrics
 
-    return RunMetrics(_name(cell), cell.recipe.annealing.total_rounds, executor.usage)
+    return run_metrics(_name(cell), cell.recipe.annealing.total_rounds, executor.usage)
 
 
 def cells_of(

@@ -6,6 +6,7 @@ new series. Prometheus knows them as `ray_rayfed_lora_<name>`, counters with `_t
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -85,6 +86,12 @@ class Usage:
     busy_s: float
     losses: int
     retried_clients: int
+
+
+def run_metrics(name: str, rounds: int, usage: Callable[[], Usage]) -> RunMetrics | None:
+    """Return what follows a run, as `RunMetrics`; None where this Ray does not collect metrics."""
+    collects = os.environ.get("RAY_enable_metrics_collection", "1").lower() in ("1", "true")
+    return RunMetrics(name, rounds, usage) if collects else None
 
 
 class RunMetrics:

@@ -9,7 +9,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -277,12 +277,13 @@ class _Sitting:
         self._running = plan.round
         self._board.round_started(plan, cohort)
 
-    def client_done(self, update: ClientUpdate) -> None:
-        if update.error is not None:
-            self._board.note(f"client {update.client} failed: {update.error}")
-        if update.note is not None:
-            self._board.note(update.note)
-        self._board.client_done(update)
+    def clients_done(self, updates: Sequence[ClientUpdate]) -> None:
+        for update in updates:
+            if update.error is not None:
+                self._board.note(f"client {update.client} failed: {update.error}")
+            if update.note is not None:
+                self._board.note(update.note)
+        self._board.clients_done(len(updates))
 
     def clients_tested(self, tests: list[ClientTest]) -> None:
         self._tables.add_tests(tests)

@@ -17,7 +17,7 @@ from rayfed_lora.errors import InterruptedRunError, RayfedError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.status import Status, StatusBoard
 from rayfed_lora.runtime.factory import Factory
-from rayfed_lora.runtime.metrics import RunMetrics
+from rayfed_lora.runtime.metrics import run_metrics
 from rayfed_lora.runtime.ray_executor import RayExecutor
 from rayfed_lora.runtime.session import simulate
 from rayfed_lora.storage import RunFolder
@@ -100,7 +100,7 @@ class SimulationServer:
             self._board,
             self._stop.is_set,
             resume=self._resume or again,
-            metrics=RunMetrics(folder.name, rounds, executor.usage),
+            metrics=run_metrics(folder.name, rounds, executor.usage),
         )
 
     def status(self, records_seen: int = 0, notes_seen: int = 0) -> Status:

@@ -18,7 +18,7 @@ from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.reporting.tables import Tables, read_rounds
 from rayfed_lora.runtime.crew import Crew
 from rayfed_lora.runtime.factory import Factory
-from rayfed_lora.runtime.metrics import RunMetrics
+from rayfed_lora.runtime.metrics import run_metrics
 from rayfed_lora.runtime.placement import Layout
 from rayfed_lora.runtime.ray_executor import RayExecutor
 from rayfed_lora.runtime.session import kept_recipe, sitting
@@ -128,7 +128,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             resume=True,
             page=False,
             name=name,
-            metrics=RunMetrics(name, self._total, executor.usage),
+            metrics=run_metrics(name, self._total, executor.usage),
         )
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

@@ -15,7 +15,7 @@ from rayfed_lora.errors import InterruptedRunError
 from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.reporting.tables import read_rounds
 from rayfed_lora.runtime import metrics
-from rayfed_lora.runtime.metrics import RunMetrics, Usage
+from rayfed_lora.runtime.metrics import RunMetrics, Usage, run_metrics
 from rayfed_lora.runtime.session import simulate
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import ClientRecord, RoundRecord
@@ -150,3 +150,13 @@ def test_gauges_are_set_again_until_the_run_is_closed(kept, tmp_path, monkeypatc
     kept.gauges.clear()
     time.sleep(0.1)
     assert kept.gauges == {}
+
+
+@pytest.mark.parametrize(("collects", "follows"), [(None, True), ("1", True), ("0", False)])
+def test_nothing_is_recorded_where_ray_collects_nothing(kept, monkeypatch, collects, follows):
+    if collects is None:
+        monkeypatch.delenv("RAY_enable_metrics_collection", raising=False)
+    else:
+        monkeypatch.setenv("RAY_enable_metrics_collection", collects)
+    follower = run_metrics("a", 6, lambda: Usage(1, 0.0, 0, 0))
+    assert isinstance(follower, RunMetrics) is follows

@@ -8,9 +8,7 @@ import pytest
 
 from rayfed_lora.reporting import status as status_module
 from rayfed_lora.reporting.status import Status, StatusBoard
-from rayfed_lora.types import ClientUpdate, RoundPlan, RoundRecord
-
-UPDATE = ClientUpdate(client=2, examples=3, state=None, train_loss=0.5, seconds=0.1)
+from rayfed_lora.types import RoundPlan, RoundRecord
 
 
 def record(t: int) -> RoundRecord:
@@ -46,7 +44,7 @@ def record(t: int) -> RoundRecord:
 def play(board: StatusBoard, t: int) -> None:
     board.round_started(RoundPlan(t, "heating", "adapter", 2, 0.0), (0, 2, 5))
     for _ in range(3):
-        board.client_done(UPDATE)
+        board.clients_done(1)
     board.round_done(record(t), [])
 
 
@@ -58,11 +56,11 @@ def test_rounds_clients_and_bytes_are_counted():
     board = StatusBoard(6)
     play(board, 0)
     board.round_started(RoundPlan(1, "cooling", "adapter", 1, 0.0), (1, 4))
-    board.client_done(UPDATE)
+    board.clients_done(2)
     status = board.status()
     assert (status.phase, status.stage, status.rank) == ("training", "cooling", 1)
     assert (status.rounds_done, status.rounds) == (1, 6)
-    assert (status.clients_done, status.clients, status.updates) == (1, 2, 4)
+    assert (status.clients_done, status.clients, status.updates) == (2, 2, 5)
     assert status.bytes_total == 40 + 80  # the base is not counted
     assert status.records == (record(0),)
 
