@@ -56,12 +56,14 @@ class Work:
     Attributes:
         name: what to call it where it is lost.
         call: makes it.
+        read: turns the first of its results into what is asked for.
         limited: whether `block_timeout_s` is for it.
         kind: calls of the same kind take about equally long.
     """
 
     name: str
     call: RemoteCall
+    read: Callable[[Any], Any] = lambda value: value
     limited: bool = False
     kind: str = ""
 
@@ -255,7 +257,7 @@ class ActorPool:
         job, references, worker = self._running[ready]
         lost: ObjectLostError | None = None
         try:
-            job.value = result(ready)
+            job.value = job.work.read(result(ready))
             if isinstance(job.value, Timed):
                 took_s = {job.work.kind: job.value.seconds}
                 worker.seconds |= took_s

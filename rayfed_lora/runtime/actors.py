@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from threading import Lock
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import ray
 from threadpoolctl import threadpool_limits
@@ -19,12 +20,11 @@ from rayfed_lora.aggregation.means import Means
 from rayfed_lora.federation.executor import Call, Population, Starts, Training, joined
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.factory import Factory, population, prepared
+from rayfed_lora.runtime.messages import Message, packed, unpacked
+from rayfed_lora.training import python_lock
 from rayfed_lora.types import (
     AdapterState,
-    Base,
-    ClientScore,
     ClientUpdate,
-    FloatArray,
     LocalPlan,
     Predictions,
     Split,
@@ -56,6 +56,39 @@ class Timed(Generic[_T]):
     seconds: float
 
 
+class TrainTask(NamedTuple):
+    """What a call of `train` is to do.
+
+    Attributes:
+        call: the clients.
+        plan: the round.
+        number: of the state that they start from, the same for the same one.
+        means_apart: whether the means of their updates are to stay in the store.
+    """
+
+    call: Call
+    plan: LocalPlan
+    number: int
+    means_apart: bool
+
+
+class EvaluateTask(NamedTuple):
+    """What a call of `evaluate` is to do: which rows of which split; `number` as of a training."""
+
+    split: Split
+    rows: slice
+    trainable: Trainable
+    number: int
+
+
+class TestTask(NamedTuple):
+    """What a call of `test_clients` is to do; `number` as of a training."""
+
+    call: Call
+    trainable: Trainable
+    number: int
+
+
 class ClientActor:
     """A trainer on a CPU or GPU share; serves many virtual clients, keeps nothing between calls."""
 
@@ -74,8 +107,9 @@ class ClientActor:
         self._name = name
         self._rule = ""
         self._trainer: Trainer | None = None
-        # The state that was tested last, and its number.
-        self._tested: tuple[int, AdapterState] | None = None
+        # The state that came last, and its number.
+        self._received: tuple[int, AdapterState] | None = None
+        self._receiving = Lock()
         # One thread computes, always the same (torch keeps its settings by thread), while Ray's
         # own fetch what the next call needs and send what the last one has found.
         self._computing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="computing")
@@ -120,7 +154,7 @@ class ClientActor:
         threadpool_limits(limits=1, user_api="blas")
         # Some libraries keep the limit by thread.
         self._summing.submit(threadpool_limits, 1, "blas").result()
-        self._trainer, self._tested = None, None
+        self._trainer, self._received = None, None
         self._rule = recipe.aggregation.rule
         self._trainer = factory.trainer(recipe, workload, weights, device)
         return population(workload, self._trainer, device)
@@ -130,68 +164,84 @@ class ClientActor:
             raise NotOpenError(f"{self._name} was restarted while it was idle")
         return self._trainer
 
-    def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
+    def initial_tensors(self, trainable: Trainable) -> Message:
         """Return the dense tensors that the first round starts from."""
-        return self._computed(lambda: self._opened().initial_tensors(trainable))
+        return packed(self._computed(lambda: self._opened().initial_tensors(trainable)))
 
-    def train(
-        self, call: Call, state: AdapterState, base: Base, plan: LocalPlan
-    ) -> tuple[Timed[tuple[ClientUpdate, ...]], Means]:
-        """Train some clients; arrays from the object store are read-only.
+    def _state(self, number: int, message: Message) -> AdapterState:
+        """Return a state: the same object while states of the same number come."""
+        with self._receiving:
+            if self._received is None or self._received[0] != number:
+                self._received = number, unpacked(message)
+            return self._received[1]
 
-        Returns:
-            The clients' reports, and the means of their updates, which stay in the store.
-        """
-        training = Training(self._opened(), call, state, base, plan, self._rule)
-        done = self._timed(training.train)
-        reports, means = self._summing.submit(training.reduced).result()
-        return Timed(reports, done.seconds), means
-
-    def join(self, *parts: Means) -> Means:
-        """Join means of consecutive clients, in order."""
-        return self._summing.submit(joined, parts, self._rule).result()
-
-    def evaluate(
-        self,
-        split: Split,
-        rows: slice,
-        state: AdapterState,
-        base: Base,
-        trainable: Trainable,
-        number: int,
-    ) -> Timed[Predictions]:
-        """Return the predictions on some rows of a split.
+    def train(self, task: Message, state: Message, base: Message) -> Message | tuple[Message, ...]:
+        """Train some clients.
 
         Args:
-            split: which split.
-            rows: of the split.
-            state: the global state: a new object in each call.
+            task: `TrainTask`.
+            state: the global state.
             base: what is frozen.
-            trainable: `full` or `adapter`.
-            number: of the state, the same for the same one.
+
+        Returns:
+            `Timed`, of the clients' reports and the means of their updates; of the reports only
+            where the means are to stay here, which then come second.
         """
+        # What others compute comes first; this draws batches, ahead of its turn.
+        python_lock.wait()
+        what: TrainTask = unpacked(task)
+        start = self._state(what.number, state)
+        training = Training(self._opened(), what.call, start, unpacked(base), what.plan, self._rule)
+        done = self._timed(training.train)
+        reports, means = self._summing.submit(_reduced, training).result()
+        if what.means_apart:
+            return packed(Timed((reports, None), done.seconds)), packed(means)
+        return packed(Timed((reports, means), done.seconds))
+
+    def join(self, *parts: Message) -> Message:
+        """Join means of consecutive clients, in order."""
+        means = [unpacked(part) for part in parts]
+        return packed(self._summing.submit(joined, means, self._rule).result())
+
+    def evaluate(self, task: Message, state: Message, base: Message) -> Message:
+        """Return the predictions on some rows of a split, `Timed`.
+
+        Args:
+            task: `EvaluateTask`.
+            state: the global state.
+            base: what is frozen.
+        """
+        what: EvaluateTask = unpacked(task)
+        frozen = unpacked(base)
 
         def evaluated() -> Predictions:
-            trainer = self._opened()
-            if self._tested is None or self._tested[0] != number:
-                self._tested = number, state
-            return trainer.evaluate(split, rows, self._tested[1], base, trainable)
+            shown = self._state(what.number, state)
+            return self._opened().evaluate(what.split, what.rows, shown, frozen, what.trainable)
 
-        return self._timed(evaluated)
+        return packed(self._timed(evaluated))
 
-    def test_clients(
-        self, call: Call, state: AdapterState, base: Base, trainable: Trainable
-    ) -> Timed[list[ClientScore]]:
-        """Test clients on their own examples."""
-        starts = Starts(state, call)
+    def test_clients(self, task: Message, state: Message, base: Message) -> Message:
+        """Test clients on their own examples; return their scores, `Timed`.
+
+        Args:
+            task: `TestTask`.
+            state: the global state.
+            base: what is frozen.
+        """
+        what: TestTask = unpacked(task)
+        call, frozen = what.call, unpacked(base)
+        starts = Starts(self._state(what.number, state), call)
         states = [starts.of(client) for client in call.clients]
-        return self._timed(
-            lambda: self._opened().test_clients(call.clients, states, base, trainable)
+        return packed(
+            self._timed(
+                lambda: self._opened().test_clients(call.clients, states, frozen, what.trainable)
+            )
         )
 
-    def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
+    def export(self, trainable: Trainable, state: Message, base: Message) -> Message:
         """Return the files of the trained model."""
-        return self._computed(lambda: self._opened().export(state, base, trainable))
+        model = unpacked(state), unpacked(base)
+        return packed(self._computed(lambda: self._opened().export(*model, trainable)))
 
     def _computed(self, work: Callable[[], _T]) -> _T:
         """Do something in the thread that computes, in its turn."""
@@ -204,3 +254,8 @@ class ClientActor:
             return Timed(value, time.perf_counter() - began)
 
         return self._computed(timed)
+
+
+def _reduced(training: Training) -> tuple[tuple[ClientUpdate, ...], Means]:
+    python_lock.wait()
+    return training.reduced()

@@ -5,8 +5,8 @@ Source: this project.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, TypeAlias
 from uuid import uuid4
 
 import ray
@@ -15,7 +15,6 @@ from ray.exceptions import ObjectLostError
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.errors import RunError
 from rayfed_lora.federation.executor import Call, Population, Trained, joins
-from rayfed_lora.lora.stacked import named
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.actor_pool import (
     ATTEMPTS,
@@ -23,12 +22,15 @@ from rayfed_lora.runtime.actor_pool import (
     ActorPool,
     Job,
     PartsLostError,
+    RemoteCall,
     Revival,
     Work,
     result,
 )
+from rayfed_lora.runtime.actors import EvaluateTask, TestTask, TrainTask
 from rayfed_lora.runtime.crew import Crew
 from rayfed_lora.runtime.factory import Factory
+from rayfed_lora.runtime.messages import Message, packed, unpacked
 from rayfed_lora.runtime.metrics import Usage
 from rayfed_lora.types import (
     AdapterState,
@@ -46,6 +48,8 @@ from rayfed_lora.types import (
 _MOST_NAMES = 1_000
 # Bytes; below the 100 kB up to which Ray itself sends a value with the call.
 _SENT_WITH_CALL = 1 << 16
+# What is an argument of a call: small enough to go with it, or in the object store.
+_Sent: TypeAlias = Message | ray.ObjectRef
 
 
 class RayExecutor:
@@ -86,9 +90,9 @@ class RayExecutor:
         self._pool: ActorPool | None = None
         # References of the workload and of the base's weights.
         self._shared: list[ray.ObjectRef] = []
-        self._bases: dict[tuple[int, int], ray.ObjectRef | Base] = {}
+        self._bases: dict[tuple[int, int], _Sent] = {}
         # The newest state, how it is sent, and its number.
-        self._state: tuple[AdapterState, ray.ObjectRef | AdapterState] | None = None
+        self._state: tuple[AdapterState, _Sent] | None = None
         self._states = 0
         self._busy_s, self._retried = 0.0, 0
 
@@ -148,33 +152,32 @@ class RayExecutor:
         """Return the dense tensors that the first round starts from."""
         tensors: dict[str, FloatArray]
         tensors = self._one(
-            Work("the first tensors", lambda actor, _: [actor.initial_tensors.remote(trainable)])
+            "the first tensors", lambda actor, _: [actor.initial_tensors.remote(trainable)]
         )
         return tensors
 
-    def _one(self, work: Work) -> Any:
+    def _one(self, name: str, call: RemoteCall) -> Any:
         pool = self._opened()
-        return pool.result(*pool.submit([work]))
+        return pool.result(*pool.submit([Work(name, call, unpacked)]))
 
     def train(
         self, state: AdapterState, base: Base, plan: LocalPlan, calls: Sequence[Call]
     ) -> Generator[Trained, None, None]:
-        """Start all calls, the state put once; yield what comes of each call, in order."""
-        state_ref, base_ref = self._put_state(state), self._put_base(base)
-
+        """Start all calls, a large state put once; yield what comes of each call, in order."""
+        number, *model = self._sent(state, base)
         few = self._recipe.annealing.total_rounds * len(calls) <= _MOST_NAMES
+        apart = [len(run) > 1 for run in joins(calls) for _ in run]
 
         def remote(index: int, call: Call) -> Work:
             name = f"round {plan.round} block {index}"
-            shown = name if few else f"block {index}"
-            return Work(
-                name,
-                lambda actor, halvings: actor.train.options(name=shown, num_returns=2).remote(
-                    call.halved(halvings), state_ref, base_ref, plan
-                ),
-                limited=True,
-                kind="train",
-            )
+            options = {"name": name if few else f"block {index}", "num_returns": 1 + apart[index]}
+
+            def sent(actor: Any, halvings: int) -> list[ray.ObjectRef]:
+                task = TrainTask(call.halved(halvings), plan, number, apart[index])
+                found = actor.train.options(**options).remote(packed(task), *model)
+                return found if apart[index] else [found]
+
+            return Work(name, sent, unpacked, limited=True, kind="train")
 
         jobs = self._opened().submit([remote(i, call) for i, call in enumerate(calls)])
         return self._collect(jobs, calls)
@@ -186,8 +189,11 @@ class RayExecutor:
             for run in joins(jobs):
                 told = 0
                 for job in run:
-                    reports: tuple[ClientUpdate, ...] = self._worked(job)
-                    means = self._joined(run) if job is run[-1] else None
+                    reports: tuple[ClientUpdate, ...]
+                    means: Means | None
+                    reports, means = self._worked(job)
+                    if job is run[-1] and means is None:
+                        means = self._joined(run)
                     # Of all: a join may have them computed again that were told of before.
                     again = sum(max(each.begun - 1, 0) * len(call_of[each].blocks) for each in run)
                     yield Trained(reports, means, again - told)
@@ -211,7 +217,7 @@ class RayExecutor:
         return Usage(pool.actors, self._busy_s, pool.losses, self._retried)
 
     def _joined(self, run: Sequence[Job]) -> Means:
-        """Fetch the means of some calls, joined by an actor where there are several.
+        """Have an actor join the means of some calls; return them.
 
         What was lost with the machine that held it is computed again.
         """
@@ -228,14 +234,10 @@ class RayExecutor:
         raise RunError(f"the same results were lost {ATTEMPTS} times one after another")
 
     def _fetched(self, parts: list[ray.ObjectRef]) -> Means:
-        whole: Means
-        if len(parts) == 1:
-            whole = result(parts[0])
-            return whole
         pool = self._opened()
-        work = Work("joining blocks", lambda actor, _: [actor.join.remote(*parts)])
+        work = Work("joining blocks", lambda actor, _: [actor.join.remote(*parts)], unpacked)
         (join,) = pool.submit([work], urgent=True)
-        whole = pool.result(join)
+        whole: Means = pool.result(join)
         return whole
 
     def evaluate(
@@ -247,21 +249,13 @@ class RayExecutor:
         trainable: Trainable,
     ) -> Callable[[], list[Predictions]]:
         """Start the evaluation of each shard of rows, behind all that waits."""
-        state_ref, base_ref = self._put_state(state), self._put_base(base)
-        number = self._states
-
+        number, *model = self._sent(state, base)
         name = f"evaluate {split}"
 
         def work(rows: slice) -> Work:
-            return Work(
-                name,
-                lambda actor, _: [
-                    actor.evaluate.options(name=name).remote(
-                        split, rows, state_ref, base_ref, trainable, number
-                    )
-                ],
-                limited=True,
-                kind=name,
+            task = packed(EvaluateTask(split, rows, trainable, number))
+            return self._timed(
+                name, lambda actor, _: [actor.evaluate.options(name=name).remote(task, *model)]
             )
 
         pool = self._opened()
@@ -272,56 +266,42 @@ class RayExecutor:
         self, calls: Sequence[Call], state: AdapterState, base: Base, trainable: Trainable
     ) -> Callable[[], list[ClientScore]]:
         """Start tests on clients' own examples, behind all that waits."""
-        state_ref, base_ref = self._put_state(state), self._put_base(base)
-
+        number, *model = self._sent(state, base)
         name = "test clients"
 
         def work(call: Call) -> Work:
-            return Work(
-                name,
-                lambda actor, _: [
-                    actor.test_clients.options(name=name).remote(
-                        call, state_ref, base_ref, trainable
-                    )
-                ],
-                limited=True,
-                kind=name,
+            task = packed(TestTask(call, trainable, number))
+            return self._timed(
+                name, lambda actor, _: [actor.test_clients.options(name=name).remote(task, *model)]
             )
 
         pool = self._opened()
         jobs = pool.submit([work(call) for call in calls])
         return lambda: [score for job in jobs for score in self._worked(job)]
 
+    def _timed(self, name: str, call: RemoteCall) -> Work:
+        return Work(name, call, unpacked, limited=True, kind=name)
+
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         """Return the files of the trained model."""
+        _, *model = self._sent(state, base)
         files: dict[str, bytes]
-        files = self._one(
-            Work("the export", lambda actor, _: [actor.export.remote(state, base, trainable)])
-        )
+        files = self._one("the export", lambda actor, _: [actor.export.remote(trainable, *model)])
         return files
 
-    def _put_state(self, state: AdapterState) -> ray.ObjectRef | AdapterState:
-        """Put a state once: a round starts from what the one before was tested with.
+    def _sent(self, state: AdapterState, base: Base) -> tuple[int, _Sent, _Sent]:
+        """Return a state's number, and state and base as they are sent.
 
-        A small one goes with each call instead.
+        A state is packed once: a round starts from what the one before was tested with. Of bases
+        the last two: a round may start from another one than the round before it is tested with.
         """
         if self._state is None or self._state[0] is not state:
-            small = _small(named(state).values())
-            self._state = (state, state if small else ray.put(state))
+            self._state = (state, _put(state))
             self._states += 1
-        return self._state[1]
-
-    def _put_base(self, base: Base) -> ray.ObjectRef | Base:
-        """Put a base once, unless it is small; of two, the older one is dropped.
-
-        A round may start from another one than the round before it is tested with.
-        """
         key = base.version
         if key not in self._bases:
-            small = base.tensors is None and _small(base.merged.values())
-            sent = base if small else ray.put(base)
-            self._bases = {**dict([*self._bases.items()][-1:]), key: sent}
-        return self._bases[key]
+            self._bases = {**dict([*self._bases.items()][-1:]), key: _put(base)}
+        return self._states, self._state[1], self._bases[key]
 
     def close(self) -> None:
         """End the actors and give their resources back, unless they are others' too."""
@@ -331,6 +311,8 @@ class RayExecutor:
         self._shared, self._bases, self._state = [], {}, None
 
 
-def _small(arrays: Iterable[FloatArray]) -> bool:
-    """Return whether to send some arrays with each call, rather than once by the object store."""
-    return sum(array.nbytes for array in arrays) <= _SENT_WITH_CALL
+def _put(value: AdapterState | Base) -> _Sent:
+    """Return a value's message where it is small: it goes with each call; else put it once."""
+    message = packed(value)
+    small = isinstance(message, bytes) and len(message) <= _SENT_WITH_CALL
+    return message if small else ray.put(message)

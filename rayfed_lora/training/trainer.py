@@ -37,6 +37,7 @@ from rayfed_lora.models.first_token import read_first_token_only
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.seeds import Purpose, torch_seed
+from rayfed_lora.training import python_lock
 from rayfed_lora.training.dropout import ClientDropout
 from rayfed_lora.training.groups import ClientTask, GroupTask
 from rayfed_lora.training.memory import (
@@ -213,6 +214,7 @@ class LocalTrainer:
         """Wait for other trainers of this process, where the model may draw."""
         return _DRAWING if self._drops else nullcontext()
 
+    @python_lock.needed()
     def _train_group(
         self, group: GroupTask, start_of: Mapping[int, AdapterState], base: Base, plan: LocalPlan
     ) -> list[ClientUpdate]:
@@ -290,6 +292,7 @@ class LocalTrainer:
         """
         each = self._losses(inputs, labels, weights)
         if backward:
+            python_lock.rarely_needed()
             each.sum().backward()  # type: ignore[no-untyped-call]
         return each.detach()
 
@@ -318,8 +321,9 @@ class LocalTrainer:
         The shards of a split are quickest where `state` is the same object in each call.
         """
         held = self._workload.test if split == "test" else self._workload.validation
-        self._model.show(state, base, trainable)
-        self._model.train(False)
+        with python_lock.needed():
+            self._model.show(state, base, trainable)
+            self._model.train(False)
         return self._predictions(held.rows(np.arange(len(held))[rows]))
 
     def _predictions(self, examples: Batch) -> Predictions:

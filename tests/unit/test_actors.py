@@ -12,9 +12,26 @@ import numpy as np
 import pytest
 
 from rayfed_lora.federation.executor import Call
-from rayfed_lora.runtime.actors import CALLS_AT_ONCE, ClientActor
+from rayfed_lora.runtime.actors import CALLS_AT_ONCE, ClientActor, EvaluateTask, TrainTask
+from rayfed_lora.runtime.messages import Message, packed, unpacked
 from rayfed_lora.runtime.simulation_server import SimulationServer
+from rayfed_lora.training import python_lock
 from rayfed_lora.types import AdapterState, Base, ClientUpdate, LocalPlan
+
+PLAN = LocalPlan(0, "adapter", 0.1, 0.0, None, False)
+BASE = packed(Base())
+
+
+def evaluated(actor: ClientActor, rows: slice, state: Message, number: int) -> Any:
+    task = packed(EvaluateTask("test", rows, "adapter", number))
+    return unpacked(actor.evaluate(task, state, BASE)).value
+
+
+def trained(actor: ClientActor, block: tuple[int, ...]) -> tuple[tuple[ClientUpdate, ...], Any]:
+    task = packed(TrainTask(Call((block,)), PLAN, 0, means_apart=False))
+    message = actor.train(task, packed(AdapterState({}, {})), BASE)
+    reports, means = unpacked(message).value
+    return reports, means
 
 
 class Watched:
@@ -39,9 +56,10 @@ def test_calls_that_come_at_once_are_computed_by_one_thread_in_turn():
     actor, trainer = ClientActor(0.0, "client-actor-00"), Watched()
     actor._trainer = trainer  # type: ignore[assignment]
 
-    def evaluate(row: int) -> slice:
-        rows = slice(row, row + 1)
-        return actor.evaluate("test", rows, AdapterState({}, {}), Base(), "adapter", "").value
+    state = packed(AdapterState({}, {}))
+
+    def evaluate(row: int) -> Any:
+        return evaluated(actor, slice(row, row + 1), state, 0)
 
     with ThreadPoolExecutor(CALLS_AT_ONCE) as callers:
         found = list(callers.map(evaluate, range(6)))
@@ -63,11 +81,12 @@ def test_shards_of_a_split_are_tested_with_the_same_object():
 
     actor, trainer = ClientActor(0.0, "client-actor-00"), Tested()
     actor._trainer = trainer  # type: ignore[assignment]
-    # Ray makes a new object for each call.
-    first, again, other = (AdapterState({}, {}) for _ in range(3))
-    for state, key in ((first, "one"), (again, "one"), (other, "two")):
-        actor.evaluate("test", slice(0, 1), state, Base(), "adapter", key)
-    assert [*map(id, trainer.states)] == [*map(id, (first, first, other))]
+    state = packed(AdapterState({}, {}))
+    for number in (1, 1, 2):
+        evaluated(actor, slice(0, 1), state, number)
+    first, again, other = trainer.states
+    assert first is again
+    assert other is not first
 
 
 class Slow(dict[str, np.ndarray]):
@@ -103,19 +122,14 @@ class TwoBlocks:
 def test_what_a_call_has_come_to_is_summed_up_while_the_next_one_is_computed():
     actor, trainer = ClientActor(0.0, "client-actor-00"), TwoBlocks()
     actor._trainer, actor._rule = trainer, "product-svd"  # type: ignore[assignment]
-    plan = LocalPlan(0, "adapter", 0.1, 0.0, None, False)
-
-    def train(block: tuple[int, ...]) -> tuple[Any, Any]:
-        return actor.train(Call((block,)), AdapterState({}, {}), Base(), plan)
-
     with ThreadPoolExecutor(CALLS_AT_ONCE) as callers:
-        first = callers.submit(train, (0, 1))
+        first = callers.submit(trained, actor, (0, 1))
         while not trainer.threads:
             time.sleep(0.001)
-        second = callers.submit(train, (2, 3))
+        second = callers.submit(trained, actor, (2, 3))
         (reports, means), (others, _) = first.result(), second.result()
-    assert [each.client for each in (*reports.value, *others.value)] == [0, 1, 2, 3]
-    assert all(each.state is None for each in reports.value)
+    assert [each.client for each in (*reports, *others)] == [0, 1, 2, 3]
+    assert all(each.state is None for each in reports)
     assert means.tensors()["w"].tolist() == [1.0, 1.0]
     assert len(trainer.threads) == len(trainer.sent.threads) == 1
     assert not trainer.threads & trainer.sent.threads
@@ -144,19 +158,63 @@ class Ahead:
 def test_a_block_is_asked_for_while_the_one_before_it_is_trained():
     actor, trainer = ClientActor(0.0, "client-actor-00"), Ahead()
     actor._trainer, actor._rule = trainer, "product-svd"  # type: ignore[assignment]
-    plan = LocalPlan(0, "adapter", 0.1, 0.0, None, False)
-
-    def train(block: tuple[int, ...]) -> tuple[Any, Any]:
-        return actor.train(Call((block,)), AdapterState({}, {}), Base(), plan)
-
     with ThreadPoolExecutor(CALLS_AT_ONCE) as callers:
-        first = callers.submit(train, (0, 1))
+        first = callers.submit(trained, actor, (0, 1))
         while not trainer.computing:
             time.sleep(0.001)
-        second = callers.submit(train, (2, 3))
-        clients = [each.client for call in (first, second) for each in call.result()[0].value]
+        second = callers.submit(trained, actor, (2, 3))
+        clients = [each.client for call in (first, second) for each in call.result()[0]]
     assert clients == [0, 1, 2, 3]
     assert len(set(trainer.computing)) == 1
+
+
+class InPython:
+    """A trainer that needs Python's lock at first, and then waits for the next block to come."""
+
+    def __init__(self) -> None:
+        self.began, self.go_on, self.asked_again = (threading.Event() for _ in range(3))
+        # Of each block, whether the lock was needed when it was asked for.
+        self.disturbed: list[bool] = []
+        self._in_python = False
+
+    def train(self, clients: tuple[int, ...], *_: Any) -> Iterator[ClientUpdate]:
+        if self.disturbed:
+            self.asked_again.set()
+        self.disturbed.append(self._in_python)
+        return self._trained(clients)
+
+    def _trained(self, clients: tuple[int, ...]) -> Iterator[ClientUpdate]:
+        with python_lock.needed():
+            self._in_python = True
+            self.began.set()
+            assert self.go_on.wait(10)
+            self._in_python = False
+            python_lock.rarely_needed()
+            assert self.asked_again.wait(10), "the next block waited for the end of this one"
+        for client in clients:
+            yield ClientUpdate(client, 1, AdapterState({}, {}), 0.5, 0.1)
+
+
+def test_a_call_is_not_looked_at_while_the_one_before_it_needs_python(monkeypatch):
+    monkeypatch.setattr(python_lock, "_LONGEST_S", 10.0)
+    actor, trainer = ClientActor(0.0, "client-actor-00"), InPython()
+    actor._trainer, actor._rule = trainer, "product-svd"  # type: ignore[assignment]
+    with ThreadPoolExecutor(CALLS_AT_ONCE) as callers:
+        first = callers.submit(trained, actor, (0, 1))
+        assert trainer.began.wait(10)
+        second = callers.submit(trained, actor, (2, 3))
+        # It would have been asked by now.
+        assert not trainer.asked_again.wait(0.1)
+        trainer.go_on.set()
+        assert [len(call.result()[0]) for call in (first, second)] == [2, 2]
+    assert trainer.disturbed == [False, False]
+
+
+def test_nobody_waits_for_a_computing_thread_for_ever():
+    with python_lock.needed():
+        began = time.monotonic()
+        python_lock.wait()
+        assert time.monotonic() - began < 1.0
 
 
 @pytest.mark.parametrize("kind", [ClientActor, SimulationServer])
