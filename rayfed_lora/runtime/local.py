@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
-from typing import Generic, TypeVar
+from threading import Lock
+from typing import Any, Generic, TypeVar
 
 from threadpoolctl import threadpool_limits
 
@@ -21,6 +23,7 @@ from rayfed_lora.federation.executor import (
     joined,
     joins,
 )
+from rayfed_lora.training import python_lock
 from rayfed_lora.training.protocol import Trainer
 from rayfed_lora.types import (
     AdapterState,
@@ -37,6 +40,31 @@ from rayfed_lora.types import (
 _T = TypeVar("_T")
 # Waits for the reports of a call's clients and their means.
 _Reduced = Callable[[], tuple[tuple[ClientUpdate, ...], Means]]
+
+
+@dataclass(eq=False)
+class _Job:
+    """What one trainer does in one go.
+
+    Attributes:
+        begin: what needs no turn, such as drawing batches; returns the rest.
+        ahead: whether `begin` is worth doing before the turn, beside another job.
+        future: of what comes of it.
+    """
+
+    begin: Callable[[Trainer], Callable[[], Any]]
+    ahead: bool
+    future: Future[Any] = field(default_factory=Future)
+
+    def run(self, trainer: Trainer, begun: Future[Callable[[], Any]] | None) -> None:
+        """Do it, or what is left of it, unless it was cancelled."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            rest = self.begin(trainer) if begun is None else begun.result()
+            self.future.set_result(rest())
+        except BaseException as error:  # whatever it is, it is for who asks for the result
+            self.future.set_exception(error)
 
 
 class _Later(Generic[_T]):
@@ -67,8 +95,12 @@ class LocalExecutor:
         # Trainers that have nothing to do; None: there is only one, and no thread for it.
         self._idle: SimpleQueue[Trainer] | None = None
         self._threads: ThreadPoolExecutor | None = None
-        # One more thread sums up what a call has come to, while its trainer does the next one.
-        self._summing: ThreadPoolExecutor | None = None
+        # What no trainer has taken yet, in order.
+        self._jobs: deque[_Job] = deque()
+        self._taking = Lock()
+        # One more thread draws the batches of a call before its turn, and sums up what one has come
+        # to, while their trainers compute.
+        self._beside: ThreadPoolExecutor | None = None
 
     def open(self) -> Population:
         """Make the trainers."""
@@ -80,7 +112,7 @@ class LocalExecutor:
             # Some libraries keep the limit by thread; a sum must not depend on their number.
             alone = partial(threadpool_limits, 1, "blas")
             self._threads = ThreadPoolExecutor(len(self._trainers), "training", alone)
-            self._summing = ThreadPoolExecutor(1, "summing", alone)
+            self._beside = ThreadPoolExecutor(1, "beside", alone)
             self.concurrent = True
         return population
 
@@ -89,21 +121,54 @@ class LocalExecutor:
             raise RuntimeError("the executor is not open: call open() first")
         return self._trainers[0]
 
-    def _begun(self, work: Callable[[Trainer], _T]) -> Future[_T] | _Later[_T]:
-        """Let the next idle trainer do some work, in the order in which it is begun."""
-        only, idle = self._opened(), self._idle
-        if self._threads is None or idle is None:
-            return _Later(partial(work, only))
+    def _begun(
+        self, begin: Callable[[Trainer], Callable[[], _T]], *, ahead: bool = False
+    ) -> Future[_T] | _Later[_T]:
+        """Let the next idle trainer do a job, in the order in which they come."""
+        only = self._opened()
+        if self._threads is None:
 
-        def done() -> _T:
-            # There is one: as many trainers as threads.
-            trainer = idle.get()
-            try:
-                return work(trainer)
-            finally:
-                idle.put(trainer)
+            def done() -> _T:
+                return begin(only)()
 
-        return self._threads.submit(done)
+            return _Later(done)
+        job = _Job(begin, ahead)
+        self._jobs.append(job)
+        self._threads.submit(self._turn)
+        return job.future
+
+    def _turn(self) -> None:
+        """Do the first job that waits, and then what was reserved meanwhile, with one trainer.
+
+        There are as many turns as jobs: some find nothing left.
+        """
+        idle, beside = self._idle, self._beside
+        if idle is None or beside is None:
+            return
+        # There is one: as many trainers as threads.
+        trainer = idle.get()
+        begun: Future[Callable[[], Any]] | None = None
+        try:
+            job = self._taken()
+            while job is not None:
+                after = self._taken(only_ahead=True)
+                soon = None if after is None else beside.submit(_unhurried, after.begin, trainer)
+                job.run(trainer, begun)
+                job, begun = after, soon
+        finally:
+            idle.put(trainer)
+
+    def _taken(self, *, only_ahead: bool = False) -> _Job | None:
+        """Take the first job that waits, if any.
+
+        Args:
+            only_ahead: only one that is worth beginning ahead, and not from a trainer that is idle.
+        """
+        with self._taking:
+            others = self._idle.qsize() if only_ahead and self._idle is not None else 0
+            if len(self._jobs) <= others or (only_ahead and not self._jobs[0].ahead):
+                return None
+            return self._jobs.popleft()
 
     def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
         """Return the dense tensors that the first round starts from."""
@@ -113,16 +178,21 @@ class LocalExecutor:
         self, state: AdapterState, base: Base, plan: LocalPlan, calls: Sequence[Call]
     ) -> Generator[Trained, None, None]:
         """Yield what comes of each call, in order."""
-        summing = self._summing
+        beside = self._beside
 
-        def trained(call: Call, trainer: Trainer) -> _Reduced:
+        def begin(call: Call, trainer: Trainer) -> Callable[[], _Reduced]:
             training = Training(trainer, call, state, base, plan, self._rule)
-            training.train()
-            if summing is None:
-                return training.reduced
-            return summing.submit(training.reduced).result
 
-        return self._collected(deque(self._begun(partial(trained, call)) for call in calls))
+            def rest() -> _Reduced:
+                training.train()
+                if beside is None:
+                    return training.reduced
+                return beside.submit(_unhurried, training.reduced).result
+
+            return rest
+
+        begun = deque(self._begun(partial(begin, call), ahead=True) for call in calls)
+        return self._collected(begun)
 
     def _collected(
         self, begun: deque[Future[_Reduced] | _Later[_Reduced]]
@@ -154,10 +224,10 @@ class LocalExecutor:
     ) -> Callable[[], list[Predictions]]:
         """Return what waits for the predictions on each shard of rows, in order."""
 
-        def evaluated(rows: slice, trainer: Trainer) -> Predictions:
-            return trainer.evaluate(split, rows, state, base, trainable)
+        def begin(rows: slice, trainer: Trainer) -> Callable[[], Predictions]:
+            return lambda: trainer.evaluate(split, rows, state, base, trainable)
 
-        begun = [self._begun(partial(evaluated, rows)) for rows in shards]
+        begun = [self._begun(partial(begin, rows)) for rows in shards]
         return lambda: [each.result() for each in begun]
 
     def test_clients(
@@ -165,23 +235,32 @@ class LocalExecutor:
     ) -> Callable[[], list[ClientScore]]:
         """Return what waits for tests of clients on their own examples, in order."""
 
-        def tested(call: Call, trainer: Trainer) -> list[ClientScore]:
+        def begin(call: Call, trainer: Trainer) -> Callable[[], list[ClientScore]]:
             starts = Starts(state, call)
             states = [starts.of(client) for client in call.clients]
-            return trainer.test_clients(call.clients, states, base, trainable)
+            return lambda: trainer.test_clients(call.clients, states, base, trainable)
 
-        begun = [self._begun(partial(tested, call)) for call in calls]
+        begun = [self._begun(partial(begin, call)) for call in calls]
         return lambda: [score for each in begun for score in each.result()]
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         """Return the files of the trained model."""
         self._opened()
-        return self._begun(lambda trainer: trainer.export(state, base, trainable)).result()
+        begun = self._begun(lambda trainer: lambda: trainer.export(state, base, trainable))
+        return begun.result()
 
     def close(self) -> None:
         """Let the trainers go; what threads are doing is not waited for, but by a process's end."""
-        for threads in (self._threads, self._summing):
+        while (job := self._taken()) is not None:
+            job.future.cancel()
+        for threads in (self._threads, self._beside):
             if threads is not None:
                 threads.shutdown(wait=False, cancel_futures=True)
-        self._trainers, self._idle, self._threads, self._summing = (), None, None, None
+        self._trainers, self._idle, self._threads, self._beside = (), None, None, None
         self.concurrent = False
+
+
+def _unhurried(work: Callable[..., _T], *args: Any) -> _T:
+    """Do something beside those who compute, while they rarely need Python's lock."""
+    python_lock.wait()
+    return work(*args)

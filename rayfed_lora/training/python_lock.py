@@ -17,21 +17,26 @@ from contextlib import contextmanager
 _LONGEST_S = 0.02
 _free = threading.Event()
 _free.set()
+# Threads that need it.
+_needing: set[int] = set()
 
 
 @contextmanager
 def needed() -> Iterator[None]:
     """Tell others that this thread computes, and needs the lock until it says `rarely_needed`."""
+    _needing.add(threading.get_ident())
     _free.clear()
     try:
         yield
     finally:
-        _free.set()
+        rarely_needed()
 
 
 def rarely_needed() -> None:
     """Tell others that this thread is mostly in torch from here on."""
-    _free.set()
+    _needing.discard(threading.get_ident())
+    if not _needing:
+        _free.set()
 
 
 def wait() -> None:
