@@ -56,18 +56,15 @@ class Runner:
 
 # Two threads of one process train, where the others have two processes.
 WITHOUT_RAY = "rayfed_lora without Ray"
+_LOCAL = ("--set", 'runtime__executor="local"', "--set", "runtime__client_actors=2")
+# Larger blocks than `auto` takes, which leaves some for more actors than there are here: on W.
+_TENS = ("--set", "runtime__cohort_size=10")
+TENS = ("rayfed_lora in tens", "rayfed_lora in tens without Ray")
 RUNNERS = {
     "rayfed_lora": Runner("own", ("run_rayfed.py",)),
-    WITHOUT_RAY: Runner(
-        "own",
-        (
-            "run_rayfed.py",
-            "--set",
-            'runtime__executor="local"',
-            "--set",
-            "runtime__client_actors=2",
-        ),
-    ),
+    WITHOUT_RAY: Runner("own", ("run_rayfed.py", *_LOCAL)),
+    TENS[0]: Runner("own", ("run_rayfed.py", *_TENS)),
+    TENS[1]: Runner("own", ("run_rayfed.py", *_TENS, *_LOCAL)),
     "flower": Runner("flower", ("peers/run_flower.py",)),
     "pfl": Runner(
         "pfl", ("-m", "torch.distributed.run", "--nproc-per-node", "2", "peers/run_pfl.py")
@@ -75,7 +72,7 @@ RUNNERS = {
     "plain": Runner("own", ("peers/run_plain.py",)),
     "plain, 2 processes": Runner("own", ("peers/run_plain.py", "--processes", "2")),
 }
-OURS = ("rayfed_lora", WITHOUT_RAY)
+OURS = ("rayfed_lora", WITHOUT_RAY, *TENS)
 
 
 def python_of(environment: str) -> str:
@@ -274,7 +271,9 @@ def main() -> None:
     """Run the comparison and write its results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workloads", default="W,W3,W2,W4")
-    parser.add_argument("--runners", default=",".join(r for r in RUNNERS if "," not in r))
+    parser.add_argument(
+        "--runners", default=",".join(r for r in RUNNERS if "," not in r and r not in TENS)
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", default=str(HERE / "results"))
     args = parser.parse_args()

@@ -16,8 +16,8 @@ from rayfed_lora.types import Device, ModelShape
 
 Block = tuple[int, ...]
 _CALLS_A_ROUND = 1024
-# Blocks that a round has at least, where it has the clients.
 _TESTED_TOGETHER = 50
+# Blocks that a round has at least, where it has the clients.
 _BLOCKS_TO_SHARE = 4
 _FEW_BLOCKS = 8
 # Memory that training holds for a linear layer, in its outputs (gradients, attention, norms).
@@ -175,7 +175,8 @@ def block_size(recipe: Recipe, shape: ModelShape, clients: int, device: Device) 
     held = _HELD_A_LINEAR_OUTPUT * shape.activation_bytes * batch
     by_memory = max(1, math.floor(limits.activation_bytes / held))
     most = min(by_work, by_memory, limits.clients)
-    count = max(math.ceil(clients / most), min(clients, _BLOCKS_TO_SHARE))
+    fitting, shared = math.ceil(clients / most), min(clients, _BLOCKS_TO_SHARE)
+    count = max(fitting, shared)
     if count < clients and count <= _FEW_BLOCKS:
         # Any usual number of actors then has equally many.
         count = min(clients, 2 ** math.ceil(math.log2(count)))
@@ -186,4 +187,9 @@ def block_size(recipe: Recipe, shape: ModelShape, clients: int, device: Device) 
         f" {limits.linear_flops / 1e6:.3g}) and holds about {held / 1e6:.3g} MB (a block may hold"
         f" {limits.activation_bytes / 1e6:.4g})"
     )
+    if fitting < shared:
+        reason += (
+            f"; {shared} blocks a round for actors to share: with fewer of them, larger blocks"
+            " (runtime.cohort_size) can be quicker"
+        )
     return BlockSize(size, True, reason)

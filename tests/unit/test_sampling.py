@@ -106,6 +106,14 @@ def test_an_automatic_block_is_as_large_as_its_work_and_memory_ask_for(flops, he
     assert found.reason.startswith(f"{size} client")
 
 
+def test_it_is_said_where_blocks_are_smaller_for_more_actors_to_share():
+    recipe = make_recipe(clients__batch_size=10)
+    told = "4 blocks a round for actors to share: with fewer of them, larger blocks"
+    assert told in block_size(recipe, sized(2e5), 20, "cpu").reason
+    for clients in (200, 4):
+        assert told not in block_size(recipe, sized(8e6), clients, "cpu").reason
+
+
 def test_a_gpu_takes_larger_blocks_than_a_cpu():
     recipe = make_recipe(clients__batch_size=10)
     assert block_size(recipe, sized(2e5), 1000, "cuda").clients > 32
