@@ -122,20 +122,18 @@ class LocalExecutor:
         return self._trainers[0]
 
     def _begun(
-        self, begin: Callable[[Trainer], Callable[[], _T]], *, ahead: bool = False
-    ) -> Future[_T] | _Later[_T]:
-        """Let the next idle trainer do a job, in the order in which they come."""
+        self, begins: Sequence[Callable[[Trainer], Callable[[], _T]]], *, ahead: bool = False
+    ) -> list[Future[_T] | _Later[_T]]:
+        """Let idle trainers do some jobs, in order, behind those that wait already."""
         only = self._opened()
         if self._threads is None:
-
-            def done() -> _T:
-                return begin(only)()
-
-            return _Later(done)
-        job = _Job(begin, ahead)
-        self._jobs.append(job)
-        self._threads.submit(self._turn)
-        return job.future
+            return [_Later(partial(_at_once, begin, only)) for begin in begins]
+        jobs = [_Job(begin, ahead) for begin in begins]
+        # All before the first turn: it looks at how many there are.
+        self._jobs.extend(jobs)
+        for _ in jobs:
+            self._threads.submit(self._turn)
+        return [job.future for job in jobs]
 
     def _turn(self) -> None:
         """Do the first job that waits, and then what was reserved meanwhile, with one trainer.
@@ -191,8 +189,9 @@ class LocalExecutor:
 
             return rest
 
-        begun = deque(self._begun(partial(begin, call), ahead=True) for call in calls)
-        return self._collected(begun)
+        return self._collected(
+            deque(self._begun([partial(begin, call) for call in calls], ahead=True))
+        )
 
     def _collected(
         self, begun: deque[Future[_Reduced] | _Later[_Reduced]]
@@ -227,7 +226,7 @@ class LocalExecutor:
         def begin(rows: slice, trainer: Trainer) -> Callable[[], Predictions]:
             return lambda: trainer.evaluate(split, rows, state, base, trainable)
 
-        begun = [self._begun(partial(begin, rows)) for rows in shards]
+        begun = self._begun([partial(begin, rows) for rows in shards])
         return lambda: [each.result() for each in begun]
 
     def test_clients(
@@ -240,14 +239,15 @@ class LocalExecutor:
             states = [starts.of(client) for client in call.clients]
             return lambda: trainer.test_clients(call.clients, states, base, trainable)
 
-        begun = [self._begun(partial(begin, call)) for call in calls]
+        begun = self._begun([partial(begin, call) for call in calls])
         return lambda: [score for each in begun for score in each.result()]
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         """Return the files of the trained model."""
         self._opened()
-        begun = self._begun(lambda trainer: lambda: trainer.export(state, base, trainable))
-        return begun.result()
+        (begun,) = self._begun([lambda trainer: lambda: trainer.export(state, base, trainable)])
+        files: dict[str, bytes] = begun.result()
+        return files
 
     def close(self) -> None:
         """Let the trainers go; what threads are doing is not waited for, but by a process's end."""
@@ -258,6 +258,10 @@ class LocalExecutor:
                 threads.shutdown(wait=False, cancel_futures=True)
         self._trainers, self._idle, self._threads, self._beside = (), None, None, None
         self.concurrent = False
+
+
+def _at_once(begin: Callable[[Trainer], Callable[[], _T]], trainer: Trainer) -> _T:
+    return begin(trainer)()
 
 
 def _unhurried(work: Callable[..., _T], *args: Any) -> _T:

@@ -4,6 +4,9 @@ Ray passes bytes on as they are. Anything else it pickles with cloudpickle, obje
 Python, once for every argument of every call: for the small adapters of many short calls that took
 more of both sides' time than the calls themselves (benchmarks/README.md).
 
+Nothing else is ever read as a message: it came from a process of the same run, by Ray, which reads
+pickles from there in any case.
+
 Source: this project; out-of-band buffers: PEP 574.
 """
 
