@@ -221,13 +221,7 @@ class ClientActor:
         return packed(self._timed(evaluated))
 
     def test_clients(self, task: Message, state: Message, base: Message) -> Message:
-        """Test clients on their own examples; return their scores, `Timed`.
-
-        Args:
-            task: `TestTask`.
-            state: the global state.
-            base: what is frozen.
-        """
+        """Test clients on their own examples, as the `TestTask` says; else as `evaluate`."""
         what: TestTask = unpacked(task)
         call, frozen = what.call, unpacked(base)
         starts = Starts(self._state(what.number, state), call)
