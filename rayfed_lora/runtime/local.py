@@ -160,11 +160,16 @@ class LocalExecutor:
         """Take the first job that waits, if any.
 
         Args:
-            only_ahead: only one that is worth beginning ahead, and not from a trainer that is idle.
+            only_ahead: only one that is worth beginning ahead, and if each other trainer is left
+                one like it: it may be done sooner than who has reserved it.
         """
         with self._taking:
-            others = self._idle.qsize() if only_ahead and self._idle is not None else 0
-            if len(self._jobs) <= others or (only_ahead and not self._jobs[0].ahead):
+            if not self._jobs:
+                return None
+            if only_ahead and (
+                not self._jobs[0].ahead
+                or sum(job.ahead for job in self._jobs) < len(self._trainers)
+            ):
                 return None
             return self._jobs.popleft()
 

@@ -88,7 +88,7 @@ def test_batches_of_a_call_are_drawn_while_the_one_before_it_is_computed():
     executor.close()
 
 
-def test_no_call_is_reserved_while_another_trainer_is_idle():
+def test_no_call_is_reserved_that_another_trainer_may_come_to_first():
     shared = Shared(held=frozenset(range(2)))
     executor = opened(shared, 2)
     parts = executor.train(STATE, Base(), PLAN, calls(2))
