@@ -16,6 +16,8 @@ import pyarrow as pa
 
 Array = npt.NDArray[Any]
 LABELS = "labels"
+# What an image model calls its input.
+PIXELS = "pixel_values"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ Source: LoRA, arXiv:2106.09685; computing several clients at once: this project.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -98,8 +99,52 @@ class AdaptedModel:
         # The scales of the last module that was loaded.
         self._scales: dict[tuple[float, ...], torch.Tensor] = {}
         self._version, self._clean = Base().version, True
+        # How often the frozen weights have become others.
+        self.bases = 0
         # What is loaded and was not trained since.
         self._shown: tuple[AdapterState, tuple[int, int], Trainable] | None = None
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether a pass may change more than it returns (batch normalisation)."""
+        return bool(self._buffers)
+
+    def own_tensors(self) -> dict[str, torch.Tensor] | None:
+        """Return what the loaded clients have of their own; None where the whole model is.
+
+        Returns:
+            By module, A, B and scale of its factors, and what is densely trained, as
+            `holding` takes them.
+        """
+        if not self._clean:
+            return None
+        found: dict[str, torch.Tensor] = {}
+        for name, layer in self._layers.items():
+            if layer.factors is not None:
+                f = layer.factors
+                found |= {f"{name}.a": f.a, f"{name}.b": f.b, f"{name}.scale": f.scale}
+        for name, copied in self._copied.items():
+            found |= {f"{name}.{part}": tensor for part, tensor in copied.copies.items()}
+        return found
+
+    @contextmanager
+    def holding(self, own: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Compute with others in place of `own_tensors`, of the same names and shapes."""
+        factors = {name: layer.factors for name, layer in self._layers.items()}
+        copies = {name: copied.copies for name, copied in self._copied.items()}
+        try:
+            for name, layer in self._layers.items():
+                if layer.factors is not None:
+                    parts = (own[f"{name}.{part}"] for part in ("a", "b", "scale"))
+                    layer.factors = GroupFactors(*parts)
+            for name, copied in self._copied.items():
+                copied.copies = {part: own[f"{name}.{part}"] for part in copied.copies}
+            yield
+        finally:
+            for name, layer in self._layers.items():
+                layer.factors = factors[name]
+            for name, copied in self._copied.items():
+                copied.copies = copies[name]
 
     def tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
         """Return the first client's dense tensors: the head's, or in a full round all."""
@@ -144,6 +189,7 @@ class AdaptedModel:
         self._held = []
         if trainable == "full":
             self._clean = False
+            self.bases += 1
         else:
             self._load_base(base)
         for buffer, source in self._buffers:
@@ -330,6 +376,7 @@ class AdaptedModel:
     def _load_base(self, base: Base) -> None:
         if self._clean and self._version == base.version:
             return
+        self.bases += 1
         for name, source in self._source.items():
             self._set(name, source)
         for name, tensor in (base.tensors or {}).items():

@@ -36,13 +36,32 @@ class Trainer(Protocol):
         """Return the dense tensors the first round starts from, by parameter name."""
         ...
 
+    def draw(self, clients: Sequence[int], plan: LocalPlan) -> object:
+        """Return what `train` needs of a block that takes no model, such as its batches.
+
+        Called while this or another trainer of the process trains; all of them draw the same.
+
+        Raises:
+            ClientError: a client's batches cannot be drawn.
+        """
+        ...
+
     def train(
-        self, clients: Sequence[int], starts: Sequence[AdapterState], base: Base, plan: LocalPlan
+        self,
+        clients: Sequence[int],
+        starts: Sequence[AdapterState],
+        base: Base,
+        plan: LocalPlan,
+        drawn: object = None,
     ) -> Iterator[ClientUpdate]:
         """Train each client of a block from its state; one update a client, in the same order.
 
-        Called while another block may be trained: what computes waits until the first update is
-        asked for.
+        Args:
+            clients: the block.
+            starts: a state of each.
+            base: what is frozen.
+            plan: the round.
+            drawn: what `draw` of a trainer like this one has returned for the same; None: draw.
 
         Raises:
             ClientError: a client's training raised.

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rayfed_lora.data.examples import Batch
+from rayfed_lora.data.examples import PIXELS, Batch
 from rayfed_lora.data.tables import LANGUAGE_TASK
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import BlockMemoryError, RunError
@@ -34,6 +34,7 @@ from rayfed_lora.models import sources
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.attention import choose_attention
 from rayfed_lora.models.first_token import read_first_token_only
+from rayfed_lora.models.recorded import RecordedPasses
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.seeds import Purpose, torch_seed
@@ -135,6 +136,12 @@ class LocalTrainer:
             two = workload.train.rows(np.arange(min(2, len(workload.train))))
             read_first_token_only(net, _tensors(two, self._device)[0])
         self._drops = recipe.adapter.dropout > 0 or sources.drops(workload.config)
+        self._passes = RecordedPasses(self._model, recording=self._recordable())
+
+    def _recordable(self) -> bool:
+        """Return whether the operations of a pass follow from shapes alone: not with masks."""
+        plain = self._recipe.runtime.precision == "fp32" and not self._drops
+        return plain and [*self._workload.train.inputs] == [PIXELS] and self._device.type == "cpu"
 
     def _build(self) -> nn.Module:
         config = sources.restored(self._workload.config)
@@ -152,22 +159,40 @@ class LocalTrainer:
         """Return the head's tensors, or in a full-model round all, as built from the seed."""
         return self._model.initial_tensors(trainable)
 
-    def train(
-        self, clients: Sequence[int], starts: Sequence[AdapterState], base: Base, plan: LocalPlan
-    ) -> Iterator[ClientUpdate]:
-        """Train each client of a block from its state; return one update a client, in that order.
+    def draw(self, clients: Sequence[int], plan: LocalPlan) -> list[GroupTask]:
+        """Return the batches of a block, by group of clients that are trained together.
 
-        Batches are drawn at once, all else is done when the first update is asked for.
+        Raises:
+            ClientError: a client's cannot be drawn; names the client and the round.
+        """
+        alone = plan.trainable == "full" or self._model.obstacle is not None
+        groups = [[client] for client in clients] if alone else [clients]
+        return [self._drawn(group, plan) for group in groups]
+
+    def train(
+        self,
+        clients: Sequence[int],
+        starts: Sequence[AdapterState],
+        base: Base,
+        plan: LocalPlan,
+        drawn: Any = None,
+    ) -> Iterator[ClientUpdate]:
+        """Train each client of a block from its state; yield one update a client, in that order.
+
+        Args:
+            clients: the block.
+            starts: a state of each.
+            base: what is frozen.
+            plan: the round.
+            drawn: what `draw` has returned for the same clients and plan; None: draw.
 
         Raises:
             ClientError: a client's training raised; names the client and the round.
             BlockMemoryError: the block does not fit into memory.
             RunError: each client can be trained alone, but not the block.
         """
-        alone = plan.trainable == "full" or self._model.obstacle is not None
-        groups = [[client] for client in clients] if alone else [clients]
-        work = [self._drawn(group, plan) for group in groups]
-        return self._trained(work, dict(zip(clients, starts, strict=True)), base, plan)
+        work = self.draw(clients, plan) if drawn is None else drawn
+        yield from self._trained(work, dict(zip(clients, starts, strict=True)), base, plan)
 
     def _drawn(self, clients: Sequence[int], plan: LocalPlan) -> GroupTask:
         settings, seed, table = self._recipe.clients, self._recipe.seed, self._workload.clients
@@ -302,7 +327,7 @@ class LocalTrainer:
         """Return the mean loss of each client on its part of a batch."""
         bf16 = self._recipe.runtime.precision == "bf16"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
-            logits = self._model.net(**inputs).logits
+            logits = self._passes.logits(inputs)
         if self._language:
             # A mean over the tokens of a client, not over its texts.
             each, tokens, _ = token_losses(logits.float(), inputs)
@@ -330,7 +355,7 @@ class LocalTrainer:
         """Return what the loaded model, in evaluation mode, says of some examples."""
         _know_threads()
         inputs, labels = _tensors(examples, self._device)
-        logits = self._model.net(**inputs).logits.float()
+        logits = self._passes.logits(inputs).float()
         if self._language:
             each, tokens, correct = (part.cpu().numpy() for part in token_losses(logits, inputs))
             none = np.full(len(examples.labels), -1)

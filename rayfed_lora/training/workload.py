@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from rayfed_lora.data.examples import Examples
+from rayfed_lora.data.examples import PIXELS, Examples
 from rayfed_lora.data.partition import ClientTable, deal, hold_out
 from rayfed_lora.data.tables import IMAGE_TASK, LANGUAGE_TASK, Dataset, load, number_column
 from rayfed_lora.data.traces import read_trace
@@ -183,8 +183,8 @@ def _examples(table: pa.Table, tokenizer: Any, recipe: Recipe) -> Examples:
         column = table["image"].combine_chunks()
         if isinstance(column, pa.ChunkedArray):
             shape = (0, *column.type.shape)
-            return Examples.of({"pixel_values": np.zeros(shape, np.float32)}, labels)
-        return Examples.of({"pixel_values": column.to_numpy_ndarray()}, labels)
+            return Examples.of({PIXELS: np.zeros(shape, np.float32)}, labels)
+        return Examples.of({PIXELS: column.to_numpy_ndarray()}, labels)
     texts = table["text"].to_pylist()
     if not texts:
         return Examples.of({"input_ids": np.zeros((0, 1), np.int32)}, labels)
