@@ -95,6 +95,8 @@ def overhead(name: str) -> float:
     changes: dict[str, Any] = {"runtime__client_actors": ACTORS}
     if variant == "local":
         changes["runtime__executor"] = variant
+    elif variant == "one":
+        changes |= {"runtime__client_actors": 1, "runtime__cpus_per_actor": float(ACTORS)}
     elif variant:
         changes["runtime__cohort_size"] = int(variant)
     recipe = workloads.recipe(workload, **changes)

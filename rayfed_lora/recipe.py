@@ -245,12 +245,17 @@ class Runtime(Section):
     gpus_per_actor: NonNegative | Auto = option(
         "auto", "auto: 1 where the cluster has GPUs, else 0; fractions share a GPU", "GPUs"
     )
-    cpus_per_actor: PositiveFloat = option(1.0, "CPU cores reserved for an actor", "cores")
+    cpus_per_actor: PositiveFloat = option(
+        1.0,
+        "CPU cores reserved for an actor; on a CPU it trains a block in each `threads_per_actor` of"
+        " them",
+        "cores",
+    )
     cohort_size: Positive | Auto = option(
         "auto", "clients trained together; auto: by the model's work and memory", "clients"
     )
     threads_per_actor: Positive = option(
-        1, "torch threads; 1 makes results bit-identical", "threads"
+        1, "torch threads for a block; 1 makes results bit-identical", "threads"
     )
     precision: Literal["fp32", "bf16"] = option("fp32", "fp32 | bf16: autocast")
     device: Literal["auto", "cpu", "cuda"] = option(
@@ -271,6 +276,15 @@ class Runtime(Section):
         " (executor ray); null: no limit",
         "s",
     )
+
+    @property
+    def trainers_per_actor(self) -> int:
+        """How many blocks an actor on a CPU trains at once, each in a thread of its own.
+
+        >>> Runtime(cpus_per_actor=2.0).trainers_per_actor
+        2
+        """
+        return max(1, math.floor(self.cpus_per_actor / self.threads_per_actor))
 
 
 class Storage(Section):

@@ -134,8 +134,16 @@ class FakeTrainer:
         names = WEIGHTS if trainable == "full" else SHAPE.head
         return {name: initial(name) for name in names}
 
+    def draw(self, clients: Sequence[int], plan: LocalPlan) -> None:
+        """Nothing: no batches."""
+
     def train(
-        self, clients: Sequence[int], starts: Sequence[AdapterState], base: Base, plan: LocalPlan
+        self,
+        clients: Sequence[int],
+        starts: Sequence[AdapterState],
+        base: Base,
+        plan: LocalPlan,
+        drawn: object = None,
     ) -> Iterator[ClientUpdate]:
         if self._behaviour.together is not None and len(clients) > self._behaviour.together:
             raise BlockMemoryError(f"{len(clients)} clients do not fit")

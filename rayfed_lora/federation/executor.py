@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from threading import Lock
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -147,22 +148,15 @@ def joins(calls: Sequence[_T]) -> list[Sequence[_T]]:
 class Training:
     """The clients of a call on their way to the means of their updates.
 
-    Each step may be another thread's: only `train` computes.
+    Each step may be another thread's, and `train` any trainer's.
     """
 
     def __init__(
-        self,
-        trainer: Trains,
-        call: Call,
-        state: AdapterState,
-        base: Base,
-        plan: LocalPlan,
-        rule: str,
+        self, call: Call, state: AdapterState, base: Base, plan: LocalPlan, rule: str
     ) -> None:
-        """Begin what needs no model.
+        """Begin nothing yet.
 
         Args:
-            trainer: trains the blocks.
             call: the clients.
             state: the global state.
             base: what is frozen.
@@ -170,18 +164,26 @@ class Training:
             rule: name of the aggregation rule.
         """
         self._rule = RULES[rule]
-        self._trainer, self._base, self._plan = trainer, base, plan
-        self._start = Starts(state, call, own_b=self._rule.personal)
-        self._begun = [(block, self._ahead(block)) for block in call.blocks]
+        self._call, self._state, self._base, self._plan = call, state, base, plan
+        self._drawn: list[object] | None = None
+        self._drawing = Lock()
         self._means: Means = self._rule.means()
         self._reports: list[ClientUpdate] = []
         self._last: list[ClientUpdate] = []
 
-    def train(self) -> None:
+    def draw(self, trainer: Trains) -> None:
+        """Draw the batches, unless that is done: any trainer's will do, whatever it trains."""
+        with self._drawing:
+            if self._drawn is None:
+                self._drawn = [_drawn(trainer, block, self._plan) for block in self._call.blocks]
+
+    def train(self, trainer: Trains) -> None:
         """Train block by block; all but the last one are taken in meanwhile."""
-        for block, begun in self._begun:
+        self.draw(trainer)
+        start = Starts(self._state, self._call, own_b=self._rule.personal)
+        for block, drawn in zip(self._call.blocks, self._drawn or (), strict=True):
             self._take()
-            updates = _updates(self._trainer, block, self._start, self._base, self._plan, begun)
+            updates = _updates(trainer, block, start, self._base, self._plan, drawn)
             self._last = list(updates)
 
     def reduced(self) -> tuple[tuple[ClientUpdate, ...], Means]:
@@ -189,14 +191,6 @@ class Training:
         self._take()
         self._means.pack()
         return tuple(self._reports), self._means
-
-    def _ahead(self, block: Block) -> Iterator[ClientUpdate] | None:
-        starts = [self._start.of(client) for client in block]
-        try:
-            return self._trainer.train(block, starts, self._base, self._plan)
-        except ClientError:
-            # It is raised again when it is the block's turn, which then knows what to do.
-            return None
 
     def _take(self) -> None:
         # Gone before the next block is trained.
@@ -209,13 +203,21 @@ class Training:
             self._reports.append(replace(update, state=None, personal=own))
 
 
+def _drawn(trainer: Trains, block: Block, plan: LocalPlan) -> object:
+    try:
+        return trainer.draw(block, plan)
+    except ClientError:
+        # It is raised again when it is the block's turn, which then knows what to do.
+        return None
+
+
 def _updates(
     trainer: Trains,
     block: Block,
     start: Starts,
     base: Base,
     plan: LocalPlan,
-    begun: Iterator[ClientUpdate] | None = None,
+    drawn: object = None,
 ) -> Iterator[ClientUpdate]:
     """Train a block: in halves where memory is short, without those who raise where that may be.
 
@@ -225,7 +227,7 @@ def _updates(
         start: their states.
         base: what is frozen.
         plan: the round.
-        begun: what the trainer has returned for this block, where it was asked before.
+        drawn: what a trainer has drawn for this block, if any.
 
     Raises:
         ClientError: a client raised, or does not even fit into memory alone.
@@ -234,7 +236,7 @@ def _updates(
     try:
         # Whole before its first update is used: what is trained again must not be used twice.
         starts = [start.of(client) for client in block]
-        found = list(begun or trainer.train(block, starts, base, plan))
+        found = list(trainer.train(block, starts, base, plan, drawn))
     except (BlockMemoryError, ClientError) as error:
         if isinstance(error, ClientError) and not plan.tolerant:
             raise
@@ -329,14 +331,19 @@ def joined(parts: Iterable[Means], rule: str) -> Means:
 class Trains(Protocol):
     """What trains a block: a part of `training.protocol.Trainer`."""
 
-    def train(
-        self, clients: Sequence[int], starts: Sequence[AdapterState], base: Base, plan: LocalPlan
-    ) -> Iterator[ClientUpdate]:
-        """Train each client of a block from its state; one update a client, in the same order.
+    def draw(self, clients: Sequence[int], plan: LocalPlan) -> object:
+        """Return what `train` needs of a block that takes no model, such as its batches."""
+        ...
 
-        Called while another block may be trained: what computes waits until the first update is
-        asked for.
-        """
+    def train(
+        self,
+        clients: Sequence[int],
+        starts: Sequence[AdapterState],
+        base: Base,
+        plan: LocalPlan,
+        drawn: object = None,
+    ) -> Iterator[ClientUpdate]:
+        """Train each client of a block from its state; one update a client, in the same order."""
         ...
 
 

@@ -5,6 +5,7 @@ Source: this project.
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -77,6 +78,7 @@ class Job:
         attempts: how often it was lost in its turn.
         begun: how often an actor began it, as far as is known.
         halvings: how often its blocks are to be halved, memory being short.
+        since: `time.monotonic()` at which an actor began it.
         value: its first result, once `done`.
         rest: references of its other results, which stay where they are.
         error: why it has no result and never will.
@@ -87,6 +89,7 @@ class Job:
     attempts: int = 0
     begun: int = 0
     halvings: int = 0
+    since: float = 0.0
     value: Any = None
     rest: list[ray.ObjectRef] = field(default_factory=list)
     error: RayfedError | None = None
@@ -99,20 +102,36 @@ class _Worker:
 
     Attributes:
         actor: its handle.
-        jobs: the first of them is being done.
-        since: `time.monotonic()` at which that was begun.
+        at_once: how many calls it does at once.
+        jobs: the first of them are being done.
         seconds: what a call of each kind took it last.
     """
 
     actor: Any
+    at_once: int
     jobs: list[Job] = field(default_factory=list)
-    since: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
-    def limited(self) -> bool:
-        """Whether it does something that may not take for ever."""
-        return bool(self.jobs) and self.jobs[0].work.limited
+    def doing(self) -> list[Job]:
+        """What it does now."""
+        return self.jobs[: self.at_once]
+
+    @property
+    def limited(self) -> list[Job]:
+        """What it does now and may not take for ever."""
+        return [job for job in self.doing if job.work.limited]
+
+    def add(self, job: Job) -> None:
+        """Note that it was sent a job."""
+        self.jobs.append(job)
+        job.since = time.monotonic()
+
+    def remove(self, job: Job) -> None:
+        """Note that a job is over: the next one that waited is begun."""
+        self.jobs.remove(job)
+        for next_one in self.jobs[self.at_once - 1 : self.at_once]:
+            next_one.since = time.monotonic()
 
     def expected_s(self, job: Job, usual_s: Mapping[str, float]) -> float:
         """Return when it will have done one more job.
@@ -122,10 +141,15 @@ class _Worker:
             usual_s: what a call of each kind takes that it has not done yet; else 0.
         """
         known_s = {**usual_s, **self.seconds}
-        first, *queued = (known_s.get(each.work.kind, 0.0) for each in (*self.jobs, job))
-        if self.jobs:
-            first = max(first - (time.monotonic() - self.since), 0.0)
-        return first + sum(queued)
+        now = time.monotonic()
+        free_s = [0.0] * self.at_once
+        for place, each in enumerate((*self.jobs, job)):
+            took_s = known_s.get(each.work.kind, 0.0)
+            if place < len(self.doing):
+                took_s = max(took_s - (now - each.since), 0.0)
+            done_s = free_s[0] + took_s
+            heapq.heapreplace(free_s, done_s)
+        return done_s
 
 
 @dataclass(frozen=True)
@@ -154,6 +178,7 @@ class ActorPool:
         start_timeout_s: float,
         ahead: int = 0,
         block_timeout_s: float | None = None,
+        at_once: int = 1,
     ) -> None:
         """Take open actors.
 
@@ -162,17 +187,18 @@ class ActorPool:
             revival: how a lost actor comes back.
             note: told of what the user should know, e.g. a lost actor.
             start_timeout_s: how long a lost actor may take to come back while nothing else runs.
-            ahead: how many jobs an actor is sent while it still works on another: it then never
+            ahead: how many jobs an actor is sent for each that it still works on: it then never
                 waits for a message. Of use where jobs take equally long.
             block_timeout_s: an actor that takes longer for a job is ended; None: no limit.
+            at_once: how many jobs an actor does at the same time.
         """
-        self._workers = [_Worker(actor) for actor in actors]
+        self._workers = [_Worker(actor, at_once) for actor in actors]
         self._revival = revival
         self._note = note
         self._start_timeout_s = start_timeout_s
-        self._depth = 1 + ahead
-        # How many actors there were at first, and how often one was lost.
-        self.actors, self.losses = len(actors), 0
+        self._depth = at_once * (1 + ahead)
+        # How many actors there were at first, what each does at once, and how often one was lost.
+        self.actors, self.at_once, self.losses = len(actors), at_once, 0
         self._block_timeout_s = block_timeout_s
         # `time.monotonic()` since which no actor is left that works.
         self._alone_since = 0.0
@@ -228,9 +254,7 @@ class ActorPool:
             job = self._waiting.popleft()
             references = job.work.call(worker.actor, job.halvings)
             job.begun += 1
-            if not worker.jobs:
-                worker.since = time.monotonic()
-            worker.jobs.append(job)
+            worker.add(job)
             self._running[references[0]] = (job, references, worker)
 
     def _place(self, job: Job, worker: _Worker) -> tuple[bool, float, int]:
@@ -238,7 +262,7 @@ class ActorPool:
 
         Idle ones come before all others: who was slow once would never be asked again.
         """
-        busy = bool(worker.jobs)
+        busy = len(worker.jobs) >= worker.at_once
         return busy, worker.expected_s(job, self._usual_s), len(worker.jobs)
 
     def _advance(self) -> None:
@@ -271,8 +295,7 @@ class ActorPool:
         except RayfedError as error:
             job.error, job.done = error, True
         del self._running[ready]
-        worker.jobs.remove(job)
-        worker.since = time.monotonic()
+        worker.remove(job)
         if lost is not None:
             self._result_lost(job, lost)
 
@@ -307,40 +330,55 @@ class ActorPool:
         """Return the seconds until some running job will have taken too long."""
         if self._block_timeout_s is None:
             return None
-        began = [worker.since for worker in self._workers if worker.limited]
+        began = [job.since for worker in self._workers for job in worker.limited]
         return max(min(began) + self._block_timeout_s - time.monotonic(), 0.0) if began else None
 
     def _end_stuck(self) -> None:
         """End the actors that have taken too long for a job, and run their work again."""
         limit = self._block_timeout_s or 0.0
         now = time.monotonic()
-        for worker in [w for w in self._workers if w.limited and now - w.since >= limit]:
+        stuck = [
+            (worker, [job for job in worker.limited if now - job.since >= limit])
+            for worker in self._workers
+        ]
+        for worker, late in stuck:
+            if not late:
+                continue
             # A running method cannot be cancelled; Ray starts the process again.
             ray.kill(worker.actor, no_restart=False)
-            late = f"{worker.jobs[0].work.name} took longer than {limit:g} s"
-            self._lost(worker, TimeoutError(f"{late} (runtime.block_timeout_s)"))
+            names = _named(late)
+            error = TimeoutError(f"{names} took longer than {limit:g} s (runtime.block_timeout_s)")
+            self._lost(worker, error, late)
 
-    def _lost(self, worker: _Worker, error: Exception) -> None:
-        """Take back all that a lost actor had been sent; the first of it may be to blame."""
+    def _lost(self, worker: _Worker, error: Exception, blamed: Sequence[Job] | None = None) -> None:
+        """Take back all that a lost actor had been sent.
+
+        Args:
+            worker: the actor.
+            error: how it was lost.
+            blamed: the jobs that may be to blame; None: all that it had begun.
+        """
         reason = str(error).strip().splitlines()[0]
         self.losses += 1
         self._running = {r: sent for r, sent in self._running.items() if sent[2] is not worker}
-        jobs, worker.jobs = worker.jobs, []
-        first, *queued = jobs
-        for job in queued:
+        blamed = worker.doing if blamed is None else blamed
+        for job in worker.jobs[worker.at_once :]:
             job.begun -= 1
-        first.attempts += 1
-        again = "its work is run again"
-        if isinstance(error, OutOfMemoryError) or first.attempts >= _LOST_BEFORE_HALVING:
-            first.halvings += 1
-            again += " in smaller blocks, in case memory was short"
-        if first.attempts >= ATTEMPTS:
-            why = f"{first.work.name} lost {ATTEMPTS} actors one after another: {reason}"
-            first.error, first.done = RunError(why), True
-            self._waiting.extendleft(reversed(queued))
-        else:
-            self._note(f"a client actor was lost in {first.work.name} and {again}: {reason}")
-            self._waiting.extendleft(reversed(jobs))
+        again = "run again"
+        for job in blamed:
+            job.attempts += 1
+            if isinstance(error, OutOfMemoryError) or job.attempts >= _LOST_BEFORE_HALVING:
+                job.halvings += 1
+                again = "run again in smaller blocks, in case memory was short"
+            if job.attempts >= ATTEMPTS:
+                why = f"{job.work.name} lost {ATTEMPTS} actors one after another: {reason}"
+                job.error, job.done = RunError(why), True
+        kept = [job for job in worker.jobs if not job.done]
+        if any(job in kept for job in blamed):
+            lost_in = f"a client actor was lost in {_named(blamed)}"
+            self._note(f"{lost_in} and its work is {again}: {reason}")
+        worker.jobs = []
+        self._waiting.extendleft(reversed(kept))
         self._workers.remove(worker)
         if not self._workers:
             self._alone_since = time.monotonic()
@@ -379,6 +417,10 @@ class ActorPool:
                 self._returning[self._revival.reopen(renewed)] = worker
         else:
             self._workers.append(worker)
+
+
+def _named(jobs: Sequence[Job]) -> str:
+    return " and ".join(job.work.name for job in jobs)
 
 
 def result(reference: ray.ObjectRef) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
@@ -16,15 +15,14 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 import ray
 from threadpoolctl import threadpool_limits
 
-from rayfed_lora.aggregation.means import Means
 from rayfed_lora.federation.executor import Call, Population, Starts, Training, joined
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.factory import Factory, population, prepared
 from rayfed_lora.runtime.messages import Message, packed, unpacked
+from rayfed_lora.runtime.threads import TrainerThreads
 from rayfed_lora.training import python_lock
 from rayfed_lora.types import (
     AdapterState,
-    ClientUpdate,
     LocalPlan,
     Predictions,
     Split,
@@ -40,8 +38,12 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-# Calls of an actor that Ray begins: one computes, the other comes or goes meanwhile.
-CALLS_AT_ONCE = 2
+def calls_at_once(trainers: int) -> int:
+    """Return how many calls of an actor Ray begins.
+
+    For each trainer one that computes, and one that comes or goes meanwhile.
+    """
+    return 2 * trainers
 
 
 class NotOpenError(Exception):
@@ -90,31 +92,30 @@ class TestTask(NamedTuple):
 
 
 class ClientActor:
-    """A trainer on a CPU or GPU share; serves many virtual clients, keeps nothing between calls."""
+    """Trainers on a CPU or GPU share; serve many virtual clients, keep nothing between calls."""
 
     # As of the server: Ray asks for it even where the actor could not be made.
     _name = "client-actor"
 
-    def __init__(self, gpus: float, name: str) -> None:
-        """Keep who it is; the trainer is made by `open`, also after a restart.
+    def __init__(self, gpus: float, name: str, trainers: int = 1) -> None:
+        """Keep who it is; the trainers are made by `open`, also after a restart.
 
         Args:
             gpus: this actor's GPU share.
             name: readable name; the dashboard reads it once.
+            trainers: how many blocks it trains at once.
         """
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._gpus = gpus
         self._name = name
         self._rule = ""
-        self._trainer: Trainer | None = None
+        self._trainers = trainers
+        # They compute, always the same (torch keeps its settings by thread), while Ray's own fetch
+        # what the next calls need and send what the last ones have found.
+        self._threads: TrainerThreads | None = None
         # The state that came last, and its number.
         self._received: tuple[int, AdapterState] | None = None
         self._receiving = Lock()
-        # One thread computes, always the same (torch keeps its settings by thread), while Ray's
-        # own fetch what the next call needs and send what the last one has found.
-        self._computing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="computing")
-        # Another one sums up what a call has come to, while the next one is computed.
-        self._summing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="summing")
 
     def __repr__(self) -> str:
         return self._name
@@ -132,17 +133,14 @@ class ClientActor:
         return prepared(recipe, factory)
 
     def open(self, recipe: Recipe, factory: Factory, prepared: list[ray.ObjectRef]) -> Population:
-        """Build the trainer of a run and say what it serves; any other is let go.
+        """Build the trainers of a run and say what they serve; any others are let go.
 
         Args:
             recipe: the run.
-            factory: makes the trainer.
+            factory: makes the trainers.
             prepared: references of workload and weights, in a list so that Ray does not wait for
                 them: meanwhile this actor imports what it needs.
         """
-        return self._computed(lambda: self._open(recipe, factory, prepared))
-
-    def _open(self, recipe: Recipe, factory: Factory, prepared: list[ray.ObjectRef]) -> Population:
         factory.load(recipe)
         device = "cpu"
         if self._gpus > 0:
@@ -152,21 +150,23 @@ class ClientActor:
         workload, weights = ray.get(prepared)
         # As in the server: sums must not depend on how many cores an actor has.
         threadpool_limits(limits=1, user_api="blas")
-        # Some libraries keep the limit by thread.
-        self._summing.submit(threadpool_limits, 1, "blas").result()
-        self._trainer, self._received = None, None
+        if self._threads is not None:
+            self._threads.close()
+        self._threads, self._received = None, None
         self._rule = recipe.aggregation.rule
-        self._trainer = factory.trainer(recipe, workload, weights, device)
-        return population(workload, self._trainer, device)
+        each = range(self._trainers)
+        trainers = [factory.trainer(recipe, workload, weights, device) for _ in each]
+        self._threads = TrainerThreads(trainers)
+        return population(workload, trainers[0], device)
 
-    def _opened(self) -> Trainer:
-        if self._trainer is None:
+    def _opened(self) -> TrainerThreads:
+        if self._threads is None:
             raise NotOpenError(f"{self._name} was restarted while it was idle")
-        return self._trainer
+        return self._threads
 
     def initial_tensors(self, trainable: Trainable) -> Message:
         """Return the dense tensors that the first round starts from."""
-        return packed(self._computed(lambda: self._opened().initial_tensors(trainable)))
+        return packed(self._computed(lambda trainer: trainer.initial_tensors(trainable)))
 
     def _state(self, number: int, message: Message) -> AdapterState:
         """Return a state: the same object while states of the same number come."""
@@ -191,9 +191,11 @@ class ClientActor:
         python_lock.wait()
         what: TrainTask = unpacked(task)
         start = self._state(what.number, state)
-        training = Training(self._opened(), what.call, start, unpacked(base), what.plan, self._rule)
+        training = Training(what.call, start, unpacked(base), what.plan, self._rule)
+        threads = self._opened()
+        training.draw(threads.trainers[0])
         done = self._timed(training.train)
-        reports, means = self._summing.submit(_reduced, training).result()
+        reports, means = threads.beside(training.reduced).result()
         if what.means_apart:
             return packed(Timed((reports, None), done.seconds)), packed(means)
         return packed(Timed((reports, means), done.seconds))
@@ -201,7 +203,7 @@ class ClientActor:
     def join(self, *parts: Message) -> Message:
         """Join means of consecutive clients, in order."""
         means = [unpacked(part) for part in parts]
-        return packed(self._summing.submit(joined, means, self._rule).result())
+        return packed(self._opened().beside(joined, means, self._rule).result())
 
     def evaluate(self, task: Message, state: Message, base: Message) -> Message:
         """Return the predictions on some rows of a split, `Timed`.
@@ -214,9 +216,9 @@ class ClientActor:
         what: EvaluateTask = unpacked(task)
         frozen = unpacked(base)
 
-        def evaluated() -> Predictions:
+        def evaluated(trainer: Trainer) -> Predictions:
             shown = self._state(what.number, state)
-            return self._opened().evaluate(what.split, what.rows, shown, frozen, what.trainable)
+            return trainer.evaluate(what.split, what.rows, shown, frozen, what.trainable)
 
         return packed(self._timed(evaluated))
 
@@ -228,28 +230,23 @@ class ClientActor:
         states = [starts.of(client) for client in call.clients]
         return packed(
             self._timed(
-                lambda: self._opened().test_clients(call.clients, states, frozen, what.trainable)
+                lambda trainer: trainer.test_clients(call.clients, states, frozen, what.trainable)
             )
         )
 
     def export(self, trainable: Trainable, state: Message, base: Message) -> Message:
         """Return the files of the trained model."""
         model = unpacked(state), unpacked(base)
-        return packed(self._computed(lambda: self._opened().export(*model, trainable)))
+        return packed(self._computed(lambda trainer: trainer.export(*model, trainable)))
 
-    def _computed(self, work: Callable[[], _T]) -> _T:
-        """Do something in the thread that computes, in its turn."""
-        return self._computing.submit(work).result()
+    def _computed(self, work: Callable[[Trainer], _T]) -> _T:
+        """Do something in a thread that computes, in its turn."""
+        return self._opened().submit(work).result()
 
-    def _timed(self, work: Callable[[], _T]) -> Timed[_T]:
-        def timed() -> Timed[_T]:
+    def _timed(self, work: Callable[[Trainer], _T]) -> Timed[_T]:
+        def timed(trainer: Trainer) -> Timed[_T]:
             began = time.perf_counter()
-            value = work()
+            value = work(trainer)
             return Timed(value, time.perf_counter() - began)
 
         return self._computed(timed)
-
-
-def _reduced(training: Training) -> tuple[tuple[ClientUpdate, ...], Means]:
-    python_lock.wait()
-    return training.reduced()

@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayfed_lora.errors import ResourceError
 from rayfed_lora.recipe import Recipe
-from rayfed_lora.runtime.actors import CALLS_AT_ONCE, ClientActor
+from rayfed_lora.runtime.actors import ClientActor, calls_at_once
 from rayfed_lora.runtime.factory import Factory, prepared
 from rayfed_lora.runtime.placement import Layout, layout, nodes_of, wanted
 from rayfed_lora.runtime.shelf import PREPARING, prepared_from
@@ -113,14 +113,20 @@ class Crew:
         options = {
             "num_cpus": self._plan.cpus,
             "num_gpus": self._plan.gpus,
-            "max_concurrency": CALLS_AT_ONCE,
+            "max_concurrency": calls_at_once(self._plan.trainers),
             "max_restarts": -1,
             # The same work on another actor gives the same result: the executor decides.
             "max_task_retries": 0,
             "scheduling_strategy": strategy,
         }
         actor = ray.remote(ClientActor).options(**options)
-        return actor.remote(self._plan.gpus, f"client-actor-{index:02d} of {self._name}")
+        name = f"client-actor-{index:02d} of {self._name}"
+        return actor.remote(self._plan.gpus, name, self._plan.trainers)
+
+    @property
+    def trainers(self) -> int:
+        """How many blocks each of the actors trains at once."""
+        return self._plan.trainers
 
     def renewed(self, actor: Any) -> Any:
         """Return an actor in place of one whose node is gone; the same one where it is not.

@@ -94,11 +94,13 @@ def population(workload: Workload, trainer: Trainer, device: str) -> Population:
 def in_process(recipe: Recipe, factory: Factory, device: str) -> tuple[list[Trainer], Population]:
     """Make workload and trainers here and now: one, or on a CPU as many as the recipe asks for.
 
-    A core has one of them at most.
+    That is as many as its client actors would have, but one at most for a core.
     """
     workload = factory.workload(recipe)
     weights = factory.weights(recipe, workload)
     asked = recipe.runtime.client_actors
-    count = 1 if asked == "auto" or device != "cpu" else min(asked, os.cpu_count() or 1)
+    count = 1
+    if asked != "auto" and device == "cpu":
+        count = min(asked * recipe.runtime.trainers_per_actor, os.cpu_count() or 1)
     trainers = [factory.trainer(recipe, workload, weights, device) for _ in range(count)]
     return trainers, population(workload, trainers[0], device)

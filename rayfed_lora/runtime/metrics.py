@@ -80,12 +80,14 @@ class Usage:
         busy_s: seconds in which they trained or tested, summed.
         losses: how often one of them was lost.
         retried_clients: clients whose training was begun again because of that.
+        at_once: how many calls each does at the same time.
     """
 
     actors: int
     busy_s: float
     losses: int
     retried_clients: int
+    at_once: int = 1
 
 
 def run_metrics(name: str, rounds: int, usage: Callable[[], Usage]) -> RunMetrics | None:
@@ -164,7 +166,7 @@ class RunMetrics:
             self._seen = replace(now, busy_s=before.busy_s)
             return {"actors": now.actors}
         self._seen, self._seen_at = now, self._seen_at + passed_s
-        busy = (now.busy_s - before.busy_s) / (now.actors * passed_s)
+        busy = (now.busy_s - before.busy_s) / (now.actors * now.at_once * passed_s)
         # What was begun before may have been done since.
         return {"actors": now.actors, "actor_idle_share": max(0.0, 1.0 - busy)}
 

@@ -31,11 +31,13 @@ class Layout:
         actors: how many.
         cpus: CPU cores each.
         gpus: GPUs each, 0 on the CPU.
+        trainers: blocks that each trains at once.
     """
 
     actors: int
     cpus: float
     gpus: float
+    trainers: int = 1
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -67,7 +69,7 @@ def layout(runtime: Runtime, nodes: Sequence[Node], most: int) -> Layout:
     Args:
         runtime: the recipe's section.
         nodes: what the cluster has in all, in use or not.
-        most: number of actors that could be busy at once, for `client_actors: auto`.
+        most: number of blocks that could be trained at once, for `client_actors: auto`.
 
     Raises:
         ResourceError: what is asked for can never fit; says what is missing.
@@ -75,7 +77,8 @@ def layout(runtime: Runtime, nodes: Sequence[Node], most: int) -> Layout:
     gpus = _gpu_share(runtime, nodes)
     capacity = sum(_capacity(node, runtime.cpus_per_actor, gpus) for node in nodes)
     wanted = runtime.client_actors
-    actors = min(capacity, most) if wanted == "auto" else wanted
+    trainers = _trainers(runtime, gpus)
+    actors = min(capacity, math.ceil(most / trainers)) if wanted == "auto" else wanted
     if actors < 1 or actors > capacity:
         share = f"{runtime.cpus_per_actor:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
         have = "; ".join(f"{n.cpus:g} CPU, {n.gpus:g} GPU" for n in nodes) or "no live node"
@@ -84,14 +87,19 @@ def layout(runtime: Runtime, nodes: Sequence[Node], most: int) -> Layout:
             f" (runtime.client_actors, cpus_per_actor, gpus_per_actor): it holds {capacity}."
             f" Nodes: {have}"
         )
-    return Layout(actors, runtime.cpus_per_actor, gpus)
+    return Layout(actors, runtime.cpus_per_actor, gpus, trainers)
 
 
 def wanted(runtime: Runtime) -> Layout:
     """Return the actors that a recipe with `scale_up_s` asks for, whatever nodes there are."""
     gpus = 1.0 if runtime.gpus_per_actor == "auto" else runtime.gpus_per_actor
     actors = 1 if runtime.client_actors == "auto" else runtime.client_actors
-    return Layout(actors, runtime.cpus_per_actor, gpus if runtime.device == "cuda" else 0.0)
+    gpus = gpus if runtime.device == "cuda" else 0.0
+    return Layout(actors, runtime.cpus_per_actor, gpus, _trainers(runtime, gpus))
+
+
+def _trainers(runtime: Runtime, gpus: float) -> int:
+    return 1 if gpus > 0 else runtime.trainers_per_actor
 
 
 def _gpu_share(runtime: Runtime, nodes: Sequence[Node]) -> float:

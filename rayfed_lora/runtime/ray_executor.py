@@ -132,7 +132,9 @@ class RayExecutor:
         ahead = 0 if self._recipe.clients.local_steps is None else 1
         limit = runtime.block_timeout_s
         revival = Revival(self._open, crew.renewed, self._prepare_again)
-        self._pool = ActorPool(crew.actors, revival, self._note, timeout, ahead, limit)
+        self._pool = ActorPool(
+            crew.actors, revival, self._note, timeout, ahead, limit, crew.trainers
+        )
         population: Population = populations[0]
         return population
 
@@ -214,7 +216,7 @@ class RayExecutor:
     def usage(self) -> Usage:
         """Return what the actors have done since `open`."""
         pool = self._opened()
-        return Usage(pool.actors, self._busy_s, pool.losses, self._retried)
+        return Usage(pool.actors, self._busy_s, pool.losses, self._retried, pool.at_once)
 
     def _joined(self, run: Sequence[Job]) -> Means:
         """Have an actor join the means of some calls; return them.

@@ -12,14 +12,21 @@ import numpy as np
 import pytest
 
 from rayfed_lora.federation.executor import Call
-from rayfed_lora.runtime.actors import CALLS_AT_ONCE, ClientActor, EvaluateTask, TrainTask
+from rayfed_lora.runtime.actors import ClientActor, EvaluateTask, TrainTask, calls_at_once
 from rayfed_lora.runtime.messages import Message, packed, unpacked
 from rayfed_lora.runtime.simulation_server import SimulationServer
+from rayfed_lora.runtime.threads import TrainerThreads
 from rayfed_lora.training import python_lock
 from rayfed_lora.types import AdapterState, Base, ClientUpdate, LocalPlan
 
 PLAN = LocalPlan(0, "adapter", 0.1, 0.0, None, False)
 BASE = packed(Base())
+
+
+def opened(*trainers: Any) -> ClientActor:
+    actor = ClientActor(0.0, "client-actor-00", len(trainers))
+    actor._threads, actor._rule = TrainerThreads(trainers), "product-svd"
+    return actor
 
 
 def evaluated(actor: ClientActor, rows: slice, state: Message, number: int) -> Any:
@@ -53,15 +60,15 @@ class Watched:
 
 
 def test_calls_that_come_at_once_are_computed_by_one_thread_in_turn():
-    actor, trainer = ClientActor(0.0, "client-actor-00"), Watched()
-    actor._trainer = trainer  # type: ignore[assignment]
+    trainer = Watched()
+    actor = opened(trainer)
 
     state = packed(AdapterState({}, {}))
 
     def evaluate(row: int) -> Any:
         return evaluated(actor, slice(row, row + 1), state, 0)
 
-    with ThreadPoolExecutor(CALLS_AT_ONCE) as callers:
+    with ThreadPoolExecutor(calls_at_once(1)) as callers:
         found = list(callers.map(evaluate, range(6)))
         own = {callers.submit(threading.get_ident).result() for _ in range(20)}
     assert found == [slice(row, row + 1) for row in range(6)]
@@ -79,8 +86,8 @@ def test_shards_of_a_split_are_tested_with_the_same_object():
         def evaluate(self, split: str, rows: slice, state: AdapterState, *_: Any) -> None:
             self.states.append(state)
 
-    actor, trainer = ClientActor(0.0, "client-actor-00"), Tested()
-    actor._trainer = trainer  # type: ignore[assignment]
+    trainer = Tested()
+    actor = opened(trainer)
     state = packed(AdapterState({}, {}))
     for number in (1, 1, 2):
         evaluated(actor, slice(0, 1), state, number)
@@ -110,6 +117,9 @@ class TwoBlocks:
         self.second = threading.Event()
         self.sent = Slow(self.second)
 
+    def draw(self, clients: tuple[int, ...], plan: LocalPlan) -> None:
+        """Nothing."""
+
     def train(self, clients: tuple[int, ...], *_: Any) -> Iterator[ClientUpdate]:
         self.threads.add(threading.get_ident())
         for client in clients:
@@ -120,9 +130,9 @@ class TwoBlocks:
 
 
 def test_what_a_call_has_come_to_is_summed_up_while_the_next_one_is_computed():
-    actor, trainer = ClientActor(0.0, "client-actor-00"), TwoBlocks()
-    actor._trainer, actor._rule = trainer, "product-svd"  # type: ignore[assignment]
-    with ThreadPoolExecutor(CALLS_AT_ONCE) as callers:
+    trainer = TwoBlocks()
+    actor = opened(trainer)
+    with ThreadPoolExecutor(calls_at_once(1)) as callers:
         first = callers.submit(trained, actor, (0, 1))
         while not trainer.threads:
             time.sleep(0.001)
@@ -142,12 +152,11 @@ class Ahead:
         self.computing: list[int] = []
         self.asked = threading.Event()
 
-    def train(self, clients: tuple[int, ...], *_: Any) -> Iterator[ClientUpdate]:
+    def draw(self, clients: tuple[int, ...], plan: LocalPlan) -> None:
         if self.computing:
             self.asked.set()
-        return self._trained(clients)
 
-    def _trained(self, clients: tuple[int, ...]) -> Iterator[ClientUpdate]:
+    def train(self, clients: tuple[int, ...], *_: Any) -> Iterator[ClientUpdate]:
         self.computing.append(threading.get_ident())
         assert self.asked.wait(10), "nothing was asked for while this was trained"
         for client in clients:
@@ -156,9 +165,9 @@ class Ahead:
 
 
 def test_a_block_is_asked_for_while_the_one_before_it_is_trained():
-    actor, trainer = ClientActor(0.0, "client-actor-00"), Ahead()
-    actor._trainer, actor._rule = trainer, "product-svd"  # type: ignore[assignment]
-    with ThreadPoolExecutor(CALLS_AT_ONCE) as callers:
+    trainer = Ahead()
+    actor = opened(trainer)
+    with ThreadPoolExecutor(calls_at_once(1)) as callers:
         first = callers.submit(trained, actor, (0, 1))
         while not trainer.computing:
             time.sleep(0.001)
@@ -177,13 +186,12 @@ class InPython:
         self.disturbed: list[bool] = []
         self._in_python = False
 
-    def train(self, clients: tuple[int, ...], *_: Any) -> Iterator[ClientUpdate]:
+    def draw(self, clients: tuple[int, ...], plan: LocalPlan) -> None:
         if self.disturbed:
             self.asked_again.set()
         self.disturbed.append(self._in_python)
-        return self._trained(clients)
 
-    def _trained(self, clients: tuple[int, ...]) -> Iterator[ClientUpdate]:
+    def train(self, clients: tuple[int, ...], *_: Any) -> Iterator[ClientUpdate]:
         with python_lock.needed():
             self._in_python = True
             self.began.set()
@@ -195,11 +203,39 @@ class InPython:
             yield ClientUpdate(client, 1, AdapterState({}, {}), 0.5, 0.1)
 
 
+class Meeting:
+    """Trainers of one actor that wait for each other: alone none of them gets on."""
+
+    def __init__(self, count: int) -> None:
+        self.met = threading.Barrier(count, timeout=10)
+
+    def draw(self, clients: tuple[int, ...], plan: LocalPlan) -> None:
+        """Nothing."""
+
+    def train(self, clients: tuple[int, ...], *_: Any) -> Iterator[ClientUpdate]:
+        self.met.wait()
+        for client in clients:
+            state = AdapterState({}, {"w": np.full(2, client, np.float32)})
+            yield ClientUpdate(client, 1, state, 0.5, 0.1)
+
+
+def test_an_actor_of_two_trainers_trains_two_blocks_at_once():
+    trainer = Meeting(2)
+    actor = opened(trainer, trainer)
+    blocks = [(0, 1), (2, 3), (4, 5), (6, 7)]
+    with ThreadPoolExecutor(calls_at_once(2)) as callers:
+        found = [callers.submit(trained, actor, block) for block in blocks]
+        reports = [[each.client for each in call.result()[0]] for call in found]
+        sums = [call.result()[1].tensors()["w"].tolist() for call in found]
+    assert reports == [list(block) for block in blocks]
+    assert sums == [[sum(block) / 2] * 2 for block in blocks]
+
+
 def test_a_call_is_not_looked_at_while_the_one_before_it_needs_python(monkeypatch):
     monkeypatch.setattr(python_lock, "_LONGEST_S", 10.0)
-    actor, trainer = ClientActor(0.0, "client-actor-00"), InPython()
-    actor._trainer, actor._rule = trainer, "product-svd"  # type: ignore[assignment]
-    with ThreadPoolExecutor(CALLS_AT_ONCE) as callers:
+    trainer = InPython()
+    actor = opened(trainer)
+    with ThreadPoolExecutor(calls_at_once(1)) as callers:
         first = callers.submit(trained, actor, (0, 1))
         assert trainer.began.wait(10)
         second = callers.submit(trained, actor, (2, 3))

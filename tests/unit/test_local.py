@@ -24,11 +24,14 @@ class Watched:
     def __init__(self, shared: Shared) -> None:
         self.shared = shared
 
-    def train(self, clients: Sequence[int], *_: Any) -> Iterator[ClientUpdate]:
+    def draw(self, clients: Sequence[int], plan: LocalPlan) -> list[int]:
         self.shared.ask(clients[0])
-        return self._trained(clients)
+        return [*clients]
 
-    def _trained(self, clients: Sequence[int]) -> Iterator[ClientUpdate]:
+    def train(
+        self, clients: Sequence[int], starts: Any, base: Base, plan: LocalPlan, drawn: object = None
+    ) -> Iterator[ClientUpdate]:
+        assert drawn == [*clients]
         self.shared.compute(clients[0])
         for client in clients:
             state = AdapterState({}, {"w": np.full(2, 2, np.float32)})
@@ -88,13 +91,15 @@ def test_batches_of_a_call_are_drawn_while_the_one_before_it_is_computed():
     executor.close()
 
 
-def test_no_call_is_reserved_that_another_trainer_may_come_to_first():
-    shared = Shared(held=frozenset(range(2)))
+def test_what_one_trainer_is_at_keeps_no_call_from_another():
+    # The call after the long one was drawn beside it, and is the other trainer's.
+    shared = Shared(held=frozenset([0]))
     executor = opened(shared, 2)
-    parts = executor.train(STATE, Base(), PLAN, calls(2))
-    until(lambda: sorted(shared.computed) == [0, 1])
+    parts = executor.train(STATE, Base(), PLAN, calls(5))
+    until(lambda: sorted(shared.computed) == [0, 1, 2, 3, 4])
     shared.go_on.set()
-    assert [report.client for part in parts for report in part.clients] == [0, 1]
+    assert [report.client for part in parts for report in part.clients] == [0, 1, 2, 3, 4]
+    assert sorted(shared.asked) == [0, 1, 2, 3, 4]
     executor.close()
 
 

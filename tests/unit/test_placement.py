@@ -46,7 +46,8 @@ def test_a_share_never_spans_two_machines():
 
 def test_without_a_gpu_the_same_recipe_takes_cpu_shares():
     plan = layout(runtime(gpus_per_actor=0.5, cpus_per_actor=2), LAPTOP, 1000)
-    assert plan == Layout(actors=2, cpus=2.0, gpus=0.0)
+    # Its second core trains a second block.
+    assert plan == Layout(actors=2, cpus=2.0, gpus=0.0, trainers=2)
     assert plan.bundle == {"CPU": 2.0}
 
 
