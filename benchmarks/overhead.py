@@ -2,7 +2,7 @@
 
 Computing is forward, loss, backward and optimiser step, and predictions of an evaluation, on the
 wall clock of the actors or threads. Everything else (reading batches, loading and reading adapters,
-messages, waiting for the server or for each other) is overhead: 1 - computing / (actors x seconds),
+messages, waiting for the server or for each other) is overhead: 1 - computing / (workers x time),
 from the end of the first round to the end of the last. `W/local` is W without Ray, in two threads
 of one process, where a wait for Python's lock inside of what computes is not seen; `W/10` is W in
 blocks of ten clients in place of those of `auto`. Writes results/overhead.json.
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import workloads
 from side_by_side import HERE, processor, versions
 
@@ -28,17 +29,41 @@ import rayfed_lora
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.training.protocol import Trainer
 
-ACTORS = 2
+WORKERS = 2
+
+
+class Spans:
+    """When a thread computed: in a file that is mapped, which outlives a process that is killed."""
+
+    _MOST = 1 << 17
+
+    def __init__(self, folder: str) -> None:
+        """Begin a file of the calling thread's."""
+        path = Path(folder, f"{os.getpid()}-{threading.get_ident()}")
+        self._spans = np.memmap(path, np.float64, "w+", shape=(self._MOST, 2))
+        self._count = 0
+
+    def add(self, began: float, end: float) -> None:
+        """Write one down: a system call for each would be seen in what is measured."""
+        self._spans[self._count] = began, end
+        self._count += 1
+
+    @staticmethod
+    def read(folder: str) -> np.ndarray:
+        """Return the spans of all threads, (spans, 2), in seconds since 1970."""
+        files = [np.fromfile(path, np.float64).reshape(-1, 2) for path in Path(folder).iterdir()]
+        spans = np.concatenate(files)
+        return spans[spans[:, 1] > 0]
 
 
 class TracingFactory(workloads.BenchmarkFactory):
     """The benchmark's, with trainers that write down when they compute."""
 
     def __init__(self, folder: str) -> None:
-        """Let every process write to a file of its own in `folder`."""
+        """Let every thread write to a file of its own in `folder`."""
         self.folder = folder
         # By thread.
-        self.spans: dict[int, list[str]] = {}
+        self.spans: dict[int, Spans] = {}
         self.times_steps = False
 
     def trainer(self, recipe: Recipe, *made_from: Any) -> Trainer:
@@ -53,20 +78,10 @@ class TracingFactory(workloads.BenchmarkFactory):
                 try:
                     return call(*args, **named)
                 finally:
-                    mine = self.spans.setdefault(threading.get_ident(), [])
-                    mine.append(f"{began} {time.time()}\n")
-
-            return measured
-
-        def written(call: Callable[..., Any]) -> Callable[..., Any]:
-            def measured(*args: Any, **named: Any) -> Any:
-                try:
-                    return call(*args, **named)
-                finally:
-                    # Once a call: a line at a time would be seen in what is measured.
-                    mine = self.spans.pop(threading.get_ident(), [])
-                    with Path(self.folder, f"{os.getpid()}").open("a") as file:
-                        file.write("".join(mine))
+                    end, thread = time.time(), threading.get_ident()
+                    if thread not in self.spans:
+                        self.spans[thread] = Spans(self.folder)
+                    self.spans[thread].add(began, end)
 
             return measured
 
@@ -84,19 +99,17 @@ class TracingFactory(workloads.BenchmarkFactory):
             training.fresh_optimizer = optimizer
             self.times_steps = True
         trainer._predictions = timed(trainer._predictions)
-        trainer._train_group = written(trainer._train_group)
-        trainer.evaluate = written(trainer.evaluate)
         return trainer
 
 
 def overhead(name: str) -> float:
     """Return the share of the rounds after the first that is not computing."""
     workload, _, variant = name.partition("/")
-    changes: dict[str, Any] = {"runtime__client_actors": ACTORS}
+    changes: dict[str, Any] = {"runtime__client_actors": WORKERS}
     if variant == "local":
         changes["runtime__executor"] = variant
     elif variant == "one":
-        changes |= {"runtime__client_actors": 1, "runtime__cpus_per_actor": float(ACTORS)}
+        changes |= {"runtime__client_actors": 1, "runtime__cpus_per_actor": float(WORKERS)}
     elif variant:
         changes["runtime__cohort_size"] = int(variant)
     recipe = workloads.recipe(workload, **changes)
@@ -107,11 +120,9 @@ def overhead(name: str) -> float:
         opened = os.path.getmtime(folder / "recipe.yaml")
         ends = opened + result.rounds["seconds"].to_numpy().cumsum()
         first, last = float(ends[0]), float(ends[-1])
-        spans = [line.split() for path in Path(traces).iterdir() for line in path.open()]
-    computing = sum(
-        max(0.0, min(float(end), last) - max(float(began), first)) for began, end in spans
-    )
-    return 1 - computing / (ACTORS * (last - first))
+        spans = Spans.read(traces).clip(first, last)
+    computing = float((spans[:, 1] - spans[:, 0]).sum())
+    return 1 - computing / (WORKERS * (last - first))
 
 
 def main() -> None:

@@ -57,11 +57,15 @@ class Runner:
 # Two threads of one process train, where the others have two processes.
 WITHOUT_RAY = "rayfed_lora without Ray"
 _LOCAL = ("--set", 'runtime__executor="local"', "--set", "runtime__client_actors=2")
+# Both trainers in one actor, where each has an actor of its own else.
+ONE_ACTOR = "rayfed_lora, one actor"
+_ONE = ("--set", "runtime__client_actors=1", "--set", "runtime__cpus_per_actor=2.0")
 # Larger blocks than `auto` takes, which leaves some for more actors than there are here: on W.
 _TENS = ("--set", "runtime__cohort_size=10")
 TENS = ("rayfed_lora in tens", "rayfed_lora in tens without Ray")
 RUNNERS = {
     "rayfed_lora": Runner("own", ("run_rayfed.py",)),
+    ONE_ACTOR: Runner("own", ("run_rayfed.py", *_ONE)),
     WITHOUT_RAY: Runner("own", ("run_rayfed.py", *_LOCAL)),
     TENS[0]: Runner("own", ("run_rayfed.py", *_TENS)),
     TENS[1]: Runner("own", ("run_rayfed.py", *_TENS, *_LOCAL)),
@@ -72,7 +76,7 @@ RUNNERS = {
     "plain": Runner("own", ("peers/run_plain.py",)),
     "plain, 2 processes": Runner("own", ("peers/run_plain.py", "--processes", "2")),
 }
-OURS = ("rayfed_lora", WITHOUT_RAY, *TENS)
+OURS = ("rayfed_lora", ONE_ACTOR, WITHOUT_RAY, *TENS)
 
 
 def python_of(environment: str) -> str:

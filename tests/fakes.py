@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from rayfed_lora.data.examples import Examples
 from rayfed_lora.data.partition import ClientTable
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import BlockMemoryError
-from rayfed_lora.federation.executor import Call, Population, Trained
+from rayfed_lora.federation.executor import Call, Pending, Population, Trained
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.runtime.factory import in_process
@@ -328,7 +328,7 @@ class KilledExecutor:
     ) -> None:
         """Kill in round `round_index` before the update at `position` of the cohort comes."""
         self._inner = local_executor(recipe)
-        self.concurrent = concurrent
+        self.concurrent, self.patience = concurrent, 0
         self._at = (round_index, position)
         self.closed = False
 
@@ -355,12 +355,18 @@ class KilledExecutor:
         state: AdapterState,
         base: Base,
         trainable: Trainable,
-    ) -> Callable[[], list[Predictions]]:
+        before: int = 0,
+    ) -> Pending[list[Predictions]]:
         return self._inner.evaluate(split, shards, state, base, trainable)
 
     def test_clients(
-        self, calls: Sequence[Call], state: AdapterState, base: Base, trainable: Trainable
-    ) -> Callable[[], list[ClientScore]]:
+        self,
+        calls: Sequence[Call],
+        state: AdapterState,
+        base: Base,
+        trainable: Trainable,
+        before: int = 0,
+    ) -> Pending[list[ClientScore]]:
         return self._inner.test_clients(calls, state, base, trainable)
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from threading import Lock
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -133,6 +133,8 @@ class Call:
 _CALLS_OF_ONE_SERVER = 64
 JOINED_CALLS = 32
 _T = TypeVar("_T")
+_R = TypeVar("_R")
+_S = TypeVar("_S")
 
 
 def joins(calls: Sequence[_T]) -> list[Sequence[_T]]:
@@ -347,14 +349,38 @@ class Trains(Protocol):
         ...
 
 
+# For executors that do several things at once.
+PATIENCE = 2
+
+
+class Pending(Generic[_R]):
+    """Work that was started: called, it waits for the result."""
+
+    def __init__(self, wait: Callable[[], _R], done: Callable[[], bool]) -> None:
+        """Take what waits for the result, and what tells whether it is there as far as is known."""
+        self._wait = wait
+        self.done = done
+
+    def __call__(self) -> _R:
+        """Return the result, once it is there."""
+        return self._wait()
+
+    def then(self, change: Callable[[_R], _S]) -> Pending[_S]:
+        """Return what waits for something that is made of the result."""
+        return Pending(lambda: change(self()), self.done)
+
+
 class Executor(Protocol):
     """Trains and evaluates. Results never depend on which executor it is or on its size.
 
     Attributes:
         concurrent: whether what is started goes on while the server does something else.
+        patience: how many rounds may be trained before an earlier one is tested, beside the one
+            that its test was begun behind.
     """
 
     concurrent: bool
+    patience: int
 
     def open(self) -> Population:
         """Make everything ready and say what there is."""
@@ -389,13 +415,28 @@ class Executor(Protocol):
         state: AdapterState,
         base: Base,
         trainable: Trainable,
-    ) -> Callable[[], list[Predictions]]:
-        """Start an evaluation; what is returned waits for the shards' predictions, in order."""
+        before: int = 0,
+    ) -> Pending[list[Predictions]]:
+        """Start an evaluation; what is returned waits for the shards' predictions, in order.
+
+        Args:
+            split: whose rows.
+            shards: rows.
+            state: the global state.
+            base: what is frozen.
+            trainable: `full` or `adapter`.
+            before: the first round whose training may not be begun before it.
+        """
         ...
 
     def test_clients(
-        self, calls: Sequence[Call], state: AdapterState, base: Base, trainable: Trainable
-    ) -> Callable[[], list[ClientScore]]:
+        self,
+        calls: Sequence[Call],
+        state: AdapterState,
+        base: Base,
+        trainable: Trainable,
+        before: int = 0,
+    ) -> Pending[list[ClientScore]]:
         """Start tests on clients' own examples; what is returned waits for them, in order.
 
         Args:
@@ -403,6 +444,7 @@ class Executor(Protocol):
             state: the global state.
             base: what is frozen.
             trainable: `full` or `adapter`.
+            before: as of `evaluate`.
         """
         ...
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 
@@ -55,6 +55,9 @@ from rayfed_lora.types import (
     Trainable,
 )
 
+# Seconds that a round may take to train for others to be trained before it is tested.
+_SHORT_S = 1.0
+
 
 @dataclass(frozen=True)
 class _Started:
@@ -97,10 +100,17 @@ class _Trained:
 
 @dataclass(frozen=True)
 class _Tested:
-    """An aggregated round that is being tested; nothing of the model that it started from."""
+    """An aggregated round that is being tested; nothing of the model that it started from.
+
+    Attributes:
+        trained: the round.
+        tests: its tests.
+        patience: how many rounds' training may be begun before them, beside the first one.
+    """
 
     trained: _Trained
     tests: RoundTests
+    patience: int
 
 
 class Server:
@@ -154,7 +164,8 @@ class Server:
 
         Where no feedback needs it, and the executor can, a round is tested behind the training of
         the next one: by whoever is done with that first, and while the server aggregates. It is
-        over when the training of the one after that has begun.
+        over when the training of the one after that has begun; of short rounds some more may be
+        trained first, so that there is always something to do for who would wait.
 
         Raises:
             InterruptedRunError: `should_stop` said so; the last yielded progress is whole.
@@ -162,9 +173,9 @@ class Server:
             RunError: no client of a round sent a usable update.
         """
         beside = self._executor.concurrent and self._recipe.annealing.feedback == "always"
-        # The newest aggregated round, and the one before it where that is still being tested.
+        # The newest aggregated round, and those before it that are still being tested.
         trained: _Trained | None = None
-        tested: _Tested | None = None
+        tested: deque[_Tested] = deque()
         # One BLAS thread: a result must not depend on how many cores a machine has.
         with threadpool_limits(limits=1, user_api="blas"):
             self._timing, self._aggregated_at = progress.timing, time.perf_counter()
@@ -178,10 +189,12 @@ class Server:
                     yield from self._rescued(tested, trained)
                     raise
                 if trained is not None:
-                    in_test, trained = self._in_test(trained), None
-                    if tested is not None:
-                        yield self._finished(tested)
-                    tested = in_test
+                    tested.append(self._in_test(trained, self._patience(trained)))
+                    trained = None
+                    while tested and (
+                        tested[0].tests.done() or len(tested) > 1 + tested[0].patience
+                    ):
+                        yield self._finished(tested.popleft())
                 try:
                     trained = self._trained(started)
                 except (RunError, InterruptedRunError):
@@ -189,24 +202,33 @@ class Server:
                     raise
             yield from self._last(tested, trained)
 
-    def _last(self, tested: _Tested | None, trained: _Trained | None) -> Iterator[Progress]:
-        """Finish the rounds that are left."""
-        newest = None if trained is None else self._in_test(trained)
-        for each in (tested, newest):
-            if each is not None:
-                yield self._finished(each)
+    def _patience(self, trained: _Trained) -> int:
+        """Return how many rounds more may be trained before a round is tested.
 
-    def _rescued(self, tested: _Tested | None, trained: _Trained | None) -> Iterator[Progress]:
+        A run that is killed has to train again what is not finished, and what is to be tested is
+        kept: only small models, and rounds that cost little to train again.
+        """
+        short = trained.plan.trainable == "adapter" and trained.training_s < _SHORT_S
+        return self._executor.patience if short else 0
+
+    def _last(self, tested: Iterable[_Tested], trained: _Trained | None) -> Iterator[Progress]:
+        """Finish the rounds that are left."""
+        newest = [] if trained is None else [self._in_test(trained)]
+        for each in (*tested, *newest):
+            yield self._finished(each)
+
+    def _rescued(self, tested: Iterable[_Tested], trained: _Trained | None) -> Iterator[Progress]:
         """Finish the rounds that are left, as far as that goes, where a later one has not ended."""
         with suppress(RayfedError):
             yield from self._last(tested, trained)
 
-    def _in_test(self, trained: _Trained) -> _Tested:
+    def _in_test(self, trained: _Trained, patience: int = 0) -> _Tested:
         """Let the test of a round begin, and compute what nobody had to wait for."""
-        tests = self._tester.started(trained.after)
+        # The training of the next round has begun.
+        tests = self._tester.started(trained.after, trained.after.rounds + 1 + patience)
         record = replace(trained.record, aggregation_error=trained.error())
         # Without what the error is computed from.
-        return _Tested(replace(trained, record=record, error=lambda: None), tests)
+        return _Tested(replace(trained, record=record, error=lambda: None), tests, patience)
 
     def _started(self, t: int, before: Progress) -> _Started:
         """Plan a round and let its training begin."""

@@ -5,20 +5,25 @@ Source: this project; the annealing's feedback as in method.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from rayfed_lora.annealing.stages import Feedback, proposed_rank
 from rayfed_lora.federation import evaluation, records, sampling, transitions
 from rayfed_lora.federation.evaluation import Scores
-from rayfed_lora.federation.executor import Call, Executor, IndexArray, Population
+from rayfed_lora.federation.executor import (
+    Call,
+    Executor,
+    IndexArray,
+    Pending,
+    Population,
+)
 from rayfed_lora.federation.progress import Progress
 from rayfed_lora.federation.transitions import GlobalModel
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.types import ClientTest, RoundPlan, Split
 
-_Wait = Callable[[], Scores]
+_Wait = Pending[Scores]
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,12 @@ class RoundTests:
 
     test: _Wait | None
     validation: _Wait | None
-    on_clients: Callable[[], list[ClientTest]]
+    on_clients: Pending[list[ClientTest]]
+
+    def done(self) -> bool:
+        """Return whether all results are there, as far as is known."""
+        tests = (self.test, self.validation, self.on_clients)
+        return all(test is None or test.done() for test in tests)
 
 
 class Tester:
@@ -59,22 +69,23 @@ class Tester:
         self._population = population
         self._limits = limits
 
-    def started(self, after: Progress) -> RoundTests:
+    def started(self, after: Progress, before: int = 0) -> RoundTests:
         """Start the tests that are due after a round.
 
         Args:
             after: the run after it, without its scores.
+            before: the first round whose training may not be begun before them.
         """
         last = after.rounds == self._recipe.annealing.total_rounds
         due = last or after.rounds % self._recipe.evaluation.every == 0
         watched = self._recipe.annealing.feedback == "target"
         return RoundTests(
-            test=self._evaluation("test", after.model) if due else None,
-            validation=self._evaluation("validation", after.model) if watched else None,
-            on_clients=self._on_clients(after),
+            test=self._evaluation("test", after.model, before) if due else None,
+            validation=self._evaluation("validation", after.model, before) if watched else None,
+            on_clients=self._on_clients(after, before),
         )
 
-    def _on_clients(self, after: Progress) -> Callable[[], list[ClientTest]]:
+    def _on_clients(self, after: Progress, before: int) -> Pending[list[ClientTest]]:
         """Start the tests on clients' own examples that are due after a round."""
         settings, t = self._recipe.evaluation, after.rounds - 1
         last = after.rounds == self._recipe.annealing.total_rounds
@@ -82,30 +93,30 @@ class Tester:
         if settings.client_fraction == 0.0 or not (
             last or (every is not None and after.rounds % every == 0)
         ):
-            return list
+            return Pending(list, lambda: True)
         blocks = sampling.tested_clients(self._recipe, self._population.clients, t)
         model, kept = after.model, after.personal
         calls = [Call((block,)) for block in blocks]
-        wait = self._executor.test_clients(calls, model.state, model.base, model.trainable)
+        model_parts = model.state, model.base, model.trainable
+        wait = self._executor.test_clients(calls, *model_parts, before)
         own = [
             Call.of((block,), self._limits, kept)
             for block in blocks
             if any(client in kept for client in block)
         ]
-        wait_own = self._executor.test_clients(own, model.state, model.base, model.trainable)
+        wait_own = self._executor.test_clients(own, *model_parts, before)
 
         def tests() -> list[ClientTest]:
             scores = {s.client: s for s in wait_own() if s.client in kept}
             return [records.client_test(t, score, scores.get(score.client)) for score in wait()]
 
-        return tests
+        return Pending(tests, lambda: wait.done() and wait_own.done())
 
-    def _evaluation(self, split: Split, model: GlobalModel) -> _Wait:
+    def _evaluation(self, split: Split, model: GlobalModel, before: int = 0) -> _Wait:
         rows, size = self._population.examples[split], self._recipe.evaluation.batch_size
-        wait = self._executor.evaluate(
-            split, evaluation.shards(rows, size), model.state, model.base, model.trainable
-        )
-        return lambda: evaluation.scores(wait())
+        shards, base = evaluation.shards(rows, size), model.base
+        wait = self._executor.evaluate(split, shards, model.state, base, model.trainable, before)
+        return wait.then(evaluation.scores)
 
     def feedback(self, t: int, before: Progress) -> Feedback:
         """Return what the schedule may look at, computing the energies that a proposal needs.

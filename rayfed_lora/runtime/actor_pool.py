@@ -24,6 +24,7 @@ from ray.exceptions import (
 
 from rayfed_lora.errors import RayfedError, RunError
 from rayfed_lora.runtime.actors import NotOpenError, Timed
+from rayfed_lora.runtime.waiting import LAST, put
 
 ATTEMPTS = 4
 _RESTART_POLL_S = 0.5
@@ -59,6 +60,8 @@ class Work:
         call: makes it.
         read: turns the first of its results into what is asked for.
         limited: whether `block_timeout_s` is for it.
+        round: that it trains, if any.
+        before: the first round whose training may be asked for later, but not done before it.
         kind: calls of the same kind take about equally long.
     """
 
@@ -66,6 +69,8 @@ class Work:
     call: RemoteCall
     read: Callable[[Any], Any] = lambda value: value
     limited: bool = False
+    round: int = LAST
+    before: int = 0
     kind: str = ""
 
 
@@ -95,6 +100,16 @@ class Job:
     error: RayfedError | None = None
     done: bool = False
 
+    @property
+    def round(self) -> int:
+        """As of its work."""
+        return self.work.round
+
+    @property
+    def before(self) -> int:
+        """As of its work."""
+        return self.work.before
+
 
 @dataclass(eq=False)
 class _Worker:
@@ -122,9 +137,21 @@ class _Worker:
         """What it does now and may not take for ever."""
         return [job for job in self.doing if job.work.limited]
 
+    def takes(self, job: Job, most: int) -> bool:
+        """Return whether it may be sent a job.
+
+        What others may pass is sent beside them: an actor then has something to do at once when it
+        has trained, and trains at once when it is asked to.
+
+        Args:
+            job: what it would be sent.
+            most: how many jobs it may have of those that may be passed, and of the others.
+        """
+        return sum((each.before > 0) == (job.before > 0) for each in self.jobs) < most
+
     def add(self, job: Job) -> None:
         """Note that it was sent a job."""
-        self.jobs.append(job)
+        put(self.jobs, [job], len(self.doing))
         job.since = time.monotonic()
 
     def remove(self, job: Job) -> None:
@@ -142,8 +169,9 @@ class _Worker:
         """
         known_s = {**usual_s, **self.seconds}
         now = time.monotonic()
-        free_s = [0.0] * self.at_once
-        for place, each in enumerate((*self.jobs, job)):
+        free_s, jobs = [0.0] * self.at_once, [*self.jobs]
+        last = put(jobs, [job], len(self.doing))
+        for place, each in enumerate(jobs[: last + 1]):
             took_s = known_s.get(each.work.kind, 0.0)
             if place < len(self.doing):
                 took_s = max(took_s - (now - each.since), 0.0)
@@ -224,7 +252,7 @@ class ActorPool:
         if urgent:
             self._waiting.extendleft(reversed(jobs))
         else:
-            self._waiting.extend(jobs)
+            put(self._waiting, jobs)
         self._start()
 
     def drop(self, jobs: Sequence[Job]) -> None:
@@ -247,11 +275,12 @@ class ActorPool:
 
     def _start(self) -> None:
         while self._waiting and self._workers:
-            worker = min(self._workers, key=partial(self._place, self._waiting[0]))
+            job = self._waiting[0]
+            worker = min(self._workers, key=partial(self._place, job))
             # Who has room may still be the last one to come to it.
-            if len(worker.jobs) == self._depth:
+            if not worker.takes(job, self._depth):
                 return
-            job = self._waiting.popleft()
+            self._waiting.popleft()
             references = job.work.call(worker.actor, job.halvings)
             job.begun += 1
             worker.add(job)

@@ -20,6 +20,7 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.factory import Factory, population, prepared
 from rayfed_lora.runtime.messages import Message, packed, unpacked
 from rayfed_lora.runtime.threads import TrainerThreads
+from rayfed_lora.runtime.waiting import LAST
 from rayfed_lora.training import python_lock
 from rayfed_lora.types import (
     AdapterState,
@@ -36,14 +37,17 @@ if TYPE_CHECKING:
 
 
 _T = TypeVar("_T")
+# What is trained, and what a server may still have tested (`PATIENCE`).
+_STATES_KEPT = 4
 
 
 def calls_at_once(trainers: int) -> int:
     """Return how many calls of an actor Ray begins.
 
-    For each trainer one that computes, and one that comes or goes meanwhile.
+    For each trainer one that computes, one that comes or goes meanwhile, and two tests that others
+    may pass.
     """
-    return 2 * trainers
+    return 4 * trainers
 
 
 class NotOpenError(Exception):
@@ -75,20 +79,30 @@ class TrainTask(NamedTuple):
 
 
 class EvaluateTask(NamedTuple):
-    """What a call of `evaluate` is to do: which rows of which split; `number` as of a training."""
+    """What a call of `evaluate` is to do: which rows of which split.
+
+    Attributes:
+        split: whose rows.
+        rows: which.
+        trainable: `full` or `adapter`.
+        number: as of a `TrainTask`.
+        before: the first round that may not be trained before it.
+    """
 
     split: Split
     rows: slice
     trainable: Trainable
     number: int
+    before: int = 0
 
 
 class TestTask(NamedTuple):
-    """What a call of `test_clients` is to do; `number` as of a training."""
+    """What a call of `test_clients` is to do; the rest as of an `EvaluateTask`."""
 
     call: Call
     trainable: Trainable
     number: int
+    before: int = 0
 
 
 class ClientActor:
@@ -113,8 +127,8 @@ class ClientActor:
         # They compute, always the same (torch keeps its settings by thread), while Ray's own fetch
         # what the next calls need and send what the last ones have found.
         self._threads: TrainerThreads | None = None
-        # The state that came last, and its number.
-        self._received: tuple[int, AdapterState] | None = None
+        # The states that came last, by number: several only where they are small.
+        self._received: dict[int, AdapterState] = {}
         self._receiving = Lock()
 
     def __repr__(self) -> str:
@@ -152,7 +166,7 @@ class ClientActor:
         threadpool_limits(limits=1, user_api="blas")
         if self._threads is not None:
             self._threads.close()
-        self._threads, self._received = None, None
+        self._threads, self._received = None, {}
         self._rule = recipe.aggregation.rule
         each = range(self._trainers)
         trainers = [factory.trainer(recipe, workload, weights, device) for _ in each]
@@ -171,9 +185,10 @@ class ClientActor:
     def _state(self, number: int, message: Message) -> AdapterState:
         """Return a state: the same object while states of the same number come."""
         with self._receiving:
-            if self._received is None or self._received[0] != number:
-                self._received = number, unpacked(message)
-            return self._received[1]
+            if number not in self._received:
+                others = [*self._received.items()] if isinstance(message, bytes) else []
+                self._received = {**dict(others[-_STATES_KEPT + 1 :]), number: unpacked(message)}
+            return self._received[number]
 
     def train(self, task: Message, state: Message, base: Message) -> Message | tuple[Message, ...]:
         """Train some clients.
@@ -187,14 +202,15 @@ class ClientActor:
             `Timed`, of the clients' reports and the means of their updates; of the reports only
             where the means are to stay here, which then come second.
         """
-        # What others compute comes first; this draws batches, ahead of its turn.
-        python_lock.wait()
+        threads = self._opened()
+        if not threads.idle:
+            # What others compute comes first; this draws batches, ahead of its turn.
+            python_lock.wait()
         what: TrainTask = unpacked(task)
         start = self._state(what.number, state)
         training = Training(what.call, start, unpacked(base), what.plan, self._rule)
-        threads = self._opened()
         training.draw(threads.trainers[0])
-        done = self._timed(training.train)
+        done = self._timed(training.train, round_=what.plan.round)
         reports, means = threads.beside(training.reduced).result()
         if what.means_apart:
             return packed(Timed((reports, None), done.seconds)), packed(means)
@@ -220,7 +236,7 @@ class ClientActor:
             shown = self._state(what.number, state)
             return trainer.evaluate(what.split, what.rows, shown, frozen, what.trainable)
 
-        return packed(self._timed(evaluated))
+        return packed(self._timed(evaluated, before=what.before))
 
     def test_clients(self, task: Message, state: Message, base: Message) -> Message:
         """Test clients on their own examples, as the `TestTask` says; else as `evaluate`."""
@@ -230,7 +246,8 @@ class ClientActor:
         states = [starts.of(client) for client in call.clients]
         return packed(
             self._timed(
-                lambda trainer: trainer.test_clients(call.clients, states, frozen, what.trainable)
+                lambda trainer: trainer.test_clients(call.clients, states, frozen, what.trainable),
+                before=what.before,
             )
         )
 
@@ -239,14 +256,19 @@ class ClientActor:
         model = unpacked(state), unpacked(base)
         return packed(self._computed(lambda trainer: trainer.export(*model, trainable)))
 
-    def _computed(self, work: Callable[[Trainer], _T]) -> _T:
+    def _computed(
+        self, work: Callable[[Trainer], _T], *, round_: int = LAST, before: int = 0
+    ) -> _T:
         """Do something in a thread that computes, in its turn."""
-        return self._opened().submit(work).result()
+        (found,) = self._opened().submit(work, round_=round_, before=before)
+        return found.result()
 
-    def _timed(self, work: Callable[[Trainer], _T]) -> Timed[_T]:
+    def _timed(
+        self, work: Callable[[Trainer], _T], *, round_: int = LAST, before: int = 0
+    ) -> Timed[_T]:
         def timed(trainer: Trainer) -> Timed[_T]:
             began = time.perf_counter()
             value = work(trainer)
             return Timed(value, time.perf_counter() - began)
 
-        return self._computed(timed)
+        return self._computed(timed, round_=round_, before=before)

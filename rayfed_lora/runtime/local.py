@@ -11,7 +11,9 @@ from typing import Generic, TypeVar
 
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.federation.executor import (
+    PATIENCE,
     Call,
+    Pending,
     Population,
     Starts,
     Trained,
@@ -20,6 +22,7 @@ from rayfed_lora.federation.executor import (
     joins,
 )
 from rayfed_lora.runtime.threads import TrainerThreads
+from rayfed_lora.runtime.waiting import LAST
 from rayfed_lora.training.protocol import Trainer
 from rayfed_lora.types import (
     AdapterState,
@@ -47,6 +50,10 @@ class _Later(Generic[_T]):
     def cancel(self) -> None:
         """Leave it: who does not ask for it does not begin it."""
 
+    def done(self) -> bool:
+        """Return False: it is not kept."""
+        return False
+
 
 class LocalExecutor:
     """Runs trainers in this process: one when its work is asked for, several in threads."""
@@ -61,7 +68,7 @@ class LocalExecutor:
         """
         self._rule = rule
         self._make = make
-        self.concurrent = False
+        self.concurrent, self.patience = False, 0
         self._trainers: Sequence[Trainer] = ()
         # None: there is only one trainer, and no thread for it.
         self._threads: TrainerThreads | None = None
@@ -70,6 +77,7 @@ class LocalExecutor:
         """Make the trainers."""
         self._trainers, population = self._make()
         self.concurrent = len(self._trainers) > 1
+        self.patience = PATIENCE if self.concurrent else 0
         self._threads = TrainerThreads(self._trainers) if self.concurrent else None
         return population
 
@@ -78,10 +86,14 @@ class LocalExecutor:
             raise RuntimeError("the executor is not open: call open() first")
         return self._trainers[0]
 
-    def _begun(self, work: Callable[[Trainer], _T]) -> Future[_T] | _Later[_T]:
-        """Let an idle trainer do something, behind all that waits."""
+    def _begun(
+        self, works: Sequence[Callable[[Trainer], _T]], *, before: int = 0, round_: int = LAST
+    ) -> Sequence[Future[_T] | _Later[_T]]:
+        """Let idle trainers do some things, in order, behind what waits and is not passed."""
         only = self._opened()
-        return _Later(partial(work, only)) if self._threads is None else self._threads.submit(work)
+        if self._threads is None:
+            return [_Later(partial(work, only)) for work in works]
+        return self._threads.submit(*works, before=before, round_=round_)
 
     def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
         """Return the dense tensors that the first round starts from."""
@@ -103,7 +115,8 @@ class LocalExecutor:
         # What comes up when each trainer has done what it is at.
         soon = trainings[len(self._trainers) :]
         pairs = zip_longest(trainings, soon)
-        return self._collected(deque(self._begun(partial(work, *pair)) for pair in pairs))
+        works = [partial(work, *pair) for pair in pairs]
+        return self._collected(deque(self._begun(works, round_=plan.round)))
 
     def _collected(
         self, begun: deque[Future[_Reduced] | _Later[_Reduced]]
@@ -132,18 +145,23 @@ class LocalExecutor:
         state: AdapterState,
         base: Base,
         trainable: Trainable,
-    ) -> Callable[[], list[Predictions]]:
+        before: int = 0,
+    ) -> Pending[list[Predictions]]:
         """Return what waits for the predictions on each shard of rows, in order."""
 
         def work(rows: slice, trainer: Trainer) -> Predictions:
             return trainer.evaluate(split, rows, state, base, trainable)
 
-        begun = [self._begun(partial(work, rows)) for rows in shards]
-        return lambda: [each.result() for each in begun]
+        return _pending(self._begun([partial(work, rows) for rows in shards], before=before))
 
     def test_clients(
-        self, calls: Sequence[Call], state: AdapterState, base: Base, trainable: Trainable
-    ) -> Callable[[], list[ClientScore]]:
+        self,
+        calls: Sequence[Call],
+        state: AdapterState,
+        base: Base,
+        trainable: Trainable,
+        before: int = 0,
+    ) -> Pending[list[ClientScore]]:
         """Return what waits for tests of clients on their own examples, in order."""
 
         def work(call: Call, trainer: Trainer) -> list[ClientScore]:
@@ -151,15 +169,24 @@ class LocalExecutor:
             states = [starts.of(client) for client in call.clients]
             return trainer.test_clients(call.clients, states, base, trainable)
 
-        begun = [self._begun(partial(work, call)) for call in calls]
-        return lambda: [score for each in begun for score in each.result()]
+        found = _pending(self._begun([partial(work, call) for call in calls], before=before))
+        return found.then(lambda parts: [score for part in parts for score in part])
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         """Return the files of the trained model."""
-        return self._begun(lambda trainer: trainer.export(state, base, trainable)).result()
+        (begun,) = self._begun([lambda trainer: trainer.export(state, base, trainable)])
+        files: dict[str, bytes] = begun.result()
+        return files
 
     def close(self) -> None:
         """Let the trainers go; what threads are doing is not waited for, but by a process's end."""
         if self._threads is not None:
             self._threads.close()
-        self._trainers, self._threads, self.concurrent = (), None, False
+        self._trainers, self._threads = (), None
+        self.concurrent, self.patience = False, 0
+
+
+def _pending(begun: Sequence[Future[_T] | _Later[_T]]) -> Pending[list[_T]]:
+    return Pending(
+        lambda: [each.result() for each in begun], lambda: all(each.done() for each in begun)
+    )

@@ -14,7 +14,14 @@ from ray.exceptions import ObjectLostError
 
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.errors import RunError
-from rayfed_lora.federation.executor import Call, Population, Trained, joins
+from rayfed_lora.federation.executor import (
+    PATIENCE,
+    Call,
+    Pending,
+    Population,
+    Trained,
+    joins,
+)
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.actor_pool import (
     ATTEMPTS,
@@ -80,6 +87,7 @@ class RayExecutor:
                 after any round is better off without: what is trained ahead would be lost.
         """
         self.concurrent = concurrent
+        self.patience = PATIENCE if concurrent else 0
         self._recipe = recipe
         self._factory = factory
         self._note = note
@@ -179,7 +187,7 @@ class RayExecutor:
                 found = actor.train.options(**options).remote(packed(task), *model)
                 return found if apart[index] else [found]
 
-            return Work(name, sent, unpacked, limited=True, kind="train")
+            return Work(name, sent, unpacked, limited=True, round=plan.round, kind="train")
 
         jobs = self._opened().submit([remote(i, call) for i, call in enumerate(calls)])
         return self._collect(jobs, calls)
@@ -249,40 +257,53 @@ class RayExecutor:
         state: AdapterState,
         base: Base,
         trainable: Trainable,
-    ) -> Callable[[], list[Predictions]]:
+        before: int = 0,
+    ) -> Pending[list[Predictions]]:
         """Start the evaluation of each shard of rows, behind all that waits."""
         number, *model = self._sent(state, base)
         name = f"evaluate {split}"
 
         def work(rows: slice) -> Work:
-            task = packed(EvaluateTask(split, rows, trainable, number))
+            task = packed(EvaluateTask(split, rows, trainable, number, before))
             return self._timed(
-                name, lambda actor, _: [actor.evaluate.options(name=name).remote(task, *model)]
+                name,
+                lambda actor, _: [actor.evaluate.options(name=name).remote(task, *model)],
+                before,
             )
 
-        pool = self._opened()
-        jobs = pool.submit([work(rows) for rows in shards])
-        return lambda: [self._worked(job) for job in jobs]
+        return self._pending([work(rows) for rows in shards])
 
     def test_clients(
-        self, calls: Sequence[Call], state: AdapterState, base: Base, trainable: Trainable
-    ) -> Callable[[], list[ClientScore]]:
+        self,
+        calls: Sequence[Call],
+        state: AdapterState,
+        base: Base,
+        trainable: Trainable,
+        before: int = 0,
+    ) -> Pending[list[ClientScore]]:
         """Start tests on clients' own examples, behind all that waits."""
         number, *model = self._sent(state, base)
         name = "test clients"
 
         def work(call: Call) -> Work:
-            task = packed(TestTask(call, trainable, number))
+            task = packed(TestTask(call, trainable, number, before))
             return self._timed(
-                name, lambda actor, _: [actor.test_clients.options(name=name).remote(task, *model)]
+                name,
+                lambda actor, _: [actor.test_clients.options(name=name).remote(task, *model)],
+                before,
             )
 
-        pool = self._opened()
-        jobs = pool.submit([work(call) for call in calls])
-        return lambda: [score for job in jobs for score in self._worked(job)]
+        found = self._pending([work(call) for call in calls])
+        return found.then(lambda parts: [score for part in parts for score in part])
 
-    def _timed(self, name: str, call: RemoteCall) -> Work:
-        return Work(name, call, unpacked, limited=True, kind=name)
+    def _timed(self, name: str, call: RemoteCall, before: int) -> Work:
+        return Work(name, call, unpacked, limited=True, before=before, kind=name)
+
+    def _pending(self, works: Sequence[Work]) -> Pending[list[Any]]:
+        jobs = self._opened().submit(works)
+        return Pending(
+            lambda: [self._worked(job) for job in jobs], lambda: all(job.done for job in jobs)
+        )
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         """Return the files of the trained model."""

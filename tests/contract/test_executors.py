@@ -81,7 +81,7 @@ class Lent:
         self.threads = executor.concurrent and isinstance(executor, LocalExecutor)
         self.initial_tensors = executor.initial_tensors
         self.train = executor.train
-        self.evaluate = executor.evaluate
+        self.evaluate, self.patience = executor.evaluate, executor.patience
         self.test_clients = executor.test_clients
         self.export = executor.export
 

@@ -15,7 +15,8 @@ import pandas as pd
 import pytest
 
 from rayfed_lora.errors import ClientError, InterruptedRunError, RunError, RunFolderError
-from rayfed_lora.federation import checkpoints
+from rayfed_lora.federation import checkpoints, server
+from rayfed_lora.federation.executor import Pending
 from rayfed_lora.lora.fingerprint import sha256
 from rayfed_lora.planning import plan
 from rayfed_lora.recipe import Recipe
@@ -420,8 +421,9 @@ def test_a_kill_loses_two_rounds_where_one_is_tested_behind_the_next(t, undistur
 class Watched(KilledExecutor):
     """Writes down what is begun and waited for, in order."""
 
-    def __init__(self, recipe: Recipe, *, concurrent: bool) -> None:
+    def __init__(self, recipe: Recipe, *, concurrent: bool, patience: int = 0) -> None:
         super().__init__(recipe, -1, 0, concurrent=concurrent)
+        self.patience = patience
         self.seen: list[str] = []
         self._tests = 0
 
@@ -438,7 +440,7 @@ class Watched(KilledExecutor):
             self.seen.append(f"tested {t}")
             return wait()
 
-        return waited
+        return Pending(waited, lambda: False)
 
 
 def test_a_round_is_tested_behind_the_training_of_the_next_one(undisturbed, tmp_path):
@@ -453,6 +455,38 @@ def test_a_round_is_tested_behind_the_training_of_the_next_one(undisturbed, tmp_
         *("train 5", "test 4", "tested 3"),
         *("test 5", "tested 4", "tested 5"),
     ]
+    assert_same_run(tmp_path, undisturbed("plain"))
+
+
+def test_more_short_rounds_may_be_trained_before_one_is_tested(undisturbed, tmp_path):
+    executor = Watched(make_recipe(), concurrent=True, patience=2)
+    run(make_recipe(), tmp_path, executor=executor)
+    assert executor.seen == [
+        # The first round is one of whole models.
+        *("train 0", "train 1", "test 0", "train 2", "test 1", "tested 0"),
+        *("train 3", "test 2", "train 4", "test 3"),
+        *("train 5", "test 4", "tested 1"),
+        *("test 5", "tested 2", "tested 3", "tested 4", "tested 5"),
+    ]
+    assert_same_run(tmp_path, undisturbed("plain"))
+
+
+def test_long_rounds_are_tested_behind_the_next_one(undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "_SHORT_S", 0.0)
+    executor = Watched(make_recipe(), concurrent=True, patience=2)
+    run(make_recipe(), tmp_path, executor=executor)
+    assert executor.seen[3:6] == ["train 2", "test 1", "tested 0"]
+    assert_same_run(tmp_path, undisturbed("plain"))
+
+
+@pytest.mark.parametrize(("t", "kept"), [(1, 0), (2, 1), (3, 1), (4, 1), (5, 2)])
+def test_a_kill_loses_four_short_rounds_at_most(t, kept, undisturbed, tmp_path):
+    killed = KilledExecutor(make_recipe(), round_index=t, position=1, concurrent=True)
+    killed.patience = 2
+    with pytest.raises(Killed):
+        run(make_recipe(), tmp_path, executor=killed)
+    _, board = run(make_recipe(), tmp_path, resume=True)
+    assert board.status().rounds_before == kept
     assert_same_run(tmp_path, undisturbed("plain"))
 
 
