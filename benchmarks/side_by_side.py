@@ -58,7 +58,7 @@ class Runner:
 WITHOUT_RAY = "rayfed_lora without Ray"
 _LOCAL = ("--set", 'runtime__executor="local"', "--set", "runtime__client_actors=2")
 # Both trainers in one actor, where each has an actor of its own else.
-ONE_ACTOR = "rayfed_lora, one actor"
+ONE_ACTOR = "rayfed_lora in one actor"
 _ONE = ("--set", "runtime__client_actors=1", "--set", "runtime__cpus_per_actor=2.0")
 # Larger blocks than `auto` takes, which leaves some for more actors than there are here: on W.
 _TENS = ("--set", "runtime__cohort_size=10")

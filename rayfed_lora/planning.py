@@ -216,14 +216,16 @@ def _needs(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> tuple[
     gpus = runtime.gpus_per_actor
     share = "1 GPU" if gpus == "auto" else f"{gpus:g} GPU"
     gpu = "" if runtime.device == "cpu" or gpus == 0 else f" and {share} where the cluster has GPUs"
-    where = f"client actors: {count}"
+    where, trainers = f"client actors: {count}", runtime.trainers_per_actor
     if runtime.executor == "local":
-        one = actors in ("auto", 1) or runtime.device == "cuda"
-        where = "this process" if one else f"this process, up to {actors} threads"
+        threads = 1 if actors == "auto" or runtime.device == "cuda" else actors * trainers
+        where = "this process" if threads == 1 else f"this process, up to {threads} threads"
     full = any(planned.trainable == "full" for planned in rounds)
     training_mb = _training_mb(sizes, rounds)
+    several = runtime.executor == "ray" and runtime.device != "cuda" and trainers > 1
+    at_once = f"; on CPUs each trains {trainers} blocks at once" if several else ""
     return (
-        f"{where}, each {runtime.cpus_per_actor:g} CPU{gpu}",
+        f"{where}, each {runtime.cpus_per_actor:g} CPU{gpu}{at_once}",
         *_blocks(recipe, sizes, rounds),
         f"memory: about {_PROCESS_MB + training_mb:.0f} MB an actor"
         f" ({_PROCESS_MB} MB of Python and torch, {training_mb:.0f} MB of model"

@@ -87,6 +87,10 @@ class AdaptedModel:
         net.requires_grad_(False)
         # All modules in one mode, the new layers too.
         net.train()
+        modules = list(net.modules())
+        plain = all(type(module).train is nn.Module.train for module in modules)
+        # What `train` of plain modules sets, a tenth of a millisecond sooner for 60 of them.
+        self._switch = [module.__dict__ for module in modules] if plain else None
         self._trained: list[torch.Tensor] = []
         # Clients that are loaded.
         self._group = 0
@@ -254,8 +258,13 @@ class AdaptedModel:
     def train(self, mode: bool) -> None:
         """Switch between training and evaluation."""
         # Visiting every module costs as much as a small one computes.
-        if self.net.training != mode:
+        if self.net.training == mode:
+            return
+        if self._switch is None:
             self.net.train(mode)
+        else:
+            for attributes in self._switch:
+                attributes["training"] = mode
 
     def parameters(self, state: AdapterState) -> dict[str, torch.Tensor]:
         """Return the trained tensors of loaded states, by a stable name, in a stable order.

@@ -181,6 +181,15 @@ def test_the_plan_knows_the_data_it_was_made_for() -> None:
         (
             {
                 "runtime.executor": "ray",
+                "runtime.client_actors": 1,
+                "runtime.cpus_per_actor": 4,
+                "runtime.threads_per_actor": 2,
+            },
+            "client actors: 1, each 4 CPU; on CPUs each trains 2 blocks at once",
+        ),
+        (
+            {
+                "runtime.executor": "ray",
                 "runtime.device": "auto",
                 "runtime.client_actors": 2,
                 "runtime.gpus_per_actor": 0.25,

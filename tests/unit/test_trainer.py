@@ -34,6 +34,7 @@ from rayfed_lora.errors import ClientError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.seeds import Purpose, generator
+from rayfed_lora.training import trainer as trainer_module
 from rayfed_lora.training.trainer import LocalTrainer
 from rayfed_lora.training.workload import prepare
 from rayfed_lora.types import (
@@ -780,3 +781,24 @@ def test_running_statistics_of_one_clients_batches_do_not_reach_anyone_else() ->
     list(trainer.train([0], [whole], Base(), local_plan(trainable="full", lr=1e-3)))
     after = trainer.evaluate("test", slice(0, 8), whole, Base(), "full")
     np.testing.assert_array_equal(after.losses, before.losses)
+
+
+def test_images_that_are_read_at_once_train_to_the_same_bits(monkeypatch):
+    recipe = make_recipe(clients__local_steps=4)
+    state = adapter_state(image_trainer(recipe))
+    take, read = Examples.rows, []
+
+    def rows(self: Examples, indices: np.ndarray) -> Any:
+        read.append(len(indices))
+        return take(self, indices)
+
+    def trained(at_once: int) -> list[bytes]:
+        monkeypatch.setattr(trainer_module, "_READ_AT_ONCE", at_once)
+        updates = image_trainer(recipe).train([4, 0, 2], [state] * 3, Base(), local_plan())
+        return [update.state.dense[HEAD[0]].tobytes() for update in updates]
+
+    one_by_one = trained(0)
+    monkeypatch.setattr(Examples, "rows", rows)
+    assert trained(1 << 22) == one_by_one
+    # Two to see the model by, and four steps of three clients with a batch of five each.
+    assert read == [2, 60]
