@@ -23,8 +23,9 @@ from torch.jit import optimized_execution  # type: ignore[attr-defined]
 from rayfed_lora.models.adapted import AdaptedModel
 
 _log = logging.getLogger(__name__)
-# Passes of a kind before it is recorded: that takes as long as it saves in about so many.
-PASSES_BEFORE = 24
+# Passes of a kind before it may be recorded, and how many more have to be expected: recording takes
+# as long as it saves in some thirty of training, in some fifty of testing.
+PASSES_BEFORE, PASSES_WORTH = 8, 60
 # What is recorded at most, and what is counted at most before it is.
 _MOST_RECORDED, _MOST_COUNTED = 32, 1_000
 _RECORDING = Lock()
@@ -50,6 +51,8 @@ class RecordedPasses:
         self._recorded: dict[_Kind, Callable[..., torch.Tensor]] = {}
         # The base is part of what is recorded.
         self._bases = model.bases
+        # How long the run still takes, as a multiple of how long it has taken.
+        self.left = 0.0
 
     def logits(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return what the loaded model says of some inputs.
@@ -71,11 +74,16 @@ class RecordedPasses:
                 return recorded(*given.values())
         logits: torch.Tensor = net(**inputs).logits
         self._passes[kind] += 1
-        if self._passes[kind] == PASSES_BEFORE and len(self._recorded) < _MOST_RECORDED:
+        if self._pays(self._passes[kind]):
             self._record(kind, inputs, own, logits)
         if len(self._passes) > _MOST_COUNTED:
             self._passes.clear()
         return logits
+
+    def _pays(self, passes: int) -> bool:
+        """Return whether to record a kind of pass that has been run so many times."""
+        often = passes >= PASSES_BEFORE and passes * self.left >= PASSES_WORTH
+        return often and len(self._recorded) < _MOST_RECORDED
 
     def _forget(self) -> None:
         self._passes.clear()

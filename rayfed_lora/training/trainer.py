@@ -252,6 +252,7 @@ class LocalTrainer:
         """Train some clients in the same batches; the results are those of each one alone."""
         began = time.perf_counter()
         _know_threads()
+        self._passes.left = self._recipe.annealing.total_rounds / (plan.round + 1) - 1
         settings, seed = self._recipe.clients, self._recipe.seed
         tasks = group.tasks
         starts = [start_of[task.client] for task in tasks]

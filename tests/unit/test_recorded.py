@@ -31,6 +31,7 @@ BLOCKS = ([4, 0, 2], [1, 3], [0, 3, 4], [2, 1], [4, 2, 1])
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorded, "PASSES_BEFORE", 2)
+    monkeypatch.setattr(recorded, "PASSES_WORTH", 0)
 
 
 def pair(recipe: Recipe) -> tuple[LocalTrainer, LocalTrainer]:
@@ -147,3 +148,24 @@ def test_a_text_model_is_not_recorded_whose_masks_depend_on_what_is_read(questio
     trainer = LocalTrainer(recipe, prepare(recipe))
     trained(trainer, adapter_state(trainer))
     assert kinds(trainer) == set()
+
+
+def test_a_pass_is_recorded_where_the_rest_of_the_run_is_worth_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recorded, "PASSES_WORTH", 20)
+    recipe = make_recipe(clients__local_steps=3)
+    total = recipe.annealing.total_rounds
+
+    def recorded_in(t: int) -> set[tuple[bool, bool]]:
+        trainer = image_trainer(recipe)
+        state = adapter_state(trainer)
+        # Nine passes of one kind.
+        for _ in range(3):
+            list(trainer.train([4, 1], [state] * 2, Base(), local_plan(round=t)))
+        return kinds(trainer)
+
+    assert total == 20
+    # After 9 passes in 3 rounds 51 more are to be expected in 17, in 15 rounds 3 more in 5.
+    assert recorded_in(2) == {(True, True)}
+    assert recorded_in(14) == set()
