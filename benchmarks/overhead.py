@@ -88,14 +88,15 @@ class TracingFactory(workloads.BenchmarkFactory):
         # Forward, loss, backward and the end of the graph; of an evaluation all but loading.
         trainer._pass = timed(trainer._pass)
         if not self.times_steps:
-            # Once a process, for all its trainers.
-            make = training.fresh_optimizer
+            # Once a run in a process, for all its trainers.
+            make = getattr(training.fresh_optimizer, "untimed", training.fresh_optimizer)
 
             def optimizer(*args: Any) -> Any:
                 made = make(*args)
                 made.step = timed(made.step)
                 return made
 
+            optimizer.untimed = make
             training.fresh_optimizer = optimizer
             self.times_steps = True
         trainer._predictions = timed(trainer._predictions)
