@@ -95,6 +95,24 @@ def test_a_client_actor_killed_in_a_block_is_told_and_the_result_is_the_same(
     assert_same_result(summary, tmp_path / "run", tmp_path / "local")
 
 
+def test_an_actor_of_two_trainers_is_lost_with_both_of_its_blocks_and_the_result_is_the_same(
+    tmp_path,
+):
+    expected_summary(tmp_path / "local", clients__per_round=1.0)
+    marker = tmp_path / "marker"
+    marker.touch()
+    # Client 3 is the last one of a pair that is trained at once; the other one is not done by then.
+    sleep_s = {client: 0.5 if client == 2 else 0.1 for client in range(6)}
+    behaviour = Behaviour(dying=frozenset({(3, 2)}), marker=str(marker), sleep_s=sleep_s)
+    recipe = on_ray(clients__per_round=1.0, runtime__client_actors=1, runtime__cpus_per_actor=2.0)
+    summary, board = run(recipe, tmp_path / "run", FakeFactory(behaviour))
+    assert not marker.exists()
+    (note,) = (note for note in board.status().notes if "lost" in note)
+    assert re.search(r"lost in round 2 block 2 and round 2 block 3 and its work is run again", note)
+    assert summary["retried_blocks"] == 2
+    assert_same_result(summary, tmp_path / "run", tmp_path / "local")
+
+
 def test_a_block_that_takes_too_long_is_run_again_on_a_new_process(tmp_path):
     expected_summary(tmp_path / "local")
     marker = tmp_path / "marker"
