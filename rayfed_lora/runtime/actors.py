@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 import ray
 from threadpoolctl import threadpool_limits
 
-from rayfed_lora.federation.executor import Call, Population, Starts, Training, joined
+from rayfed_lora.federation.calls import Starts, Training, joined
+from rayfed_lora.federation.executor import Call, Population
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.runtime.factory import Factory, population, prepared
 from rayfed_lora.runtime.messages import Message, packed, unpacked

@@ -10,15 +10,13 @@ from itertools import zip_longest
 from typing import Generic, TypeVar
 
 from rayfed_lora.aggregation.means import Means
+from rayfed_lora.federation.calls import Starts, Training, joined
 from rayfed_lora.federation.executor import (
     PATIENCE,
     Call,
     Pending,
     Population,
-    Starts,
     Trained,
-    Training,
-    joined,
     joins,
 )
 from rayfed_lora.runtime.threads import TrainerThreads
