@@ -156,6 +156,9 @@ class ClientActor:
             prepared: references of workload and weights, in a list so that Ray does not wait for
                 them: meanwhile this actor imports what it needs.
         """
+        if self._threads is not None:
+            # A process that is stuck and about to be ended must not pass for the one after it.
+            self._threads.close(wait=True)
         factory.load(recipe)
         device = "cpu"
         if self._gpus > 0:
@@ -165,8 +168,6 @@ class ClientActor:
         workload, weights = ray.get(prepared)
         # As in the server: sums must not depend on how many cores an actor has.
         threadpool_limits(limits=1, user_api="blas")
-        if self._threads is not None:
-            self._threads.close()
         self._threads, self._received = None, {}
         self._rule = recipe.aggregation.rule
         each = range(self._trainers)

@@ -102,13 +102,17 @@ class TrainerThreads:
         """Do something that takes no trainer, while those who compute rarely need Python's lock."""
         return self._beside.submit(_unhurried, work, *args)
 
-    def close(self) -> None:
-        """Begin nothing more; what threads are doing is not waited for, but by a process's end."""
+    def close(self, *, wait: bool = False) -> None:
+        """Begin nothing more.
+
+        Args:
+            wait: until what the threads are doing is done; else only a process's end waits for it.
+        """
         with self._queueing:
             for job in self._waiting:
                 job.future.cancel()
         for threads in (self._threads, self._beside):
-            threads.shutdown(wait=False, cancel_futures=True)
+            threads.shutdown(wait=wait, cancel_futures=True)
 
 
 def _unhurried(work: Callable[..., _T], *args: Any) -> _T:
