@@ -35,6 +35,7 @@ class _Places:
         factors: of each layer that has some.
         copies: of each densely trained layer, by parameter.
         held: all of them, (group, values) each: of the dense names, then A and B of each module.
+        arrays: the same memory, where it is the host's.
         shapes: of each, without the group.
         trained: those that are trained.
     """
@@ -42,6 +43,7 @@ class _Places:
     factors: dict[str, GroupFactors]
     copies: dict[str, dict[str, torch.Tensor]]
     held: list[torch.Tensor]
+    arrays: list[FloatArray]
     shapes: dict[str, tuple[int, ...]]
     trained: list[torch.Tensor]
 
@@ -91,7 +93,9 @@ class AdaptedModel:
         plain = all(type(module).train is nn.Module.train for module in modules)
         # What `train` of plain modules sets, a tenth of a millisecond sooner for 60 of them.
         self._switch = [module.__dict__ for module in modules] if plain else None
-        self._trained: list[torch.Tensor] = []
+        # What is trained of the loaded states, in the order of `parameters`: the same list for
+        # groups whose tensors are the same.
+        self.trained: list[torch.Tensor] = []
         # Clients that are loaded.
         self._group = 0
         self._frozen: Frozen | None = None
@@ -100,6 +104,8 @@ class AdaptedModel:
         self._shapes: dict[str, tuple[int, ...]] = {}
         # Of the last groups, the newest one last. Two: a group is trained, then a state tested.
         self._places: dict[_Kind, _Places] = {}
+        # The one of them that is in the layers now, if any is.
+        self._current: _Places | None = None
         # The scales of the last module that was loaded.
         self._scales: dict[tuple[float, ...], torch.Tensor] = {}
         self._version, self._clean = Base().version, True
@@ -186,8 +192,8 @@ class AdaptedModel:
         alone = trainable == "full" or self.obstacle is not None
         if alone and len(states) != 1:
             raise ValueError(f"need one client at a time, got {len(states)}: {self.obstacle}")
-        for parameter in self._trained:
-            parameter.requires_grad_(False)
+        before = self.trained
+        for parameter in before:
             # Those of a full-model round are as large as the model.
             parameter.grad = None
         self._held = []
@@ -204,16 +210,20 @@ class AdaptedModel:
             self._load_for_all(states[0])
         else:
             self._make(states, trainable)
-        for parameter in self._trained:
-            parameter.requires_grad_(True)
+        if self.trained is not before:
+            for parameter in before:
+                parameter.requires_grad_(False)
+            for parameter in self.trained:
+                parameter.requires_grad_(True)
 
     def _make(self, states: Sequence[AdapterState], trainable: Trainable) -> None:
         """Make tensors of a group's states, or of one for all."""
+        self._current = None
         for name, layer in self._layers.items():
             layer.factors = self._stacked([state.factors.get(name) for state in states])
         self._load_dense([state.dense for state in states], trainable)
         self._hold(states[0])
-        self._trained = list(self.parameters(states[0]).values())
+        self.trained = list(self.parameters(states[0]).values())
 
     def _load_for_all(self, state: AdapterState) -> None:
         """Load what all clients of the group start from, into tensors that are there if they are.
@@ -227,25 +237,21 @@ class AdaptedModel:
             self._make([state], "adapter")
             factors = {n: each.factors for n, each in self._layers.items() if each.factors}
             copies = {n: each.copies for n, each in self._copied.items()}
-            places = _Places(factors, copies, self._held, self._shapes, self._trained)
+            arrays = [held.numpy() for held in self._held] if self.device.type == "cpu" else []
+            places = _Places(factors, copies, self._held, arrays, self._shapes, self.trained)
+            self._current = places
         else:
-            for name, layer in self._layers.items():
-                layer.factors = places.factors.get(name)
-            for name, copied in self._copied.items():
-                copied.copies = places.copies[name]
+            # A module takes ten times as long to set something as another object.
+            if places is not self._current:
+                for name, layer in self._layers.items():
+                    layer.factors = places.factors.get(name)
+                for name, copied in self._copied.items():
+                    copied.copies = places.copies[name]
+            self._current = places
             self._held, self._shapes = places.held, places.shapes
-            self._trained = places.trained
-            self._fill(state)
+            self.trained = places.trained
+            _fill(places, state)
         self._places = {**dict([*self._places.items()][1 - _KINDS_KEPT :]), kind: places}
-
-    def _fill(self, state: AdapterState) -> None:
-        factors = [f for f in state.factors.values() if f.rank > 0]
-        arrays = [*state.dense.values(), *(part for f in factors for part in (f.a, f.b))]
-        for held, array in zip(self._held, arrays, strict=True):
-            if self.device.type == "cpu":
-                held.numpy()[...] = array.ravel()
-            else:
-                held.copy_(self._tensor(array).ravel())
 
     def show(self, state: AdapterState, base: Base, trainable: Trainable) -> None:
         """Load a state that will not be trained, unless it is there already: the same object."""
@@ -322,7 +328,7 @@ class AdaptedModel:
 
     def keep(self, clients: int) -> None:
         """Go on with the first clients of the group only."""
-        self._places, self._group = {}, clients
+        self._places, self._current, self._group = {}, None, clients
         for name, layer in self._layers.items():
             if layer.factors is not None:
                 a, b, scale = layer.factors.a, layer.factors.b, layer.factors.scale
@@ -404,6 +410,18 @@ def _replaced(net: nn.Module, name: str, make: Callable[[nn.Linear], _Layer]) ->
     layer = make(getattr(parent, attribute))
     setattr(parent, attribute, layer)
     return layer
+
+
+def _fill(places: _Places, state: AdapterState) -> None:
+    """Set the weights of all clients to those of a state."""
+    factors = [f for f in state.factors.values() if f.rank > 0]
+    values = [*state.dense.values(), *(part for f in factors for part in (f.a, f.b))]
+    if places.arrays:
+        for array, value in zip(places.arrays, values, strict=True):
+            array[...] = value.ravel()
+        return
+    for held, value in zip(places.held, values, strict=True):
+        held.copy_(torch.tensor(value.ravel(), device=held.device))
 
 
 def _padded(f: Factors, rank: int) -> Factors:

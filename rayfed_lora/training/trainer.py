@@ -9,16 +9,14 @@ Source: local SGD as in FedAvg, arXiv:1602.05629; proximal term: FedProx, arXiv:
 
 from __future__ import annotations
 
-import math
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from statistics import fmean
 from tempfile import TemporaryDirectory
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,10 +35,9 @@ from rayfed_lora.models.first_token import read_first_token_only
 from rayfed_lora.models.recorded import RecordedPasses
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.recipe import Recipe
-from rayfed_lora.seeds import Purpose, torch_seed
 from rayfed_lora.training import python_lock
+from rayfed_lora.training.drawing import Drawing, GroupWork, tensors
 from rayfed_lora.training.dropout import ClientDropout
-from rayfed_lora.training.groups import ClientTask, GroupTask
 from rayfed_lora.training.memory import (
     keep_freed_memory,
     memory_watched,
@@ -53,6 +50,7 @@ from rayfed_lora.training.optimizing import (
     fresh_optimizer,
 )
 from rayfed_lora.training.protocol import attributed
+from rayfed_lora.training.results import Left, all_finite, update_of
 from rayfed_lora.training.tokens import token_losses
 from rayfed_lora.types import (
     AdapterState,
@@ -70,8 +68,6 @@ from rayfed_lora.types import (
 Weights = Mapping[str, npt.NDArray[Any]]
 # Held by who draws from torch's own state, which is that of the whole process.
 _DRAWING = Lock()
-# Bytes of images that a block reads at once for all its steps, and how memory of torch is aligned.
-_READ_AT_ONCE, _ALIGNED = 1 << 22, 64
 # With more classes, probabilities are not worth what they would take to send.
 _MOST_CLASSES = 200
 
@@ -88,13 +84,6 @@ def built_weights(recipe: Recipe, workload: Workload) -> Weights:
     """
     config = sources.restored(workload.config)
     return sources.weights(sources.build(recipe.model, config, recipe.seed))
-
-
-class _Left(NamedTuple):
-    """A client that has done all its steps, and whether all who left with it are finite."""
-
-    state: AdapterState
-    finite: bool
 
 
 class LocalTrainer:
@@ -136,13 +125,12 @@ class LocalTrainer:
         self._language = recipe.model.task == LANGUAGE_TASK
         if not self._language:
             two = workload.train.rows(np.arange(min(2, len(workload.train))))
-            read_first_token_only(net, _tensors(two, self._device)[0])
+            read_first_token_only(net, tensors(two, self._device)[0])
         self._drops = recipe.adapter.dropout > 0 or sources.drops(workload.config)
+        self._drawing = Drawing(recipe, workload, drops=self._drops)
         self._passes = RecordedPasses(self._model, recording=self._recordable())
-        # Of an image; 0 for what is cut to size batch by batch, or would not lie as a batch alone.
-        images = [*workload.train.inputs] == [PIXELS]
-        row_bytes = workload.train.inputs[PIXELS][:1].nbytes if images else 0
-        self._row_bytes = row_bytes if row_bytes % _ALIGNED == 0 else 0
+        # The last optimiser, and what it is for.
+        self._optimized: tuple[list[torch.Tensor], torch.optim.Optimizer | None] = [], None
 
     def _recordable(self) -> bool:
         """Return whether the operations of a pass follow from shapes alone: not with masks."""
@@ -165,15 +153,15 @@ class LocalTrainer:
         """Return the head's tensors, or in a full-model round all, as built from the seed."""
         return self._model.initial_tensors(trainable)
 
-    def draw(self, clients: Sequence[int], plan: LocalPlan) -> list[GroupTask]:
-        """Return the batches of a block, by group of clients that are trained together.
+    def draw(self, clients: Sequence[int], plan: LocalPlan) -> list[GroupWork]:
+        """Return the work of a block, by group of clients that are trained together.
 
         Raises:
             ClientError: a client's cannot be drawn; names the client and the round.
         """
         alone = plan.trainable == "full" or self._model.obstacle is not None
         groups = [[client] for client in clients] if alone else [clients]
-        return [self._drawn(group, plan) for group in groups]
+        return [self._drawing.group(group, plan) for group in groups]
 
     def train(
         self,
@@ -200,26 +188,18 @@ class LocalTrainer:
         work = self.draw(clients, plan) if drawn is None else drawn
         yield from self._trained(work, dict(zip(clients, starts, strict=True)), base, plan)
 
-    def _drawn(self, clients: Sequence[int], plan: LocalPlan) -> GroupTask:
-        settings, seed, table = self._recipe.clients, self._recipe.seed, self._workload.clients
-        tasks = []
-        for client in clients:
-            with attributed(client, plan.round):
-                tasks.append(ClientTask.of(client, table.examples(client), settings, seed, plan))
-        return GroupTask.of(tasks)
-
     def _trained(
         self,
-        work: Sequence[GroupTask],
+        work: Sequence[GroupWork],
         start_of: Mapping[int, AdapterState],
         base: Base,
         plan: LocalPlan,
     ) -> Iterator[ClientUpdate]:
         """Train one group, or one client after the other; yield in the order of `start_of`."""
         together = None
-        if len(work[0].tasks) > 1:
+        if len(work[0].group.tasks) > 1:
             try:
-                with memory_watched([*start_of]), self._drawing():
+                with memory_watched([*start_of]), self._taking_turns():
                     found = self._train_group(work[0], start_of, base, plan)
                 yield from found
                 return
@@ -228,11 +208,11 @@ class LocalTrainer:
             except Exception:
                 # As text: the error itself would keep all that the block has made.
                 together = traceback.format_exc()
-            work = [self._drawn([client], plan) for client in start_of]
-        for group in work:
-            client = group.tasks[0].client
-            with attributed(client, plan.round), memory_watched([client]), self._drawing():
-                found = self._train_group(group, {client: start_of[client]}, base, plan)
+            work = [self._drawing.group([client], plan) for client in start_of]
+        for each in work:
+            client = each.group.tasks[0].client
+            with attributed(client, plan.round), memory_watched([client]), self._taking_turns():
+                found = self._train_group(each, {client: start_of[client]}, base, plan)
             yield from found
         if together is not None:
             # Each of them can be trained alone: it is the block that fails.
@@ -241,35 +221,60 @@ class LocalTrainer:
                 f" be trained together; lower runtime.cohort_size\n{together}"
             )
 
-    def _drawing(self) -> AbstractContextManager[object]:
+    def _taking_turns(self) -> AbstractContextManager[object]:
         """Wait for other trainers of this process, where the model may draw."""
         return _DRAWING if self._drops else nullcontext()
 
     @python_lock.needed()
     def _train_group(
-        self, group: GroupTask, start_of: Mapping[int, AdapterState], base: Base, plan: LocalPlan
+        self, work: GroupWork, start_of: Mapping[int, AdapterState], base: Base, plan: LocalPlan
     ) -> list[ClientUpdate]:
         """Train some clients in the same batches; the results are those of each one alone."""
         began = time.perf_counter()
         _know_threads()
         self._passes.left = self._recipe.annealing.total_rounds / (plan.round + 1) - 1
-        settings, seed = self._recipe.clients, self._recipe.seed
-        tasks = group.tasks
+        tasks = work.group.tasks
         starts = [start_of[task.client] for task in tasks]
         self._model.load(starts, base, plan.trainable, plan.frozen)
-        drawing = tasks if self._drops else tasks[:1]
-        seeds = [torch_seed(seed, Purpose.DROPOUT, plan.round, task.client) for task in drawing]
         # After loading. What draws outside of `ClientDropout` draws from torch's own state.
-        _seed(seeds[0], self._device)
-        dropout = ClientDropout(seeds, self._device) if self._drops else None
-        parameters = list(self._model.parameters(starts[0]).values())
-        optimizer = fresh_optimizer(parameters, settings, plan.lr)
-        received = [p.detach().clone() for p in parameters] if plan.proximal_weight > 0 else []
+        _seed(work.seeds[0], self._device)
         self._model.train(True)
+        trained: dict[int, Left] = {}
+        with self._optimizer(plan) as optimizer:
+            losses = self._steps(work, starts, trained, optimizer, plan)
+        self._let_go(0, starts, trained)
+        seconds = (time.perf_counter() - began) / len(tasks)
+        numbers = [step.cpu().tolist() for step in losses]
+        found = {
+            task.client: update_of(task, trained[i], [n[i] for n in numbers if i < len(n)], seconds)
+            for i, task in enumerate(tasks)
+        }
+        return [found[client] for client in start_of]
+
+    def _steps(
+        self,
+        work: GroupWork,
+        starts: Sequence[AdapterState],
+        trained: dict[int, Left],
+        optimizer: torch.optim.Optimizer | None,
+        plan: LocalPlan,
+    ) -> list[torch.Tensor]:
+        """Take the steps of the loaded clients; return their losses by step, (clients,) each.
+
+        Args:
+            work: of the clients.
+            starts: their states.
+            trained: gets those who have done their steps before the last one.
+            optimizer: of what is trained, if anything is.
+            plan: the round.
+        """
+        settings, group, parameters = self._recipe.clients, work.group, self._model.trained
+        dropout = ClientDropout(work.seeds, self._device) if self._drops else None
+        received = [p.detach().clone() for p in parameters] if plan.proximal_weight > 0 else []
         losses: list[torch.Tensor] = []
-        trained: dict[int, _Left] = {}
-        for batch, (inputs, labels) in zip(group.batches, self._read(group), strict=True):
-            if len(batch.examples) + len(trained) < len(tasks):
+        read = self._drawing.batches(work, self._device)
+        for batch, (inputs, labels) in zip(group.batches, read, strict=True):
+            if len(batch.examples) + len(trained) < len(starts):
                 self._let_go(len(batch.examples), starts, trained)
                 cut_to(optimizer, len(batch.examples))
             if dropout is not None:
@@ -282,43 +287,43 @@ class LocalTrainer:
                 losses.append(self._pass(inputs, labels, weights, optimizer is not None))
             if optimizer is None:
                 continue
-            add_proximal_gradient(parameters, received, plan.proximal_weight)
+            if received:
+                add_proximal_gradient(parameters, received, plan.proximal_weight)
             if settings.max_grad_norm is not None:
                 clip_by_client(parameters, settings.max_grad_norm, len(batch.examples))
             optimizer.step()
-        self._let_go(0, starts, trained)
-        seconds = (time.perf_counter() - began) / len(tasks)
-        numbers = [step.cpu().tolist() for step in losses]
-        found = {
-            task.client: _update(task, trained[i], [n[i] for n in numbers if i < len(n)], seconds)
-            for i, task in enumerate(tasks)
-        }
-        return [found[client] for client in start_of]
+        return losses
 
-    def _read(self, group: GroupTask) -> Iterator[tuple[Mapping[str, torch.Tensor], torch.Tensor]]:
-        """Yield inputs and labels of each batch: of small images all are read at once."""
-        train, batches = self._workload.train, [batch.indices for batch in group.batches]
-        if self._row_bytes and sum(map(len, batches)) * self._row_bytes <= _READ_AT_ONCE:
-            inputs, labels = _tensors(train.rows(np.concatenate(batches)), self._device)
-            sizes = [len(indices) for indices in batches]
-            parts = {name: torch.split(tensor, sizes) for name, tensor in inputs.items()}
-            for step, of in enumerate(torch.split(labels, sizes)):
-                yield {name: tensors[step] for name, tensors in parts.items()}, of
-            return
-        for indices in batches:
-            yield _tensors(train.rows(indices), self._device)
+    @contextmanager
+    def _optimizer(self, plan: LocalPlan) -> Iterator[torch.optim.Optimizer | None]:
+        """Give an optimiser of what is loaded that knows no gradient: the last one if that may be.
+
+        Making one takes as long as a step of it. Its state is gone afterwards.
+        """
+        parameters, optimizer = self._optimized
+        if parameters is not self._model.trained:
+            parameters = self._model.trained
+            optimizer = fresh_optimizer(parameters, self._recipe.clients, plan.lr)
+            self._optimized = parameters, optimizer
+        for group in [] if optimizer is None else optimizer.param_groups:
+            group["lr"] = plan.lr
+        try:
+            yield optimizer
+        finally:
+            if optimizer is not None:
+                optimizer.state.clear()
 
     def _let_go(
         self,
         staying: int,
         starts: Sequence[AdapterState],
-        trained: dict[int, _Left],
+        trained: dict[int, Left],
     ) -> None:
         """Read out the clients from place `staying` on that are still in the group."""
         leaving = range(staying, len(starts) - len(trained))
         states = self._model.read_from([starts[i] for i in leaving], staying)
-        finite = bool(np.isfinite(states.rows).all())
-        trained |= {i: _Left(states.state(i - staying), finite) for i in leaving}
+        finite = all_finite(states.rows)
+        trained |= {i: Left(states.state(i - staying), finite) for i in leaving}
         if staying > 0:
             self._model.keep(staying)
 
@@ -366,14 +371,16 @@ class LocalTrainer:
         """
         held = self._workload.test if split == "test" else self._workload.validation
         with python_lock.needed():
+            examples = held.rows(np.arange(len(held))[rows])
             self._model.show(state, base, trainable)
             self._model.train(False)
-        return self._predictions(held.rows(np.arange(len(held))[rows]))
+            return self._predictions(examples)
 
     def _predictions(self, examples: Batch) -> Predictions:
         """Return what the loaded model, in evaluation mode, says of some examples."""
         _know_threads()
-        inputs, labels = _tensors(examples, self._device)
+        inputs, labels = tensors(examples, self._device)
+        python_lock.rarely_needed()
         logits = self._passes.logits(inputs).float()
         if self._language:
             each, tokens, correct = (part.cpu().numpy() for part in token_losses(logits, inputs))
@@ -469,40 +476,3 @@ def _seed(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-def _tensors(
-    examples: Batch, device: torch.device
-) -> tuple[Mapping[str, torch.Tensor], torch.Tensor]:
-    inputs = {}
-    for name, values in examples.inputs.items():
-        tensor = torch.from_numpy(np.ascontiguousarray(values))
-        inputs[name] = (tensor if tensor.is_floating_point() else tensor.long()).to(device)
-    return inputs, torch.from_numpy(examples.labels).to(device)
-
-
-def _update(task: ClientTask, left: _Left, losses: list[float], seconds: float) -> ClientUpdate:
-    error = _fault(losses, None if left.finite else left.state)
-    return ClientUpdate(
-        client=task.client,
-        examples=task.examples,
-        state=left.state if error is None else None,
-        train_loss=fmean(losses) if error is None else float("nan"),
-        seconds=seconds,
-        error=error,
-    )
-
-
-def _fault(losses: list[float], update: AdapterState | None) -> str | None:
-    """Return why a trained client cannot be used, or None; no update: it is known to be finite."""
-    bad = [step for step, loss in enumerate(losses) if not math.isfinite(loss)]
-    if bad:
-        return f"loss is {losses[bad[0]]} in local step {bad[0] + 1} of {len(losses)}"
-    if update is None:
-        return None
-    tensors = [*update.dense.values()]
-    for factors in update.factors.values():
-        tensors += [factors.a, factors.b]
-    if not all(np.isfinite(tensor).all() for tensor in tensors):
-        return f"weights are not finite after {len(losses)} local steps"
-    return None

@@ -34,7 +34,7 @@ from rayfed_lora.errors import ClientError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.seeds import Purpose, generator
-from rayfed_lora.training import trainer as trainer_module
+from rayfed_lora.training import drawing as drawing_module
 from rayfed_lora.training.trainer import LocalTrainer
 from rayfed_lora.training.workload import prepare
 from rayfed_lora.types import (
@@ -591,6 +591,38 @@ def test_a_block_that_is_asked_for_while_another_one_is_trained_changes_no_bit()
             assert_same_bits(one.state, only([other])[1])
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("block", [[1, 3], [0]], ids=["together", "alone"])
+def test_an_optimiser_knows_nothing_of_the_block_before(name: str, block: list[int]) -> None:
+    recipe = make_recipe(clients__optimizer={"name": name, **OPTIMIZERS[name][0]})
+    used, fresh = image_trainer(recipe), image_trainer(recipe)
+    state, later = [adapter_state(fresh)] * len(block), local_plan(lr=0.02)
+    list(used.train(block, state, Base(), local_plan(lr=0.01)))
+    used.evaluate("test", slice(0, 8), state[0], Base(), "adapter")
+    found, expected = (list(t.train(block, state, Base(), later)) for t in (used, fresh))
+    for one, other in zip(found, expected, strict=True):
+        assert_same_bits(one.state, other.state)
+
+
+def test_an_optimiser_knows_nothing_of_a_block_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_recipe(clients__optimizer={"name": "sgd", "momentum": 0.9})
+    used, fresh = image_trainer(recipe), image_trainer(recipe)
+    state, steps = adapter_state(fresh), []
+    compute = used._pass
+
+    def fails(*args: Any) -> torch.Tensor:
+        steps.append(1)
+        if len(steps) == 3:
+            raise ValueError("a third step")
+        return compute(*args)
+
+    monkeypatch.setattr(used, "_pass", fails)
+    with pytest.raises(ClientError, match="a third step"):
+        list(used.train([1], [state], Base(), local_plan()))
+    found, expected = (only(t.train([1], [state], Base(), local_plan())) for t in (used, fresh))
+    assert_same_bits(found[1], expected[1])
+
+
 def test_training_does_not_change_the_state_it_was_given() -> None:
     recipe = make_recipe()
     trainer = image_trainer(recipe)
@@ -793,7 +825,7 @@ def test_images_that_are_read_at_once_train_to_the_same_bits(monkeypatch):
         return take(self, indices)
 
     def trained(at_once: int) -> list[bytes]:
-        monkeypatch.setattr(trainer_module, "_READ_AT_ONCE", at_once)
+        monkeypatch.setattr(drawing_module, "_READ_AT_ONCE", at_once)
         updates = image_trainer(recipe).train([4, 0, 2], [state] * 3, Base(), local_plan())
         return [update.state.dense[HEAD[0]].tobytes() for update in updates]
 
