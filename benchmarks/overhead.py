@@ -99,7 +99,7 @@ class TracingFactory(workloads.BenchmarkFactory):
             optimizer.untimed = make
             training.fresh_optimizer = optimizer
             self.times_steps = True
-        trainer._predictions = timed(trainer._predictions)
+        trainer._testing.predictions = timed(trainer._testing.predictions)
         return trainer
 
 

@@ -94,6 +94,15 @@ def cut_off(factors: Factors, rank: int) -> Factors:
     return from_svd(ProductSvd(svd.u[:, rank:], sigma[rank:], svd.vt[rank:]), sigma.size, 1.0)
 
 
+def pad(factors: Factors, rank: int) -> Factors:
+    """Return factors of a rank >= theirs with the same D: zeros behind the rows and the columns."""
+    more = rank - factors.rank
+    if more == 0:
+        return factors
+    a, b = np.pad(factors.a, ((0, more), (0, 0))), np.pad(factors.b, ((0, 0), (0, more)))
+    return Factors(a, b, factors.scale)
+
+
 def grow(factors: Factors, rank: int, scale: float, rng: np.random.Generator) -> Factors:
     """Return factors of a higher rank with the same D: new rows of A drawn, new columns of B zero.
 

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from rayfed_lora.lora.resize import pad
 from rayfed_lora.lora.stacked import A, B, StackedStates
 from rayfed_lora.models.layers import AdaptedLinear, ClientLinear, GroupFactors
+from rayfed_lora.models.resident import ResidentBase, to_numpy
 from rayfed_lora.models.shapes import adapted_modules, fusion_obstacle, head_parameters
 from rayfed_lora.recipe import Adapter
 from rayfed_lora.types import AdapterState, Base, Factors, FloatArray, Frozen, Trainable
@@ -77,15 +79,13 @@ class AdaptedModel:
         self.obstacle = obstacle or fusion_obstacle(net, adapter)
         names = adapted_modules(net, adapter)
         self._head = head_parameters(net, adapter)
-        self._plain = dict(net.named_parameters())
-        self._source = {name: p.data for name, p in self._plain.items()}
+        self._resident = ResidentBase(net, self.device)
+        self._plain = self._resident.parameters
         self._layers = {
             n: _replaced(net, n, lambda m: AdaptedLinear(m, adapter.dropout)) for n in names
         }
         owners = dict.fromkeys(name.rpartition(".")[0] for name in self._head)
         self._copied = {} if self.obstacle else {n: _replaced(net, n, ClientLinear) for n in owners}
-        floating = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
-        self._buffers = [(buffer, buffer.clone()) for buffer in floating]
         net.requires_grad_(False)
         # All modules in one mode, the new layers too.
         net.train()
@@ -108,16 +108,18 @@ class AdaptedModel:
         self._current: _Places | None = None
         # The scales of the last module that was loaded.
         self._scales: dict[tuple[float, ...], torch.Tensor] = {}
-        self._version, self._clean = Base().version, True
-        # How often the frozen weights have become others.
-        self.bases = 0
         # What is loaded and was not trained since.
         self._shown: tuple[AdapterState, tuple[int, int], Trainable] | None = None
 
     @property
     def has_statistics(self) -> bool:
         """Whether a pass may change more than it returns (batch normalisation)."""
-        return bool(self._buffers)
+        return self._resident.has_statistics
+
+    @property
+    def bases(self) -> int:
+        """How often the frozen weights have become others."""
+        return self._resident.changes
 
     def own_tensors(self) -> dict[str, torch.Tensor] | None:
         """Return what the loaded clients have of their own; None where the whole model is.
@@ -126,7 +128,7 @@ class AdaptedModel:
             By module, A, B and scale of its factors, and what is densely trained, as
             `holding` takes them.
         """
-        if not self._clean:
+        if not self._resident.loaded:
             return None
         found: dict[str, torch.Tensor] = {}
         for name, layer in self._layers.items():
@@ -164,7 +166,7 @@ class AdaptedModel:
     def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
         """Return the dense tensors of a round as the source and the seed gave them."""
         names = self._plain if trainable == "full" else self._head
-        return {name: _to_numpy(self._source[name]) for name in names}
+        return {name: to_numpy(self._resident.source[name]) for name in names}
 
     def load(
         self,
@@ -197,13 +199,7 @@ class AdaptedModel:
             # Those of a full-model round are as large as the model.
             parameter.grad = None
         self._held = []
-        if trainable == "full":
-            self._clean = False
-            self.bases += 1
-        else:
-            self._load_base(base)
-        for buffer, source in self._buffers:
-            buffer.copy_(source)
+        self._resident.load(None if trainable == "full" else base)
         self._group = len(states)
         self._frozen = frozen
         if not alone and all(state is states[0] for state in states):
@@ -346,7 +342,7 @@ class AdaptedModel:
 
     def _dense(self, name: str, client: int) -> FloatArray:
         held = self._holder(name)
-        return _to_numpy(held if held is self._plain[name] else held[client])
+        return to_numpy(held if held is self._plain[name] else held[client])
 
     def _load_dense(self, states: Sequence[Mapping[str, FloatArray]], trainable: Trainable) -> None:
         for owner, layer in self._copied.items():
@@ -358,7 +354,7 @@ class AdaptedModel:
             }
         for name, tensor in states[0].items():
             if self._holder(name) is self._plain[name]:
-                self._set(name, self._tensor(tensor))
+                self._resident.set(name, tensor)
 
     def _stacked(self, clients: Sequence[Factors | None]) -> GroupFactors | None:
         """Return the clients' factors of one module, zeros behind the lower ranks."""
@@ -366,41 +362,21 @@ class AdaptedModel:
         rank = max((f.rank for f in found), default=0)
         if rank == 0:
             return None
-        found = [_padded(f, rank) for f in found]
+        found = [pad(f, rank) for f in found]
         a, b = self._by_client([f.a for f in found]), self._by_client([f.b for f in found])
         return GroupFactors(a, b, self._scale(tuple(f.scale for f in found)))
 
     def _scale(self, scales: tuple[float, ...]) -> torch.Tensor:
         """Return (clients, 1, 1); made once, mostly, for all modules and loads."""
         if scales not in self._scales:
-            self._scales = {scales: self._tensor(np.array(scales)).view(-1, 1, 1)}
+            self._scales = {scales: self._resident.tensor(np.array(scales)).view(-1, 1, 1)}
         return self._scales[scales]
 
     def _by_client(self, arrays: Sequence[FloatArray]) -> torch.Tensor:
         """Return a tensor a client of the group, from one each or from one for all."""
         if len(arrays) == self._group:
-            return self._tensor(np.asarray(arrays))
-        return self._tensor(arrays[0]).expand(self._group, *arrays[0].shape).clone()
-
-    def _tensor(self, array: FloatArray) -> torch.Tensor:
-        return torch.tensor(array, dtype=torch.float32, device=self.device)
-
-    def _set(self, name: str, values: torch.Tensor) -> None:
-        self._plain[name].data = values
-
-    def _load_base(self, base: Base) -> None:
-        if self._clean and self._version == base.version:
-            return
-        self.bases += 1
-        for name, source in self._source.items():
-            self._set(name, source)
-        for name, tensor in (base.tensors or {}).items():
-            self._set(name, self._tensor(tensor))
-        for name, update in base.merged.items():
-            weight = f"{name}.weight"
-            # Always from the root's own weight: the sum does not depend on what was loaded before.
-            self._set(weight, self._plain[weight].data + self._tensor(update))
-        self._version, self._clean = base.version, True
+            return self._resident.tensor(np.asarray(arrays))
+        return self._resident.tensor(arrays[0]).expand(self._group, *arrays[0].shape).clone()
 
 
 def _replaced(net: nn.Module, name: str, make: Callable[[nn.Linear], _Layer]) -> _Layer:
@@ -422,16 +398,3 @@ def _fill(places: _Places, state: AdapterState) -> None:
         return
     for held, value in zip(places.held, values, strict=True):
         held.copy_(torch.tensor(value.ravel(), device=held.device))
-
-
-def _padded(f: Factors, rank: int) -> Factors:
-    """Return the same update in factors of a higher rank, with zeros behind."""
-    more = rank - f.rank
-    if more == 0:
-        return f
-    return Factors(np.pad(f.a, ((0, more), (0, 0))), np.pad(f.b, ((0, 0), (0, more))), f.scale)
-
-
-def _to_numpy(tensor: torch.Tensor) -> FloatArray:
-    array: FloatArray = tensor.detach().to("cpu", torch.float32, copy=True).numpy()
-    return array

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,8 @@ from transformers import AutoTokenizer
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.models import sources
 from rayfed_lora.models.shapes import adapted_modules, head_modules
-from rayfed_lora.recipe import Adapter, Model
-from rayfed_lora.types import AdapterState, Factors, FloatArray
+from rayfed_lora.recipe import Adapter, Model, Recipe
+from rayfed_lora.types import AdapterState, Base, Factors, FloatArray, Trainable
 
 PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
@@ -36,6 +37,40 @@ def peft_tensors(state: AdapterState) -> dict[str, FloatArray]:
             tensors[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(factors.a)
             tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(factors.b)
     return tensors
+
+
+def trained_files(
+    recipe: Recipe,
+    facts: Mapping[str, Any],
+    state: AdapterState,
+    base: Base,
+    trainable: Trainable,
+    everything: Mapping[str, FloatArray],
+) -> dict[str, bytes]:
+    """Return `adapter/...` and, where a user could not get the base elsewhere, `base/...`.
+
+    Args:
+        recipe: the run.
+        facts: of the model's configuration, as of a `Workload`.
+        state: what was trained.
+        base: what it is trained on.
+        trainable: `full` or `adapter`.
+        everything: every parameter of the plain model, without factors, by name.
+    """
+    changed = base.version > (0, 0) or trainable == "full"
+    biases, own_config = recipe.adapter.train_biases, bool(recipe.model.config)
+    net, drawn = sources.built(recipe.model, sources.restored(facts), recipe.seed)
+    # What the run has drawn and the adapter does not hold is nowhere else.
+    keep_base = changed or biases or own_config or not drawn <= set(state.dense)
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if trainable == "adapter":
+            name = "base" if keep_base else sources.location(recipe.model.source)
+            write_adapter(folder / "adapter", state, net, recipe.adapter, name)
+        if keep_base:
+            write_base(folder / "base", net, everything)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def write_adapter(

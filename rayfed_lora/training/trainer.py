@@ -13,8 +13,6 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any
 
@@ -24,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rayfed_lora.data.examples import PIXELS, Batch
+from rayfed_lora.data.examples import PIXELS
 from rayfed_lora.data.tables import LANGUAGE_TASK
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import BlockMemoryError, RunError
@@ -38,11 +36,7 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.training import python_lock
 from rayfed_lora.training.drawing import Drawing, GroupWork, tensors
 from rayfed_lora.training.dropout import ClientDropout
-from rayfed_lora.training.memory import (
-    keep_freed_memory,
-    memory_watched,
-    return_freed_memory,
-)
+from rayfed_lora.training.memory import keep_freed_memory, memory_watched, return_freed_memory
 from rayfed_lora.training.optimizing import (
     add_proximal_gradient,
     clip_by_client,
@@ -51,6 +45,7 @@ from rayfed_lora.training.optimizing import (
 )
 from rayfed_lora.training.protocol import attributed
 from rayfed_lora.training.results import Left, all_finite, update_of
+from rayfed_lora.training.testing import Testing, know_threads
 from rayfed_lora.training.tokens import token_losses
 from rayfed_lora.types import (
     AdapterState,
@@ -68,8 +63,6 @@ from rayfed_lora.types import (
 Weights = Mapping[str, npt.NDArray[Any]]
 # Held by who draws from torch's own state, which is that of the whole process.
 _DRAWING = Lock()
-# With more classes, probabilities are not worth what they would take to send.
-_MOST_CLASSES = 200
 
 
 def built_weights(recipe: Recipe, workload: Workload) -> Weights:
@@ -129,6 +122,7 @@ class LocalTrainer:
         self._drops = recipe.adapter.dropout > 0 or sources.drops(workload.config)
         self._drawing = Drawing(recipe, workload, drops=self._drops)
         self._passes = RecordedPasses(self._model, recording=self._recordable())
+        self._testing = Testing(recipe, workload, self._model, self._passes)
         # The last optimiser, and what it is for.
         self._optimized: tuple[list[torch.Tensor], torch.optim.Optimizer | None] = [], None
 
@@ -231,7 +225,7 @@ class LocalTrainer:
     ) -> list[ClientUpdate]:
         """Train some clients in the same batches; the results are those of each one alone."""
         began = time.perf_counter()
-        _know_threads()
+        know_threads()
         self._passes.left = self._recipe.annealing.total_rounds / (plan.round + 1) - 1
         tasks = work.group.tasks
         starts = [start_of[task.client] for task in tasks]
@@ -361,7 +355,6 @@ class LocalTrainer:
         each = functional.cross_entropy(logits.float(), labels, reduction="none")
         return (each.view(weights.shape) * weights).sum(dim=1)
 
-    @torch.no_grad()
     def evaluate(
         self, split: Split, rows: slice, state: AdapterState, base: Base, trainable: Trainable
     ) -> Predictions:
@@ -369,36 +362,8 @@ class LocalTrainer:
 
         The shards of a split are quickest where `state` is the same object in each call.
         """
-        held = self._workload.test if split == "test" else self._workload.validation
-        with python_lock.needed():
-            examples = held.rows(np.arange(len(held))[rows])
-            self._model.show(state, base, trainable)
-            self._model.train(False)
-            return self._predictions(examples)
+        return self._testing.evaluate(split, rows, state, base, trainable)
 
-    def _predictions(self, examples: Batch) -> Predictions:
-        """Return what the loaded model, in evaluation mode, says of some examples."""
-        _know_threads()
-        inputs, labels = tensors(examples, self._device)
-        python_lock.rarely_needed()
-        logits = self._passes.logits(inputs).float()
-        if self._language:
-            each, tokens, correct = (part.cpu().numpy() for part in token_losses(logits, inputs))
-            none = np.full(len(examples.labels), -1)
-            return Predictions(none, each, correct, tokens, none)
-        losses = functional.cross_entropy(logits, labels, reduction="none")
-        classes = logits.argmax(dim=1)
-        few = logits.shape[1] <= _MOST_CLASSES
-        return Predictions(
-            labels=examples.labels,
-            losses=losses.cpu().numpy(),
-            correct=(classes == labels).long().cpu().numpy(),
-            predicted=np.ones(len(examples.labels), np.int64),
-            classes=classes.cpu().numpy(),
-            probabilities=logits.softmax(dim=1).cpu().numpy() if few else None,
-        )
-
-    @torch.no_grad()
     def test_clients(
         self,
         clients: Sequence[int],
@@ -411,34 +376,7 @@ class LocalTrainer:
         Clients without any, or without a token to foretell in them, are left out. Clients of the
         same state are computed together.
         """
-        table = self._workload.held_out
-        if table is None:
-            return []
-        found: dict[int, ClientScore] = {}
-        mine = [(k, s) for k, s in zip(clients, starts, strict=True) if table.counts[k] > 0]
-        states = {id(state): state for _, state in mine}
-        self._model.train(False)
-        for key, state in states.items():
-            group = [client for client, own in mine if id(own) == key]
-            self._model.load([state], base, trainable)
-            rows = np.concatenate([table.examples(client) for client in group])
-            size = self._recipe.evaluation.batch_size
-            parts = [
-                self._predictions(self._workload.train.rows(rows[i : i + size]))
-                for i in range(0, len(rows), size)
-            ]
-            losses = np.concatenate([part.losses for part in parts]).astype(np.float64)
-            right = np.concatenate([part.correct for part in parts])
-            count = np.concatenate([part.predicted for part in parts])
-            edges = np.cumsum([0, *(table.counts[client] for client in group)])
-            for client, low, high in zip(group, edges, edges[1:], strict=False):
-                predicted = int(count[low:high].sum())
-                if predicted == 0:
-                    continue
-                loss = float(losses[low:high].sum()) / predicted
-                accuracy = int(right[low:high].sum()) / predicted
-                found[client] = ClientScore(client, int(high - low), accuracy, loss)
-        return [found[client] for client, _ in mine if client in found]
+        return self._testing.test_clients(clients, starts, base, trainable)
 
     def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
         """Return `adapter/...` and, where a user could not get the base elsewhere, `base/...`."""
@@ -449,26 +387,9 @@ class LocalTrainer:
 
         self._model.load([state], base, trainable)
         everything = self._model.tensors("full")
-        changed = base.version > (0, 0) or trainable == "full"
-        biases, own_config = self._recipe.adapter.train_biases, bool(self._recipe.model.config)
-        config = sources.restored(self._workload.config)
-        net, drawn = sources.built(self._recipe.model, config, self._recipe.seed)
-        # What the run has drawn and the adapter does not hold is nowhere else.
-        keep_base = changed or biases or own_config or not drawn <= set(state.dense)
-        with TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            if trainable == "adapter":
-                name = "base" if keep_base else sources.location(self._recipe.model.source)
-                export.write_adapter(folder / "adapter", state, net, self._recipe.adapter, name)
-            if keep_base:
-                export.write_base(folder / "base", net, everything)
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
-def _know_threads() -> None:
-    """Let torch settle how many threads this thread may use: else the first products take all."""
-    torch.get_num_threads()
+        return export.trained_files(
+            self._recipe, self._workload.config, state, base, trainable, everything
+        )
 
 
 def _seed(seed: int, device: torch.device) -> None:

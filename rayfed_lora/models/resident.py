@@ -1,0 +1,84 @@
+"""The weights of a plain model, which are its source's, or a base's, or those of one client.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from rayfed_lora.types import Base, FloatArray
+
+
+class ResidentBase:
+    """The parameters and buffers of a model that is built once.
+
+    Attributes:
+        parameters: by the plain model's own names.
+        source: their first values, which are never written to: others may share them, read-only.
+        loaded: whether a base is in the parameters now.
+        changes: how often the parameters have become others.
+    """
+
+    def __init__(self, net: nn.Module, device: torch.device) -> None:
+        """Take what the model is made with as the source's.
+
+        Args:
+            net: the plain model.
+            device: where it lives.
+        """
+        self._device = device
+        self.parameters = dict(net.named_parameters())
+        self.source = {name: p.data for name, p in self.parameters.items()}
+        floating = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
+        self._buffers = [(buffer, buffer.clone()) for buffer in floating]
+        self._version, self.loaded = Base().version, True
+        self.changes = 0
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether a pass may change more than it returns (batch normalisation)."""
+        return bool(self._buffers)
+
+    def load(self, base: Base | None) -> None:
+        """Put a base into the parameters, and the source's own values into the buffers.
+
+        Args:
+            base: what is frozen; None: the parameters become a client's own.
+        """
+        if base is None:
+            self.loaded = False
+            self.changes += 1
+        elif not self.loaded or self._version != base.version:
+            self._load(base)
+        for buffer, source in self._buffers:
+            buffer.copy_(source)
+
+    def set(self, name: str, values: FloatArray) -> None:
+        """Give a parameter other values; those it had stay as they are."""
+        self.parameters[name].data = self.tensor(values)
+
+    def _load(self, base: Base) -> None:
+        # What is interrupted here is done anew.
+        self.loaded = False
+        self.changes += 1
+        for name, source in self.source.items():
+            self.parameters[name].data = source
+        for name, values in (base.tensors or {}).items():
+            self.set(name, values)
+        for name, update in base.merged.items():
+            weight = self.parameters[f"{name}.weight"]
+            # Always from the root's own weight: the sum does not depend on what was loaded before.
+            weight.data = weight.data + self.tensor(update)
+        self._version, self.loaded = base.version, True
+
+    def tensor(self, values: FloatArray) -> torch.Tensor:
+        """Return a copy of values where the model lives."""
+        return torch.tensor(values, dtype=torch.float32, device=self._device)
+
+
+def to_numpy(tensor: torch.Tensor) -> FloatArray:
+    """Return a copy of a tensor's values in the host's memory."""
+    array: FloatArray = tensor.detach().to("cpu", torch.float32, copy=True).numpy()
+    return array

@@ -1,0 +1,122 @@
+"""What a loaded model says of examples, and how well it does. Source: this project."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from rayfed_lora.data.examples import Batch
+from rayfed_lora.data.tables import LANGUAGE_TASK
+from rayfed_lora.data.workload import Workload
+from rayfed_lora.models.adapted import AdaptedModel
+from rayfed_lora.models.recorded import RecordedPasses
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.training import python_lock
+from rayfed_lora.training.drawing import tensors
+from rayfed_lora.training.tokens import token_losses
+from rayfed_lora.types import AdapterState, Base, ClientScore, Predictions, Split, Trainable
+
+# With more classes, probabilities are not worth what they would take to send.
+_MOST_CLASSES = 200
+
+
+class Testing:
+    """Tests states on the model that a trainer trains too, always in float32 arithmetic."""
+
+    # Not one of pytest's, whatever its name begins with.
+    __test__ = False
+
+    def __init__(
+        self, recipe: Recipe, workload: Workload, model: AdaptedModel, passes: RecordedPasses
+    ) -> None:
+        """Load nothing yet.
+
+        Args:
+            recipe: the run.
+            workload: its data.
+            model: is loaded for each test.
+            passes: compute it.
+        """
+        self._recipe, self._workload = recipe, workload
+        self._model, self._passes = model, passes
+        self._language = recipe.model.task == LANGUAGE_TASK
+
+    @torch.no_grad()
+    def evaluate(
+        self, split: Split, rows: slice, state: AdapterState, base: Base, trainable: Trainable
+    ) -> Predictions:
+        """Return the predictions on some rows of a split: as of `LocalTrainer.evaluate`."""
+        held = self._workload.test if split == "test" else self._workload.validation
+        with python_lock.needed():
+            examples = held.rows(np.arange(len(held))[rows])
+            self._model.show(state, base, trainable)
+            self._model.train(False)
+            return self.predictions(examples)
+
+    def predictions(self, examples: Batch) -> Predictions:
+        """Return what the loaded model, in evaluation mode, says of some examples."""
+        know_threads()
+        inputs, labels = tensors(examples, self._model.device)
+        python_lock.rarely_needed()
+        logits = self._passes.logits(inputs).float()
+        if self._language:
+            each, tokens, correct = (part.cpu().numpy() for part in token_losses(logits, inputs))
+            none = np.full(len(examples.labels), -1)
+            return Predictions(none, each, correct, tokens, none)
+        losses = functional.cross_entropy(logits, labels, reduction="none")
+        classes = logits.argmax(dim=1)
+        few = logits.shape[1] <= _MOST_CLASSES
+        return Predictions(
+            labels=examples.labels,
+            losses=losses.cpu().numpy(),
+            correct=(classes == labels).long().cpu().numpy(),
+            predicted=np.ones(len(examples.labels), np.int64),
+            classes=classes.cpu().numpy(),
+            probabilities=logits.softmax(dim=1).cpu().numpy() if few else None,
+        )
+
+    @torch.no_grad()
+    def test_clients(
+        self,
+        clients: Sequence[int],
+        starts: Sequence[AdapterState],
+        base: Base,
+        trainable: Trainable,
+    ) -> list[ClientScore]:
+        """Return how clients' states do: as of `LocalTrainer.test_clients`."""
+        table = self._workload.held_out
+        if table is None:
+            return []
+        found: dict[int, ClientScore] = {}
+        mine = [(k, s) for k, s in zip(clients, starts, strict=True) if table.counts[k] > 0]
+        states = {id(state): state for _, state in mine}
+        self._model.train(False)
+        for key, state in states.items():
+            group = [client for client, own in mine if id(own) == key]
+            self._model.load([state], base, trainable)
+            rows = np.concatenate([table.examples(client) for client in group])
+            size = self._recipe.evaluation.batch_size
+            parts = [
+                self.predictions(self._workload.train.rows(rows[i : i + size]))
+                for i in range(0, len(rows), size)
+            ]
+            losses = np.concatenate([part.losses for part in parts]).astype(np.float64)
+            right = np.concatenate([part.correct for part in parts])
+            count = np.concatenate([part.predicted for part in parts])
+            edges = np.cumsum([0, *(table.counts[client] for client in group)])
+            for client, low, high in zip(group, edges, edges[1:], strict=False):
+                predicted = int(count[low:high].sum())
+                if predicted == 0:
+                    continue
+                loss = float(losses[low:high].sum()) / predicted
+                accuracy = int(right[low:high].sum()) / predicted
+                found[client] = ClientScore(client, int(high - low), accuracy, loss)
+        return [found[client] for client, _ in mine if client in found]
+
+
+def know_threads() -> None:
+    """Let torch settle how many threads this thread may use: else the first products take all."""
+    torch.get_num_threads()
