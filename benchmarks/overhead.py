@@ -4,8 +4,11 @@ Computing is forward, loss, backward and optimiser step, and predictions of an e
 wall clock of the actors or threads. Everything else (reading batches, loading and reading adapters,
 messages, waiting for the server or for each other) is overhead: 1 - computing / (workers x time),
 from the end of the first round to the end of the last. `W/local` is W without Ray, in two threads
-of one process, where a wait for Python's lock inside of what computes is not seen; `W/10` is W in
-blocks of ten clients in place of those of `auto`. Writes results/overhead.json.
+of one process, where a wait for Python's lock inside of what computes is not seen; `W/one` is W in
+one actor of two threads; `W/10` is W in blocks of ten clients in place of those of `auto`;
+`W3/long`, or `W3/one/long`, is W3 with 20 rounds in place of five, of which four are measured in
+two seconds: a stall of one core of a tenth of a second is 2.5 % of that. Writes
+results/overhead.json.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.training.protocol import Trainer
 
 WORKERS = 2
+LONG = 20
 
 
 class Spans:
@@ -105,14 +109,17 @@ class TracingFactory(workloads.BenchmarkFactory):
 
 def overhead(name: str) -> float:
     """Return the share of the rounds after the first that is not computing."""
-    workload, _, variant = name.partition("/")
+    workload, *variants = name.split("/")
     changes: dict[str, Any] = {"runtime__client_actors": WORKERS}
-    if variant == "local":
-        changes["runtime__executor"] = variant
-    elif variant == "one":
-        changes |= {"runtime__client_actors": 1, "runtime__cpus_per_actor": float(WORKERS)}
-    elif variant:
-        changes["runtime__cohort_size"] = int(variant)
+    for variant in variants:
+        if variant == "local":
+            changes["runtime__executor"] = variant
+        elif variant == "one":
+            changes |= {"runtime__client_actors": 1, "runtime__cpus_per_actor": float(WORKERS)}
+        elif variant == "long":
+            changes["annealing__heating__rounds"] = LONG
+        else:
+            changes["runtime__cohort_size"] = int(variant)
     recipe = workloads.recipe(workload, **changes)
     with tempfile.TemporaryDirectory() as traces, tempfile.TemporaryDirectory() as out:
         folder = Path(out, "run")
@@ -129,7 +136,9 @@ def overhead(name: str) -> float:
 def main() -> None:
     """Measure the workloads in turn, several times."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workloads", default="W,W/local,W3,W3/local,W2,W4")
+    parser.add_argument(
+        "--workloads", default="W,W/one,W/local,W3,W3/long,W3/one/long,W3/local/long,W2,W4"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     found: dict[str, list[float]] = {name: [] for name in args.workloads.split(",")}
