@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from threading import Lock
 from typing import Protocol
 
@@ -15,6 +16,10 @@ from rayfed_lora.errors import BlockMemoryError, ClientError
 from rayfed_lora.federation.executor import Call
 from rayfed_lora.federation.sampling import Block
 from rayfed_lora.types import AdapterState, Base, ClientUpdate, Factors, LocalPlan
+
+# Blocks of a call that are drawn ahead: what is drawn stays in memory until its turn, and a call
+# of a large cohort has a hundred of them.
+DRAWN_AHEAD = 4
 
 
 class Training:
@@ -44,16 +49,17 @@ class Training:
         self._last: list[ClientUpdate] = []
 
     def draw(self, trainer: Trains) -> None:
-        """Draw the batches, unless that is done: any trainer's will do, whatever it trains."""
+        """Draw for the first blocks, unless that is done: any trainer will do, also a busy one."""
         with self._drawing:
             if self._drawn is None:
-                self._drawn = [_drawn(trainer, block, self._plan) for block in self._call.blocks]
+                ahead = self._call.blocks[:DRAWN_AHEAD]
+                self._drawn = [_drawn(trainer, block, self._plan) for block in ahead]
 
     def train(self, trainer: Trains) -> None:
         """Train block by block; all but the last one are taken in meanwhile."""
         self.draw(trainer)
         start = Starts(self._state, self._call, own_b=self._rule.personal)
-        for block, drawn in zip(self._call.blocks, self._drawn or (), strict=True):
+        for block, drawn in zip_longest(self._call.blocks, self._drawn or ()):
             self._take()
             updates = _updates(trainer, block, start, self._base, self._plan, drawn)
             self._last = list(updates)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rayfed_lora.federation.calls import Training
 from rayfed_lora.federation.executor import Call
 from rayfed_lora.runtime.local import LocalExecutor
 from rayfed_lora.types import AdapterState, Base, ClientUpdate, LocalPlan
@@ -89,6 +90,26 @@ def test_batches_of_a_call_are_drawn_while_the_one_before_it_is_computed():
     assert reports == [0, 1, 2, 3, 4]
     assert sorted(shared.computed) == [0, 1, 2, 3, 4]
     executor.close()
+
+
+def test_only_the_first_blocks_of_a_large_call_are_drawn_ahead():
+    class Trainer(Watched):
+        def train(self, clients: Any, *args: Any) -> Iterator[ClientUpdate]:
+            trained.append((clients[0], args[-1] is not None))
+            return super().train(clients, *args[:-1], [*clients])
+
+    trained: list[tuple[int, bool]] = []
+    shared = Shared()
+    trainer = Trainer(shared)
+    call = Call(tuple((k,) for k in range(6)))
+    training = Training(call, STATE, Base(), PLAN, "product-svd")
+    training.draw(trainer)
+    assert shared.asked == [0, 1, 2, 3]
+    training.train(trainer)
+    assert shared.asked == [0, 1, 2, 3]
+    # The others are drawn by the trainer in their turn.
+    assert trained == [(k, k < 4) for k in range(6)]
+    assert [report.client for report in training.reduced()[0]] == [*range(6)]
 
 
 def test_what_one_trainer_is_at_keeps_no_call_from_another():
