@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from threading import Lock
 from typing import Protocol
 
@@ -59,7 +58,8 @@ class Training:
         """Train block by block; all but the last one are taken in meanwhile."""
         self.draw(trainer)
         start = Starts(self._state, self._call, own_b=self._rule.personal)
-        for block, drawn in zip_longest(self._call.blocks, self._drawn or ()):
+        for block in self._call.blocks:
+            drawn = self._drawn.pop(0) if self._drawn else None
             self._take()
             updates = _updates(trainer, block, start, self._base, self._plan, drawn)
             self._last = list(updates)

@@ -79,8 +79,8 @@ class AdaptedModel:
         self.obstacle = obstacle or fusion_obstacle(net, adapter)
         names = adapted_modules(net, adapter)
         self._head = head_parameters(net, adapter)
-        self._resident = ResidentBase(net, self.device)
-        self._plain = self._resident.parameters
+        self.resident = ResidentBase(net, self.device)
+        self._plain = self.resident.parameters
         self._layers = {
             n: _replaced(net, n, lambda m: AdaptedLinear(m, adapter.dropout)) for n in names
         }
@@ -112,14 +112,9 @@ class AdaptedModel:
         self._shown: tuple[AdapterState, tuple[int, int], Trainable] | None = None
 
     @property
-    def has_statistics(self) -> bool:
-        """Whether a pass may change more than it returns (batch normalisation)."""
-        return self._resident.has_statistics
-
-    @property
-    def bases(self) -> int:
-        """How often the frozen weights have become others."""
-        return self._resident.changes
+    def kept(self) -> bool:
+        """Whether the next group of the kind that is loaded gets the same tensors."""
+        return self._current is not None
 
     def own_tensors(self) -> dict[str, torch.Tensor] | None:
         """Return what the loaded clients have of their own; None where the whole model is.
@@ -128,7 +123,7 @@ class AdaptedModel:
             By module, A, B and scale of its factors, and what is densely trained, as
             `holding` takes them.
         """
-        if not self._resident.loaded:
+        if not self.resident.loaded:
             return None
         found: dict[str, torch.Tensor] = {}
         for name, layer in self._layers.items():
@@ -166,7 +161,7 @@ class AdaptedModel:
     def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
         """Return the dense tensors of a round as the source and the seed gave them."""
         names = self._plain if trainable == "full" else self._head
-        return {name: to_numpy(self._resident.source[name]) for name in names}
+        return {name: to_numpy(self.resident.source[name]) for name in names}
 
     def load(
         self,
@@ -199,7 +194,7 @@ class AdaptedModel:
             # Those of a full-model round are as large as the model.
             parameter.grad = None
         self._held = []
-        self._resident.load(None if trainable == "full" else base)
+        self.resident.load(None if trainable == "full" else base)
         self._group = len(states)
         self._frozen = frozen
         if not alone and all(state is states[0] for state in states):
@@ -354,7 +349,7 @@ class AdaptedModel:
             }
         for name, tensor in states[0].items():
             if self._holder(name) is self._plain[name]:
-                self._resident.set(name, tensor)
+                self.resident.set(name, tensor)
 
     def _stacked(self, clients: Sequence[Factors | None]) -> GroupFactors | None:
         """Return the clients' factors of one module, zeros behind the lower ranks."""
@@ -369,14 +364,14 @@ class AdaptedModel:
     def _scale(self, scales: tuple[float, ...]) -> torch.Tensor:
         """Return (clients, 1, 1); made once, mostly, for all modules and loads."""
         if scales not in self._scales:
-            self._scales = {scales: self._resident.tensor(np.array(scales)).view(-1, 1, 1)}
+            self._scales = {scales: self.resident.tensor(np.array(scales)).view(-1, 1, 1)}
         return self._scales[scales]
 
     def _by_client(self, arrays: Sequence[FloatArray]) -> torch.Tensor:
         """Return a tensor a client of the group, from one each or from one for all."""
         if len(arrays) == self._group:
-            return self._resident.tensor(np.asarray(arrays))
-        return self._resident.tensor(arrays[0]).expand(self._group, *arrays[0].shape).clone()
+            return self.resident.tensor(np.asarray(arrays))
+        return self.resident.tensor(arrays[0]).expand(self._group, *arrays[0].shape).clone()
 
 
 def _replaced(net: nn.Module, name: str, make: Callable[[nn.Linear], _Layer]) -> _Layer:

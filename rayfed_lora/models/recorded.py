@@ -46,11 +46,11 @@ class RecordedPasses:
                 of what it is given alone, and none may draw.
         """
         self._model = model
-        self._recording = recording and not model.obstacle and not model.has_statistics
+        self._recording = recording and not model.obstacle and not model.resident.has_statistics
         self._passes: Counter[_Kind] = Counter()
         self._recorded: dict[_Kind, Callable[..., torch.Tensor]] = {}
         # The base is part of what is recorded.
-        self._bases = model.bases
+        self._bases = model.resident.changes
         # How long the run still takes, as a multiple of how long it has taken.
         self.left = 0.0
 
@@ -63,7 +63,7 @@ class RecordedPasses:
         net, own = self._model.net, self._model.own_tensors() if self._recording else None
         if own is None:
             return net(**inputs).logits  # type: ignore[no-any-return]
-        if self._bases != self._model.bases:
+        if self._bases != self._model.resident.changes:
             self._forget()
         given = {**inputs, **own}
         shapes = tuple((name, tensor.shape) for name, tensor in given.items())
@@ -88,7 +88,7 @@ class RecordedPasses:
     def _forget(self) -> None:
         self._passes.clear()
         self._recorded.clear()
-        self._bases = self._model.bases
+        self._bases = self._model.resident.changes
 
     def _record(
         self,

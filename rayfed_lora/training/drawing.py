@@ -6,6 +6,7 @@ Source: this project.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ class GroupWork(NamedTuple):
         seeds: of what the model draws, one a client; of the first client only where it draws
             nothing that is known of.
         read: the examples of all batches, one batch after the other, in the host's memory; None:
-            each is read in its turn.
+            they are read in their turn.
     """
 
     group: GroupTask
@@ -58,8 +59,13 @@ class Drawing:
         row_bytes = workload.train.inputs[PIXELS][:1].nbytes if images else 0
         self._row_bytes = row_bytes if row_bytes % _ALIGNED == 0 else 0
 
-    def group(self, clients: Sequence[int], plan: LocalPlan) -> GroupWork:
+    def group(self, clients: Sequence[int], plan: LocalPlan, *, ahead: bool) -> GroupWork:
         """Draw the work of clients that are trained together.
+
+        Args:
+            clients: of the group.
+            plan: the round.
+            ahead: whether to read small images too, up to 4 MB of them.
 
         Raises:
             ClientError: a client's cannot be drawn; names the client and the round.
@@ -72,19 +78,28 @@ class Drawing:
         group = GroupTask.of(tasks)
         drawing = group.tasks if self._drops else group.tasks[:1]
         seeds = [torch_seed(seed, Purpose.DROPOUT, plan.round, task.client) for task in drawing]
+        read = None
+        if ahead:
+            # What goes wrong is for its turn, which knows what to do.
+            with suppress(Exception):
+                read = self._read(group)
+        return GroupWork(group, seeds, read)
+
+    def _read(self, group: GroupTask) -> Tensors | None:
+        """Read the images of all batches, if they are small; else None."""
         indices = [batch.indices for batch in group.batches]
         small = 0 < sum(map(len, indices)) * self._row_bytes <= _READ_AT_ONCE
-        read = tensors(self._workload.train.rows(np.concatenate(indices))) if small else None
-        return GroupWork(group, seeds, read)
+        return tensors(self._workload.train.rows(np.concatenate(indices))) if small else None
 
     def batches(self, work: GroupWork, device: torch.device) -> Iterator[Tensors]:
         """Yield inputs and labels of each batch, on a device."""
-        train, batches = self._workload.train, [batch.indices for batch in work.group.batches]
-        if work.read is None:
+        batches = [batch.indices for batch in work.group.batches]
+        read = self._read(work.group) if work.read is None else work.read
+        if read is None:
             for indices in batches:
-                yield tensors(train.rows(indices), device)
+                yield tensors(self._workload.train.rows(indices), device)
             return
-        inputs, labels = work.read
+        inputs, labels = read
         sizes = [len(indices) for indices in batches]
         parts = {n: torch.split(tensor.to(device), sizes) for n, tensor in inputs.items()}
         for step, of in enumerate(torch.split(labels.to(device), sizes)):

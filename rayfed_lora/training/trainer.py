@@ -155,7 +155,8 @@ class LocalTrainer:
         """
         alone = plan.trainable == "full" or self._model.obstacle is not None
         groups = [[client] for client in clients] if alone else [clients]
-        return [self._drawing.group(group, plan) for group in groups]
+        # Of a block that is read ahead there is one group.
+        return [self._drawing.group(each, plan, ahead=len(groups) == 1) for each in groups]
 
     def train(
         self,
@@ -202,7 +203,7 @@ class LocalTrainer:
             except Exception:
                 # As text: the error itself would keep all that the block has made.
                 together = traceback.format_exc()
-            work = [self._drawing.group([client], plan) for client in start_of]
+            work = [self._drawing.group([client], plan, ahead=False) for client in start_of]
         for each in work:
             client = each.group.tasks[0].client
             with attributed(client, plan.round), memory_watched([client]), self._taking_turns():
@@ -296,9 +297,7 @@ class LocalTrainer:
         """
         parameters, optimizer = self._optimized
         if parameters is not self._model.trained:
-            parameters = self._model.trained
-            optimizer = fresh_optimizer(parameters, self._recipe.clients, plan.lr)
-            self._optimized = parameters, optimizer
+            optimizer = fresh_optimizer(self._model.trained, self._recipe.clients, plan.lr)
         for group in [] if optimizer is None else optimizer.param_groups:
             group["lr"] = plan.lr
         try:
@@ -306,6 +305,8 @@ class LocalTrainer:
         finally:
             if optimizer is not None:
                 optimizer.state.clear()
+            # Another one would keep tensors that nobody needs any more.
+            self._optimized = (self._model.trained, optimizer) if self._model.kept else ([], None)
 
     def _let_go(
         self,

@@ -35,6 +35,7 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.training import drawing as drawing_module
+from rayfed_lora.training.results import all_finite
 from rayfed_lora.training.trainer import LocalTrainer
 from rayfed_lora.training.workload import prepare
 from rayfed_lora.types import (
@@ -598,8 +599,11 @@ def test_an_optimiser_knows_nothing_of_the_block_before(name: str, block: list[i
     used, fresh = image_trainer(recipe), image_trainer(recipe)
     state, later = [adapter_state(fresh)] * len(block), local_plan(lr=0.02)
     list(used.train(block, state, Base(), local_plan(lr=0.01)))
+    _, optimiser = used._optimized
     used.evaluate("test", slice(0, 8), state[0], Base(), "adapter")
     found, expected = (list(t.train(block, state, Base(), later)) for t in (used, fresh))
+    # It is the same one again.
+    assert optimiser is not None and used._optimized[1] is optimiser
     for one, other in zip(found, expected, strict=True):
         assert_same_bits(one.state, other.state)
 
@@ -834,3 +838,42 @@ def test_images_that_are_read_at_once_train_to_the_same_bits(monkeypatch):
     assert trained(1 << 22) == one_by_one
     # Two to see the model by, and four steps of three clients with a batch of five each.
     assert read == [2, 60]
+
+
+def test_images_that_cannot_be_read_ahead_are_read_in_their_turn(monkeypatch):
+    trainer = image_trainer(make_recipe())
+    state, take, asked = adapter_state(trainer), Examples.rows, []
+    expected = list(trainer.train([1, 3], [state] * 2, Base(), local_plan()))
+
+    def rows(self: Examples, indices: np.ndarray) -> Any:
+        asked.append(len(indices))
+        if len(asked) == 1:
+            raise MemoryError
+        return take(self, indices)
+
+    monkeypatch.setattr(Examples, "rows", rows)
+    drawn = trainer.draw([1, 3], local_plan())
+    assert asked == [50] and drawn[0].read is None
+    found = list(trainer.train([1, 3], [state] * 2, Base(), local_plan(), drawn))
+    assert asked == [50, 50]
+    for one, other in zip(found, expected, strict=True):
+        assert_same_bits(one.state, other.state)
+
+
+def test_clients_that_are_trained_one_by_one_are_not_read_ahead() -> None:
+    # As many as a block has may be large together.
+    trainer = image_trainer(make_recipe())
+    (together,) = trainer.draw([1, 3], local_plan())
+    assert together.read is not None
+    full = local_plan(trainable="full")
+    assert [each.read for each in trainer.draw([1, 3], full)] == [None, None]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("other", [0.0, 1e30, -np.inf])
+def test_one_value_is_enough_not_to_be_finite(value: float, other: float) -> None:
+    values = np.ones((3, 50), np.float32)
+    values[0, 0] = 1e30
+    assert all_finite(values)
+    values[1, 2], values[2, 7] = value, other
+    assert not all_finite(values)
