@@ -137,6 +137,19 @@ class _Worker:
         """What it does now and may not take for ever."""
         return [job for job in self.doing if job.work.limited]
 
+    def late(self, limit_s: float) -> list[Job]:
+        """Return what it may have taken too long for.
+
+        What was sent right behind a test that it may pass can be first there: it may be to blame
+        too.
+        """
+        now = time.monotonic()
+        late = [job for job in self.limited if now - job.since >= limit_s]
+        tests = [job for job in late if job.before > 0]
+        behind = [job for job in self.jobs[self.at_once :] if job.work.limited]
+        passing = [job for job in behind if any(job.round < test.before for test in tests)]
+        return late + passing[: len(tests)]
+
     def takes(self, job: Job, most: int) -> bool:
         """Return whether it may be sent a job.
 
@@ -365,11 +378,7 @@ class ActorPool:
     def _end_stuck(self) -> None:
         """End the actors that have taken too long for a job, and run their work again."""
         limit = self._block_timeout_s or 0.0
-        now = time.monotonic()
-        stuck = [
-            (worker, [job for job in worker.limited if now - job.since >= limit])
-            for worker in self._workers
-        ]
+        stuck = [(worker, worker.late(limit)) for worker in self._workers]
         for worker, late in stuck:
             if not late:
                 continue
@@ -392,7 +401,8 @@ class ActorPool:
         self._running = {r: sent for r, sent in self._running.items() if sent[2] is not worker}
         blamed = worker.doing if blamed is None else blamed
         for job in worker.jobs[worker.at_once :]:
-            job.begun -= 1
+            if job not in blamed:
+                job.begun -= 1
         again = "run again"
         for job in blamed:
             job.attempts += 1

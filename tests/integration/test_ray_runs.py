@@ -126,6 +126,47 @@ def test_a_block_that_takes_too_long_is_run_again_on_a_new_process(tmp_path):
     assert_same_result(summary, tmp_path / "run", tmp_path / "local")
 
 
+def test_a_block_that_may_have_overtaken_a_stuck_test_is_blamed_with_it(tmp_path):
+    import ray
+
+    from rayfed_lora.runtime.actor_pool import ActorPool, Revival, Work
+
+    marker = tmp_path / "marker"
+    marker.touch()
+
+    @ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)
+    class Overtaken:
+        """In its first process the block has come first and is stuck: the test waits for it."""
+
+        def __init__(self) -> None:
+            self._stuck = marker.exists()
+            marker.unlink(missing_ok=True)
+
+        def work(self) -> str:
+            time.sleep(3600.0 * self._stuck)
+            return "worked"
+
+    notes: list[str] = []
+    revival = Revival(lambda actor: actor.work.remote())
+    actor = Overtaken.remote()
+    pool = ActorPool([actor], revival, notes.append, 60.0, ahead=1, block_timeout_s=3.0)
+
+    def call(actor: Any, _: int) -> list[Any]:
+        return [actor.work.remote()]
+
+    test = Work("the test of round 1", call, limited=True, before=3)
+    blocks = [Work(f"round 2 block {k}", call, limited=True, round=2) for k in range(2)]
+    jobs = pool.submit([test, *blocks])
+    assert [pool.result(job) for job in jobs] == ["worked"] * 3
+    late = "the test of round 1 and round 2 block 0"
+    assert notes == [
+        f"a client actor was lost in {late} and its work is run again:"
+        f" {late} took longer than 3 s (runtime.block_timeout_s)"
+    ]
+    # The second block was not begun: one of the two at most could be.
+    assert [(job.attempts, job.begun) for job in jobs] == [(1, 2), (1, 2), (0, 1)]
+
+
 @pytest.mark.parametrize("large", [False, True])
 def test_a_large_state_is_put_once_and_a_small_one_goes_with_each_call(
     large, tmp_path, monkeypatch
