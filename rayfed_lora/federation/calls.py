@@ -18,7 +18,7 @@ from rayfed_lora.types import AdapterState, Base, ClientUpdate, Factors, LocalPl
 
 # Blocks of a call that are drawn ahead: what is drawn stays in memory until its turn, and a call
 # of a large cohort has a hundred of them.
-DRAWN_AHEAD = 4
+_DRAWN_AHEAD = 4
 
 
 class Training:
@@ -51,7 +51,7 @@ class Training:
         """Draw for the first blocks, unless that is done: any trainer will do, also a busy one."""
         with self._drawing:
             if self._drawn is None:
-                ahead = self._call.blocks[:DRAWN_AHEAD]
+                ahead = self._call.blocks[:_DRAWN_AHEAD]
                 self._drawn = [_drawn(trainer, block, self._plan) for block in ahead]
 
     def train(self, trainer: Trains) -> None:
