@@ -59,8 +59,16 @@ class AddingTrainer:
     def initial_tensors(self, trainable: Trainable) -> dict[str, np.ndarray]:
         return {"head": np.zeros((10, 65), np.float32)}
 
+    def draw(self, clients: Sequence[int], plan: LocalPlan) -> None:
+        """Nothing: no batches."""
+
     def train(
-        self, clients: Sequence[int], starts: Sequence[AdapterState], base: Base, plan: LocalPlan
+        self,
+        clients: Sequence[int],
+        starts: Sequence[AdapterState],
+        base: Base,
+        plan: LocalPlan,
+        drawn: object = None,
     ) -> Iterator[ClientUpdate]:
         for client, state in zip(clients, starts, strict=True):
             move = np.float32(client % 7)
