@@ -26,6 +26,7 @@ from rayfed_lora.annealing.stages import Feedback, plan_round
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.data.partition import ClientTable
 from rayfed_lora.data.workload import Workload
+from rayfed_lora.errors import BlockMemoryError, ClientError
 from rayfed_lora.federation import transitions
 from rayfed_lora.federation.transitions import GlobalModel
 from rayfed_lora.recipe import Recipe
@@ -109,11 +110,14 @@ class RandomFactory(TorchFactory):
             size = (rows, 3, values["image_size"], values["image_size"])
             inputs = {"pixel_values": draw.standard_normal(size, dtype=np.float32)}
         train = Examples.of(inputs, labels)
-        test = train.rows(np.arange(BATCH))
+        nobody, test = (
+            Examples.of({name: values[:few] for name, values in inputs.items()}, labels[:few])
+            for few in (0, BATCH)
+        )
         offsets = np.arange(CLIENTS + 1, dtype=np.int64) * BATCH * STEPS
         clients = ClientTable(np.arange(rows), offsets)
         names = tuple(str(label) for label in range(CLASSES))
-        return Workload(train, train.rows(np.arange(0)), test, clients, names, config)
+        return Workload(train, nobody, test, clients, names, config)
 
 
 def first_state(of: Recipe, trainer: LocalTrainer) -> AdapterState:
@@ -144,7 +148,7 @@ def blocks(of: Recipe, workload: Workload, device: str, sizes: list[int]) -> lis
                 began = time.perf_counter()
                 list(trainer.train(list(range(size)), [state] * size, Base(), plan))
                 wait(device)
-            except rayfed_lora.errors.ClientError as error:
+            except (BlockMemoryError, ClientError) as error:
                 print(f"a block of {size} does not run: {str(error).splitlines()[-1]}")
                 del seconds[size]
                 continue
