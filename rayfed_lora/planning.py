@@ -74,7 +74,8 @@ class Plan:
         outline: sizes of data and model.
         needs: what it needs of the cluster, one line each.
         actor_mb: memory of an actor, without activations.
-        warning: of a learning rate that is probably not meant; None: nothing to warn of.
+        notes: what the user should know before the run, e.g. of a learning rate that is probably
+            not meant, one line each.
     """
 
     rounds: tuple[PlannedRound, ...]
@@ -82,7 +83,7 @@ class Plan:
     outline: Outline
     needs: tuple[str, ...]
     actor_mb: float
-    warning: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
@@ -111,7 +112,9 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
         rank = None if scheduled.trainable == "full" else scheduled.rank
     needs = _needs(recipe, sizes, rounds)
     actor_mb = _PROCESS_MB + _training_mb(sizes, rounds)
-    return Plan(tuple(rounds), ledger.totals, sizes, needs, actor_mb, doubt(recipe))
+    doubtful = doubt(recipe)
+    notes = sizes.notes if doubtful is None else (*sizes.notes, doubtful)
+    return Plan(tuple(rounds), ledger.totals, sizes, needs, actor_mb, notes)
 
 
 def _without_feedback(recipe: Recipe) -> Annealing:

@@ -102,6 +102,7 @@ class ModelShape:
         obstacle: why a block's clients cannot be computed together, None where they can.
         linear_flops: mean work of one linear layer on one example, forward; 0 where unknown.
         activation_bytes: what all linear layers give out for one example; 0 where unknown.
+        notes: what the user should know of how recipe and model were matched, one line each.
     """
 
     modules: Mapping[str, ModuleShape]
@@ -111,6 +112,7 @@ class ModelShape:
     obstacle: str | None = None
     linear_flops: float = 0.0
     activation_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def base_params(self) -> int:

@@ -26,6 +26,7 @@ class Workload:
         held_out: which rows of `train` each client is tested on; None where none are kept.
         columns: (clients,) numbers that say what clients' devices are like, by data column.
         trace: when clients can be reached; None: always.
+        notes: what the user should know of how the data were read, one line each.
     """
 
     train: Examples
@@ -37,6 +38,7 @@ class Workload:
     held_out: ClientTable | None = None
     columns: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     trace: Trace | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def devices(self) -> DeviceFacts:

@@ -43,6 +43,7 @@ class Population:
         devices: number of examples of each client, and what its device is like.
         label_counts: clients (k,) that stand for all, and how many training examples of each class
             they hold (k, classes).
+        notes: what the user should know of data and model before the first round, one line each.
     """
 
     shape: ModelShape
@@ -52,6 +53,7 @@ class Population:
     device: Device = "cpu"
     devices: DeviceFacts = field(default_factory=lambda: DeviceFacts(np.zeros(0, np.int64)))
     label_counts: tuple[IndexArray, IndexArray] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,8 @@ def show_plan(console: Console, recipe: Recipe, plan: Plan) -> None:
     console.print(_bill(plan.totals.communication()))
     for need in plan.needs:
         console.print(need, highlight=False)
-    if plan.warning is not None:
-        console.print(f"warning: {plan.warning}", style="yellow", highlight=False)
+    for note in plan.notes:
+        console.print(f"warning: {note}", style="yellow", highlight=False, markup=False)
 
 
 def show_summary(console: Console, summary: Mapping[str, Any], location: str) -> None:

@@ -80,14 +80,16 @@ def prepared(recipe: Recipe, factory: Factory) -> tuple[None, Workload, Weights]
 def population(workload: Workload, trainer: Trainer, device: str) -> Population:
     """Return what the round loop needs to know of a workload."""
     classes = len(workload.label_names)
+    shape = trainer.shape()
     return Population(
-        shape=trainer.shape(),
+        shape=shape,
         clients=workload.clients.clients,
         examples={"validation": len(workload.validation), "test": len(workload.test)},
         label_names=workload.label_names,
         device="cpu" if device == "cpu" else "cuda",
         devices=workload.devices,
         label_counts=workload.clients.label_counts(workload.train.labels, classes),
+        notes=(*workload.notes, *shape.notes),
     )
 
 

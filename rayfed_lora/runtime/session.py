@@ -268,6 +268,8 @@ class _Sitting:
         self._server = Server(recipe, executor, population, self, should_stop)
         if population.shape.obstacle is not None and recipe.annealing.mode != "full":
             board.note(f"clients are trained {self._server.block_size.reason}")
+        for note in population.notes:
+            board.note(note)
         doubtful = doubt(recipe)
         if doubtful is not None:
             board.note(doubtful)

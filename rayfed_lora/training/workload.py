@@ -36,6 +36,7 @@ class Outline:
         test_examples: number of test examples.
         validation_examples: number of validation examples.
         label_names: name of class i at place i.
+        notes: what the user should know of data and model, one line each.
     """
 
     shape: ModelShape
@@ -43,6 +44,7 @@ class Outline:
     test_examples: int
     validation_examples: int
     label_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def outline(recipe: Recipe) -> Outline:
@@ -58,13 +60,14 @@ def outline(recipe: Recipe) -> Outline:
     tokenizer = sources.tokenizer(recipe.model) if own else None
     config = sources.configuration(recipe.model, _facts(recipe, dataset, tokenizer))
     _check_config(recipe, config, dataset)
-    net = sources.skeleton(recipe.model, config)
+    shape = model_shape(sources.skeleton(recipe.model, config), recipe)
     return Outline(
-        shape=model_shape(net, recipe),
+        shape=shape,
         devices=DeviceFacts(clients.counts, *_devices(recipe, dataset, clients)),
         test_examples=dataset.test.num_rows,
         validation_examples=0 if dataset.validation is None else dataset.validation.num_rows,
         label_names=dataset.label_names,
+        notes=shape.notes,
     )
 
 
