@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from torch import nn
 
 from rayfed_lora.lora.resize import pad
 from rayfed_lora.lora.stacked import A, B, StackedStates
+from rayfed_lora.models.heads import head_parameters
 from rayfed_lora.models.layers import AdaptedLinear, ClientLinear, GroupFactors
 from rayfed_lora.models.resident import ResidentBase, to_numpy
-from rayfed_lora.models.shapes import adapted_modules, fusion_obstacle, head_parameters
+from rayfed_lora.models.shapes import adapted_modules, fusion_obstacle
 from rayfed_lora.recipe import Adapter
 from rayfed_lora.types import AdapterState, Base, Factors, FloatArray, Frozen, Trainable
 
@@ -63,6 +64,7 @@ class AdaptedModel:
         adapter: Adapter,
         device: torch.device | str = "cpu",
         obstacle: str | None = None,
+        modules: Sequence[str] | None = None,
     ) -> None:
         """Put layers for adapters into a plain model.
 
@@ -72,12 +74,14 @@ class AdaptedModel:
             device: where the model lives.
             obstacle: why several clients cannot be computed together, beyond what the layers
                 themselves tell.
+            modules: names of the modules that get factors, as of a `ModelShape`; None: those that
+                the adapter names, of whatever size.
         """
         self.net = net.to(device)
         self.device = torch.device(device)
         # Why the clients of a block cannot be computed together, None where they can.
         self.obstacle = obstacle or fusion_obstacle(net, adapter)
-        names = adapted_modules(net, adapter)
+        names = adapted_modules(net, adapter) if modules is None else modules
         self._head = head_parameters(net, adapter)
         self.resident = ResidentBase(net, self.device)
         self._plain = self.resident.parameters
@@ -374,7 +378,7 @@ class AdaptedModel:
         return self.resident.tensor(arrays[0]).expand(self._group, *arrays[0].shape).clone()
 
 
-def _replaced(net: nn.Module, name: str, make: Callable[[nn.Linear], _Layer]) -> _Layer:
+def _replaced(net: nn.Module, name: str, make: Callable[[Any], _Layer]) -> _Layer:
     """Put a layer in the place of a linear one; return it."""
     owner, _, attribute = name.rpartition(".")
     parent = net.get_submodule(owner)

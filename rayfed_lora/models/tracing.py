@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rayfed_lora.models.linear import is_linear
 from rayfed_lora.recipe import Recipe
 
 
@@ -19,11 +20,13 @@ class Trace:
         obstacle: as of `fusion_obstacle`.
         linear_flops: mean work of a linear layer for one example, forward, 0 where unknown.
         activation_bytes: what the linear layers give out for one example, in float32.
+        unused: linear layers that the pass does not call.
     """
 
     obstacle: str | None = None
     linear_flops: float = 0.0
     activation_bytes: int = 0
+    unused: frozenset[str] = frozenset()
 
 
 # No text is traced at a length that is a multiple of it: a sequence is told from a batch.
@@ -42,13 +45,19 @@ def traced(net: nn.Module, recipe: Recipe) -> Trace:
     flops: list[float] = []
     given: list[int] = []
 
+    called: set[nn.Module] = set()
+
     def look(module: nn.Module, seen: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        called.add(module)
+        if not isinstance(out, torch.Tensor):
+            # A layer with a forward of its own.
+            return
         rows.append(seen[0].shape[0])
         flops.append(2.0 * seen[0].numel() * out.shape[-1])
         given.append(out.numel())
 
-    linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
-    hooks = [module.register_forward_hook(look) for module in linear]
+    linear = {name: module for name, module in net.named_modules() if is_linear(module)}
+    hooks = [module.register_forward_hook(look) for module in linear.values()]
     try:
         with torch.no_grad():
             net.eval()(**_inputs(net, recipe))
@@ -57,9 +66,13 @@ def traced(net: nn.Module, recipe: Recipe) -> Trace:
     finally:
         for hook in hooks:
             hook.remove()
+    unused = frozenset(name for name, module in linear.items() if module not in called)
     if any(count % _EXAMPLES != 0 for count in rows):
-        return Trace("the model does not keep a batch's examples in the first dimension")
-    return Trace(None, sum(flops) / len(flops) / _EXAMPLES, 4 * sum(given) // _EXAMPLES)
+        return Trace(
+            "the model does not keep a batch's examples in the first dimension", unused=unused
+        )
+    mean = sum(flops) / max(len(flops), 1) / _EXAMPLES
+    return Trace(None, mean, 4 * sum(given) // _EXAMPLES, unused)
 
 
 def _inputs(net: nn.Module, recipe: Recipe) -> dict[str, torch.Tensor]:

@@ -114,7 +114,8 @@ class LocalTrainer:
         net = None if weights is None else self._assembled(weights)
         net = net or self._build()
         choose_attention(net, self._device)
-        self._model = AdaptedModel(net, recipe.adapter, device, self._shape.obstacle)
+        modules = list(self._shape.modules)
+        self._model = AdaptedModel(net, recipe.adapter, device, self._shape.obstacle, modules)
         self._language = recipe.model.task == LANGUAGE_TASK
         if not self._language:
             two = workload.train.rows(np.arange(min(2, len(workload.train))))
