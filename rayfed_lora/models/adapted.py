@@ -81,22 +81,23 @@ class AdaptedModel:
         self.device = torch.device(device)
         # Why the clients of a block cannot be computed together, None where they can.
         self.obstacle = obstacle or fusion_obstacle(net, adapter)
-        names = adapted_modules(net, adapter) if modules is None else modules
+        if modules is None:
+            modules = adapted_modules(net, adapter)
         self._head = head_parameters(net, adapter)
         self.resident = ResidentBase(net, self.device)
         self._plain = self.resident.parameters
         self._layers = {
-            n: _replaced(net, n, lambda m: AdaptedLinear(m, adapter.dropout)) for n in names
+            n: _replaced(net, n, lambda m: AdaptedLinear(m, adapter.dropout)) for n in modules
         }
         owners = dict.fromkeys(name.rpartition(".")[0] for name in self._head)
         self._copied = {} if self.obstacle else {n: _replaced(net, n, ClientLinear) for n in owners}
         net.requires_grad_(False)
         # All modules in one mode, the new layers too.
         net.train()
-        modules = list(net.modules())
-        plain = all(type(module).train is nn.Module.train for module in modules)
+        every = list(net.modules())
+        plain = all(type(module).train is nn.Module.train for module in every)
         # What `train` of plain modules sets, a tenth of a millisecond sooner for 60 of them.
-        self._switch = [module.__dict__ for module in modules] if plain else None
+        self._switch = [module.__dict__ for module in every] if plain else None
         # What is trained of the loaded states, in the order of `parameters`: the same list for
         # groups whose tensors are the same.
         self.trained: list[torch.Tensor] = []

@@ -32,8 +32,9 @@ def head_modules(net: nn.Module, adapter: Adapter) -> list[str]:
     elif encoder not in children:
         found = []
     if not found and adapter.train_head:
+        only = (children or [encoder])[0]
         raise ModelError(
-            f"adapter.head_modules: the model has only its encoder {(children or [encoder])[0]!r}; name the head's"
+            f"adapter.head_modules: the model has only its encoder {only!r}; name the head's"
             " modules, or set adapter.train_head to false"
         )
     return found

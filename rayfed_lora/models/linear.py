@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ _PEFT_REJECTS_IN = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "n
 _ROUNDING = 1e-4
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
     """Return whether a module is a linear layer of a kind that can get factors."""
     return isinstance(module, (nn.Linear, Conv1D))
 
@@ -87,7 +88,7 @@ def _uses(net: nn.Module) -> tuple[Mapping[int, int], Mapping[int, list[nn.Modul
     return used, parents
 
 
-def _computes_a_product(module: nn.Module) -> bool:
+def _computes_a_product(module: nn.Linear | Conv1D) -> bool:
     """Return whether a linear layer gives x W^T + bias and nothing else, as it must to be replaced.
 
     A subclass with a forward of its own is tried on a copy with random values.
@@ -96,16 +97,15 @@ def _computes_a_product(module: nn.Module) -> bool:
         return True
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        own = copy.deepcopy(module).to_empty(device="cpu").eval()
+        own = copy.deepcopy(module).to_empty(device="cpu").float().eval()
         for parameter in own.parameters():
             parameter.normal_()
-        weight, bias = own.weight.float(), own.bias
-        x = torch.randn(3, 2, weight.shape[1])
+        x = torch.randn(3, 2, own.weight.shape[1])
         try:
             y = own(x)
         except Exception:  # whatever it wants to see, it is not what a linear layer sees
             return False
-        expected = functional.linear(x, weight, bias)
+        expected = functional.linear(x, own.weight, own.bias)
         if not isinstance(y, torch.Tensor) or y.shape != expected.shape:
             return False
         return bool((y - expected).abs().max() <= _ROUNDING * expected.abs().max())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +33,7 @@ class Trace:
 
 # No text is traced at a length that is a multiple of it: a sequence is told from a batch.
 _EXAMPLES = 7
+_WARNING = "warn_if_padding_and_no_attention_mask"
 
 
 def traced(net: nn.Module, recipe: Recipe) -> Trace:
@@ -59,7 +62,7 @@ def traced(net: nn.Module, recipe: Recipe) -> Trace:
     linear = {name: module for name, module in net.named_modules() if is_linear(module)}
     hooks = [module.register_forward_hook(look) for module in linear.values()]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _no_look_at_padding(net):
             net.eval()(**_inputs(net, recipe))
     except Exception as error:  # some models look at values, which there are none of
         return Trace(f"its forward pass cannot be traced ({type(error).__name__})")
@@ -75,6 +78,33 @@ def traced(net: nn.Module, recipe: Recipe) -> Trace:
     return Trace(None, mean, 4 * sum(given) // _EXAMPLES, unused)
 
 
+@contextmanager
+def _no_look_at_padding(net: nn.Module) -> Iterator[None]:
+    """Keep transformers from a warning for which it looks at tokens, which have no values here."""
+    own = [module for module in net.modules() if hasattr(module, _WARNING)]
+    for module in own:
+        setattr(module, _WARNING, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for module in own:
+            # Behind it is that of the class.
+            delattr(module, _WARNING)
+
+
+def image_shape(config: Any) -> tuple[int, int, int]:
+    """Return (channels, height, width) of the images that a configuration is for.
+
+    Raises:
+        AttributeError: it names no size.
+    """
+    if not hasattr(config, "image_size") and hasattr(config, "vision_config"):
+        config = config.vision_config
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return getattr(config, "num_channels", 3), height, width
+
+
 def _inputs(net: nn.Module, recipe: Recipe) -> dict[str, torch.Tensor]:
     """Return inputs without values, as long as a text can be."""
     config: Any = net.config
@@ -86,5 +116,4 @@ def _inputs(net: nn.Module, recipe: Recipe) -> dict[str, torch.Tensor]:
             length -= 1
         shape = (_EXAMPLES, length)
         return {"input_ids": torch.zeros(shape, dtype=torch.long, device="meta")}
-    size, channels = config.image_size, getattr(config, "num_channels", 3)
-    return {"pixel_values": torch.zeros((_EXAMPLES, channels, size, size), device="meta")}
+    return {"pixel_values": torch.zeros((_EXAMPLES, *image_shape(config)), device="meta")}
