@@ -8,13 +8,16 @@ examples, experts of a limited capacity). Source: this project.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 Inputs = Mapping[str, torch.Tensor]
+# Of a layer: its name, and what it sees.
+_Call = tuple[str, torch.Tensor]
 # Largest difference that is rounding, as a share of the largest value. In float32 sums of another
 # order differ by some 1e-6 of it, behind two dozen layers by some 1e-5; padding that is mixed in
 # changes it by 1e-2 and more.
@@ -22,30 +25,43 @@ _ROUNDING = 1e-4
 _SUMS = 4
 
 
-def mixing_obstacle(
-    net: nn.Module, layers: Sequence[str], together: Inputs, alone: Sequence[Inputs]
-) -> str | None:
-    """Return why examples cannot be computed together; None where each gets what it gets alone.
+@dataclass(frozen=True)
+class Trial:
+    """Examples to try a model on, and the layers to look at.
 
-    Compares logits, and what the given layers see: there the rows of an example must stand one
-    after the other, in the order of the examples. Weights, buffers and mode stay as they are.
-
-    Args:
-        net: a plain model in float32. It is tried in training mode, in which clients are trained
-            together; where that draws (dropout), in evaluation mode.
-        layers: names of the linear layers that serve each client apart.
+    Attributes:
         together: the examples, padded as in training.
         alone: each of them, as long as it is itself.
+        layers: names of the linear layers that serve each client apart: there the rows of an
+            example must stand one after the other, in the order of the examples.
+        head: those of them that make the logits: what they see must not depend on padding either,
+            since their weights may be zero at first.
+    """
+
+    together: Inputs
+    alone: Sequence[Inputs]
+    layers: Sequence[str] = ()
+    head: Sequence[str] = ()
+
+
+def mixing_obstacle(net: nn.Module, trial: Trial, *, training: bool) -> str | None:
+    """Return why examples cannot be computed together; None where each gets what it gets alone.
+
+    Weights, buffers and mode stay as they are.
+
+    Args:
+        net: a plain model in float32.
+        trial: the examples.
+        training: whether to try it in training mode, in which clients are trained together; where
+            that draws (dropout), it is evaluation mode all the same.
     """
     buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
     mode = net.training
-    net.train(not _drops(net))
+    net.train(training and not _drops(net))
     try:
         with torch.no_grad():
-            return _compared(net, layers, together, alone)
-    except (
-        Exception
-    ) as error:  # whatever it is: a client alone is then told of it, if it concerns it
+            return _compared(net, trial)
+    except Exception as error:  # a model may raise anything; a client alone is then told of it
         said = str(error).strip().partition("\n")[0]
         return f"a few examples cannot be computed together ({type(error).__name__}: {said})"
     finally:
@@ -63,52 +79,50 @@ def _drops(net: nn.Module) -> bool:
     return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 
-def _compared(
-    net: nn.Module, layers: Sequence[str], together: Inputs, alone: Sequence[Inputs]
-) -> str | None:
-    logits, seen = _pass(net, layers, together)
-    examples = len(alone)
-    if any(x.shape[0] % examples != 0 for x in seen):
+def _compared(net: nn.Module, trial: Trial) -> str | None:
+    logits, seen = _pass(net, trial.layers, trial.together)
+    examples = len(trial.alone)
+    if any(len(x) % examples != 0 for _, x in seen):
         return "the model does not keep a batch's examples in the first dimension"
-    for i, own in enumerate(alone):
-        mine = [x[i * (len(x) // examples) : (i + 1) * (len(x) // examples)] for x in seen]
-        padded = {name: values[i : i + 1] for name, values in together.items()}
-        said, found = _pass(net, layers, padded)
+    for i, own in enumerate(trial.alone):
+        mine = [(name, x.tensor_split(examples)[i]) for name, x in seen]
+        padded = {name: values[i : i + 1] for name, values in trial.together.items()}
+        said, found = _pass(net, trial.layers, padded)
         if not _alike(logits[i : i + 1], said):
             return "the model mixes the examples of a batch: alone, one has other logits"
-        if len(found) != len(mine) or not all(map(_alike, mine, found)):
+        if len(found) != len(mine) or not all(map(_same_call, mine, found)):
             return "the model does not keep a batch's examples in the order of the batch"
-        if not _is_padded(padded, own):
+        if all(padded[name].shape == values.shape for name, values in own.items()):
             continue
-        said, found = _pass(net, layers, own)
-        pairs = [(_cut(whole, part), part) for whole, part in zip(mine, found, strict=False)]
-        pairs.append((_cut(logits[i : i + 1], said), said))
-        if not all(_alike(whole, part) for whole, part in pairs if whole is not None):
+        said, found = _pass(net, trial.layers, own)
+        pairs = [(logits[i : i + 1], said)]
+        # Called as often, or the logits would differ.
+        pairs += [
+            (whole, part)
+            for (name, whole), (_, part) in zip(mine, found, strict=False)
+            if name in trial.head
+        ]
+        if not all(_alike(_cut(whole, part), part) for whole, part in pairs):
             return "the model mixes padding into its result: without it, a text has other logits"
     return None
 
 
 def _pass(
     net: nn.Module, layers: Sequence[str], inputs: Inputs
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+) -> tuple[torch.Tensor, list[_Call]]:
     """Return the logits and what the layers see, call by call."""
-    seen: list[torch.Tensor] = []
-    with _looking(net, layers, seen):
-        logits: torch.Tensor = net(**inputs).logits
-    return logits, seen
+    seen: list[_Call] = []
 
+    def look(name: str, _: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        seen.append((name, _digest(given[0])))
 
-@contextmanager
-def _looking(net: nn.Module, layers: Sequence[str], seen: list[torch.Tensor]) -> Iterator[None]:
-    def look(module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-        seen.append(_digest(given[0]))
-
-    hooks = [net.get_submodule(name).register_forward_pre_hook(look) for name in layers]
+    hooks = [net.get_submodule(n).register_forward_pre_hook(partial(look, n)) for n in layers]
     try:
-        yield
+        logits: torch.Tensor = net(**inputs).logits
     finally:
         for hook in hooks:
             hook.remove()
+    return logits, seen
 
 
 def _digest(x: torch.Tensor) -> torch.Tensor:
@@ -117,20 +131,13 @@ def _digest(x: torch.Tensor) -> torch.Tensor:
     return x @ torch.randn(x.shape[-1], _SUMS, generator=generator, dtype=x.dtype)
 
 
-def _is_padded(padded: Inputs, own: Inputs) -> bool:
-    return any(padded[name].shape != values.shape for name, values in own.items())
+def _cut(whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """Return the part of a padded example that is the example: (1, tokens, d) has more tokens."""
+    return whole[:, : part.shape[1]] if whole.dim() == part.dim() == 3 else whole
 
 
-def _cut(whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor | None:
-    """Return what of a padded example stands for the example itself, None where that is unclear.
-
-    What has a row for each token is (1, tokens, d).
-    """
-    if whole.shape == part.shape:
-        return whole
-    by_token = whole.dim() == part.dim() == 3 and whole.shape[0] == part.shape[0]
-    longer = by_token and whole.shape[1] >= part.shape[1] and whole.shape[2] == part.shape[2]
-    return whole[:, : part.shape[1]] if longer else None
+def _same_call(one: _Call, other: _Call) -> bool:
+    return one[0] == other[0] and _alike(one[1], other[1])
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch import nn
 from rayfed_lora.data.examples import PIXELS, Examples
 from rayfed_lora.data.tables import IMAGE_TASK
 from rayfed_lora.models import sources
-from rayfed_lora.models.mixing import mixing_obstacle
+from rayfed_lora.models.mixing import Trial, mixing_obstacle
 from rayfed_lora.models.tracing import image_shape
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.training.drawing import tensors
@@ -33,6 +33,9 @@ _SPECIAL = ("pad", "bos", "eos", "cls", "sep", "mask", "unk")
 def proven(net: nn.Module, shape: ModelShape, recipe: Recipe, examples: Examples) -> ModelShape:
     """Return the shape with the obstacle that a few examples show, if they show any.
 
+    Where clients are not computed together anyhow, batches of an evaluation still are: then it is
+    a note.
+
     The proof is that of the CPU in float32, whatever the run computes with: all actors of a run
     come to the same result. It takes as long as a small part of one client's step.
 
@@ -42,21 +45,24 @@ def proven(net: nn.Module, shape: ModelShape, recipe: Recipe, examples: Examples
         recipe: the run.
         examples: of the training split.
     """
-    if not _in_question(shape, recipe) or len(examples) < 2:
+    if len(examples) < 2:
         return shape
     mask = examples.inputs.get("attention_mask")
     lengths = np.zeros(len(examples)) if mask is None else mask.sum(axis=1)
     order = np.argsort(lengths, kind="stable")
     rows = order[np.unique(np.linspace(0, len(order) - 1, _EXAMPLES).astype(np.int64))]
-    together = tensors(examples.rows(rows))[0]
     alone = [tensors(examples.rows(rows[i : i + 1]))[0] for i in range(len(rows))]
-    layers = [*shape.modules, *dict.fromkeys(name.rpartition(".")[0] for name in shape.head)]
-    obstacle = mixing_obstacle(net, layers, together, alone)
-    if obstacle is None:
+    trial = Trial(tensors(examples.rows(rows))[0], alone)
+    fuses = _in_question(shape, recipe)
+    if fuses:
+        head = [*dict.fromkeys(name.rpartition(".")[0] for name in shape.head)]
+        trial = replace(trial, layers=[*shape.modules, *head], head=head)
+    found = mixing_obstacle(net, trial, training=fuses)
+    if found is None:
         return shape
-    note = f"evaluation.batch_size may change the results of evaluations: {obstacle}"
-    notes = (*shape.notes, note) if "mixes" in obstacle else shape.notes
-    return replace(shape, obstacle=obstacle, notes=notes)
+    note = f"evaluation.batch_size may change the results of evaluations: {found}"
+    notes = (*shape.notes, note) if "mixes" in found else shape.notes
+    return replace(shape, obstacle=found if fuses else shape.obstacle, notes=notes)
 
 
 def foreseen(config: Any, shape: ModelShape, recipe: Recipe) -> ModelShape:
@@ -67,8 +73,6 @@ def foreseen(config: Any, shape: ModelShape, recipe: Recipe) -> ModelShape:
         shape: of the model.
         recipe: the run that is planned.
     """
-    if not _in_question(shape, recipe):
-        return shape
     why = f"it has {shape.total_params:,} values"
     if shape.total_params <= _MOST_DRAWN:
         drawn, config = recipe.model.model_copy(update={"source": "config"}), copy.deepcopy(config)
@@ -84,6 +88,8 @@ def foreseen(config: Any, shape: ModelShape, recipe: Recipe) -> ModelShape:
             return proven(net, shape, recipe, examples)
         except Exception as error:  # drawn tokens may be no text that the model accepts
             why = f"it takes no text of drawn tokens ({type(error).__name__})"
+    if not _in_question(shape, recipe):
+        return shape
     note = (
         "whether clients computed together get the results of each alone is tried when the run"
         f" starts: a plan does not draw the model, {why}"
