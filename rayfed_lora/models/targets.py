@@ -148,7 +148,7 @@ class _Layers:
                 f" outside of the head: {inside[0]!r} is part of the head, which gets no factors"
                 f" (adapter.train_head, adapter.head_modules); {self.offer()}"
             )
-        endings = {name.rpartition(".")[2] for name in self.linear}
+        endings = {*_endings(self.linear), *(name.rpartition(".")[2] for name in self.linear)}
         near = difflib.get_close_matches(entry, sorted({*endings, "auto", "all-linear"}), n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         return f"{hint}; {self.offer()}"

@@ -125,6 +125,10 @@ LLAMA = ("llama", WIDTHS)
         (["q_proj", "lm_head"], r"'lm_head' matches nothing outside of the head"),
         (["q_proj", "input_layernorm"], r"input_layernorm' is LlamaRMSNorm"),
         (["q_proj", "wholly_other"], r"'wholly_other' matches nothing; the model's linear"),
+        (
+            ["self_atn.q_proj"],
+            r"'self_atn.q_proj' matches nothing \(did you mean 'self_attn.q_proj'",
+        ),
         ("all_linear", r"'all_linear' matches nothing \(did you mean 'all-linear'\?\)"),
     ],
 )
