@@ -39,7 +39,8 @@ def export_run(location: str, to: Path, *, merge: bool) -> Iterator[str]:
         return
     if not run.exists("adapter"):
         raise BadInputError(
-            f"{location}: this run trained the full model and has no adapter; export it by --merge"
+            f"{location}: this run has no adapter, it trained the full model or no module has"
+            " factors; export it by --merge"
         )
     for part in ("adapter", "base"):
         if run.exists(part):

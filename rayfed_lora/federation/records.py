@@ -46,7 +46,7 @@ def round_record(
     return RoundRecord(
         round=plan.round,
         stage=plan.stage,
-        rank=None if ranks is None else math.fsum(ranks.values()) / len(ranks),
+        rank=None if ranks is None else math.fsum(ranks.values()) / max(len(ranks), 1),
         ranks=ranks,
         trainable_params=factor_params(state, frozen) + dense_params(state),
         proximal_weight=plan.proximal_weight,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from torch import nn
 
 from rayfed_lora.lora.resize import pad
 from rayfed_lora.lora.stacked import A, B, StackedStates
+from rayfed_lora.models.heads import head_parameters
 from rayfed_lora.models.layers import AdaptedLinear, ClientLinear, GroupFactors
 from rayfed_lora.models.resident import ResidentBase, to_numpy
-from rayfed_lora.models.shapes import adapted_modules, fusion_obstacle, head_parameters
+from rayfed_lora.models.shapes import adapted_modules, fusion_obstacle
 from rayfed_lora.recipe import Adapter
 from rayfed_lora.types import AdapterState, Base, Factors, FloatArray, Frozen, Trainable
 
@@ -63,6 +64,7 @@ class AdaptedModel:
         adapter: Adapter,
         device: torch.device | str = "cpu",
         obstacle: str | None = None,
+        modules: Sequence[str] | None = None,
     ) -> None:
         """Put layers for adapters into a plain model.
 
@@ -72,27 +74,30 @@ class AdaptedModel:
             device: where the model lives.
             obstacle: why several clients cannot be computed together, beyond what the layers
                 themselves tell.
+            modules: names of the modules that get factors, as of a `ModelShape`; None: those that
+                the adapter names, of whatever size.
         """
         self.net = net.to(device)
         self.device = torch.device(device)
         # Why the clients of a block cannot be computed together, None where they can.
         self.obstacle = obstacle or fusion_obstacle(net, adapter)
-        names = adapted_modules(net, adapter)
+        if modules is None:
+            modules = adapted_modules(net, adapter)
         self._head = head_parameters(net, adapter)
         self.resident = ResidentBase(net, self.device)
         self._plain = self.resident.parameters
         self._layers = {
-            n: _replaced(net, n, lambda m: AdaptedLinear(m, adapter.dropout)) for n in names
+            n: _replaced(net, n, lambda m: AdaptedLinear(m, adapter.dropout)) for n in modules
         }
         owners = dict.fromkeys(name.rpartition(".")[0] for name in self._head)
         self._copied = {} if self.obstacle else {n: _replaced(net, n, ClientLinear) for n in owners}
         net.requires_grad_(False)
         # All modules in one mode, the new layers too.
         net.train()
-        modules = list(net.modules())
-        plain = all(type(module).train is nn.Module.train for module in modules)
+        every = list(net.modules())
+        plain = all(type(module).train is nn.Module.train for module in every)
         # What `train` of plain modules sets, a tenth of a millisecond sooner for 60 of them.
-        self._switch = [module.__dict__ for module in modules] if plain else None
+        self._switch = [module.__dict__ for module in every] if plain else None
         # What is trained of the loaded states, in the order of `parameters`: the same list for
         # groups whose tensors are the same.
         self.trained: list[torch.Tensor] = []
@@ -374,7 +379,7 @@ class AdaptedModel:
         return self.resident.tensor(arrays[0]).expand(self._group, *arrays[0].shape).clone()
 
 
-def _replaced(net: nn.Module, name: str, make: Callable[[nn.Linear], _Layer]) -> _Layer:
+def _replaced(net: nn.Module, name: str, make: Callable[[Any], _Layer]) -> _Layer:
     """Put a layer in the place of a linear one; return it."""
     owner, _, attribute = name.rpartition(".")
     parent = net.get_submodule(owner)

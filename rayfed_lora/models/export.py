@@ -21,7 +21,8 @@ from transformers import AutoTokenizer
 
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.models import sources
-from rayfed_lora.models.shapes import adapted_modules, head_modules
+from rayfed_lora.models.heads import head_modules
+from rayfed_lora.models.linear import is_transposed
 from rayfed_lora.recipe import Adapter, Model, Recipe
 from rayfed_lora.types import AdapterState, Base, Factors, FloatArray, Trainable
 
@@ -49,6 +50,8 @@ def trained_files(
 ) -> dict[str, bytes]:
     """Return `adapter/...` and, where a user could not get the base elsewhere, `base/...`.
 
+    PEFT has no adapter without modules: where no module is adapted, `base/` is the trained model.
+
     Args:
         recipe: the run.
         facts: of the model's configuration, as of a `Workload`.
@@ -61,10 +64,11 @@ def trained_files(
     biases, own_config = recipe.adapter.train_biases, bool(recipe.model.config)
     net, drawn = sources.built(recipe.model, sources.restored(facts), recipe.seed)
     # What the run has drawn and the adapter does not hold is nowhere else.
-    keep_base = changed or biases or own_config or not drawn <= set(state.dense)
+    no_adapter = trainable == "full" or not state.factors
+    keep_base = changed or biases or own_config or no_adapter or not drawn <= set(state.dense)
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        if trainable == "adapter":
+        if not no_adapter:
             name = "base" if keep_base else sources.location(recipe.model.source)
             write_adapter(folder / "adapter", state, net, recipe.adapter, name)
         if keep_base:
@@ -88,7 +92,7 @@ def write_adapter(
         adapter: the recipe's section.
         base_name: where the base model is to be loaded from.
     """
-    factors = {name: f for name, f in state.factors.items() if f.rank > 0} or _zeros(net, adapter)
+    factors = {name: f for name, f in state.factors.items() if f.rank > 0} or _zeros(state)
     top = max(f.rank for f in factors.values())
     config = LoraConfig(
         base_model_name_or_path=base_name,
@@ -99,6 +103,7 @@ def write_adapter(
         rank_pattern={name: f.rank for name, f in factors.items()},
         alpha_pattern={name: f.scale * f.rank for name, f in factors.items()},
         lora_dropout=adapter.dropout,
+        fan_in_fan_out=any(is_transposed(net.get_submodule(name)) for name in factors),
         modules_to_save=head_modules(net, adapter) if adapter.train_head else None,
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,9 +114,9 @@ def write_adapter(
     save_file(tensors, str(folder / _WEIGHTS), metadata={"format": "pt"})
 
 
-def _zeros(net: nn.Module, adapter: Adapter) -> Mapping[str, Factors]:
-    name = adapted_modules(net, adapter)[0]
-    d_out, d_in = net.get_parameter(f"{name}.weight").shape
+def _zeros(state: AdapterState) -> Mapping[str, Factors]:
+    name, f = next(iter(state.factors.items()))
+    d_in, d_out = f.a.shape[1], f.b.shape[0]
     return {name: Factors(np.zeros((1, d_in), np.float32), np.zeros((d_out, 1), np.float32), 1.0)}
 
 

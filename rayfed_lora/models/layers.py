@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from rayfed_lora.models.linear import is_transposed, sides
+
 # Weights of a layer for which merging was measured to be the quicker way (benchmarks/README.md).
 _SMALL = 1 << 13
 
@@ -38,34 +40,37 @@ class GroupFactors:
 class AdaptedLinear(nn.Linear):
     """A frozen linear layer with LoRA factors for each client of a group, or with none."""
 
-    def __init__(self, plain: nn.Linear, dropout: float) -> None:
+    def __init__(self, plain: nn.Module, dropout: float) -> None:
         """Take over a plain layer's parameters, under the same names.
 
         Args:
-            plain: the layer.
+            plain: an nn.Linear or a Conv1D.
             dropout: probability of a zero in what the factors see.
         """
         nn.Module.__init__(self)
-        self.in_features, self.out_features = plain.in_features, plain.out_features
-        self.weight, self.bias = plain.weight, plain.bias
+        shape = sides(plain)
+        self.in_features, self.out_features = shape.d_in, shape.d_out
+        self.weight, self.bias = plain.weight, plain.bias  # type: ignore[assignment]
+        self.transposed = is_transposed(plain)
         self.dropout = dropout
         self.factors: GroupFactors | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W^T + bias + scale_g (x_g A_g^T) B_g^T, (group * rows, ..., d_out)."""
+        weight = self.weight.t() if self.transposed else self.weight
         if self.factors is None:
-            return functional.linear(x, self.weight, self.bias)
+            return functional.linear(x, weight, self.bias)
         a, scaled = self.factors.a, self.factors.b * self.factors.scale
         rows = _by_client(x, len(a))
         if self._merges(rows):
-            weights = torch.baddbmm(self.weight, scaled, a).transpose(1, 2)
+            weights = torch.baddbmm(weight, scaled, a).transpose(1, 2)
             y = torch.bmm(rows, weights)
             y = y if self.bias is None else y.add_(self.bias)
         else:
             seen = functional.dropout(x, self.dropout, self.training) if self.dropout > 0 else x
             low = torch.bmm(_by_client(seen, len(a)), a.transpose(1, 2))
             # In place: nobody else has seen it, and a copy takes longer than the product.
-            y = functional.linear(rows, self.weight, self.bias)
+            y = functional.linear(rows, weight, self.bias)
             y = y.baddbmm_(low, scaled.transpose(1, 2).to(y.dtype))
         return y.view(*x.shape[:-1], self.out_features)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from rayfed_lora.models.linear import is_transposed
 from rayfed_lora.types import Base, FloatArray
 
 
@@ -28,6 +29,8 @@ class ResidentBase:
             net: the plain model.
             device: where it lives.
         """
+        # Of these layers, the weight is (d_in, d_out).
+        self._transposed = {name for name, m in net.named_modules() if is_transposed(m)}
         self._device = device
         self.parameters = dict(net.named_parameters())
         self.source = {name: p.data for name, p in self.parameters.items()}
@@ -70,7 +73,8 @@ class ResidentBase:
         for name, update in base.merged.items():
             weight = self.parameters[f"{name}.weight"]
             # Always from the root's own weight: the sum does not depend on what was loaded before.
-            weight.data = weight.data + self.tensor(update)
+            dense = self.tensor(update)
+            weight.data = weight.data + (dense.t() if name in self._transposed else dense)
         self._version, self.loaded = base.version, True
 
     def tensor(self, values: FloatArray) -> torch.Tensor:

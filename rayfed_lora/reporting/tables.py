@@ -40,14 +40,17 @@ _PROPOSAL_COLUMNS = {
 
 
 def round_schema(modules: Sequence[str]) -> pa.Schema:
-    """Return the columns of rounds.parquet; `ranks` has one field an adapted module."""
-    ranks = pa.struct([(name, pa.int32()) for name in modules])
+    """Return the columns of rounds.parquet; `ranks` has one field an adapted module.
+
+    Parquet has no column without a field: without adapted modules there is no `ranks`.
+    """
+    ranks = [("ranks", pa.struct([(name, pa.int32()) for name in modules]))] if modules else []
     return pa.schema(
         [
             ("round", pa.int32()),
             ("stage", pa.string()),
             ("rank", pa.float64()),
-            ("ranks", ranks),
+            *ranks,
             ("trainable_params", pa.int64()),
             ("proximal_weight", pa.float64()),
             ("clients", pa.int32()),

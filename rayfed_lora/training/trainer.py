@@ -43,6 +43,7 @@ from rayfed_lora.training.optimizing import (
     cut_to,
     fresh_optimizer,
 )
+from rayfed_lora.training.proof import proven
 from rayfed_lora.training.protocol import attributed
 from rayfed_lora.training.results import Left, all_finite, update_of
 from rayfed_lora.training.testing import Testing, know_threads
@@ -113,8 +114,10 @@ class LocalTrainer:
         self._shape = model_shape(sources.skeleton(recipe.model, config), recipe)
         net = None if weights is None else self._assembled(weights)
         net = net or self._build()
+        self._shape = proven(net, self._shape, recipe, workload.train)
         choose_attention(net, self._device)
-        self._model = AdaptedModel(net, recipe.adapter, device, self._shape.obstacle)
+        modules = list(self._shape.modules)
+        self._model = AdaptedModel(net, recipe.adapter, device, self._shape.obstacle, modules)
         self._language = recipe.model.task == LANGUAGE_TASK
         if not self._language:
             two = workload.train.rows(np.arange(min(2, len(workload.train))))

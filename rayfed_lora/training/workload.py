@@ -23,6 +23,7 @@ from rayfed_lora.models import sources
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.models.tokens import check_length, tokenize, tokenize_whole
 from rayfed_lora.recipe import Recipe
+from rayfed_lora.training.proof import foreseen
 from rayfed_lora.types import DeviceFacts, ModelShape, Trace
 
 
@@ -61,6 +62,7 @@ def outline(recipe: Recipe) -> Outline:
     config = sources.configuration(recipe.model, _facts(recipe, dataset, tokenizer))
     _check_config(recipe, config, dataset)
     shape = model_shape(sources.skeleton(recipe.model, config), recipe)
+    shape = foreseen(config, shape, recipe)
     return Outline(
         shape=shape,
         devices=DeviceFacts(clients.counts, *_devices(recipe, dataset, clients)),

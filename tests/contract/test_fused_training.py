@@ -30,6 +30,7 @@ from rayfed_lora.data.partition import ClientTable
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import ClientError
 from rayfed_lora.models.adapted import AdaptedModel
+from rayfed_lora.models.linear import sides
 from rayfed_lora.models.shapes import adapted_modules, fusion_obstacle
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
@@ -61,6 +62,20 @@ MODELS: dict[str, dict[str, Any]] = {
     "roberta": {**WIDTHS, **CALM, **TEXT, "pad_token_id": 1},
     # A head with a LayerNorm between linear layers.
     "modernbert": {**WIDTHS, **TEXT, **dict.fromkeys(SPECIAL, 0)},
+    # Layers with transposed weights, and a head that reads a text's last token.
+    "gpt2": {
+        "vocab_size": WORDS,
+        "n_positions": 20,
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_inner": 24,
+        "initializer_range": 0.2,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        **dict.fromkeys(SPECIAL, 0),
+    },
+    # A Fourier transform over the tokens, padding among them.
+    "fnet": {**WIDTHS, **TEXT, "hidden_dropout_prob": 0.0},
     # Normalises over the batch.
     "mobilevit": {
         "image_size": 32,
@@ -72,7 +87,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "classifier_dropout_prob": 0.0,
     },
 }
-FUSED = ["vit", "bert", "roberta"]
+FUSED = ["vit", "bert", "roberta", "gpt2"]
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"name": "sgd", "lr": 0.05, "momentum": 0.0, "weight_decay": 0.0},
     "momentum": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.1},
@@ -170,8 +185,11 @@ def merged(
     """Return a plain model's weights with W + scale * B A in the place of W, and the head."""
     weights = {**plain, **{name: tensors[name] for name in state.dense}}
     for name, f in state.factors.items():
-        a, b = tensors[f"{name}|a"], tensors[f"{name}|b"]
-        weights[f"{name}.weight"] = plain[f"{name}.weight"] + f.scale * (b @ a)
+        update = f.scale * (tensors[f"{name}|b"] @ tensors[f"{name}|a"])
+        # GPT-2's layers compute x W.
+        weights[f"{name}.weight"] = plain[f"{name}.weight"] + (
+            update.T if ".c_" in name else update
+        )
     return weights
 
 
@@ -413,6 +431,34 @@ def test_where_clients_would_meet_they_train_one_after_the_other(model: str) -> 
     check_block(recipe, same_bits=True)
 
 
+def test_clients_of_a_model_that_mixes_padding_in_train_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = make_recipe("fnet", adapter__target_modules="all-linear")
+    workload, plan = make_workload(recipe), make_plan(recipe)
+    trainer = LocalTrainer(recipe, workload)
+    reason = "the model mixes padding into its result: without it, a text has other logits"
+    assert trainer.shape().obstacle == reason
+    assert trainer.shape().notes == (
+        f"evaluation.batch_size may change the results of evaluations: {reason}",
+    )
+    # Nothing in its layers tells.
+    assert fusion_obstacle(plain_net(recipe), recipe.adapter) is None
+    state = received_state(trainer)
+    block, single = (of(trainer, BLOCK, state, plan) for of in (block_of, each_alone))
+    monkeypatch.setattr("rayfed_lora.training.trainer.proven", lambda net, shape, *_: shape)
+    wrong = block_of(LocalTrainer(recipe, workload), BLOCK, state, plan)
+    for client in BLOCK:
+        alone = trained_by(single[client])
+        assert distance(trained_by(block[client]), alone) == 0.0
+        # Of the longest client only, the texts are as long as alone.
+        away = distance(trained_by(wrong[client]), alone)
+        longest = max(
+            workload.train.inputs["attention_mask"][workload.clients.examples(client)].sum(1)
+        )
+        assert away > 0.005 or longest == LONGEST
+
+
 def test_a_head_that_cannot_be_copied_is_no_obstacle_where_it_is_not_trained() -> None:
     adapter = {"adapter__target_modules": "all-linear", "adapter__train_head": False}
     recipe = make_recipe("modernbert", **adapter)
@@ -446,6 +492,11 @@ def test_a_client_that_raises_is_named_and_the_others_are_as_alone(model: str) -
 MIXED, EACH = ((0, 1.5), (1, 0.5), (3, 2.0)), 4
 
 
+def out_and_in(net: nn.Module, name: str) -> tuple[int, int]:
+    shape = sides(net.get_submodule(name))
+    return shape.d_out, shape.d_in
+
+
 def mixed_states(net: nn.Module, modules: list[str]) -> list[AdapterState]:
     """Return a state a client, each with a head of its own; every other module has a rank less."""
     shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
@@ -456,11 +507,10 @@ def mixed_states(net: nn.Module, modules: list[str]) -> list[AdapterState]:
         dense = {
             name: rng.normal(0, 0.3, shape).astype(np.float32)
             for name, shape in shapes.items()
-            if name.startswith("classifier.")
+            if name.startswith(("classifier.", "score."))
         }
         factors = {
-            name: random_factors(shapes[f"{name}.weight"], r, scale, rank)
-            for name, r in ranks.items()
+            name: random_factors(out_and_in(net, name), r, scale, rank) for name, r in ranks.items()
         }
         states.append(AdapterState(factors, dense))
     return states

@@ -24,12 +24,15 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
 from rayfed_lora import cli
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import ModelError
+from rayfed_lora.planning import plan
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.runtime import launch
@@ -290,6 +293,54 @@ def test_modules_of_rank_zero_are_left_out_and_the_rest_computes_the_same(
     found = metrics(plain_peft(tmp_path), workload)
     assert found["eval_accuracy"] == said.correct.sum() / rows
     assert found["eval_loss"] == pytest.approx(said.losses.mean(), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "head-only", "bitfit"])
+def test_a_model_without_layers_for_factors_runs_and_is_exported_as_a_whole(
+    method: str, command: Command, tmp_path: Path
+) -> None:
+    config = {"architecture": "resnet", "embedding_size": 8, "hidden_sizes": [8], "depths": [1]}
+    recipe = load_recipe({**RECIPE, "model": {"config": config}}, {"method": method})
+    planned = plan(recipe)
+    assert dict(planned.outline.shape.modules) == {}
+    assert "BatchNorm2d" in (planned.outline.shape.obstacle or "")
+    run = finished_run(tmp_path / "run", recipe)
+    assert not (run.folder / "adapter").exists()
+    status, _, err = command("export", run.folder, "--to", tmp_path / "adapter")
+    assert (status, "has no adapter" in err) == (2, True)
+    status, _, _ = command("export", run.folder, "--to", tmp_path / "merged", "--merge")
+    assert status == 0
+    net = AutoModelForImageClassification.from_pretrained(str(tmp_path / "merged"))
+    assert_final(run, metrics(net, run.workload))
+    assert (
+        planned.rounds[0].trainable_params
+        == {
+            "fedavg": sum(p.numel() for p in net.parameters()),
+            "head-only": 8 * 10 + 10,
+            "bitfit": 8 * 10
+            + sum(p.numel() for n, p in net.named_parameters() if n.endswith("bias")),
+        }[method]
+    )
+
+
+def test_a_gpt2_run_ends_with_an_adapter_that_plain_peft_reads(
+    source: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "gpt2"
+    shutil.copytree(source, folder)
+    ends = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 13}
+    torch.manual_seed(0)
+    config = GPT2Config(**sizes, **ends, num_labels=2, initializer_range=0.2)
+    GPT2ForSequenceClassification(config).save_pretrained(str(folder))
+    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    recipe = text_recipe(folder, **rates)
+    folded = recipe.annealing.cooling.model_copy(update={"residual": "fold"})
+    annealing = recipe.annealing.model_copy(update={"cooling": folded})
+    run = finished_run(tmp_path / "run", recipe.model_copy(update={"annealing": annealing}))
+    said = json.loads((run.folder / "adapter/adapter_config.json").read_text())
+    assert said["fan_in_fan_out"] is True
+    assert_final(run, text_metrics(run.folder / "base", run.folder / "adapter", run))
 
 
 def text_metrics(base: Path, adapter: Path, run: Run) -> dict[str, Any]:

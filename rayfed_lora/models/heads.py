@@ -1,0 +1,99 @@
+"""Which modules of a model are its encoder and its head. Source: this project."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from rayfed_lora.errors import ModelError
+from rayfed_lora.recipe import Adapter
+
+
+def head_modules(net: nn.Module, adapter: Adapter) -> list[str]:
+    """Return the names of the modules that make up the head.
+
+    `auto`: every direct child with parameters beside the encoder, which transformers names in
+    `base_model_prefix`. Where no child has that name, the encoder is the child with the most
+    parameters, and the head is what the model registers after it.
+
+    Raises:
+        ModelError: a named module is not there or part of another one, or nothing is beside the
+            encoder and the head is to be trained.
+    """
+    with_parameters = [n for n, m in net.named_modules() if n and any(True for _ in m.parameters())]
+    if adapter.head_modules != "auto":
+        return _named(list(dict.fromkeys(adapter.head_modules)), with_parameters)
+    children = [name for name, _ in net.named_children() if name in with_parameters]
+    encoder = getattr(net, "base_model_prefix", "")
+    found = [name for name in children if name != encoder]
+    if encoder not in children and len(children) > 1:
+        found = _after(net, children)
+    elif encoder not in children:
+        found = []
+    if not found and adapter.train_head:
+        only = (children or [encoder])[0]
+        raise ModelError(
+            f"adapter.head_modules: the model has only its encoder {only!r}; name the head's"
+            " modules, or set adapter.train_head to false"
+        )
+    return found
+
+
+def head_notes(net: nn.Module, adapter: Adapter) -> tuple[str, ...]:
+    """Return what the user should know of how the head was found, one line each."""
+    prefix = getattr(net, "base_model_prefix", "")
+    children = [n for n, m in net.named_children() if any(True for _ in m.parameters())]
+    if adapter.head_modules != "auto" or prefix in children or len(children) < 2:
+        return ()
+    head = ", ".join(head_modules(net, adapter))
+    return (
+        f"adapter.head_modules: the model has no module {prefix!r}, its base_model_prefix;"
+        f" {_largest(net, children)!r}, its largest, is taken as the encoder, {head} as the head",
+    )
+
+
+def head_parameters(net: nn.Module, adapter: Adapter) -> list[str]:
+    """Return the names of the densely trained parameters: the head's, every bias, or none.
+
+    Raises:
+        ModelError: the head is to be trained, and all its weights belong to the encoder too.
+    """
+    modules = head_modules(net, adapter)
+    head = tuple(f"{module}." for module in modules)
+    names = [name for name, _ in net.named_parameters()]
+    if adapter.train_head and modules and not any(name.startswith(head) for name in names):
+        raise ModelError(
+            f"adapter.train_head: the weights of {', '.join(modules)} are the encoder's too (tied),"
+            " and cannot be trained alone; set it to false"
+        )
+    return [
+        name
+        for name in names
+        if (adapter.train_head and name.startswith(head))
+        or (adapter.train_biases and name.endswith("bias"))
+    ]
+
+
+def _named(names: list[str], with_parameters: Sequence[str]) -> list[str]:
+    absent = [name for name in names if name not in with_parameters]
+    if absent:
+        children = ", ".join(n for n in with_parameters if n.count(".") <= 1)
+        raise ModelError(f"adapter.head_modules: no module {absent[0]!r}; there are {children}")
+    for name in names:
+        above = [other for other in names if name.startswith(f"{other}.")]
+        if above:
+            raise ModelError(
+                f"adapter.head_modules: {name!r} is part of {above[0]!r}, which is named too"
+            )
+    return names
+
+
+def _after(net: nn.Module, children: Sequence[str]) -> list[str]:
+    place = children.index(_largest(net, children))
+    return [*children[place + 1 :]] or [*children[:place]]
+
+
+def _largest(net: nn.Module, children: Sequence[str]) -> str:
+    """Return the child with the most parameters, the first of equals."""
+    return max(children, key=lambda n: sum(p.numel() for p in net.get_submodule(n).parameters()))
