@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from rayfed_lora.errors import BadInputError
-from rayfed_lora.models import sources
+from rayfed_lora.models import loading, sources
 from rayfed_lora.models.shapes import adapted_modules, head_modules
 from rayfed_lora.recipe import Adapter, Model, Recipe
 from rayfed_lora.types import AdapterState, Base, Factors, FloatArray, Trainable
@@ -59,7 +59,7 @@ def trained_files(
     """
     changed = base.version > (0, 0) or trainable == "full"
     biases, own_config = recipe.adapter.train_biases, bool(recipe.model.config)
-    net, drawn = sources.built(recipe.model, sources.restored(facts), recipe.seed)
+    net, drawn = loading.built(recipe.model, sources.restored(facts), recipe.seed)
     # What the run has drawn and the adapter does not hold is nowhere else.
     keep_base = changed or biases or own_config or not drawn <= set(state.dense)
     with TemporaryDirectory() as scratch:
@@ -149,7 +149,7 @@ def merge(
         raise BadInputError(f"expected {_WEIGHTS} in {adapter_folder.name}/")
     plain = model.model_copy(update={"source": base_folder, "config": {}})
     facts = {} if model.task == "causal-lm" else sources.label_facts(labels)
-    net = sources.build(plain, sources.configuration(plain, facts), seed=0)
+    net = loading.build(plain, sources.configuration(plain, facts), seed=0, keep_head=True)
     if adapter_folder is None:
         return net
     with warnings.catch_warnings():
