@@ -79,18 +79,19 @@ class Pixels:
 
     def __str__(self) -> str:
         """Return what is done, in one line."""
-        own = self._processor
-        told = [
-            f"{name} {getattr(own, name)}"
-            for asked, name in (
-                ("do_resize", "size"),
-                ("do_center_crop", "crop_size"),
-                ("do_normalize", "image_mean"),
-                ("do_normalize", "image_std"),
-            )
-            if getattr(own, asked, False)
-        ]
+        own, told = self._processor, []
+        for asked, name in (("do_resize", "size"), ("do_center_crop", "crop_size")):
+            if getattr(own, asked, False):
+                size = dict(getattr(own, name) or {})
+                told.append(f"{name} {', '.join(f'{k} {v}' for k, v in size.items() if v)}")
+        if getattr(own, "do_normalize", False):
+            for name in ("mean", "std"):
+                told.append(f"{name} {', '.join(f'{x:g}' for x in _each(own, f'image_{name}'))}")
         return ", ".join(told) or type(own).__name__
+
+
+def _each(processor: Any, name: str) -> list[float]:
+    return [float(value) for value in np.atleast_1d(getattr(processor, name))]
 
 
 def pixels_of(model: Model, channels: int) -> Pixels | None:
