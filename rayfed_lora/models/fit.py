@@ -58,8 +58,12 @@ def _notes(
     net: nn.Module, loading: Loading, missing: Sequence[str], recipe: Recipe
 ) -> Iterable[str]:
     where = f"model.source {recipe.model.source!r}"
-    if missing:
-        yield f"{where} has no weights for {_grouped(missing)}: drawn at random"
+    trained = set(head_parameters(net, recipe.adapter))
+    unused = [name for name in loading.unexpected if not name.endswith(_HARMLESS)]
+    # A source without a head is as usual; one whose head is not recognised is not.
+    told = missing if unused else [name for name in missing if name not in trained]
+    if told:
+        yield f"{where} has no weights for {_grouped(told)}: drawn at random"
     if loading.mismatched:
         first, (had, needed) = next(iter(loading.mismatched.items()))
         yield (
@@ -70,14 +74,12 @@ def _notes(
     everything = annealing.mode == "full" or (
         annealing.initiating_rounds > 0 and annealing.initiating.trainable == "full"
     )
-    trained = set(head_parameters(net, recipe.adapter))
     frozen = [name for name in (*missing, *loading.mismatched) if name not in trained]
     if frozen and not everything:
         yield (
             f"{_grouped(frozen)}: random weights that no client trains; name the module in"
             " adapter.head_modules to train it"
         )
-    unused = [name for name in loading.unexpected if not name.endswith(_HARMLESS)]
     if unused:
         yield f"{where}: tensors that the model does not know are not used: {_grouped(unused)}"
 
