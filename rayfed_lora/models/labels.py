@@ -40,16 +40,21 @@ def names_in(config: Mapping[str, Any]) -> tuple[str, ...] | None:
         None where the architecture has no classes.
 
     Raises:
-        ModelError: the classes of `id2label` are not numbered 0 .. n - 1.
+        ModelError: `id2label` is no mapping, or its classes are not numbered 0 .. n - 1.
     """
     architectures = config.get("architectures") or []
     named = config.get("id2label")
-    if not named or (architectures and not any("Classification" in a for a in architectures)):
+    if not named or (architectures and "Classification" not in str(architectures)):
         return None
+    if not isinstance(named, Mapping):
+        raise ModelError(
+            f"model.config.id2label: expected {{0: name, 1: name, ...}}, got {named!r}"
+        )
     numbers = [str(key) for key in named]
     if sorted(numbers) != sorted(str(i) for i in range(len(numbers))):
         raise ModelError(
-            f"id2label: expected classes 0 .. {len(numbers) - 1}, got {', '.join(numbers[:10])}"
+            f"model.config.id2label: expected classes 0 .. {len(numbers) - 1},"
+            f" got {', '.join(numbers[:10])}"
         )
     texts = {int(key): str(name) for key, name in named.items()}
     return tuple(texts[i] for i in range(len(texts)))

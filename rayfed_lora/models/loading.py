@@ -108,8 +108,9 @@ def head_match(model: Model, labels: Sequence[str]) -> tuple[HeadMatch, tuple[st
         return matched(None, labels), ()
     own = model.config.get("id2label")
     if own:
-        found = matched(names_in({"id2label": own}), labels)
-        return (matched(None, labels) if found.kind == "other" else found), tuple(own.values())
+        names = names_in({"id2label": own})
+        found = matched(names, labels)
+        return (matched(None, labels) if found.kind == "other" else found), names or ()
     plain = model.model_copy(update={"config": {}})
     names = names_in(sources.configuration(plain, {}).to_dict())
     return matched(names, labels), names or ()

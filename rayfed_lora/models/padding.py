@@ -113,6 +113,18 @@ def check_vocabulary(net: nn.Module, tokenizer: Any, config: Any | None) -> None
         )
 
 
+def padding_notes(net: nn.Module) -> tuple[str, ...]:
+    """Return what the user should know of a classifier that reads padding (XLNet's kind)."""
+    summary: Any = getattr(net, "sequence_summary", None)
+    kind = getattr(summary, "summary_type", None)
+    if kind not in ("last", "mean"):
+        return ()
+    return (
+        f"{type(net).__name__} reads padding too (summary_type {kind!r}): a result depends on which"
+        " texts share a batch; model.config.summary_type: first reads the first token alone",
+    )
+
+
 def pad_with(tokens: Tokens, pad: int | None) -> Tokens:
     """Write the padding token behind every text; a text without tokens becomes that one token.
 

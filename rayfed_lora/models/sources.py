@@ -270,7 +270,9 @@ def tokenizer(model: Model) -> Any:
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(location(source), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # tokenizers are read by code of many kinds
         raise ModelError(f"tokenizer of {source!r}: {_first_line(error)}") from error
 
 

@@ -5,6 +5,7 @@ Source: this project.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +25,15 @@ from rayfed_lora.models.loading import Loading, class_tensors, head_match, loadi
 from rayfed_lora.models.padding import (
     check_vocabulary,
     give_padding_token,
+    padding_notes,
     settle_padding,
     token_facts,
 )
 from rayfed_lora.models.pixels import Pixels, pixels_of
 from rayfed_lora.recipe import Recipe
+
+# Images that take so much memory are worth a note.
+_MANY_GIGABYTES = 4.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ def match(recipe: Recipe, dataset: Dataset, *, here_only: bool) -> Match:
     if tokenizer is not None:
         if model.task != LANGUAGE_TASK:
             settle_padding(config, net, tokenizer, model)
+            notes += padding_notes(net)
         check_vocabulary(net, tokenizer, None if model.task == LANGUAGE_TASK else config)
     pixels = None
     if model.task == IMAGE_TASK:
@@ -148,8 +154,8 @@ def _pixels(recipe: Recipe, config: Any, dataset: Dataset) -> tuple[Pixels | Non
             recipe.model.source != "config"
             and not Path(sources.location(recipe.model.source)).is_dir()
         )
-        told = f"{where}: no image processor is found, pixels are scaled to [-1, 1]"
-        return None, [told] if hub and not dataset.floats else []
+        plain = f"{where}: no image processor is found, pixels are scaled to [-1, 1]"
+        return None, [plain] if hub and not dataset.floats else []
     if dataset.floats:
         return None, [
             f"{where}: its image processor is not applied, since pixels that are given as floats"
@@ -157,7 +163,16 @@ def _pixels(recipe: Recipe, config: Any, dataset: Dataset) -> tuple[Pixels | Non
         ]
     shape = dataset.test["image"].type.shape
     size, own = (" x ".join(map(str, s)) for s in (_prepared_shape(dataset, pixels), shape))
-    return pixels, [f"images ({own}) are prepared as {where} does ({size}): {pixels}"]
+    told = [f"images ({own}) are prepared as {where} does ({size}): {pixels}"]
+    tables = (dataset.train, dataset.test, dataset.validation)
+    rows = sum(table.num_rows for table in tables if table is not None)
+    gigabytes = 4e-9 * rows * math.prod(_prepared_shape(dataset, pixels))
+    if gigabytes >= _MANY_GIGABYTES:
+        told.append(
+            f"{rows} images of {size} take {gigabytes:.0f} GB of memory; data.max_examples takes"
+            " fewer for training"
+        )
+    return pixels, told
 
 
 def _prepared_shape(dataset: Dataset, pixels: Pixels) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
@@ -22,7 +23,9 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+import rayfed_lora
 from rayfed_lora.errors import ModelError
+from rayfed_lora.exporting import export_run
 from rayfed_lora.models.loading import build
 from rayfed_lora.models.padding import pad_with
 from rayfed_lora.models.sources import quiet, restored
@@ -31,6 +34,7 @@ from rayfed_lora.training.drawing import tensors
 from rayfed_lora.training.workload import outline, prepare
 from tests.fakes import make_recipe
 
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 NAMES = ["dog", "cat", "moon", "far", "old", "the", "is", "who", "how", "many", "where"]
 SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32},
@@ -232,3 +236,35 @@ def test_inputs_that_the_model_does_not_take_are_left_out(texts: str, tmp_path: 
     recipe = make(texts, saved("llama", tmp_path / "m"), str(folder))
     assert [*prepare(recipe).train.inputs] == ["input_ids", "attention_mask"]
     check_alone_and_together(recipe)
+
+
+def test_a_merged_model_and_its_tokenizer_carry_the_padding_token(
+    texts: str, tmp_path: Path
+) -> None:
+    tokenizer = write_tokenizer(tmp_path / "t", ["[UNK]", "</s>"], eos_token="</s>")
+    recipe = make(
+        texts,
+        saved("llama", tmp_path / "m"),
+        tokenizer,
+        adapter__target_modules="auto",
+        annealing__mode="fixed",
+    )
+    result = rayfed_lora.run(recipe, str(tmp_path / "run"))
+    list(export_run(str(tmp_path / "run"), tmp_path / "merged", merge=True))
+    net = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    plain = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert (net.config.pad_token_id, plain.pad_token) == (1, "</s>")
+    test = prepare(recipe).test
+    with torch.no_grad():
+        logits = net(**tensors(test.rows(np.arange(len(test))))[0]).logits
+    right = float((logits.argmax(dim=1).numpy() == test.labels).mean())
+    assert right == pytest.approx(result.summary["final"]["eval_accuracy"])
+
+
+def test_a_classifier_that_reads_padding_is_reported(texts: str, tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "t", ["[UNK]", "[PAD]"], pad_token="[PAD]")
+    own = {"architecture": "xlnet", "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24}
+    recipe = make(texts, "config", tokenizer, model__config=own)
+    assert any("reads padding too (summary_type 'last')" in note for note in prepare(recipe).notes)
+    first = make(texts, "config", tokenizer, model__config={**own, "summary_type": "first"})
+    assert prepare(first).notes == ()

@@ -412,3 +412,19 @@ def test_names_are_compared_without_case_where_they_differ_by_it(
     recipe = on_texts(saved(net, tmp_path), words)
     assert prepare(recipe).label_names == ("c2", "c0", "c1")
     assert not any("drawn" in note for note in outline(recipe).notes)
+
+
+@pytest.mark.parametrize("names", [["a", "b", "c"], {"0": "a", "2": "b", "3": "c"}])
+def test_names_of_classes_that_are_not_numbered_are_refused(names: Any, digit_reader: Path) -> None:
+    both_refuse(on_digits(digit_reader, model__config={"id2label": names}), "id2label: expected")
+
+
+def test_a_tokenizer_that_is_no_tokenizer_is_refused(tmp_path: Path, words: Path) -> None:
+    net = BertForSequenceClassification(bert_config(num_labels=3))
+    recipe = on_texts(saved(net, tmp_path / "m"), words)
+    shutil.copytree(words / "tokenizer", tmp_path / "t")
+    (tmp_path / "t" / "tokenizer.json").write_text('{"version": "1.0"}')
+    both_refuse(
+        on_texts(tmp_path / "m", words, model__tokenizer=str(tmp_path / "t")), "tokenizer of"
+    )
+    assert outline(recipe).label_names == ("c0", "c1", "c2")
