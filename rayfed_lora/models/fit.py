@@ -38,7 +38,7 @@ def fit_notes(net: nn.Module, loading: Loading, recipe: Recipe) -> tuple[str, ..
     missing = [name for name in loading.missing if not name.endswith(_HARMLESS)]
     lost = [name for name in missing if not fresh(name)]
     if lost:
-        hint = f"; not used are {listed(loading.unexpected)}" if loading.unexpected else ""
+        hint = f"; not used are {_grouped(loading.unexpected)}" if loading.unexpected else ""
         raise ModelError(
             f"{where}: expected the weights of a {type(net).__name__}, {_count(lost)} missing:"
             f" {listed(lost)}{hint}; is it a model of this architecture, and are its tensors named"
@@ -61,7 +61,8 @@ def _notes(
     trained = set(head_parameters(net, recipe.adapter))
     unused = [name for name in loading.unexpected if not name.endswith(_HARMLESS)]
     # A source without a head is as usual; one whose head is not recognised is not.
-    told = missing if unused else [name for name in missing if name not in trained]
+    usual = trained & {name for name in missing if name.startswith(_heads(net, recipe))}
+    told = missing if unused else [name for name in missing if name not in usual]
     if told:
         yield f"{where} has no weights for {_grouped(told)}: drawn at random"
     if loading.mismatched:
@@ -88,10 +89,17 @@ def _may_be_new(net: nn.Module, recipe: Recipe) -> Any:
     """Return whether a tensor's weights may be new ones."""
     if recipe.model.task == "causal-lm":
         return lambda name: False
-    automatic = recipe.adapter.model_copy(update={"head_modules": "auto"})
-    heads = [*head_modules(net, automatic), *head_modules(net, recipe.adapter)]
-    prefixes = tuple(f"{name}." for name in heads)
+    own = tuple(f"{name}." for name in head_modules(net, recipe.adapter))
+    prefixes = (*_heads(net, recipe), *own)
     return lambda name: name.startswith(prefixes) or "pooler" in name
+
+
+def _heads(net: nn.Module, recipe: Recipe) -> tuple[str, ...]:
+    """Return how names begin of tensors beside the encoder; a language model has no head."""
+    if recipe.model.task == "causal-lm":
+        return ()
+    automatic = recipe.adapter.model_copy(update={"head_modules": "auto"})
+    return tuple(f"{name}." for name in head_modules(net, automatic))
 
 
 def _count(names: Sequence[str]) -> str:

@@ -154,7 +154,8 @@ def test_tensors_under_other_names_are_refused_by_the_names_that_are_missing(
     both_refuse(
         on_digits(folder),
         r"expected the weights of a ViTForImageClassification, 22 tensors are missing:"
-        r" vit\.embeddings\.cls_token, .* and 18 more; not used are module\.",
+        r" vit\.embeddings\.cls_token, .* and 18 more; not used are"
+        r" module\.classifier \(2\), module\.vit \(22\)",
     )
 
 
@@ -232,6 +233,18 @@ def test_a_masked_language_model_gets_a_new_pooler_and_head_and_a_report(
     assert any(note.endswith("not used: cls.predictions (5)") for note in notes)
     trained = on_texts(folder, words, adapter__head_modules=["bert.pooler", "classifier"])
     assert not any("that no client trains" in note for note in outline(trained).notes)
+
+
+def test_a_part_of_the_encoder_that_a_recipe_calls_its_head_is_reported_if_it_is_new(
+    tmp_path: Path,
+) -> None:
+    folder = changed(
+        saved(vit(), tmp_path),
+        lambda t: {n: v for n, v in t.items() if not n.startswith("vit.layernorm.")},
+    )
+    both_refuse(on_digits(folder), r"2 tensors are missing: vit\.layernorm\.bias")
+    named = on_digits(folder, adapter__head_modules=["vit.layernorm", "classifier"])
+    assert any("no weights for vit.layernorm (2)" in note for note in outline(named).notes)
 
 
 def test_layers_that_a_recipe_leaves_out_are_reported(tmp_path: Path) -> None:
