@@ -49,6 +49,19 @@ def as_tensors(column: pa.ChunkedArray, where: str) -> pa.FixedShapeTensorArray:
     return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(scaled))
 
 
+def are_floats(kind: pa.DataType) -> bool:
+    """Return whether a column holds images whose pixels are floats, which nothing rescales."""
+    while True:
+        if isinstance(kind, pa.FixedShapeTensorType):
+            kind = kind.value_type
+        elif pa.types.is_nested(kind) and not pa.types.is_struct(kind):
+            kind = kind.value_type
+        elif isinstance(kind, pa.BaseExtensionType):
+            kind = kind.storage_type
+        else:
+            return bool(pa.types.is_floating(kind))
+
+
 def _encoded(array: pa.Array, where: str) -> pa.Array | None:
     if pa.types.is_struct(array.type) and array.type.get_field_index("bytes") >= 0:
         encoded = pc.struct_field(array, "bytes")

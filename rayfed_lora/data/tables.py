@@ -41,12 +41,14 @@ class Dataset:
         validation: rows kept on the server, or None.
         test: the official test split, or rows cut from the source.
         label_names: the name of class i at place i.
+        floats: whether pixels came as floats and are kept as they are, in whatever range.
     """
 
     train: pa.Table
     validation: pa.Table | None
     test: pa.Table
     label_names: tuple[str, ...]
+    floats: bool = False
 
 
 def load(
@@ -93,7 +95,15 @@ def load(
     if validation_fraction > 0:
         train, validation = _split(train, validation_fraction, seed, "validation", where)
     train = _subset(train, data.max_examples, seed)
-    return Dataset(train, validation, test, classes.names)
+    return Dataset(train, validation, test, classes.names, _are_floats(raw.train, data, task))
+
+
+def _are_floats(table: pa.Table, data: recipe.Data, task: str) -> bool:
+    if task != IMAGE_TASK or data.source in builtin.BUILTIN:
+        return False
+    names = columns.names_of(data.image_column, columns.IMAGE_COLUMNS)
+    name = columns.pick(table, names, "image_column", data.source)
+    return images.are_floats(table[name].type)
 
 
 def _read(data: recipe.Data, task: str) -> sources.RawData:

@@ -20,9 +20,10 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from rayfed_lora.errors import BadInputError
-from rayfed_lora.models import sources
+from rayfed_lora.models import loading, sources
 from rayfed_lora.models.heads import head_modules
 from rayfed_lora.models.linear import is_transposed
+from rayfed_lora.models.padding import give_padding_token, settle_padding
 from rayfed_lora.recipe import Adapter, Model, Recipe
 from rayfed_lora.types import AdapterState, Base, Factors, FloatArray, Trainable
 
@@ -62,7 +63,7 @@ def trained_files(
     """
     changed = base.version > (0, 0) or trainable == "full"
     biases, own_config = recipe.adapter.train_biases, bool(recipe.model.config)
-    net, drawn = sources.built(recipe.model, sources.restored(facts), recipe.seed)
+    net, drawn = loading.built(recipe.model, sources.restored(facts), recipe.seed)
     # What the run has drawn and the adapter does not hold is nowhere else.
     no_adapter = trainable == "full" or not state.factors
     keep_base = changed or biases or own_config or no_adapter or not drawn <= set(state.dense)
@@ -154,7 +155,12 @@ def merge(
         raise BadInputError(f"expected {_WEIGHTS} in {adapter_folder.name}/")
     plain = model.model_copy(update={"source": base_folder, "config": {}})
     facts = {} if model.task == "causal-lm" else sources.label_facts(labels)
-    net = sources.build(plain, sources.configuration(plain, facts), seed=0)
+    config = sources.configuration(plain, facts)
+    if model.task == "text-classification":
+        tokenizer = sources.tokenizer(model)
+        give_padding_token(tokenizer)
+        settle_padding(config, sources.skeleton(plain, config), tokenizer, model)
+    net = loading.build(plain, config, seed=0, keep_head=True)
     if adapter_folder is None:
         return net
     with warnings.catch_warnings():
@@ -174,6 +180,8 @@ def write_model(folder: Path, net: Any, tokenizer_source: str | None) -> None:
     with sources.quiet():
         net.save_pretrained(str(folder))
         if tokenizer_source is not None:
-            AutoTokenizer.from_pretrained(
-                tokenizer_source, trust_remote_code=False
-            ).save_pretrained(str(folder))
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_source, trust_remote_code=False)
+            pad = net.config.get_text_config().pad_token_id
+            if tokenizer.pad_token is None and pad is not None and pad >= 0:
+                tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+            tokenizer.save_pretrained(str(folder))

@@ -22,8 +22,8 @@ from transformers.utils import logging as transformers_logging
 
 from rayfed_lora.errors import ModelError
 from rayfed_lora.locations import check_name
+from rayfed_lora.models.folders import check_folder
 from rayfed_lora.recipe import Model
-from rayfed_lora.seeds import Purpose, torch_seed
 
 # What transformers takes beside values of a configuration; one of them runs a stranger's code.
 _LOADING = frozenset(
@@ -130,13 +130,15 @@ def configuration(model: Model, overrides: dict[str, Any]) -> Any:
             if model.source == "config":
                 found = AutoConfig.for_model(model.config["architecture"], **overrides | own)
             else:
+                place = location(model.source)
+                check_folder(Path(place), where(model))
                 found = AutoConfig.from_pretrained(
-                    location(model.source), trust_remote_code=False, **overrides | own
+                    place, trust_remote_code=False, **overrides | own
                 )
     except ModelError:
         raise
     except Exception as error:  # configurations check themselves with errors of many kinds
-        raise ModelError(f"{_where(model)}: {_message(error)}") from error
+        raise ModelError(f"{where(model)}: {message(error)}") from error
     _check_keys(list(own), found)
     return found
 
@@ -178,11 +180,11 @@ def skeleton(model: Model, config: Any) -> nn.Module:
     """
     try:
         with quiet(), torch.device("meta"):
-            net = _auto_class(model).from_config(config)
+            net = auto_class(model).from_config(config)
         # Some models make a few tensors where they please.
         return net.to("meta")  # type: ignore[no-any-return]
     except Exception as error:  # a model takes its configuration at its word, and fails anyhow
-        raise ModelError(f"{_where(model)}: {_message(error)}") from error
+        raise ModelError(f"{where(model)}: {message(error)}") from error
 
 
 def load_code(model: Model) -> None:
@@ -192,44 +194,6 @@ def load_code(model: Model) -> None:
     """
     with suppress(ModelError):
         skeleton(model, configuration(model, {}))
-
-
-def build(model: Model, config: Any, seed: int) -> nn.Module:
-    """Return the model in float32, new weights (all, or the head's) drawn from the run's seed.
-
-    Raises:
-        ModelError: the weights cannot be read.
-    """
-    net, _ = built(model, config, seed)
-    return net
-
-
-def built(model: Model, config: Any, seed: int) -> tuple[nn.Module, frozenset[str]]:
-    """Return what `build` does, and the names of the tensors that the source does not have.
-
-    Raises:
-        ModelError: the weights cannot be read.
-    """
-    torch.manual_seed(torch_seed(seed, Purpose.MODEL_INIT))
-    try:
-        with quiet():
-            if model.source == "config":
-                net, drawn = _auto_class(model).from_config(config), None
-            else:
-                net, told = _auto_class(model).from_pretrained(
-                    location(model.source),
-                    config=config,
-                    dtype=torch.float32,
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                    output_loading_info=True,
-                )
-                drawn = set(told["missing_keys"])
-    except Exception as error:  # as for configurations
-        raise ModelError(f"{_where(model)}: {_message(error)}") from error
-    if drawn is None:
-        drawn = {name for name, _ in net.named_parameters()}
-    return net.float(), frozenset(drawn)
 
 
 def weights(net: nn.Module) -> dict[str, npt.NDArray[Any]]:
@@ -306,11 +270,14 @@ def tokenizer(model: Model) -> Any:
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(location(source), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # tokenizers are read by code of many kinds
         raise ModelError(f"tokenizer of {source!r}: {_first_line(error)}") from error
 
 
-def _auto_class(model: Model) -> Any:
+def auto_class(model: Model) -> Any:
+    """Return transformers' class that makes models for the task."""
     return getattr(transformers, _CLASSES[model.task])
 
 
@@ -319,9 +286,11 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def _where(model: Model) -> str:
+def where(model: Model) -> str:
+    """Return the recipe's key that a model comes from, for messages."""
     return "model.config" if model.source == "config" else f"model.source {model.source!r}"
 
 
-def _message(error: BaseException) -> str:
+def message(error: BaseException) -> str:
+    """Return an error of a library in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import nn
 
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import sources
+from rayfed_lora.models.padding import POSITIONS, Tokens
 from rayfed_lora.models.sources import quiet
 from rayfed_lora.recipe import Model
-
-Tokens = dict[str, npt.NDArray[np.int32]]
 
 
 def tokenize(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
@@ -28,10 +26,12 @@ def tokenize(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
         The tokenizer's own outputs (`input_ids`, `attention_mask`, ...), each (n, length) int32.
 
     Raises:
-        ModelError: the tokenizer has no padding token.
+        ModelError: the tokenizer has no padding token, and none to take for it.
     """
     if tokenizer.pad_token is None:
-        raise ModelError("model.tokenizer: expected one with a padding token, it has none")
+        raise ModelError(
+            "model.tokenizer: expected one with a padding, an end or an unknown token, it has none"
+        )
     with quiet():
         encoded = tokenizer(
             texts,
@@ -39,6 +39,7 @@ def tokenize(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
             max_length=max_length,
             padding="longest",
             padding_side="right",
+            return_attention_mask=True,
             return_tensors="np",
         )
     return {name: np.asarray(values, dtype=np.int32) for name, values in encoded.items()}
@@ -53,7 +54,7 @@ def tokenize_whole(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
         max_length: longest text in tokens, its end included; the rest is cut.
 
     Returns:
-        `input_ids` and `attention_mask`, each (n, length) int32.
+        `input_ids` and `attention_mask`, each (n, length) int32; 0 stands in padding.
     """
     with quiet():
         whole = tokenizer(texts)["input_ids"]
@@ -61,7 +62,6 @@ def tokenize_whole(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
     rows = [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in whole]
     rows = [ids[:max_length] for ids in rows]
     length = max(1, *(len(ids) for ids in rows))
-    # Padding is masked: what stands there does not matter.
     tokens, mask = (np.zeros((len(rows), length), np.int32) for _ in range(2))
     for i, ids in enumerate(rows):
         tokens[i, : len(ids)], mask[i, : len(ids)] = ids, 1
@@ -70,7 +70,6 @@ def tokenize_whole(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
 
 # What RoBERTa's kind keeps of the positions that its configuration names is a little less.
 _SPARE = 8
-_POSITIONS = ("position_embeddings", "embed_positions", "wpe")
 
 
 def check_length(model: Model, config: Any, longest: int) -> None:
@@ -88,7 +87,7 @@ def check_length(model: Model, config: Any, longest: int) -> None:
     if not isinstance(named, int) or longest <= named - _SPARE:
         return
     for name, module in sources.skeleton(model, config).named_modules():
-        if isinstance(module, nn.Embedding) and name.endswith(_POSITIONS):
+        if isinstance(module, nn.Embedding) and name.endswith(POSITIONS):
             first = 0 if module.padding_idx is None else module.padding_idx + 1
             if longest > module.num_embeddings - first:
                 raise ModelError(

@@ -16,7 +16,7 @@ from torch import nn
 
 from rayfed_lora.data.examples import PIXELS, Examples
 from rayfed_lora.data.tables import IMAGE_TASK
-from rayfed_lora.models import sources
+from rayfed_lora.models import loading
 from rayfed_lora.models.mixing import Trial, mixing_obstacle
 from rayfed_lora.models.tracing import image_shape
 from rayfed_lora.recipe import Recipe
@@ -80,7 +80,7 @@ def foreseen(config: Any, shape: ModelShape, recipe: Recipe) -> ModelShape:
             # A run takes the tokenizer's.
             config.pad_token_id = 0
         with torch.random.fork_rng(devices=[]):
-            net, _ = sources.built(drawn, config, recipe.seed)
+            net, _ = loading.built(drawn, config, recipe.seed)
         try:
             examples = _drawn(config, recipe)
             with torch.no_grad():

@@ -26,7 +26,7 @@ from rayfed_lora.data.examples import PIXELS
 from rayfed_lora.data.tables import LANGUAGE_TASK
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import BlockMemoryError, RunError
-from rayfed_lora.models import sources
+from rayfed_lora.models import loading, sources
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.attention import choose_attention
 from rayfed_lora.models.first_token import read_first_token_only
@@ -77,7 +77,7 @@ def built_weights(recipe: Recipe, workload: Workload) -> Weights:
         ModelError: they cannot be read.
     """
     config = sources.restored(workload.config)
-    return sources.weights(sources.build(recipe.model, config, recipe.seed))
+    return sources.weights(loading.build(recipe.model, config, recipe.seed))
 
 
 class LocalTrainer:
@@ -136,7 +136,7 @@ class LocalTrainer:
 
     def _build(self) -> nn.Module:
         config = sources.restored(self._workload.config)
-        return sources.build(self._recipe.model, config, self._recipe.seed)
+        return loading.build(self._recipe.model, config, self._recipe.seed)
 
     def _assembled(self, weights: Weights) -> nn.Module | None:
         config = sources.restored(self._workload.config)

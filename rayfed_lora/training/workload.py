@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,14 +14,15 @@ import pyarrow as pa
 
 from rayfed_lora.data.examples import PIXELS, Examples
 from rayfed_lora.data.partition import ClientTable, deal, hold_out
-from rayfed_lora.data.tables import IMAGE_TASK, LANGUAGE_TASK, Dataset, load, number_column
+from rayfed_lora.data.tables import LANGUAGE_TASK, Dataset, load, number_column
 from rayfed_lora.data.traces import read_trace
 from rayfed_lora.data.workload import Workload
-from rayfed_lora.errors import DataError, ModelError
-from rayfed_lora.models import sources
+from rayfed_lora.errors import DataError
+from rayfed_lora.models.padding import known_inputs, pad_with
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.models.tokens import check_length, tokenize, tokenize_whole
 from rayfed_lora.recipe import Recipe
+from rayfed_lora.training.matching import Match, match, prepared_images
 from rayfed_lora.training.proof import foreseen
 from rayfed_lora.types import DeviceFacts, ModelShape, Trace
 
@@ -55,21 +55,17 @@ def outline(recipe: Recipe) -> Outline:
         DataError: the data cannot be read or dealt as asked.
         ModelError: the model or its adapter does not fit.
     """
-    dataset = _dataset(recipe)
+    matched = match(recipe, _dataset(recipe), here_only=True)
+    dataset = matched.dataset
     clients, _ = _deal(recipe, dataset)
-    own = recipe.model.source == "config" and recipe.model.task != IMAGE_TASK
-    tokenizer = sources.tokenizer(recipe.model) if own else None
-    config = sources.configuration(recipe.model, _facts(recipe, dataset, tokenizer))
-    _check_config(recipe, config, dataset)
-    shape = model_shape(sources.skeleton(recipe.model, config), recipe)
-    shape = foreseen(config, shape, recipe)
+    shape = foreseen(matched.config, model_shape(matched.net, recipe), recipe)
     return Outline(
         shape=shape,
         devices=DeviceFacts(clients.counts, *_devices(recipe, dataset, clients)),
         test_examples=dataset.test.num_rows,
         validation_examples=0 if dataset.validation is None else dataset.validation.num_rows,
         label_names=dataset.label_names,
-        notes=shape.notes,
+        notes=(*matched.notes, *shape.notes),
     )
 
 
@@ -80,17 +76,15 @@ def prepare(recipe: Recipe) -> Workload:
         DataError: the data cannot be read or dealt as asked.
         ModelError: the model's configuration or tokenizer cannot be read, or does not fit the data.
     """
-    dataset = _dataset(recipe)
+    matched = match(recipe, _dataset(recipe), here_only=False)
+    dataset, config = matched.dataset, matched.config
     clients, held_out = _deal(recipe, dataset)
     device_columns, trace = _devices(recipe, dataset, clients)
-    tokenizer = None if recipe.model.task == IMAGE_TASK else sources.tokenizer(recipe.model)
-    config = sources.configuration(recipe.model, _facts(recipe, dataset, tokenizer))
-    _check_config(recipe, config, dataset)
     held_back = dataset.test.slice(0, 0) if dataset.validation is None else dataset.validation
     train, test, validation = (
-        _examples(table, tokenizer, recipe) for table in (dataset.train, dataset.test, held_back)
+        _examples(table, matched, recipe) for table in (dataset.train, dataset.test, held_back)
     )
-    if tokenizer is not None:
+    if matched.tokenizer is not None:
         tables = (train, test, validation)
         check_length(recipe.model, config, max(t.inputs["input_ids"].shape[1] for t in tables))
     return Workload(
@@ -103,6 +97,7 @@ def prepare(recipe: Recipe) -> Workload:
         held_out=held_out,
         columns=device_columns,
         trace=trace,
+        notes=matched.notes,
     )
 
 
@@ -151,55 +146,23 @@ def _deal(recipe: Recipe, dataset: Dataset) -> tuple[ClientTable, ClientTable | 
     return hold_out(clients, recipe.evaluation.client_fraction, recipe.seed)
 
 
-def _facts(recipe: Recipe, dataset: Dataset, tokenizer: Any) -> dict[str, Any]:
-    """Return what the data say of the model's configuration; a recipe's own values win."""
-    language = recipe.model.task == LANGUAGE_TASK
-    facts = {} if language else sources.label_facts(dataset.label_names)
-    if recipe.model.source == "config" and tokenizer is not None:
-        facts["vocab_size"] = len(tokenizer)
-    if recipe.model.task == IMAGE_TASK and recipe.model.source == "config":
-        channels, height, _ = dataset.test["image"].type.shape
-        facts |= {"num_channels": channels, "image_size": height}
-    return facts
-
-
-def _check_config(recipe: Recipe, config: Any, dataset: Dataset) -> None:
-    classes = len(dataset.label_names)
-    if recipe.model.task != LANGUAGE_TASK and config.num_labels != classes:
-        raise ModelError(
-            f"model.config.num_labels: expected {classes}, the classes in the data,"
-            f" got {config.num_labels}"
-        )
-    size = getattr(config, "image_size", None)
-    if "image" not in dataset.test.column_names or not isinstance(size, int):
-        return
-    channels = getattr(config, "num_channels", 3)
-    shape = tuple(dataset.test["image"].type.shape)
-    if shape != (channels, size, size):
-        raise ModelError(
-            f"model.config: expected images of {channels} x {size} x {size}"
-            f" (num_channels, image_size), the data have {' x '.join(map(str, shape))}"
-        )
-
-
-def _examples(table: pa.Table, tokenizer: Any, recipe: Recipe) -> Examples:
+def _examples(table: pa.Table, matched: Match, recipe: Recipe) -> Examples:
     labels = np.ascontiguousarray(table["label"].to_numpy(), dtype=np.int64)
-    if tokenizer is None:
-        column = table["image"].combine_chunks()
-        if isinstance(column, pa.ChunkedArray):
-            shape = (0, *column.type.shape)
-            return Examples.of({PIXELS: np.zeros(shape, np.float32)}, labels)
-        return Examples.of({PIXELS: column.to_numpy_ndarray()}, labels)
+    if matched.tokenizer is None:
+        return Examples.of({PIXELS: prepared_images(table, matched.pixels)}, labels)
     texts = table["text"].to_pylist()
     if not texts:
         return Examples.of({"input_ids": np.zeros((0, 1), np.int32)}, labels)
+    config = matched.config
     if recipe.model.task == LANGUAGE_TASK:
-        tokens = tokenize_whole(tokenizer, texts, recipe.data.max_length)
+        tokens = tokenize_whole(matched.tokenizer, texts, recipe.data.max_length)
         if tokens["attention_mask"][:, 1:].sum() == 0:
             raise DataError(f"data.source {recipe.data.source!r}: need texts of two tokens or more")
     else:
-        tokens = tokenize(tokenizer, texts, recipe.data.max_length)
-    return Examples.of(tokens, labels)
+        tokens = tokenize(matched.tokenizer, texts, recipe.data.max_length)
+    language = recipe.model.task == LANGUAGE_TASK
+    tokens = pad_with(tokens, None if language else config.get_text_config().pad_token_id)
+    return Examples.of(known_inputs(matched.net, config, tokens), labels)
 
 
 def _by_length(examples: Examples) -> Examples:

@@ -418,14 +418,21 @@ def test_the_plan_shows_every_round_and_the_bill_without_ray(recipe: Path, elsew
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    """A recipe in which client 1 has a word that is not in its model's vocabulary."""
-    vocabulary = {"[PAD]": 0, "[UNK]": 1, "why": 2, "how": 3}
+    """A recipe in which BART rejects client 1: some of its texts end twice, the others once."""
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, "</s>": 2, "why": 3, "how": 4}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="</s>"
+    )
     fast.save_pretrained(str(tmp_path / "tokenizer"))
+    ends = {
+        (client, i): "</s></s>" if client and i % 2 else "</s>"
+        for client in range(2)
+        for i in range(10)
+    }
     rows = [
-        {"text": "how why" if client else "why why", "label": f"kind {i % 2}", "who": f"{client}"}
+        {"text": f"how why {ends[client, i]}", "label": f"kind {i % 2}", "who": f"{client}"}
         for client in range(2)
         for i in range(10)
     ]
@@ -441,14 +448,15 @@ data:
 model:
   task: text-classification
   tokenizer: {tmp_path / "tokenizer"}
-  config: {{architecture: bert, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2,
-    intermediate_size: 24, max_position_embeddings: 4, vocab_size: 3}}
+  config: {{architecture: bart, d_model: 16, encoder_layers: 1, decoder_layers: 1,
+    encoder_attention_heads: 2, decoder_attention_heads: 2, encoder_ffn_dim: 24,
+    decoder_ffn_dim: 24, max_position_embeddings: 16}}
 annealing:
   initiating: {{rounds: 0}}
   heating: {{rounds: 2, rank: 2}}
   cooling: {{rounds: 0, rank: 1}}
   holding: {{rounds: 0}}
-clients: {{per_round: 2, local_steps: 1, batch_size: 4}}
+clients: {{per_round: 2, local_steps: 1, batch_size: 8}}
 runtime: {{executor: local, device: cpu}}
 """
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from rayfed_lora.models import sources
+from rayfed_lora.models import loading, sources
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.shapes import adapted_modules
 from rayfed_lora.recipe import Adapter, Model
@@ -53,7 +53,7 @@ IMAGES = torch.from_numpy(np.random.default_rng(7).normal(size=(5, 1, 8, 8)).ast
 
 def built(model: Model) -> tuple[nn.Module, Any]:
     config = sources.configuration(model, {})
-    return sources.build(model, config, seed=4), config
+    return loading.build(model, config, seed=4), config
 
 
 def shared(net: nn.Module) -> dict[str, np.ndarray]:
