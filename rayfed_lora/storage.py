@@ -174,10 +174,15 @@ class RunFolder:
         made = [folder for folder in above if not folder.exists()]
         there = self.exists("")
         try:
-            self.write(probe, b"")
+            try:
+                self.write(probe, b"")
+            except RunError:
+                # Another command has ended its probe, and removed the folder that both had made.
+                self.write(probe, b"")
             self.remove(probe)
             for folder in made:
-                folder.rmdir()
+                with _where_shared():
+                    folder.rmdir()
             if not there and not self.names():
                 # An object store has got a mark of an empty folder.
                 self.remove("")
@@ -306,6 +311,16 @@ def _sync_folder(path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def _where_shared() -> Iterator[None]:
+    """Pass over a folder that another process uses, or has removed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT}:
+            raise
 
 
 @contextmanager

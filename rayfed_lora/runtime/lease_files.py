@@ -26,6 +26,7 @@ _NAME = re.compile(r"\.owner-(\d+)\.json")
 _GONE = {errno.ENOENT, errno.ESTALE}
 # How long a file is left alone before it is read back, where nothing better can be had.
 _SETTLE_S = 2.0
+_TRIES = 10
 NO_BOTO3 = (
     "boto3 is not installed (pip install 'rayfed-lora[aws]'): two runs that are started into one"
     " s3:// folder in the same moment may not notice each other"
@@ -129,9 +130,8 @@ class MountedFiles:
         if not self._made:
             above = [self._folder, *self._folder.parents]
             self._made = [path for path in above if not path.exists()]
-        self._folder.mkdir(parents=True, exist_ok=True)
         try:
-            handle = os.open(self._path(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            handle = self._created(number)
         except FileExistsError:
             return False
         try:
@@ -139,6 +139,16 @@ class MountedFiles:
         finally:
             os.close(handle)
         return True
+
+    def _created(self, number: int) -> int:
+        path = self._path(number)
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        for _ in range(_TRIES):
+            # Another process may remove the empty folder in between.
+            with suppress(FileNotFoundError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                return os.open(path, flags, 0o644)
+        return os.open(path, flags, 0o644)
 
     def rewrite(self, number: int, old: bytes, new: bytes) -> bool:
         """Replace `old` by `new` in place: a file that another process removed stays away."""

@@ -56,12 +56,20 @@ def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
         BadInputError: what the recipe wants to tell of the run is not installed.
     """
     check_tracking(recipe)
-    check_content(folder, recipe, resume)
+    check_content(folder, recipe, resume, owner_of(folder))
     folder.check_writable()
 
 
-def check_content(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
+def check_content(
+    folder: RunFolder, recipe: Recipe, resume: bool, owner: str | None = None
+) -> None:
     """Check that a run fits what the folder holds; write nothing.
+
+    Args:
+        folder: the run folder.
+        recipe: of the run.
+        resume: go on with a run that is there.
+        owner: the other process that owns the folder, for people.
 
     Raises:
         RunFolderError: it holds a run and `resume` is false, or another run, or other files.
@@ -75,7 +83,6 @@ def check_content(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
                 f" {', '.join(changed)}"
             )
     elif folder.exists("recipe.yaml"):
-        owner = owner_of(folder)
         raise RunFolderError(
             f"run folder {folder.location} holds a run already; go on with it by --resume,"
             " or choose another --out"
