@@ -164,7 +164,7 @@ def test_after_a_kill_of_the_command_alone_a_resumed_run_waits_for_its_driver_an
             for member in filter(lives, family):
                 member.kill()
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 120
     assert_whole(out, undisturbed)
 
 
