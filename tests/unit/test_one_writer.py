@@ -150,7 +150,7 @@ def test_a_resumed_run_takes_the_folder_of_a_silent_machine_and_says_that_it_wai
     with pytest.raises(ValueError, match="enough"):
         rayfed_lora.run(make_recipe(), out, factory=SLOW, watch=stop)
     elsewhere = Process("far-away", "another boot", 4711, 17)
-    record = ownership._Record("token", "its run", elsewhere, None, "2026-01-01 10:00:00")
+    record = ownership.Record("token", "its run", elsewhere, None, "2026-01-01 10:00:00")
     assert ownership.lease_files(RunFolder(out)).create(1, record.content())
     with pytest.raises(RunFolderError, match="owned by process 4711 on host far-away"):
         run(out)

@@ -20,7 +20,8 @@ import pytest
 
 from rayfed_lora.errors import InterruptedRunError, RunError, RunFolderError
 from rayfed_lora.runtime import lease_files, ownership
-from rayfed_lora.runtime.lease_files import MountedFiles, PlainFiles, S3Files
+from rayfed_lora.runtime.lease_files import MountedFiles, PlainFiles
+from rayfed_lora.runtime.lease_files_s3 import S3Files, s3_client
 from rayfed_lora.runtime.ownership import Lease, Pace, Ticket, owned, owner_of, take
 from rayfed_lora.runtime.processes import Process, is_alive, this_process
 from rayfed_lora.storage import RunFolder
@@ -52,7 +53,7 @@ def written(
     folder: RunFolder, owner: Process, number: int = 1, starter: Process | None = None
 ) -> bytes:
     """Write the lease of another process, which nobody renews."""
-    record = ownership._Record("a token", "a run", owner, starter, "2026-01-01 10:00:00")
+    record = ownership.Record("a token", "a run", owner, starter, "2026-01-01 10:00:00")
     assert ownership.lease_files(folder).create(number, record.content())
     return record.content()
 
@@ -218,7 +219,7 @@ def test_a_killed_commands_driver_is_waited_for_as_long_as_it_lives(here, leases
         now, counter = content, 0
         while not gone.wait(0.05):
             counter += 1
-            new = replace(ownership._Record.read(now), counter=counter).content()
+            new = replace(ownership.Record.read(now), counter=counter).content()
             if not files.rewrite(1, now, new):
                 return
             now = new
@@ -296,8 +297,8 @@ def test_an_owner_whose_starter_is_gone_writes_no_more(here):
 
 def test_an_owner_that_was_asleep_goes_on_where_nobody_took_the_folder(here, leases, monkeypatch):
     leases.append(take(here, pace=Pace(0.5, 20.0)))
-    now = ownership._seconds
-    monkeypatch.setattr(ownership, "_seconds", lambda: now() + 3600.0)
+    now = ownership.seconds
+    monkeypatch.setattr(ownership, "seconds", lambda: now() + 3600.0)
     leases[0].check()
     assert not leases[0].lost
 
@@ -399,7 +400,7 @@ def test_a_client_of_an_anonymous_filesystem_is_anonymous_and_asks_the_same_endp
     asked = fs.S3FileSystem(
         anonymous=True, endpoint_override="127.0.0.1:9", scheme="http", region="eu-west-1"
     )
-    client = lease_files.s3_client(asked)
+    client = s3_client(asked)
     assert client.meta.config.signature_version is UNSIGNED
     assert client.meta.endpoint_url == "http://127.0.0.1:9"
     assert client.meta.region_name == "eu-west-1"
