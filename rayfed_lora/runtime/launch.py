@@ -395,8 +395,9 @@ def ended_with_us(server: Any, result: Any) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if isinstance(error, Exception):
-            server.stop.remote()
+        if isinstance(error, Exception) and not ray.wait([result], timeout=0)[0]:
+            # Waited for: Ray complains of calls that are under way when an actor is killed.
+            ray.wait([server.stop.remote()], timeout=_ANSWER_S)
             ray.wait([result], timeout=_SAVE_S)
         ray.kill(server)
         raise
