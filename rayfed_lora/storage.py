@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -56,6 +57,18 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise RunFolderError(f"run folder {self.location}: {error}") from error
         self._root = PurePosixPath(root)
+        self._check: Callable[[], None] = _unguarded
+
+    def guarded(self, check: Callable[[], None]) -> RunFolder:
+        """Return the same folder, which calls `check` before each change; what it raises ends it.
+
+        Args:
+            check: called when a file is complete and about to be seen under its name, and before
+                one is removed.
+        """
+        other = copy(self)
+        other._check = check
+        return other
 
     @property
     def place(self) -> tuple[fs.FileSystem, str]:
@@ -92,6 +105,7 @@ class RunFolder:
         try:
             with self._uploaded(target) if self.local is None else _durable(Path(target)) as file:
                 yield file
+                self._check()
         except OSError as error:
             raise RunError(f"cannot write {target}: {error.strerror or error}") from error
 
@@ -142,6 +156,7 @@ class RunFolder:
 
     def remove(self, name: str) -> None:
         """Remove a file or a folder with all in it, if it is there."""
+        self._check()
         info = self._info(name)
         if info.type == fs.FileType.Directory:
             self._asked(lambda: self._fs.delete_dir(info.path))
@@ -159,10 +174,15 @@ class RunFolder:
         made = [folder for folder in above if not folder.exists()]
         there = self.exists("")
         try:
-            self.write(probe, b"")
+            try:
+                self.write(probe, b"")
+            except RunError:
+                # Another command has ended its probe, and removed the folder that both had made.
+                self.write(probe, b"")
             self.remove(probe)
             for folder in made:
-                folder.rmdir()
+                with _where_shared():
+                    folder.rmdir()
             if not there and not self.names():
                 # An object store has got a mark of an empty folder.
                 self.remove("")
@@ -195,6 +215,10 @@ class RunFolder:
     @property
     def _hint(self) -> str:
         return f" ({_S3_HINT})" if isinstance(self._fs, fs.S3FileSystem) else ""
+
+
+def _unguarded() -> None:
+    """Check nothing: the folder of a reader."""
 
 
 def refuse_secrets(location: str) -> None:
@@ -287,6 +311,16 @@ def _sync_folder(path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def _where_shared() -> Iterator[None]:
+    """Pass over a folder that another process uses, or has removed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT}:
+            raise
 
 
 @contextmanager

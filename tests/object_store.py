@@ -36,6 +36,7 @@ class ObjectStore:
     port: int = 0
     requests: list[Request] = field(default_factory=list)
     _refuse: Callable[[str, str], bool] = lambda method, url: False
+    _conditional: Any = field(default_factory=threading.Lock)
 
     def application(self, inner: Any) -> Any:
         """Return a WSGI application that answers 403 where a request is to fail."""
@@ -46,6 +47,10 @@ class ObjectStore:
             if self._refuse(*request):
                 start("403 Forbidden", [("Content-Length", "0")])
                 return []
+            if {"HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"} & environ.keys():
+                # moto looks and writes in two steps.
+                with self._conditional:
+                    return inner(environ, start)
             return inner(environ, start)
 
         return answer

@@ -130,6 +130,12 @@ class JobView:
         return self.state in ENDED
 
     @property
+    def run_finished(self) -> bool:
+        """Whether its run is known to have finished, whatever became of its command."""
+        finished = self.progress is not None and self.progress.phase == "done"
+        return finished or self.state == "succeeded"
+
+    @property
     def standing(self) -> str:
         """Where its run stands, in one line."""
         if self.progress is None:
@@ -157,9 +163,14 @@ def show_submitted(console: Console, job: str, location: str, notes: Sequence[st
 
 def show_stopped(console: Console, job: JobView) -> None:
     """Print how a job ended that was told to stop, and how to go on with it."""
-    if job.state == "succeeded":
+    if job.run_finished:
         text = f"job {job.id} had finished; run folder: {job.location}"
-    elif job.progress is None or job.progress.rounds_done == 0:
+    elif job.progress is None:
+        text = (
+            f"job {job.id} {job.state}; it had not told how far its run was; run folder:"
+            f" {job.location or 'not known'}"
+        )
+    elif job.progress.rounds_done == 0:
         text = f"job {job.id} {job.state} before its first round was done"
     else:
         text = (

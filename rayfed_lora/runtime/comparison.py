@@ -27,7 +27,8 @@ from rayfed_lora.runtime import launch
 from rayfed_lora.runtime.factory import Factory, TorchFactory, in_process
 from rayfed_lora.runtime.local import LocalExecutor
 from rayfed_lora.runtime.location import run_location, with_absolute_paths
-from rayfed_lora.runtime.session import claim, finished, simulate
+from rayfed_lora.runtime.ownership import Ticket, owned
+from rayfed_lora.runtime.session import claim, finished, say, simulate
 from rayfed_lora.storage import RunFolder
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Queue:
         cells: Sequence[Cell],
         make: MakeExecutor,
         metrics: Callable[[Cell, Any], Tracker | None] = lambda cell, executor: None,
+        ticket: Ticket | None = None,
     ) -> None:
         """Keep the work.
 
@@ -60,10 +62,12 @@ class Queue:
             cells: what to run.
             make: makes each run's executor.
             metrics: makes what follows a run on that executor.
+            ticket: of the process that has claimed the comparison.
         """
         self._cells = tuple(cells)
         self._make = make
         self._metrics = metrics
+        self._ticket = ticket
         self._stop = threading.Event()
         self._ended: tuple[Ended, ...] = ()
         self._running: tuple[Cell, StatusBoard] | None = None
@@ -105,6 +109,7 @@ class Queue:
                 resume=True,
                 name=_name(cell),
                 metrics=self._metrics(cell, executor),
+                ticket=self._ticket,
             )
         except InterruptedRunError:
             raise InterruptedRunError(self._stopped()) from None
@@ -135,16 +140,19 @@ class Queue:
 class ComparisonServer:
     """A driver actor that runs a comparison on one crew of client actors."""
 
-    def __init__(self, cells: Sequence[Cell], factory: Factory) -> None:
+    def __init__(
+        self, cells: Sequence[Cell], factory: Factory, ticket: Ticket | None = None
+    ) -> None:
         """Keep the cells.
 
         Args:
             cells: what to run.
             factory: makes workloads and trainers inside the workers.
+            ticket: of the process that has claimed the comparison.
         """
         self._factory = factory
         self._crew: Crew | None = None
-        self._queue = Queue(cells, self._executor, _metrics)
+        self._queue = Queue(cells, self._executor, _metrics, ticket)
 
     def __repr__(self) -> str:
         return "server of a comparison"
@@ -288,15 +296,17 @@ def compare(  # noqa: PLR0913 - a user names them
     for cell in cells:
         claim(RunFolder(cell.location), cell.recipe, resume=True)
     factory, watch = factory or TorchFactory(), watch or (lambda standing: None)
-    todo = [cell for cell in cells if finished(RunFolder(cell.location)) is None]
-    failed: dict[str, str] = {}
-    if todo:
-        run = _run_here if todo[0].recipe.runtime.executor == "local" else _run_on_ray
-        ended = run(todo, factory, watch, address)
-        failed = {each.cell.location: each.error for each in ended if each.error is not None}
-    comparison = Comparison.of(cells, failed, target)
-    comparison.write(folder)
-    return comparison
+    # One command at a time: another one would write the same tables.
+    with owned(folder, Ticket.of_this_process(), wait=True, tell=say) as (folder, lease):
+        todo = [cell for cell in cells if finished(RunFolder(cell.location)) is None]
+        failed: dict[str, str] = {}
+        if todo:
+            run = _run_here if todo[0].recipe.runtime.executor == "local" else _run_on_ray
+            ended = run(todo, factory, watch, address, lease.ticket)
+            failed = {each.cell.location: each.error for each in ended if each.error is not None}
+        comparison = Comparison.of(cells, failed, target)
+        comparison.write(folder)
+        return comparison
 
 
 def _run_here(
@@ -304,6 +314,7 @@ def _run_here(
     factory: Factory,
     watch: Callable[[Standing], None],
     address: str | None,
+    ticket: Ticket,
 ) -> tuple[Ended, ...]:
     del address
 
@@ -312,7 +323,7 @@ def _run_here(
         rule = recipe.aggregation.rule
         return LocalExecutor(rule, lambda: in_process(recipe, factory, device))
 
-    queue = Queue(cells, executor)
+    queue = Queue(cells, executor, ticket=ticket)
     with launch.interruptible(queue.stop):
         return queue.run(watch)
 
@@ -322,6 +333,7 @@ def _run_on_ray(
     factory: Factory,
     watch: Callable[[Standing], None],
     address: str | None,
+    ticket: Ticket,
 ) -> tuple[Ended, ...]:
     with launch.ray_session(address):
         # Not before: Ray reads its settings when it is imported.
@@ -332,10 +344,10 @@ def _run_on_ray(
             "max_concurrency": 2,
             "scheduling_strategy": launch.on_this_node(),
         }
-        server = ray.remote(ComparisonServer).options(**options).remote(cells, factory)
+        server = ray.remote(ComparisonServer).options(**options).remote(cells, factory, ticket)
         result = server.run.remote()
         stop, told = threading.Event(), False
-        with launch.interruptible(stop.set):
+        with launch.ended_with_us(server, result), launch.interruptible(stop.set):
             while True:
                 ready, _ = ray.wait([result], timeout=_POLL_S)
                 if stop.is_set() and not told:

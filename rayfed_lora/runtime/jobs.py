@@ -229,7 +229,7 @@ class Jobs:
         view = self.status(job)
         if not view.ended:
             raise BadInputError(f"job {job} is still {view.state}: there is nothing to go on with")
-        if view.state == "succeeded":
+        if view.run_finished:
             raise BadInputError(f"job {job} is done; its run folder: {view.location}")
         if view.recipe_yaml is None or view.location is None:
             raise BadInputError(

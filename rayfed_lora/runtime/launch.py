@@ -26,8 +26,9 @@ from rayfed_lora.runtime import job_progress
 from rayfed_lora.runtime.factory import Factory, TorchFactory, in_process
 from rayfed_lora.runtime.local import LocalExecutor
 from rayfed_lora.runtime.location import run_location, with_absolute_paths
+from rayfed_lora.runtime.ownership import Lease, Ticket
 from rayfed_lora.runtime.ports import unreachable_cluster
-from rayfed_lora.runtime.session import claim, finished, simulate
+from rayfed_lora.runtime.session import claim, claimed, finished, simulate
 from rayfed_lora.storage import RunFolder
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ NAMESPACE = "rayfed_lora"
 # Each poll is work for server and driver, on cores that clients need.
 _POLL_S = 0.5
 _ANSWER_S = 30.0
+# How long a run that is stopped may take to save its rounds.
+_SAVE_S = 120.0
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 # Set before a Ray of our own starts; a value that the user has set stays.
 _OWN_RAY = {
@@ -128,13 +131,28 @@ def run(
         return Result(location, done)
     factory = factory or TorchFactory()
     watch = watch or (lambda status: None)
-    if recipe.runtime.executor == "local":
-        return Result(location, _run_here(recipe, folder, resume, watch, factory))
+    with claimed(folder, recipe, resume) as lease:
+        if recipe.runtime.executor == "local":
+            summary = _run_here(recipe, folder, resume, watch, factory, lease.ticket)
+        else:
+            summary = _run_on_ray(recipe, folder, resume, watch, factory, lease.ticket, address)
+        return Result(location, summary)
+
+
+def _run_on_ray(
+    recipe: Recipe,
+    folder: RunFolder,
+    resume: bool,
+    watch: Callable[[Status], None],
+    factory: Factory,
+    ticket: Ticket,
+    address: str | None,
+) -> dict[str, Any]:
     with ray_session(address):
-        server, _ = _start_server(recipe, folder, resume, factory, lifetime=None)
-        seen = location if folder.local is None else str(folder.local)
+        server, _ = _start_server(recipe, folder, resume, factory, None, ticket)
+        seen = folder.location if folder.local is None else str(folder.local)
         with job_progress.told(recipe, seen, watch) as tell:
-            return Result(location, _follow(server, tell))
+            return _follow(server, tell)
 
 
 def start(
@@ -160,13 +178,27 @@ def start(
     location = run_location(out or recipe.storage.path, recipe.name)
     folder = RunFolder(location)
     claim(folder, recipe, resume)
+
+    with claimed(folder, recipe, resume) as lease, ray_session(address):
+        ticket = lease.ticket.detached()
+        server, name = _start_server(recipe, folder, resume, TorchFactory(), "detached", ticket)
+        _wait_for_handover(server, lease)
+        return Started(location, name)
+
+
+def _wait_for_handover(server: Any, lease: Lease) -> None:
+    """Wait until a detached server owns its run folder: from then on it runs without us."""
     import ray
 
-    with ray_session(address):
-        server, name = _start_server(recipe, folder, resume, TorchFactory(), lifetime="detached")
-        # Once it answers, it runs without this process.
-        ray.get(server.status.remote())
-        return Started(location, name)
+    deadline = time.monotonic() + _ANSWER_S
+    while not ray.get(server.status.remote()).over:
+        if lease.handed_over():
+            return
+        if time.monotonic() > deadline:
+            # The server takes the folder by its ticket whenever it comes to it.
+            lease.keep()
+            return
+        time.sleep(_POLL_S)
 
 
 def _run_here(
@@ -175,13 +207,14 @@ def _run_here(
     resume: bool,
     watch: Callable[[Status], None],
     factory: Factory,
+    ticket: Ticket,
 ) -> dict[str, Any]:
     device = local_device(recipe)
     executor = LocalExecutor(recipe.aggregation.rule, lambda: in_process(recipe, factory, device))
     board = StatusBoard(recipe.annealing.total_rounds, watch)
     stop = threading.Event()
     with interruptible(stop.set):
-        return simulate(recipe, executor, folder, board, stop.is_set, resume=resume)
+        return simulate(recipe, executor, folder, board, stop.is_set, resume=resume, ticket=ticket)
 
 
 def local_device(recipe: Recipe) -> str:
@@ -259,7 +292,12 @@ def ray_session(address: str | None) -> Iterator[None]:
 
 
 def _start_server(
-    recipe: Recipe, folder: RunFolder, resume: bool, factory: Factory, lifetime: str | None
+    recipe: Recipe,
+    folder: RunFolder,
+    resume: bool,
+    factory: Factory,
+    lifetime: str | None,
+    ticket: Ticket | None = None,
 ) -> tuple[Any, str]:
     import ray
 
@@ -280,7 +318,8 @@ def _start_server(
     _make_way(name)
     try:
         server = ray.remote(SimulationServer).options(**options)
-        return server.remote(recipe, location, resume, factory, lifetime == "detached"), name
+        detached = lifetime == "detached"
+        return server.remote(recipe, location, resume, factory, detached, ticket), name
     except ValueError as error:
         raise BadInputError(
             f"a run into {location} is going on in this cluster: {error}"
@@ -320,7 +359,7 @@ def _follow(server: Any, watch: Callable[[Status], None]) -> dict[str, Any]:
     result = server.run.remote()
     records, notes, board = 0, 0, ""
     stop, told = threading.Event(), False
-    with interruptible(stop.set):
+    with ended_with_us(server, result), interruptible(stop.set):
         while True:
             ready, _ = ray.wait([result], timeout=_POLL_S)
             if stop.is_set() and not told:
@@ -338,6 +377,30 @@ def _follow(server: Any, watch: Callable[[Status], None]) -> dict[str, Any]:
                 if ready:
                     summary: dict[str, Any] = ray.get(result)
                     return summary
+
+
+@contextmanager
+def ended_with_us(server: Any, result: Any) -> Iterator[None]:
+    """End a run and its driver actor where following it fails: Ray itself may go on.
+
+    Args:
+        server: actor handle, with a method `stop`.
+        result: of its method `run`.
+
+    An error, such as one of the user's `watch`, lets the run save its rounds first; a second signal
+    does not.
+    """
+    import ray
+
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) and not ray.wait([result], timeout=0)[0]:
+            # Waited for: Ray complains of calls that are under way when an actor is killed.
+            ray.wait([server.stop.remote()], timeout=_ANSWER_S)
+            ray.wait([result], timeout=_SAVE_S)
+        ray.kill(server)
+        raise
 
 
 @contextmanager

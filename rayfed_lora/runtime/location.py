@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from uuid import uuid4
 
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.recipe import Recipe
@@ -17,15 +18,15 @@ JOB_RUNS = "~/rayfed-lora-runs"
 def run_location(given: str | None, name: str) -> str:
     """Return where something is kept: what is given, or a new folder.
 
-    The new one is named after `name` and the time, under `runs/`, or in a Ray job under
-    `JOB_RUNS`. `~` is the home folder.
+    The new one is named after `name`, the time and a random number, under `runs/`, or in a Ray job
+    under `JOB_RUNS`. `~` is the home folder.
 
     Raises:
         BadInputError: a relative path in a Ray job.
     """
     in_job = job_progress.job_id() is not None
-    new = f"{JOB_RUNS if in_job else 'runs'}/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    location = os.path.expanduser(given or new)
+    unique = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid4().hex[:6]}"
+    location = os.path.expanduser(given or f"{JOB_RUNS if in_job else 'runs'}/{unique}")
     if in_job:
         refuse_relative(location)
     return location

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -34,6 +36,7 @@ from rayfed_lora.reporting.summary import client_summary, summary
 from rayfed_lora.reporting.tables import PARTITION_FILE, Tables, write_partition
 from rayfed_lora.reporting.trackers import trackers
 from rayfed_lora.reporting.tracking import Outcome, Tracker, Tracking, check_tracking
+from rayfed_lora.runtime.ownership import Lease, Ticket, owner_of, take
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import ClientRecord, ClientTest, ClientUpdate, RoundPlan, RoundRecord
 
@@ -53,6 +56,24 @@ def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
         BadInputError: what the recipe wants to tell of the run is not installed.
     """
     check_tracking(recipe)
+    check_content(folder, recipe, resume, owner_of(folder))
+    folder.check_writable()
+
+
+def check_content(
+    folder: RunFolder, recipe: Recipe, resume: bool, owner: str | None = None
+) -> None:
+    """Check that a run fits what the folder holds; write nothing.
+
+    Args:
+        folder: the run folder.
+        recipe: of the run.
+        resume: go on with a run that is there.
+        owner: the other process that owns the folder, for people.
+
+    Raises:
+        RunFolderError: it holds a run and `resume` is false, or another run, or other files.
+    """
     kept = kept_recipe(folder) if resume else None
     if kept is not None:
         changed = differences(kept, recipe)
@@ -65,10 +86,33 @@ def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
         raise RunFolderError(
             f"run folder {folder.location} holds a run already; go on with it by --resume,"
             " or choose another --out"
+            if owner is None
+            else f"run folder {folder.location} holds a run, owned by {owner}: choose another --out"
         )
     else:
         check_unused(folder)
-    folder.check_writable()
+
+
+@contextmanager
+def claimed(folder: RunFolder, recipe: Recipe, resume: bool) -> Iterator[Lease]:
+    """Own a folder that was checked by `claim`, from before the run starts; check it once more.
+
+    The process that runs takes the folder over by the lease's ticket.
+
+    Raises:
+        RunFolderError: another process owns the folder, or has used it since.
+    """
+    lease = take(folder, Ticket.of_this_process(), wait=resume, tell=say)
+    try:
+        check_content(folder, recipe, resume)
+        yield lease
+    finally:
+        lease.release()
+
+
+def say(text: str) -> None:
+    """Tell the user a line before there is a status to tell it."""
+    print(f"rayfed-lora: {text}", file=sys.stderr, flush=True)
 
 
 def check_unused(folder: RunFolder) -> None:
@@ -147,6 +191,7 @@ def simulate(  # noqa: PLR0913 - the callers name them
     resume: bool,
     name: str | None = None,
     metrics: Tracker | None = None,
+    ticket: Ticket | None = None,
 ) -> dict[str, Any]:
     """Run a recipe to its end, or go on with it, and return its summary.
 
@@ -157,7 +202,15 @@ def simulate(  # noqa: PLR0913 - the callers name them
         RayfedError: whatever else ends a run; the last checkpoint is kept.
     """
     rounds = sitting(
-        recipe, executor, folder, board, should_stop, resume=resume, name=name, metrics=metrics
+        recipe,
+        executor,
+        folder,
+        board,
+        should_stop,
+        resume=resume,
+        name=name,
+        metrics=metrics,
+        ticket=ticket,
     )
     while True:
         try:
@@ -178,6 +231,7 @@ def sitting(  # noqa: PLR0913 - the callers name them
     page: bool = True,
     name: str | None = None,
     metrics: Tracker | None = None,
+    ticket: Ticket | None = None,
 ) -> Generator[Tables, None, dict[str, Any]]:
     """Run a recipe round by round.
 
@@ -186,13 +240,14 @@ def sitting(  # noqa: PLR0913 - the callers name them
     Args:
         recipe: the run.
         executor: not yet opened; closed in the end, whatever happens.
-        folder: claimed.
+        folder: checked by `claim`; owned by this process until the run ends.
         board: told of every step.
         should_stop: once true, the round is abandoned and the run saved.
         resume: go on from the newest whole checkpoint where there is one.
         page: write report.html too.
         name: what to call the run where it is shown; None: as its folder.
         metrics: told of finished rounds, beside those that the recipe asks for.
+        ticket: of the process that has claimed the folder; None where nobody has.
 
     Yields:
         After each round the tables so far, the same object each time.
@@ -202,6 +257,7 @@ def sitting(  # noqa: PLR0913 - the callers name them
 
     Raises:
         InterruptedRunError: `should_stop` said so; the finished rounds are saved.
+        RunFolderError: another process owns the folder.
         RayfedError: whatever else ends a run; the last checkpoint is kept.
     """
     began = time.perf_counter()
@@ -210,9 +266,20 @@ def sitting(  # noqa: PLR0913 - the callers name them
         return done
     # Here too: the one who claimed the folder may be on another machine.
     check_tracking(recipe)
+    try:
+        lease = take(folder, ticket, wait=resume, tell=board.note)
+    except BaseException:
+        executor.close()
+        raise
+    folder = folder.guarded(lease.check)
     tracking = Tracking([] if metrics is None else [metrics], board.note)
     outcome: Outcome = "failed"
     try:
+        # Another process may have finished it while its lease was watched.
+        done = finished(folder) if resume else None
+        if done is not None:
+            outcome = "done"
+            return done
         population = executor.open()
         # Only now: a run that was refused leaves its folder as it was.
         if not folder.exists("recipe.yaml"):
@@ -222,17 +289,26 @@ def sitting(  # noqa: PLR0913 - the callers name them
             write_partition(folder, *population.label_counts, population.label_names)
         for tracker in trackers(recipe, folder, name or folder.name):
             tracking.add(tracker)
-        run = _Sitting(recipe, executor, folder, board, tracking, should_stop, population)
+        if lease.note is not None:
+            board.note(lease.note)
+        stops = lease.or_lost(should_stop)
+        run = _Sitting(recipe, executor, folder, board, tracking, stops, population)
         yield from run.rounds(began, resume)
         summary = run.finish(began, page)
         outcome = "done"
         return summary
     except (InterruptedRunError, GeneratorExit):
         outcome = "stopped"
+        if lease.lost:
+            # It was not the user that stopped the run.
+            lease.check()
         raise
     finally:
-        tracking.close(outcome)
-        executor.close()
+        try:
+            tracking.close(outcome)
+            executor.close()
+        finally:
+            lease.release()
 
 
 def _finite(value: Any) -> Any:

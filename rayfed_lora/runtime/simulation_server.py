@@ -18,6 +18,7 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.status import Status, StatusBoard
 from rayfed_lora.runtime.factory import Factory
 from rayfed_lora.runtime.metrics import run_metrics
+from rayfed_lora.runtime.ownership import Ticket
 from rayfed_lora.runtime.ray_executor import RayExecutor
 from rayfed_lora.runtime.session import simulate
 from rayfed_lora.storage import RunFolder
@@ -44,6 +45,7 @@ class SimulationServer:
         resume: bool,
         factory: Factory,
         detached: bool = False,
+        ticket: Ticket | None = None,
     ) -> None:
         """Keep the run.
 
@@ -54,12 +56,15 @@ class SimulationServer:
             factory: makes workload and trainers inside the workers.
             detached: start the run at once, in a thread of its own: a call of `run` would be
                 lost with the process that made it, and not be made again after a restart.
+            ticket: of the process that has claimed the folder; a restarted actor takes the folder
+                over by it, too.
         """
         self._name = f"server of {recipe.name}"
         self._recipe = recipe
         self._location = location
         self._resume = resume
         self._factory = factory
+        self._ticket = ticket
         self._stop = threading.Event()
         self._board = StatusBoard(recipe.annealing.total_rounds)
         if detached:
@@ -101,6 +106,7 @@ class SimulationServer:
             self._stop.is_set,
             resume=self._resume or again,
             metrics=run_metrics(folder.name, rounds, executor.usage),
+            ticket=self._ticket,
         )
 
     def status(self, records_seen: int = 0, notes_seen: int = 0) -> Status:

@@ -29,8 +29,9 @@ from rayfed_lora.reporting.tracking import check_tracking
 from rayfed_lora.runtime import launch
 from rayfed_lora.runtime.factory import Factory, TorchFactory
 from rayfed_lora.runtime.location import run_location, with_absolute_paths
+from rayfed_lora.runtime.ownership import Ticket, owned
 from rayfed_lora.runtime.placement import Layout, Node, layout, nodes_of
-from rayfed_lora.runtime.session import check_unused, differences
+from rayfed_lora.runtime.session import check_unused, differences, say
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.space import Space, check_objectives, load_space
 
@@ -107,11 +108,15 @@ def tune(  # noqa: PLR0913 - a user names them
     location = location if folder.local is None else str(folder.local)
     check_objectives(space, base)
     check_tracking(base)
-    max_concurrent = _claim(folder, space, base, max_concurrent, resume)
-    with launch.ray_session(address), _quiet_tune():
-        watch = watch or (lambda news: None)
-        job = _Job(space, base, location, max_concurrent, factory or TorchFactory(), watch)
-        return job.run(folder, resume)
+    limit = _claim(folder, space, base, max_concurrent, resume)
+    # One command at a time: another one would write the same state and tables.
+    with owned(folder, Ticket.of_this_process(), wait=resume, tell=say) as (folder, lease):
+        _claim(folder, space, base, max_concurrent, resume)
+        with launch.ray_session(address), _quiet_tune():
+            watch = watch or (lambda news: None)
+            factory = factory or TorchFactory()
+            job = _Job(space, base, location, lease.ticket, limit, factory, watch)
+            return job.run(folder, resume)
 
 
 def _of_trials(recipe: Recipe) -> Recipe:
@@ -193,6 +198,7 @@ class _Job:
         space: Space,
         recipe: Recipe,
         location: str,
+        ticket: Ticket,
         max_concurrent: int | None,
         factory: Factory,
         watch: Watch,
@@ -200,6 +206,7 @@ class _Job:
         self._space = space
         self._recipe = recipe
         self._location = location
+        self._ticket = ticket
         self._max_concurrent = max_concurrent
         self._factory = factory
         self._watch = watch
@@ -281,7 +288,7 @@ class _Job:
         shelf = ray.remote(Shelf).options(**options).remote()
         # Before anything starts: a fault in data or model is the user's, not a trial's.
         result(ray.get(shelf.prepared.remote(recipe, self._factory))[0])
-        shared = Shared(space, recipe, self._location, actors, shelf, self._factory)
+        shared = Shared(space, recipe, self._location, self._ticket, actors, shelf, self._factory)
         # The trial's own process computes little: it takes no share.
         group = ray_tune.PlacementGroupFactory(
             [{}, *[actors.bundle] * actors.actors], strategy="PACK"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -18,7 +18,9 @@ from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.reporting.tables import Tables, read_rounds
 from rayfed_lora.runtime.crew import Crew
 from rayfed_lora.runtime.factory import Factory
+from rayfed_lora.runtime.lease_files import is_lease_file
 from rayfed_lora.runtime.metrics import run_metrics
+from rayfed_lora.runtime.ownership import Ticket, owned
 from rayfed_lora.runtime.placement import Layout
 from rayfed_lora.runtime.ray_executor import RayExecutor
 from rayfed_lora.runtime.session import kept_recipe, sitting
@@ -36,6 +38,7 @@ class Shared:
         space: what is drawn.
         recipe: what is not.
         location: of the search.
+        ticket: of the process that has claimed the search.
         layout: client actors of a trial.
         shelf: actor handle of the `Shelf` with data and bases.
         factory: makes workloads and trainers inside the workers.
@@ -44,6 +47,7 @@ class Shared:
     space: Space
     recipe: Recipe
     location: str
+    ticket: Ticket
     layout: Layout
     shelf: Any
     factory: Factory
@@ -76,6 +80,12 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     @property
     def _folder(self) -> RunFolder:
         return RunFolder(child(self._shared.location, "trials", self.trial_id))
+
+    @property
+    def _ticket(self) -> Ticket:
+        """One for each trial: where Tune starts it again, the newest process owns its folder."""
+        shared = self._shared.ticket
+        return replace(shared, run=f"{shared.run} {self.trial_id}")
 
     def step(self) -> dict[str, Any]:
         """Run a round, or up to the first one that is tested where objectives need that."""
@@ -129,6 +139,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             page=False,
             name=name,
             metrics=run_metrics(name, self._total, executor.usage),
+            ticket=self._ticket,
         )
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -138,11 +149,13 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     def load_checkpoint(self, checkpoint_dir: str) -> None:
         """Go on with a copied run; where this trial's draw differs from it, the rest changes."""
         self._end()
-        folder, source = self._folder, RunFolder(checkpoint_dir)
-        for name in folder.names():
-            folder.remove(name)
-        copied(source, folder)
-        adopt(folder, self._shared.space, self._shared.recipe, self._draw)
+        source = RunFolder(checkpoint_dir)
+        with owned(self._folder, self._ticket, wait=True) as (folder, _):
+            for name in folder.names():
+                if not is_lease_file(name):
+                    folder.remove(name)
+            copied(source, folder)
+            adopt(folder, self._shared.space, self._shared.recipe, self._draw)
 
     def _end(self) -> None:
         if self._rounds is not None:

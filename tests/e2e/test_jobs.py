@@ -6,10 +6,13 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.e2e.processes import PROGRAM
@@ -81,6 +84,48 @@ def wait_for(there: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
+def client_actors(head: Head) -> list[psutil.Process]:
+    """Return the client actors of the head's runs."""
+    found = []
+    for each in psutil.process_iter(["cmdline"]):
+        name = " ".join(each.info["cmdline"] or ())
+        with suppress(psutil.Error):
+            if name.startswith(("ray::ClientActor", "ray::client", "ray::round", "ray::evaluate")):
+                if each.environ().get("HOME") == str(head.home):
+                    found.append(each)
+    return found
+
+
+@contextmanager
+def slowed(head: Head) -> Iterator[None]:
+    """Let the client actors of a head work a twentieth of the time: a run takes minutes.
+
+    Not stopped for good: a stopped run waits for the block that is being trained.
+    """
+    actors, done = client_actors(head), threading.Event()
+    assert actors
+
+    def each(what: str) -> None:
+        for actor in actors:
+            with suppress(psutil.NoSuchProcess):
+                getattr(actor, what)()
+
+    def slow() -> None:
+        while not done.is_set():
+            each("suspend")
+            done.wait(0.95)
+            each("resume")
+            done.wait(0.05)
+
+    thread = threading.Thread(target=slow)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("checkpoints/round-*"))
 
@@ -90,7 +135,7 @@ def sha256(folder: Path) -> str:
 
 
 def test_a_stopped_job_keeps_its_checkpoint_and_resumes_to_the_result_of_an_undisturbed_one(
-    command: Command, recipe: Path, tmp_path: Path
+    command: Command, head: Head, recipe: Path, tmp_path: Path
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     done = command("submit", recipe, "--out", whole, "--follow")
@@ -102,11 +147,15 @@ def test_a_stopped_job_keeps_its_checkpoint_and_resumes_to_the_result_of_an_undi
 
     job = job_of(command("submit", recipe, "--out", cut))
     wait_for(lambda: len(checkpoints(cut)) == 2)
-    told = command("status", job).stdout
+    # Else it might be done before it is asked and stopped.
+    with slowed(head):
+        # What it tells of itself comes every two seconds.
+        time.sleep(3.0)
+        told = command("status", job).stdout
+        stopped = command("stop", job).stdout
     assert "state       running" in told
     assert f"run folder  {cut}" in told
     assert re.search(rf"progress    round \d+/{ROUNDS} (heating|cooling) rank .*, ETA ", told)
-    stopped = command("stop", job).stdout
     assert f"of {ROUNDS} rounds done" in stopped
     assert f"its checkpoint is kept in {cut}; rayfed-lora resume {job} goes on" in stopped
     assert checkpoints(cut)

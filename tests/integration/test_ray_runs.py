@@ -804,3 +804,48 @@ def test_a_run_is_launched_watched_and_brought_home(tmp_path):
     assert again.summary == result.summary
     with pytest.raises(RunFolderError, match="holds a run already"):
         launch.run(on_ray(), str(tmp_path / "run"), factory=FakeFactory())
+
+
+def test_an_error_of_the_users_watch_ends_the_run_with_its_rounds_saved(tmp_path):
+    import ray
+
+    expected_summary(tmp_path / "local")
+    out = tmp_path / "run"
+
+    def watch(status: Status) -> None:
+        if status.rounds_done >= 2:
+            raise ZeroDivisionError("the user's")
+
+    with pytest.raises(ZeroDivisionError, match="the user's"):
+        launch.run(on_ray(), str(out), watch=watch, factory=FakeFactory(SLOW))
+    assert ray.is_initialized()
+    deadline = time.monotonic() + 30
+    while [each for each in ray.util.list_named_actors(True) if str(out) in each["name"]]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    kept = table(out, "rounds")["round"].tolist()
+    assert kept == [*range(len(kept))]
+    assert 2 <= len(kept) < 6
+    time.sleep(1.0)
+    assert table(out, "rounds")["round"].tolist() == kept
+    assert not [name for name in RunFolder(out).names() if name.startswith(".")]
+    result = launch.run(on_ray(), str(out), resume=True, factory=FakeFactory())
+    assert_same_result(dict(result.summary), out, tmp_path / "local")
+
+
+def test_a_detached_run_owns_its_folder_and_a_second_one_is_told_so(tmp_path, monkeypatch):
+    import ray
+
+    recipe, folder = on_ray(), RunFolder(tmp_path / "run")
+    with launch.claimed(folder, recipe, False) as lease:
+        ticket = lease.ticket.detached()
+        slow = FakeFactory(SLOW)
+        server, _ = launch._start_server(recipe, folder, False, slow, "detached", ticket)
+        launch._wait_for_handover(server, lease)
+    try:
+        with pytest.raises(RunFolderError, match=r"owned by process \d+ on host"):
+            launch.run(recipe, folder.location, factory=FakeFactory())
+        assert over(server).phase == "done"
+    finally:
+        ray.kill(server)
+    assert not [name for name in folder.names() if name.startswith(".")]

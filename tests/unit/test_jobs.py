@@ -247,10 +247,39 @@ def test_stop_waits_for_the_end_and_says_how_to_go_on() -> None:
 
 
 def test_a_stop_before_the_first_round_and_one_that_came_too_late_say_so() -> None:
-    early = JobView("a", "fake", "stopped", "/out")
+    early = JobView("a", "fake", "stopped", "/out", progress(rounds_done=0))
     assert shown(show_stopped, early) == "job a stopped before its first round was done\n"
     late = JobView("a", "fake", "succeeded", "/out", progress())
     assert shown(show_stopped, late) == "job a had finished; run folder: /out\n"
+
+
+@pytest.mark.parametrize("state", ["stopped", "failed"])
+def test_a_stop_of_a_job_whose_run_has_finished_says_that_and_not_that_it_can_go_on(
+    state: str,
+) -> None:
+    # Its command was still at its last lines, or at ending Ray, when the signal came.
+    done = JobView("a", "fake", state, "/out", progress(phase="done", rounds_done=30))
+    assert shown(show_stopped, done) == "job a had finished; run folder: /out\n"
+
+
+def test_a_stop_after_the_last_round_and_before_the_export_can_go_on() -> None:
+    last = JobView("a", "fake", "stopped", "/out", progress(phase="exporting", rounds_done=30))
+    assert "rayfed-lora resume a goes on" in shown(show_stopped, last)
+
+
+def test_a_stop_of_a_job_that_had_told_nothing_claims_nothing() -> None:
+    silent = JobView("a", "fake", "stopped", "/out")
+    text = shown(show_stopped, silent)
+    assert text == "job a stopped; it had not told how far its run was; run folder: /out\n"
+
+
+def test_a_stopped_job_whose_run_has_finished_is_not_gone_on_with() -> None:
+    client = FakeClient()
+    job = Jobs(client=client).submit(make_recipe(), "/out").id
+    told(client.jobs[job], phase="done", rounds_done=30)
+    client.jobs[job].status = "STOPPED"
+    with pytest.raises(BadInputError, match="is done; its run folder: /out"):
+        Jobs(client=client).resume(job)
 
 
 def test_a_job_that_does_not_end_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:

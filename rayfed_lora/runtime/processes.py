@@ -1,0 +1,85 @@
+"""Which process this is, told apart across machines, containers and reboots.
+
+Source: this project, on Linux's /proc. Elsewhere a process has no machine name, and whether it is
+alive is not known.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+_PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process, for as long as it runs.
+
+    Attributes:
+        host: name of its host, for people.
+        machine: boot and process-id namespace that `pid` counts in, "" where not known.
+        pid: process id.
+        started: its start in clock ticks after boot, 0 where not known.
+    """
+
+    host: str
+    machine: str
+    pid: int
+    started: int
+
+
+def this_process() -> Process:
+    """Return the process that calls."""
+    return _this(os.getpid())
+
+
+# By process id: a fork is another process.
+@lru_cache(maxsize=1)
+def _this(pid: int) -> Process:
+    found = _stat(pid)
+    return Process(socket.gethostname(), _machine(), pid, 0 if found is None else found[1])
+
+
+def is_alive(process: Process) -> bool | None:
+    """Return whether a process still runs; None where this machine cannot know.
+
+    A zombie, or another process with the same id, is not alive; a stopped process is.
+    """
+    if not process.machine or process.machine != _machine():
+        return None
+    found = _stat(process.pid)
+    if found is not None:
+        state, started = found
+        return state not in "ZXx" and process.started in (0, started)
+    try:
+        # /proc may hide the processes of other users.
+        os.kill(process.pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _machine() -> str:
+    try:
+        boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
+        # Containers of one host share its boot, and count processes anew.
+        return f"{boot} {os.readlink(_PROC / 'self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _stat(pid: int) -> tuple[str, int] | None:
+    """Return state and start of a process, None where /proc does not show it."""
+    try:
+        text = (_PROC / str(pid) / "stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # proc(5): the name, in brackets, may have spaces and brackets in it; then fields 3, 4, ...
+    fields = text.rpartition(")")[2].split()
+    return fields[0], int(fields[22 - 3])
