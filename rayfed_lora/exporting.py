@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from rayfed_lora.checksums import SUMMARY_FILE, listed
 from rayfed_lora.errors import BadInputError, RunFolderError
 from rayfed_lora.locations import check_name, child
 from rayfed_lora.recipe import Recipe
+from rayfed_lora.reporting.checked import CheckedFolder
 from rayfed_lora.runtime.session import finished, kept_recipe
 from rayfed_lora.storage import RunFolder
 
@@ -33,22 +35,23 @@ def export_run(location: str, to: Path, *, merge: bool) -> Iterator[str]:
     recipe = _finished_recipe(run)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise BadInputError(f"--to: expected a new or empty folder, {to} exists and is not one")
+    if listed(run) is None:
+        yield f"note: an older version wrote {location}, without checksums: nothing was checked"
     if merge:
         _write_merged(run, recipe, to)
         yield f"merged model: {to}"
         return
-    if not run.exists("adapter"):
+    if "adapter" not in _parts(run):
         raise BadInputError(
             f"{location}: this run trained the full model and has no adapter; export it by --merge"
         )
-    for part in ("adapter", "base"):
-        if run.exists(part):
-            _copy(run, part, to / part)
-            yield f"{part}: {to / part}"
+    for part in _parts(run):
+        _copy(run, part, to / part)
+        yield f"{part}: {to / part}"
 
 
 def _finished_recipe(run: RunFolder) -> Recipe:
-    if not run.exists("summary.json"):
+    if not CheckedFolder(run).exists(SUMMARY_FILE) or finished(run) is None:
         raise RunFolderError(
             f"{run.location}: expected the folder of a finished run (summary.json)"
         )
@@ -58,12 +61,19 @@ def _finished_recipe(run: RunFolder) -> Recipe:
     return recipe
 
 
+def _parts(run: RunFolder) -> list[str]:
+    """Return the sub-folders of the exported model that the run has, or should have."""
+    checked = CheckedFolder(run)
+    return [part for part in ("adapter", "base") if checked.names(part)]
+
+
 def _copy(run: RunFolder, part: str, to: Path) -> None:
-    for name in run.names(part):
+    checked = CheckedFolder(run)
+    for name in checked.names(part):
         try:
             # Names come from whoever wrote the folder.
             check_name(name)
-            content = run.read(f"{part}/{name}")
+            content = checked.read(f"{part}/{name}")
         except (OSError, ValueError) as error:
             raise RunFolderError(f"{child(run.location, part)} cannot be read: {error}") from None
         with _writing(to):
@@ -92,9 +102,8 @@ def _write_merged(run: RunFolder, recipe: Recipe, to: Path) -> None:
     from rayfed_lora.models import export, sources
 
     with TemporaryDirectory() as scratch:
-        for part in ("adapter", "base"):
-            if run.exists(part):
-                _copy(run, part, Path(scratch) / part)
+        for part in _parts(run):
+            _copy(run, part, Path(scratch) / part)
         base, adapter = Path(scratch) / "base", Path(scratch) / "adapter"
         source = str(base) if base.exists() else sources.location(recipe.model.source)
         labels = _labels(run)

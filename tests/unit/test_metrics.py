@@ -13,7 +13,6 @@ import pytest
 
 from rayfed_lora.errors import InterruptedRunError
 from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.reporting.tables import read_rounds
 from rayfed_lora.runtime import metrics
 from rayfed_lora.runtime.metrics import RunMetrics, Usage, run_metrics
 from rayfed_lora.runtime.session import simulate

@@ -11,7 +11,6 @@ import pytest
 from rayfed_lora.errors import BadInputError, InterruptedRunError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.reporting.tables import read_rounds
 from rayfed_lora.reporting.trackers import TensorBoard
 from rayfed_lora.reporting.tracking import check_tracking
 from rayfed_lora.runtime.session import claim, simulate
