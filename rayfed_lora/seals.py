@@ -138,10 +138,12 @@ def opened(
         yield file
 
 
-def check(folder: RunFolder, name: str, sha256: str | None = None) -> str | None:
-    """Return why a table is not as it was written, None where it is."""
+def check(
+    folder: RunFolder, name: str, sha256: str | None = None, *, sealed: bool = False
+) -> str | None:
+    """Return why a file is not as it was written, None where it is; arguments as for `opened`."""
     try:
-        with opened(folder, name, sha256=sha256):
+        with opened(folder, name, sha256=sha256, sealed=sealed):
             return None
     except RunFolderError as error:
         return str(error)

@@ -198,6 +198,9 @@ class Tables:
                 f" rounds 0 to {rounds - 1}, as the checkpoint has, got {len(found)} and"
                 f" {clients} rounds"
             )
+        if saved is None:
+            # From now on with checksums; the other tables have got theirs.
+            seals.write_table(self._folder, ROUNDS_FILE, self._rounds)
 
     def _first(self, rounds: int, *, sealed: bool) -> pa.Table:
         if rounds == 0:
@@ -207,6 +210,12 @@ class Tables:
             seals.opened(self._folder, ROUNDS_FILE, sealed=sealed) as file,
         ):
             table = pq.read_table(file).filter(pc.field("round") < rounds)
+            if sealed and table.num_rows < rounds:
+                raise seals.damaged(
+                    self._folder,
+                    ROUNDS_FILE,
+                    f"it has {table.num_rows} rounds, the checkpoint knows of {rounds}",
+                )
             return table.cast(self._schema)
 
 

@@ -230,9 +230,9 @@ def sitting(  # noqa: PLR0913 - the callers name them
             folder.write("recipe.yaml", seals.sealed_text(recipe_yaml(recipe)))
         checksums.withdraw(folder)
         # After it: a folder without a recipe is nobody's run.
-        if population.label_counts is not None and seals.check(folder, PARTITION_FILE) is not None:
+        if population.label_counts is not None and seals.check(folder, PARTITION_FILE, sealed=True):
             if folder.exists(PARTITION_FILE):
-                board.note(f"{PARTITION_FILE} was damaged and is written again")
+                board.note(f"{PARTITION_FILE} had no valid checksum and is written again")
             write_partition(folder, *population.label_counts, population.label_names)
         for tracker in trackers(recipe, folder, name or folder.name):
             tracking.add(tracker)
