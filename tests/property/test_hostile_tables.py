@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from rayfed_lora import checksums, seals
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.exporting import export_run
+from rayfed_lora.reporting import trackers
 from rayfed_lora.reporting.run_data import read_run
 from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.runtime.launch import Result
@@ -324,3 +325,17 @@ def test_the_tables_of_a_run_have_rows_to_lose() -> None:
         folder = unpacked(files_of(3), path)
         for name in (*TABLES, "partition.parquet"):
             assert len(pd.read_parquet(folder.local / name)) >= 3, name
+
+
+def test_a_tracked_runs_id_with_another_character_is_not_taken_for_another_run(
+    tmp_path: Path,
+) -> None:
+    folder = RunFolder(tmp_path)
+    trackers._keep(folder, "mlflow", "abc123")
+    trackers._keep(folder, "wandb", "x")
+    assert trackers._kept(folder) == {"mlflow": "abc123", "wandb": "x"}
+    folder.write("tracking.json", folder.read("tracking.json").replace(b"abc123", b"abc124"))
+    with pytest.raises(RunFolderError, match=r"tracking\.json is damaged"):
+        trackers._kept(folder)
+    folder.write("tracking.json", b'{"wandb": "of an older version"}')
+    assert trackers._kept(folder) == {"wandb": "of an older version"}
