@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,12 +41,13 @@ def export_run(location: str, to: Path, *, merge: bool) -> Iterator[str]:
         _write_merged(run, recipe, to)
         yield f"merged model: {to}"
         return
-    if "adapter" not in _parts(run):
+    contents = _contents(run)
+    if "adapter" not in contents:
         raise BadInputError(
             f"{location}: this run trained the full model and has no adapter; export it by --merge"
         )
-    for part in _parts(run):
-        _copy(run, part, to / part)
+    for part, files in contents.items():
+        _write(files, to / part)
         yield f"{part}: {to / part}"
 
 
@@ -61,23 +62,27 @@ def _finished_recipe(run: RunFolder) -> Recipe:
     return recipe
 
 
-def _parts(run: RunFolder) -> list[str]:
-    """Return the sub-folders of the exported model that the run has, or should have."""
+def _contents(run: RunFolder) -> dict[str, dict[str, bytes]]:
+    """Return the exported model by sub-folder and name, all of it checked before any is written."""
     checked = CheckedFolder(run)
-    return [part for part in ("adapter", "base") if checked.names(part)]
+    found: dict[str, dict[str, bytes]] = {}
+    for part in ("adapter", "base"):
+        for name in checked.names(part):
+            try:
+                # Names come from whoever wrote the folder.
+                check_name(name)
+                content = checked.read(f"{part}/{name}")
+            except (OSError, ValueError) as error:
+                where = child(run.location, part)
+                raise RunFolderError(f"{where} cannot be read: {error}") from None
+            found.setdefault(part, {})[name] = content
+    return found
 
 
-def _copy(run: RunFolder, part: str, to: Path) -> None:
-    checked = CheckedFolder(run)
-    for name in checked.names(part):
-        try:
-            # Names come from whoever wrote the folder.
-            check_name(name)
-            content = checked.read(f"{part}/{name}")
-        except (OSError, ValueError) as error:
-            raise RunFolderError(f"{child(run.location, part)} cannot be read: {error}") from None
-        with _writing(to):
-            to.mkdir(parents=True, exist_ok=True)
+def _write(contents: Mapping[str, bytes], to: Path) -> None:
+    with _writing(to):
+        to.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
             (to / name).write_bytes(content)
 
 
@@ -102,8 +107,8 @@ def _write_merged(run: RunFolder, recipe: Recipe, to: Path) -> None:
     from rayfed_lora.models import export, sources
 
     with TemporaryDirectory() as scratch:
-        for part in _parts(run):
-            _copy(run, part, Path(scratch) / part)
+        for part, files in _contents(run).items():
+            _write(files, Path(scratch) / part)
         base, adapter = Path(scratch) / "base", Path(scratch) / "adapter"
         source = str(base) if base.exists() else sources.location(recipe.model.source)
         labels = _labels(run)

@@ -198,6 +198,7 @@ def test_whatever_reads_a_finished_run_rejects_damage_by_the_files_name(
         for read in reading(name, folder, tmp_path / f"to-{i}"):
             with pytest.raises(RunFolderError, match=f"{name} is damaged"):
                 read()
+        assert not (tmp_path / f"to-{i}").exists()
         # `run --resume` alone can write some files again.
         if name in REMADE:
             assert complete(folder) is None
