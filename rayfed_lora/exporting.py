@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from rayfed_lora.checksums import SUMMARY_FILE, listed
 from rayfed_lora.errors import BadInputError, RunFolderError
 from rayfed_lora.locations import check_name, child
 from rayfed_lora.recipe import Recipe
+from rayfed_lora.reporting.checked import CheckedFolder
 from rayfed_lora.runtime.session import finished, kept_recipe
 from rayfed_lora.storage import RunFolder
 
@@ -33,23 +35,25 @@ def export_run(location: str, to: Path, *, merge: bool) -> Iterator[str]:
     recipe = _finished_recipe(run)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise BadInputError(f"--to: expected a new or empty folder, {to} exists and is not one")
+    if listed(run) is None:
+        yield f"note: an older version wrote {location}, without checksums: nothing was checked"
     if merge:
         _write_merged(run, recipe, to)
         yield f"merged model: {to}"
         return
-    if not run.exists("adapter"):
+    contents = _contents(run)
+    if "adapter" not in contents:
         raise BadInputError(
             f"{location}: this run has no adapter, it trained the full model or no module has"
             " factors; export it by --merge"
         )
-    for part in ("adapter", "base"):
-        if run.exists(part):
-            _copy(run, part, to / part)
-            yield f"{part}: {to / part}"
+    for part, files in contents.items():
+        _write(files, to / part)
+        yield f"{part}: {to / part}"
 
 
 def _finished_recipe(run: RunFolder) -> Recipe:
-    if not run.exists("summary.json"):
+    if not CheckedFolder(run).exists(SUMMARY_FILE) or finished(run) is None:
         raise RunFolderError(
             f"{run.location}: expected the folder of a finished run (summary.json)"
         )
@@ -59,16 +63,27 @@ def _finished_recipe(run: RunFolder) -> Recipe:
     return recipe
 
 
-def _copy(run: RunFolder, part: str, to: Path) -> None:
-    for name in run.names(part):
-        try:
-            # Names come from whoever wrote the folder.
-            check_name(name)
-            content = run.read(f"{part}/{name}")
-        except (OSError, ValueError) as error:
-            raise RunFolderError(f"{child(run.location, part)} cannot be read: {error}") from None
-        with _writing(to):
-            to.mkdir(parents=True, exist_ok=True)
+def _contents(run: RunFolder) -> dict[str, dict[str, bytes]]:
+    """Return the exported model by sub-folder and name, all of it checked before any is written."""
+    checked = CheckedFolder(run)
+    found: dict[str, dict[str, bytes]] = {}
+    for part in ("adapter", "base"):
+        for name in checked.names(part):
+            try:
+                # Names come from whoever wrote the folder.
+                check_name(name)
+                content = checked.read(f"{part}/{name}")
+            except (OSError, ValueError) as error:
+                where = child(run.location, part)
+                raise RunFolderError(f"{where} cannot be read: {error}") from None
+            found.setdefault(part, {})[name] = content
+    return found
+
+
+def _write(contents: Mapping[str, bytes], to: Path) -> None:
+    with _writing(to):
+        to.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
             (to / name).write_bytes(content)
 
 
@@ -93,9 +108,8 @@ def _write_merged(run: RunFolder, recipe: Recipe, to: Path) -> None:
     from rayfed_lora.models import export, sources
 
     with TemporaryDirectory() as scratch:
-        for part in ("adapter", "base"):
-            if run.exists(part):
-                _copy(run, part, Path(scratch) / part)
+        for part, files in _contents(run).items():
+            _write(files, Path(scratch) / part)
         base, adapter = Path(scratch) / "base", Path(scratch) / "adapter"
         source = str(base) if base.exists() else sources.location(recipe.model.source)
         labels = _labels(run)

@@ -144,6 +144,23 @@ def newest(folder: RunFolder, warn: Callable[[str], None]) -> Snapshot | None:
     return None
 
 
+def saved_rows(folder: RunFolder) -> dict[str, int]:
+    """Return the number of rows of each table that the newest whole checkpoint goes with.
+
+    Empty where there is no checkpoint, and where older versions wrote it.
+    """
+    for name in reversed(_names(folder)):
+        try:
+            path = f"{_FOLDER}/{name}"
+            manifest = json.loads(folder.read(f"{path}/manifest.json"))
+            sha256 = manifest["files"]["state.json"]
+            facts = json.loads(_checked(folder, f"{path}/state.json", sha256))
+            return {str(table): int(rows) for table, rows in facts.get("tables", {}).items()}
+        except _DAMAGE:
+            continue
+    return {}
+
+
 def _names(folder: RunFolder) -> list[str]:
     return [name for name in folder.names(_FOLDER) if name.startswith("round-")]
 

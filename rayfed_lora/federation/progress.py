@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from rayfed_lora.aggregation.server_step import Moments
 from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.transitions import Entry, GlobalModel
@@ -13,6 +15,7 @@ from rayfed_lora.types import (
     ClientRecord,
     ClientTest,
     ClientUpdate,
+    Factors,
     FloatArray,
     RoundPlan,
     RoundRecord,
@@ -90,9 +93,19 @@ def kept_moments(before: Progress, entry: Entry) -> Moments:
     old, new = before.model, entry.model
     if old.trainable != new.trainable:
         return {}
-    if new.state.factors is old.state.factors:
+    if not before.moments or _equal(new.state.factors, old.state.factors):
         return before.moments
     return {name: m for name, m in before.moments.items() if name in new.state.dense}
+
+
+def _equal(new: Mapping[str, Factors], old: Mapping[str, Factors]) -> bool:
+    """Return whether factors have the same values, whether or not they are the same objects."""
+    if new is old:
+        return True
+    return new.keys() == old.keys() and all(
+        f.scale == g.scale and np.array_equal(f.a, g.a) and np.array_equal(f.b, g.b)
+        for f, g in ((f, old[name]) for name, f in new.items())
+    )
 
 
 def personal_factors(

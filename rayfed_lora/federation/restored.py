@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 
 # Of typing only from Python 3.12 on, as pydantic needs it.
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from rayfed_lora.federation.checkpoints import Snapshot
 from rayfed_lora.federation.evaluation import Scores
@@ -42,6 +42,7 @@ class _Facts(TypedDict):
     timing: Timing
     ledger: _Ledger
     clock_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    tables: NotRequired[dict[str, _Count]]
 
 
 _FACTS: TypeAdapter[_Facts] = TypeAdapter(_Facts)

@@ -247,7 +247,8 @@ class Server:
         blocks = sampling.calls(sampling.blocks(present, size)) if present else []
         limits, personal = (None, {}) if full else (self._limits, before.personal)
         calls = [Call.of(run, limits, personal) for run in blocks]
-        training = self._executor.train(entry.model.state, entry.model.base, local, calls)
+        start = transitions.protected(entry.model.state)
+        training = self._executor.train(start, entry.model.base, local, calls)
         return _Started(before, plan, cohort, entry, frozen, turnout, clock_s, training)
 
     def _drawn(

@@ -134,6 +134,18 @@ def _resized(recipe: Recipe, shape: ModelShape, model: GlobalModel, plan: RoundP
     return Entry(GlobalModel(state, base, "adapter"), ranks, cut, params)
 
 
+def protected(state: AdapterState) -> AdapterState:
+    """Make the arrays of a global state read-only, and return the same state.
+
+    Executors keep by identity what they have sent. Code that changes a state in place would
+    otherwise train the next round from the old values on Ray and from the new ones locally.
+    """
+    arrays = [array for f in state.factors.values() for array in (f.a, f.b)]
+    for array in (*arrays, *state.dense.values()):
+        array.flags.writeable = False
+    return state
+
+
 def merged(base: Base, updates: Mapping[str, Product]) -> Base:
     """Return the base with some updates added to its modules' weights; itself without any.
 

@@ -114,16 +114,27 @@ class StackedStates:
 
 
 def together(states: Sequence[AdapterState]) -> tuple[StackedStates, list[int]] | None:
-    """Return the stack that all these states are of, and their places; None if there is none.
+    """Return the stack that holds all these states, and their places; None if there is none.
 
-    Nor is there where modules, ranks or scales differ in it.
+    None too where modules, ranks or scales differ inside the stack, and where any state is not
+    exactly one client's row, e.g. after `dataclasses.replace(state, factors=...)`.
     """
-    cuts = [state.dense for state in states if isinstance(state.dense, _Cut)]
-    if not cuts or len(cuts) < len(states) or not cuts[0].stack.alike:
+    cuts = [_whole(state) for state in states]
+    if not cuts or cuts[0] is None or not cuts[0].stack.alike:
         return None
-    if any(cut.stack is not cuts[0].stack for cut in cuts):
+    stack = cuts[0].stack
+    places = [cut.client for cut in cuts if cut is not None and cut.stack is stack]
+    return (stack, places) if len(places) == len(cuts) else None
+
+
+def _whole(state: AdapterState) -> _Cut[FloatArray] | None:
+    """Return the cut of a state whose factors and dense tensors are the same client's row."""
+    factors, dense = state.factors, state.dense
+    if not isinstance(factors, _Cut) or not isinstance(dense, _Cut):
         return None
-    return cuts[0].stack, [cut.client for cut in cuts]
+    like = dense.stack.likes[dense.client]
+    same = factors.stack is dense.stack and factors.client == dense.client
+    return dense if same and factors.of(like.factors) and dense.of(like.dense) else None
 
 
 class _Cut(Mapping[str, _T]):
@@ -138,6 +149,10 @@ class _Cut(Mapping[str, _T]):
     ) -> None:
         self.stack, self.client = stack, client
         self._like, self._cut = like, cut
+
+    def of(self, like: Mapping[str, object]) -> bool:
+        """Return whether this is the part of the client's row that `like` names."""
+        return self._like is like
 
     def __getitem__(self, name: str) -> _T:
         if name not in self._like:

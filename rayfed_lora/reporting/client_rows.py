@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rayfed_lora import seals
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.locations import child
 from rayfed_lora.storage import RunFolder
@@ -67,6 +69,11 @@ class ClientRows:
         self._schema = schema
         self._waiting: list[pa.Table] = []
         self._written = False
+        # Rows of rounds that are saved for good, and rounds and numbers of the rows after them.
+        self._settled = 0
+        # Whether the file must have a seal: an older version's has none.
+        self._sealed = True
+        self._later: list[tuple[int, int]] = []
 
     def add(self, records: Sequence[ClientRecord | ClientTest | Note]) -> None:
         """Add the rows of a round.
@@ -77,6 +84,7 @@ class ClientRows:
         names = self._schema.names
         columns = {name: [getattr(record, name) for record in records] for name in names}
         self._waiting.append(pa.Table.from_pydict(columns, schema=self._schema))
+        self._later += [(t, count) for t, count in Counter(columns["round"]).items()]
         if sum(table.num_rows for table in self._waiting) > _WAITING:
             self.save()
 
@@ -84,6 +92,12 @@ class ClientRows:
     def empty(self) -> bool:
         """Whether there are no rows, here or in the file."""
         return not self._written and not self._waiting
+
+    def rows_before(self, rounds: int) -> int:
+        """Return the number of rows of the first `rounds` rounds; never asked for fewer later."""
+        self._settled += sum(count for t, count in self._later if t < rounds)
+        self._later = [(t, count) for t, count in self._later if t >= rounds]
+        return self._settled
 
     def save(self) -> None:
         """Bring all rows into the file.
@@ -98,34 +112,47 @@ class ClientRows:
         if self._written:
             with (
                 readable(self._folder, self._name),
-                self._folder.source(self._name) as source,
+                seals.opened(self._folder, self._name, sealed=self._sealed) as source,
                 pq.ParquetFile(source) as old,
             ):
                 groups = (old.read_row_group(i) for i in range(old.num_row_groups))
                 self._write(groups, new)
         else:
             self._write(iter(()), new)
-        self._waiting, self._written = [], True
+        self._waiting, self._written, self._sealed = [], True, True
 
     def of_round(self, t: int) -> pa.Table:
         """Return the saved rows of a round."""
         if not self._written:
             return self._schema.empty_table()
-        with readable(self._folder, self._name), self._folder.source(self._name) as source:
+        with (
+            readable(self._folder, self._name),
+            seals.opened(self._folder, self._name, sealed=self._sealed) as source,
+        ):
             return pq.read_table(source, filters=pc.field("round") == t)
 
-    def restore(self, rounds: int) -> int:
+    def restore(self, rounds: int, rows: int | None = None) -> int:
         """Keep the rows of the first `rounds` rounds only; return how many rounds those are.
 
+        Args:
+            rounds: as the checkpoint has.
+            rows: how many rows of those rounds the checkpoint knows of; None: an older version
+                wrote it, and the file may have no checksum.
+
         Raises:
-            RunFolderError: the file is missing or damaged.
+            RunFolderError: the file is missing or damaged, or lacks rows.
             RunError: the folder cannot be written.
         """
         self._waiting, self._written = [], rounds > 0
+        self._settled, self._later = 0, []
         if rounds == 0:
             return 0
-        found: set[int] = set()
-        with readable(self._folder, self._name), self._folder.source(self._name) as source:
+        found: Counter[int] = Counter()
+        self._sealed = rows is not None
+        with (
+            readable(self._folder, self._name),
+            seals.opened(self._folder, self._name, sealed=self._sealed) as source,
+        ):
             old = pq.ParquetFile(source)
             if old.schema_arrow != self._schema:
                 raise ValueError(
@@ -133,7 +160,15 @@ class ClientRows:
                 )
             for i in range(old.num_row_groups):
                 found.update(old.read_row_group(i, columns=["round"])["round"].to_pylist())
-            if max(found, default=0) >= rounds:
+            self._settled = sum(count for t, count in found.items() if t < rounds)
+            if rows is not None and self._settled < rows:
+                raise seals.damaged(
+                    self._folder,
+                    self._name,
+                    f"it has {self._settled} rows of the first {rounds} rounds, the checkpoint"
+                    f" knows of {rows}",
+                )
+            if max(found, default=0) >= rounds or not seals.has_seal(source):
                 first = pc.field("round") < rounds
                 groups = (old.read_row_group(i).filter(first) for i in range(old.num_row_groups))
                 self._write(groups, self._schema.empty_table())
@@ -144,7 +179,7 @@ class ClientRows:
         rest = self._schema.empty_table()
         with (
             self._folder.opened(self._name) as sink,
-            pq.ParquetWriter(sink, self._schema) as writer,
+            seals.table_writer(sink, self._schema) as writer,
         ):
             for group in groups:
                 rest = pa.concat_tables([rest, group])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 
+from rayfed_lora import checksums, seals
 from rayfed_lora.errors import RunError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.page import REPORT_FILE
@@ -168,9 +168,9 @@ class Comparison:
         """
         for name in ("runs", "methods", "rounds"):
             table: pd.DataFrame = getattr(self, name)
-            parquet = BytesIO()
-            table.to_parquet(parquet, index=False)
-            folder.write(f"{name}.parquet", parquet.getvalue())
+            seals.write_table(
+                folder, f"{name}.parquet", pa.Table.from_pandas(table, preserve_index=False)
+            )
             # Ranks by module are for Parquet only.
             flat = table.drop(columns="ranks", errors="ignore")
             folder.write(f"{name}.csv", flat.to_csv(index=False).encode())
@@ -182,7 +182,9 @@ class Comparison:
 
 def _read(cell: Cell) -> tuple[Mapping[str, Any], pd.DataFrame]:
     folder = RunFolder(cell.location)
-    summary = json.loads(folder.read("summary.json"))
+    summary = checksums.summary(folder)
+    if summary is None:
+        raise seals.damaged(folder, checksums.SUMMARY_FILE, "it is missing")
     rounds = rounds_so_far(folder)
     rounds.insert(0, "method", cell.method)
     rounds.insert(1, "seed", cell.seed)

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -18,11 +17,14 @@ import pandas as pd
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rayfed_lora import checksums, seals
+from rayfed_lora.checksums import SUMMARY_FILE
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.locations import child
 from rayfed_lora.recipe_loading import parse_yaml
+from rayfed_lora.reporting.checked import CheckedFolder, table
 from rayfed_lora.reporting.client_rows import CLIENT_METRICS_FILE, NOTES_FILE
-from rayfed_lora.reporting.tables import PARTITION_FILE
+from rayfed_lora.reporting.tables import CLIENTS_FILE, PARTITION_FILE, ROUNDS_FILE
 from rayfed_lora.storage import RunFolder
 
 # Keys in which runs may differ and still be drawn as one.
@@ -108,10 +110,9 @@ def read_failed(locations: Sequence[str]) -> list[FailedRun]:
 
 
 def _cells(folder: RunFolder) -> pd.DataFrame:
-    with _readable(folder):
-        return pd.read_parquet(
-            BytesIO(folder.read(_COMPARISON)), columns=["method", "seed", "error"]
-        )
+    with _readable(folder), seals.opened(folder, _COMPARISON) as file:
+        found: pd.DataFrame = pq.read_table(file, columns=["method", "seed", "error"]).to_pandas()
+        return found
 
 
 @dataclass(frozen=True)
@@ -183,14 +184,18 @@ def read_run(folder: RunFolder, summary: Mapping[str, Any] | None = None) -> Run
     Raises:
         RunFolderError: it has no finished round, or is damaged.
     """
-    if not folder.exists("rounds.parquet"):
+    checked = CheckedFolder(folder)
+    if not checked.exists(ROUNDS_FILE):
         raise RunFolderError(f"{folder.location}: expected a run with a finished round")
     with _readable(folder):
-        if summary is None and folder.exists("summary.json"):
-            summary = json.loads(folder.read("summary.json"))
-        recipe = folder.read("recipe.yaml").decode()
+        if summary is None and checked.exists(SUMMARY_FILE):
+            summary = checksums.summary(folder)
+        recipe = seals.text(folder, "recipe.yaml")
         facts = parse_yaml(folder.location, recipe)
-        failed, failures = _failures(folder)
+        failed, failures = _failures(checked)
+        rounds = _with_sums(checked.table(ROUNDS_FILE).to_pandas())
+        tests = _last_tests(checked)
+        partition, notes = _table(checked, PARTITION_FILE), _table(checked, NOTES_FILE)
         return RunData(
             label=_path(folder).name,
             location=folder.location,
@@ -199,12 +204,12 @@ def read_run(folder: RunFolder, summary: Mapping[str, Any] | None = None) -> Run
             method=facts["method"],
             seed=int(facts["seed"]),
             summary=summary,
-            rounds=rounds_so_far(folder),
+            rounds=rounds,
             failures=failures,
             failed=failed,
-            tests=_last_tests(folder),
-            partition=_table(folder, PARTITION_FILE),
-            notes=_table(folder, NOTES_FILE).head(_MOST_FAILURES),
+            tests=tests,
+            partition=partition,
+            notes=_with_doubt(notes, checked.unchecked).head(_MOST_FAILURES),
         )
 
 
@@ -222,19 +227,32 @@ def _readable(folder: RunFolder) -> Iterator[None]:
         raise RunFolderError(f"{folder.location} cannot be read: {error}") from error
 
 
-def _table(folder: RunFolder, name: str) -> pd.DataFrame:
-    if not folder.exists(name):
+def _table(checked: CheckedFolder, name: str) -> pd.DataFrame:
+    if not checked.exists(name):
         return pd.DataFrame()
-    return pd.read_parquet(BytesIO(folder.read(name)))
+    found: pd.DataFrame = checked.table(name).to_pandas()
+    return found
+
+
+def _with_doubt(notes: pd.DataFrame, unchecked: Sequence[str]) -> pd.DataFrame:
+    """Return the notes of a run, the first one about tables that nothing vouches for."""
+    if not unchecked:
+        return notes
+    text = f"written by an older version, without checksums: {', '.join(sorted(set(unchecked)))}"
+    return pd.concat([pd.DataFrame({"round": [0], "text": [text]}), notes], ignore_index=True)
 
 
 def rounds_so_far(folder: RunFolder) -> pd.DataFrame:
     """Return the rows of rounds.parquet with `bytes_so_far`, up and down, and `simulated_so_far`.
 
     Raises:
-        OSError, ValueError, LookupError: it is not there, or damaged.
+        RunFolderError: it is missing or damaged.
+        ValueError, LookupError: it is no such table.
     """
-    rounds = _table(folder, "rounds.parquet")
+    return _with_sums(table(folder, ROUNDS_FILE).to_pandas())
+
+
+def _with_sums(rounds: pd.DataFrame) -> pd.DataFrame:
     rounds["bytes_so_far"] = (rounds["bytes_up"] + rounds["bytes_down"]).cumsum()
     # Runs of earlier versions have no such column.
     rounds["simulated_so_far"] = rounds.get("simulated_s", np.nan)
@@ -242,21 +260,21 @@ def rounds_so_far(folder: RunFolder) -> pd.DataFrame:
     return rounds
 
 
-def _failures(folder: RunFolder) -> tuple[int, pd.DataFrame]:
-    with folder.source("clients.parquet") as source:
+def _failures(folder: CheckedFolder) -> tuple[int, pd.DataFrame]:
+    with folder.opened(CLIENTS_FILE) as source:
         failed = pq.read_table(
             source, columns=["round", "client", "error"], filters=[("status", "==", "failed")]
         )
     return failed.num_rows, failed.slice(0, _MOST_FAILURES).to_pandas()
 
 
-def _last_tests(folder: RunFolder) -> pd.DataFrame:
+def _last_tests(folder: CheckedFolder) -> pd.DataFrame:
     """Return the tests on clients after the last tested round, and read no others."""
     if not folder.exists(CLIENT_METRICS_FILE):
         return pd.DataFrame()
-    with folder.source(CLIENT_METRICS_FILE) as source:
+    with folder.opened(CLIENT_METRICS_FILE) as source:
         last = pc.max(pq.read_table(source, columns=["round"])["round"])
-    with folder.source(CLIENT_METRICS_FILE) as source:
+        source.seek(0)
         tests: pd.DataFrame = pq.read_table(source, filters=pc.field("round") == last).to_pandas()
         return tests
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from io import BytesIO
 from typing import Any
 
 import pandas as pd
 
+from rayfed_lora import seals
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.locations import child
 from rayfed_lora.recipe_loading import parse_yaml
+from rayfed_lora.reporting.checked import table
 from rayfed_lora.reporting.curves import measure, short
 from rayfed_lora.reporting.figures import Figure, curve_figures, framed
 from rayfed_lora.reporting.page import even, page, shown
@@ -74,8 +75,8 @@ def read_search(folder: RunFolder) -> SearchData:
         RunFolderError: something is missing or damaged.
     """
     try:
-        search = parse_yaml(folder.location, folder.read(SEARCH_FILE).decode())
-        trials = pd.read_parquet(BytesIO(folder.read(TRIALS_FILE)))
+        search = parse_yaml(folder.location, seals.text(folder, SEARCH_FILE))
+        trials = table(folder, TRIALS_FILE).to_pandas()
         space, recipe = search["space"], search["recipe"]
         objectives = dict(space["objectives"])
         first, mode = next(iter(objectives.items()))

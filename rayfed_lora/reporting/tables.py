@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rayfed_lora import seals
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.reporting.client_rows import (
     CLIENT_METRICS,
@@ -25,6 +26,8 @@ from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import ClientRecord, ClientTest, Note, Proposal, RoundRecord
 
 PARTITION_FILE = "partition.parquet"
+ROUNDS_FILE = "rounds.parquet"
+CLIENTS_FILE = "clients.parquet"
 IntArray = npt.NDArray[np.int64]
 _PROPOSAL_COLUMNS = {
     "proposed_rank": ("rank", pa.int32()),
@@ -103,7 +106,7 @@ class Tables:
         self._schema = round_schema(modules)
         self._rounds = self._schema.empty_table()
         self._new_rounds: list[dict[str, Any]] = []
-        self._clients = ClientRows(folder, "clients.parquet", CLIENTS)
+        self._clients = ClientRows(folder, CLIENTS_FILE, CLIENTS)
         self._tests = ClientRows(folder, CLIENT_METRICS_FILE, CLIENT_METRICS)
         self._notes = ClientRows(folder, NOTES_FILE, NOTES)
 
@@ -153,48 +156,70 @@ class Tables:
         Raises:
             RunError: the folder cannot be written.
         """
-        with self._folder.opened("rounds.parquet") as sink:
-            pq.write_table(self.rounds, sink)
+        seals.write_table(self._folder, ROUNDS_FILE, self.rounds)
         self._clients.save()
         for rows in (self._tests, self._notes):
             if not rows.empty:
                 rows.save()
 
-    def restore(self, rounds: int) -> None:
+    def rows(self, rounds: int) -> dict[str, int]:
+        """Return the number of rows of the first `rounds` rounds, by file: what is in them now.
+
+        The checkpoint keeps it, so that files that are missing or older are known as such.
+        """
+        found = {ROUNDS_FILE: rounds, CLIENTS_FILE: self._clients.rows_before(rounds)}
+        for name, rows in self._optional():
+            if not rows.empty:
+                found[name] = rows.rows_before(rounds)
+        return found
+
+    def _optional(self) -> list[tuple[str, ClientRows]]:
+        return [(CLIENT_METRICS_FILE, self._tests), (NOTES_FILE, self._notes)]
+
+    def restore(self, rounds: int, saved: Mapping[str, int] | None = None) -> None:
         """Go back to the first `rounds` rounds; later ones will be run again.
+
+        Args:
+            rounds: as the checkpoint has.
+            saved: what `rows` was then; None: an older version's checkpoint, whose tables may have
+                no checksums.
 
         Raises:
             RunFolderError: a file is missing or damaged, or rows are.
             RunError: the folder cannot be written.
         """
-        self._rounds, self._new_rounds = self._first(rounds), []
+        self._rounds, self._new_rounds = self._first(rounds, sealed=saved is not None), []
         found = self._rounds["round"].to_pylist()
-        clients = self._clients.restore(rounds)
-        for name, rows in ((CLIENT_METRICS_FILE, self._tests), (NOTES_FILE, self._notes)):
-            if rounds == 0 or self._folder.exists(name):
-                rows.restore(rounds)
+        count = {} if saved is None else saved
+        clients = self._clients.restore(rounds, count.get(CLIENTS_FILE))
+        for name, rows in self._optional():
+            if rounds == 0 or name in count or self._folder.exists(name):
+                rows.restore(rounds, None if saved is None else count.get(name, 0))
         if found != list(range(rounds)) or clients != rounds:
             raise RunFolderError(
                 f"{self._folder.location}: expected rounds.parquet and clients.parquet to have"
                 f" rounds 0 to {rounds - 1}, as the checkpoint has, got {len(found)} and"
                 f" {clients} rounds"
             )
+        if saved is None:
+            # From now on with checksums; the other tables have got theirs.
+            seals.write_table(self._folder, ROUNDS_FILE, self._rounds)
 
-    def _first(self, rounds: int) -> pa.Table:
+    def _first(self, rounds: int, *, sealed: bool) -> pa.Table:
         if rounds == 0:
             return self._schema.empty_table()
-        with readable(self._folder, "rounds.parquet"):
-            return read_rounds(self._folder).filter(pc.field("round") < rounds).cast(self._schema)
-
-
-def read_rounds(folder: RunFolder) -> pa.Table:
-    """Return the rows of rounds.parquet.
-
-    Raises:
-        OSError: it is not there or cannot be read.
-        ValueError: it is damaged.
-    """
-    return pq.read_table(pa.BufferReader(folder.read("rounds.parquet")))
+        with (
+            readable(self._folder, ROUNDS_FILE),
+            seals.opened(self._folder, ROUNDS_FILE, sealed=sealed) as file,
+        ):
+            table = pq.read_table(file).filter(pc.field("round") < rounds)
+            if sealed and table.num_rows < rounds:
+                raise seals.damaged(
+                    self._folder,
+                    ROUNDS_FILE,
+                    f"it has {table.num_rows} rounds, the checkpoint knows of {rounds}",
+                )
+            return table.cast(self._schema)
 
 
 def write_partition(
@@ -219,8 +244,7 @@ def write_partition(
             "examples": counts[rows, classes],
         }
     )
-    with folder.opened(PARTITION_FILE) as sink:
-        pq.write_table(table, sink)
+    seals.write_table(folder, PARTITION_FILE, table)
 
 
 def _proposal_row(proposal: Proposal | None) -> dict[str, Any]:

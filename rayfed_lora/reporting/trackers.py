@@ -8,6 +8,7 @@ Source: this project.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 import time
@@ -17,7 +18,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from rayfed_lora.errors import RunError
+from rayfed_lora import seals
+from rayfed_lora.errors import RunError, RunFolderError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.tables import round_row
 from rayfed_lora.reporting.tracking import Outcome, Tracker
@@ -56,6 +58,8 @@ def trackers(recipe: Recipe, folder: RunFolder, name: str) -> Iterator[Tracker]:
 def _begun(name: str, make: Callable[[], Tracker]) -> Tracker:
     try:
         return make()
+    except RunFolderError:
+        raise
     except Exception as error:
         raise RunError(f"tracking.{name}: {error}") from error
 
@@ -244,9 +248,22 @@ def _flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 def _kept(folder: RunFolder) -> dict[str, str]:
     if not folder.exists(TRACKING_FILE):
         return {}
-    found: dict[str, str] = json.loads(folder.read(TRACKING_FILE))
+    try:
+        found: dict[str, str] = json.loads(folder.read(TRACKING_FILE))
+        seal = found.pop("sha256", None)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise seals.damaged(folder, TRACKING_FILE, str(error)) from None
+    # Files of older versions have no checksum.
+    if seal not in (None, _sha256(found)):
+        raise seals.damaged(folder, TRACKING_FILE, "its values do not match its checksum")
     return found
 
 
+def _sha256(runs: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(runs, sort_keys=True).encode()).hexdigest()
+
+
 def _keep(folder: RunFolder, name: str, run_id: str) -> None:
-    folder.write(TRACKING_FILE, json.dumps({**_kept(folder), name: run_id}, indent=1).encode())
+    runs = {**_kept(folder), name: run_id}
+    content = json.dumps({**runs, "sha256": _sha256(runs)}, indent=1)
+    folder.write(TRACKING_FILE, content.encode())

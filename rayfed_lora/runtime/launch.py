@@ -28,7 +28,7 @@ from rayfed_lora.runtime.local import LocalExecutor
 from rayfed_lora.runtime.location import run_location, with_absolute_paths
 from rayfed_lora.runtime.ownership import Lease, Ticket
 from rayfed_lora.runtime.ports import unreachable_cluster
-from rayfed_lora.runtime.session import claim, claimed, finished, simulate
+from rayfed_lora.runtime.session import claim, claimed, complete, simulate
 from rayfed_lora.storage import RunFolder
 
 if TYPE_CHECKING:
@@ -69,20 +69,19 @@ class Result:
 
     @property
     def rounds(self) -> pd.DataFrame:
-        """One row a round: rounds.parquet."""
+        """One row a round: rounds.parquet; raises RunFolderError where it is damaged."""
         return self._table("rounds.parquet")
 
     @property
     def clients(self) -> pd.DataFrame:
-        """One row a client and round: clients.parquet."""
+        """One row a client and round: clients.parquet; raises as `rounds` does."""
         return self._table("clients.parquet")
 
     def _table(self, name: str) -> pd.DataFrame:
-        from io import BytesIO
+        from rayfed_lora.reporting.checked import table
 
-        import pandas as pd
-
-        return pd.read_parquet(BytesIO(RunFolder(self.location).read(name)))
+        frame: pd.DataFrame = table(RunFolder(self.location), name).to_pandas()
+        return frame
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def run(
     location = run_location(out or recipe.storage.path, recipe.name)
     folder = RunFolder(location)
     claim(folder, recipe, resume)
-    done = finished(folder) if resume else None
+    done = complete(folder) if resume else None
     if done is not None:
         return Result(location, done)
     factory = factory or TorchFactory()

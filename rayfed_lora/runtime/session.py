@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
+from rayfed_lora import checksums, seals
 from rayfed_lora.errors import InterruptedRunError, RecipeError, RunFolderError
 from rayfed_lora.federation import checkpoints, restored
 from rayfed_lora.federation.checkpoints import CheckpointWriter, Snapshot
@@ -138,7 +139,7 @@ def kept_recipe(folder: RunFolder) -> Recipe | None:
     if not folder.exists("recipe.yaml"):
         return None
     try:
-        raw = parse_yaml(folder.location, folder.read("recipe.yaml").decode())
+        raw = parse_yaml(folder.location, seals.text(folder, "recipe.yaml"))
         if not isinstance(raw, Mapping):
             raise ValueError(f"expected a mapping, got {type(raw).__name__}")
         return load_recipe(raw)
@@ -166,19 +167,27 @@ def finished(folder: RunFolder) -> dict[str, Any] | None:
     """Return the summary of a finished run, None where it is not finished.
 
     Raises:
-        RunFolderError: it cannot be read.
+        RunFolderError: it is damaged.
     """
-    if not folder.exists("summary.json"):
-        return None
-    try:
-        result = json.loads(folder.read("summary.json"))
-        if not isinstance(result, dict):
-            raise ValueError(f"expected an object, got {type(result).__name__}")
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunFolderError(
-            f"{child(folder.location, 'summary.json')} cannot be read: {error}"
-        ) from None
-    return result
+    return checksums.summary(folder)
+
+
+def complete(folder: RunFolder) -> dict[str, Any] | None:
+    """Return the summary of a run that is finished and whole; None where there is work to do.
+
+    A finished run with damaged files is not complete: it goes on from its last checkpoint, which
+    writes the summary and the exported model again.
+
+    Raises:
+        RunFolderError: a damaged file cannot be written again.
+    """
+    faults = checksums.faults(folder)
+    if not faults:
+        return finished(folder)
+    lost = [text for name, text in faults.items() if not seals.is_remade(name)]
+    if lost or not folder.names("checkpoints"):
+        raise RunFolderError((lost or [*faults.values()])[0])
+    return None
 
 
 def simulate(  # noqa: PLR0913 - the callers name them
@@ -261,7 +270,7 @@ def sitting(  # noqa: PLR0913 - the callers name them
         RayfedError: whatever else ends a run; the last checkpoint is kept.
     """
     began = time.perf_counter()
-    done = finished(folder) if resume else None
+    done = complete(folder) if resume else None
     if done is not None:
         return done
     # Here too: the one who claimed the folder may be on another machine.
@@ -276,16 +285,21 @@ def sitting(  # noqa: PLR0913 - the callers name them
     outcome: Outcome = "failed"
     try:
         # Another process may have finished it while its lease was watched.
-        done = finished(folder) if resume else None
+        done = complete(folder) if resume else None
         if done is not None:
             outcome = "done"
             return done
+        for file in checksums.faults(folder):
+            board.note(f"{file} is damaged or missing: it is written again from the last checkpoint")
         population = executor.open()
         # Only now: a run that was refused leaves its folder as it was.
         if not folder.exists("recipe.yaml"):
-            folder.write("recipe.yaml", recipe_yaml(recipe).encode())
+            folder.write("recipe.yaml", seals.sealed_text(recipe_yaml(recipe)))
+        checksums.withdraw(folder)
         # After it: a folder without a recipe is nobody's run.
-        if population.label_counts is not None and not folder.exists(PARTITION_FILE):
+        if population.label_counts is not None and seals.check(folder, PARTITION_FILE, sealed=True):
+            if folder.exists(PARTITION_FILE):
+                board.note(f"{PARTITION_FILE} had no valid checksum and is written again")
             write_partition(folder, *population.label_counts, population.label_names)
         for tracker in trackers(recipe, folder, name or folder.name):
             tracking.add(tracker)
@@ -405,9 +419,8 @@ class _Sitting:
         self._save(began)
         self._board.phase("exporting")
         progress, model = self._progress, self._progress.model
-        for name, content in self._executor.export(
-            model.state, model.base, model.trainable
-        ).items():
+        exported = self._executor.export(model.state, model.base, model.trainable)
+        for name, content in exported.items():
             self._folder.write(name, content)
         # What follows needs no actors, and their memory may be others'.
         self._executor.close()
@@ -425,12 +438,23 @@ class _Sitting:
         result["labels"] = list(self._population.label_names)
         if page:
             self._report(result)
+        result[checksums.CHECKSUMS_KEY] = checksums.SUMS_FILE
+        content = json.dumps(_finite(result), indent=1, allow_nan=False).encode()
+        self._list_files({**exported, checksums.SUMMARY_FILE: content})
         # Last: a folder with a summary is a finished run.
-        self._folder.write(
-            "summary.json", json.dumps(_finite(result), indent=1, allow_nan=False).encode()
-        )
+        self._folder.write(checksums.SUMMARY_FILE, content)
         self._board.phase("done")
         return result
+
+    def _list_files(self, contents: Mapping[str, bytes]) -> None:
+        """Write SHA256SUMS: of these contents, and of what the folder has already."""
+        sums = {name: checksums.sha256(content) for name, content in contents.items()}
+        sums["recipe.yaml"] = checksums.sha256(self._folder.read("recipe.yaml"))
+        tables = [*self._tables.rows(self._progress.rounds), PARTITION_FILE]
+        for name in tables:
+            if name != PARTITION_FILE or self._folder.exists(name):
+                sums[name] = checksums.table_sha256(self._folder, name)
+        checksums.write(self._folder, sums)
 
     def _report(self, result: Mapping[str, Any]) -> None:
         try:
@@ -459,6 +483,7 @@ class _Sitting:
             "timing": asdict(replace(progress.timing, wall_s=wall_s)),
             "ledger": ledger,
             "clock_s": progress.clock_s,
+            "tables": self._tables.rows(progress.rounds),
         }
         model = progress.model
         snapshot = Snapshot(
@@ -488,9 +513,14 @@ class _Sitting:
             ) from error
 
     def _restored(self, snapshot: Snapshot) -> Progress:
-        self._tables.restore(snapshot.rounds)
-        self._board.resumed(snapshot.rounds)
         facts = snapshot.facts
+        self._tables.restore(snapshot.rounds, facts.get("tables"))
+        self._board.resumed(snapshot.rounds)
+        if "tables" not in facts:
+            self._board.note(
+                "an older version wrote this run: its tables have no checksums, and are taken as"
+                " they are"
+            )
         self._server.ledger.restore(facts["ledger"], snapshot.held)
         scores = facts["validation"]
         return Progress(

@@ -8,19 +8,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
+from rayfed_lora import seals
 from rayfed_lora.errors import BadInputError, RunError
 from rayfed_lora.locations import child
 from rayfed_lora.recipe import Recipe
+from rayfed_lora.reporting.checked import table
 from rayfed_lora.reporting.page import REPORT_FILE
 from rayfed_lora.reporting.plots import write_front
 from rayfed_lora.reporting.search import TRIALS_FILE, read_search, search_html
-from rayfed_lora.reporting.tables import read_rounds
+from rayfed_lora.reporting.tables import ROUNDS_FILE
 from rayfed_lora.runtime.session import finished
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning import pareto
@@ -107,9 +109,8 @@ class SearchResult:
             RunError: the folder cannot be written.
         """
         folder = RunFolder(self.location)
-        parquet = BytesIO()
-        self.trials.to_parquet(parquet, index=False)
-        folder.write(TRIALS_FILE, parquet.getvalue())
+        table = pa.Table.from_pandas(self.trials, preserve_index=False)
+        seals.write_table(folder, TRIALS_FILE, table)
         folder.write("trials.csv", self.trials.to_csv(index=False).encode())
         for i, (name, trial) in enumerate(self.best.items()):
             content = self._recipe_of(name, trial).encode()
@@ -135,7 +136,7 @@ class SearchResult:
                 f"# The values of its last rounds: it had others up to round {rounds}"
                 f" (trials/{trial}/{CHANGES_FILE}), so a run of this recipe is another one."
             )
-        return "\n".join([*heading, folder.read("recipe.yaml").decode()])
+        return "\n".join([*heading, seals.text(folder, "recipe.yaml")])
 
 
 def _row(location: str, space: Space, recipe: Recipe, tried: Tried) -> dict[str, Any]:
@@ -158,7 +159,7 @@ def _row(location: str, space: Space, recipe: Recipe, tried: Tried) -> dict[str,
     metrics = tried.metrics
     if summary is not None:
         # What Tune was told last may be of an earlier round, where a stop came between.
-        metrics = {**metrics, **measured(read_rounds(folder))}
+        metrics = {**metrics, **measured(table(folder, ROUNDS_FILE))}
     row |= {name: metrics.get(name) for name in ("round", *METRICS, "warnings")}
     if summary is not None:
         row["best_accuracy"] = summary["best"]["eval_accuracy"]

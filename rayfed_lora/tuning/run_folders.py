@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rayfed_lora import checksums, seals
 from rayfed_lora.federation import checkpoints
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, recipe_yaml
@@ -66,7 +67,8 @@ def adopt(folder: RunFolder, space: Space, recipe: Recipe, draw: Mapping[str, An
     """
     before = kept_recipe(folder)
     snapshot = checkpoints.newest(folder, lambda text: None)
-    if before is None or snapshot is None:
+    # Of a finished run there is no rest, and its files are listed with their checksums.
+    if before is None or snapshot is None or folder.exists(checksums.SUMMARY_FILE):
         return
     settings = space.settings(draw, recipe)
     drawn = load_recipe(recipe.model_dump(), settings)
@@ -79,4 +81,4 @@ def adopt(folder: RunFolder, space: Space, recipe: Recipe, draw: Mapping[str, An
         changes = json.loads(folder.read(CHANGES_FILE))
     changes = [*changes, {"after_round": snapshot.rounds, "settings": settings}]
     folder.write(CHANGES_FILE, json.dumps(changes, indent=1).encode())
-    folder.write("recipe.yaml", recipe_yaml(after).encode())
+    folder.write("recipe.yaml", seals.sealed_text(recipe_yaml(after)))

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from rayfed_lora import seals
 from rayfed_lora.errors import (
     BadInputError,
     InterruptedRunError,
@@ -149,7 +150,7 @@ def _claim(
             " another --out"
         )
     try:
-        kept = parse_yaml(folder.location, folder.read(SEARCH_FILE).decode())
+        kept = parse_yaml(folder.location, seals.text(folder, SEARCH_FILE))
         before, kept_recipe = Space.model_validate(kept["space"]), load_recipe(kept["recipe"])
         limit: int | None = kept["max_concurrent"]
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -231,7 +232,7 @@ class _Job:
                 "recipe": self._recipe.model_dump(mode="json"),
                 "max_concurrent": self._max_concurrent,
             }
-            folder.write(SEARCH_FILE, yaml_text(content).encode())
+            folder.write(SEARCH_FILE, seals.sealed_text(yaml_text(content)))
         stopped = threading.Event()
 
         def stop() -> None:

@@ -13,9 +13,10 @@ from ray import tune
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.locations import child
 from rayfed_lora.recipe import Recipe
+from rayfed_lora.reporting.checked import table
 from rayfed_lora.reporting.search import SEARCH_FILE
 from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.reporting.tables import Tables, read_rounds
+from rayfed_lora.reporting.tables import ROUNDS_FILE, Tables
 from rayfed_lora.runtime.crew import Crew
 from rayfed_lora.runtime.factory import Factory
 from rayfed_lora.runtime.lease_files import is_lease_file
@@ -97,7 +98,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             known = report["eval_loss"] is not None or not tests
             if known and report["round"] < self._total:
                 return self._reported(report)
-        return {**self._reported(measured(read_rounds(self._folder))), "done": True}
+        return {**self._reported(measured(table(self._folder, ROUNDS_FILE))), "done": True}
 
     def _reported(self, report: Mapping[str, Any]) -> dict[str, Any]:
         """Return a report in which every objective is a number, for the schedulers."""

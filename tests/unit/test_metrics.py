@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 from rayfed_lora.errors import InterruptedRunError
+from rayfed_lora.reporting.checked import table
 from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.reporting.tables import read_rounds
 from rayfed_lora.runtime import metrics
 from rayfed_lora.runtime.metrics import RunMetrics, Usage, run_metrics
 from rayfed_lora.runtime.session import simulate
@@ -139,7 +139,7 @@ def test_gauges_are_set_again_until_the_run_is_closed(kept, tmp_path, monkeypatc
     monkeypatch.setattr(metrics, "_REFRESH_S", 0.01)
     run(tmp_path, Usage(1, 0.0, 0, 0))
     follower = RunMetrics("a", 6, lambda: Usage(1, 0.0, 0, 0))
-    follower.resumed(read_rounds(RunFolder(tmp_path)))
+    follower.resumed(table(RunFolder(tmp_path), "rounds.parquet"))
     kept.gauges.clear()
     deadline = time.monotonic() + 10
     while kept.gauge("rounds") is None:

@@ -11,8 +11,8 @@ import pytest
 from rayfed_lora.federation import checkpoints
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
+from rayfed_lora.reporting.checked import table
 from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.reporting.tables import read_rounds
 from rayfed_lora.runtime.session import kept_recipe, sitting
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.run_folders import adopt, copied, measured
@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def test_a_run_that_is_closed_keeps_its_finished_rounds_and_goes_on(folder, tmp_path):
-    assert read_rounds(folder).num_rows == 3
+    assert table(folder, "rounds.parquet").num_rows == 3
     recipe = kept_recipe(folder)
     run(recipe, folder)
     run(recipe, RunFolder(tmp_path / "whole"))
@@ -74,7 +74,7 @@ def test_a_run_that_is_closed_keeps_its_finished_rounds_and_goes_on(folder, tmp_
 def test_a_run_that_saves_rarely_keeps_all_its_finished_rounds_too(tmp_path):
     found = RunFolder(tmp_path)
     run(make_recipe(storage__checkpoint_every=5), found, 3)
-    assert read_rounds(found).num_rows == 3
+    assert table(found, "rounds.parquet").num_rows == 3
     assert checkpoints.newest(found, lambda text: None).rounds == 3
 
 
@@ -110,7 +110,7 @@ def test_another_draw_changes_the_rest_of_a_run(folder):
     adopt(folder, SPACE, make_recipe(), other)
     recipe = kept_recipe(folder)
     run(recipe, folder)
-    rows = read_rounds(folder).to_pylist()
+    rows = table(folder, "rounds.parquet").to_pylist()
     assert [row["learning_rate"] for row in rows] == [0.05] * 3 + [0.1] * 3
     # One full round, two of heating at rank 3, two of cooling to rank 2, one of holding.
     assert [row["rank"] for row in rows] == [None, 3.0, 3.0, 3.0, 2.0, 2.0]

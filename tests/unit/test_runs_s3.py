@@ -121,7 +121,7 @@ def test_what_is_not_a_finished_run_is_not_exported(bucket, tmp_path):
     folder = RunFolder(bucket.uri("runs/a"))
     run(make_recipe(), folder.location)
     folder.write("summary.json", b"{")
-    with pytest.raises(RunFolderError, match=r"summary\.json.* cannot be read"):
+    with pytest.raises(RunFolderError, match=r"summary\.json.* is damaged"):
         list(export_run(folder.location, tmp_path / "out", merge=True))
 
 

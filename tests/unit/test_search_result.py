@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 from rich.console import Console
 
+from rayfed_lora import checksums, seals
 from rayfed_lora.errors import ResourceError, RunError, RunFolderError
 from rayfed_lora.recipe_loading import load_recipe, yaml_text
 from rayfed_lora.reporting.report import report
@@ -94,7 +96,13 @@ def test_every_trial_has_a_row_and_only_finished_ones_are_compared(found):
 
 def test_a_finished_trial_without_a_loss_is_on_no_front(found, tmp_path):
     rounds = tmp_path / "trials" / "a" / "rounds.parquet"
-    pd.read_parquet(rounds).assign(eval_loss=math.nan).to_parquet(rounds)
+    table = pa.Table.from_pandas(pd.read_parquet(rounds).assign(eval_loss=math.nan))
+    folder = RunFolder(rounds.parent)
+    seals.write_table(folder, "rounds.parquet", table)
+    sums = checksums.listed(folder) or {}
+    checksums.write(
+        folder, {**sums, "rounds.parquet": checksums.table_sha256(folder, "rounds.parquet")}
+    )
     diverged = Tried("a", {}, {})
     again = [diverged, Tried("b", {}, dict(found.trials.iloc[1]))]
     result = SearchResult.of(str(tmp_path), SPACE, make_recipe(), again)

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from rayfed_lora import seals
 from rayfed_lora.errors import ClientError, InterruptedRunError, RunError, RunFolderError
 from rayfed_lora.federation import checkpoints, server
 from rayfed_lora.federation.executor import Pending
@@ -235,7 +236,7 @@ def test_the_folder_holds_the_resolved_recipe_the_tables_and_the_export(tmp_path
     recipe = make_recipe()
     run(recipe, tmp_path)
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
-    assert (tmp_path / "recipe.yaml").read_text() == recipe_yaml(recipe)
+    assert seals.text(RunFolder(tmp_path), "recipe.yaml") == recipe_yaml(recipe)
     files = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
     assert files == {
         "recipe.yaml",
@@ -244,6 +245,7 @@ def test_the_folder_holds_the_resolved_recipe_the_tables_and_the_export(tmp_path
         "partition.parquet",
         "clients.parquet",
         "summary.json",
+        "SHA256SUMS",
         "adapter/fake.json",
         "checkpoints/base-000001.safetensors",
         *(

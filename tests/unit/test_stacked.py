@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from rayfed_lora.aggregation.means import Means
 from rayfed_lora.lora.stacked import StackedStates, named, together
 from rayfed_lora.types import AdapterState, Factors
 
@@ -82,3 +84,36 @@ def test_the_products_are_the_weighted_sums_of_the_clients_updates() -> None:
     np.testing.assert_allclose(found[0] @ found[1], expected, rtol=1e-12)
     b, a = whole.products([0], weights[:1])["v"].weighted()
     assert (b.shape, a.shape) == ((1, 0), (0, 3))
+
+
+def clipped(state: AdapterState) -> AdapterState:
+    """Return what a user's hook makes of an update: other factors on the old head."""
+    half = {name: replace(f, b=f.b / 2) for name, f in state.factors.items()}
+    return replace(state, factors=half)
+
+
+def test_a_state_with_other_factors_or_another_head_is_not_of_the_stack() -> None:
+    one, other = stack(), stack()
+    first, second = one.state(0), one.state(1)
+    for changed in (
+        clipped(first),
+        replace(first, dense=dict(first.dense)),
+        replace(first, factors=second.factors),
+        replace(first, factors=other.state(0).factors),
+        AdapterState(first.dense, first.dense),  # type: ignore[arg-type]
+    ):
+        assert together([changed, second]) is None
+        assert together([second, changed]) is None
+
+
+@pytest.mark.parametrize("kept", [frozenset(), frozenset({"factors"}), frozenset({"padded"})])
+def test_replaced_factors_are_summed_as_what_they_are(kept: frozenset) -> None:
+    one = stack(2)
+    means = Means(kept)
+    means.add_all([(1.0, clipped(one.state(0))), (3.0, one.state(1))])
+    b, a = means.product("q")
+    # 0.5 B A: of client 0 with half of B = (8, 9), of client 1 with B = (18, 19).
+    first = 0.5 * np.array([[4.0, 4.5]]) @ np.array([[2.0, 3.0, 4.0], [5.0, 6.0, 7.0]])
+    second = 0.5 * np.array([[18.0, 19.0]]) @ np.array([[12.0, 13.0, 14.0], [15.0, 16.0, 17.0]])
+    np.testing.assert_allclose(b @ a, (first + 3 * second) / 4, rtol=1e-12)
+    np.testing.assert_array_equal(means.tensors()["head"], [(0 + 3 * 10) / 4, (1 + 3 * 11) / 4])

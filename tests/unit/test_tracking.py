@@ -10,8 +10,8 @@ import pytest
 
 from rayfed_lora.errors import BadInputError, InterruptedRunError
 from rayfed_lora.recipe import Recipe
+from rayfed_lora.reporting.checked import table
 from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.reporting.tables import read_rounds
 from rayfed_lora.reporting.trackers import TensorBoard
 from rayfed_lora.reporting.tracking import check_tracking
 from rayfed_lora.runtime.session import claim, simulate
@@ -124,7 +124,7 @@ def test_event_files_of_a_remote_run_folder_are_uploaded(tmp_path):
     tracker = TensorBoard(folder)
     # Object stores make folders by themselves.
     folder._fs.create_dir("run/tensorboard")
-    tracker.resumed(read_rounds(RunFolder(tmp_path)))
+    tracker.resumed(table(RunFolder(tmp_path), "rounds.parquet"))
     tracker.close("done")
     (name,) = folder.names("tensorboard")
     (tmp_path / "tensorboard").mkdir()
