@@ -96,8 +96,7 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
         DataError: the data cannot be read or dealt as asked.
         ModelError: the model or its adapter does not fit.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe)
+    recipe = load_recipe(recipe)
     sizes = outline(recipe)
     ledger = Ledger(sizes.shape, len(sizes.devices.sizes), RULES[recipe.aggregation.rule])
     devices = Devices(recipe, sizes.devices) if recipe.simulates_time else None

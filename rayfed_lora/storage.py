@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,15 +22,24 @@ from uuid import uuid4
 import pyarrow as pa
 from pyarrow import fs
 
+from rayfed_lora.endpoints import anonymous
 from rayfed_lora.errors import RunError, RunFolderError
 from rayfed_lora.locations import check_name, holds_secret, is_uri
 
 # Of an S3 URI, as pyarrow's own.
 _S3_OPTIONS = ("region", "endpoint_override", "scheme", "tls_ca_file_path")
+# Our own; see `endpoints`.
+_ANONYMOUS = "anonymous"
 _S3_HINT = (
     "credentials come from the environment, ~/.aws or the machine's role; region and endpoint from"
     " ?region=...&endpoint_override=...&scheme=http in the URI, or AWS_ENDPOINT_URL"
 )
+_ANONYMOUS_HINT = (
+    "requests to this endpoint carry no credentials, since only the recipe names it:"
+    " AWS_ENDPOINT_URL_S3, RAYFED_LORA_ENDPOINTS, --out or --set names it as yours"
+)
+# It becomes a part of a host's name.
+_REGION = re.compile(r"[A-Za-z0-9-]*")
 # A store that does not answer is given up after about ten seconds.
 _S3_ATTEMPTS = 3
 _CHUNK = 1 << 23
@@ -194,6 +204,8 @@ class RunFolder:
 
     @property
     def _hint(self) -> str:
+        if anonymous(self.location):
+            return f" ({_ANONYMOUS_HINT})"
         return f" ({_S3_HINT})" if isinstance(self._fs, fs.S3FileSystem) else ""
 
 
@@ -237,12 +249,18 @@ def _s3(bucket: str, query: str, endpoint: str | None) -> fs.S3FileSystem:
     options: dict[str, Any] = {}
     if query:
         options |= parse_qsl(query, keep_blank_values=True, strict_parsing=True)
-    unknown = options.keys() - set(_S3_OPTIONS)
+    unknown = options.keys() - {*_S3_OPTIONS, _ANONYMOUS}
     if unknown or not bucket:
         raise ValueError(
             f"expected s3://bucket/folder with options of {', '.join(_S3_OPTIONS)};"
             f" got {', '.join(sorted(unknown)) or 'no bucket'}"
         )
+    if _ANONYMOUS in options:
+        if options[_ANONYMOUS] not in ("true", "false"):
+            raise ValueError(f"expected anonymous=true or false, got {options[_ANONYMOUS]}")
+        options[_ANONYMOUS] = options[_ANONYMOUS] == "true"
+    if not _REGION.fullmatch(options.get("region", "")):
+        raise ValueError(f"expected a region such as eu-central-1, got {options['region']!r}")
     if endpoint and "endpoint_override" not in options:
         url = urlsplit(endpoint)
         options |= {"endpoint_override": url.netloc, "scheme": url.scheme}

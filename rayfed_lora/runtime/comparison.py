@@ -213,8 +213,6 @@ def cells_of(
         raise BadInputError(
             f"methods: expected names of letters, digits, '.', '_' and '-', got {wrong[0]!r}"
         )
-    if isinstance(recipe, Recipe):
-        recipe = recipe.model_dump()
     if not isinstance(settings, Mapping):
         settings = dict(override_pairs("--set", settings))
     held_out = {name: _held_out(load_recipe(recipe, settings, m)) for name, m in methods.items()}

@@ -105,7 +105,8 @@ def run(
     second one ends it at once.
 
     Args:
-        recipe: from `load_recipe`, or what it takes: a shipped name, a path or a mapping.
+        recipe: from `load_recipe` or Python's own call, or a shipped name, a path or a mapping; its
+            values are checked here, whatever it is.
         out: run folder or URI; default `storage.path`, or a new one under `runs/`.
         resume: go on with the run in `out`.
         address: of a running Ray cluster; default $RAY_ADDRESS, or a Ray of our own.
@@ -117,9 +118,7 @@ def run(
         InterruptedRunError: stopped by a signal.
         RunError: the run failed; the last checkpoint is kept.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe)
-    recipe = with_absolute_paths(recipe)
+    recipe = with_absolute_paths(load_recipe(recipe))
     location = run_location(out or recipe.storage.path, recipe.name)
     folder = RunFolder(location)
     claim(folder, recipe, resume)
@@ -138,12 +137,16 @@ def run(
 
 
 def start(
-    recipe: Recipe, out: str | None = None, *, resume: bool = False, address: str | None = None
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    out: str | None = None,
+    *,
+    resume: bool = False,
+    address: str | None = None,
 ) -> Started:
     """Start a run in a cluster and return at once; it survives this process.
 
     Args:
-        recipe: from `load_recipe`.
+        recipe: as for `run`.
         out: run folder or URI that the cluster's nodes can reach.
         resume: go on with the run in `out`.
         address: of the cluster; default $RAY_ADDRESS.
@@ -151,12 +154,12 @@ def start(
     Raises:
         BadInputError: no cluster is named, or the run was refused.
     """
+    recipe = with_absolute_paths(load_recipe(recipe))
     if recipe.runtime.executor != "ray" or (address or os.environ.get("RAY_ADDRESS")) is None:
         raise BadInputError(
             "--detach needs executor ray and a running cluster: give --address (or RAY_ADDRESS);"
             " a cluster on this machine is started by `ray start --head`"
         )
-    recipe = with_absolute_paths(recipe)
     location = run_location(out or recipe.storage.path, recipe.name)
     folder = RunFolder(location)
     claim(folder, recipe, resume)

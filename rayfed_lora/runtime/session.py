@@ -9,10 +9,11 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from rayfed_lora.endpoints import unguarded
 from rayfed_lora.errors import InterruptedRunError, RecipeError, RunFolderError
 from rayfed_lora.federation import checkpoints, restored
 from rayfed_lora.federation.checkpoints import CheckpointWriter, Snapshot
@@ -85,8 +86,12 @@ def check_unused(folder: RunFolder) -> None:
         )
 
 
-def kept_recipe(folder: RunFolder) -> Recipe | None:
+def kept_recipe(folder: RunFolder, endpoints: Collection[str] = ()) -> Recipe | None:
     """Return the recipe of the run in a folder, None where there is no run.
+
+    Args:
+        folder: of the run.
+        endpoints: of object stores that the user has named, as for `load_recipe`.
 
     Raises:
         RunFolderError: it cannot be read.
@@ -97,7 +102,7 @@ def kept_recipe(folder: RunFolder) -> Recipe | None:
         raw = parse_yaml(folder.location, folder.read("recipe.yaml").decode())
         if not isinstance(raw, Mapping):
             raise ValueError(f"expected a mapping, got {type(raw).__name__}")
-        return load_recipe(raw)
+        return load_recipe(raw, endpoints=endpoints)
     except (OSError, ValueError, RecipeError) as error:
         raise RunFolderError(
             f"{child(folder.location, 'recipe.yaml')} cannot be read: {error}"
@@ -115,6 +120,9 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
         return [
             p for k in keys for p in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)
         ]
+    if isinstance(a, str) and isinstance(b, str):
+        # With or without credentials, it is the same place.
+        a, b = unguarded(a), unguarded(b)
     return [] if a == b else [path]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rayfed_lora.endpoints import named_in
 from rayfed_lora.federation import checkpoints
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, recipe_yaml
@@ -64,14 +65,15 @@ def adopt(folder: RunFolder, space: Space, recipe: Recipe, draw: Mapping[str, An
 
     What has changed and after which round is added to changes.json.
     """
-    before = kept_recipe(folder)
+    named = named_in(recipe.model_dump())
+    before = kept_recipe(folder, named)
     snapshot = checkpoints.newest(folder, lambda text: None)
     if before is None or snapshot is None:
         return
     settings = space.settings(draw, recipe)
-    drawn = load_recipe(recipe.model_dump(), settings)
+    drawn = load_recipe(recipe, settings, endpoints=named)
     settings |= continued(before, drawn, snapshot.rounds)
-    after = load_recipe(recipe.model_dump(), settings)
+    after = load_recipe(recipe, settings, endpoints=named)
     if after == before:
         return
     changes: Sequence[Any] = []

@@ -92,7 +92,7 @@ def tune(  # noqa: PLR0913 - a user names them
     if isinstance(space, Space):
         space = space.model_dump()
     space = load_space(space, **changed)
-    base = load_recipe(recipe.model_dump() if isinstance(recipe, Recipe) else recipe, settings)
+    base = load_recipe(recipe, settings)
     base = _of_trials(with_absolute_paths(base))
     if max_concurrent is not None and max_concurrent < 1:
         raise BadInputError(f"--max-concurrent: expected at least 1, got {max_concurrent}")
