@@ -339,6 +339,15 @@ class Recipe(Section):
     storage: Storage = section(Storage, "run folder")
     tracking: Tracking = section(Tracking, "TensorBoard, W&B, MLflow")
     _preset: str = PrivateAttr("")
+    _asked: frozenset[str] | None = PrivateAttr(None)
+    _overruled: tuple[str, ...] = PrivateAttr(())
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all values are equal, wherever they come from."""
+        return isinstance(other, Recipe) and self.__dict__ == other.__dict__
+
+    # Values may be mappings.
+    __hash__ = None  # type: ignore[assignment]
 
     @model_validator(mode="before")
     @classmethod
@@ -352,6 +361,22 @@ class Recipe(Section):
     def preset(self) -> str:
         """The method whose preset has filled in keys; a changed copy may name another `method`."""
         return self._preset or self.method
+
+    @property
+    def asked(self) -> frozenset[str] | None:
+        """Keys named with another method than the recipe was written for; None: it is its own."""
+        return self._asked
+
+    @property
+    def overruled(self) -> tuple[str, ...]:
+        """What the user has asked for and does not get, one line each."""
+        return self._overruled
+
+    def told(self, asked: frozenset[str] | None, overruled: tuple[str, ...]) -> Recipe:
+        """Return an equal recipe that knows this of its making."""
+        copy = self.model_copy()
+        copy._asked, copy._overruled = asked, overruled
+        return copy
 
     @model_validator(mode="after")
     def _values_go_together(self) -> Recipe:

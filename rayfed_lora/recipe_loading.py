@@ -13,7 +13,7 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from io import StringIO
 from pathlib import Path
@@ -86,8 +86,9 @@ def load_recipe(
     """
     name, raw = _read(source)
     _check_size(name, raw)
-    raw = plain(raw)
-    pairs = overrides.items() if isinstance(overrides, Mapping) else override_pairs(name, overrides)
+    raw = first = plain(raw)
+    given = overrides.items() if isinstance(overrides, Mapping) else override_pairs(name, overrides)
+    pairs = list(given)
     written = _nested_all(name, pairs)
     own = _nested_all(name, (variant or {}).items())
     if endpoints is None:
@@ -100,7 +101,25 @@ def load_recipe(
         raw = merged(raw, written) if _keeps_method(raw, written) else _layered(raw, written)
         written = own
     content = _layered(raw, written)
-    return _validated(name, merged(of_task(content), content), endpoints)
+    recipe = _validated(name, merged(of_task(content), content), endpoints)
+    asked = frozenset([*(path for path, _ in pairs), *(variant or {})])
+    made = source if isinstance(source, Recipe) else None
+    told = () if made is None else made.overruled
+    if recipe.method != (method_of(first) if made is None else made.method):
+        told = (*told, *_overruled(recipe, pairs)) if variant is not None else told
+        return recipe.told(asked, told)
+    known = None if made is None else made.asked
+    return recipe.told(None if known is None else asked | known, told)
+
+
+def _overruled(recipe: Recipe, settings: Iterable[tuple[str, Any]]) -> Iterator[str]:
+    """Say which settings gave way to the preset of a variant's method."""
+    for path, value in settings:
+        found: Any = recipe
+        for key in path.split("."):
+            found = getattr(found, key, None)
+        if not isinstance(found, BaseModel) and path != "method" and found != plain(value):
+            yield f"{path}: {value} of --set gives way to the preset of {recipe.method}: {found}"
 
 
 def _nested_all(name: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -41,12 +41,14 @@ class Dataset:
         validation: rows kept on the server, or None.
         test: the official test split, or rows cut from the source.
         label_names: the name of class i at place i.
+        official_test: whether the source has a test split.
     """
 
     train: pa.Table
     validation: pa.Table | None
     test: pa.Table
     label_names: tuple[str, ...]
+    official_test: bool = False
 
 
 def load(
@@ -93,7 +95,7 @@ def load(
     if validation_fraction > 0:
         train, validation = _split(train, validation_fraction, seed, "validation", where)
     train = _subset(train, data.max_examples, seed)
-    return Dataset(train, validation, test, classes.names)
+    return Dataset(train, validation, test, classes.names, raw.test is not None)
 
 
 def _read(data: recipe.Data, task: str) -> sources.RawData:

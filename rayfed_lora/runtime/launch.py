@@ -119,6 +119,7 @@ def run(
         RunError: the run failed; the last checkpoint is kept.
     """
     recipe = with_absolute_paths(load_recipe(recipe))
+    refuse_address(recipe, address)
     location = run_location(out or recipe.storage.path, recipe.name)
     folder = RunFolder(location)
     claim(folder, recipe, resume)
@@ -134,6 +135,19 @@ def run(
         seen = location if folder.local is None else str(folder.local)
         with job_progress.told(recipe, seen, watch) as tell:
             return Result(location, _follow(server, tell))
+
+
+def refuse_address(recipe: Recipe, address: str | None) -> None:
+    """Check that no cluster is named for a run that uses none.
+
+    Raises:
+        BadInputError: one is.
+    """
+    if address is not None and recipe.runtime.executor == "local":
+        raise BadInputError(
+            f"--address: expected none with runtime.executor local, which runs in this process; got"
+            f" {address!r}; runtime.executor ray runs on a cluster"
+        )
 
 
 def start(

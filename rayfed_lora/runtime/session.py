@@ -27,6 +27,7 @@ from rayfed_lora.locations import child
 from rayfed_lora.lora.fingerprint import sha256
 from rayfed_lora.recipe import Recipe, Runtime
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
+from rayfed_lora.recipe_notes import unused
 from rayfed_lora.reporting.page import REPORT_FILE
 from rayfed_lora.reporting.report import report_html
 from rayfed_lora.reporting.run_data import read_run
@@ -276,7 +277,7 @@ class _Sitting:
         self._server = Server(recipe, executor, population, self, should_stop)
         if population.shape.obstacle is not None and recipe.annealing.mode != "full":
             board.note(f"clients are trained {self._server.block_size.reason}")
-        for note in population.notes:
+        for note in (*population.notes, *unused(recipe)):
             board.note(note)
         doubtful = doubt(recipe)
         if doubtful is not None:

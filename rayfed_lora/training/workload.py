@@ -15,11 +15,18 @@ import pyarrow as pa
 
 from rayfed_lora.data.examples import PIXELS, Examples
 from rayfed_lora.data.partition import ClientTable, deal, hold_out
-from rayfed_lora.data.tables import IMAGE_TASK, LANGUAGE_TASK, Dataset, load, number_column
+from rayfed_lora.data.tables import (
+    IMAGE_TASK,
+    LANGUAGE_TASK,
+    Dataset,
+    load,
+    number_column,
+)
 from rayfed_lora.data.traces import read_trace
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import DataError, ModelError
 from rayfed_lora.models import sources
+from rayfed_lora.models.causality import check_causal
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.models.tokens import check_length, tokenize, tokenize_whole
 from rayfed_lora.recipe import Recipe
@@ -55,7 +62,7 @@ def outline(recipe: Recipe) -> Outline:
         ModelError: the model or its adapter does not fit.
     """
     dataset = _dataset(recipe)
-    clients, _ = _deal(recipe, dataset)
+    clients, held_out = _deal(recipe, dataset)
     own = recipe.model.source == "config" and recipe.model.task != IMAGE_TASK
     tokenizer = sources.tokenizer(recipe.model) if own else None
     config = sources.configuration(recipe.model, _facts(recipe, dataset, tokenizer))
@@ -67,7 +74,7 @@ def outline(recipe: Recipe) -> Outline:
         test_examples=dataset.test.num_rows,
         validation_examples=0 if dataset.validation is None else dataset.validation.num_rows,
         label_names=dataset.label_names,
-        notes=shape.notes,
+        notes=(*_notes(recipe, dataset, held_out), *shape.notes),
     )
 
 
@@ -101,6 +108,7 @@ def prepare(recipe: Recipe) -> Workload:
         held_out=held_out,
         columns=device_columns,
         trace=trace,
+        notes=_notes(recipe, dataset, held_out),
     )
 
 
@@ -146,7 +154,31 @@ def _deal(recipe: Recipe, dataset: Dataset) -> tuple[ClientTable, ClientTable | 
             f"clients.per_round: expected at most {clients.clients}, the number of clients found"
             f" in column {recipe.data.partition.column!r}, got {per_round}"
         )
-    return hold_out(clients, recipe.evaluation.client_fraction, recipe.seed)
+    kept, held_out = hold_out(clients, recipe.evaluation.client_fraction, recipe.seed)
+    if held_out is not None and not held_out.counts.any():
+        raise DataError(
+            "evaluation.client_fraction: expected clients of two examples or more, every client has"
+            " one at most: there is nothing to test them on"
+        )
+    return kept, held_out
+
+
+def _notes(recipe: Recipe, dataset: Dataset, held_out: ClientTable | None) -> tuple[str, ...]:
+    """Return what the recipe asks for and these data do not allow."""
+    notes = []
+    without = 0 if held_out is None else int((held_out.counts == 0).sum())
+    if held_out is not None and without > 0:
+        notes.append(
+            f"evaluation.client_fraction: {without} of {held_out.clients} clients have fewer than"
+            " two examples, and are not tested on any of their own"
+        )
+    data = recipe.data
+    if (
+        dataset.official_test
+        and data.test_fraction != type(data).model_fields["test_fraction"].default
+    ):
+        notes.append("no effect with a data source that has a test split: data.test_fraction")
+    return tuple(notes)
 
 
 def _facts(recipe: Recipe, dataset: Dataset, tokenizer: Any) -> dict[str, Any]:
@@ -162,6 +194,8 @@ def _facts(recipe: Recipe, dataset: Dataset, tokenizer: Any) -> dict[str, Any]:
 
 
 def _check_config(recipe: Recipe, config: Any, dataset: Dataset) -> None:
+    if recipe.model.task == LANGUAGE_TASK:
+        check_causal(recipe.model, config)
     classes = len(dataset.label_names)
     if recipe.model.task != LANGUAGE_TASK and config.num_labels != classes:
         raise ModelError(

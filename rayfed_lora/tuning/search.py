@@ -24,6 +24,7 @@ from rayfed_lora.errors import (
 from rayfed_lora.locations import child
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, yaml_text
+from rayfed_lora.recipe_notes import unused
 from rayfed_lora.reporting.search import SEARCH_FILE, SearchNews, Watch
 from rayfed_lora.reporting.tracking import check_tracking
 from rayfed_lora.runtime import launch
@@ -92,8 +93,8 @@ def tune(  # noqa: PLR0913 - a user names them
     if isinstance(space, Space):
         space = space.model_dump()
     space = load_space(space, **changed)
-    base = load_recipe(recipe, settings)
-    base = _of_trials(with_absolute_paths(base))
+    whole = load_recipe(recipe, settings)
+    base = _of_trials(with_absolute_paths(whole))
     if max_concurrent is not None and max_concurrent < 1:
         raise BadInputError(f"--max-concurrent: expected at least 1, got {max_concurrent}")
     if max_concurrent is not None and space.scheduler == "pbt":
@@ -110,8 +111,20 @@ def tune(  # noqa: PLR0913 - a user names them
     max_concurrent = _claim(folder, space, base, max_concurrent, resume)
     with launch.ray_session(address), _quiet_tune():
         watch = watch or (lambda news: None)
+        for note in (*unused(whole), *_passed_over(whole)):
+            watch(SearchNews(warning=note))
         job = _Job(space, base, location, max_concurrent, factory or TorchFactory(), watch)
         return job.run(folder, resume)
+
+
+def _passed_over(recipe: Recipe) -> Iterator[str]:
+    """Say which keys of a recipe a search has values of its own for."""
+    if recipe.storage.path is not None:
+        yield "storage.path has no effect in a search: its trials are kept in folders of its own"
+    if recipe.storage.checkpoint_every != 1:
+        yield "storage.checkpoint_every has no effect in a search: every round is saved"
+    if recipe.runtime.executor != "ray":
+        yield "runtime.executor has no effect in a search, which runs on Ray"
 
 
 def _of_trials(recipe: Recipe) -> Recipe:
@@ -213,7 +226,10 @@ class _Job:
         idle = drawing.without_effect(self._space, self._recipe)
         if idle:
             mode = self._recipe.annealing.mode
-            self._tell(f"drawn for nothing with annealing.mode {mode}: {', '.join(idle)}")
+            self._tell(
+                f"drawn for nothing with annealing.mode {mode} and the conditions of the space:"
+                f" {', '.join(idle)}"
+            )
         # Refused here, where they cannot be had: data come after.
         drawing.scheduler(self._space, self._recipe)
         drawing.searcher(self._space, self._recipe, 1)
