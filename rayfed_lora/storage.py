@@ -98,7 +98,7 @@ class RunFolder:
         Raises:
             RunError: it cannot be written; what was there before is kept, as after any error.
         """
-        target = self._path(name)
+        target = self._path(name, written=True)
         try:
             with self._uploaded(target) if self.local is None else _durable(Path(target)) as file:
                 yield file
@@ -120,8 +120,9 @@ class RunFolder:
 
         Raises:
             OSError: it is not there or cannot be read.
+            RunFolderError: it is a link that leads out of the folder, or no file.
         """
-        with self._fs.open_input_stream(self._path(name)) as stream:
+        with self._fs.open_input_stream(self._file(name)) as stream:
             return bytes(stream.read())
 
     def source(self, name: str) -> pa.NativeFile:
@@ -129,8 +130,9 @@ class RunFolder:
 
         Raises:
             OSError: it is not there or cannot be read.
+            RunFolderError: it is a link that leads out of the folder, or no file.
         """
-        return self._fs.open_input_file(self._path(name))
+        return self._fs.open_input_file(self._file(name))
 
     def exists(self, name: str) -> bool:
         """Return whether a file or folder of that name is there.
@@ -182,12 +184,35 @@ class RunFolder:
                 f"{self._hint}"
             ) from error
 
-    def _path(self, name: str) -> str:
+    def _path(self, name: str, *, written: bool = False) -> str:
+        """Return where a file is; a link that leads out of a folder may be a stranger's.
+
+        Args:
+            name: relative.
+            written: the file itself is replaced, wherever it leads.
+        """
         try:
             check_name(name)
         except ValueError as error:
             raise RunFolderError(f"run folder {self.location}: {error}") from None
-        return str(self._root / name)
+        path = str(self._root / name)
+        if self.local is not None:
+            led = os.path.realpath(os.path.dirname(path) if written and name else path)
+            root = os.path.realpath(self._root)
+            if led != root and not led.startswith(root.rstrip(os.sep) + os.sep):
+                raise RunFolderError(
+                    f"run folder {self.location}: expected files of its own, {name} is a link that"
+                    f" leads out of it, to {led}"
+                )
+        return path
+
+    def _file(self, name: str) -> str:
+        """Return where a file to be read is: nothing else, such as a pipe, is waited for."""
+        path = self._path(name)
+        if self.local is not None and os.path.exists(path) and not os.path.isfile(path):
+            kind = "a folder" if os.path.isdir(path) else "no regular file"
+            raise RunFolderError(f"run folder {self.location}: expected a file, {name} is {kind}")
+        return path
 
     def _info(self, name: str) -> fs.FileInfo:
         path = self._path(name)

@@ -28,6 +28,7 @@ from rayfed_lora.runtime.local import LocalExecutor
 from rayfed_lora.runtime.location import run_location, with_absolute_paths
 from rayfed_lora.runtime.ports import unreachable_cluster
 from rayfed_lora.runtime.session import claim, finished, simulate
+from rayfed_lora.runtime.token_file import keep_token_private
 from rayfed_lora.storage import RunFolder
 
 if TYPE_CHECKING:
@@ -259,6 +260,8 @@ def ray_session(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    if where is None:
+        keep_token_private()
     try:
         ray.init(
             address=where or "local",

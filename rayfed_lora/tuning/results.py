@@ -17,6 +17,7 @@ import pandas as pd
 from rayfed_lora.errors import BadInputError, RunError
 from rayfed_lora.locations import child
 from rayfed_lora.recipe import Recipe
+from rayfed_lora.reporting.csv_text import csv_bytes
 from rayfed_lora.reporting.page import REPORT_FILE
 from rayfed_lora.reporting.plots import write_front
 from rayfed_lora.reporting.search import TRIALS_FILE, read_search, search_html
@@ -110,7 +111,7 @@ class SearchResult:
         parquet = BytesIO()
         self.trials.to_parquet(parquet, index=False)
         folder.write(TRIALS_FILE, parquet.getvalue())
-        folder.write("trials.csv", self.trials.to_csv(index=False).encode())
+        folder.write("trials.csv", csv_bytes(self.trials))
         for i, (name, trial) in enumerate(self.best.items()):
             content = self._recipe_of(name, trial).encode()
             folder.write(f"best-{name}.yaml", content)
