@@ -315,12 +315,10 @@ class Tracking(Section):
 
 
 class Recipe(Section):
-    """A federated fine-tuning run, complete.
+    """A federated fine-tuning run, complete."""
 
-    Made by Python's own call it gets the preset of its method and is checked, as from a file.
-    Copies that `model_copy` changes are checked by what they are given to: `load_recipe`, `run`,
-    `plan` and the others.
-    """
+    # Made by Python's own call it gets the preset of its method and is checked, as from a file.
+    # Copies that `model_copy` changes are not: what takes a recipe passes it through `load_recipe`.
 
     name: str = Field(
         "run", min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run"

@@ -12,7 +12,7 @@ import pytest
 import rayfed_lora
 from rayfed_lora.data.sources import read_file
 from rayfed_lora.endpoints import endpoint, guarded, own_endpoints, unguarded
-from rayfed_lora.errors import RunFolderError
+from rayfed_lora.errors import RecipeError, RunFolderError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
 from rayfed_lora.recipe_notes import unused
@@ -207,3 +207,23 @@ def test_the_user_is_told_of_requests_without_credentials():
     (note,) = unused(load_recipe(in_file("data.source", EVIL)))
     assert "data.source" in note and "http://evil:9000" in note and "no credentials" in note
     assert unused(load_recipe(RECIPE, {"data.source": EVIL})) == ()
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_filesystems_that_find_credentials_in_ways_of_their_own_are_refused(key):
+    with pytest.raises(RecipeError, match=rf"{key}: expected a path, or a URI of s3"):
+        load_recipe(in_file(key, "fsspec+smb://evil/share/a.parquet"))
+
+
+def test_a_resumed_job_keeps_its_endpoints():
+    fake = FakeClient()
+    jobs = Jobs(client=fake)
+    own = "s3://bucket/runs/a?endpoint_override=minio:9000"
+    recipe = load_recipe(in_file("data.source", EVIL))
+    job = jobs.submit(recipe, own).id
+    fake.jobs[job].status = "FAILED"
+    jobs.resume(job)
+    assert "--resume" in fake.sent[-1]["entrypoint"]
+    assert fake.sent[-1]["runtime_env"]["env_vars"]["RAYFED_LORA_ENDPOINTS"] == "https://minio:9000"
+    sent = parse_yaml("job", fake.sent[-1]["files"]["recipe.yaml"])
+    assert sent["data"]["source"] == f"{EVIL}&anonymous=true" and sent["storage"]["path"] == own
