@@ -113,6 +113,7 @@ def _reasons(recipe: Recipe) -> Iterator[_Reason]:
     if annealing.mode != "full" and annealing.heating.rank == 0:
         yield "annealing.heating.rank 0", _FACTORS
     yield from _of_ranks(recipe)
+    yield from _of_cohort(recipe)
     yield from _of_optimizers(recipe)
     yield from _of_data(recipe)
     yield from _of_runtime(recipe)
@@ -166,6 +167,13 @@ def _of_ranks(recipe: Recipe) -> Iterator[_Reason]:
             f"aggregation.rule {recipe.aggregation.rule}, which begins each round with new factors"
         )
         yield why, ("annealing.cooling.residual",)
+
+
+def _of_cohort(recipe: Recipe) -> Iterator[_Reason]:
+    clients = recipe.data.partition.clients
+    known = recipe.data.partition.kind != "column"
+    if known and recipe.drawn(clients) == recipe.cohort_size(clients):
+        yield "clients.per_round all clients there are", ("clients.over_select",)
 
 
 def _of_optimizers(recipe: Recipe) -> Iterator[_Reason]:

@@ -215,6 +215,8 @@ def cells_of(
         )
     if not isinstance(settings, Mapping):
         settings = dict(override_pairs("--set", settings))
+    if "method" in settings and all("method" in own for own in methods.values()):
+        raise BadInputError("--set method: expected none, --methods names those of a comparison")
     whole = load_recipe(recipe, settings)
     held_out = {name: _held_out(load_recipe(recipe, settings, m)) for name, m in methods.items()}
     most = max(fraction or 0.0 for fraction in held_out.values())

@@ -172,7 +172,12 @@ def _notes(recipe: Recipe, dataset: Dataset, held_out: ClientTable | None) -> tu
             f"evaluation.client_fraction: {without} of {held_out.clients} clients have fewer than"
             " two examples, and are not tested on any of their own"
         )
-    data = recipe.data
+    data, wanted = recipe.data, recipe.evaluation.clients
+    if held_out is not None and wanted != "all" and wanted > held_out.clients:
+        notes.append(f"evaluation.clients {wanted}: there are only {held_out.clients} clients")
+    rows = dataset.train.num_rows
+    if data.max_examples is not None and data.max_examples > rows:
+        notes.append(f"data.max_examples {data.max_examples}: there are only {rows} examples")
     if (
         dataset.official_test
         and data.test_fraction != type(data).model_fields["test_fraction"].default

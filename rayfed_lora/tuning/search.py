@@ -23,7 +23,7 @@ from rayfed_lora.errors import (
 )
 from rayfed_lora.locations import child
 from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe, parse_yaml, yaml_text
+from rayfed_lora.recipe_loading import load_recipe, override_pairs, parse_yaml, yaml_text
 from rayfed_lora.recipe_notes import unused
 from rayfed_lora.reporting.search import SEARCH_FILE, SearchNews, Watch
 from rayfed_lora.reporting.tracking import check_tracking
@@ -111,7 +111,7 @@ def tune(  # noqa: PLR0913 - a user names them
     max_concurrent = _claim(folder, space, base, max_concurrent, resume)
     with launch.ray_session(address), _quiet_tune():
         watch = watch or (lambda news: None)
-        for note in (*unused(whole), *_passed_over(whole)):
+        for note in (*unused(whole), *_passed_over(whole), *_drawn_anyway(space, settings)):
             watch(SearchNews(warning=note))
         job = _Job(space, base, location, max_concurrent, factory or TorchFactory(), watch)
         return job.run(folder, resume)
@@ -125,6 +125,15 @@ def _passed_over(recipe: Recipe) -> Iterator[str]:
         yield "storage.checkpoint_every has no effect in a search: every round is saved"
     if recipe.runtime.executor != "ray":
         yield "runtime.executor has no effect in a search, which runs on Ray"
+
+
+def _drawn_anyway(space: Space, settings: Sequence[str] | Mapping[str, Any]) -> Iterator[str]:
+    """Say which settings every trial draws another value for."""
+    pairs = settings if isinstance(settings, Mapping) else dict(override_pairs("--set", settings))
+    for key in pairs:
+        how = space.parameters.get(key)
+        if how is not None and not how.when:
+            yield f"{key}: the value of --set has no effect, the space draws one for each trial"
 
 
 def _of_trials(recipe: Recipe) -> Recipe:

@@ -16,8 +16,8 @@ from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml, shi
 from rayfed_lora.recipe_notes import unused
 from rayfed_lora.runtime.comparison import cells_of
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.tuning import drawing
-from rayfed_lora.tuning.space import Space
+from rayfed_lora.tuning import drawing, search
+from rayfed_lora.tuning.space import Space, load_space
 from tests.fakes import RECIPE, FakeFactory, make_recipe
 
 # The keys that are told of, by what is set. `make_recipe` has six rounds of four stages.
@@ -157,6 +157,11 @@ IDLE: list[tuple[dict[str, Any], str, list[str]]] = [
         "model.task text-classification",
         ["data.image_column"],
     ),
+    (
+        {"clients.per_round": 6, "clients.over_select": 2.0},
+        "clients.per_round all clients there are",
+        ["clients.over_select"],
+    ),
     # tests, executor
     ({"evaluation.clients": 3}, "evaluation.client_fraction 0", ["evaluation.clients"]),
     (
@@ -231,6 +236,24 @@ def test_a_comparison_tells_what_gives_way_to_presets_seeds_and_folders():
     assert notes[2] == ()
 
 
+def test_a_method_for_all_of_a_comparison_is_refused():
+    with pytest.raises(BadInputError, match="--set method: expected none"):
+        cells_of(RECIPE, ["sa-fedlora", "fedavg"], [0], "out", {"method": "flora"})
+
+
+def test_a_search_tells_what_it_has_values_of_its_own_for():
+    recipe = make_recipe(storage__path="x", storage__checkpoint_every=2)
+    assert [note.partition(" ")[0] for note in search._passed_over(recipe)] == [
+        "storage.path",
+        "storage.checkpoint_every",
+        "runtime.executor",
+    ]
+    space = load_space("learning_rate")
+    drawn = next(iter(space.parameters))
+    (note,) = search._drawn_anyway(space, [f"{drawn}=1", "seed=2"])
+    assert note.startswith(f"{drawn}: the value of --set has no effect")
+
+
 def test_a_value_drawn_for_a_condition_that_never_holds_is_told():
     space = Space.model_validate(
         {
@@ -270,6 +293,11 @@ def test_client_tests_without_examples_are_refused_or_noted(tmp_path):
     notes = plan(load_recipe(given, {**tokenizer, "data.partition.clients": 12})).notes
     assert notes[0].startswith("evaluation.client_fraction: 8 of 12 clients have fewer than two")
     assert plan(load_recipe(given, {**tokenizer, "data.partition.clients": 8})).notes == ()
+    more = {"data.partition.clients": 8, "evaluation.clients": 9, "data.max_examples": 17}
+    assert plan(load_recipe(given, {**tokenizer, **more})).notes == (
+        "evaluation.clients 9: there are only 8 clients",
+        "data.max_examples 17: there are only 16 examples",
+    )
 
 
 def test_a_share_for_testing_of_a_source_with_a_test_split_is_told(monkeypatch):
