@@ -8,7 +8,7 @@ Source: this project.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -53,6 +53,24 @@ def unused(recipe: Recipe) -> tuple[str, ...]:
         if idle:
             notes.append(f"no effect with {why}: {', '.join(idle)}")
     return tuple(notes)
+
+
+def given_way_in_comparison(recipe: Recipe, seeds: Sequence[int]) -> Iterator[str]:
+    """Yield which keys of a recipe a comparison has values of its own for."""
+    if recipe.seed != 0 and recipe.seed not in seeds:
+        yield f"seed {recipe.seed} of the recipe gives way to the seeds of the comparison"
+    if recipe.storage.path is not None:
+        yield "storage.path has no effect in a comparison: its runs are kept in folders of its own"
+
+
+def given_way_in_search(recipe: Recipe) -> Iterator[str]:
+    """Yield which keys of a recipe a search has values of its own for."""
+    if recipe.storage.path is not None:
+        yield "storage.path has no effect in a search: its trials are kept in folders of its own"
+    if recipe.storage.checkpoint_every != 1:
+        yield "storage.checkpoint_every has no effect in a search: every round is saved"
+    if recipe.runtime.executor != "ray":
+        yield "runtime.executor has no effect in a search, which runs on Ray"
 
 
 def _covers(key: str, other: str) -> bool:

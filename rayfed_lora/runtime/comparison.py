@@ -9,7 +9,7 @@ import re
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -19,6 +19,7 @@ from rayfed_lora.federation.executor import Executor
 from rayfed_lora.locations import child
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, override_pairs
+from rayfed_lora.recipe_notes import given_way_in_comparison
 from rayfed_lora.reporting.comparison import Cell, Comparison, Ended, Standing
 from rayfed_lora.reporting.search import SEARCH_FILE
 from rayfed_lora.reporting.status import StatusBoard
@@ -217,7 +218,7 @@ def cells_of(
         settings = dict(override_pairs("--set", settings))
     if "method" in settings and all("method" in own for own in methods.values()):
         raise BadInputError("--set method: expected none, --methods names those of a comparison")
-    whole = load_recipe(recipe, settings)
+    told = tuple(given_way_in_comparison(load_recipe(recipe, settings), seeds))
     held_out = {name: _held_out(load_recipe(recipe, settings, m)) for name, m in methods.items()}
     most = max(fraction or 0.0 for fraction in held_out.values())
     cells: list[Cell] = []
@@ -232,19 +233,11 @@ def cells_of(
                     f"methods: expected the same runtime for all, since they share actors; {name!r}"
                     f" has another than {cells[0].method!r}"
                 )
-            if not cells:
-                given = given.told(given.asked, (*given.overruled, *_passed_over(whole, seeds)))
+            # Once is enough.
+            given = given.told(given.asked, (*given.overruled, *(() if cells else told)))
             location = child(out, name, f"seed-{seed}")
             cells.append(Cell(name, seed, with_absolute_paths(given), location))
     return cells
-
-
-def _passed_over(recipe: Recipe, seeds: Sequence[int]) -> Iterator[str]:
-    """Say which keys of a recipe a comparison has values of its own for."""
-    if recipe.seed != 0 and recipe.seed not in seeds:
-        yield f"seed {recipe.seed} of the recipe gives way to the seeds of the comparison"
-    if recipe.storage.path is not None:
-        yield "storage.path has no effect in a comparison: its runs are kept in folders of its own"
 
 
 def _held_out(recipe: Recipe) -> float | None:
@@ -296,7 +289,6 @@ def compare(  # noqa: PLR0913 - a user names them
             raise RunFolderError(
                 f"{folder.location}: expected a folder for a comparison, it holds {kind}"
             )
-    launch.refuse_address(cells[0].recipe, address)
     for cell in cells:
         claim(RunFolder(cell.location), cell.recipe, resume=True)
     factory, watch = factory or TorchFactory(), watch or (lambda standing: None)
@@ -317,7 +309,7 @@ def _run_here(
     watch: Callable[[Standing], None],
     address: str | None,
 ) -> tuple[Ended, ...]:
-    del address
+    launch.refuse_address(cells[0].recipe, address)
 
     def executor(recipe: Recipe, board: StatusBoard) -> Executor:
         device = launch.local_device(recipe)

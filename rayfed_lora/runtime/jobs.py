@@ -25,6 +25,7 @@ from rayfed_lora.errors import (
 )
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
+from rayfed_lora.recipe_notes import unused
 from rayfed_lora.reporting.jobs import JobView
 from rayfed_lora.runtime import job_progress
 from rayfed_lora.runtime.dashboard import client_of, refused
@@ -102,7 +103,7 @@ class Jobs:
         where = location or f"{JOB_RUNS}/{job}"
         refuse_relative(where)
         refuse_secrets(where)
-        notes = notes_on(loaded, where, given=location is not None)
+        notes = (*notes_on(loaded, where, given=location is not None), *unused(loaded))
         storage = loaded.storage.model_copy(update={"path": where})
         loaded = with_absolute_paths(loaded).model_copy(update={"storage": storage})
         command = f"{COMMAND} --resume" if resume else COMMAND

@@ -24,7 +24,7 @@ from rayfed_lora.errors import (
 from rayfed_lora.locations import child
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, override_pairs, parse_yaml, yaml_text
-from rayfed_lora.recipe_notes import unused
+from rayfed_lora.recipe_notes import given_way_in_search, unused
 from rayfed_lora.reporting.search import SEARCH_FILE, SearchNews, Watch
 from rayfed_lora.reporting.tracking import check_tracking
 from rayfed_lora.runtime import launch
@@ -111,20 +111,10 @@ def tune(  # noqa: PLR0913 - a user names them
     max_concurrent = _claim(folder, space, base, max_concurrent, resume)
     with launch.ray_session(address), _quiet_tune():
         watch = watch or (lambda news: None)
-        for note in (*unused(whole), *_passed_over(whole), *_drawn_anyway(space, settings)):
+        for note in (*unused(whole), *given_way_in_search(whole), *_drawn_anyway(space, settings)):
             watch(SearchNews(warning=note))
         job = _Job(space, base, location, max_concurrent, factory or TorchFactory(), watch)
         return job.run(folder, resume)
-
-
-def _passed_over(recipe: Recipe) -> Iterator[str]:
-    """Say which keys of a recipe a search has values of its own for."""
-    if recipe.storage.path is not None:
-        yield "storage.path has no effect in a search: its trials are kept in folders of its own"
-    if recipe.storage.checkpoint_every != 1:
-        yield "storage.checkpoint_every has no effect in a search: every round is saved"
-    if recipe.runtime.executor != "ray":
-        yield "runtime.executor has no effect in a search, which runs on Ray"
 
 
 def _drawn_anyway(space: Space, settings: Sequence[str] | Mapping[str, Any]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from rayfed_lora.errors import BadInputError, DataError
 from rayfed_lora.planning import plan
 from rayfed_lora.presets import PRESETS
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml, shipped_names
-from rayfed_lora.recipe_notes import unused
+from rayfed_lora.recipe_notes import given_way_in_search, unused
 from rayfed_lora.runtime.comparison import cells_of
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning import drawing, search
@@ -243,7 +243,7 @@ def test_a_method_for_all_of_a_comparison_is_refused():
 
 def test_a_search_tells_what_it_has_values_of_its_own_for():
     recipe = make_recipe(storage__path="x", storage__checkpoint_every=2)
-    assert [note.partition(" ")[0] for note in search._passed_over(recipe)] == [
+    assert [note.partition(" ")[0] for note in given_way_in_search(recipe)] == [
         "storage.path",
         "storage.checkpoint_every",
         "runtime.executor",
