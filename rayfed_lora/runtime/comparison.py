@@ -233,7 +233,6 @@ def cells_of(
                     f"methods: expected the same runtime for all, since they share actors; {name!r}"
                     f" has another than {cells[0].method!r}"
                 )
-            # Once is enough.
             given = given.told(given.asked, (*given.overruled, *(() if cells else told)))
             location = child(out, name, f"seed-{seed}")
             cells.append(Cell(name, seed, with_absolute_paths(given), location))
