@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ import typer
 from rayfed_lora import cli_cluster
 from rayfed_lora.cli_options import AddressOption, OutOption, RecipeArgument, SetOption
 from rayfed_lora.errors import RayfedError
+from rayfed_lora.printable import echo
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,12 +35,11 @@ def run(
     address: AddressOption = None,
 ) -> None:
     """Run a recipe."""
-    from rich.console import Console
-
     from rayfed_lora.recipe_loading import load_recipe
+    from rayfed_lora.reporting.console import PlainConsole
 
     loaded = load_recipe(recipe, set_ or ())
-    console = Console()
+    console = PlainConsole()
     from rayfed_lora.reporting.progress import watching
     from rayfed_lora.reporting.terminal import show_summary
     from rayfed_lora.runtime import launch
@@ -69,12 +70,11 @@ def compare(
     address: AddressOption = None,
 ) -> None:
     """Run a recipe under several methods and seeds; called again, it goes on."""
-    from rich.console import Console
-
+    from rayfed_lora.reporting.console import PlainConsole
     from rayfed_lora.reporting.terminal import show_comparison, watching_comparison
     from rayfed_lora.runtime.comparison import compare as run_all
 
-    console = Console()
+    console = PlainConsole()
     with watching_comparison(console) as watch:
         comparison = run_all(
             recipe,
@@ -86,7 +86,7 @@ def compare(
             address=address,
             watch=watch,
         )
-    wide = console if console.is_terminal else Console(width=120)
+    wide = console if console.is_terminal else PlainConsole(width=120)
     show_comparison(wide, comparison, out)
     if comparison.runs["error"].notna().any():
         raise typer.Exit(1)
@@ -118,14 +118,13 @@ def tune(  # noqa: PLR0913, PLR0917 - options
 
     Each option that a space has too goes before what the space says.
     """
-    from rich.console import Console
-
+    from rayfed_lora.reporting.console import PlainConsole
     from rayfed_lora.reporting.terminal import show_search, watching_search
     from rayfed_lora.tuning.search import tune as search_all
 
     if resume and out is None:
         raise typer.BadParameter("give --out, the folder of the search", param_hint="--resume")
-    console = Console()
+    console = PlainConsole()
     with watching_search(console) as watch:
         found = search_all(
             space,
@@ -169,17 +168,16 @@ def _seed(text: str) -> int:
 @app.command()
 def plan(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Print the schedule with ranks, bytes and needs, before anything runs."""
-    from rich.console import Console
-
     from rayfed_lora.recipe_loading import load_recipe
+    from rayfed_lora.reporting.console import PlainConsole
 
     loaded = load_recipe(recipe, set_ or ())
     from rayfed_lora import planning
     from rayfed_lora.reporting.terminal import show_plan
 
-    console = Console()
+    console = PlainConsole()
     # Without a terminal rich takes 80 columns, too few for the table of rounds.
-    wide = console if console.is_terminal else Console(width=110)
+    wide = console if console.is_terminal else PlainConsole(width=110)
     show_plan(wide, loaded, planning.plan(loaded))
 
 
@@ -196,7 +194,7 @@ def report(
     """Write one HTML file with interactive plots and tables of runs."""
     from rayfed_lora.reporting.report import report as write_report
 
-    typer.echo(f"report: {write_report(folders, out)}")
+    echo(f"report: {write_report(folders, out)}")
 
 
 @app.command()
@@ -211,7 +209,7 @@ def export(
     from rayfed_lora.exporting import export_run
 
     for line in export_run(folder, to, merge=merge):
-        typer.echo(line)
+        echo(line)
 
 
 @app.command()
@@ -253,8 +251,11 @@ def main() -> None:
     try:
         app(_repeated(sys.argv[1:]))
     except RayfedError as error:
-        print(f"rayfed-lora: {error}", file=sys.stderr)
+        echo(f"rayfed-lora: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
         print("rayfed-lora: ended at once; go on with --resume --out", file=sys.stderr)
         sys.exit(130)
+    except Exception:  # a fault of ours; the text of it may still be others'
+        echo(traceback.format_exc(), end="", file=sys.stderr)
+        sys.exit(1)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rayfed_lora.cli_options import OutOption, RecipeArgument, SetOption
+from rayfed_lora.printable import echo
 
 if TYPE_CHECKING:
     from rayfed_lora.runtime.jobs import Jobs, Submitted
@@ -53,11 +54,10 @@ def resume(job: JobArgument, address: DashboardOption = None, follow: FollowOpti
 
 
 def _submitted(jobs: Jobs, submitted: Submitted, follow: bool) -> None:
-    from rich.console import Console
-
+    from rayfed_lora.reporting.console import PlainConsole
     from rayfed_lora.reporting.jobs import show_submitted
 
-    show_submitted(Console(), submitted.id, submitted.location, submitted.notes)
+    show_submitted(PlainConsole(), submitted.id, submitted.location, submitted.notes)
     if follow:
         raise typer.Exit(_follow(jobs, submitted.id))
 
@@ -69,7 +69,7 @@ def _follow(jobs: Jobs, job: str) -> int:
 
 
 def _echo(text: str) -> None:
-    typer.echo(text, nl=False)
+    echo(text, end="")
 
 
 @app.command()
@@ -78,14 +78,13 @@ def status(
     address: DashboardOption = None,
 ) -> None:
     """Show where jobs stand: stage, round, metrics, time left."""
-    from rich.console import Console
-
+    from rayfed_lora.reporting.console import PlainConsole
     from rayfed_lora.reporting.jobs import show_job, show_jobs
     from rayfed_lora.runtime.jobs import Jobs
 
-    jobs, console = Jobs(address), Console()
+    jobs, console = Jobs(address), PlainConsole()
     if job is None:
-        wide = console if console.is_terminal else Console(width=160)
+        wide = console if console.is_terminal else PlainConsole(width=160)
         show_jobs(wide, jobs.all())
     else:
         show_job(console, jobs.status(job), time.time())
@@ -99,18 +98,17 @@ def logs(job: JobArgument, address: DashboardOption = None, follow: FollowOption
     jobs = Jobs(address)
     if follow:
         raise typer.Exit(_follow(jobs, job))
-    typer.echo(jobs.logs(job), nl=False)
+    echo(jobs.logs(job), end="")
 
 
 @app.command()
 def stop(job: JobArgument, address: DashboardOption = None) -> None:
     """Stop a job; its finished rounds are kept."""
-    from rich.console import Console
-
+    from rayfed_lora.reporting.console import PlainConsole
     from rayfed_lora.reporting.jobs import show_stopped
     from rayfed_lora.runtime.jobs import Jobs
 
-    show_stopped(Console(), Jobs(address).stop(job))
+    show_stopped(PlainConsole(), Jobs(address).stop(job))
 
 
 @app.command()
@@ -131,9 +129,8 @@ def doctor(
     ] = False,
 ) -> None:
     """Say what this machine or a cluster offers, what is wrong, and how to mend it."""
-    from rich.console import Console
-
     from rayfed_lora.recipe_loading import load_recipe
+    from rayfed_lora.reporting.console import PlainConsole
     from rayfed_lora.reporting.diagnosis import diagnosis_status, show_diagnosis
     from rayfed_lora.runtime.dashboard import is_dashboard
 
@@ -149,5 +146,5 @@ def doctor(
         from rayfed_lora.runtime.doctor import doctor as look
 
         found = look(address, recipes, storage=storage, probe=probe)
-    show_diagnosis(Console(), found)
+    show_diagnosis(PlainConsole(), found)
     raise typer.Exit(diagnosis_status(found))

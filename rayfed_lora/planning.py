@@ -24,6 +24,7 @@ from rayfed_lora.federation.traffic import RoundFacts, is_cut
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_annealing import Annealing
 from rayfed_lora.recipe_loading import load_recipe
+from rayfed_lora.recipe_notes import unused
 from rayfed_lora.training.workload import Outline, outline
 from rayfed_lora.types import Device, Frozen, ModelShape, RoundPlan, Stage, Trainable
 
@@ -96,8 +97,7 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
         DataError: the data cannot be read or dealt as asked.
         ModelError: the model or its adapter does not fit.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe)
+    recipe = load_recipe(recipe)
     sizes = outline(recipe)
     ledger = Ledger(sizes.shape, len(sizes.devices.sizes), RULES[recipe.aggregation.rule])
     devices = Devices(recipe, sizes.devices) if recipe.simulates_time else None
@@ -113,7 +113,7 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
     needs = _needs(recipe, sizes, rounds)
     actor_mb = _PROCESS_MB + _training_mb(sizes, rounds)
     doubtful = doubt(recipe)
-    notes = sizes.notes if doubtful is None else (*sizes.notes, doubtful)
+    notes = (*sizes.notes, *unused(recipe), *([] if doubtful is None else [doubtful]))
     return Plan(tuple(rounds), ledger.totals, sizes, needs, actor_mb, notes)
 
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from rayfed_lora.plain_values import strange
 from rayfed_lora.presets import usual_server_rate
@@ -23,6 +23,7 @@ from rayfed_lora.recipe_devices import (
     Network,
 )
 from rayfed_lora.recipe_fields import (
+    ENDPOINTS,
     Auto,
     Count,
     Fraction,
@@ -33,6 +34,7 @@ from rayfed_lora.recipe_fields import (
     option,
     section,
 )
+from rayfed_lora.recipe_filling import filled
 
 Method = Literal[
     "sa-fedlora",
@@ -315,6 +317,9 @@ class Tracking(Section):
 class Recipe(Section):
     """A federated fine-tuning run, complete."""
 
+    # Made by Python's own call it gets the preset of its method and is checked, as from a file.
+    # Copies that `model_copy` changes are not: what takes a recipe passes it through `load_recipe`.
+
     name: str = Field(
         "run", min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run"
     )
@@ -331,11 +336,51 @@ class Recipe(Section):
     runtime: Runtime = section(Runtime, "executor")
     storage: Storage = section(Storage, "run folder")
     tracking: Tracking = section(Tracking, "TensorBoard, W&B, MLflow")
+    _preset: str = PrivateAttr("")
+    _asked: frozenset[str] | None = PrivateAttr(None)
+    _overruled: tuple[str, ...] = PrivateAttr(())
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all values are equal, wherever they come from."""
+        return isinstance(other, Recipe) and self.__dict__ == other.__dict__
+
+    # Values may be mappings.
+    __hash__ = None  # type: ignore[assignment]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, given: Any, info: ValidationInfo) -> Any:
+        if isinstance(given, Recipe):
+            given = given.model_dump(warnings=False)
+        named = (info.context or {}).get(ENDPOINTS, ())
+        return filled(given, named) if isinstance(given, Mapping) else given
+
+    @property
+    def preset(self) -> str:
+        """The method whose preset has filled in keys; a changed copy may name another `method`."""
+        return self._preset or self.method
+
+    @property
+    def asked(self) -> frozenset[str] | None:
+        """Keys named with another method than the recipe was written for; None: it is its own."""
+        return self._asked
+
+    @property
+    def overruled(self) -> tuple[str, ...]:
+        """What the user has asked for and does not get, one line each."""
+        return self._overruled
+
+    def told(self, asked: frozenset[str] | None, overruled: tuple[str, ...]) -> Recipe:
+        """Return an equal recipe that knows this of its making."""
+        copy = self.model_copy()
+        copy._asked, copy._overruled = asked, overruled
+        return copy
 
     @model_validator(mode="after")
     def _values_go_together(self) -> Recipe:
         from rayfed_lora.recipe_checks import ConflictError, conflicts
 
+        self._preset = self.method
         found = conflicts(self)
         if found:
             raise ConflictError(found)

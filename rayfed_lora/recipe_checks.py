@@ -65,6 +65,9 @@ def _of_locations(recipe: Recipe) -> Iterator[Conflict]:
         "storage.path": recipe.storage.path,
     }
     for key, location in named.items():
+        if location is not None and location.lower().startswith("fsspec+"):
+            # Its filesystems are many, and each has its own way to find credentials.
+            yield Conflict((key,), "expected a path, or a URI of s3, gs, abfs, hdfs or file")
         if location is not None and holds_secret(location):
             yield Conflict(
                 (key,),

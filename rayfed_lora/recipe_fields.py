@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+from rayfed_lora.recipe_filling import plain
 
 Auto = Literal["auto"]
+# Key of the validation's context: endpoints of object stores that the user has named.
+ENDPOINTS = "endpoints"
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -30,3 +34,9 @@ class Section(BaseModel):
     """A mapping of a recipe: unknown keys are faults, values cannot change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_plain_values(cls, given: Any) -> Any:
+        """Take sections made in Python, paths, and numpy's numbers."""
+        return plain(given)

@@ -13,7 +13,7 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from io import StringIO
 from pathlib import Path
@@ -23,11 +23,14 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import SafeRepresenter
 
+from rayfed_lora.endpoints import named_in
 from rayfed_lora.errors import Fault, RecipeError
 from rayfed_lora.plain_values import MOST_LEVELS, excess
 from rayfed_lora.presets import merged, preset
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_checks import ConflictError
+from rayfed_lora.recipe_fields import ENDPOINTS
+from rayfed_lora.recipe_filling import method_of, of_task, plain
 
 _MAX_PASSES = 8
 _BREAKS = re.compile("[\x85\u2028\u2029\ufeff]")
@@ -60,53 +63,81 @@ def shipped_text(name: str) -> str:
 
 
 def load_recipe(
-    source: str | Path | Mapping[str, Any],
+    source: str | Path | Mapping[str, Any] | Recipe,
     overrides: Sequence[str] | Mapping[str, Any] = (),
     variant: Mapping[str, Any] | None = None,
+    *,
+    endpoints: Collection[str] | None = None,
 ) -> Recipe:
     """Return the validated recipe.
 
     Args:
-        source: a shipped recipe's name, a path to a YAML file, or the mapping itself.
+        source: a shipped recipe's name, a path to a YAML file, the mapping itself, or a recipe: its
+            values are checked again, since a copy may have been changed. A copy that names another
+            method than it was made for gets that one's preset.
         overrides: `key.path=value` texts (values in YAML) or a mapping of key paths to values.
         variant: what sets one variant of that recipe apart, by key path. A method that it names
             brings its preset, which goes over what `source` and `overrides` say.
+        endpoints: of object stores, named by the user: they get credentials. None: those of
+            `overrides`, of `variant`, and of a `Recipe`; never those of a file or mapping.
 
     Raises:
         RecipeError: the file cannot be read, is not YAML, or has faults; all are listed.
     """
     name, raw = _read(source)
     _check_size(name, raw)
-    pairs = overrides.items() if isinstance(overrides, Mapping) else override_pairs(name, overrides)
+    raw = first = plain(raw)
+    given = overrides.items() if isinstance(overrides, Mapping) else override_pairs(name, overrides)
+    pairs = list(given)
     written = _nested_all(name, pairs)
+    own = _nested_all(name, (variant or {}).items())
+    if endpoints is None:
+        endpoints = named_in(written) | named_in(own)
+        endpoints |= named_in(raw) if isinstance(source, Recipe) else frozenset()
+    if isinstance(source, Recipe) and source.preset != source.method:
+        raw = _layered({**raw, "method": source.preset}, {"method": source.method})
     if variant is not None:
         # The preset of a method that stays may depend on what the variant says: it comes below.
         raw = merged(raw, written) if _keeps_method(raw, written) else _layered(raw, written)
-        written = _nested_all(name, variant.items())
+        written = own
     content = _layered(raw, written)
-    return _validated(name, merged(_of_task(content), content))
+    recipe = _validated(name, merged(of_task(content), content), endpoints)
+    asked = frozenset([*(path for path, _ in pairs), *(variant or {})])
+    made = source if isinstance(source, Recipe) else None
+    told = () if made is None else made.overruled
+    if recipe.method != (method_of(first) if made is None else made.method):
+        told = (*told, *_overruled(recipe, pairs)) if variant is not None else told
+        return recipe.told(asked, told)
+    known = None if made is None else made.asked
+    return recipe.told(None if known is None else asked | known, told)
+
+
+def _overruled(recipe: Recipe, settings: Iterable[tuple[str, Any]]) -> Iterator[str]:
+    """Say which settings gave way to the preset of a variant's method."""
+    for path, value in settings:
+        found: Any = recipe
+        for key in path.split("."):
+            found = getattr(found, key, None)
+        if not isinstance(found, BaseModel) and path != "method" and found != plain(value):
+            yield f"{path}: {value} of --set gives way to the preset of {recipe.method}: {found}"
 
 
 def _nested_all(name: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     written: dict[str, Any] = {}
     for path, value in pairs:
         _check_size(name, value, f"--set {path}")
-        written = merged(written, _nested(name, path, value))
+        written = merged(written, _nested(name, path, plain(value)))
     return written
 
 
-def _own_method(raw: Mapping[str, Any]) -> Any:
-    return raw.get("method", "sa-fedlora")
-
-
 def _keeps_method(raw: Mapping[str, Any], written: Mapping[str, Any]) -> bool:
-    own = _own_method(raw)
+    own = method_of(raw)
     return bool(written.get("method", own) == own)
 
 
 def _layered(raw: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe with the preset of its method and what is written over both."""
-    own = _own_method(raw)
+    own = method_of(raw)
     if _keeps_method(raw, written):
         under = merged(preset(own, merged(raw, written)), raw)
     else:
@@ -212,7 +243,9 @@ def _yaml() -> YAML:
     return yaml
 
 
-def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _read(source: str | Path | Mapping[str, Any] | Recipe) -> tuple[str, dict[str, Any]]:
+    if isinstance(source, Recipe):
+        return "recipe", source.model_dump(warnings=False)
     if isinstance(source, Mapping):
         return "recipe", dict(source)
     path = Path(source)
@@ -272,20 +305,13 @@ def _freed_of(raw: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, An
     return rest
 
 
-def _of_task(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the defaults that a task has of its own."""
-    model = raw.get("model")
-    language = isinstance(model, Mapping) and model.get("task") == "causal-lm"
-    return {"adapter": {"train_head": False}} if language else {}
-
-
-def _validated(name: str, raw: dict[str, Any]) -> Recipe:
+def _validated(name: str, raw: dict[str, Any], endpoints: Collection[str]) -> Recipe:
     """Validate; drop faulty values and go on, so that faults hidden behind others are found too."""
     faults: list[Fault] = []
     rest = raw
     for _ in range(_MAX_PASSES):
         try:
-            recipe = Recipe.model_validate(rest)
+            recipe = Recipe.model_validate(rest, context={ENDPOINTS: endpoints})
         except ValidationError as error:
             meant = [fault.nearest for fault in faults if fault.nearest and fault.came is None]
             conflicts = _conflicts(error, [*meant, *(fault.path for fault in faults)])

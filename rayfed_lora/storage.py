@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,15 +23,24 @@ from uuid import uuid4
 import pyarrow as pa
 from pyarrow import fs
 
+from rayfed_lora.endpoints import anonymous
 from rayfed_lora.errors import RunError, RunFolderError
 from rayfed_lora.locations import check_name, holds_secret, is_uri
 
 # Of an S3 URI, as pyarrow's own.
 _S3_OPTIONS = ("region", "endpoint_override", "scheme", "tls_ca_file_path")
+# Our own; see `endpoints`.
+_ANONYMOUS = "anonymous"
 _S3_HINT = (
     "credentials come from the environment, ~/.aws or the machine's role; region and endpoint from"
     " ?region=...&endpoint_override=...&scheme=http in the URI, or AWS_ENDPOINT_URL"
 )
+_ANONYMOUS_HINT = (
+    "requests to this endpoint carry no credentials, since only the recipe names it:"
+    " AWS_ENDPOINT_URL_S3, RAYFED_LORA_ENDPOINTS, --out or --set names it as yours"
+)
+# It becomes a part of a host's name.
+_REGION = re.compile(r"[A-Za-z0-9-]*")
 # A store that does not answer is given up after about ten seconds.
 _S3_ATTEMPTS = 3
 _CHUNK = 1 << 23
@@ -101,7 +111,7 @@ class RunFolder:
         Raises:
             RunError: it cannot be written; what was there before is kept, as after any error.
         """
-        target = self._path(name)
+        target = self._path(name, written=True)
         try:
             with self._uploaded(target) if self.local is None else _durable(Path(target)) as file:
                 yield file
@@ -124,8 +134,9 @@ class RunFolder:
 
         Raises:
             OSError: it is not there or cannot be read.
+            RunFolderError: it is a link that leads out of the folder, or no file.
         """
-        with self._fs.open_input_stream(self._path(name)) as stream:
+        with self._fs.open_input_stream(self._file(name)) as stream:
             return bytes(stream.read())
 
     def source(self, name: str) -> pa.NativeFile:
@@ -133,8 +144,9 @@ class RunFolder:
 
         Raises:
             OSError: it is not there or cannot be read.
+            RunFolderError: it is a link that leads out of the folder, or no file.
         """
-        return self._fs.open_input_file(self._path(name))
+        return self._fs.open_input_file(self._file(name))
 
     def exists(self, name: str) -> bool:
         """Return whether a file or folder of that name is there.
@@ -192,12 +204,35 @@ class RunFolder:
                 f"{self._hint}"
             ) from error
 
-    def _path(self, name: str) -> str:
+    def _path(self, name: str, *, written: bool = False) -> str:
+        """Return where a file is; a link that leads out of a folder may be a stranger's.
+
+        Args:
+            name: relative.
+            written: the file itself is replaced, wherever it leads.
+        """
         try:
             check_name(name)
         except ValueError as error:
             raise RunFolderError(f"run folder {self.location}: {error}") from None
-        return str(self._root / name)
+        path = str(self._root / name)
+        if self.local is not None:
+            led = os.path.realpath(os.path.dirname(path) if written and name else path)
+            root = os.path.realpath(self._root)
+            if led != root and not led.startswith(root.rstrip(os.sep) + os.sep):
+                raise RunFolderError(
+                    f"run folder {self.location}: expected files of its own, {name} is a link that"
+                    f" leads out of it, to {led}"
+                )
+        return path
+
+    def _file(self, name: str) -> str:
+        """Return where a file to be read is: nothing else, such as a pipe, is waited for."""
+        path = self._path(name)
+        if self.local is not None and os.path.exists(path) and not os.path.isfile(path):
+            kind = "a folder" if os.path.isdir(path) else "no regular file"
+            raise RunFolderError(f"run folder {self.location}: expected a file, {name} is {kind}")
+        return path
 
     def _info(self, name: str) -> fs.FileInfo:
         path = self._path(name)
@@ -214,6 +249,8 @@ class RunFolder:
 
     @property
     def _hint(self) -> str:
+        if anonymous(self.location):
+            return f" ({_ANONYMOUS_HINT})"
         return f" ({_S3_HINT})" if isinstance(self._fs, fs.S3FileSystem) else ""
 
 
@@ -261,12 +298,18 @@ def _s3(bucket: str, query: str, endpoint: str | None) -> fs.S3FileSystem:
     options: dict[str, Any] = {}
     if query:
         options |= parse_qsl(query, keep_blank_values=True, strict_parsing=True)
-    unknown = options.keys() - set(_S3_OPTIONS)
+    unknown = options.keys() - {*_S3_OPTIONS, _ANONYMOUS}
     if unknown or not bucket:
         raise ValueError(
             f"expected s3://bucket/folder with options of {', '.join(_S3_OPTIONS)};"
             f" got {', '.join(sorted(unknown)) or 'no bucket'}"
         )
+    if _ANONYMOUS in options:
+        if options[_ANONYMOUS] not in ("true", "false"):
+            raise ValueError(f"expected anonymous=true or false, got {options[_ANONYMOUS]}")
+        options[_ANONYMOUS] = options[_ANONYMOUS] == "true"
+    if not _REGION.fullmatch(options.get("region", "")):
+        raise ValueError(f"expected a region such as eu-central-1, got {options['region']!r}")
     if endpoint and "endpoint_override" not in options:
         url = urlsplit(endpoint)
         options |= {"endpoint_override": url.netloc, "scheme": url.scheme}

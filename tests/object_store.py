@@ -31,10 +31,12 @@ class ObjectStore:
     Attributes:
         port: of the server on this machine.
         requests: method and path with query of each request so far.
+        signed: whether each of them carried credentials.
     """
 
     port: int = 0
     requests: list[Request] = field(default_factory=list)
+    signed: list[bool] = field(default_factory=list)
     _refuse: Callable[[str, str], bool] = lambda method, url: False
     _conditional: Any = field(default_factory=threading.Lock)
 
@@ -44,6 +46,7 @@ class ObjectStore:
         def answer(environ: dict[str, Any], start: Any) -> Iterable[bytes]:
             request = environ["REQUEST_METHOD"], f"{environ['PATH_INFO']}?{environ['QUERY_STRING']}"
             self.requests.append(request)
+            self.signed.append("HTTP_AUTHORIZATION" in environ)
             if self._refuse(*request):
                 start("403 Forbidden", [("Content-Length", "0")])
                 return []

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayfed_lora import storage
+from rayfed_lora.endpoints import anonymous
 from rayfed_lora.errors import DataError
 from rayfed_lora.locations import is_uri
 
@@ -56,7 +57,9 @@ def read_file(source: str, string_columns: Sequence[str], option: str = "data.so
         DataError: no such file, or content that is not of this format.
     """
     suffix = suffix_of(source)
-    with _named(f"{option} {source!r}", f"a readable {suffix} file"), _open(source) as stream:
+    # An endpoint that only the recipe names; see `endpoints`.
+    how = " (asked without credentials: docs/security.md)" if anonymous(source) else ""
+    with _named(f"{option} {source!r}{how}", f"a readable {suffix} file"), _open(source) as stream:
         table = READERS[suffix](stream, string_columns)
         # Names and texts may be no UTF-8, lengths may lie: else noticed where it is too late.
         _ = table.column_names

@@ -42,6 +42,7 @@ class Dataset:
         test: the official test split, or rows cut from the source.
         label_names: the name of class i at place i.
         floats: whether pixels came as floats and are kept as they are, in whatever range.
+        official_test: whether the source has a test split.
     """
 
     train: pa.Table
@@ -49,6 +50,7 @@ class Dataset:
     test: pa.Table
     label_names: tuple[str, ...]
     floats: bool = False
+    official_test: bool = False
 
 
 def load(
@@ -95,7 +97,8 @@ def load(
     if validation_fraction > 0:
         train, validation = _split(train, validation_fraction, seed, "validation", where)
     train = _subset(train, data.max_examples, seed)
-    return Dataset(train, validation, test, classes.names, _are_floats(raw.train, data, task))
+    floats = _are_floats(raw.train, data, task)
+    return Dataset(train, validation, test, classes.names, floats, raw.test is not None)
 
 
 def _are_floats(table: pa.Table, data: recipe.Data, task: str) -> bool:

@@ -187,6 +187,12 @@ def skeleton(model: Model, config: Any) -> nn.Module:
         raise ModelError(f"{where(model)}: {message(error)}") from error
 
 
+def drawn(model: Model, config: Any) -> nn.Module:
+    """Return the model in float32 with weights drawn at random, whatever its source has."""
+    with quiet():
+        return auto_class(model).from_config(config).float()  # type: ignore[no-any-return]
+
+
 def load_code(model: Model) -> None:
     """Import the module of the model's class: transformers does it when one is first made.
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 from rayfed_lora import checksums, seals
 from rayfed_lora.errors import RunError
 from rayfed_lora.recipe import Recipe
+from rayfed_lora.reporting.csv_text import csv_bytes
 from rayfed_lora.reporting.page import REPORT_FILE
 from rayfed_lora.reporting.plots import write_plots
 from rayfed_lora.reporting.report import report_html
@@ -173,7 +174,7 @@ class Comparison:
             )
             # Ranks by module are for Parquet only.
             flat = table.drop(columns="ranks", errors="ignore")
-            folder.write(f"{name}.csv", flat.to_csv(index=False).encode())
+            folder.write(f"{name}.csv", csv_bytes(flat))
         runs = read_runs([folder.location])
         write_plots(folder, self.rounds, accuracies_of_clients(runs))
         page = report_html(runs, read_failed([folder.location]))

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from rayfed_lora.printable import one_note
 from rayfed_lora.reporting.status import Status
 from rayfed_lora.types import RoundRecord
 
@@ -74,9 +75,9 @@ def watching(console: Console) -> Iterator[Callable[[Status], None]]:
         yield _plain(console)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False),
     )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=None, detail="")
@@ -110,7 +111,12 @@ def _plain(console: Console) -> Callable[[Status], None]:
 
 def _print_news(console: Console, status: Status) -> None:
     for note in status.notes:
-        console.print(f"warning: {note}", style="yellow", highlight=False, markup=False)
+        console.print(
+            f"warning: {one_note(note)}",
+            style="yellow",
+            highlight=False,
+            markup=False,
+        )
     for record in status.records:
         console.print(round_line(record, status.rounds), highlight=False, soft_wrap=True)
 

@@ -164,7 +164,10 @@ def _read(location: str) -> list[_Found]:
 
 
 def _of_cell(location: str, method: str, seed: int) -> str:
-    with _readable(RunFolder(location)):
+    folder, name = RunFolder(location), f"{method}/seed-{seed}"
+    with _readable(folder):
+        # Refused where it is a link to somewhere else.
+        folder.exists(name)
         return child(location, method, f"seed-{seed}")
 
 

@@ -83,7 +83,10 @@ def read_search(folder: RunFolder) -> SearchData:
         ran = trials[trials["round"].notna()].sort_values(first, ascending=mode == "min")
         # Not by the recorded location: the folder may have been moved.
         folders = {
-            trial: RunFolder(child(folder.location, "trials", trial)) for trial in ran["trial"]
+            trial: RunFolder(child(folder.location, "trials", trial))
+            for trial in ran["trial"]
+            # Refused where it is a link to somewhere else.
+            if folder.exists(f"trials/{trial}")
         }
         # One that has failed early may have saved nothing.
         kept = [trial for trial, own in folders.items() if own.exists("rounds.parquet")]

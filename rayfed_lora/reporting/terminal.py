@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from rayfed_lora.printable import one_note
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.progress import duration, headline, megabytes, percent
 
@@ -67,7 +68,12 @@ def show_plan(console: Console, recipe: Recipe, plan: Plan) -> None:
     for need in plan.needs:
         console.print(need, highlight=False)
     for note in plan.notes:
-        console.print(f"warning: {note}", style="yellow", highlight=False, markup=False)
+        console.print(
+            f"warning: {one_note(note)}",
+            style="yellow",
+            highlight=False,
+            markup=False,
+        )
 
 
 def show_summary(console: Console, summary: Mapping[str, Any], location: str) -> None:
@@ -140,7 +146,7 @@ def watching_comparison(console: Console) -> Iterator[Callable[[Standing], None]
             if cell is not None:
                 seen = told[1] if told[0] == cell.location else 0
                 for note in standing.status.notes[seen:]:
-                    console.print(f"warning: {note}", style="yellow", markup=False)
+                    console.print(f"warning: {one_note(note)}", style="yellow", markup=False)
                 told = (cell.location, len(standing.status.notes))
                 at = f"run {shown + 1}/{standing.cells}: {cell.method}, seed {cell.seed}"
                 line.update(f"{at}: {headline(standing.status)}")
@@ -198,7 +204,7 @@ def watching_search(console: Console) -> Iterator[Callable[[SearchNews], None]]:
 
         def show(news: SearchNews) -> None:
             if news.warning is not None:
-                console.print(f"warning: {news.warning}", style="yellow", markup=False)
+                console.print(f"warning: {one_note(news.warning)}", style="yellow", markup=False)
             if news.ended is not None:
                 said = "trial {}: {}".format(*news.ended)
                 console.print(said, highlight=False, markup=False, soft_wrap=True)

@@ -19,6 +19,7 @@ from rayfed_lora.federation.executor import Executor
 from rayfed_lora.locations import child
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, override_pairs
+from rayfed_lora.recipe_notes import given_way_in_comparison
 from rayfed_lora.reporting.comparison import Cell, Comparison, Ended, Standing
 from rayfed_lora.reporting.search import SEARCH_FILE
 from rayfed_lora.reporting.status import StatusBoard
@@ -221,10 +222,11 @@ def cells_of(
         raise BadInputError(
             f"methods: expected names of letters, digits, '.', '_' and '-', got {wrong[0]!r}"
         )
-    if isinstance(recipe, Recipe):
-        recipe = recipe.model_dump()
     if not isinstance(settings, Mapping):
         settings = dict(override_pairs("--set", settings))
+    if "method" in settings and all("method" in own for own in methods.values()):
+        raise BadInputError("--set method: expected none, --methods names those of a comparison")
+    told = tuple(given_way_in_comparison(load_recipe(recipe, settings), seeds))
     held_out = {name: _held_out(load_recipe(recipe, settings, m)) for name, m in methods.items()}
     most = max(fraction or 0.0 for fraction in held_out.values())
     cells: list[Cell] = []
@@ -239,6 +241,7 @@ def cells_of(
                     f"methods: expected the same runtime for all, since they share actors; {name!r}"
                     f" has another than {cells[0].method!r}"
                 )
+            given = given.told(given.asked, (*given.overruled, *(() if cells else told)))
             location = child(out, name, f"seed-{seed}")
             cells.append(Cell(name, seed, with_absolute_paths(given), location))
     return cells
@@ -316,7 +319,7 @@ def _run_here(
     address: str | None,
     ticket: Ticket,
 ) -> tuple[Ended, ...]:
-    del address
+    launch.refuse_address(cells[0].recipe, address)
 
     def executor(recipe: Recipe, board: StatusBoard) -> Executor:
         device = launch.local_device(recipe)

@@ -48,7 +48,7 @@ def doctor(
     """
     if storage is not None:
         refuse_secrets(storage)
-    named = [r if isinstance(r, Recipe) else load_recipe(r) for r in recipes]
+    named = [load_recipe(r) for r in recipes]
     wanted = [with_absolute_paths(recipe) for recipe in named]
     shipped = not wanted
     wanted = wanted or [load_recipe(name) for name in shipped_names()]

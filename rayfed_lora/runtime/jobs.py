@@ -9,13 +9,14 @@ import asyncio
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from rayfed_lora.endpoints import OWN_ENDPOINTS, named_in
 from rayfed_lora.errors import (
     BadInputError,
     InterruptedRunError,
@@ -24,6 +25,7 @@ from rayfed_lora.errors import (
 )
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
+from rayfed_lora.recipe_notes import unused
 from rayfed_lora.reporting.jobs import JobView
 from rayfed_lora.runtime import job_progress
 from rayfed_lora.runtime.dashboard import client_of, refused
@@ -87,13 +89,13 @@ class Jobs:
             recipe: as for `run`.
             out: run folder that the cluster's nodes see, or URI; default `storage.path`, or a new
                 one under `JOB_RUNS` on the head node.
-            settings: overrides of a recipe that is still to be loaded, as for `--set`.
+            settings: overrides of the recipe, as for `--set`.
             resume: go on with the run in `out`.
 
         Raises:
             BadInputError: refused; nothing was started.
         """
-        loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, settings)
+        loaded = load_recipe(recipe, settings)
         job = _new_id(loaded.name)
         location = out or loaded.storage.path
         if resume and location is None:
@@ -101,36 +103,49 @@ class Jobs:
         where = location or f"{JOB_RUNS}/{job}"
         refuse_relative(where)
         refuse_secrets(where)
-        notes = notes_on(loaded, where, given=location is not None)
+        notes = (*notes_on(loaded, where, given=location is not None), *unused(loaded))
         storage = loaded.storage.model_copy(update={"path": where})
         loaded = with_absolute_paths(loaded).model_copy(update={"storage": storage})
         command = f"{COMMAND} --resume" if resume else COMMAND
         files = {RECIPE_FILE: recipe_yaml(loaded)}
-        self._start(job, command, files, job_progress.facts(loaded, where))
+        # The job reads them from a file, which alone names no endpoint as the user's own.
+        endpoints = named_in(loaded.model_dump())
+        self._start(job, command, files, job_progress.facts(loaded, where), endpoints)
         return Submitted(job, where, notes)
 
-    def start(self, name: str, command: str, files: Mapping[str, str]) -> str:
+    def start(
+        self, name: str, command: str, files: Mapping[str, str], endpoints: Collection[str] = ()
+    ) -> str:
         """Start a job that is not a run; return its id.
 
         Args:
             name: what its id begins with.
             command: for the shell, quoted.
             files: texts by name, in its working folder.
+            endpoints: of object stores that the user has named: they get the job's credentials.
         """
         job = _new_id(name)
-        self._start(job, command, files, {})
+        self._start(job, command, files, {}, endpoints)
         return job
 
     def _start(
-        self, job: str, command: str, files: Mapping[str, str], metadata: Mapping[str, str]
+        self,
+        job: str,
+        command: str,
+        files: Mapping[str, str],
+        metadata: Mapping[str, str],
+        endpoints: Collection[str],
     ) -> None:
+        environment = dict(_ENVIRONMENT)
+        if endpoints:
+            environment[OWN_ENDPOINTS] = ",".join(sorted(endpoints))
         with tempfile.TemporaryDirectory() as folder, refused():
             for name, text in files.items():
                 Path(folder, name).write_text(text, "utf-8")
             self._client.submit_job(
                 entrypoint=command,
                 submission_id=job,
-                runtime_env={"working_dir": folder, "env_vars": dict(_ENVIRONMENT)},
+                runtime_env={"working_dir": folder, "env_vars": environment},
                 metadata=dict(metadata),
             )
 
@@ -237,8 +252,10 @@ class Jobs:
                 " rayfed-lora submit RECIPE --out DIR --resume"
             )
         try:
-            recipe = load_recipe(parse_yaml(job, view.recipe_yaml))
-        except (RecipeError, TypeError) as error:
+            told = parse_yaml(job, view.recipe_yaml)
+            # What the job got credentials for was the user's to name when it was submitted.
+            recipe = load_recipe(told, endpoints=named_in(told))
+        except (RecipeError, TypeError, AttributeError) as error:
             raise BadInputError(f"the recipe of job {job} cannot be read: {error}") from None
         return self.submit(recipe, view.location, resume=True)
 

@@ -29,6 +29,7 @@ from rayfed_lora.runtime.location import run_location, with_absolute_paths
 from rayfed_lora.runtime.ownership import Lease, Ticket
 from rayfed_lora.runtime.ports import unreachable_cluster
 from rayfed_lora.runtime.session import claim, claimed, complete, simulate
+from rayfed_lora.runtime.token_file import keep_token_private
 from rayfed_lora.storage import RunFolder
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ def run(
     second one ends it at once.
 
     Args:
-        recipe: from `load_recipe`, or what it takes: a shipped name, a path or a mapping.
+        recipe: from `load_recipe` or Python's own call, or a shipped name, a path or a mapping; its
+            values are checked here, whatever it is.
         out: run folder or URI; default `storage.path`, or a new one under `runs/`.
         resume: go on with the run in `out`.
         address: of a running Ray cluster; default $RAY_ADDRESS, or a Ray of our own.
@@ -119,9 +121,8 @@ def run(
         InterruptedRunError: stopped by a signal.
         RunError: the run failed; the last checkpoint is kept.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe)
-    recipe = with_absolute_paths(recipe)
+    recipe = with_absolute_paths(load_recipe(recipe))
+    refuse_address(recipe, address)
     location = run_location(out or recipe.storage.path, recipe.name)
     folder = RunFolder(location)
     claim(folder, recipe, resume)
@@ -154,13 +155,30 @@ def _run_on_ray(
             return _follow(server, tell)
 
 
+def refuse_address(recipe: Recipe, address: str | None) -> None:
+    """Check that no cluster is named for a run that uses none.
+
+    Raises:
+        BadInputError: one is.
+    """
+    if address is not None and recipe.runtime.executor == "local":
+        raise BadInputError(
+            f"--address: expected none with runtime.executor local, which runs in this process; got"
+            f" {address!r}; runtime.executor ray runs on a cluster"
+        )
+
+
 def start(
-    recipe: Recipe, out: str | None = None, *, resume: bool = False, address: str | None = None
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    out: str | None = None,
+    *,
+    resume: bool = False,
+    address: str | None = None,
 ) -> Started:
     """Start a run in a cluster and return at once; it survives this process.
 
     Args:
-        recipe: from `load_recipe`.
+        recipe: as for `run`.
         out: run folder or URI that the cluster's nodes can reach.
         resume: go on with the run in `out`.
         address: of the cluster; default $RAY_ADDRESS.
@@ -168,12 +186,12 @@ def start(
     Raises:
         BadInputError: no cluster is named, or the run was refused.
     """
+    recipe = with_absolute_paths(load_recipe(recipe))
     if recipe.runtime.executor != "ray" or (address or os.environ.get("RAY_ADDRESS")) is None:
         raise BadInputError(
             "--detach needs executor ray and a running cluster: give --address (or RAY_ADDRESS);"
             " a cluster on this machine is started by `ray start --head`"
         )
-    recipe = with_absolute_paths(recipe)
     location = run_location(out or recipe.storage.path, recipe.name)
     folder = RunFolder(location)
     claim(folder, recipe, resume)
@@ -274,6 +292,8 @@ def ray_session(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    if where is None:
+        keep_token_private()
     try:
         ray.init(
             address=where or "local",

@@ -74,7 +74,7 @@ def shortened(recipe: Recipe, block: int) -> Recipe:
         "tracking.wandb": None,
         "tracking.mlflow": None,
     }
-    return load_recipe(recipe.model_dump(), changes)
+    return load_recipe(recipe, changes)
 
 
 def probe(recipe: Recipe, gpus: float, factory: Factory) -> Probe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 
+from rayfed_lora.endpoints import named_in
 from rayfed_lora.errors import ResourceError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import recipe_yaml
@@ -55,4 +56,5 @@ def examine(
     command = ["rayfed-lora", "doctor", *(f"--recipe={name}" for name in files)]
     command += [] if storage is None else [f"--storage={storage}"]
     command += ["--probe"] * probe
-    return jobs.follow(jobs.start("doctor", shlex.join(command), files), show)
+    endpoints = frozenset[str]().union(*(named_in(recipe.model_dump()) for recipe in recipes))
+    return jobs.follow(jobs.start("doctor", shlex.join(command), files, endpoints), show)

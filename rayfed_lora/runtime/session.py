@@ -10,12 +10,13 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
 from rayfed_lora import checksums, seals
+from rayfed_lora.endpoints import unguarded
 from rayfed_lora.errors import InterruptedRunError, RecipeError, RunFolderError
 from rayfed_lora.federation import checkpoints, restored
 from rayfed_lora.federation.checkpoints import CheckpointWriter, Snapshot
@@ -29,6 +30,7 @@ from rayfed_lora.locations import child
 from rayfed_lora.lora.fingerprint import sha256
 from rayfed_lora.recipe import Recipe, Runtime
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
+from rayfed_lora.recipe_notes import unused
 from rayfed_lora.reporting.page import REPORT_FILE
 from rayfed_lora.reporting.report import report_html
 from rayfed_lora.reporting.run_data import read_run
@@ -130,8 +132,12 @@ def check_unused(folder: RunFolder) -> None:
         )
 
 
-def kept_recipe(folder: RunFolder) -> Recipe | None:
+def kept_recipe(folder: RunFolder, endpoints: Collection[str] = ()) -> Recipe | None:
     """Return the recipe of the run in a folder, None where there is no run.
+
+    Args:
+        folder: of the run.
+        endpoints: of object stores that the user has named, as for `load_recipe`.
 
     Raises:
         RunFolderError: it cannot be read.
@@ -142,7 +148,7 @@ def kept_recipe(folder: RunFolder) -> Recipe | None:
         raw = parse_yaml(folder.location, seals.text(folder, "recipe.yaml"))
         if not isinstance(raw, Mapping):
             raise ValueError(f"expected a mapping, got {type(raw).__name__}")
-        return load_recipe(raw)
+        return load_recipe(raw, endpoints=endpoints)
     except (OSError, ValueError, RecipeError) as error:
         raise RunFolderError(
             f"{child(folder.location, 'recipe.yaml')} cannot be read: {error}"
@@ -160,6 +166,9 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
         return [
             p for k in keys for p in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)
         ]
+    if isinstance(a, str) and isinstance(b, str):
+        # With or without credentials, it is the same place.
+        a, b = unguarded(a), unguarded(b)
     return [] if a == b else [path]
 
 
@@ -290,17 +299,11 @@ def sitting(  # noqa: PLR0913 - the callers name them
             outcome = "done"
             return done
         for file in checksums.faults(folder):
-            board.note(f"{file} is damaged or missing: it is written again from the last checkpoint")
+            board.note(
+                f"{file} is damaged or missing: it is written again from the last checkpoint"
+            )
         population = executor.open()
-        # Only now: a run that was refused leaves its folder as it was.
-        if not folder.exists("recipe.yaml"):
-            folder.write("recipe.yaml", seals.sealed_text(recipe_yaml(recipe)))
-        checksums.withdraw(folder)
-        # After it: a folder without a recipe is nobody's run.
-        if population.label_counts is not None and seals.check(folder, PARTITION_FILE, sealed=True):
-            if folder.exists(PARTITION_FILE):
-                board.note(f"{PARTITION_FILE} had no valid checksum and is written again")
-            write_partition(folder, *population.label_counts, population.label_names)
+        _begin(folder, recipe, population, board)
         for tracker in trackers(recipe, folder, name or folder.name):
             tracking.add(tracker)
         if lease.note is not None:
@@ -323,6 +326,21 @@ def sitting(  # noqa: PLR0913 - the callers name them
             executor.close()
         finally:
             lease.release()
+
+
+def _begin(folder: RunFolder, recipe: Recipe, population: Population, board: StatusBoard) -> None:
+    """Write what the folder of a run begins with, where it is missing or damaged.
+
+    Called once the run is known to start: a run that is rejected leaves its folder as it was.
+    """
+    if not folder.exists("recipe.yaml"):
+        folder.write("recipe.yaml", seals.sealed_text(recipe_yaml(recipe)))
+    checksums.withdraw(folder)
+    # After it: a folder without a recipe is nobody's run.
+    if population.label_counts is not None and seals.check(folder, PARTITION_FILE, sealed=True):
+        if folder.exists(PARTITION_FILE):
+            board.note(f"{PARTITION_FILE} had no valid checksum and is written again")
+        write_partition(folder, *population.label_counts, population.label_names)
 
 
 def _finite(value: Any) -> Any:
@@ -358,7 +376,7 @@ class _Sitting:
         self._server = Server(recipe, executor, population, self, should_stop)
         if population.shape.obstacle is not None and recipe.annealing.mode != "full":
             board.note(f"clients are trained {self._server.block_size.reason}")
-        for note in population.notes:
+        for note in (*population.notes, *unused(recipe)):
             board.note(note)
         doubtful = doubt(recipe)
         if doubtful is not None:

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from rayfed_lora.errors import InterruptedRunError, RayfedError
+from rayfed_lora.printable import echo
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.status import Status, StatusBoard
 from rayfed_lora.runtime.factory import Factory
@@ -88,7 +89,7 @@ class SimulationServer:
         except Exception as error:  # whatever it is, `status` is the only one to tell it
             told = str(error) if isinstance(error, RayfedError) else traceback.format_exc()
             # To Ray's logs, too.
-            print(told, file=sys.stderr)
+            echo(told, file=sys.stderr)
             self._board.note(told)
             self._board.phase("failed")
         time.sleep(_LINGER_S)

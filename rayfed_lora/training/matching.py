@@ -19,6 +19,7 @@ from torch import nn
 from rayfed_lora.data.tables import IMAGE_TASK, LANGUAGE_TASK, Dataset
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import sources
+from rayfed_lora.models.causality import check_causal
 from rayfed_lora.models.fit import fit_notes
 from rayfed_lora.models.labels import HeadMatch
 from rayfed_lora.models.loading import Loading, class_tensors, head_match, loading
@@ -87,6 +88,8 @@ def match(recipe: Recipe, dataset: Dataset, *, here_only: bool) -> Match:
         # The source's regression or several labels an example; here each example has one class.
         config.problem_type = "single_label_classification"
     _check_classes(recipe, config, dataset)
+    if model.task == LANGUAGE_TASK:
+        check_causal(model, config)
     net = sources.skeleton(model, config)
     if tokenizer is not None:
         if model.task != LANGUAGE_TASK:

@@ -57,7 +57,7 @@ def outline(recipe: Recipe) -> Outline:
     """
     matched = match(recipe, _dataset(recipe), here_only=True)
     dataset = matched.dataset
-    clients, _ = _deal(recipe, dataset)
+    clients, held_out = _deal(recipe, dataset)
     shape = foreseen(matched.config, model_shape(matched.net, recipe), recipe)
     return Outline(
         shape=shape,
@@ -65,7 +65,7 @@ def outline(recipe: Recipe) -> Outline:
         test_examples=dataset.test.num_rows,
         validation_examples=0 if dataset.validation is None else dataset.validation.num_rows,
         label_names=dataset.label_names,
-        notes=(*matched.notes, *shape.notes),
+        notes=(*_notes(recipe, dataset, held_out), *matched.notes, *shape.notes),
     )
 
 
@@ -97,7 +97,7 @@ def prepare(recipe: Recipe) -> Workload:
         held_out=held_out,
         columns=device_columns,
         trace=trace,
-        notes=matched.notes,
+        notes=(*_notes(recipe, dataset, held_out), *matched.notes),
     )
 
 
@@ -143,7 +143,36 @@ def _deal(recipe: Recipe, dataset: Dataset) -> tuple[ClientTable, ClientTable | 
             f"clients.per_round: expected at most {clients.clients}, the number of clients found"
             f" in column {recipe.data.partition.column!r}, got {per_round}"
         )
-    return hold_out(clients, recipe.evaluation.client_fraction, recipe.seed)
+    kept, held_out = hold_out(clients, recipe.evaluation.client_fraction, recipe.seed)
+    if held_out is not None and not held_out.counts.any():
+        raise DataError(
+            "evaluation.client_fraction: expected clients of two examples or more, every client has"
+            " one at most: there is nothing to test them on"
+        )
+    return kept, held_out
+
+
+def _notes(recipe: Recipe, dataset: Dataset, held_out: ClientTable | None) -> tuple[str, ...]:
+    """Return what the recipe asks for and these data do not allow."""
+    notes = []
+    without = 0 if held_out is None else int((held_out.counts == 0).sum())
+    if held_out is not None and without > 0:
+        notes.append(
+            f"evaluation.client_fraction: {without} of {held_out.clients} clients have fewer than"
+            " two examples, and are not tested on any of their own"
+        )
+    data, wanted = recipe.data, recipe.evaluation.clients
+    if held_out is not None and wanted != "all" and wanted > held_out.clients:
+        notes.append(f"evaluation.clients {wanted}: there are only {held_out.clients} clients")
+    rows = dataset.train.num_rows
+    if data.max_examples is not None and data.max_examples > rows:
+        notes.append(f"data.max_examples {data.max_examples}: there are only {rows} examples")
+    if (
+        dataset.official_test
+        and data.test_fraction != type(data).model_fields["test_fraction"].default
+    ):
+        notes.append("no effect with a data source that has a test split: data.test_fraction")
+    return tuple(notes)
 
 
 def _examples(table: pa.Table, matched: Match, recipe: Recipe) -> Examples:

@@ -25,7 +25,7 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlg
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.rule_facts import RULE_FACTS
-from rayfed_lora.tuning.space import Drawn, Space, trial_recipe
+from rayfed_lora.tuning.space import Drawn, Space, trial_recipe, value_of
 
 # The key of a trial's config that holds its draw.
 DRAW = "draw"
@@ -116,11 +116,22 @@ def check(space: Space, recipe: Recipe) -> int:
 
 
 def without_effect(space: Space, recipe: Recipe) -> list[str]:
-    """Return the drawn keys that runs in the recipe's mode do not look at."""
+    """Return the drawn keys that no trial, or no run in the recipe's mode, looks at."""
+    never = [key for key, how in space.drawn.items() if _never(space, recipe, how)]
     if "method" in space.drawn or "annealing.mode" in space.drawn:
-        return []
+        return never
     unread = _UNREAD[recipe.annealing.mode]
-    return [key for key in space.drawn if key.startswith(unread)]
+    return [key for key in space.drawn if key.startswith(unread) or key in never]
+
+
+def _never(space: Space, recipe: Recipe, how: Drawn) -> bool:
+    """Return whether a value is drawn for a condition that no draw fulfils."""
+    for key, wanted in how.when.items():
+        other = space.drawn.get(key)
+        known = [value_of(recipe, key)] if other is None else other.choice
+        if known is not None and wanted not in known:
+            return True
+    return False
 
 
 def _trial_draws(space: Space, recipe: Recipe) -> Iterator[Mapping[str, Any]]:

@@ -19,6 +19,7 @@ from rayfed_lora.errors import BadInputError, RunError
 from rayfed_lora.locations import child
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.checked import table
+from rayfed_lora.reporting.csv_text import csv_bytes
 from rayfed_lora.reporting.page import REPORT_FILE
 from rayfed_lora.reporting.plots import write_front
 from rayfed_lora.reporting.search import TRIALS_FILE, read_search, search_html
@@ -111,7 +112,7 @@ class SearchResult:
         folder = RunFolder(self.location)
         table = pa.Table.from_pandas(self.trials, preserve_index=False)
         seals.write_table(folder, TRIALS_FILE, table)
-        folder.write("trials.csv", self.trials.to_csv(index=False).encode())
+        folder.write("trials.csv", csv_bytes(self.trials))
         for i, (name, trial) in enumerate(self.best.items()):
             content = self._recipe_of(name, trial).encode()
             folder.write(f"best-{name}.yaml", content)

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayfed_lora import checksums, seals
+from rayfed_lora.endpoints import named_in
 from rayfed_lora.federation import checkpoints
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, recipe_yaml
@@ -65,15 +66,16 @@ def adopt(folder: RunFolder, space: Space, recipe: Recipe, draw: Mapping[str, An
 
     What has changed and after which round is added to changes.json.
     """
-    before = kept_recipe(folder)
+    named = named_in(recipe.model_dump())
+    before = kept_recipe(folder, named)
     snapshot = checkpoints.newest(folder, lambda text: None)
     # Of a finished run there is no rest, and its files are listed with their checksums.
     if before is None or snapshot is None or folder.exists(checksums.SUMMARY_FILE):
         return
     settings = space.settings(draw, recipe)
-    drawn = load_recipe(recipe.model_dump(), settings)
+    drawn = load_recipe(recipe, settings, endpoints=named)
     settings |= continued(before, drawn, snapshot.rounds)
-    after = load_recipe(recipe.model_dump(), settings)
+    after = load_recipe(recipe, settings, endpoints=named)
     if after == before:
         return
     changes: Sequence[Any] = []

@@ -24,7 +24,8 @@ from rayfed_lora.errors import (
 )
 from rayfed_lora.locations import child
 from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe, parse_yaml, yaml_text
+from rayfed_lora.recipe_loading import load_recipe, override_pairs, parse_yaml, yaml_text
+from rayfed_lora.recipe_notes import given_way_in_search, unused
 from rayfed_lora.reporting.search import SEARCH_FILE, SearchNews, Watch
 from rayfed_lora.reporting.tracking import check_tracking
 from rayfed_lora.runtime import launch
@@ -94,8 +95,8 @@ def tune(  # noqa: PLR0913 - a user names them
     if isinstance(space, Space):
         space = space.model_dump()
     space = load_space(space, **changed)
-    base = load_recipe(recipe.model_dump() if isinstance(recipe, Recipe) else recipe, settings)
-    base = _of_trials(with_absolute_paths(base))
+    whole = load_recipe(recipe, settings)
+    base = _of_trials(with_absolute_paths(whole))
     if max_concurrent is not None and max_concurrent < 1:
         raise BadInputError(f"--max-concurrent: expected at least 1, got {max_concurrent}")
     if max_concurrent is not None and space.scheduler == "pbt":
@@ -115,9 +116,21 @@ def tune(  # noqa: PLR0913 - a user names them
         _claim(folder, space, base, max_concurrent, resume)
         with launch.ray_session(address), _quiet_tune():
             watch = watch or (lambda news: None)
+            idle = (*unused(whole), *given_way_in_search(whole), *_drawn_anyway(space, settings))
+            for note in idle:
+                watch(SearchNews(warning=note))
             factory = factory or TorchFactory()
             job = _Job(space, base, location, lease.ticket, limit, factory, watch)
             return job.run(folder, resume)
+
+
+def _drawn_anyway(space: Space, settings: Sequence[str] | Mapping[str, Any]) -> Iterator[str]:
+    """Say which settings every trial draws another value for."""
+    pairs = settings if isinstance(settings, Mapping) else dict(override_pairs("--set", settings))
+    for key in pairs:
+        how = space.parameters.get(key)
+        if how is not None and not how.when:
+            yield f"{key}: the value of --set has no effect, the space draws one for each trial"
 
 
 def _of_trials(recipe: Recipe) -> Recipe:
@@ -221,7 +234,10 @@ class _Job:
         idle = drawing.without_effect(self._space, self._recipe)
         if idle:
             mode = self._recipe.annealing.mode
-            self._tell(f"drawn for nothing with annealing.mode {mode}: {', '.join(idle)}")
+            self._tell(
+                f"drawn for nothing with annealing.mode {mode} and the conditions of the space:"
+                f" {', '.join(idle)}"
+            )
         # Refused here, where they cannot be had: data come after.
         drawing.scheduler(self._space, self._recipe)
         drawing.searcher(self._space, self._recipe, 1)

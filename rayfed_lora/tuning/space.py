@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rayfed_lora.annealing.stages import stage_lengths
+from rayfed_lora.endpoints import named_in
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.presets import usual_scaling, usual_server_rate
 from rayfed_lora.recipe import Recipe
@@ -355,4 +356,6 @@ def trial_recipe(space: Space, recipe: Recipe, draw: Mapping[str, Any]) -> Recip
     Raises:
         RecipeError: the values do not go together.
     """
-    return load_recipe(recipe.model_dump(), space.settings(draw, recipe))
+    # A space from a stranger names no endpoint as the user's own.
+    named = named_in(recipe.model_dump())
+    return load_recipe(recipe, space.settings(draw, recipe), endpoints=named)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +18,10 @@ SETTINGS = ("RAY_AUTH_MODE", *SWITCHED_OFF, "RAY_max_direct_call_object_size")
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
     """Note what Ray is started with, in place of starting it."""
     calls: list[dict[str, Any]] = []
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **options: calls.append(options))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
@@ -56,3 +59,26 @@ def test_a_ray_that_was_imported_before_decides_on_tokens_itself(
         assert "RAY_AUTH_MODE" not in os.environ
         assert {os.environ[name] for name in SWITCHED_OFF} == {"0"}
     assert len(started) == 1
+
+
+@pytest.mark.parametrize("address", [None, "127.0.0.1:1"])
+def test_the_token_of_a_ray_of_our_own_is_there_before_it_and_the_users_alone(
+    started: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    address: str | None,
+) -> None:
+    token = tmp_path / ".ray" / "auth_token"
+    modes: list[int | None] = []
+    monkeypatch.setattr("rayfed_lora.runtime.launch.unreachable_cluster", lambda where: None)
+    monkeypatch.setattr(
+        ray,
+        "init",
+        lambda **options: modes.append(
+            stat.S_IMODE(token.stat().st_mode) if token.exists() else None
+        ),
+    )
+    with ray_session(address):
+        pass
+    # That of a cluster is not this run's.
+    assert modes == [0o600 if address is None else None]

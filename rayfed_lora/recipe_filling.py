@@ -1,0 +1,72 @@
+"""What makes a recipe of what was written: plain values, presets, and guarded locations.
+
+Every `Recipe` passes here, whether it comes from a file, a mapping, or Python's own call.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+
+from rayfed_lora.endpoints import guarded_in
+from rayfed_lora.plain_values import excess
+from rayfed_lora.presets import merged, preset
+
+
+def plain(given: Any) -> Any:
+    """Return nested values as a file would hold them.
+
+    Sections become mappings of the keys that were set, paths texts, tuples and arrays lists, and
+    numbers of numpy Python's own. Anything else stays as it is, and is found by the validation.
+
+    >>> from pathlib import Path
+    >>> plain({"ranks": (np.int64(4), 8), "path": Path("runs/a")})
+    {'ranks': [4, 8], 'path': 'runs/a'}
+    """
+    if isinstance(given, BaseModel):
+        return plain(given.model_dump(exclude_unset=True, warnings=False))
+    if isinstance(given, Mapping):
+        return {plain(key): plain(value) for key, value in given.items()}
+    if isinstance(given, (list, tuple)):
+        return [plain(value) for value in given]
+    if isinstance(given, (np.generic, np.ndarray)):
+        return given.tolist()
+    return os.fspath(given) if isinstance(given, os.PathLike) else given
+
+
+def filled(given: Mapping[str, Any], endpoints: Collection[str] = ()) -> dict[str, Any]:
+    """Return a recipe's values with what its method's preset and its task fill in.
+
+    Filling in twice is filling in once: a key that is there wins.
+
+    Args:
+        given: what was written.
+        endpoints: of object stores that the user has named elsewhere; see `endpoints`.
+
+    Raises:
+        ValueError: there is too much of it.
+    """
+    found = excess(given)
+    if found is not None:
+        raise ValueError(found)
+    written: dict[str, Any] = plain(given)
+    content = merged(preset(method_of(written), written), written)
+    return guarded_in(merged(of_task(content), content), endpoints)
+
+
+def method_of(raw: Mapping[str, Any]) -> Any:
+    """Return the method that a recipe is written for."""
+    return raw.get("method", "sa-fedlora")
+
+
+def of_task(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the defaults that a task has of its own."""
+    model = raw.get("model")
+    language = isinstance(model, Mapping) and model.get("task") == "causal-lm"
+    return {"adapter": {"train_head": False}} if language else {}
