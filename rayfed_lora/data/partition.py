@@ -14,8 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from rayfed_lora import recipe, seeds
+from rayfed_lora.data import naming
 from rayfed_lora.errors import DataError
 
 IndexArray = npt.NDArray[np.int64]
@@ -121,7 +124,8 @@ def deal(
     * dirichlet: each label's examples in proportions ~ Dirichlet(alpha) over the clients.
     * shards: examples sorted by label, cut into clients * shards_per_client pieces, dealt randomly.
     * quantity: client sizes ~ Dirichlet(alpha), labels at random.
-    * column: one client a distinct value, in sorted order; `partition.clients` is not looked at.
+    * column: one client a distinct value, in the order of `client_names`; `partition.clients` is
+      not looked at.
 
     With dirichlet and quantity a client short of `min_examples` then gets random examples, each
     taken from the client that is the largest at that moment.
@@ -206,15 +210,21 @@ def _by_shards(
     return owner
 
 
-def _by_column(total: int, column: Sequence[str] | None) -> tuple[IndexArray, int]:
-    import pyarrow as pa
-    import pyarrow.compute as pc
+def client_names(column: Sequence[str]) -> list[str]:
+    """Return the clients of kind column in their order: whole numbers by value, else by text.
 
+    Args:
+        column: (n,) each row's client.
+    """
+    return naming.in_order(pa.array(column, type=pa.string()).unique().to_pylist())
+
+
+def _by_column(total: int, column: Sequence[str] | None) -> tuple[IndexArray, int]:
     if column is None or len(column) != total:
         came = "none" if column is None else f"{len(column)}"
         raise ValueError(f"kind 'column' needs the client of each of the {total} rows, got {came}")
     names = pa.array(column, type=pa.string())
-    distinct = sorted(names.unique().to_pylist())
+    distinct = client_names(column)
     owner = pc.index_in(names, value_set=pa.array(distinct, type=pa.string()))
     return owner.to_numpy(zero_copy_only=False).astype(np.int64), len(distinct)
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from rayfed_lora.errors import InterruptedRunError, RecipeError, RunFolderError
+from rayfed_lora.client_names import called
+from rayfed_lora.errors import ClientError, InterruptedRunError, RecipeError, RunFolderError
 from rayfed_lora.federation import checkpoints, restored
 from rayfed_lora.federation.checkpoints import CheckpointWriter, Snapshot
 from rayfed_lora.federation.evaluation import Scores
@@ -219,7 +220,8 @@ def sitting(  # noqa: PLR0913 - the callers name them
             folder.write("recipe.yaml", recipe_yaml(recipe).encode())
         # After it: a folder without a recipe is nobody's run.
         if population.label_counts is not None and not folder.exists(PARTITION_FILE):
-            write_partition(folder, *population.label_counts, population.label_names)
+            names = population.label_names, population.client_names
+            write_partition(folder, *population.label_counts, *names)
         for tracker in trackers(recipe, folder, name or folder.name):
             tracking.add(tracker)
         run = _Sitting(recipe, executor, folder, board, tracking, should_stop, population)
@@ -264,7 +266,7 @@ class _Sitting:
         # The round that is running, and how many notes stand in the tables.
         self._running, self._notes_seen = 0, 0
         self._checkpoints = CheckpointWriter(folder, recipe.storage.keep)
-        self._tables = Tables(folder, list(population.shape.modules))
+        self._tables = Tables(folder, list(population.shape.modules), population.client_names)
         self._server = Server(recipe, executor, population, self, should_stop)
         if population.shape.obstacle is not None and recipe.annealing.mode != "full":
             board.note(f"clients are trained {self._server.block_size.reason}")
@@ -282,7 +284,8 @@ class _Sitting:
     def clients_done(self, updates: Sequence[ClientUpdate]) -> None:
         for update in updates:
             if update.error is not None:
-                self._board.note(f"client {update.client} failed: {update.error}")
+                name = called(update.client, self._population.client_names)
+                self._board.note(f"{name} failed: {update.error}")
             if update.note is not None:
                 self._board.note(update.note)
         self._board.clients_done(len(updates))
@@ -316,6 +319,9 @@ class _Sitting:
                 if self._progress.rounds % self._recipe.storage.checkpoint_every == 0:
                     self._save(began)
                 yield self._tables
+        except ClientError as error:
+            name = called(error.client, self._population.client_names)
+            raise ClientError(error.client, error.round_index, error.trace, name) from error
         except (InterruptedRunError, GeneratorExit) as stop:
             self._save(began)
             if isinstance(stop, GeneratorExit):
@@ -383,6 +389,7 @@ class _Sitting:
             "timing": asdict(replace(progress.timing, wall_s=wall_s)),
             "ledger": ledger,
             "clock_s": progress.clock_s,
+            "data": dict(self._population.fingerprint),
         }
         model = progress.model
         snapshot = Snapshot(
@@ -402,6 +409,12 @@ class _Sitting:
         return self._server.fresh()
 
     def _gone_on(self, snapshot: Snapshot) -> Progress:
+        changed = restored.changed_data(snapshot, self._population)
+        if changed is not None:
+            raise RunFolderError(
+                f"cannot go on from the checkpoint of round {snapshot.rounds} in"
+                f" {self._folder.location}: {changed}; start anew with another --out"
+            )
         try:
             restored.check(snapshot, self._recipe, self._population)
             return self._restored(snapshot)
