@@ -16,7 +16,7 @@ from rayfed_lora.recipe import Model
 
 Tokens = dict[str, npt.NDArray[np.int32]]
 # Of a character a tokenizer keeps up to some 200 bytes.
-_BATCH_CHARACTERS = 4_000_000
+_BATCH_CHARACTERS = 2_000_000
 
 
 def tokenize(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
