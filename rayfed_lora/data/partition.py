@@ -23,6 +23,8 @@ from rayfed_lora.errors import DataError
 
 IndexArray = npt.NDArray[np.int64]
 
+_MOST_DEALT = 1_000_000  # clients that are dealt to, to name the empty ones
+_MOST_PIECES = 100  # shards for each example: all but one of them are empty
 NAMED_CLIENTS = 5  # how many empty clients an error names
 
 
@@ -143,6 +145,7 @@ def deal(
     """
     if len(labels) == 0:
         raise DataError("data.partition: need training examples to deal, got none")
+    _require_possible(len(labels), partition)
     rng = seeds.generator(seed, seeds.Purpose.PARTITION)
     clients = partition.clients
     match partition.kind:
@@ -269,6 +272,24 @@ def _group(owner: IndexArray, clients: int) -> ClientTable:
     counts = np.bincount(owner, minlength=clients)
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
     return ClientTable(np.argsort(owner, kind="stable").astype(np.int64, copy=False), offsets)
+
+
+def _require_possible(total: int, partition: recipe.Partition) -> None:
+    """Reject numbers that no deal can meet, before arrays of their size are made."""
+    if partition.kind == "column":
+        return
+    if partition.clients > max(total, _MOST_DEALT):
+        raise DataError(
+            f"data.partition: {partition.clients:,} clients need at least as many"
+            f" training examples, got {total:,}; set `data.partition.clients` to at most {total}"
+        )
+    pieces = partition.clients * partition.shards_per_client
+    if partition.kind == "shards" and pieces > _MOST_PIECES * total:
+        raise DataError(
+            f"data.partition: {partition.clients:,} clients with {partition.shards_per_client:,}"
+            f" pieces each (shards_per_client) need {pieces:,} training examples, got {total:,};"
+            f" keep clients * shards_per_client at {total} or below"
+        )
 
 
 def _require_examples(total: int, partition: recipe.Partition) -> None:
