@@ -101,16 +101,19 @@ class RunError(RayfedError):
 class ClientError(RunError):
     """A client's local training raised an exception."""
 
-    def __init__(self, client: int, round_index: int, trace: str) -> None:
-        """Keep whose training failed, when, and the client's own traceback."""
+    def __init__(
+        self, client: int, round_index: int, trace: str, called: str | None = None
+    ) -> None:
+        """Keep whose training failed, when, the client's own traceback, and what to call it."""
         self.client = client
         self.round_index = round_index
         self.trace = trace
-        super().__init__(f"client {client} failed in round {round_index}:\n{trace.rstrip()}")
+        self.called = f"client {client}" if called is None else called
+        super().__init__(f"{self.called} failed in round {round_index}:\n{trace.rstrip()}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by the arguments, as errors cross process borders."""
-        return type(self), (self.client, self.round_index, self.trace)
+        return type(self), (self.client, self.round_index, self.trace, self.called)
 
     @property
     def reason(self) -> str:

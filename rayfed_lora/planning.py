@@ -20,7 +20,7 @@ from rayfed_lora.federation.devices import Devices
 from rayfed_lora.federation.learning_rate import doubt, learning_rate
 from rayfed_lora.federation.ledger import BYTES_A_VALUE, Ledger, Totals
 from rayfed_lora.federation.sampling import block_size
-from rayfed_lora.federation.traffic import RoundFacts, is_cut
+from rayfed_lora.federation.traffic import Counts, RoundFacts, is_cut
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_annealing import Annealing
 from rayfed_lora.recipe_loading import load_recipe
@@ -101,12 +101,14 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
     sizes = outline(recipe)
     ledger = Ledger(sizes.shape, len(sizes.devices.sizes), RULES[recipe.aggregation.rule])
     devices = Devices(recipe, sizes.devices) if recipe.simulates_time else None
+    limits = sampling.rank_limits(recipe, len(sizes.devices.sizes))
+    annealing = _without_feedback(recipe)
     rounds: list[PlannedRound] = []
     rank: int | None = None
     clock_s = 0.0
     for t in range(recipe.annealing.total_rounds):
-        scheduled = plan_round(_without_feedback(recipe), t, Feedback(rank=rank))
-        planned = _planned(recipe, sizes, ledger, scheduled, rank, devices, clock_s)
+        scheduled = plan_round(annealing, t, Feedback(rank=rank))
+        planned = _planned(recipe, sizes, ledger, scheduled, rank, limits, devices, clock_s)
         rounds.append(planned)
         clock_s += planned.simulated_s or 0.0
         rank = None if scheduled.trainable == "full" else scheduled.rank
@@ -121,12 +123,13 @@ def _without_feedback(recipe: Recipe) -> Annealing:
     return recipe.annealing.model_copy(update={"acceptance": "always"})
 
 
-def _planned(
+def _planned(  # noqa: PLR0913, PLR0917 - the one caller has them all
     recipe: Recipe,
     sizes: Outline,
     ledger: Ledger,
     scheduled: RoundPlan,
     rank_before: int | None,
+    limits: Counts | None,
     devices: Devices | None,
     clock_s: float,
 ) -> PlannedRound:
@@ -136,7 +139,7 @@ def _planned(
         cohort, began = sampling.cohort(recipe, clients, scheduled.round), clock_s
     else:
         cohort, began = devices.cohort(scheduled.round, clock_s)
-    facts = _facts(recipe, shape, scheduled, rank_before, cohort, clients)
+    facts = _facts(recipe, shape, scheduled, rank_before, cohort, limits)
     simulated_s = None
     if devices is not None:
         turnout = devices.turnout(scheduled.round, cohort, ledger.quote(facts), full, began)
@@ -165,7 +168,7 @@ def _facts(
     scheduled: RoundPlan,
     rank_before: int | None,
     cohort: tuple[int, ...],
-    clients: int,
+    limits: Counts | None,
 ) -> RoundFacts:
     """Return what decides a round's messages if all arrive."""
     full = scheduled.trainable == "full"
@@ -174,7 +177,6 @@ def _facts(
     kept = None if anew else rank_before
     before = {} if kept is None else budget.uniform(shape.modules, kept)
     turn = adapter_rounds_before(recipe.annealing, scheduled.round)
-    limits = sampling.rank_limits(recipe, clients)
     folded = _folded(recipe, shape, before, ranks)
     return RoundFacts(
         trainable=scheduled.trainable,

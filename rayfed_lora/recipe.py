@@ -77,7 +77,8 @@ class Partition(Section):
     kind: Literal["iid", "dirichlet", "shards", "quantity", "column"] = option(
         "dirichlet",
         "iid: even and random | dirichlet: label skew | shards: sorted by label, a few pieces each"
-        " | quantity: sizes differ, labels do not | column: one client a value of `column`",
+        " | quantity: sizes differ, labels do not | column: one client a value of `column`, in the"
+        " order of the values: as numbers where all are whole numbers, else as texts",
     )
     alpha: PositiveFloat = option(
         0.5, "concentration for dirichlet and quantity; smaller is more uneven"

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from rayfed_lora.recipe_devices import Spread
 
 
+# Each round is a row of a table, in memory and in files that are written again and again.
+MOST_ROUNDS = 100_000
+
+
 @dataclass(frozen=True)
 class Conflict:
     """Values that do not go together.
@@ -102,6 +106,15 @@ def _of_stages(annealing: Annealing) -> Iterator[Conflict]:
         yield Conflict(
             tuple(f"annealing.{s}.rounds" for s in ("heating", "initiating", "cooling", "holding")),
             "need at least one round, the stages' rounds sum to 0",
+        )
+    if annealing.total_rounds > MOST_ROUNDS:
+        stages = {s: getattr(annealing, s).rounds for s in ("initiating", "heating", "cooling")}
+        stages["holding"] = holding.rounds
+        longest = sorted(stages, key=lambda stage: -stages[stage])
+        yield Conflict(
+            tuple(f"annealing.{stage}.rounds" for stage in longest),
+            f"expected at most {MOST_ROUNDS:,} rounds in all stages together,"
+            f" got {annealing.total_rounds:,}",
         )
     ramps = heating.shape == "ramp" and heating.rounds > 0
     shrinks = cooling.shape != "constant" and cooling.rounds + holding.rounds > 0

@@ -34,7 +34,8 @@ class Availability(Section):
     trace: str | None = option(
         None,
         "file (.csv, .parquet, .jsonl, .arrow) of the times at which each client can be reached,"
-        " in columns client, start_s, end_s; a client without a row never can",
+        " in columns client (its value in `data.partition.column`, else its number from 0),"
+        " start_s, end_s; a client without a row never can",
     )
     period_s: PositiveFloat | None = option(
         None, "the trace begins anew after so long; null: never", "s"

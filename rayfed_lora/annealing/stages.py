@@ -7,6 +7,7 @@ formulas are this project's (method.md), the paper's own are not public.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from rayfed_lora.annealing import acceptance, schedules
 from rayfed_lora.recipe_annealing import Annealing
@@ -75,7 +76,8 @@ def is_full(annealing: Annealing, t: int) -> bool:
 
 def adapter_rounds_before(annealing: Annealing, t: int) -> int:
     """Return the number of adapter rounds before round `t`; full-model rounds come first."""
-    return sum(not is_full(annealing, earlier) for earlier in range(t))
+    full = stage_lengths(annealing)["initiating"] if is_full(annealing, 0) else 0
+    return max(t - full, 0)
 
 
 def scheduled_rank(annealing: Annealing, t: int) -> int:
@@ -101,10 +103,15 @@ def scheduled_rank(annealing: Annealing, t: int) -> int:
 
 def ladder(annealing: Annealing) -> list[int]:
     """Return the distinct ranks from the heating rank down that target acceptance steps on."""
+    return list(_ladder(annealing))
+
+
+@lru_cache(maxsize=16)  # asked for in every round, and made of all of them
+def _ladder(annealing: Annealing) -> tuple[int, ...]:
     start = stage_lengths(annealing)["initiating"] + stage_lengths(annealing)["heating"]
     rounds = range(start, annealing.total_rounds)
     ranks = {annealing.heating.rank, *(scheduled_rank(annealing, t) for t in rounds)}
-    return sorted(ranks, reverse=True)
+    return tuple(sorted(ranks, reverse=True))
 
 
 def proposed_rank(annealing: Annealing, t: int, rank: int | None) -> int | None:

@@ -12,8 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rayfed_lora.data import naming
 from rayfed_lora.errors import DataError
 
+# A model reads some thousands of tokens; of a text of this size tokenizers take 160 MB.
+MOST_CHARACTERS = 1_000_000
 AUTO = "auto"
 TEXT_COLUMNS = ("text", "sentence", "content", "question")
 IMAGE_COLUMNS = ("image", "img", "pixels", "pixel_values")
@@ -75,25 +78,39 @@ def as_strings(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     """Return a text column as plain strings.
 
     Raises:
-        DataError: it holds something other than text, or a null.
+        DataError: it holds something other than text, a null, or a text of more than
+            `MOST_CHARACTERS`.
     """
-    reject_nulls(column, where)
-    if not _is_text(_value_type(column)):
+    found = naming.plain(column)
+    reject_nulls(found, where)
+    if not naming.is_text(found.type):
         raise DataError(f"{where}: need text, got {column.type}")
-    return pc.cast(column, pa.string())
+    _reject_long(found, where)
+    return pc.cast(found, pa.string())
+
+
+def _reject_long(texts: pa.ChunkedArray, where: str) -> None:
+    """Raise a DataError that names the first text too long to be tokenised in bounded memory."""
+    signs = pc.utf8_length(texts)
+    long = np.flatnonzero(pc.greater(signs, MOST_CHARACTERS).to_numpy())
+    if len(long) > 0:
+        row = int(long[0])
+        raise DataError(
+            f"{where}: need texts of at most {MOST_CHARACTERS:,} characters, got"
+            f" {signs[row].as_py():,} in row {row + 1} ({len(long)} such rows in all); cut them, or"
+            " leave them out: data.max_length keeps only the first tokens of a text"
+        )
 
 
 def as_client_names(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     """Return the column that names the clients as strings; whole numbers are written out.
 
     Raises:
-        DataError: it holds something other than text or whole numbers, or a null.
+        DataError: it holds something that is no name (`naming.as_names`), or a null.
     """
-    reject_nulls(column, where)
-    kind = _value_type(column)
-    if not (_is_text(kind) or pa.types.is_integer(kind)):
-        raise DataError(f"{where}: need whole numbers or text, got {column.type}")
-    return pc.cast(pc.cast(column, kind), pa.string())
+    found = naming.plain(column)
+    reject_nulls(found, where)
+    return pc.cast(naming.as_names(found, where), pa.string())
 
 
 def as_positive(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
@@ -116,18 +133,18 @@ def as_labels(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     """Return a label column as int64 or strings (booleans become `false` and `true`).
 
     Raises:
-        DataError: it holds something other than text or whole numbers below 2^63, or a null.
+        DataError: it holds something that is no name (`naming.as_names`), a whole number of 2^63 or
+            more, or a null.
     """
-    reject_nulls(column, where)
-    kind = _value_type(column)
-    if pa.types.is_integer(kind):
-        try:
-            return pc.cast(pc.cast(column, kind), pa.int64())
-        except pa.ArrowInvalid as error:
-            raise DataError(f"{where}: need labels that fit int64, got {error}") from error
-    if _is_text(kind) or pa.types.is_boolean(kind):
-        return pc.cast(pc.cast(column, kind), pa.string())
-    raise DataError(f"{where}: need whole numbers or text, got {column.type}")
+    found = naming.plain(column)
+    reject_nulls(found, where)
+    names = naming.as_names(found, where, naming.NO_CLASSES)
+    if not pa.types.is_integer(names.type):
+        return names
+    try:
+        return pc.cast(names, pa.int64())
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{where}: need labels that fit int64, got {error}") from error
 
 
 def find_classes(
@@ -159,6 +176,26 @@ def find_classes(
     return Classes(tuple(values), tuple(names))
 
 
+def notes_on(classes: Classes, class_names: Sequence[str] | None) -> tuple[str, ...]:
+    """Return what the user should know of the classes that were found.
+
+    Args:
+        classes: from `find_classes`.
+        class_names: as for `find_classes`.
+    """
+    found = [naming.alike(classes.names, "labels")]
+    if class_names is not None:
+        nameless = [
+            str(v) for v in classes.values if isinstance(v, int) and not 0 <= v < len(class_names)
+        ]
+        if nameless:
+            found.append(
+                f"labels {', '.join(nameless)} have no name in the data set and are classes too;"
+                " list those to keep in data.labels"
+            )
+    return tuple(note for note in found if note is not None)
+
+
 def number(labels: pa.ChunkedArray, classes: Classes) -> pa.ChunkedArray:
     """Return int64 class numbers, null where the label is none of the classes."""
     known = pa.array(classes.values)
@@ -182,15 +219,4 @@ def _position(
             return spellings.index(str(label))
     raise DataError(
         f"{where}: need data.labels that are there, got {label!r}; there are {', '.join(written)}"
-    )
-
-
-def _value_type(column: pa.ChunkedArray) -> pa.DataType:
-    kind = column.type
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     )

@@ -14,12 +14,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from rayfed_lora import recipe, seeds
+from rayfed_lora.data import naming
 from rayfed_lora.errors import DataError
 
 IndexArray = npt.NDArray[np.int64]
 
+_MOST_DEALT = 1_000_000  # clients that are dealt to, to name the empty ones
+_MOST_PIECES = 100  # shards for each example: all but one of them are empty
 NAMED_CLIENTS = 5  # how many empty clients an error names
 
 
@@ -121,7 +126,8 @@ def deal(
     * dirichlet: each label's examples in proportions ~ Dirichlet(alpha) over the clients.
     * shards: examples sorted by label, cut into clients * shards_per_client pieces, dealt randomly.
     * quantity: client sizes ~ Dirichlet(alpha), labels at random.
-    * column: one client a distinct value, in sorted order; `partition.clients` is not looked at.
+    * column: one client a distinct value, in the order of `client_names`; `partition.clients` is
+      not looked at.
 
     With dirichlet and quantity a client short of `min_examples` then gets random examples, each
     taken from the client that is the largest at that moment.
@@ -139,6 +145,7 @@ def deal(
     """
     if len(labels) == 0:
         raise DataError("data.partition: need training examples to deal, got none")
+    _require_possible(len(labels), partition)
     rng = seeds.generator(seed, seeds.Purpose.PARTITION)
     clients = partition.clients
     match partition.kind:
@@ -206,15 +213,21 @@ def _by_shards(
     return owner
 
 
-def _by_column(total: int, column: Sequence[str] | None) -> tuple[IndexArray, int]:
-    import pyarrow as pa
-    import pyarrow.compute as pc
+def client_names(column: Sequence[str]) -> list[str]:
+    """Return the clients of kind column in their order: whole numbers by value, else by text.
 
+    Args:
+        column: (n,) each row's client.
+    """
+    return naming.in_order(pa.array(column, type=pa.string()).unique().to_pylist())
+
+
+def _by_column(total: int, column: Sequence[str] | None) -> tuple[IndexArray, int]:
     if column is None or len(column) != total:
         came = "none" if column is None else f"{len(column)}"
         raise ValueError(f"kind 'column' needs the client of each of the {total} rows, got {came}")
     names = pa.array(column, type=pa.string())
-    distinct = sorted(names.unique().to_pylist())
+    distinct = client_names(column)
     owner = pc.index_in(names, value_set=pa.array(distinct, type=pa.string()))
     return owner.to_numpy(zero_copy_only=False).astype(np.int64), len(distinct)
 
@@ -259,6 +272,24 @@ def _group(owner: IndexArray, clients: int) -> ClientTable:
     counts = np.bincount(owner, minlength=clients)
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
     return ClientTable(np.argsort(owner, kind="stable").astype(np.int64, copy=False), offsets)
+
+
+def _require_possible(total: int, partition: recipe.Partition) -> None:
+    """Reject numbers that no deal can meet, before arrays of their size are made."""
+    if partition.kind == "column":
+        return
+    if partition.clients > max(total, _MOST_DEALT):
+        raise DataError(
+            f"data.partition: {partition.clients:,} clients need at least as many"
+            f" training examples, got {total:,}; set `data.partition.clients` to at most {total}"
+        )
+    pieces = partition.clients * partition.shards_per_client
+    if partition.kind == "shards" and pieces > _MOST_PIECES * total:
+        raise DataError(
+            f"data.partition: {partition.clients:,} clients with {partition.shards_per_client:,}"
+            f" pieces each (shards_per_client) need {pieces:,} training examples, got {total:,};"
+            f" keep clients * shards_per_client at {total} or below"
+        )
 
 
 def _require_examples(total: int, partition: recipe.Partition) -> None:

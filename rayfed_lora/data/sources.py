@@ -38,11 +38,13 @@ class RawData:
         train: the training rows, or all rows where there is no official test split.
         test: the official test rows, or None.
         class_names: the name of integer label i at place i, or None where labels name themselves.
+        typed: whether the source says which columns are texts and which numbers; CSV does not.
     """
 
     train: pa.Table
     test: pa.Table | None = None
     class_names: tuple[str, ...] | None = None
+    typed: bool = True
 
 
 def read_file(source: str, string_columns: Sequence[str], option: str = "data.source") -> RawData:
@@ -64,7 +66,7 @@ def read_file(source: str, string_columns: Sequence[str], option: str = "data.so
         # Names and texts may be no UTF-8, lengths may lie: else noticed where it is too late.
         _ = table.column_names
         table.validate(full=True)
-        return RawData(table)
+        return RawData(table, typed=suffix != ".csv")
 
 
 def suffix_of(source: str) -> str:
@@ -129,7 +131,10 @@ def _named(what: str, expected: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise DataError(f"{what}: need {expected}, there is no such file") from error
     except (OSError, ValueError, OverflowError, RecursionError, pa.ArrowException) as error:
-        raise DataError(f"{what}: need {expected}, got {_first_line(error)}") from error
+        said = _first_line(error)
+        if "straddling object" in said:
+            said = f"a row of more than {BLOCK_BYTES:,} bytes"
+        raise DataError(f"{what}: need {expected}, got {said}") from error
 
 
 def _first_line(error: Exception) -> str:

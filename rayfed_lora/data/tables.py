@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from rayfed_lora import recipe, seeds
-from rayfed_lora.data import builtin, columns, images, sources
+from rayfed_lora.data import builtin, columns, images, naming, sources
 from rayfed_lora.errors import DataError
 
 IndexArray = npt.NDArray[np.int64]
@@ -43,6 +43,9 @@ class Dataset:
         label_names: the name of class i at place i.
         floats: whether pixels came as floats and are kept as they are, in whatever range.
         official_test: whether the source has a test split.
+        clients: every client that the source names, also those of test rows only; None where
+            clients have no names.
+        notes: what the user should know of how the data were read, one line each.
     """
 
     train: pa.Table
@@ -51,6 +54,8 @@ class Dataset:
     label_names: tuple[str, ...]
     floats: bool = False
     official_test: bool = False
+    clients: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load(
@@ -76,14 +81,20 @@ def load(
     Raises:
         DataError: the source cannot be found, read or used as asked.
     """
-    raw = _read(data, task)
-    rows = _select(raw.train, data, task, with_client=data.partition.kind == "column")
+    raw = _read(data, task, numbers)
+    rows = _select(raw.train, data, task, data.partition.kind == "column", raw.typed)
     rows = _with_numbers(rows, raw.train, numbers, data.source)
     where = f"data.source {data.source!r}"
     if "label" in rows.column_names:
         classes = columns.find_classes(rows["label"], data.labels, raw.class_names, where)
     else:
         classes = columns.Classes((NO_CLASS,), (NO_CLASS,))
+    notes = columns.notes_on(classes, raw.class_names)
+    clients = None
+    if "client" in rows.column_names:
+        clients = tuple(naming.in_order(rows["client"].unique().to_pylist()))
+        alike = naming.alike(clients, f"clients of column {data.partition.column!r}")
+        notes += () if alike is None else (alike,)
     keep_only = data.labels is not None
     train = _number(rows, classes, keep_only, where)
     if raw.test is None:
@@ -98,7 +109,8 @@ def load(
         train, validation = _split(train, validation_fraction, seed, "validation", where)
     train = _subset(train, data.max_examples, seed)
     floats = _are_floats(raw.train, data, task)
-    return Dataset(train, validation, test, classes.names, floats, raw.test is not None)
+    official = raw.test is not None
+    return Dataset(train, validation, test, classes.names, floats, official, clients, notes)
 
 
 def _are_floats(table: pa.Table, data: recipe.Data, task: str) -> bool:
@@ -109,7 +121,7 @@ def _are_floats(table: pa.Table, data: recipe.Data, task: str) -> bool:
     return images.are_floats(table[name].type)
 
 
-def _read(data: recipe.Data, task: str) -> sources.RawData:
+def _read(data: recipe.Data, task: str, numbers: Sequence[str]) -> sources.RawData:
     source = data.source
     if source in builtin.BUILTIN:
         return builtin.read(source, task)
@@ -124,10 +136,18 @@ def _read(data: recipe.Data, task: str) -> sources.RawData:
         )
     client = () if data.partition.column is None else (data.partition.column,)
     texts = columns.names_of(data.text_column, columns.TEXT_COLUMNS)
-    return sources.read_file(source, (*texts, *client))
+    labels = columns.names_of(data.label_column, columns.LABEL_COLUMNS)
+    names = [name for name in (*texts, *labels, *client) if name not in numbers]
+    return sources.read_file(source, names)
 
 
-def _select(table: pa.Table, data: recipe.Data, task: str, with_client: bool = False) -> pa.Table:
+def _select(
+    table: pa.Table,
+    data: recipe.Data,
+    task: str,
+    with_client: bool = False,
+    typed: bool = True,
+) -> pa.Table:
     """Return `text` or `image`, the raw `label`, and `client`, each in its final type."""
     source = data.source
     if table.num_rows == 0:
@@ -146,7 +166,10 @@ def _select(table: pa.Table, data: recipe.Data, task: str, with_client: bool = F
         selected["image"] = images.as_tensors(*column)
     labels = columns.names_of(data.label_column, columns.LABEL_COLUMNS)
     if task != LANGUAGE_TASK or _uses_labels(data):
-        selected["label"] = columns.as_labels(*find("label_column", labels))
+        column, where = find("label_column", labels)
+        if not typed and naming.is_text(column.type):
+            column = naming.csv_labels(column, where)
+        selected["label"] = columns.as_labels(column, where)
     if with_client and data.partition.column is not None:
         column = find("partition.column", (data.partition.column,))
         selected["client"] = columns.as_client_names(*column)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from rayfed_lora.data import sources
+from rayfed_lora.data import columns, sources
 from rayfed_lora.errors import DataError
 from rayfed_lora.types import TRACE_DIGITS, Trace
 
@@ -14,13 +17,23 @@ _OPTION = "clients.availability.trace"
 _COLUMNS = ("client", "start_s", "end_s")
 
 
-def read_trace(source: str, clients: int, period_s: float | None) -> Trace:
+def read_trace(
+    source: str,
+    clients: int,
+    period_s: float | None,
+    names: Sequence[str] | None = None,
+    known: Collection[str] = (),
+) -> Trace:
     """Read a table with a row for each time in which a client can be reached.
 
     Args:
-        source: a path or URI with columns client (id from 0), start_s and end_s (seconds).
+        source: a path or URI with columns client (its name, else its number from 0), start_s and
+            end_s (seconds).
         clients: number of clients there are.
         period_s: the trace begins anew after so long; None: never.
+        names: (clients,) what the data call each client; None where they do not.
+        known: every client that the data name; rows of those that have no training example are
+            passed over.
 
     Raises:
         DataError: it cannot be read, or a row makes no sense; names the first one.
@@ -28,7 +41,7 @@ def read_trace(source: str, clients: int, period_s: float | None) -> Trace:
     where = f"{_OPTION} {source!r}"
     if sources.suffix_of(source) not in sources.READERS:
         raise DataError(f"{where}: need a path or URI ending in {' '.join(sources.READERS)}")
-    table = sources.read_file(source, (), _OPTION).train
+    table = sources.read_file(source, () if names is None else ("client",), _OPTION).train
     missing = [name for name in _COLUMNS if table.column_names.count(name) != 1]
     if missing:
         raise DataError(
@@ -37,6 +50,8 @@ def read_trace(source: str, clients: int, period_s: float | None) -> Trace:
         )
     if table.num_rows == 0:
         raise DataError(f"{where}: need rows, got an empty table")
+    if names is not None:
+        table = _numbered(table, where, names, known)
     client, start, end = (_numbers(table[name], f"{where}, column {name!r}") for name in _COLUMNS)
     start, end = start.round(TRACE_DIGITS), end.round(TRACE_DIGITS)
     limit = np.inf if period_s is None else round(period_s, TRACE_DIGITS)
@@ -55,6 +70,26 @@ def read_trace(source: str, clients: int, period_s: float | None) -> Trace:
                 f" {end[row]:g} in row {row + 1}"
             )
     return _joined(client.astype(np.int64), start, end)
+
+
+def _numbered(
+    table: pa.Table, where: str, names: Sequence[str], known: Collection[str]
+) -> pa.Table:
+    """Return the rows of clients with training examples, with numbers in place of names."""
+    named = columns.as_client_names(table["client"], f"{where}, column 'client'")
+    strange = pc.invert(pc.is_in(named, value_set=pa.array({*names, *known}, pa.string())))
+    if pc.any(strange).as_py():
+        row = pc.index(strange, True).as_py()
+        raise DataError(
+            f"{where}: need clients as data.partition.column names them (such as"
+            f" {', '.join(map(repr, names[:3]))}), got {named[row].as_py()!r} in row {row + 1}"
+        )
+    numbers = pc.index_in(named, value_set=pa.array(names, pa.string()))
+    numbered = table.set_column(table.column_names.index("client"), "client", numbers)
+    rows = numbered.filter(pc.is_valid(numbers))
+    if rows.num_rows == 0:
+        raise DataError(f"{where}: need rows of clients with training examples, got none")
+    return rows
 
 
 def _joined(

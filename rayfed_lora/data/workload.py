@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.data.partition import ClientTable
@@ -27,6 +28,8 @@ class Workload:
         columns: (clients,) numbers that say what clients' devices are like, by data column.
         trace: when clients can be reached; None: always.
         notes: what the user should know of how the data were read, one line each.
+        client_names: (clients,) texts: what the data call each client; None where they do not.
+        fingerprint: digest by part of the data, empty where none was made.
     """
 
     train: Examples
@@ -39,6 +42,8 @@ class Workload:
     columns: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     trace: Trace | None = None
     notes: tuple[str, ...] = ()
+    client_names: pa.Array | None = None
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def devices(self) -> DeviceFacts:

@@ -44,6 +44,8 @@ class Population:
         label_counts: clients (k,) that stand for all, and how many training examples of each class
             they hold (k, classes).
         notes: what the user should know of data and model before the first round, one line each.
+        client_names: (clients,) what the data call each client; None where they do not.
+        fingerprint: digest by part of the data, empty where none was made.
     """
 
     shape: ModelShape
@@ -54,6 +56,8 @@ class Population:
     devices: DeviceFacts = field(default_factory=lambda: DeviceFacts(np.zeros(0, np.int64)))
     label_counts: tuple[IndexArray, IndexArray] | None = None
     notes: tuple[str, ...] = ()
+    client_names: tuple[str, ...] | None = None
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

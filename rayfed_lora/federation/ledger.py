@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -153,18 +154,22 @@ class Ledger:
         self._held = {"base": np.full(clients, _NEVER, dtype=np.int64)}
         # Cost of the step from version i to i + 1, in values; a replacement costs the whole base.
         self._steps: list[int] = []
+        # Their running sums: of the steps before version i.
+        self._behind: list[int] = [0]
         self._factors: dict[str, int] = {}
         self.totals = Totals()
 
     def quote(self, *facts: RoundFacts) -> Bill:
         """Return the bill of the last of some consecutive rounds without booking any of them."""
-        kept = self._steps, dict(self._factors), self._held, self.totals
-        self._steps = list(self._steps)
+        kept = dict(self._factors), self._held, self.totals
+        steps = len(self._steps)
         self._held = {kind: versions.copy() for kind, versions in self._held.items()}
         try:
             return [self.book(each) for each in facts][-1]
         finally:
-            self._steps, self._factors, self._held, self.totals = kept
+            self._factors, self._held, self.totals = kept
+            # Booking only adds steps: taking them off again does not copy all the earlier ones.
+            del self._steps[steps:], self._behind[steps + 1 :]
 
     def book(self, facts: RoundFacts) -> Bill:
         """Book a round and return its bill.
@@ -175,7 +180,7 @@ class Ledger:
         messages that had been sent by then.
         """
         if facts.folded:
-            self._steps.append(facts.folded)
+            self._step(facts.folded)
         messages = traffic(self._shape, self._rule, facts)
         if not facts.arrived.any():
             # Nothing is aggregated: what the round starts from stays as it is.
@@ -189,14 +194,19 @@ class Ledger:
             self._renew(members[served], messages)
         self._held["base"][members[began]] = len(self._steps)
         if messages.merge:
-            self._steps.append(messages.merge)
+            self._step(messages.merge)
         self._held["base"][members[served]] = len(self._steps)
         if facts.trainable == "full" and facts.arrived.any():
-            self._steps.append(self._shape.base_params)
+            self._step(self._shape.base_params)
             self._factors["head"] = self._factors.get("head", 0) + 1
         bill = _bill(facts, messages, base, self._shape.total_params)
         self._add(bill, facts.after_initiating)
         return bill
+
+    def _step(self, cost: int) -> None:
+        """Add a version of the base."""
+        self._steps.append(cost)
+        self._behind.append(self._behind[-1] + cost)
 
     def _missing_factors(
         self,
@@ -244,9 +254,10 @@ class Ledger:
     def _catch_up(self, members: Counts, version: int) -> Counts:
         """Return the values each member must be sent to hold a base version."""
         whole = self._shape.base_params
-        behind = np.concatenate([[0], np.cumsum(self._steps, dtype=np.int64)])
         held = self._held["base"][members]
-        missed = np.maximum(behind[version] - behind[np.maximum(held, 0)], 0)
+        # Only the members' own versions are looked up: a run may have very many of them.
+        behind = np.array([self._behind[i] for i in np.maximum(held, 0).tolist()], dtype=np.int64)
+        missed = np.maximum(self._behind[version] - behind, 0)
         return np.where(held == _NEVER, whole, np.minimum(missed, whole))
 
     def _add(self, bill: Bill, after_initiating: bool) -> None:
@@ -277,5 +288,6 @@ class Ledger:
     def restore(self, facts: Mapping[str, Any], held: Mapping[str, Counts]) -> None:
         """Go back to a snapshot."""
         self._steps, self._factors = list(facts["steps"]), dict(facts["factors"])
+        self._behind = [0, *accumulate(self._steps)]
         self.totals = Totals(**facts["totals"])
         self._held = {kind: versions.copy() for kind, versions in held.items()}

@@ -6,7 +6,7 @@ Source: this project.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
@@ -43,9 +43,30 @@ class _Facts(TypedDict):
     ledger: _Ledger
     clock_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     tables: NotRequired[dict[str, _Count]]
+    data: NotRequired[dict[str, str]]
 
 
 _FACTS: TypeAdapter[_Facts] = TypeAdapter(_Facts)
+
+
+def changed_data(snapshot: Snapshot, population: Population) -> str | None:
+    """Return in what the data of a checkpoint's run differ from those there are now, if at all.
+
+    Checkpoints of earlier versions do not say what their data were. Those versions numbered clients
+    that the data name in the order of their texts, also where all are whole numbers.
+    """
+    before, now = snapshot.facts.get("data"), population.fingerprint
+    if isinstance(before, Mapping) and before and now:
+        parts = [part for part in now if before.get(part) != now[part]]
+        if not parts:
+            return None
+        return f"the data are not those that the run began with; these differ: {', '.join(parts)}"
+    names = population.client_names
+    if before is None and names is not None and list(names) != sorted(names):
+        return (
+            "an earlier version wrote it, which numbered the clients in another order (10 before 2)"
+        )
+    return None
 
 
 def check(snapshot: Snapshot, recipe: Recipe, population: Population) -> None:

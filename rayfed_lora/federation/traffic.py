@@ -143,10 +143,14 @@ def _size(
     modules: Mapping[str, ModuleShape], ranks: Ranks, limits: Counts, kinds: Sequence[Frozen]
 ) -> Counts:
     """Return the values in some kinds of factors, (cohort,)."""
-    total = np.zeros(len(limits), np.int64)
+    # By rank: there are few of those, and many modules.
+    sides: dict[int, int] = {}
     for name, module in modules.items():
-        sides = {"a": module.d_in, "b": module.d_out}
-        total += np.minimum(limits, ranks[name]) * sum(sides[kind] for kind in kinds)
+        side = module.d_in * ("a" in kinds) + module.d_out * ("b" in kinds)
+        sides[ranks[name]] = sides.get(ranks[name], 0) + side
+    total = np.zeros(len(limits), np.int64)
+    for rank, side in sides.items():
+        total += np.minimum(limits, rank) * side
     return total
 
 

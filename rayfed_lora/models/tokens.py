@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from rayfed_lora.errors import ModelError
@@ -12,6 +14,9 @@ from rayfed_lora.models import sources
 from rayfed_lora.models.padding import POSITIONS, Tokens
 from rayfed_lora.models.sources import quiet
 from rayfed_lora.recipe import Model
+
+# Of a character a tokenizer keeps up to some 200 bytes.
+_BATCH_CHARACTERS = 2_000_000
 
 
 def tokenize(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
@@ -32,17 +37,43 @@ def tokenize(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
         raise ModelError(
             "model.tokenizer: expected one with a padding, an end or an unknown token, it has none"
         )
+    parts: list[Tokens] = []
     with quiet():
-        encoded = tokenizer(
-            texts,
-            truncation=True,
-            max_length=max_length,
-            padding="longest",
-            padding_side="right",
-            return_attention_mask=True,
-            return_tensors="np",
-        )
-    return {name: np.asarray(values, dtype=np.int32) for name, values in encoded.items()}
+        for batch in _batches(texts):
+            encoded = tokenizer(
+                batch,
+                truncation=True,
+                max_length=max_length,
+                padding="longest",
+                padding_side="right",
+                return_attention_mask=True,
+                return_tensors="np",
+            )
+            parts.append({n: np.asarray(values, dtype=np.int32) for n, values in encoded.items()})
+    longest = max(part["input_ids"].shape[1] for part in parts)
+    padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+    return {
+        name: np.concatenate([_padded(part[name], longest, padding.get(name, 0)) for part in parts])
+        for name in parts[0]
+    }
+
+
+def _padded(tokens: npt.NDArray[np.int32], length: int, value: int) -> npt.NDArray[np.int32]:
+    """Return tokens padded on the right."""
+    return np.pad(tokens, ((0, 0), (0, length - tokens.shape[1])), constant_values=value)
+
+
+def _batches(texts: list[str]) -> Iterator[list[str]]:
+    """Cut texts into runs of so many characters: a tokenizer keeps all tokens, the cut ones too."""
+    batch: list[str] = []
+    signs = 0
+    for text in texts:
+        if batch and signs + len(text) > _BATCH_CHARACTERS:
+            yield batch
+            batch, signs = [], 0
+        batch.append(text)
+        signs += len(text)
+    yield batch
 
 
 def tokenize_whole(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
@@ -56,11 +87,13 @@ def tokenize_whole(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
     Returns:
         `input_ids` and `attention_mask`, each (n, length) int32; 0 stands in padding.
     """
-    with quiet():
-        whole = tokenizer(texts)["input_ids"]
     end = tokenizer.eos_token_id
-    rows = [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in whole]
-    rows = [ids[:max_length] for ids in rows]
+    rows: list[list[int]] = []
+    with quiet():
+        for batch in _batches(texts):
+            whole = tokenizer(batch)["input_ids"]
+            ended = [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in whole]
+            rows += [ids[:max_length] for ids in ended]
     length = max(1, *(len(ids) for ids in rows))
     tokens, mask = (np.zeros((len(rows), length), np.int32) for _ in range(2))
     for i, ids in enumerate(rows):

@@ -41,6 +41,8 @@ CLIENT_METRICS = pa.schema(
         ("personal_loss", pa.float64()),
     ]
 )
+# Where the data name the clients (partition kind `column`): the value that makes the client.
+CLIENT_NAME = "client_name"
 NOTES = pa.schema([("round", pa.int32()), ("text", pa.string())])
 NOTES_FILE = "notes.parquet"
 CLIENT_METRICS_FILE = "client_metrics.parquet"
@@ -56,17 +58,27 @@ class ClientRows:
     whole file, and memory does not grow with the run.
     """
 
-    def __init__(self, folder: RunFolder, name: str, schema: pa.Schema) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        name: str,
+        schema: pa.Schema,
+        client_names: Sequence[str] | None = None,
+    ) -> None:
         """Start with no rows, whatever the folder holds.
 
         Args:
             folder: the run folder.
             name: of the file in it.
             schema: its columns; the first one is the round.
+            client_names: what the data call each client: one more column, `client_name`.
         """
         self._folder = folder
         self._name = name
         self._schema = schema
+        self._client_names = client_names
+        if client_names is not None:
+            self._schema = schema.append(pa.field(CLIENT_NAME, pa.string()))
         self._waiting: list[pa.Table] = []
         self._written = False
         # Rows of rounds that are saved for good, and rounds and numbers of the rows after them.
@@ -81,8 +93,10 @@ class ClientRows:
         Raises:
             RunError: so many wait that they are saved, and the folder cannot be written.
         """
-        names = self._schema.names
+        names = [name for name in self._schema.names if name != CLIENT_NAME]
         columns = {name: [getattr(record, name) for record in records] for name in names}
+        if self._client_names is not None:
+            columns[CLIENT_NAME] = [self._client_names[client] for client in columns["client"]]
         self._waiting.append(pa.Table.from_pydict(columns, schema=self._schema))
         self._later += [(t, count) for t, count in Counter(columns["round"]).items()]
         if sum(table.num_rows for table in self._waiting) > _WAITING:

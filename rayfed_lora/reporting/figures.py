@@ -11,6 +11,8 @@ from typing import Any
 
 import pandas as pd
 
+from rayfed_lora.client_names import called
+from rayfed_lora.reporting.client_rows import CLIENT_NAME
 from rayfed_lora.reporting.curves import COLOURS, UNITS, Against, curves, has_points
 from rayfed_lora.reporting.run_data import RunData
 
@@ -202,18 +204,23 @@ def _points(tested: pd.DataFrame) -> dict[str, Any]:
 
 
 def _told(row: Any) -> str:
-    return f"client {row.client}, seed {row.seed}, {row.examples} examples"
+    name = getattr(row, CLIENT_NAME, None)
+    shown = called(row.client, None if name is None else {row.client: name})
+    return f"{shown}, seed {row.seed}, {row.examples} examples"
 
 
 def _partition(partition: pd.DataFrame) -> Figure:
     """Return a heatmap of the number of examples, a row a label and a column a client."""
+    names = {}
+    if CLIENT_NAME in partition:
+        names = dict(zip(partition["client"], partition[CLIENT_NAME], strict=True))
     table = partition.pivot_table(
         index="label", columns="client", values="examples", aggfunc="sum", fill_value=0, sort=False
     ).sort_index(axis=1)
     heat = {
         "type": "heatmap",
         "z": table.to_numpy().tolist(),
-        "x": [str(client) for client in table.columns],
+        "x": [str(names.get(client, client)) for client in table.columns],
         "y": [str(label) for label in table.index],
         "colorscale": [[0, "#ffffff"], [1, "#08306b"]],
         "colorbar": {"title": {"text": "examples"}, "thickness": 12},

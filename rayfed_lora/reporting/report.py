@@ -8,8 +8,10 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
+from rayfed_lora.client_names import called
 from rayfed_lora.errors import BadInputError, RunFolderError
 from rayfed_lora.locations import child, parent
+from rayfed_lora.reporting.client_rows import CLIENT_NAME
 from rayfed_lora.reporting.figures import figures, partitions
 from rayfed_lora.reporting.page import REPORT_FILE, Rows, even, page, shown
 from rayfed_lora.reporting.progress import duration, megabytes, percent
@@ -187,12 +189,18 @@ def _worst(tests: pd.DataFrame) -> Rows:
 
 def _notes(run: RunData) -> Rows:
     """Return the notes of a run but those of failed clients, which have a table of their own."""
-    failed = {f"client {row.client} failed: {row.error}" for row in run.failures.itertuples()}
+    failed = {f"{_client(row)} failed: {row['error']}" for row in run.failures.to_dict("records")}
     return [
         {"round": str(row["round"] + 1), "note": str(row["text"])}
         for row in run.notes.to_dict("records")
         if row["text"] not in failed
     ]
+
+
+def _client(row: Mapping[Any, Any]) -> str:
+    """Return what a row's client is called, as in the notes of the run."""
+    name = row.get(CLIENT_NAME)
+    return called(row["client"], None if name is None else {row["client"]: name})
 
 
 def _failures(run: RunData) -> Rows:
@@ -201,7 +209,7 @@ def _failures(run: RunData) -> Rows:
             "run": run.label,
             "seed": str(run.seed),
             "round": str(row["round"] + 1),
-            "client": str(row["client"]),
+            "client": _client(row).removeprefix("client "),
             "error": str(row["error"]),
         }
         for row in run.failures.to_dict("records")

@@ -23,7 +23,7 @@ from rayfed_lora.errors import RunFolderError
 from rayfed_lora.locations import child
 from rayfed_lora.recipe_loading import parse_yaml
 from rayfed_lora.reporting.checked import CheckedFolder, table
-from rayfed_lora.reporting.client_rows import CLIENT_METRICS_FILE, NOTES_FILE
+from rayfed_lora.reporting.client_rows import CLIENT_METRICS_FILE, CLIENT_NAME, NOTES_FILE
 from rayfed_lora.reporting.tables import CLIENTS_FILE, PARTITION_FILE, ROUNDS_FILE
 from rayfed_lora.storage import RunFolder
 
@@ -42,7 +42,7 @@ class RunData:
         name, method, seed: of the recipe.
         summary: content of summary.json; None where the run has not finished.
         rounds: rows of rounds.parquet, with `bytes_so_far`, up and down, and `simulated_so_far`.
-        failures: round, client and error of each failed update, the first of them.
+        failures: round, client (with its name) and error of each failed update, the first of them.
         failed: number of failed updates.
         tests: rows of client_metrics.parquet of the last tested round; may be empty.
         partition: client, label and examples of clients that stand for all; may be empty.
@@ -265,9 +265,9 @@ def _with_sums(rounds: pd.DataFrame) -> pd.DataFrame:
 
 def _failures(folder: CheckedFolder) -> tuple[int, pd.DataFrame]:
     with folder.opened(CLIENTS_FILE) as source:
-        failed = pq.read_table(
-            source, columns=["round", "client", "error"], filters=[("status", "==", "failed")]
-        )
+        wanted = ("round", "client", "error", CLIENT_NAME)
+        columns = [name for name in wanted if name in pq.read_schema(source).names]
+        failed = pq.read_table(source, columns=columns, filters=[("status", "==", "failed")])
     return failed.num_rows, failed.slice(0, _MOST_FAILURES).to_pandas()
 
 

@@ -16,6 +16,7 @@ from rayfed_lora.errors import RunFolderError
 from rayfed_lora.reporting.client_rows import (
     CLIENT_METRICS,
     CLIENT_METRICS_FILE,
+    CLIENT_NAME,
     CLIENTS,
     NOTES,
     NOTES_FILE,
@@ -95,19 +96,25 @@ class Tables:
     be many millions of them.
     """
 
-    def __init__(self, folder: RunFolder, modules: Sequence[str]) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        modules: Sequence[str],
+        client_names: Sequence[str] | None = None,
+    ) -> None:
         """Start empty.
 
         Args:
             folder: the run folder.
             modules: names of the adapted modules.
+            client_names: (clients,) what the data call each client; None where they do not.
         """
         self._folder = folder
         self._schema = round_schema(modules)
         self._rounds = self._schema.empty_table()
         self._new_rounds: list[dict[str, Any]] = []
-        self._clients = ClientRows(folder, CLIENTS_FILE, CLIENTS)
-        self._tests = ClientRows(folder, CLIENT_METRICS_FILE, CLIENT_METRICS)
+        self._clients = ClientRows(folder, CLIENTS_FILE, CLIENTS, client_names)
+        self._tests = ClientRows(folder, CLIENT_METRICS_FILE, CLIENT_METRICS, client_names)
         self._notes = ClientRows(folder, NOTES_FILE, NOTES)
 
     @property
@@ -223,15 +230,20 @@ class Tables:
 
 
 def write_partition(
-    folder: RunFolder, clients: IntArray, counts: IntArray, label_names: Sequence[str]
+    folder: RunFolder,
+    clients: IntArray,
+    counts: IntArray,
+    label_names: Sequence[str],
+    client_names: Sequence[str] | None = None,
 ) -> None:
-    """Write partition.parquet: client, label and examples, where there are any.
+    """Write partition.parquet: client, label and examples, where there are any; client_name too.
 
     Args:
         folder: the run folder.
         clients: (k,) clients that stand for all.
         counts: (k, classes) number of training examples.
         label_names: name of class i at place i.
+        client_names: what the data call each client there is; None where they do not.
 
     Raises:
         RunError: the folder cannot be written.
@@ -244,6 +256,9 @@ def write_partition(
             "examples": counts[rows, classes],
         }
     )
+    if client_names is not None:
+        names = [client_names[client] for client in clients[rows].tolist()]
+        table = table.append_column(CLIENT_NAME, pa.array(names, pa.string()))
     seals.write_table(folder, PARTITION_FILE, table)
 
 

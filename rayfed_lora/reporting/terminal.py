@@ -13,6 +13,7 @@ from rich.table import Table
 
 from rayfed_lora.printable import one_note
 from rayfed_lora.recipe import Recipe
+from rayfed_lora.reporting.plan_rows import shown_rounds
 from rayfed_lora.reporting.progress import duration, headline, megabytes, percent
 
 if TYPE_CHECKING:
@@ -45,7 +46,12 @@ def show_plan(console: Console, recipe: Recipe, plan: Plan) -> None:
     for column in table.columns:
         column.no_wrap = True
         column.justify = "left" if column.header in ("round", "stage") else "right"
-    for r in plan.rounds:
+    rows = shown_rounds(plan.rounds)
+    for row in rows:
+        if isinstance(row, range):
+            table.add_row("...", f"{len(row):,} rounds")
+            continue
+        r = plan.rounds[row]
         rank = "full" if r.rank is None else str(r.rank)
         table.add_row(
             str(r.round),
@@ -60,6 +66,13 @@ def show_plan(console: Console, recipe: Recipe, plan: Plan) -> None:
             *([duration(r.simulated_s)] if timed else []),
         )
     console.print(table)
+    left_out = sum(len(row) for row in rows if isinstance(row, range))
+    if left_out > 0:
+        console.print(
+            f"{left_out:,} of {len(plan.rounds):,} rounds are not shown;"
+            " rayfed_lora.plan(recipe).rounds has all of them",
+            highlight=False,
+        )
     if recipe.annealing.feedback != "always":
         console.print(f"if every proposal is accepted (acceptance {recipe.annealing.feedback})")
     if recipe.annealing.allocation == "spectral":

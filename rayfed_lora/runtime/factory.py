@@ -79,7 +79,7 @@ def prepared(recipe: Recipe, factory: Factory) -> tuple[None, Workload, Weights]
 
 def population(workload: Workload, trainer: Trainer, device: str) -> Population:
     """Return what the round loop needs to know of a workload."""
-    classes = len(workload.label_names)
+    classes, names = len(workload.label_names), workload.client_names
     shape = trainer.shape()
     return Population(
         shape=shape,
@@ -90,6 +90,8 @@ def population(workload: Workload, trainer: Trainer, device: str) -> Population:
         devices=workload.devices,
         label_counts=workload.clients.label_counts(workload.train.labels, classes),
         notes=(*workload.notes, *shape.notes),
+        client_names=None if names is None else tuple(names.to_pylist()),
+        fingerprint=workload.fingerprint,
     )
 
 

@@ -16,8 +16,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from rayfed_lora import checksums, seals
+from rayfed_lora.client_names import called
 from rayfed_lora.endpoints import unguarded
-from rayfed_lora.errors import InterruptedRunError, RecipeError, RunFolderError
+from rayfed_lora.errors import ClientError, InterruptedRunError, RecipeError, RunFolderError
 from rayfed_lora.federation import checkpoints, restored
 from rayfed_lora.federation.checkpoints import CheckpointWriter, Snapshot
 from rayfed_lora.federation.evaluation import Scores
@@ -337,10 +338,15 @@ def _begin(folder: RunFolder, recipe: Recipe, population: Population, board: Sta
         folder.write("recipe.yaml", seals.sealed_text(recipe_yaml(recipe)))
     checksums.withdraw(folder)
     # After it: a folder without a recipe is nobody's run.
-    if population.label_counts is not None and seals.check(folder, PARTITION_FILE, sealed=True):
-        if folder.exists(PARTITION_FILE):
-            board.note(f"{PARTITION_FILE} had no valid checksum and is written again")
-        write_partition(folder, *population.label_counts, population.label_names)
+    if population.label_counts is None:
+        return
+    invalid = seals.check(folder, PARTITION_FILE, sealed=True) is not None
+    if invalid and folder.exists(PARTITION_FILE):
+        board.note(f"{PARTITION_FILE} had no valid checksum and is written again")
+    # Without a checkpoint the run starts from the data as they are now.
+    if invalid or not folder.names("checkpoints"):
+        names = population.label_names, population.client_names
+        write_partition(folder, *population.label_counts, *names)
 
 
 def _finite(value: Any) -> Any:
@@ -372,7 +378,7 @@ class _Sitting:
         # The round that is running, and how many notes stand in the tables.
         self._running, self._notes_seen = 0, 0
         self._checkpoints = CheckpointWriter(folder, recipe.storage.keep)
-        self._tables = Tables(folder, list(population.shape.modules))
+        self._tables = Tables(folder, list(population.shape.modules), population.client_names)
         self._server = Server(recipe, executor, population, self, should_stop)
         if population.shape.obstacle is not None and recipe.annealing.mode != "full":
             board.note(f"clients are trained {self._server.block_size.reason}")
@@ -390,7 +396,8 @@ class _Sitting:
     def clients_done(self, updates: Sequence[ClientUpdate]) -> None:
         for update in updates:
             if update.error is not None:
-                self._board.note(f"client {update.client} failed: {update.error}")
+                name = called(update.client, self._population.client_names)
+                self._board.note(f"{name} failed: {update.error}")
             if update.note is not None:
                 self._board.note(update.note)
         self._board.clients_done(len(updates))
@@ -424,6 +431,9 @@ class _Sitting:
                 if self._progress.rounds % self._recipe.storage.checkpoint_every == 0:
                     self._save(began)
                 yield self._tables
+        except ClientError as error:
+            name = called(error.client, self._population.client_names)
+            raise ClientError(error.client, error.round_index, error.trace, name) from error
         except (InterruptedRunError, GeneratorExit) as stop:
             self._save(began)
             if isinstance(stop, GeneratorExit):
@@ -502,6 +512,7 @@ class _Sitting:
             "ledger": ledger,
             "clock_s": progress.clock_s,
             "tables": self._tables.rows(progress.rounds),
+            "data": dict(self._population.fingerprint),
         }
         model = progress.model
         snapshot = Snapshot(
@@ -521,6 +532,12 @@ class _Sitting:
         return self._server.fresh()
 
     def _gone_on(self, snapshot: Snapshot) -> Progress:
+        changed = restored.changed_data(snapshot, self._population)
+        if changed is not None:
+            raise RunFolderError(
+                f"cannot go on from the checkpoint of round {snapshot.rounds} in"
+                f" {self._folder.location}: {changed}; start anew with another --out"
+            )
         try:
             restored.check(snapshot, self._recipe, self._population)
             return self._restored(snapshot)

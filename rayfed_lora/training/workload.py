@@ -13,7 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from rayfed_lora.data.examples import PIXELS, Examples
-from rayfed_lora.data.partition import ClientTable, deal, hold_out
+from rayfed_lora.data.fingerprint import with_fingerprint
+from rayfed_lora.data.partition import ClientTable, client_names, deal, hold_out
 from rayfed_lora.data.tables import LANGUAGE_TASK, Dataset, load, number_column
 from rayfed_lora.data.traces import read_trace
 from rayfed_lora.data.workload import Workload
@@ -65,7 +66,7 @@ def outline(recipe: Recipe) -> Outline:
         test_examples=dataset.test.num_rows,
         validation_examples=0 if dataset.validation is None else dataset.validation.num_rows,
         label_names=dataset.label_names,
-        notes=(*_notes(recipe, dataset, held_out), *matched.notes, *shape.notes),
+        notes=(*dataset.notes, *_notes(recipe, dataset, held_out), *matched.notes, *shape.notes),
     )
 
 
@@ -80,6 +81,7 @@ def prepare(recipe: Recipe) -> Workload:
     dataset, config = matched.dataset, matched.config
     clients, held_out = _deal(recipe, dataset)
     device_columns, trace = _devices(recipe, dataset, clients)
+    names = _client_names(dataset)
     held_back = dataset.test.slice(0, 0) if dataset.validation is None else dataset.validation
     train, test, validation = (
         _examples(table, matched, recipe) for table in (dataset.train, dataset.test, held_back)
@@ -87,7 +89,7 @@ def prepare(recipe: Recipe) -> Workload:
     if matched.tokenizer is not None:
         tables = (train, test, validation)
         check_length(recipe.model, config, max(t.inputs["input_ids"].shape[1] for t in tables))
-    return Workload(
+    workload = Workload(
         train=train,
         validation=_by_length(validation),
         test=_by_length(test),
@@ -97,8 +99,10 @@ def prepare(recipe: Recipe) -> Workload:
         held_out=held_out,
         columns=device_columns,
         trace=trace,
-        notes=(*_notes(recipe, dataset, held_out), *matched.notes),
+        notes=(*dataset.notes, *_notes(recipe, dataset, held_out), *matched.notes),
+        client_names=None if names is None else pa.array(names, pa.string()),
     )
+    return with_fingerprint(workload)
 
 
 def _dataset(recipe: Recipe) -> Dataset:
@@ -128,7 +132,17 @@ def _devices(
         found[name] = sums / clients.counts
     path = recipe.clients.availability.trace
     period_s = recipe.clients.availability.period_s
-    return found, None if path is None else read_trace(path, clients.clients, period_s)
+    if path is None:
+        return found, None
+    names, known = _client_names(dataset), dataset.clients or ()
+    return found, read_trace(path, clients.clients, period_s, names, known)
+
+
+def _client_names(dataset: Dataset) -> list[str] | None:
+    """Return what the data call the clients, in order; None where they do not."""
+    if "client" not in dataset.train.column_names:
+        return None
+    return client_names(dataset.train["client"].to_pylist())
 
 
 def _deal(recipe: Recipe, dataset: Dataset) -> tuple[ClientTable, ClientTable | None]:

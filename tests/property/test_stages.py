@@ -153,3 +153,12 @@ def test_the_same_feedback_gives_the_same_plan(schedule, rank, numbers, data):
     assert others[t] == first
     assert first.round == t
     assert math.isfinite(first.proximal_weight)
+
+
+@cheap
+@given(schedule=schedules())
+def test_the_adapter_rounds_before_a_round_are_those_counted_one_by_one(schedule):
+    counted = 0
+    for t in range(schedule.total_rounds):
+        assert stages.adapter_rounds_before(schedule, t) == counted
+        counted += not stages.is_full(schedule, t)

@@ -139,7 +139,7 @@ def test_a_column_that_is_there_twice_is_an_error(tmp_path):
     [
         ("text,label\na,x\n,y\n", r"column 'text': .* null in row 2"),
         ("text,label\na,x\nb,\nc,\n", r"column 'label': .* null in row 2 .*2 nulls"),
-        ("text,label\na,0.5\nb,1.5\n", "whole numbers or text, got double"),
+        ("text,label\na,0.5\nb,1.5\n", "got 0.5 in row 1: labels look like regression"),
         ("text,label\na,x\nb,x\n", "need at least 2 classes, got 1"),
         ("text,label\n", "empty table"),
         ("text,label\na,x\nb\n", "need a readable .csv file, got"),

@@ -166,3 +166,22 @@ def test_the_seed_alone_decides_who_gets_what(kind):
     np.testing.assert_array_equal(one.order, same.order)
     np.testing.assert_array_equal(one.offsets, same.offsets)
     assert not np.array_equal(one.order, other.order)
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "shards", "quantity"])
+def test_clients_without_number_are_refused_before_there_is_an_array_of_them(kind):
+    partition = Partition(kind=kind, clients=10**13, min_examples=0)
+    with pytest.raises(DataError, match=r"10,000,000,000,000 clients .* got 30.* at most 30"):
+        deal(np.zeros(30, np.int64), partition, 0)
+
+
+def test_pieces_without_number_are_refused_before_there_is_an_array_of_them():
+    partition = Partition(kind="shards", clients=3, shards_per_client=10**12)
+    with pytest.raises(DataError, match=r"shards_per_client\) need 3,000,000,000,000 .* at 30 or"):
+        deal(np.zeros(30, np.int64), partition, 0)
+
+
+def test_whole_numbers_that_name_clients_are_dealt_in_their_order():
+    column = ["10", "2", "1", "10", "2"]
+    table = deal(np.zeros(5, np.int64), Partition(kind="column", column="who"), 0, column)
+    assert [table.examples(k).tolist() for k in range(3)] == [[2], [1, 4], [0, 3]]

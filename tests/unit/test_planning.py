@@ -221,7 +221,7 @@ def test_a_column_and_a_trace_decide_the_simulated_clock(tmp_path: Path) -> None
     source = tmp_path / "images.parquet"
     parquet.write_table(own, source)
     trace = tmp_path / "times.csv"
-    trace.write_text("client,start_s,end_s\n0,0,100\n1,0,0.5\n2,0,100\n")
+    trace.write_text("client,start_s,end_s\na,0,100\nb,0,0.5\nc,0,100\n")
     recipe = load_recipe(
         {
             "data": {
@@ -257,7 +257,7 @@ def test_a_column_and_a_trace_decide_the_simulated_clock(tmp_path: Path) -> None
     found = planning.plan(recipe)
     sizes = found.outline.devices.sizes.tolist()
     assert found.outline.devices.columns["pace"].tolist() == [1.0, 2.0, 4.0]
-    # Client 1 is away after half a second, before it has trained its one or more images.
+    # Client b is away after half a second, before it has trained its one or more images.
     (only,) = found.rounds
     assert (only.clients, only.arriving) == (3, 2)
     assert only.simulated_s == max(sizes[0] / 1.0, sizes[2] / 4.0)

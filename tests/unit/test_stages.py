@@ -352,3 +352,16 @@ def test_a_step_on_the_ladder_stops_at_its_ends(rank, down, step):
 def test_a_rank_between_the_rungs_steps_to_the_next_rung():
     assert acceptance.step_rank([16, 8, 4], 10, down=True) == 8
     assert acceptance.step_rank([16, 8, 4], 10, down=False) == 16
+
+
+def test_the_adapter_rounds_before_a_late_round_are_known_without_a_look_at_the_earlier_ones():
+    # 2 of them are full; one look at each would take a day
+    assert stages.adapter_rounds_before(annealing(holding={"rounds": 10**12}), 10**12) == 10**12 - 2
+
+
+def test_the_ladder_of_a_run_is_made_once():
+    schedule = target()
+    stages._ladder.cache_clear()
+    for metric in (0.0, 1.0) * 5:
+        stages.plan_round(schedule, 5, Feedback(rank=9, metric=metric))
+    assert stages._ladder.cache_info().misses == 1

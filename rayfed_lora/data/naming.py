@@ -1,0 +1,151 @@
+"""Values of a column as names: of classes and of clients.
+
+A name is what the file says: `07` and `7` are two names, and so are `NA` and an empty cell. Numbers
+stay numbers where they sort as such.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayfed_lora.errors import DataError
+
+# Of larger whole numbers float64 has not every one: two of them may have been read as one.
+_MOST_EXACT = 2**53
+_WHOLE = re.compile(r"(?!-0)-?(?:0|[1-9][0-9]*)")
+_WHOLE_OR_POINT_ZERO = re.compile(rf"(?:{_WHOLE.pattern})(?:\.0*)?")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_MOST_DIGITS = 18  # any number of so many digits fits int64
+# What to say of labels that are fractions.
+NO_CLASSES = (
+    ": labels look like regression targets, and only classes can be trained; write each class as a"
+    " word or a whole number"
+)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return names sorted: as numbers where all of them are whole numbers, else as texts.
+
+    >>> in_order(["10", "9", "-1"]), in_order(["10", "9", "09"])
+    (['-1', '9', '10'], ['09', '10', '9'])
+    """
+    found = list(names)
+    return sorted(found, key=int if all(map(_WHOLE.fullmatch, found)) else None)
+
+
+def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column without its dictionary, which may hide nulls."""
+    kind = column.type
+    return pc.cast(column, kind.value_type) if pa.types.is_dictionary(kind) else column
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether a type is one of Arrow's types of text."""
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
+def as_names(column: pa.ChunkedArray, where: str, advice: str = "") -> pa.ChunkedArray:
+    """Return a column of whole numbers as it is, or as int64 where floats hold them, else as texts.
+
+    Booleans become `false` and `true`, dates and times their ISO texts.
+
+    Args:
+        column: without nulls and without a dictionary.
+        where: source and column, for messages.
+        advice: what to say where they are fractions.
+
+    Raises:
+        DataError: it holds fractions, or something that is no name.
+    """
+    kind = column.type
+    if pa.types.is_integer(kind):
+        return column
+    if is_text(kind) or pa.types.is_boolean(kind):
+        return pc.cast(column, pa.string())
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        return _whole(column, where, advice)
+    if pa.types.is_date(kind) or pa.types.is_timestamp(kind) or pa.types.is_time(kind):
+        try:
+            texts = pc.cast(column, pa.string())
+        except pa.ArrowException as error:
+            raise DataError(f"{where}: need dates that can be written out, got {error}") from error
+        return pc.replace_substring_regex(texts, r"\.0+(Z?)$", r"\1")
+    raise DataError(f"{where}: need whole numbers or text, got {kind}")
+
+
+def _whole(column: pa.ChunkedArray, where: str, advice: str) -> pa.ChunkedArray:
+    values = pc.cast(column, pa.float64(), safe=False).to_numpy()
+    missing = np.flatnonzero(np.isnan(values))
+    if len(missing) > 0:
+        raise DataError(
+            f"{where}: need a value in every row, got nan in row {missing[0] + 1}"
+            f" (the first row is 1; {len(missing)} in all)"
+        )
+    odd = np.flatnonzero((np.floor(values) != values) | ~np.isfinite(values))
+    if len(odd) > 0:
+        raise DataError(
+            f"{where}: need whole numbers or text, got {column.type} and"
+            f" {values[odd[0]]:g} in row {odd[0] + 1}{advice}"
+        )
+    large = np.flatnonzero(np.abs(values) > _MOST_EXACT)
+    if len(large) > 0:
+        raise DataError(
+            f"{where}: need whole numbers up to 2^53 where they are {column.type}, got"
+            f" {values[large[0]]:.17g} in row {large[0] + 1}, which may stand for several; write"
+            " them as text"
+        )
+    return pa.chunked_array([pa.array(values.astype(np.int64))])
+
+
+def csv_labels(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """Return the texts of a CSV column of labels, or the whole numbers that they are.
+
+    Numbers where each text is one as usually written (`7`, `7.0`, ` 7`), and no two texts are the
+    same number; `07` makes all of them texts.
+
+    Args:
+        column: texts, which may have nulls.
+        where: source and column, for messages.
+
+    Raises:
+        DataError: all are numbers, and some have fractions.
+    """
+    texts = [text for text in column.unique().to_pylist() if text is not None]
+    stripped = [text.strip() for text in texts]
+    if all(map(_WHOLE_OR_POINT_ZERO.fullmatch, stripped)):
+        wholes = [text.partition(".")[0] for text in stripped]
+        if len(set(wholes)) == len(texts) and all(len(w) <= _MOST_DIGITS for w in wholes):
+            places = pc.index_in(column, value_set=pa.array(texts, column.type))
+            return pc.take(pa.array([int(w) for w in wholes], pa.int64()), places)
+        return column
+    if all(map(_NUMBER.fullmatch, stripped)):
+        fraction = next((t for t in stripped if float(t) % 1 != 0), None)
+        if fraction is not None:
+            row = pc.index(column, texts[stripped.index(fraction)]).as_py()
+            raise DataError(
+                f"{where}: need whole numbers or text, got {fraction} in row {row + 1}{NO_CLASSES}"
+            )
+    return column
+
+
+def alike(names: Iterable[str], what: str) -> str | None:
+    """Return a note on names that differ in case or surrounding spaces only, None without any."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[name.strip().casefold()].append(name)
+    similar = [group for group in groups.values() if len(group) > 1]
+    if not similar:
+        return None
+    more = f" and {len(similar) - 3} more" if len(similar) > 3 else ""
+    shown = ", ".join(" / ".join(map(repr, group)) for group in similar[:3])
+    return f"{what} that differ in case or surrounding spaces only stay apart: {shown}{more}"
