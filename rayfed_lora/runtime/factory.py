@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
+from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
 from rayfed_lora.federation.executor import Population
@@ -35,6 +36,11 @@ class Factory(Protocol):
         ...
 
 
+# An actor prepares the data in one thread and loads code in another one. Two threads that import
+# transformers at once end with a half-made module of it.
+_IMPORTING = Lock()
+
+
 class TorchFactory:
     """The real thing: data from their source, models on torch.
 
@@ -43,13 +49,15 @@ class TorchFactory:
 
     def load(self, recipe: Recipe) -> None:
         """Import torch, transformers and the model's own module."""
-        import_module("rayfed_lora.training.trainer")
-        from rayfed_lora.models import sources
+        with _IMPORTING:
+            import_module("rayfed_lora.training.trainer")
+            from rayfed_lora.models import sources
 
-        sources.load_code(recipe.model)
+            sources.load_code(recipe.model)
 
     def workload(self, recipe: Recipe) -> Workload:
         """Read and prepare the data."""
+        self.load(recipe)
         from rayfed_lora.training.workload import prepare
 
         return prepare(recipe)
