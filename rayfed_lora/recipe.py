@@ -25,6 +25,7 @@ from rayfed_lora.recipe_devices import (
 from rayfed_lora.recipe_fields import (
     ENDPOINTS,
     Auto,
+    ClassLabel,
     Count,
     Fraction,
     NonNegative,
@@ -112,7 +113,7 @@ class Data(Section):
     text_column: str | Auto = option("auto", "column of the text (text tasks)")
     image_column: str | Auto = option("auto", "column of the image (image tasks)")
     label_column: str | Auto = option("auto", "column of the label")
-    labels: list[int | str] | None = option(
+    labels: list[ClassLabel] | None = option(
         None, "keep only the examples with these labels (renumbered in this order); null: all"
     )
     max_examples: Positive | None = option(

@@ -272,6 +272,23 @@ def test_a_trace_of_numbers_names_clients_of_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("names", "clients", "expected"),
+    [
+        # A column with gaps, as pandas writes its numbers.
+        (["1", "2", "10"], ["10.0", "1.0"], [0, 2]),
+        (["1", "2", "10"], [" 10", "1"], [0, 2]),
+        # Texts, since 07 is no number: names as they stand win.
+        (["07", "7.0"], ["7.0"], [1]),
+    ],
+)
+def test_clients_of_a_csv_trace_are_numbers_as_those_of_csv_data_are(
+    names, clients, expected, tmp_path
+):
+    trace = read_trace(trace_of(tmp_path, clients, ".csv"), len(names), None, names)
+    assert trace.client.tolist() == expected
+
+
+@pytest.mark.parametrize(
     ("clients", "message"),
     [
         (
@@ -307,6 +324,6 @@ def test_a_recipes_trace_is_read_with_the_names_of_its_data(tmp_path):
 
 def test_notes_on_names_reach_the_plan_and_the_run(tmp_path):
     recipe = recipe_of(columns(["mia", "Mia"]), tmp_path)
-    expected = "clients of column 'who' that differ in case or surrounding spaces only stay apart"
+    expected = "clients of column 'who' that differ only in case, in surrounding spaces, or in"
     assert any(expected in note for note in outline(recipe).notes)
     assert any(expected in note for note in prepare(recipe).notes)
