@@ -128,7 +128,7 @@ def doctor(
         bool, typer.Option("--probe", help="Measure the recipes' GPU memory by short runs.")
     ] = False,
 ) -> None:
-    """Say what this machine or a cluster offers, what is wrong, and how to mend it."""
+    """Say what this machine or a cluster offers, what is wrong, and how to fix it."""
     from rayfed_lora.recipe_loading import load_recipe
     from rayfed_lora.reporting.console import PlainConsole
     from rayfed_lora.reporting.diagnosis import diagnosis_status, show_diagnosis

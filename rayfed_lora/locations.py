@@ -81,6 +81,24 @@ def check_name(name: str) -> None:
         raise ValueError(f"expected a name inside the folder, got {name!r}")
 
 
+def repeated_option(location: str) -> str | None:
+    """Return an option that a URI has more than once; None: it has none such.
+
+    Readers of URIs differ in which of the two counts.
+
+    >>> repeated_option("gs://bucket/a?scheme=http&%73cheme=https")
+    'scheme'
+    >>> repeated_option("gs://bucket/a?scheme=http")
+    """
+    try:
+        query = urlsplit(location).query if is_uri(location) else ""
+    except ValueError:
+        # Nothing opens it.
+        return None
+    names = [name for name, _ in parse_qsl(query, keep_blank_values=True)]
+    return next((name for name in names if names.count(name) > 1), None)
+
+
 def holds_secret(location: str) -> bool:
     """Return whether a location has credentials in it.
 

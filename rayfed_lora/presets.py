@@ -120,12 +120,13 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(under)
     for key, value in over.items():
         below = result.get(key)
-        if _is_section(value) and _is_section(below):
+        if is_section(value) and is_section(below):
             result[key] = merged(below, value)
         else:
             result[key] = value
     return result
 
 
-def _is_section(value: Any) -> TypeGuard[Mapping[str, Any]]:
+def is_section(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Return whether a value is a mapping whose keys are names."""
     return isinstance(value, Mapping) and all(str(key).isidentifier() for key in value)

@@ -25,6 +25,7 @@ from rayfed_lora.recipe_devices import (
 from rayfed_lora.recipe_fields import (
     ENDPOINTS,
     Auto,
+    ClassLabel,
     Count,
     Fraction,
     NonNegative,
@@ -34,7 +35,7 @@ from rayfed_lora.recipe_fields import (
     option,
     section,
 )
-from rayfed_lora.recipe_filling import filled
+from rayfed_lora.recipe_filling import filled, values_of
 
 Method = Literal[
     "sa-fedlora",
@@ -112,7 +113,7 @@ class Data(Section):
     text_column: str | Auto = option("auto", "column of the text (text tasks)")
     image_column: str | Auto = option("auto", "column of the image (image tasks)")
     label_column: str | Auto = option("auto", "column of the label")
-    labels: list[int | str] | None = option(
+    labels: list[ClassLabel] | None = option(
         None, "keep only the examples with these labels (renumbered in this order); null: all"
     )
     max_examples: Positive | None = option(
@@ -337,7 +338,8 @@ class Recipe(Section):
     runtime: Runtime = section(Runtime, "executor")
     storage: Storage = section(Storage, "run folder")
     tracking: Tracking = section(Tracking, "TensorBoard, W&B, MLflow")
-    _preset: str = PrivateAttr("")
+    # What it was made with: copies that `model_copy` changes keep this.
+    _made: Mapping[str, Any] = PrivateAttr(default_factory=dict)
     _asked: frozenset[str] | None = PrivateAttr(None)
     _overruled: tuple[str, ...] = PrivateAttr(())
 
@@ -351,19 +353,26 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _filled(cls, given: Any, info: ValidationInfo) -> Any:
-        if isinstance(given, Recipe):
-            given = given.model_dump(warnings=False)
         named = (info.context or {}).get(ENDPOINTS, ())
         return filled(given, named) if isinstance(given, Mapping) else given
 
     @property
     def preset(self) -> str:
         """The method whose preset has filled in keys; a changed copy may name another `method`."""
-        return self._preset or self.method
+        return str(self.made["method"])
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """The nested values that it was made with, also where it is a changed copy."""
+        return values_of(self._made or self)
 
     @property
     def asked(self) -> frozenset[str] | None:
-        """Keys named with another method than the recipe was written for; None: it is its own."""
+        """Keys that the user asked for, where others are of a resolved recipe or another method's.
+
+        None: all that are written. Empty in the runs of a comparison, whose keys are for several
+        methods.
+        """
         return self._asked
 
     @property
@@ -381,7 +390,7 @@ class Recipe(Section):
     def _values_go_together(self) -> Recipe:
         from rayfed_lora.recipe_checks import ConflictError, conflicts
 
-        self._preset = self.method
+        self._made = dict(vars(self))
         found = conflicts(self)
         if found:
             raise ConflictError(found)

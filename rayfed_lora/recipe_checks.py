@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rayfed_lora.locations import holds_secret
+from rayfed_lora.locations import holds_secret, repeated_option
 from rayfed_lora.rule_facts import RULE_FACTS
 
 if TYPE_CHECKING:
@@ -72,6 +72,9 @@ def _of_locations(recipe: Recipe) -> Iterator[Conflict]:
         if location is not None and location.lower().startswith("fsspec+"):
             # Its filesystems are many, and each has its own way to find credentials.
             yield Conflict((key,), "expected a path, or a URI of s3, gs, abfs, hdfs or file")
+        twice = None if location is None else repeated_option(location)
+        if twice is not None:
+            yield Conflict((key,), f"expected each option of a URI once, got {twice!r} again")
         if location is not None and holds_secret(location):
             yield Conflict(
                 (key,),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 from rayfed_lora.recipe_filling import plain
 
@@ -16,6 +16,14 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+# A boolean is the class that data with booleans have.
+ClassLabel = Annotated[
+    int | str,
+    BeforeValidator(
+        lambda given: str(given).lower() if isinstance(given, bool) else given,
+        json_schema_input_type=int | str | bool,
+    ),
+]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 

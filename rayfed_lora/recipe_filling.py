@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from rayfed_lora.endpoints import guarded_in
 from rayfed_lora.plain_values import excess
-from rayfed_lora.presets import merged, preset
+from rayfed_lora.presets import is_section, merged, preset
 
 
 def plain(given: Any) -> Any:
@@ -30,7 +30,7 @@ def plain(given: Any) -> Any:
     {'ranks': [4, 8], 'path': 'runs/a'}
     """
     if isinstance(given, BaseModel):
-        return plain(given.model_dump(exclude_unset=True, warnings=False))
+        return plain({k: v for k, v in vars(given).items() if k in given.model_fields_set})
     if isinstance(given, Mapping):
         return {plain(key): plain(value) for key, value in given.items()}
     if isinstance(given, (list, tuple)):
@@ -38,6 +38,32 @@ def plain(given: Any) -> Any:
     if isinstance(given, (np.generic, np.ndarray)):
         return given.tolist()
     return os.fspath(given) if isinstance(given, os.PathLike) else given
+
+
+def values_of(section: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
+    """Return all values of a section, or of what it holds by name, as nested mappings.
+
+    Those too that a changed copy has under names that are no fields: the validation refuses them.
+    """
+    held = vars(section) if isinstance(section, BaseModel) else section
+    return {k: values_of(v) if isinstance(v, BaseModel) else v for k, v in held.items()}
+
+
+def changes_of(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of some nested values that are others than before.
+
+    >>> changes_of({"a": {"x": 1, "y": 2}, "b": 3}, {"a": {"x": 1, "y": 4}, "b": 3})
+    {'a': {'y': 4}}
+    """
+    changed: dict[str, Any] = {}
+    for key, value in now.items():
+        old = before.get(key)
+        if is_section(value) and is_section(old):
+            inner = changes_of(old, value)
+            changed |= {key: inner} if inner else {}
+        elif key not in before or old != value:
+            changed[key] = value
+    return changed
 
 
 def filled(given: Mapping[str, Any], endpoints: Collection[str] = ()) -> dict[str, Any]:

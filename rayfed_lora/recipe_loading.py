@@ -26,11 +26,11 @@ from ruamel.yaml.representer import SafeRepresenter
 from rayfed_lora.endpoints import named_in
 from rayfed_lora.errors import Fault, RecipeError
 from rayfed_lora.plain_values import MOST_LEVELS, excess
-from rayfed_lora.presets import merged, preset
+from rayfed_lora.presets import is_section, merged, preset
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_checks import ConflictError
 from rayfed_lora.recipe_fields import ENDPOINTS
-from rayfed_lora.recipe_filling import method_of, of_task, plain
+from rayfed_lora.recipe_filling import changes_of, method_of, of_task, plain, values_of
 
 _MAX_PASSES = 8
 _BREAKS = re.compile("[\x85\u2028\u2029\ufeff]")
@@ -89,36 +89,67 @@ def load_recipe(
     raw = first = plain(raw)
     given = overrides.items() if isinstance(overrides, Mapping) else override_pairs(name, overrides)
     pairs = list(given)
-    written = _nested_all(name, pairs)
+    written = settings = _nested_all(name, pairs)
+    changes: dict[str, Any] = {}
     own = _nested_all(name, (variant or {}).items())
     if endpoints is None:
         endpoints = named_in(written) | named_in(own)
         endpoints |= named_in(raw) if isinstance(source, Recipe) else frozenset()
     if isinstance(source, Recipe) and source.preset != source.method:
-        raw = _layered({**raw, "method": source.preset}, {"method": source.method})
+        # The configuration is no preset's, and may have lost keys: it is taken as it is.
+        made = {**source.made, "model": raw["model"]}
+        changes = changes_of(made, raw)
+        raw = _layered(made, changes)
     if variant is not None:
         # The preset of a method that stays may depend on what the variant says: it comes below.
         raw = merged(raw, written) if _keeps_method(raw, written) else _layered(raw, written)
         written = own
     content = _layered(raw, written)
     recipe = _validated(name, merged(of_task(content), content), endpoints)
-    asked = frozenset([*(path for path, _ in pairs), *(variant or {})])
-    made = source if isinstance(source, Recipe) else None
-    told = () if made is None else made.overruled
-    if recipe.method != (method_of(first) if made is None else made.method):
-        told = (*told, *_overruled(recipe, pairs)) if variant is not None else told
+    asked = frozenset([*(path for path, _ in pairs), *(variant or {}), *_paths(changes)])
+    own_method = source.preset if isinstance(source, Recipe) else method_of(first)
+    told = source.overruled if isinstance(source, Recipe) else ()
+    if recipe.method != own_method:
+        told = (*told, *_overruled(recipe, settings)) if variant is not None else told
         return recipe.told(asked, told)
-    known = None if made is None else made.asked
+    if isinstance(source, Recipe):
+        known = source.asked
+    else:
+        known = frozenset() if _is_resolved(first) else None
     return recipe.told(None if known is None else asked | known, told)
 
 
-def _overruled(recipe: Recipe, settings: Iterable[tuple[str, Any]]) -> Iterator[str]:
+def _is_resolved(raw: Any, kind: Any = Recipe) -> bool:
+    """Return whether every key of a recipe is written, as `recipe_yaml` does."""
+    fields = _fields_of(kind)
+    return (
+        fields is None
+        or raw is None
+        or (
+            isinstance(raw, Mapping)
+            and all(key in raw and _is_resolved(raw[key], inner) for key, inner in fields.items())
+        )
+    )
+
+
+def _paths(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Yield the key path of every value."""
+    for key, value in values.items():
+        if is_section(value) and value:
+            yield from _paths(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}"
+
+
+def _overruled(recipe: Recipe, settings: Mapping[str, Any]) -> Iterator[str]:
     """Say which settings gave way to the preset of a variant's method."""
-    for path, value in settings:
+    for path in _paths(settings):
+        value: Any = settings
         found: Any = recipe
         for key in path.split("."):
-            found = getattr(found, key, None)
-        if not isinstance(found, BaseModel) and path != "method" and found != plain(value):
+            value = value[key]
+            found = found.get(key) if isinstance(found, Mapping) else getattr(found, key, None)
+        if not isinstance(found, BaseModel) and path != "method" and found != value:
             yield f"{path}: {value} of --set gives way to the preset of {recipe.method}: {found}"
 
 
@@ -245,7 +276,7 @@ def _yaml() -> YAML:
 
 def _read(source: str | Path | Mapping[str, Any] | Recipe) -> tuple[str, dict[str, Any]]:
     if isinstance(source, Recipe):
-        return "recipe", source.model_dump(warnings=False)
+        return "recipe", values_of(source)
     if isinstance(source, Mapping):
         return "recipe", dict(source)
     path = Path(source)

@@ -1,7 +1,8 @@
 """Keys of a recipe that have no effect, because of others: told to the user, not refused.
 
-A key counts where its value is another one than a recipe of the same method has anyway. So a
-resolved recipe, in which every key is written, says the same as the user's own.
+A key counts where the user has asked for it (`Recipe.asked`), and where its value is another one
+than a recipe of the same method has anyway. Of a resolved recipe, in which every key is written,
+nobody knows what was asked for: nothing is told.
 
 Source: this project.
 """
@@ -37,7 +38,6 @@ _FACTORS = (
     "adapter.dropout",
     "adapter.scaling",
     "annealing.allocation",
-    "aggregation.rule",
     "clients.ranks",
 )
 _ADAM = tuple(f"aggregation.server_optimizer.{name}" for name in ("beta1", "beta2", "tau"))
@@ -52,6 +52,8 @@ def unused(recipe: Recipe) -> tuple[str, ...]:
         left = [key for key in left if key not in idle]
         if idle:
             notes.append(f"no effect with {why}: {', '.join(idle)}")
+    if "clients.ranks" in left:
+        notes += _spare_ranks(recipe)
     return tuple(notes)
 
 
@@ -86,11 +88,7 @@ def _without_credentials(recipe: Recipe) -> Iterator[str]:
 
 
 def _chosen(recipe: Recipe) -> list[str]:
-    """Return the keys with values of the user's choice, as far as values tell.
-
-    Where another method than the recipe's own was named over it, only what was named with it: the
-    other keys were written for the recipe's own.
-    """
+    """Return the keys with values of the user's choice, as far as values tell."""
     given = {
         "method": recipe.method,
         "model": {"task": recipe.model.task},
@@ -122,7 +120,7 @@ def _reasons(recipe: Recipe) -> Iterator[_Reason]:
     annealing = recipe.annealing
     if annealing.mode == "full":
         keys = ("annealing.heating.rank", "adapter.train_head", "adapter.train_biases")
-        yield "annealing.mode full", (*_STAGED_ONLY, *_FACTORS, *keys)
+        yield "annealing.mode full", (*_STAGED_ONLY, *_FACTORS, "aggregation.rule", *keys)
     elif annealing.mode == "fixed":
         own = ("annealing.initiating.proximal_weight", "annealing.initiating.lr")
         yield "annealing.mode fixed", (*_STAGED_ONLY, *own)
@@ -149,6 +147,9 @@ def _of_stages(annealing: Annealing) -> Iterator[_Reason]:
         keys = (*initiating, "annealing.initiating.trainable")
         yield "annealing.initiating.rounds 0", keys
     ramps = heating.shape == "ramp" and heating.rounds > 0
+    # The adapter of the first rounds has R0, and is cut where a ramp begins.
+    cut = ramps and annealing.initiating_rounds > 0 and annealing.initiating.trainable == "adapter"
+    residual = () if cut else ("annealing.cooling.residual",)
     if heating.rounds == 0:
         yield "annealing.heating.rounds 0", ("annealing.heating.shape",)
     if cooling.rounds == 0:
@@ -156,11 +157,11 @@ def _of_stages(annealing: Annealing) -> Iterator[_Reason]:
         shape = () if annealing.holding.rounds > 0 else ("annealing.cooling.shape",)
         rank = () if falls or ramps else ("annealing.cooling.rank",)
         keys = ("annealing.cooling.steps", *shape, *rank)
-        rest = () if falls else ("annealing.cooling.residual", "annealing.acceptance", *_FEEDBACK)
+        rest = () if falls else (*residual, "annealing.acceptance", *_FEEDBACK)
         yield "annealing.cooling.rounds 0", (*keys, *rest)
     if cooling.shape == "constant":
         rank = () if ramps else ("annealing.cooling.rank",)
-        idle = ("annealing.cooling.residual", "annealing.acceptance", *_FEEDBACK)
+        idle = (*residual, "annealing.acceptance", *_FEEDBACK)
         yield "annealing.cooling.shape constant", (*rank, *idle)
     if cooling.shape != "step":
         yield f"annealing.cooling.shape {cooling.shape}", ("annealing.cooling.steps",)
@@ -175,16 +176,22 @@ def _of_ranks(recipe: Recipe) -> Iterator[_Reason]:
     smallest = min([ranks] if isinstance(ranks, int) else ranks or [0])
     if recipe.annealing.mode != "full" and smallest >= rank:
         yield f"annealing.heating.rank {rank}, which no client's limit is below", ("clients.ranks",)
-    clients = recipe.data.partition.clients
-    if isinstance(ranks, list) and recipe.data.partition.kind != "column" and len(ranks) > clients:
-        named = f"data.partition.clients {clients}, fewer than the ranks in the list"
-        yield named, ("clients.ranks",)
     stacks = RULE_FACTS[recipe.aggregation.rule].merges == "stack"
     if recipe.annealing.mode == "staged" and stacks:
         why = (
             f"aggregation.rule {recipe.aggregation.rule}, which begins each round with new factors"
         )
         yield why, ("annealing.cooling.residual",)
+
+
+def _spare_ranks(recipe: Recipe) -> Iterator[str]:
+    ranks, partition = recipe.clients.ranks, recipe.data.partition
+    if isinstance(ranks, list) and partition.kind != "column" and len(ranks) > partition.clients:
+        spare = len(ranks) - partition.clients
+        yield (
+            f"the last {spare} of the {len(ranks)} ranks of clients.ranks have no effect: there are"
+            f" {partition.clients} clients"
+        )
 
 
 def _of_cohort(recipe: Recipe) -> Iterator[_Reason]:

@@ -25,7 +25,7 @@ from pyarrow import fs
 
 from rayfed_lora.endpoints import anonymous
 from rayfed_lora.errors import RunError, RunFolderError
-from rayfed_lora.locations import check_name, holds_secret, is_uri
+from rayfed_lora.locations import check_name, holds_secret, is_uri, repeated_option
 
 # Of an S3 URI, as pyarrow's own.
 _S3_OPTIONS = ("region", "endpoint_override", "scheme", "tls_ca_file_path")
@@ -283,6 +283,9 @@ def opened(location: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), os.path.abspath(location)
     if "#" in location:
         raise ValueError("expected a URI without '#', after which names would be lost")
+    twice = repeated_option(location)
+    if twice is not None:
+        raise ValueError(f"expected each option of a URI once, got {twice!r} more than once")
     parts = urlsplit(location)
     path = unquote(parts.path).strip("/")
     check_name(path)

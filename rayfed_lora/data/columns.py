@@ -113,6 +113,18 @@ def as_client_names(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     return pc.cast(naming.as_names(found, where), pa.string())
 
 
+def as_numbers(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """Return a column of texts as float64.
+
+    Raises:
+        DataError: one is no number.
+    """
+    try:
+        return pc.cast(pc.utf8_trim_whitespace(column), pa.float64())
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{where}: need numbers, got {error}") from error
+
+
 def as_positive(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     """Return a column of numbers as float64.
 

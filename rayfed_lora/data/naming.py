@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from decimal import Decimal
+from unicodedata import is_normalized, normalize
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +24,8 @@ from rayfed_lora.errors import DataError
 _MOST_EXACT = 2**53
 _WHOLE = re.compile(r"(?!-0)-?(?:0|[1-9][0-9]*)")
 _WHOLE_OR_POINT_ZERO = re.compile(rf"(?:{_WHOLE.pattern})(?:\.0*)?")
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
+_NUMBER = re.compile(rf"{_DECIMAL.pattern}(?:[eE][+-]?[0-9]+)?|[+-]?(?i:inf|infinity|nan)")
 _MOST_DIGITS = 18  # any number of so many digits fits int64
 # What to say of labels that are fractions.
 NO_CLASSES = (
@@ -107,45 +110,85 @@ def _whole(column: pa.ChunkedArray, where: str, advice: str) -> pa.ChunkedArray:
     return pa.chunked_array([pa.array(values.astype(np.int64))])
 
 
-def csv_labels(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
-    """Return the texts of a CSV column of labels, or the whole numbers that they are.
+def csv_names(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return the texts of a CSV column of names, or the whole numbers that they are.
 
     Numbers where each text is one as usually written (`7`, `7.0`, ` 7`), and no two texts are the
     same number; `07` makes all of them texts.
 
     Args:
         column: texts, which may have nulls.
-        where: source and column, for messages.
-
-    Raises:
-        DataError: all are numbers, and some have fractions.
     """
-    texts = [text for text in column.unique().to_pylist() if text is not None]
+    texts = _texts_of(column)
     stripped = [text.strip() for text in texts]
-    if all(map(_WHOLE_OR_POINT_ZERO.fullmatch, stripped)):
-        wholes = [text.partition(".")[0] for text in stripped]
-        if len(set(wholes)) == len(texts) and all(len(w) <= _MOST_DIGITS for w in wholes):
-            places = pc.index_in(column, value_set=pa.array(texts, column.type))
-            return pc.take(pa.array([int(w) for w in wholes], pa.int64()), places)
-        return column
-    if all(map(_NUMBER.fullmatch, stripped)):
-        fraction = next((t for t in stripped if float(t) % 1 != 0), None)
-        if fraction is not None:
-            row = pc.index(column, texts[stripped.index(fraction)]).as_py()
-            raise DataError(
-                f"{where}: need whole numbers or text, got {fraction} in row {row + 1}{NO_CLASSES}"
-            )
+    wholes = [text.partition(".")[0] for text in stripped]
+    if (
+        all(map(_WHOLE_OR_POINT_ZERO.fullmatch, stripped))
+        and len(set(wholes)) == len(texts)
+        and all(len(whole) <= _MOST_DIGITS for whole in wholes)
+    ):
+        places = pc.index_in(column, value_set=pa.array(texts, column.type))
+        return pc.take(pa.array([int(whole) for whole in wholes], pa.int64()), places)
     return column
 
 
+def csv_labels(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """Return the names of a CSV column of labels: as `csv_names`, and `false` and `true`.
+
+    Booleans are those where all texts are `false` or `true`, in whatever case.
+
+    Args:
+        column: texts, which may have nulls.
+        where: source and column, for messages.
+
+    Raises:
+        DataError: all are numbers, and some have fractions or are not finite.
+    """
+    names = csv_names(column)
+    if not is_text(names.type):
+        return names
+    texts = _texts_of(column)
+    stripped = [text.strip() for text in texts]
+    if {text.lower() for text in stripped} <= {"false", "true"}:
+        return pc.utf8_lower(pc.utf8_trim_whitespace(names))
+    if all(map(_NUMBER.fullmatch, stripped)):
+        odd = next((t for t in stripped if not float(t).is_integer()), None)
+        if odd is not None:
+            row = pc.index(column, texts[stripped.index(odd)]).as_py()
+            raise DataError(
+                f"{where}: need whole numbers or text, got {odd} in row {row + 1}{NO_CLASSES}"
+            )
+    return names
+
+
+def _texts_of(column: pa.ChunkedArray) -> list[str]:
+    return [text for text in column.unique().to_pylist() if text is not None]
+
+
 def alike(names: Iterable[str], what: str) -> str | None:
-    """Return a note on names that differ in case or surrounding spaces only, None without any."""
-    groups: dict[str, list[str]] = defaultdict(list)
+    """Return a note on names that differ only in how they are written, None without any."""
+    groups: dict[str | Decimal, list[str]] = defaultdict(list)
     for name in names:
-        groups[name.strip().casefold()].append(name)
+        groups[_meant(name)].append(name)
     similar = [group for group in groups.values() if len(group) > 1]
     if not similar:
         return None
     more = f" and {len(similar) - 3} more" if len(similar) > 3 else ""
-    shown = ", ".join(" / ".join(map(repr, group)) for group in similar[:3])
-    return f"{what} that differ in case or surrounding spaces only stay apart: {shown}{more}"
+    shown = ", ".join(" / ".join(map(_shown, group)) for group in similar[:3])
+    return (
+        f"{what} that differ only in case, in surrounding spaces, or in how a number or a character"
+        f" is written stay apart: {shown}{more}"
+    )
+
+
+def _meant(name: str) -> str | Decimal:
+    """Return a number, or a text that is the same for names that a reader takes for one."""
+    # Folding may leave what is to be composed again, and the other way round.
+    text = normalize("NFKC", normalize("NFKC", name).casefold()).strip()
+    # Any number of digits is exact.
+    return Decimal(text) if _DECIMAL.fullmatch(text) else text
+
+
+def _shown(name: str) -> str:
+    """Return a name in quotes; characters beyond ASCII by their numbers where they are composed."""
+    return repr(name) if is_normalized("NFC", name) else ascii(name)

@@ -81,9 +81,9 @@ def load(
     Raises:
         DataError: the source cannot be found, read or used as asked.
     """
-    raw = _read(data, task, numbers)
+    raw = _read(data, task)
     rows = _select(raw.train, data, task, data.partition.kind == "column", raw.typed)
-    rows = _with_numbers(rows, raw.train, numbers, data.source)
+    rows = _with_numbers(rows, raw, numbers, data.source)
     where = f"data.source {data.source!r}"
     if "label" in rows.column_names:
         classes = columns.find_classes(rows["label"], data.labels, raw.class_names, where)
@@ -121,7 +121,7 @@ def _are_floats(table: pa.Table, data: recipe.Data, task: str) -> bool:
     return images.are_floats(table[name].type)
 
 
-def _read(data: recipe.Data, task: str, numbers: Sequence[str]) -> sources.RawData:
+def _read(data: recipe.Data, task: str) -> sources.RawData:
     source = data.source
     if source in builtin.BUILTIN:
         return builtin.read(source, task)
@@ -137,8 +137,7 @@ def _read(data: recipe.Data, task: str, numbers: Sequence[str]) -> sources.RawDa
     client = () if data.partition.column is None else (data.partition.column,)
     texts = columns.names_of(data.text_column, columns.TEXT_COLUMNS)
     labels = columns.names_of(data.label_column, columns.LABEL_COLUMNS)
-    names = [name for name in (*texts, *labels, *client) if name not in numbers]
-    return sources.read_file(source, names)
+    return sources.read_file(source, (*texts, *labels, *client))
 
 
 def _select(
@@ -171,8 +170,10 @@ def _select(
             column = naming.csv_labels(column, where)
         selected["label"] = columns.as_labels(column, where)
     if with_client and data.partition.column is not None:
-        column = find("partition.column", (data.partition.column,))
-        selected["client"] = columns.as_client_names(*column)
+        column, where = find("partition.column", (data.partition.column,))
+        if not typed and naming.is_text(column.type):
+            column = naming.csv_names(column)
+        selected["client"] = columns.as_client_names(column, where)
     return pa.table(selected)
 
 
@@ -181,11 +182,17 @@ def number_column(name: str) -> str:
     return f"number {name}"
 
 
-def _with_numbers(rows: pa.Table, raw: pa.Table, numbers: Sequence[str], source: str) -> pa.Table:
+def _with_numbers(
+    rows: pa.Table, raw: sources.RawData, numbers: Sequence[str], source: str
+) -> pa.Table:
     for name in numbers:
-        found = columns.pick(raw, (name,), "source", source)
+        found = columns.pick(raw.train, (name,), "source", source)
         where = f"data.source {source!r}, column {found!r}"
-        rows = rows.append_column(number_column(name), columns.as_positive(raw[found], where))
+        column = raw.train[found]
+        if not raw.typed and naming.is_text(column.type):
+            # It names classes or clients too, and has been read as texts for that.
+            column = columns.as_numbers(column, where)
+        rows = rows.append_column(number_column(name), columns.as_positive(column, where))
     return rows
 
 

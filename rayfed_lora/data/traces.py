@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rayfed_lora.data import columns, sources
+from rayfed_lora.data import columns, naming, sources
 from rayfed_lora.errors import DataError
 from rayfed_lora.types import TRACE_DIGITS, Trace
 
@@ -41,7 +41,8 @@ def read_trace(
     where = f"{_OPTION} {source!r}"
     if sources.suffix_of(source) not in sources.READERS:
         raise DataError(f"{where}: need a path or URI ending in {' '.join(sources.READERS)}")
-    table = sources.read_file(source, () if names is None else ("client",), _OPTION).train
+    raw = sources.read_file(source, () if names is None else ("client",), _OPTION)
+    table = raw.train
     missing = [name for name in _COLUMNS if table.column_names.count(name) != 1]
     if missing:
         raise DataError(
@@ -51,7 +52,7 @@ def read_trace(
     if table.num_rows == 0:
         raise DataError(f"{where}: need rows, got an empty table")
     if names is not None:
-        table = _numbered(table, where, names, known)
+        table = _numbered(table, where, names, known, typed=raw.typed)
     client, start, end = (_numbers(table[name], f"{where}, column {name!r}") for name in _COLUMNS)
     start, end = start.round(TRACE_DIGITS), end.round(TRACE_DIGITS)
     limit = np.inf if period_s is None else round(period_s, TRACE_DIGITS)
@@ -73,11 +74,20 @@ def read_trace(
 
 
 def _numbered(
-    table: pa.Table, where: str, names: Sequence[str], known: Collection[str]
+    table: pa.Table,
+    where: str,
+    names: Sequence[str],
+    known: Collection[str],
+    *,
+    typed: bool,
 ) -> pa.Table:
     """Return the rows of clients with training examples, with numbers in place of names."""
-    named = columns.as_client_names(table["client"], f"{where}, column 'client'")
-    strange = pc.invert(pc.is_in(named, value_set=pa.array({*names, *known}, pa.string())))
+    column, place = table["client"], f"{where}, column 'client'"
+    named, every = columns.as_client_names(column, place), pa.array({*names, *known}, pa.string())
+    if not typed and not pc.all(pc.is_in(named, value_set=every)).as_py():
+        # As the data's own column of a CSV file: 7.0 is client 7.
+        named = columns.as_client_names(naming.csv_names(column), place)
+    strange = pc.invert(pc.is_in(named, value_set=every))
     if pc.any(strange).as_py():
         row = pc.index(strange, True).as_py()
         raise DataError(

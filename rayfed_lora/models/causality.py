@@ -53,14 +53,14 @@ def check_causal(model: Model, config: Any) -> None:
     decoder = copy.deepcopy(config)
     decoder.is_decoder = True
     switch = hasattr(config, "is_decoder") and _sees_the_future(model, decoder) is False
-    mend = (
+    fix = (
         "write model.config: {is_decoder: true}, with which it looks back only"
         if switch
         else "choose a decoder such as gpt2 or llama"
     )
     raise ModelError(
         f"model.task 'causal-lm': {config.model_type} sees the tokens that it is to predict, since"
-        f" it attends to later positions; {mend}"
+        f" it attends to later positions; {fix}"
     )
 
 

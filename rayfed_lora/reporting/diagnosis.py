@@ -1,4 +1,4 @@
-"""What is wrong with a machine or cluster, and how to mend it. Source: this project."""
+"""What is wrong with a machine or cluster, and how to fix it. Source: this project."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ class Finding:
         level: ok | warning (runs go on) | fault (runs fail) | skipped.
         subject: what was looked at, e.g. `versions`.
         text: what was found.
-        mend: what to do about it, "" where there is nothing to do.
+        fix: what to do about it, "" where there is nothing to do.
     """
 
     level: Level
     subject: str
     text: str
-    mend: str = ""
+    fix: str = ""
 
 
 def show_diagnosis(console: Console, findings: Sequence[Finding]) -> None:
-    """Print the findings, each fault with how to mend it, and how many there are."""
+    """Print the findings, each fault with how to fix it, and how many there are."""
     for finding in findings:
         console.print(f"{finding.level:<8}", style=_STYLES[finding.level], end="", highlight=False)
         said = f"{finding.subject}: {finding.text}"
         console.print(said, highlight=False, markup=False, soft_wrap=True)
-        if finding.mend:
+        if finding.fix:
             console.print(
-                f"{'':8}mend: {finding.mend}", highlight=False, markup=False, soft_wrap=True
+                f"{'':8}fix: {finding.fix}", highlight=False, markup=False, soft_wrap=True
             )
     counts = Counter(finding.level for finding in findings)
     console.print(

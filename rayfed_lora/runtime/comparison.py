@@ -226,8 +226,10 @@ def cells_of(
         settings = dict(override_pairs("--set", settings))
     if "method" in settings and all("method" in own for own in methods.values()):
         raise BadInputError("--set method: expected none, --methods names those of a comparison")
-    told = tuple(given_way_in_comparison(load_recipe(recipe, settings), seeds))
-    held_out = {name: _held_out(load_recipe(recipe, settings, m)) for name, m in methods.items()}
+    # Under a method each: the bare recipe's own may not go with what the others are to have.
+    bases = {name: load_recipe(recipe, settings, own) for name, own in methods.items()}
+    told = tuple(given_way_in_comparison(next(iter(bases.values())), seeds))
+    held_out = {name: _held_out(base) for name, base in bases.items()}
     most = max(fraction or 0.0 for fraction in held_out.values())
     cells: list[Cell] = []
     for seed in seeds:
@@ -241,7 +243,8 @@ def cells_of(
                     f"methods: expected the same runtime for all, since they share actors; {name!r}"
                     f" has another than {cells[0].method!r}"
                 )
-            given = given.told(given.asked, (*given.overruled, *(() if cells else told)))
+            # Keys without effect under one method are meant for another.
+            given = given.told(frozenset(), (*given.overruled, *(() if cells else told)))
             location = child(out, name, f"seed-{seed}")
             cells.append(Cell(name, seed, with_absolute_paths(given), location))
     return cells

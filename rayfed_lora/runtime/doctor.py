@@ -1,4 +1,4 @@
-"""What a machine or cluster offers, what is wrong with it, and how to mend it.
+"""What a machine or cluster offers, what is wrong with it, and how to fix it.
 
 Source: this project.
 """
@@ -57,11 +57,11 @@ def doctor(
             own = not (address or os.environ.get("RAY_ADDRESS"))
             return _examined(wanted, shipped, storage, probe, own)
     except ResourceError as error:
-        mend = (
+        fix = (
             "start a cluster (ray start --head, or ray up), or give the address of one; from"
             " outside of it the dashboard's, e.g. http://127.0.0.1:8265"
         )
-        return [Finding("fault", "Ray", str(error), mend)]
+        return [Finding("fault", "Ray", str(error), fix)]
 
 
 def _examined(
@@ -118,11 +118,11 @@ def check_recipes(
                 continue
             actors = layout(recipe.runtime, nodes, _most(recipe))
         except ResourceError as error:
-            mend = "lower what is asked for, or add nodes"
-            found.append(Finding("fault", subject, str(error), mend))
+            fix = "lower what is asked for, or add nodes"
+            found.append(Finding("fault", subject, str(error), fix))
         except BadInputError as error:
-            mend = "install what it names on every node, or name other data or another model"
-            found.append(Finding("warning" if shipped else "fault", subject, str(error), mend))
+            fix = "install what it names on every node, or name other data or another model"
+            found.append(Finding("warning" if shipped else "fault", subject, str(error), fix))
         else:
             found.append(_fit(subject, actors, actor_mb, nodes, memory))
     return found
@@ -150,8 +150,8 @@ def _fit(
         there = min(actors.actors, actors.most_on(node))
         if free_mb > 0 and there * actor_mb > free_mb:
             text += f"; {there} on one node want more than its {free_mb / 1e3:.1f} GB"
-            mend = "lower runtime.client_actors, or raise cpus_per_actor or gpus_per_actor"
-            return Finding("warning", subject, text, mend)
+            fix = "lower runtime.client_actors, or raise cpus_per_actor or gpus_per_actor"
+            return Finding("warning", subject, text, fix)
     return Finding("ok", subject, text)
 
 
@@ -163,8 +163,8 @@ def _dashboard() -> list[Finding]:
     try:
         url = ray_address_to_api_server_url(ray.get_runtime_context().gcs_address)
     except ValueError as error:
-        mend = "install ray[default] on the head node"
-        return [Finding("warning", "dashboard", f"none: {error}", mend)]
+        fix = "install ray[default] on the head node"
+        return [Finding("warning", "dashboard", f"none: {error}", fix)]
     return [judge_dashboard(url, answer_without_token(url))]
 
 
@@ -189,16 +189,16 @@ def judge_dashboard(url: str, status: int | None) -> Finding:
     """
     if status is None:
         text = f"none answers at {url} from here: no jobs, no metrics, its token was not checked"
-        mend = "look from the head node, or start the head with --include-dashboard=true"
-        return Finding("warning", "dashboard", text, mend)
+        fix = "look from the head node, or start the head with --include-dashboard=true"
+        return Finding("warning", "dashboard", text, fix)
     if status in (401, 403):
         return Finding("ok", "dashboard", f"{url} asks for the token")
-    mend = (
+    fix = (
         "set RAY_AUTH_MODE=token on every node and client (ray get-auth-token --generate), and"
         " start the head with --dashboard-host=127.0.0.1"
     )
     if urlsplit(url).hostname in _LOOPBACK:
         text = f"{url} asks for no token: every user of the head node can run code in the cluster"
-        return Finding("warning", "token", text, mend)
+        return Finding("warning", "token", text, fix)
     text = f"{url} asks for no token: whoever reaches that port can run code in the cluster"
-    return Finding("fault", "token", text, mend)
+    return Finding("fault", "token", text, fix)

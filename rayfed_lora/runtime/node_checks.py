@@ -106,12 +106,12 @@ def check_network(nodes: Sequence[Mapping[str, Any]]) -> list[Finding]:
     for name, other, answer in zip(names, [*names[1:], names[0]], answers(fetched), strict=True):
         if answer != _PARCEL_BYTES:
             reason = answer.reason if isinstance(answer, Unanswered) else repr(answer)
-            mend = (
+            fix = (
                 "open all TCP ports between the nodes of the cluster to each other (security group,"
                 " firewall); Ray's object manager, raylets and workers talk directly"
             )
             found.append(
-                Finding("fault", "ports", f"{name} gets nothing of {other}: {reason}", mend)
+                Finding("fault", "ports", f"{name} gets nothing of {other}: {reason}", fix)
             )
     return found or [Finding("ok", "ports", "each node gets objects of the next one")]
 

@@ -129,11 +129,11 @@ def check_versions(reports: Sequence[NodeReport]) -> list[Finding]:
             by_version[report.versions.get(package, MISSING)].append(report.node)
         if len(by_version) > 1 or MISSING in by_version:
             said = "; ".join(f"{v} on {', '.join(nodes)}" for v, nodes in by_version.items())
-            mend = (
+            fix = (
                 f"install the same {package} on every node, from the same lock (constraints.txt),"
                 " then start their Ray again"
             )
-            found.append(Finding("fault", f"version of {package}", said, mend))
+            found.append(Finding("fault", f"version of {package}", said, fix))
     if found or not reports:
         return found
     same = ", ".join(f"{name} {version}" for name, version in reports[0].versions.items())
@@ -157,11 +157,11 @@ def _gpus_of(report: NodeReport) -> list[Finding]:
     )
     if not count:
         text = f"Ray hands out {report.ray_gpus:g}, nvidia-smi knows none"
-        mend = "start Ray there without --num-gpus, or install the driver; actors fall back to CPUs"
-        return [Finding("warning", subject, text, mend)]
+        fix = "start Ray there without --num-gpus, or install the driver; actors fall back to CPUs"
+        return [Finding("warning", subject, text, fix)]
     if not report.torch_gpus:
-        mend = "install a torch with CUDA there that the driver is new enough for (nvidia-smi)"
-        return [Finding("fault", subject, f"{cards}; torch can use none of them", mend)]
+        fix = "install a torch with CUDA there that the driver is new enough for (nvidia-smi)"
+        return [Finding("fault", subject, f"{cards}; torch can use none of them", fix)]
     if report.ray_gpus != count:
         text = f"{cards}; Ray hands out {report.ray_gpus:g} of {count}"
         return [Finding("warning", subject, text, f"start Ray there with --num-gpus={count}")]

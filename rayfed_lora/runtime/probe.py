@@ -106,8 +106,8 @@ def judge(found: Probe) -> Finding:
     subject = f"GPU memory of {found.recipe}"
     if found.error:
         text = f"the probe on {found.gpus:g} GPU failed: {found.error}"
-        mend = "raise runtime.gpus_per_actor, or lower runtime.cohort_size or clients.batch_size"
-        return Finding("fault", subject, text, mend)
+        fix = "raise runtime.gpus_per_actor, or lower runtime.cohort_size or clients.batch_size"
+        return Finding("fault", subject, text, fix)
     if found.total_mb == 0:
         return Finding("skipped", subject, "the share has no card behind it")
     share = min(found.gpus, 1.0) * found.total_mb

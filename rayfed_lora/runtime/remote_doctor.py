@@ -49,8 +49,8 @@ def examine(
     try:
         jobs = Jobs(address)
     except ResourceError as error:
-        mend = "start the cluster, open the tunnel to its dashboard, and set the token"
-        return [Finding("fault", "dashboard", str(error), mend)]
+        fix = "start the cluster, open the tunnel to its dashboard, and set the token"
+        return [Finding("fault", "dashboard", str(error), fix)]
     sent = map(with_absolute_paths, recipes)
     files = {f"recipe-{i}.yaml": recipe_yaml(recipe) for i, recipe in enumerate(sent)}
     command = ["rayfed-lora", "doctor", *(f"--recipe={name}" for name in files)]

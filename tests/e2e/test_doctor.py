@@ -71,5 +71,5 @@ def test_another_torch_and_a_folder_that_cannot_be_written_end_with_status_1(
     assert done.returncode == 1, done.stdout + done.stderr
     assert "fault   version of torch: " in done.stdout
     assert "1.0.0 on " in done.stdout
-    assert "mend: install the same torch on every node" in done.stdout
+    assert "fix: install the same torch on every node" in done.stdout
     assert done.stdout.count("cannot write it") == 2

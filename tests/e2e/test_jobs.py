@@ -269,4 +269,4 @@ def test_a_doctor_examines_a_cluster_through_its_dashboard(
     below = recipe / "runs"
     ill = command("doctor", *options, "--storage", below, status=1).stdout
     assert f"fault   storage {below}" in ill
-    assert "mend: give every node the right to write there" in ill
+    assert "fix: give every node the right to write there" in ill

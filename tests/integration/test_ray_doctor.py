@@ -52,7 +52,7 @@ def test_a_folder_that_cannot_be_written_and_one_that_is_not_shared_are_faults(
     monkeypatch.setattr(node_checks, "_unseen", ailing.sees_nothing)
     (found,) = node_checks.check_storage(str(tmp_path), nodes)
     assert "does not see what other nodes wrote there" in found.text
-    assert "s3://bucket/runs" in found.mend
+    assert "s3://bucket/runs" in found.fix
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -83,7 +83,7 @@ def test_a_node_that_is_gone_or_lacks_a_package_says_so(monkeypatch: pytest.Monk
     assert there.error != ""
     unreached = node_checks.check_network([node, gone])
     assert {each.level for each in unreached} == {"fault"}
-    assert "open all TCP ports" in unreached[0].mend
+    assert "open all TCP ports" in unreached[0].fix
     monkeypatch.setattr(node_report, "inspect", ailing.fails)
     (failed,) = node_checks.reports([node])
     assert failed.error == "ModuleNotFoundError: No module named 'peft'"

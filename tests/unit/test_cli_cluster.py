@@ -123,4 +123,4 @@ def test_a_doctor_here_ends_with_1_if_there_is_a_fault(
     found = command("doctor", "--recipe", "digits-vit")
     assert found[0] == status
     assert f"{level:<8}ports: closed" in found[1]
-    assert "mend: open them" in found[1]
+    assert "fix: open them" in found[1]

@@ -55,6 +55,22 @@ def test_a_run_of_a_comparison_is_the_run_that_one_gets_alone(whole, tmp_path):
     assert runs.loc[("flora", 1), "total_bytes"] == alone.summary["communication"]["total_bytes"]
 
 
+@pytest.mark.parametrize(
+    ("methods", "settings"),
+    [
+        # The recipe's own rule averages factors, which clients of several ranks have not alike.
+        (["flexlora", "hetlora"], {"clients.ranks": [2, 3]}),
+        # Alone it would heat to less than it cools to.
+        (["fedavg", "fedlora"], {"annealing.cooling.rank": 2, "annealing.heating.rank": 1}),
+    ],
+)
+def test_what_a_comparison_sets_need_only_go_with_its_methods(methods, settings):
+    with pytest.raises(RecipeError):
+        rayfed_lora.load_recipe(RECIPE, settings)
+    cells = cells_of(RECIPE, methods, [0], "out", settings)
+    assert [cell.method for cell in cells] == methods
+
+
 def test_methods_have_mean_and_deviation_over_seeds(whole):
     comparison, _ = whole
     assert comparison.methods["method"].tolist() == METHODS

@@ -67,7 +67,9 @@ CSV = {
     "minus zero": (["-0", "0"], ("-0", "0")),
     "beyond int64": ([str(2**64), str(2**64 + 1)], (str(2**64), str(2**64 + 1))),
     "booleans": (["true", "false"], ("false", "true")),
-    "Python's booleans": (["True", "False"], ("False", "True")),
+    "Python's booleans": (["True", "False"], ("false", "true")),
+    "booleans in any case": (["TRUE", "False", "true"], ("false", "true")),
+    "booleans and another word": (["True", "False", "maybe"], ("False", "True", "maybe")),
     "dates": (["2024-01-31", "2023-12-31"], ("2023-12-31", "2024-01-31")),
     "times": (["12:30", "12:31:00"], ("12:30", "12:31:00")),
     "words for nothing": (["NA", "null", "None", "nan"], ("NA", "None", "nan", "null")),
@@ -86,7 +88,7 @@ def test_labels_of_a_csv_file_are_named_as_the_file_names_them(kind, tmp_path):
     found = names_by_text(source)
     for i, cell in enumerate(cells * 6):
         spelt = cell.strip('"')
-        assert found[f"text {i}"] in {spelt, spelt.strip().removesuffix(".0")}
+        assert found[f"text {i}"] in {spelt, spelt.strip().removesuffix(".0"), spelt.lower()}
 
 
 STAMPS = [datetime.datetime(2024, 1, 31, 8, 30), datetime.datetime(2023, 1, 1)]
@@ -169,6 +171,21 @@ def test_numbers_of_a_csv_column_that_is_not_the_label_stay_numbers(tmp_path):
     assert set(found.train["number target"].to_pylist()) == {0.5, 1.5}
 
 
+@pytest.mark.parametrize("column", ["label", "who"])
+def test_a_csv_column_of_names_that_says_what_devices_are_like_stays_one_of_names(column, tmp_path):
+    path = tmp_path / "rows.csv"
+    other = "label" if column == "who" else "who"
+    path.write_text(f"text,{column},{other}\n" + "a,007,x\nb,7,y\nc,10,x\n" * 6)
+    data = Data(source=str(path), partition=Partition(kind="column", column="who"))
+    found = load(data, TASK, 0, 0.0, (column,))
+    names = found.label_names if column == "label" else found.clients
+    assert names == ("007", "10", "7")
+    assert set(found.train[f"number {column}"].to_pylist()) == {7.0, 10.0}
+    path.write_text(f"text,{column},{other}\n" + "a,slow,x\nb,7,y\n" * 6)
+    with pytest.raises(DataError, match=f"column '{column}': need numbers, got .*slow"):
+        load(data, TASK, 0, 0.0, (column,))
+
+
 def test_fractions_do_not_matter_where_no_labels_are_asked_for(tmp_path):
     source = csv_of(["0.5", "1.5"] * 6, tmp_path)
     data = Data(source=source, partition=Partition(kind="iid"))
@@ -188,10 +205,54 @@ def test_labels_and_clients_that_differ_in_case_or_spaces_only_are_told(tmp_path
     path.write_text("text,label,who\n" + "a,Yes,mia\nb,yes,mia \nc,no,bob\n" * 4)
     data = Data(source=str(path), partition=Partition(kind="column", column="who"))
     assert load(data, TASK, 0, 0.0).notes == (
-        "labels that differ in case or surrounding spaces only stay apart: 'Yes' / 'yes'",
-        "clients of column 'who' that differ in case or surrounding spaces only stay apart:"
-        " 'mia' / 'mia '",
+        f"labels that differ only {HOW} stay apart: 'Yes' / 'yes'",
+        f"clients of column 'who' that differ only {HOW} stay apart: 'mia' / 'mia '",
     )
+
+
+HOW = "in case, in surrounding spaces, or in how a number or a character is written"
+
+
+@pytest.mark.parametrize(
+    ("cells", "shown"),
+    [
+        (["1", "1.0", "2"], "'1' / '1.0'"),
+        (["7", "07", "8"], "'7' / '07'"),
+        (["+5", "5.00", "x"], "'+5' / '5.00'"),
+        (["-0", "0", "1"], "'-0' / '0'"),
+        (["caf\u00e9", "cafe\u0301", "tea"], r"'café' / 'cafe\u0301'"),
+        (["\uff11", "1", "2"], "'\uff11' / '1'"),
+        (["\u2460", "1", "2"], "'\u2460' / '1'"),
+        ([str(2**64), f"0{2**64}", str(2**64 + 1)], f"'{2**64}' / '0{2**64}'"),
+    ],
+)
+def test_spellings_of_one_number_or_text_stay_apart_with_a_note(cells, shown, tmp_path):
+    found = load(Data(source=csv_of(cells * 6, tmp_path)), TASK, 0, 0.0)
+    assert len(found.label_names) == 3
+    (note,) = found.notes
+    said, _, group = note.partition(": ")
+    assert said == f"labels that differ only {HOW} stay apart"
+    assert set(group.split(" / ")) == set(shown.split(" / "))
+
+
+@pytest.mark.parametrize("cells", [["0.0", "inf"], ["1", "-Infinity"], ["0", "1", "nan"]])
+def test_numbers_that_are_not_finite_are_no_labels_of_a_csv_file_either(cells, tmp_path):
+    match = rf"need whole numbers or text, got {cells[-1]} in row {len(cells)}"
+    with pytest.raises(DataError, match=match):
+        load(Data(source=csv_of(cells * 6, tmp_path)), TASK, 0, 0.0)
+
+
+@pytest.mark.parametrize("cells", [["True", "False"], ["true", "false"]])
+def test_booleans_to_keep_may_be_written_as_such(cells, tmp_path):
+    data = Data(source=csv_of([*cells, "maybe"] * 6, tmp_path), labels=cells)
+    assert load(data, TASK, 0, 0.0).label_names == tuple(cells)
+    typed = parquet_of(pa.array([True, False] * 6), tmp_path)
+    for labels in ([True, False], ["true", "false"]):
+        assert load(Data(source=typed, labels=labels), TASK, 0, 0.0).label_names == (
+            "true",
+            "false",
+        )
+    assert Data(labels=[True, 1, "x"]).labels == ["true", 1, "x"]
 
 
 def test_usual_names_are_worth_no_note(tmp_path):
@@ -203,6 +264,9 @@ CLIENTS = {
     "whole numbers": (["0", "1", "10", "11", "2"], ("0", "1", "2", "10", "11")),
     "leading zeros": (["007", "7", "10"], ("007", "10", "7")),
     "words": (["b", "a", "10", "9"], ("10", "9", "a", "b")),
+    "whole numbers as pandas writes them with gaps": (["1.0", "2.0", "10.0"], ("1", "2", "10")),
+    "fractions": (["1.5", "10.5"], ("1.5", "10.5")),
+    "two spellings of a number": (["1", "1.0"], ("1", "1.0")),
     "booleans": (["true", "false"], ("false", "true")),
     "dates": (["2024-01-31", "2023-01-31"], ("2023-01-31", "2024-01-31")),
     "words for nothing": (["NA", "null", "None"], ("NA", "None", "null")),

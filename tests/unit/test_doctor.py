@@ -55,7 +55,7 @@ def test_versions_that_differ_or_are_missing_are_faults_that_name_the_nodes() ->
     torch, peft = check_versions([A, other, replace(A, node="c")])
     assert (torch.level, torch.subject) == ("fault", "version of torch")
     assert torch.text == "1.0 on a, c; 2.0 on b"
-    assert "install the same torch on every node" in torch.mend
+    assert "install the same torch on every node" in torch.fix
     assert peft.text == "1.0 on a, c; missing on b"
     absent = NodeReport("a", {**SAME, "transformers": MISSING})
     assert one(check_versions([absent])).text == "missing on a"
@@ -87,7 +87,7 @@ def test_cards_are_compared_with_what_ray_and_torch_make_of_them(
     found = one(check_gpus([report, B]))
     assert (found.level, found.subject) == (level, "GPUs of a")
     assert part in found.text
-    assert bool(found.mend) == (level != "ok")
+    assert bool(found.fix) == (level != "ok")
 
 
 def test_cards_are_read_from_nvidia_smi() -> None:
@@ -202,7 +202,7 @@ def test_a_probe_is_judged_by_its_share_of_the_card() -> None:
     assert "took 4.20 GB of the 20.00 GB of 0.25 GPU" in found.text
     failed = judge(Probe("r", 0.25, error="OutOfMemoryError: CUDA out of memory"))
     assert failed.level == "fault"
-    assert "raise runtime.gpus_per_actor" in failed.mend
+    assert "raise runtime.gpus_per_actor" in failed.fix
     assert judge(Probe("r", 1.0)).level == "skipped"
 
 
@@ -225,7 +225,7 @@ def test_findings_are_shown_with_how_to_mend_them_and_counted() -> None:
     assert capture.get().splitlines() == [
         "ok      Ray: 2.0, 1 nodes",
         "fault   ports: [closed]",
-        "        mend: open them",
+        "        fix: open them",
         "skipped GPU memory: no GPU",
         "1 faults, 0 warnings, 1 skipped",
     ]
@@ -237,7 +237,7 @@ def test_a_dashboard_that_nobody_answers_at_is_a_fault() -> None:
     found = examine("http://127.0.0.1:1", [], storage=None, probe=False, show=print)
     assert isinstance(found, list)
     assert one(found).level == "fault"
-    assert "open the tunnel" in one(found).mend
+    assert "open the tunnel" in one(found).fix
 
 
 def test_a_cluster_that_nobody_answers_at_is_a_fault() -> None:
@@ -246,4 +246,4 @@ def test_a_cluster_that_nobody_answers_at_is_a_fault() -> None:
     found = one(doctor("127.0.0.1:1"))
     assert (found.level, found.subject) == ("fault", "Ray")
     assert "no Ray cluster at 127.0.0.1:1" in found.text
-    assert "ray start --head" in found.mend
+    assert "ray start --head" in found.fix

@@ -12,7 +12,7 @@ import pytest
 import rayfed_lora
 from rayfed_lora.data.sources import read_file
 from rayfed_lora.endpoints import endpoint, guarded, own_endpoints, unguarded
-from rayfed_lora.errors import RecipeError, RunFolderError
+from rayfed_lora.errors import DataError, RecipeError, RunFolderError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
 from rayfed_lora.recipe_notes import unused
@@ -227,3 +227,25 @@ def test_a_resumed_job_keeps_its_endpoints():
     assert fake.sent[-1]["runtime_env"]["env_vars"]["RAYFED_LORA_ENDPOINTS"] == "https://minio:9000"
     sent = parse_yaml("job", fake.sent[-1]["files"]["recipe.yaml"])
     assert sent["data"]["source"] == f"{EVIL}&anonymous=true" and sent["storage"]["path"] == own
+
+
+# The first counts for pyarrow's own filesystems, the last for a mapping of them.
+TWICE = [
+    "gs://bucket/a.csv?endpoint_override=evil:9000&scheme=http&endpoint_override=&scheme=https",
+    "gs://bucket/a.csv?endpoint_override=evil:9000&endpoint%5Foverride=",
+    "abfs://box@account/a.csv?blob_storage_authority=.evil.com&blob_storage_authority=",
+    "abfs://box@account/a.csv?enable_tls=false&enable_tls=true",
+    "s3://bucket/a.csv?endpoint_override=evil:9000&endpoint_override=",
+    "s3://bucket/a.csv?region=eu-central-1&endpoint_override=evil:9000&endpoint_override=",
+]
+
+
+@pytest.mark.parametrize("location", TWICE)
+def test_an_option_that_a_uri_has_twice_is_refused_by_recipes_and_by_what_opens_it(location):
+    for key in KEYS:
+        with pytest.raises(RecipeError, match=rf"{key}: expected each option of a URI once, got "):
+            load_recipe(in_file(key, location))
+    with pytest.raises(DataError, match="expected each option of a URI once"):
+        read_file(location, ())
+    with pytest.raises(RunFolderError, match="expected each option of a URI once"):
+        RunFolder(location)

@@ -315,7 +315,7 @@ def test_a_server_optimiser_has_a_rate_of_its_kind_unless_written(pairs, lr):
         ("data.validation_fraction", "some"),
         ("data.max_examples", 0),
         ("data.max_length", 0),
-        ("data.labels", [True]),
+        ("data.labels", [1.5]),
         ("data.partition.kind", "random"),
         ("data.partition.alpha", 0),
         ("data.partition.alpha", float("inf")),

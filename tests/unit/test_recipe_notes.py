@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 import rayfed_lora
+from rayfed_lora.annealing import stages
 from rayfed_lora.data import tables
 from rayfed_lora.data.sources import RawData
 from rayfed_lora.errors import BadInputError, DataError
 from rayfed_lora.planning import plan
 from rayfed_lora.presets import PRESETS
+from rayfed_lora.recipe_annealing import Annealing
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml, shipped_names
 from rayfed_lora.recipe_notes import given_way_in_search, unused
 from rayfed_lora.runtime.comparison import cells_of
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning import drawing, search
 from rayfed_lora.tuning.space import Space, load_space
+from rayfed_lora.types import RoundPlan
 from tests.fakes import RECIPE, FakeFactory, make_recipe
 
 # The keys that are told of, by what is set. `make_recipe` has six rounds of four stages.
@@ -125,11 +129,6 @@ IDLE: list[tuple[dict[str, Any], str, list[str]]] = [
         "annealing.heating.rank 3, which no client's limit is below",
         ["clients.ranks"],
     ),
-    (
-        {"aggregation.rule": "product-svd", "clients.ranks": [1, 2, 3, 1, 2, 3, 1]},
-        "data.partition.clients 6, fewer than the ranks in the list",
-        ["clients.ranks"],
-    ),
     # data
     ({"data.partition.alpha": 0.1}, "data.partition.kind iid", ["data.partition.alpha"]),
     (
@@ -201,10 +200,85 @@ def test_recipes_of_a_method_alone_are_without_notes(method):
         assert unused(load_recipe(parse_yaml("kept", recipe_yaml(load_recipe(name))))) == ()
 
 
-def test_a_resolved_recipe_says_what_the_users_own_does():
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"annealing.cooling.shape": "constant"},
+        {"annealing.initiating": {"rounds": 1, "trainable": "adapter"}},
+        {"annealing.initiating.trainable": "adapter", "annealing.heating.shape": "ramp"},
+        {
+            "annealing.initiating": {"rounds": 0, "trainable": "adapter"},
+            "annealing.heating.shape": "ramp",
+        },
+    ],
+)
+@pytest.mark.parametrize("cooling", [0, 2])
+def test_a_residual_is_idle_exactly_where_no_rank_is_cut(settings, cooling):
+    shape = settings.get("annealing.cooling.shape", "constant")
+    own = {"annealing.cooling": {"rounds": cooling, "rank": 1, "shape": shape, "residual": "fold"}}
+    recipe = load_recipe(RECIPE, {**own, **settings})
+    annealing = recipe.annealing
+    adapter = [
+        t for t in range(annealing.total_rounds) if plan_at(annealing, t).trainable == "adapter"
+    ]
+    ranks = [plan_at(annealing, t).rank for t in adapter]
+    cut = any(later < earlier for earlier, later in pairwise(ranks))
+    told = any("annealing.cooling.residual" in note for note in unused(recipe))
+    assert told != cut
+
+
+def plan_at(annealing: Annealing, t: int) -> RoundPlan:
+    return stages.plan_round(annealing, t, stages.Feedback(annealing.heating.rank))
+
+
+def test_a_rule_changes_what_is_sent_of_a_model_without_factors_too():
+    sent = set()
+    for rule in ("product-svd", "stacking"):
+        recipe = load_recipe("digits-vit", {"method": "bitfit", "aggregation.rule": rule})
+        assert recipe.annealing.heating.rank == 0
+        found = plan(recipe)
+        sent.add(found.totals.bytes_base)
+        assert not any("aggregation.rule" in note for note in found.notes)
+    assert len(sent) == 2
+
+
+def test_ranks_in_a_list_that_no_client_gets_are_counted():
+    ranks = {"aggregation.rule": "product-svd", "clients.ranks": [1, 2, 3, 1, 2, 3, 1, 2]}
+    # Six clients.
+    assert unused(load_recipe(RECIPE, ranks)) == (
+        "the last 2 of the 8 ranks of clients.ranks have no effect: there are 6 clients",
+    )
+    assert unused(load_recipe(RECIPE, {**ranks, "clients.ranks": [1, 2, 3, 1, 2, 3]})) == ()
+
+
+def test_a_resolved_recipe_says_nothing_of_keys_without_effect():
     own = load_recipe({**RECIPE, "method": "fedlora"})
-    assert unused(own) != ()
-    assert unused(load_recipe(parse_yaml("kept", recipe_yaml(own)))) == unused(own)
+    kept = parse_yaml("kept", recipe_yaml(own))
+    assert unused(own) != () and unused(load_recipe(own)) == unused(own)
+    assert unused(load_recipe(kept)) == ()
+    # But of those that are set over it.
+    idle = {"annealing.cooling.shape": "cubic"}
+    (note,) = unused(load_recipe(kept, idle))
+    assert note == "no effect with annealing.mode fixed: annealing.cooling.shape"
+
+
+@pytest.mark.parametrize("name", shipped_names())
+@pytest.mark.parametrize("method", PRESETS)
+def test_another_method_brings_no_notes_by_any_door(name, method):
+    loaded = load_recipe(name)
+    renamed = loaded.model_copy(update={"method": method})
+    set_over = load_recipe(name, {"method": method})
+    # A job's file and a folder's recipe.
+    kept = load_recipe(parse_yaml("kept", recipe_yaml(set_over)))
+    for recipe in (load_recipe(renamed), load_recipe(loaded, {"method": method}), set_over, kept):
+        assert recipe == set_over and unused(recipe) == ()
+
+
+def test_what_a_copy_changes_with_its_method_is_asked_for():
+    copy = make_recipe().model_copy(update={"method": "fedavg"})
+    copy = copy.model_copy(update={"adapter": copy.adapter.model_copy(update={"alpha": 5.0})})
+    assert unused(load_recipe(copy)) == ("no effect with annealing.mode full: adapter.alpha",)
 
 
 def test_plan_and_run_tell_it(tmp_path):
@@ -234,6 +308,24 @@ def test_a_comparison_tells_what_gives_way_to_presets_seeds_and_folders():
         "annealing.initiating.proximal_weight: 0.5 of --set gives way to the preset of fedavg: 0.0",
     )
     assert notes[2] == ()
+
+
+def test_a_section_that_gives_way_is_told_by_its_keys():
+    settings = {"annealing": {"initiating": {"proximal_weight": 0.5, "rounds": 1}}}
+    (cell,) = cells_of(RECIPE, ["fedavg"], [3], "out", settings)
+    assert unused(cell.recipe) == (
+        "annealing.initiating.proximal_weight: 0.5 of --set gives way to the preset of fedavg: 0.0",
+    )
+    # A configuration is no section.
+    whole = {"model.config": {"architecture": "vit", "hidden_size": 8}}
+    (cell,) = cells_of(RECIPE, ["fedavg"], [3], "out", whole)
+    assert unused(cell.recipe) == ()
+
+
+def test_a_key_that_is_meant_for_another_method_of_a_comparison_is_not_told():
+    settings = {"annealing.heating.rank": 8, "annealing.cooling.residual": "fold"}
+    for cell in cells_of(RECIPE, ["sa-fedlora", "fedavg", "flora"], [3], "out", settings):
+        assert unused(cell.recipe) == ()
 
 
 def test_a_method_for_all_of_a_comparison_is_refused():
@@ -301,9 +393,9 @@ def test_client_tests_without_examples_are_refused_or_noted(tmp_path):
 
 
 def test_a_share_for_testing_of_a_source_with_a_test_split_is_told(monkeypatch):
-    rows = tables._read(load_recipe("trec-minilm").data, "text-classification", ()).train
+    rows = tables._read(load_recipe("trec-minilm").data, "text-classification").train
     split = RawData(rows.slice(100), rows.slice(0, 100))
-    monkeypatch.setattr(tables, "_read", lambda data, task, numbers: split)
+    monkeypatch.setattr(tables, "_read", lambda data, task: split)
     assert plan("trec-minilm").notes == ()
     found = plan(load_recipe("trec-minilm", {"data.test_fraction": 0.5})).notes
     assert found == ("no effect with a data source that has a test split: data.test_fraction",)

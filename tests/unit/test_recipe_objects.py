@@ -128,6 +128,61 @@ def test_a_copy_with_another_method_gets_its_preset():
     assert (cell.recipe.annealing.mode, cell.recipe.aggregation.rule) == ("fixed", "stacking")
 
 
+def test_a_copy_keeps_what_is_changed_beside_its_method():
+    given = {"model": MODEL, "annealing": {"heating": {"rank": 8}, "initiating": {"rounds": 3}}}
+    recipe = load_recipe(given)
+    settings = {
+        "method": "flexlora",
+        "aggregation.rule": "zero-pad",
+        "annealing.mode": "staged",
+        "clients.ranks": {2: 0.5, 4: 0.5},
+    }
+    copy = recipe.model_copy(
+        update={
+            "method": "flexlora",
+            "aggregation": recipe.aggregation.model_copy(update={"rule": "zero-pad"}),
+            "annealing": recipe.annealing.model_copy(update={"mode": "staged"}),
+            "clients": recipe.clients.model_copy(update={"ranks": {2: 0.5, 4: 0.5}}),
+        }
+    )
+    loaded = load_recipe(copy)
+    assert loaded.aggregation.rule == "zero-pad"
+    # A mode that is the one it had says nothing, as what is written in a file: the preset's counts.
+    assert loaded == load_recipe(given, {k: v for k, v in settings.items() if "mode" not in k})
+    assert load_recipe(pickle.loads(pickle.dumps(copy))) == loaded
+    assert load_recipe(loaded) == loaded
+    # Shares are one value, and the configuration is taken as it is.
+    again = load_recipe(given, {"clients.ranks": {2: 0.5, 4: 0.5}, "aggregation.rule": "zero-pad"})
+    clients = again.clients.model_copy(update={"ranks": {2: 0.5, 8: 0.5}})
+    again = again.model_copy(update={"method": "hetlora", "clients": clients})
+    again.model.config["hidden_size"] = 8
+    assert load_recipe(again).clients.ranks == {2: 0.5, 8: 0.5}
+    del again.model.config["hidden_size"]
+    assert load_recipe(again).model.config == MODEL["config"]
+
+
+@pytest.mark.parametrize("method", ["sa-fedlora", "flora"])
+def test_names_of_a_copy_that_are_no_keys_are_refused(method):
+    recipe = make_recipe()
+    clients = recipe.clients.model_copy(update={"localsteps": 3})
+    momentum = recipe.clients.optimizer.model_copy(update={"momentun": 0.5})
+    for update, path in (
+        ({"seeed": 3}, "seeed"),
+        ({"clients": clients}, "clients.localsteps"),
+        (
+            {"clients": clients.model_copy(update={"optimizer": momentum})},
+            "clients.optimizer.momentun",
+        ),
+    ):
+        copy = recipe.model_copy(update={**update, "method": method})
+        with pytest.raises(RecipeError) as error:
+            load_recipe(copy)
+        faults = {fault.path: fault.expected for fault in error.value.faults}
+        assert faults[path].startswith("unknown key")
+    with pytest.raises(ValidationError, match="localsteps"):
+        Recipe(model=MODEL, clients=clients)
+
+
 def test_numbers_of_numpy_and_paths_are_taken_and_kept_as_plain_values(tmp_path):
     made = Recipe(
         model=MODEL,
