@@ -14,8 +14,6 @@ from pydantic import Field, TypeAdapter
 # Of typing only from Python 3.12 on, as pydantic needs it.
 from typing_extensions import NotRequired, TypedDict
 
-from rayfed_lora.data.builtin import BUILTIN
-from rayfed_lora.data.tables import IMAGE_TASK
 from rayfed_lora.federation.checkpoints import Snapshot
 from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.executor import Population
@@ -51,29 +49,24 @@ class _Facts(TypedDict):
 _FACTS: TypeAdapter[_Facts] = TypeAdapter(_Facts)
 
 
-def changed_data(snapshot: Snapshot, recipe: Recipe, population: Population) -> str | None:
+def changed_data(snapshot: Snapshot, population: Population) -> str | None:
     """Return in what the data of a checkpoint's run differ from those there are now, if at all.
 
     Checkpoints of earlier versions do not say what their data were. Those versions had other orders
-    of classes and clients, and prepared images and texts otherwise, for many sources; only images
-    that come with this package, for a model without a source, are the same for certain.
+    of classes and clients, and prepared images and texts otherwise, for many sources.
     """
     before, now = snapshot.facts.get("data"), population.fingerprint
     if not now:
         return None
-    if isinstance(before, Mapping) and before:
-        parts = [part for part in now if before.get(part) != now[part]]
-        if not parts:
-            return None
-        return f"the data are not those that the run began with; these differ: {', '.join(parts)}"
-    model = recipe.model
-    shipped = recipe.data.source in BUILTIN and model.task == IMAGE_TASK
-    if shipped and model.source == "config":
+    if not isinstance(before, Mapping) or not before:
+        return (
+            "an earlier version wrote it, which may have numbered classes and clients and prepared"
+            " images and texts otherwise, and did not keep how"
+        )
+    parts = [part for part in now if before.get(part) != now[part]]
+    if not parts:
         return None
-    return (
-        "an earlier version wrote it, which may have numbered classes and clients and prepared"
-        " images and texts otherwise, and did not keep how"
-    )
+    return f"the data are not those that the run began with; these differ: {', '.join(parts)}"
 
 
 def check(snapshot: Snapshot, recipe: Recipe, population: Population) -> None:

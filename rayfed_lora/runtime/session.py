@@ -532,7 +532,7 @@ class _Sitting:
         return self._server.fresh()
 
     def _gone_on(self, snapshot: Snapshot) -> Progress:
-        changed = restored.changed_data(snapshot, self._recipe, self._population)
+        changed = restored.changed_data(snapshot, self._population)
         if changed is not None:
             raise RunFolderError(
                 f"cannot go on from the checkpoint of round {snapshot.rounds} in"
