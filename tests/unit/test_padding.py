@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
@@ -259,6 +260,40 @@ def test_a_merged_model_and_its_tokenizer_carry_the_padding_token(
         logits = net(**tensors(test.rows(np.arange(len(test))))[0]).logits
     right = float((logits.argmax(dim=1).numpy() == test.labels).mean())
     assert right == pytest.approx(result.summary["final"]["eval_accuracy"])
+
+
+@pytest.mark.parametrize(("kind", "pad"), [("llama", 5), ("gpt2", None)])
+def test_an_exported_adapter_pads_as_the_run_did(
+    kind: str, pad: int | None, texts: str, tmp_path: Path
+) -> None:
+    tokenizer = write_tokenizer(tmp_path / "t", ["[UNK]", "</s>", "[PAD]"], pad_token="[PAD]")
+    recipe = make(
+        texts,
+        saved(kind, tmp_path / "m", pad_token_id=pad),
+        tokenizer,
+        adapter__target_modules="auto",
+        annealing__mode="fixed",
+        annealing__initiating__rounds=0,
+    )
+    # A value of the recipe's own would keep the base anyhow.
+    model = recipe.model.model_copy(update={"config": {}})
+    recipe = recipe.model_copy(update={"model": model})
+    rayfed_lora.run(recipe, str(tmp_path / "run"))
+    list(export_run(str(tmp_path / "run"), tmp_path / "plain", merge=False))
+    list(export_run(str(tmp_path / "run"), tmp_path / "merged", merge=True))
+    said = json.loads((tmp_path / "plain/adapter/adapter_config.json").read_text())
+    base = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "plain" / said["base_model_name_or_path"]
+    )
+    adapted = PeftModel.from_pretrained(base, str(tmp_path / "plain/adapter")).eval()
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    test = prepare(recipe).test
+    inputs = tensors(test.rows(np.arange(len(test))))[0]
+    assert (inputs["attention_mask"] == 0).any()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            adapted(**inputs).logits, merged(**inputs).logits, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_a_classifier_that_reads_padding_is_reported(texts: str, tmp_path: Path) -> None:
