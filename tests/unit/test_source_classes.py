@@ -100,14 +100,14 @@ def test_a_head_for_other_classes_is_drawn_anew_and_reported(
     assert any(re.search(told, note) for note in outline(recipe).notes)
     source = load_file(folder / "model.safetensors")
     workload = prepare(recipe)
-    weights = built_weights(recipe, workload)
+    weights = built_weights(recipe, workload).arrays
     assert np.abs(weights["classifier.weight"] - source["classifier.weight"].numpy()).max() > 0.01
     np.testing.assert_array_equal(weights["classifier.bias"], 0)
     kept = "vit.layernorm.weight"
     assert source[kept].std() > 0
     np.testing.assert_array_equal(weights[kept], source[kept])
     # The same seed gives the same head.
-    again = built_weights(recipe, workload)
+    again = built_weights(recipe, workload).arrays
     np.testing.assert_array_equal(weights["classifier.weight"], again["classifier.weight"])
 
 
@@ -124,7 +124,7 @@ def test_numbers_of_the_data_are_taken_for_the_classes_of_the_head(
     assert any(
         "classes 0, 1, 2 are taken for those of its head, two, zero, one" in n for n in notes
     )
-    weights = built_weights(recipe, prepare(recipe))
+    weights = built_weights(recipe, prepare(recipe)).arrays
     source = load_file(folder / "model.safetensors")
     np.testing.assert_array_equal(weights["classifier.weight"], source["classifier.weight"])
 
