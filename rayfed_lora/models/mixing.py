@@ -77,21 +77,21 @@ def tried(net: nn.Module, trial: Trial) -> Verdict:
         trial: the examples.
 
     Raises:
-        Exception: whatever the model raises on an example alone.
+        Exception: whatever the model raises on one padded example in evaluation mode.
     """
     buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
     mode = net.training
     try:
         with torch.no_grad():
             net.eval()
-            for own in trial.alone:
-                net(**own)
             found = _compared(net, trial)
             if found.testing is not None or drops(net):
                 return found
             net.train()
-            trained = _compared(net, trial)
-            return replace(trained, testing=None)
+            try:
+                return replace(_compared(net, trial), testing=None)
+            except Exception as error:  # a model may raise anything; a client alone is told of it
+                return Verdict(training=_failed(error))
     finally:
         net.train(mode)
         for buffer, before in buffers:
@@ -121,42 +121,44 @@ def _rated(value: Any, *, named: bool = False) -> bool:
 
 def _compared(net: nn.Module, trial: Trial) -> Verdict:
     """Return the verdict in the net's present mode."""
+    padded = [
+        {name: values[i : i + 1] for name, values in trial.together.items()}
+        for i in range(len(trial.alone))
+    ]
+    singles = [_pass(net, inputs) for inputs in padded]
     try:
-        return _judged(net, trial)
-    except Exception as error:  # a model may raise anything; a client alone is then told of it
-        said = str(error).strip().partition("\n")[0]
-        why = f"a few examples cannot be computed together ({type(error).__name__}: {said})"
-        return Verdict(why, why)
-
-
-def _judged(net: nn.Module, trial: Trial) -> Verdict:
-    logits, seen = _pass(net, trial.together)
+        logits, seen = _pass(net, trial.together)
+    except Exception as error:  # a model may raise anything; a client alone is told of it
+        return Verdict(_failed(error), _failed(error))
     examples = len(trial.alone)
-    layers: dict[str, str] = {}
+    layers = {n: _FIRST for n, calls in seen.items() if any(len(x) % examples for x in calls)}
     heads: dict[str, str] = {}
-    for name, calls in seen.items():
-        if any(len(x) % examples != 0 for x in calls):
-            layers[name] = _FIRST
-    for i, own in enumerate(trial.alone):
-        padded = {name: values[i : i + 1] for name, values in trial.together.items()}
-        said, found = _pass(net, padded)
+    for i, (said, found) in enumerate(singles):
         if not _alike(logits[i : i + 1], said):
             return Verdict(_EXAMPLES, _EXAMPLES)
         mine = {name: [x.tensor_split(examples)[i] for x in xs] for name, xs in seen.items()}
         for name in seen.keys() | found.keys():
             if not _same_calls(mine.get(name, ()), found.get(name, ())):
                 layers.setdefault(name, _ORDER)
-        if all(padded[name].shape == values.shape for name, values in own.items()):
+    for inputs, own, (said, found) in zip(padded, trial.alone, singles, strict=True):
+        if all(inputs[name].shape == values.shape for name, values in own.items()):
             continue
-        said, found = _pass(net, own)
-        if not _alike(_cut(logits[i : i + 1], said), said):
+        try:
+            short, parts = _pass(net, own)
+        except Exception:  # too short for the model: it is computed with padding only
+            continue
+        if not _alike(_cut(said, short), short):
             return Verdict(_PADDING, _PADDING)
-        for name, calls in mine.items():
-            parts = found.get(name, [])
-            whole = [_cut(x, part) for x, part in zip(calls, parts, strict=False)]
-            if not _same_calls(whole, parts):
+        for name, calls in found.items():
+            pairs = zip(calls, parts.get(name, ()), strict=False)
+            if not all(_alike(_cut(whole, part), part) for whole, part in pairs):
                 heads[name] = _PADDING
     return Verdict(layers=layers, heads=heads)
+
+
+def _failed(error: Exception) -> str:
+    said = str(error).strip().partition("\n")[0]
+    return f"a few examples cannot be computed together ({type(error).__name__}: {said})"
 
 
 def _pass(net: nn.Module, inputs: Inputs) -> tuple[torch.Tensor, _Seen]:

@@ -166,6 +166,17 @@ def test_a_model_that_raises_on_an_example_alone_raises() -> None:
         tried(failing)
 
 
+def test_an_example_that_is_too_short_for_the_model_is_compared_with_padding_only() -> None:
+    def shy(net: nn.Module, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] == min(LENGTHS):
+            raise RuntimeError("no such short texts")
+        return x
+
+    assert tried(shy) is None
+    mixed = tried(lambda *given: over_the_tokens(given[0], shy(*given), given[2]))
+    assert "mixes padding" in (mixed or "")
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
