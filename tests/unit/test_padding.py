@@ -18,6 +18,7 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     RobertaConfig,
@@ -210,6 +211,32 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(
     for reads in (outline, prepare):
         with pytest.raises(ModelError, match=r"tokens below 12, .* largest is 12 \('where'\)"):
             reads(recipe)
+
+
+@pytest.mark.parametrize("task", ["text-classification", "causal-lm"])
+def test_added_tokens_beyond_the_embeddings_are_refused_only_where_they_occur(
+    task: str, texts: str, tmp_path: Path
+) -> None:
+    folder = write_tokenizer(tmp_path / "t", ["[UNK]", "[PAD]"], pad_token="[PAD]")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # 2 special tokens and 11 words before it.
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert tokenizer.convert_tokens_to_ids("<image>") == 13
+    tokenizer.save_pretrained(folder)
+    with quiet():
+        net = MODELS["llama"](vocab_size=13, num_labels=2)
+        if task == "causal-lm":
+            net = LlamaForCausalLM(LlamaConfig(**SIZES["llama"], vocab_size=13))
+        net.save_pretrained(tmp_path / "m")
+    own: dict[str, Any] = {"model__task": task, "adapter__train_head": task != "causal-lm"}
+    own["adapter__target_modules"] = "auto"
+    recipe = make(texts, str(tmp_path / "m"), folder, **own)
+    assert outline(recipe).test_examples > 0
+    assert prepare(recipe).train.inputs["input_ids"].max() == 12
+    lines = Path(texts).read_text() + json.dumps({"text": "old <image> moon", "label": "c0"})
+    (tmp_path / "more.jsonl").write_text(lines)
+    with pytest.raises(ModelError, match=r"below 13, .* got 13 \('<image>'\) in the text 'old <im"):
+        prepare(make(str(tmp_path / "more.jsonl"), str(tmp_path / "m"), folder, **own))
 
 
 def test_a_padding_token_beyond_the_embeddings_is_refused(texts: str, tmp_path: Path) -> None:
