@@ -131,7 +131,7 @@ def check_tokens(net: nn.Module, tokenizer: Any, tokens: Tokens, texts: Sequence
     rows, ids = _embeddings(net), tokens["input_ids"]
     if rows is None or ids.size == 0 or ids.max() < rows:
         return
-    row, place = np.unravel_index(ids.argmax(), ids.shape)
+    row, place = map(int, np.unravel_index(ids.argmax(), ids.shape))
     token = int(ids[row, place])
     raise ModelError(
         f"model.tokenizer: expected tokens below {rows}, the embeddings of the model, got {token}"
