@@ -63,7 +63,7 @@ def examined(net: nn.Module, examples: Examples) -> Verdict:
     except Exception as error:  # a model may raise anything
         raise ModelError(
             f"model: {type(net).__name__} cannot compute an example of the data:"
-            f" {sources.message(error)}"
+            f" {sources.message(error).rstrip('.')}; check model.tokenizer and the data"
         ) from error
 
 
