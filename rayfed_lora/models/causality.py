@@ -18,6 +18,8 @@ from rayfed_lora.errors import ModelError
 from rayfed_lora.models import sources
 from rayfed_lora.recipe import Model
 
+# What configurations call it that a model looks back only (XLM's kind: `causal`).
+_SWITCHES = ("is_decoder", "causal")
 _TOKENS = 8
 _CHANGED = 5
 # Sizes of the copy that is built for this, each tried with those before it until the copy is small.
@@ -50,18 +52,25 @@ def check_causal(model: Model, config: Any) -> None:
     """
     if not _sees_the_future(model, config):
         return
-    decoder = copy.deepcopy(config)
-    decoder.is_decoder = True
-    switch = hasattr(config, "is_decoder") and _sees_the_future(model, decoder) is False
-    fix = (
-        "write model.config: {is_decoder: true}, with which it looks back only"
-        if switch
+    works = [name for name in _SWITCHES if _helps(model, config, name)]
+    advice = (
+        f"write model.config: {{{works[0]}: true}}, with which it looks back only"
+        if works
         else "choose a decoder such as gpt2 or llama"
     )
     raise ModelError(
         f"model.task 'causal-lm': {config.model_type} sees the tokens that it is to predict, since"
-        f" it attends to later positions; {fix}"
+        f" it attends to later positions; {advice}"
     )
+
+
+def _helps(model: Model, config: Any, switch: str) -> bool:
+    """Return whether the model looks back only once the switch is set."""
+    if not hasattr(config, switch):
+        return False
+    decoder = copy.deepcopy(config)
+    setattr(decoder, switch, True)
+    return _sees_the_future(model, decoder) is False
 
 
 def _sees_the_future(model: Model, config: Any) -> bool | None:

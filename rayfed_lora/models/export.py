@@ -29,6 +29,8 @@ from rayfed_lora.types import AdapterState, Base, Factors, FloatArray, Trainable
 
 PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
+# Values of a configuration that no logit depends on.
+_NAMING = frozenset({"id2label", "label2id", "problem_type"})
 
 
 def peft_tensors(state: AdapterState) -> dict[str, FloatArray]:
@@ -62,7 +64,7 @@ def trained_files(
         everything: every parameter of the plain model, without factors, by name.
     """
     changed = base.version > (0, 0) or trainable == "full"
-    biases, own_config = recipe.adapter.train_biases, bool(recipe.model.config)
+    biases, own_config = recipe.adapter.train_biases, _configured(recipe.model, facts)
     net, drawn = loading.built(recipe.model, sources.restored(facts), recipe.seed)
     # What the run has drawn and the adapter does not hold is nowhere else.
     no_adapter = trainable == "full" or not state.factors
@@ -76,6 +78,14 @@ def trained_files(
             write_base(folder / "base", net, everything)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def _configured(model: Model, facts: Mapping[str, Any]) -> bool:
+    """Return whether the run's configuration computes other things than the source's own."""
+    if model.config:
+        return True
+    own = sources.configuration(model, {}).to_dict()
+    return any(own.get(name) != value for name, value in facts.items() if name not in _NAMING)
 
 
 def write_adapter(

@@ -94,26 +94,31 @@ def _from_source(model: Model, config: Any, **how: Any) -> tuple[nn.Module, Load
 def head_match(model: Model, labels: Sequence[str]) -> tuple[HeadMatch, tuple[str, ...]]:
     """Return how the classes of the source's head relate to the data's, and the head's names.
 
-    Names that the recipe gives in `model.config.id2label` win over the source's own; the head is
-    then never of `other` classes.
+    Names that the recipe gives in `model.config.id2label` win over the source's own.
 
     Args:
         model: the recipe's section.
         labels: name of each class of the data.
 
     Raises:
-        ModelError: the source's configuration cannot be read.
+        ModelError: the source's configuration cannot be read, or the recipe names other classes
+            than the data's.
     """
-    if model.source == "config":
-        return matched(None, labels), ()
     own = model.config.get("id2label")
     if own:
-        names = names_in({"id2label": own})
+        names = names_in({"id2label": own}) or ()
         found = matched(names, labels)
-        return (matched(None, labels) if found.kind == "other" else found), names or ()
+        if found.kind not in ("same", "numbers"):
+            raise ModelError(
+                f"model.config.id2label: expected the data's classes, {listed(labels)}, got"
+                f" {listed(names)}"
+            )
+        return found, names
+    if model.source == "config":
+        return matched(None, labels), ()
     plain = model.model_copy(update={"config": {}})
-    names = names_in(sources.configuration(plain, {}).to_dict())
-    return matched(names, labels), names or ()
+    names = names_in(sources.configuration(plain, {}).to_dict()) or ()
+    return matched(names or None, labels), names
 
 
 def build(model: Model, config: Any, seed: int, *, keep_head: bool = False) -> nn.Module:

@@ -9,15 +9,18 @@ examples, experts of a limited capacity). Source: this project.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
+from rayfed_lora.models.linear import is_linear
+
 Inputs = Mapping[str, torch.Tensor]
-# Of a layer: its name, and what it sees.
-_Call = tuple[str, torch.Tensor]
+# What a layer sees in each of its calls, by its name.
+_Seen = dict[str, list[torch.Tensor]]
 # Largest difference that is rounding, as a share of the largest value. In float32 sums of another
 # order differ by some 1e-6 of it, behind two dozen layers by some 1e-5; padding that is mixed in
 # changes it by 1e-2 and more.
@@ -25,98 +28,153 @@ _ROUNDING = 1e-4
 _SUMS = 4
 
 
+_FIRST = "the model does not keep a batch's examples in the first dimension"
+_ORDER = "the model does not keep a batch's examples in the order of the batch"
+_EXAMPLES = "the model mixes the examples of a batch: alone, one has other logits"
+_PADDING = "the model mixes padding into its result: without it, a text has other logits"
+
+
 @dataclass(frozen=True)
 class Trial:
-    """Examples to try a model on, and the layers to look at.
+    """Examples to try a model on.
 
     Attributes:
         together: the examples, padded as in training.
         alone: each of them, as long as it is itself.
-        layers: names of the linear layers that serve each client apart: there the rows of an
-            example must stand one after the other, in the order of the examples.
-        head: those of them that make the logits: what they see must not depend on padding either,
-            since their weights may be zero at first.
     """
 
     together: Inputs
     alone: Sequence[Inputs]
-    layers: Sequence[str] = ()
-    head: Sequence[str] = ()
 
 
-def mixing_obstacle(net: nn.Module, trial: Trial, *, training: bool) -> str | None:
-    """Return why examples cannot be computed together; None where each gets what it gets alone.
+@dataclass(frozen=True)
+class Verdict:
+    """Why examples cannot be computed together, as far as they cannot.
 
-    Weights, buffers and mode stay as they are.
+    Attributes:
+        testing: the reason in evaluation mode; None: each gets what it gets alone.
+        training: the reason in training mode.
+        layers: the reason by linear layer in which each client has factors or weights of its own:
+            there the rows of an example must stand one after the other, in the order of examples.
+        heads: the same for layers that make the logits: what these read must not depend on padding
+            either, since their weights may be zero at first.
+    """
+
+    testing: str | None = None
+    training: str | None = None
+    layers: Mapping[str, str] = field(default_factory=dict)
+    heads: Mapping[str, str] = field(default_factory=dict)
+
+
+def tried(net: nn.Module, trial: Trial) -> Verdict:
+    """Return whether a model computes examples together as it does alone.
+
+    Weights, buffers and mode stay as they are. A model that draws in training (dropout) is tried in
+    evaluation mode only.
 
     Args:
         net: a plain model in float32.
         trial: the examples.
-        training: whether to try it in training mode, in which clients are trained together; where
-            that draws (dropout), it is evaluation mode all the same.
+
+    Raises:
+        Exception: whatever the model raises on one padded example in evaluation mode.
     """
     buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
     mode = net.training
-    net.train(training and not _drops(net))
     try:
         with torch.no_grad():
-            return _compared(net, trial)
-    except Exception as error:  # a model may raise anything; a client alone is then told of it
-        said = str(error).strip().partition("\n")[0]
-        return f"a few examples cannot be computed together ({type(error).__name__}: {said})"
+            net.eval()
+            found = _compared(net, trial)
+            if found.testing is not None or drops(net):
+                return found
+            net.train()
+            try:
+                return replace(_compared(net, trial), testing=None)
+            except Exception as error:  # a model may raise anything; a client alone is told of it
+                return Verdict(training=_failed(error))
     finally:
         net.train(mode)
         for buffer, before in buffers:
             buffer.copy_(before)
 
 
-def _drops(net: nn.Module) -> bool:
+def drops(net: nn.Module) -> bool:
     """Return whether a module draws in training, by its own rate or its model's configuration."""
     config = getattr(net, "config", None)
-    values = {} if config is None else config.to_dict()
-    rates = [value for key, value in values.items() if "drop" in key]
-    rates += [m.p for m in net.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
-    return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
+    modules = (m.p for m in net.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
+    return any(rate > 0 for rate in modules) or (config is not None and _rated(config.to_dict()))
 
 
-def _compared(net: nn.Module, trial: Trial) -> str | None:
-    logits, seen = _pass(net, trial.layers, trial.together)
+def _rated(value: Any, *, named: bool = False) -> bool:
+    """Return whether a rate of dropout is above 0 in a configuration, or in a part of it.
+
+    Args:
+        value: of the configuration: a dictionary, a list or a single value.
+        named: whether it is under a name of dropout.
+    """
+    if isinstance(value, Mapping):
+        return any(_rated(part, named=named or "drop" in str(key)) for key, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return any(_rated(part, named=named) for part in value)
+    return named and isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+
+
+def _compared(net: nn.Module, trial: Trial) -> Verdict:
+    """Return the verdict in the net's present mode."""
+    padded = [
+        {name: values[i : i + 1] for name, values in trial.together.items()}
+        for i in range(len(trial.alone))
+    ]
+    singles = [_pass(net, inputs) for inputs in padded]
+    try:
+        logits, seen = _pass(net, trial.together)
+    except Exception as error:  # a model may raise anything; a client alone is told of it
+        return Verdict(_failed(error), _failed(error))
     examples = len(trial.alone)
-    if any(len(x) % examples != 0 for _, x in seen):
-        return "the model does not keep a batch's examples in the first dimension"
-    for i, own in enumerate(trial.alone):
-        mine = [(name, x.tensor_split(examples)[i]) for name, x in seen]
-        padded = {name: values[i : i + 1] for name, values in trial.together.items()}
-        said, found = _pass(net, trial.layers, padded)
+    layers = {n: _FIRST for n, calls in seen.items() if any(len(x) % examples for x in calls)}
+    heads: dict[str, str] = {}
+    for i, (said, found) in enumerate(singles):
         if not _alike(logits[i : i + 1], said):
-            return "the model mixes the examples of a batch: alone, one has other logits"
-        if len(found) != len(mine) or not all(map(_same_call, mine, found)):
-            return "the model does not keep a batch's examples in the order of the batch"
-        if all(padded[name].shape == values.shape for name, values in own.items()):
+            return Verdict(_EXAMPLES, _EXAMPLES)
+        mine = {name: [x.tensor_split(examples)[i] for x in xs] for name, xs in seen.items()}
+        for name in seen.keys() | found.keys():
+            if not _same_calls(mine.get(name, ()), found.get(name, ())):
+                layers.setdefault(name, _ORDER)
+    for inputs, own, (said, found) in zip(padded, trial.alone, singles, strict=True):
+        if all(inputs[name].shape == values.shape for name, values in own.items()):
             continue
-        said, found = _pass(net, trial.layers, own)
-        pairs = [(logits[i : i + 1], said)]
-        # Called as often, or the logits would differ.
-        pairs += [
-            (whole, part)
-            for (name, whole), (_, part) in zip(mine, found, strict=False)
-            if name in trial.head
-        ]
-        if not all(_alike(_cut(whole, part), part) for whole, part in pairs):
-            return "the model mixes padding into its result: without it, a text has other logits"
-    return None
+        try:
+            short, parts = _pass(net, own)
+        except Exception:  # too short for the model: it is computed with padding only
+            continue
+        if not _alike(_cut(said, short), short):
+            return Verdict(_PADDING, _PADDING)
+        for name, calls in found.items():
+            pairs = zip(calls, parts.get(name, ()), strict=False)
+            if not all(_alike(_cut(whole, part), part) for whole, part in pairs):
+                heads[name] = _PADDING
+    return Verdict(layers=layers, heads=heads)
 
 
-def _pass(
-    net: nn.Module, layers: Sequence[str], inputs: Inputs
-) -> tuple[torch.Tensor, list[_Call]]:
-    """Return the logits and what the layers see, call by call."""
-    seen: list[_Call] = []
+def _failed(error: Exception) -> str:
+    said = str(error).strip().partition("\n")[0]
+    return f"a few examples cannot be computed together ({type(error).__name__}: {said})"
 
-    def look(name: str, _: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-        seen.append((name, _digest(given[0])))
 
-    hooks = [net.get_submodule(n).register_forward_pre_hook(partial(look, n)) for n in layers]
+def _pass(net: nn.Module, inputs: Inputs) -> tuple[torch.Tensor, _Seen]:
+    """Return the logits and what the linear layers see, call by call."""
+    seen: _Seen = {}
+
+    def look(
+        name: str, _: nn.Module, given: tuple[torch.Tensor, ...], named: Mapping[str, torch.Tensor]
+    ) -> None:
+        seen.setdefault(name, []).append(_digest(next(iter((*given, *named.values())))))
+
+    hooks = [
+        module.register_forward_pre_hook(partial(look, name), with_kwargs=True)
+        for name, module in net.named_modules()
+        if is_linear(module)
+    ]
     try:
         logits: torch.Tensor = net(**inputs).logits
     finally:
@@ -136,8 +194,8 @@ def _cut(whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     return whole[:, : part.shape[1]] if whole.dim() == part.dim() == 3 else whole
 
 
-def _same_call(one: _Call, other: _Call) -> bool:
-    return one[0] == other[0] and _alike(one[1], other[1])
+def _same_calls(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(map(_alike, one, other))
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:

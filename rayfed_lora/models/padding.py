@@ -6,7 +6,7 @@ Source: this project.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from rayfed_lora.errors import ModelError
 from rayfed_lora.recipe import Model
 
 Tokens = dict[str, npt.NDArray[np.int32]]
+# Characters of a text that a message shows.
+_SHOWN = 60
 POSITIONS = ("position_embeddings", "embed_positions", "wpe")
 
 
@@ -81,7 +83,10 @@ def settle_padding(config: Any, net: nn.Module, tokenizer: Any, model: Model) ->
 
 
 def check_vocabulary(net: nn.Module, tokenizer: Any, config: Any | None) -> None:
-    """Reject a tokenizer with tokens that the model has no embedding for.
+    """Reject a tokenizer with words that the model has no embedding for.
+
+    Tokens that were added to a tokenizer (for images, for unused roles) may be beyond the table:
+    `check_tokens` rejects texts in which they occur.
 
     Args:
         net: the model, real or on the meta device.
@@ -91,14 +96,12 @@ def check_vocabulary(net: nn.Module, tokenizer: Any, config: Any | None) -> None
     Raises:
         ModelError: the largest token, or the padding token, is beyond the table.
     """
-    try:
-        table: Any = net.get_input_embeddings()  # type: ignore[operator]
-    except NotImplementedError:
+    rows = _embeddings(net)
+    if rows is None:
         return
-    if not isinstance(table, nn.Embedding):
-        return
-    rows = table.num_embeddings
-    largest = max(tokenizer.get_vocab().values(), default=0)
+    added = tokenizer.added_tokens_decoder
+    words = [token for token in tokenizer.get_vocab().values() if token not in added]
+    largest = max(words, default=0)
     if largest >= rows:
         raise ModelError(
             f"model.tokenizer: expected tokens below {rows}, the embeddings of the model, its"
@@ -111,6 +114,40 @@ def check_vocabulary(net: nn.Module, tokenizer: Any, config: Any | None) -> None
             f"model.config.pad_token_id: expected a token below {rows}, the embeddings of the"
             f" model, got {pad}"
         )
+
+
+def check_tokens(net: nn.Module, tokenizer: Any, tokens: Tokens, texts: Sequence[str]) -> None:
+    """Reject texts with a token that the model has no embedding for.
+
+    Args:
+        net: the model, real or on the meta device.
+        tokenizer: a transformers tokenizer.
+        tokens: `input_ids`, (n, length).
+        texts: the n texts.
+
+    Raises:
+        ModelError: names the token and the text.
+    """
+    rows, ids = _embeddings(net), tokens["input_ids"]
+    if rows is None or ids.size == 0 or ids.max() < rows:
+        return
+    row, place = map(int, np.unravel_index(ids.argmax(), ids.shape))
+    token = int(ids[row, place])
+    raise ModelError(
+        f"model.tokenizer: expected tokens below {rows}, the embeddings of the model, got {token}"
+        f" ({tokenizer.convert_ids_to_tokens(token)!r}) in the text {texts[row][:_SHOWN]!r}; take"
+        " it out of the texts, use the model's own tokenizer, or a model whose embeddings were"
+        " resized for this one"
+    )
+
+
+def _embeddings(net: nn.Module) -> int | None:
+    """Return how many tokens the model has embeddings for; None where that is not known."""
+    try:
+        table: Any = net.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:
+        return None
+    return table.num_embeddings if isinstance(table, nn.Embedding) else None
 
 
 def padding_notes(net: nn.Module) -> tuple[str, ...]:

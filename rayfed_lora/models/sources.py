@@ -252,15 +252,6 @@ def _view(array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array)
 
 
-def drops(config: Mapping[str, Any]) -> bool:
-    """Return whether a configuration asks for dropout anywhere."""
-    return any(
-        isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-        for key, value in config.items()
-        if "drop" in key
-    )
-
-
 def tokenizer(model: Model) -> Any:
     """Return the tokenizer of the model.
 

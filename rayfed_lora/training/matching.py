@@ -98,9 +98,9 @@ def match(recipe: Recipe, dataset: Dataset, *, here_only: bool) -> Match:
         check_vocabulary(net, tokenizer, None if model.task == LANGUAGE_TASK else config)
     pixels = None
     if model.task == IMAGE_TASK:
-        pixels, told = _pixels(recipe, config, dataset)
+        pixels, shape, told = _pixels(recipe, config, dataset)
         notes += told
-        _check_images(config, dataset, pixels)
+        _check_images(config, shape, prepared=pixels is not None)
     told_of = loading(model, config, here_only=here_only)
     if told_of is not None:
         notes += fit_notes(net, told_of, recipe)
@@ -149,37 +149,43 @@ def _check_classes(recipe: Recipe, config: Any, dataset: Dataset) -> None:
         )
 
 
-def _pixels(recipe: Recipe, config: Any, dataset: Dataset) -> tuple[Pixels | None, Sequence[str]]:
-    pixels = pixels_of(recipe.model, getattr(config, "num_channels", 3))
+def _pixels(
+    recipe: Recipe, config: Any, dataset: Dataset
+) -> tuple[Pixels | None, tuple[int, ...], Sequence[str]]:
+    """Return what prepares the images, the shape of a prepared one, and notes."""
+    size = getattr(config, "image_size", None)
+    own_size = size if "image_size" in recipe.model.config and isinstance(size, int) else None
+    pixels = pixels_of(recipe.model, getattr(config, "num_channels", 3), own_size)
     where = f"model.source {recipe.model.source!r}"
+    given = tuple(dataset.test["image"].type.shape)
     if pixels is None:
         hub = (
             recipe.model.source != "config"
             and not Path(sources.location(recipe.model.source)).is_dir()
         )
         plain = f"{where}: no image processor is found, pixels are scaled to [-1, 1]"
-        return None, [plain] if hub and not dataset.floats else []
+        return None, given, [plain] if hub and not dataset.floats else []
     if dataset.floats:
-        return None, [
+        told = (
             f"{where}: its image processor is not applied, since pixels that are given as floats"
             " are kept as they are"
-        ]
-    shape = dataset.test["image"].type.shape
-    size, own = (" x ".join(map(str, s)) for s in (_prepared_shape(dataset, pixels), shape))
-    told = [f"images ({own}) are prepared as {where} does ({size}): {pixels}"]
+        )
+        return None, given, [told]
+    shape = prepared_images(dataset.test.slice(0, 1), pixels).shape[1:]
+    became, came = (" x ".join(map(str, s)) for s in (shape, given))
+    told = f"images ({came}) are prepared as {where} does ({became}): {pixels}"
+    if own_size is not None:
+        told += f"; the size is model.config.image_size, {own_size}"
+    notes = [told]
     tables = (dataset.train, dataset.test, dataset.validation)
     rows = sum(table.num_rows for table in tables if table is not None)
-    gigabytes = 4e-9 * rows * math.prod(_prepared_shape(dataset, pixels))
+    gigabytes = 4e-9 * rows * math.prod(shape)
     if gigabytes >= _MANY_GIGABYTES:
-        told.append(
-            f"{rows} images of {size} take {gigabytes:.0f} GB of memory; data.max_examples takes"
+        notes.append(
+            f"{rows} images of {became} take {gigabytes:.0f} GB of memory; data.max_examples takes"
             " fewer for training"
         )
-    return pixels, told
-
-
-def _prepared_shape(dataset: Dataset, pixels: Pixels) -> tuple[int, ...]:
-    return prepared_images(dataset.test.slice(0, 1), pixels).shape[1:]
+    return pixels, shape, notes
 
 
 def prepared_images(table: pa.Table, pixels: Pixels | None) -> npt.NDArray[np.float32]:
@@ -192,16 +198,13 @@ def prepared_images(table: pa.Table, pixels: Pixels | None) -> npt.NDArray[np.fl
     return images if pixels is None or len(images) == 0 else pixels(images)
 
 
-def _check_images(config: Any, dataset: Dataset, pixels: Pixels | None) -> None:
+def _check_images(config: Any, shape: Sequence[int], *, prepared: bool) -> None:
     size = getattr(config, "image_size", None)
     if not isinstance(size, int):
         return
     channels = getattr(config, "num_channels", 3)
-    if pixels is None:
-        came, shape = "the data have", tuple(dataset.test["image"].type.shape)
-    else:
-        came, shape = "its image processor gives", _prepared_shape(dataset, pixels)
-    if shape != (channels, size, size):
+    if tuple(shape) != (channels, size, size):
+        came = "its image processor gives" if prepared else "the data have"
         raise ModelError(
             f"model.config: expected images of {channels} x {size} x {size}"
             f" (num_channels, image_size), {came} {' x '.join(map(str, shape))}"

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
@@ -30,6 +31,7 @@ from rayfed_lora.models import loading, sources
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.attention import choose_attention
 from rayfed_lora.models.first_token import read_first_token_only
+from rayfed_lora.models.mixing import Verdict, drops
 from rayfed_lora.models.recorded import RecordedPasses
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.recipe import Recipe
@@ -43,7 +45,7 @@ from rayfed_lora.training.optimizing import (
     cut_to,
     fresh_optimizer,
 )
-from rayfed_lora.training.proof import proven
+from rayfed_lora.training.proof import examined, judged
 from rayfed_lora.training.protocol import attributed
 from rayfed_lora.training.results import Left, all_finite, update_of
 from rayfed_lora.training.testing import Testing, know_threads
@@ -61,23 +63,35 @@ from rayfed_lora.types import (
     Trainable,
 )
 
-Weights = Mapping[str, npt.NDArray[Any]]
 # Held by who draws from torch's own state, which is that of the whole process.
 _DRAWING = Lock()
 
 
+@dataclass(frozen=True)
+class Weights:
+    """A base model, the same for all trainers of a run; depends on data and model only.
+
+    Attributes:
+        arrays: the weights of the source, by parameter and buffer name.
+        verdict: whether the model computes examples together as it does alone.
+    """
+
+    arrays: Mapping[str, npt.NDArray[Any]]
+    verdict: Verdict
+
+
 def built_weights(recipe: Recipe, workload: Workload) -> Weights:
-    """Return the weights of the source, by parameter and buffer name.
+    """Read or draw the weights of the source, and try them on a few examples.
 
     Args:
         recipe: the run.
         workload: from `prepare`.
 
     Raises:
-        ModelError: they cannot be read.
+        ModelError: they cannot be read, or the model cannot compute an example.
     """
-    config = sources.restored(workload.config)
-    return sources.weights(loading.build(recipe.model, config, recipe.seed))
+    net = loading.build(recipe.model, sources.restored(workload.config), recipe.seed)
+    return Weights(sources.weights(net), examined(net, workload.train))
 
 
 class LocalTrainer:
@@ -99,8 +113,8 @@ class LocalTrainer:
             recipe: the run.
             workload: its data, from `prepare`.
             device: a torch device.
-            weights: from `built_weights`, shared with others and never written to; None: read or
-                draw them here.
+            weights: from `built_weights`, shared with others and never written to; None: made
+                here.
 
         Raises:
             ModelError: the weights cannot be read, or the adapter does not fit the model.
@@ -112,9 +126,9 @@ class LocalTrainer:
         self._device = torch.device(device)
         config = sources.restored(workload.config)
         self._shape = model_shape(sources.skeleton(recipe.model, config), recipe)
-        net = None if weights is None else self._assembled(weights)
-        net = net or self._build()
-        self._shape = proven(net, self._shape, recipe, workload.train)
+        weights = weights or built_weights(recipe, workload)
+        self._shape = judged(self._shape, weights.verdict, recipe)
+        net = self._assembled(weights) or self._build()
         choose_attention(net, self._device)
         modules = list(self._shape.modules)
         self._model = AdaptedModel(net, recipe.adapter, device, self._shape.obstacle, modules)
@@ -122,7 +136,7 @@ class LocalTrainer:
         if not self._language:
             two = workload.train.rows(np.arange(min(2, len(workload.train))))
             read_first_token_only(net, tensors(two, self._device)[0])
-        self._drops = recipe.adapter.dropout > 0 or sources.drops(workload.config)
+        self._drops = recipe.adapter.dropout > 0 or drops(net)
         self._drawing = Drawing(recipe, workload, drops=self._drops)
         self._passes = RecordedPasses(self._model, recording=self._recordable())
         self._testing = Testing(recipe, workload, self._model, self._passes)
@@ -140,7 +154,7 @@ class LocalTrainer:
 
     def _assembled(self, weights: Weights) -> nn.Module | None:
         config = sources.restored(self._workload.config)
-        return sources.assembled(self._recipe.model, config, weights)
+        return sources.assembled(self._recipe.model, config, weights.arrays)
 
     def shape(self) -> ModelShape:
         """Return the model's sizes."""

@@ -19,7 +19,7 @@ from rayfed_lora.data.tables import LANGUAGE_TASK, Dataset, load, number_column
 from rayfed_lora.data.traces import read_trace
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import DataError
-from rayfed_lora.models.padding import known_inputs, pad_with
+from rayfed_lora.models.padding import check_tokens, known_inputs, pad_with
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.models.tokens import check_length, tokenize, tokenize_whole
 from rayfed_lora.recipe import Recipe
@@ -205,6 +205,7 @@ def _examples(table: pa.Table, matched: Match, recipe: Recipe) -> Examples:
         tokens = tokenize(matched.tokenizer, texts, recipe.data.max_length)
     language = recipe.model.task == LANGUAGE_TASK
     tokens = pad_with(tokens, None if language else config.get_text_config().pad_token_id)
+    check_tokens(matched.net, matched.tokenizer, tokens, texts)
     return Examples.of(known_inputs(matched.net, config, tokens), labels)
 
 

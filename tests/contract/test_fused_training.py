@@ -446,7 +446,7 @@ def test_clients_of_a_model_that_mixes_padding_in_train_one_after_the_other(
     assert fusion_obstacle(plain_net(recipe), recipe.adapter) is None
     state = received_state(trainer)
     block, single = (of(trainer, BLOCK, state, plan) for of in (block_of, each_alone))
-    monkeypatch.setattr("rayfed_lora.training.trainer.proven", lambda net, shape, *_: shape)
+    monkeypatch.setattr("rayfed_lora.training.trainer.judged", lambda shape, *_: shape)
     wrong = block_of(LocalTrainer(recipe, workload), BLOCK, state, plan)
     for client in BLOCK:
         alone = trained_by(single[client])

@@ -37,9 +37,16 @@ def test_an_encoder_is_refused_and_its_switch_is_named(architecture):
     check(architecture, **SMALL, is_decoder=True)
 
 
-def test_an_encoder_whose_switch_does_not_help_is_refused_without_it():
-    with pytest.raises(ModelError, match=r"xlm sees the tokens.*choose a decoder"):
-        check("xlm", emb_dim=16, n_layers=1, n_heads=2)
+def test_a_switch_of_another_name_is_named():
+    sizes = {"emb_dim": 16, "n_layers": 1, "n_heads": 2}
+    with pytest.raises(ModelError, match=r"xlm sees the tokens.*\{causal: true\}, with which"):
+        check("xlm", **sizes)
+    check("xlm", **sizes, causal=True)
+
+
+def test_an_encoder_without_a_switch_that_helps_is_refused_without_one():
+    with pytest.raises(ModelError, match=r"xlnet sees the tokens.*choose a decoder"):
+        check("xlnet", d_model=16, n_layer=1, n_head=2, d_inner=24)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "opt", "mamba"])

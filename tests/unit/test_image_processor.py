@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from rayfed_lora.errors import ModelError
+from rayfed_lora.models.pixels import Pixels
 from rayfed_lora.models.sources import quiet
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.training.workload import outline, prepare
@@ -61,8 +65,8 @@ def images(path: Path, shape: tuple[int, ...], *, floats: bool = False) -> str:
     return str(path)
 
 
-def make(data: str, model: str) -> Recipe:
-    return make_recipe(data__source=data, model__source=model, model__config={})
+def make(data: str, model: str, **config: Any) -> Recipe:
+    return make_recipe(data__source=data, model__source=model, model__config=config)
 
 
 def raw(data: str) -> dict[int, np.ndarray]:
@@ -142,6 +146,100 @@ def test_a_processor_for_another_size_than_the_models_is_refused(tmp_path: Path)
     for reads in (outline, prepare):
         with pytest.raises(ModelError, match=r"3 x 8 x 8 .*image processor gives 3 x 12 x 12"):
             reads(recipe)
+
+
+CROPPING = {
+    **PLAIN,
+    "image_processor_type": "CLIPImageProcessor",
+    "do_resize": True,
+    "size": {"shortest_edge": 12},
+    "do_center_crop": True,
+    "crop_size": {"height": 12, "width": 12},
+    "do_convert_rgb": False,
+}
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [{**RESIZING, "size": {"height": 12, "width": 12}}, CROPPING],
+    ids=["height and width", "shorter side and crop"],
+)
+def test_images_are_prepared_in_the_size_that_the_recipe_gives_the_model(
+    processor: dict[str, Any], tmp_path: Path
+) -> None:
+    data = images(tmp_path / "data.jsonl", (8, 8, 3))
+    recipe = make(data, source(tmp_path / "m", processor), image_size=8)
+    found = prepare(recipe).train.inputs["pixel_values"]
+    # Images of that size stay what they are.
+    back = found * np.array(STD)[:, None, None] + np.array(MEAN)[:, None, None]
+    originals = {i: image.transpose(2, 0, 1) for i, image in raw(data).items()}
+    for image in np.rint(back * 255):
+        np.testing.assert_array_equal(image, originals[int(image[0, 0, 0])])
+    told = r"\(3 x 8 x 8\) are prepared .*the size is model\.config\.image_size, 8$"
+    assert any(re.search(told, note) for note in outline(recipe).notes)
+
+
+def test_images_are_prepared_in_chunks_without_a_second_copy_of_the_result() -> None:
+    class Enlarging:
+        def __call__(self, images: list[np.ndarray], **_: Any) -> dict[str, np.ndarray]:
+            assert len(images) <= 256
+            large = np.array(images).repeat(16, axis=2).repeat(16, axis=3)
+            return {"pixel_values": large.astype(np.float32)}
+
+    given = np.random.default_rng(0).integers(0, 256, (2100, 1, 4, 4)).astype(np.float32)
+    tracemalloc.start()
+    found = Pixels(Enlarging(), 1, "model.source", "file")(given / 127.5 - 1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_array_equal(found[:, :, ::16, ::16], given)
+    # The result is 34 MB; a chunk of it 4 MB, of several types.
+    assert found.nbytes < peak < 1.5 * found.nbytes
+
+
+def test_one_image_is_prepared_to_learn_the_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = images(tmp_path / "data.jsonl", (16, 16, 3))
+    recipe = make(data, source(tmp_path / "m", RESIZING))
+    asked: list[int] = []
+    of = Pixels.__call__
+
+    def counted(pixels: Pixels, given: np.ndarray) -> np.ndarray:
+        asked.append(len(given))
+        return of(pixels, given)
+
+    monkeypatch.setattr(Pixels, "__call__", counted)
+    outline(recipe)
+    assert asked == [1]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
+def test_a_processor_that_needs_timm_says_what_to_install(tmp_path: Path) -> None:
+    data = images(tmp_path / "data.jsonl", (8, 8, 3))
+    model = source(tmp_path / "m", {"image_processor_type": "TimmWrapperImageProcessor"})
+    with pytest.raises(ModelError, match=r"cannot be read: .*; pip install timm torchvision$"):
+        prepare(make(data, model))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="is installed")
+def test_a_processor_that_needs_torchvision_says_what_to_install(tmp_path: Path) -> None:
+    data = images(tmp_path / "data.jsonl", (8, 8, 3))
+    model = source(tmp_path / "m", {"image_processor_type": "DINOv3ViTImageProcessor"})
+    with pytest.raises(ModelError, match=r"cannot be read: .*; pip install torchvision$"):
+        prepare(make(data, model))
+
+
+def test_a_processor_of_other_inputs_is_not_one_of_images(tmp_path: Path) -> None:
+    data = images(tmp_path / "data.jsonl", (8, 8, 3))
+    model = source(tmp_path / "m", None)
+    file = tmp_path / "m/processor_config.json"
+    file.write_text('{"processor_class": "SomeProcessor"}')
+    assert not any("prepared" in note for note in prepare(make(data, model)).notes)
+    file.write_text(json.dumps({"image_processor": PLAIN}))
+    assert any("mean 0.1, 0.2, 0.3" in note for note in prepare(make(data, model)).notes)
+    file.write_text("{")
+    with pytest.raises(ModelError, match=r"image processor \(processor_config.json\) cannot be"):
+        prepare(make(data, model))
 
 
 def test_without_a_processor_another_size_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from rayfed_lora.models.mixing import Trial, mixing_obstacle
+from rayfed_lora.models.mixing import Trial, drops
+from rayfed_lora.models.mixing import tried as verdict
 
 LENGTHS, WIDTH = (2, 3, 5), 4
 Part = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -45,12 +46,19 @@ def trial() -> Trial:
         )
         for name in ("x", "mask")
     }
-    return Trial(padded, alone, ["first", "head"], ["head"])
+    return Trial(padded, alone)
 
 
 def tried(part: Part, training: bool = True) -> str | None:
     torch.manual_seed(1)
-    return mixing_obstacle(Net(part), trial(), training=training)
+    return found(Net(part), training)
+
+
+def found(net: nn.Module, training: bool = True) -> str | None:
+    """Return the reason that a run would be told of."""
+    told = verdict(net, trial())
+    of_layers = [told.layers.get("first"), told.layers.get("head"), told.heads.get("head")]
+    return next(filter(None, (told.training, *of_layers)), None) if training else told.testing
 
 
 def plain(net: nn.Module, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -85,7 +93,7 @@ def test_padding_that_is_mixed_in_is_seen() -> None:
 def test_padding_is_seen_where_the_head_is_zero_at_first() -> None:
     net = Net(over_the_tokens)
     nn.init.zeros_(net.head.weight)
-    assert "mixes padding" in (mixing_obstacle(net, trial(), training=True) or "")
+    assert "mixes padding" in (found(net) or "")
 
 
 def test_examples_that_are_mixed_are_seen() -> None:
@@ -121,7 +129,7 @@ class Turned(Net):
 def test_rows_of_a_layer_in_another_order_are_seen(
     turn: Callable[[torch.Tensor], torch.Tensor], said: str
 ) -> None:
-    assert said in (mixing_obstacle(Turned(turn), trial(), training=True) or "")
+    assert said in (found(Turned(turn)) or "")
 
 
 def test_dropout_is_not_taken_for_a_mixture() -> None:
@@ -133,16 +141,68 @@ def test_dropout_is_not_taken_for_a_mixture() -> None:
     model = Net(dropped)
     model.add_module("drop", drop)
     assert drop.training
-    assert mixing_obstacle(model, trial(), training=True) is None
+    assert found(model) is None
 
 
-def test_a_model_that_raises_is_told_of_and_left_as_it_was() -> None:
+def test_a_model_that_raises_on_a_batch_is_told_of_and_left_as_it_was() -> None:
     def failing(net: nn.Module, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        raise IndexError("no such token\nand more")
+        if len(x) > 1:
+            raise IndexError("no such token\nand more")
+        return x
 
     net = Net(failing).eval()
-    found = mixing_obstacle(net, trial(), training=True)
-    assert found == "a few examples cannot be computed together (IndexError: no such token)"
+    said = "a few examples cannot be computed together (IndexError: no such token)"
+    assert (found(net), found(net, training=False)) == (said, said)
     assert not net.training
     assert net.runs == 0
     assert not net.first._forward_pre_hooks
+
+
+def test_a_model_that_raises_on_an_example_alone_raises() -> None:
+    def failing(net: nn.Module, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        raise IndexError("no such token")
+
+    with pytest.raises(IndexError, match="no such token"):
+        tried(failing)
+
+
+def test_an_example_that_is_too_short_for_the_model_is_compared_with_padding_only() -> None:
+    def shy(net: nn.Module, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] == min(LENGTHS):
+            raise RuntimeError("no such short texts")
+        return x
+
+    assert tried(shy) is None
+    mixed = tried(lambda *given: over_the_tokens(given[0], shy(*given), given[2]))
+    assert "mixes padding" in (mixed or "")
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"attention_dropout": 0.1}, True),
+        ({"text_config": {"attention_dropout": 0.1}}, True),
+        ({"vision_config": {"layers": [{"hidden_dropout_prob": 0.1}]}}, True),
+        ({"drop_path_rate": [0.0, 0.0, 0.1]}, True),
+        ({"attention_dropout": 0.0, "text_config": {"dropout": None, "width": 3}}, False),
+        ({"drop_last": True, "drop_rate": [0.0, 0.0]}, False),
+    ],
+)
+def test_a_rate_of_dropout_is_found_wherever_a_configuration_has_it(
+    config: dict[str, Any], expected: bool
+) -> None:
+    net = Net(plain)
+    assert not drops(net)
+    net.config = SimpleNamespace(to_dict=lambda: config)  # type: ignore[assignment]
+    assert drops(net) is expected
+
+
+def test_dropout_of_an_inner_configuration_is_not_taken_for_a_mixture() -> None:
+    def dropped(net: nn.Module, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x, 0.5, net.training)
+
+    assert "mixes the examples" in (tried(dropped) or "")
+    net = Net(dropped)
+    inner = {"vision_config": {"attention_dropout": 0.5}}
+    net.config = SimpleNamespace(to_dict=lambda: inner)  # type: ignore[assignment]
+    assert found(net) is None

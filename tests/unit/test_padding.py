@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
@@ -17,6 +18,7 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     RobertaConfig,
@@ -211,6 +213,32 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(
             reads(recipe)
 
 
+@pytest.mark.parametrize("task", ["text-classification", "causal-lm"])
+def test_added_tokens_beyond_the_embeddings_are_refused_only_where_they_occur(
+    task: str, texts: str, tmp_path: Path
+) -> None:
+    folder = write_tokenizer(tmp_path / "t", ["[UNK]", "[PAD]"], pad_token="[PAD]")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # 2 special tokens and 11 words before it.
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert tokenizer.convert_tokens_to_ids("<image>") == 13
+    tokenizer.save_pretrained(folder)
+    with quiet():
+        net = MODELS["llama"](vocab_size=13, num_labels=2)
+        if task == "causal-lm":
+            net = LlamaForCausalLM(LlamaConfig(**SIZES["llama"], vocab_size=13))
+        net.save_pretrained(tmp_path / "m")
+    own: dict[str, Any] = {"model__task": task, "adapter__train_head": task != "causal-lm"}
+    own["adapter__target_modules"] = "auto"
+    recipe = make(texts, str(tmp_path / "m"), folder, **own)
+    assert outline(recipe).test_examples > 0
+    assert prepare(recipe).train.inputs["input_ids"].max() == 12
+    lines = Path(texts).read_text() + json.dumps({"text": "old <image> moon", "label": "c0"})
+    (tmp_path / "more.jsonl").write_text(lines)
+    with pytest.raises(ModelError, match=r"below 13, .* got 13 \('<image>'\) in the text 'old <im"):
+        prepare(make(str(tmp_path / "more.jsonl"), str(tmp_path / "m"), folder, **own))
+
+
 def test_a_padding_token_beyond_the_embeddings_is_refused(texts: str, tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "t", ["[UNK]", "[PAD]"], pad_token="[PAD]")
     recipe = make(
@@ -259,6 +287,40 @@ def test_a_merged_model_and_its_tokenizer_carry_the_padding_token(
         logits = net(**tensors(test.rows(np.arange(len(test))))[0]).logits
     right = float((logits.argmax(dim=1).numpy() == test.labels).mean())
     assert right == pytest.approx(result.summary["final"]["eval_accuracy"])
+
+
+@pytest.mark.parametrize(("kind", "pad"), [("llama", 5), ("gpt2", None)])
+def test_an_exported_adapter_pads_as_the_run_did(
+    kind: str, pad: int | None, texts: str, tmp_path: Path
+) -> None:
+    tokenizer = write_tokenizer(tmp_path / "t", ["[UNK]", "</s>", "[PAD]"], pad_token="[PAD]")
+    recipe = make(
+        texts,
+        saved(kind, tmp_path / "m", pad_token_id=pad),
+        tokenizer,
+        adapter__target_modules="auto",
+        annealing__mode="fixed",
+        annealing__initiating__rounds=0,
+    )
+    # A value of the recipe's own would keep the base anyhow.
+    model = recipe.model.model_copy(update={"config": {}})
+    recipe = recipe.model_copy(update={"model": model})
+    rayfed_lora.run(recipe, str(tmp_path / "run"))
+    list(export_run(str(tmp_path / "run"), tmp_path / "plain", merge=False))
+    list(export_run(str(tmp_path / "run"), tmp_path / "merged", merge=True))
+    said = json.loads((tmp_path / "plain/adapter/adapter_config.json").read_text())
+    base = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "plain" / said["base_model_name_or_path"]
+    )
+    adapted = PeftModel.from_pretrained(base, str(tmp_path / "plain/adapter")).eval()
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    test = prepare(recipe).test
+    inputs = tensors(test.rows(np.arange(len(test))))[0]
+    assert (inputs["attention_mask"] == 0).any()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            adapted(**inputs).logits, merged(**inputs).logits, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_a_classifier_that_reads_padding_is_reported(texts: str, tmp_path: Path) -> None:

@@ -100,14 +100,14 @@ def test_a_head_for_other_classes_is_drawn_anew_and_reported(
     assert any(re.search(told, note) for note in outline(recipe).notes)
     source = load_file(folder / "model.safetensors")
     workload = prepare(recipe)
-    weights = built_weights(recipe, workload)
+    weights = built_weights(recipe, workload).arrays
     assert np.abs(weights["classifier.weight"] - source["classifier.weight"].numpy()).max() > 0.01
     np.testing.assert_array_equal(weights["classifier.bias"], 0)
     kept = "vit.layernorm.weight"
     assert source[kept].std() > 0
     np.testing.assert_array_equal(weights[kept], source[kept])
     # The same seed gives the same head.
-    again = built_weights(recipe, workload)
+    again = built_weights(recipe, workload).arrays
     np.testing.assert_array_equal(weights["classifier.weight"], again["classifier.weight"])
 
 
@@ -124,7 +124,7 @@ def test_numbers_of_the_data_are_taken_for_the_classes_of_the_head(
     assert any(
         "classes 0, 1, 2 are taken for those of its head, two, zero, one" in n for n in notes
     )
-    weights = built_weights(recipe, prepare(recipe))
+    weights = built_weights(recipe, prepare(recipe)).arrays
     source = load_file(folder / "model.safetensors")
     np.testing.assert_array_equal(weights["classifier.weight"], source["classifier.weight"])
 
@@ -140,6 +140,54 @@ def test_names_in_the_recipe_say_which_class_is_which(digit_reader: Path, tmp_pa
     assert accuracy(unnamed) < 0.1
     named = on_digits(folder, model__config={"id2label": {0: "2", 1: "0", 2: "1"}})
     assert accuracy(named) > 0.95
+
+
+ORDERED = {0: "2", 1: "0", 2: "1"}
+VIT = {"architecture": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def test_names_in_the_recipe_number_the_classes_of_a_random_model_too() -> None:
+    own = {**VIT, "intermediate_size": 24, "patch_size": 4, "id2label": ORDERED}
+    recipe = make_recipe(
+        model__config=own,
+        data__labels=[0, 1, 2],
+        data__max_examples=60,
+        annealing__initiating__rounds=0,
+    )
+    workload = prepare(recipe)
+    assert workload.label_names == outline(recipe).label_names == ("2", "0", "1")
+    assert workload.config["id2label"] == ORDERED
+    # The digits themselves are those of the data's own order.
+    plain = prepare(on_digits_of_the_data())
+    assert [("2", "0", "1")[i] for i in workload.test.labels] == [
+        plain.label_names[i] for i in plain.test.labels
+    ]
+    said = json.loads(
+        LocalTrainer(recipe, workload).export(
+            AdapterState({}, LocalTrainer(recipe, workload).initial_tensors("adapter")),
+            Base(),
+            "adapter",
+        )["base/config.json"]
+    )
+    assert said["id2label"] == {str(i): name for i, name in ORDERED.items()}
+    assert said["label2id"] == {name: i for i, name in ORDERED.items()}
+
+
+def on_digits_of_the_data() -> Recipe:
+    return make_recipe(data__labels=[0, 1, 2], data__max_examples=60)
+
+
+@pytest.mark.parametrize(
+    "names", [["x", "y", "z"], ["2", "0", "3"], ["2", "0"], ["LABEL_0", "a", "b"]]
+)
+def test_names_in_the_recipe_that_are_not_the_datas_are_refused(
+    names: list[str], digit_reader: Path
+) -> None:
+    own = {"id2label": dict(enumerate(names))}
+    told = rf"id2label: expected the data's classes, 3, 4, 5, got {', '.join(names)}"
+    both_refuse(on_digits(digit_reader, model__config=own, data__labels=[3, 4, 5]), told)
+    random = {**VIT, "intermediate_size": 24, "patch_size": 4, **own}
+    both_refuse(make_recipe(model__config=random, data__labels=[3, 4, 5]), told)
 
 
 def test_names_are_compared_without_case_where_they_differ_by_it(

@@ -113,7 +113,7 @@ def test_a_head_of_another_size_is_drawn_anew_and_reported(tmp_path: Path) -> No
     told = r"classifier \(2\) of another size \(classifier\.bias: \(7,\), here \(3,\)\): drawn"
     for notes in (outline(recipe).notes, prepare(recipe).notes):
         assert len([note for note in notes if re.search(told, note)]) == 1
-    weights = built_weights(recipe, prepare(recipe))
+    weights = built_weights(recipe, prepare(recipe)).arrays
     assert weights["classifier.weight"].shape == (3, 16)
     assert 0 < np.abs(weights["classifier.weight"]).max() < 0.2
     kept = "vit.layers.0.mlp.fc1.weight"

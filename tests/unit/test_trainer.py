@@ -836,9 +836,9 @@ def test_images_that_are_read_at_once_train_to_the_same_bits(monkeypatch):
     one_by_one = trained(0)
     monkeypatch.setattr(Examples, "rows", rows)
     assert trained(1 << 22) == one_by_one
-    # Three to try the model on, alone and together, and two to see it by; then four steps of three
+    # Three to try the model on, together and alone, and two to see it by; then four steps of three
     # clients with a batch of five each.
-    assert read == [1, 1, 1, 3, 2, 60]
+    assert read == [3, 1, 1, 1, 2, 60]
 
 
 def test_images_that_cannot_be_read_ahead_are_read_in_their_turn(monkeypatch):
