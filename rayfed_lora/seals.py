@@ -29,8 +29,9 @@ from rayfed_lora.storage import RunFolder
 _KEY = "checksum"
 _MARK = b"rayfed-lora sha256 "
 _ZEROS = b"0" * 64
-# The metadata stand at the end of a table, before a few bytes a column.
-_TAIL = 1 << 16
+# A Parquet file ends with the length of its footer, 4 bytes, and a word of 4 bytes.
+_PARQUET = b"PAR1"
+_END = 8
 _CHUNK = 1 << 22
 _LINE = "# sha256 of what follows: "
 # Written again by a resumed run; anything else has to come from a copy.
@@ -185,11 +186,17 @@ def _blocks(file: pa.NativeFile, start: int, end: int) -> Iterator[bytes]:
 
 
 def _place(file: pa.NativeFile) -> int | None:
-    """Return where the digits of a table's checksum stand, None where it has none."""
+    """Return where the digits of a table's checksum stand, None where it has none.
+
+    Source: Apache Parquet, "File Format": footer, its length, magic number.
+    """
     size: int = file.size()
-    start = max(size - _TAIL, 0)
-    tail = b"".join(_blocks(file, start, size))
-    place = tail.rfind(_MARK)
+    end = b"".join(_blocks(file, max(size - _END, 0), size))
+    if len(end) < _END or not end.endswith(_PARQUET):
+        return None
+    start = max(size - _END - int.from_bytes(end[:4], "little"), 0)
+    footer = b"".join(_blocks(file, start, size))
+    place = footer.rfind(_MARK)
     if place < 0:
         return None
     return start + place + len(_MARK)
