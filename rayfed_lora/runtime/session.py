@@ -304,14 +304,15 @@ def sitting(  # noqa: PLR0913 - the callers name them
                 f"{file} is damaged or missing: it is written again from the last checkpoint"
             )
         population = executor.open()
-        _begin(folder, recipe, population, board)
+        stops = lease.or_lost(should_stop)
+        run = _Sitting(recipe, executor, folder, board, tracking, stops, population)
+        snapshot = run.accepted() if resume else None
+        _begin(folder, recipe, population, board, snapshot)
         for tracker in trackers(recipe, folder, name or folder.name):
             tracking.add(tracker)
         if lease.note is not None:
             board.note(lease.note)
-        stops = lease.or_lost(should_stop)
-        run = _Sitting(recipe, executor, folder, board, tracking, stops, population)
-        yield from run.rounds(began, resume)
+        yield from run.rounds(began, snapshot)
         summary = run.finish(began, page)
         outcome = "done"
         return summary
@@ -329,10 +330,16 @@ def sitting(  # noqa: PLR0913 - the callers name them
             lease.release()
 
 
-def _begin(folder: RunFolder, recipe: Recipe, population: Population, board: StatusBoard) -> None:
+def _begin(
+    folder: RunFolder,
+    recipe: Recipe,
+    population: Population,
+    board: StatusBoard,
+    snapshot: Snapshot | None,
+) -> None:
     """Write what the folder of a run begins with, where it is missing or damaged.
 
-    Called once the run is known to start: a run that is rejected leaves its folder as it was.
+    Called once data and checkpoint are accepted: a rejected run leaves its folder as it was.
     """
     if not folder.exists("recipe.yaml"):
         folder.write("recipe.yaml", seals.sealed_text(recipe_yaml(recipe)))
@@ -344,7 +351,7 @@ def _begin(folder: RunFolder, recipe: Recipe, population: Population, board: Sta
     if invalid and folder.exists(PARTITION_FILE):
         board.note(f"{PARTITION_FILE} had no valid checksum and is written again")
     # Without a checkpoint the run starts from the data as they are now.
-    if invalid or not folder.names("checkpoints"):
+    if invalid or snapshot is None:
         names = population.label_names, population.client_names
         write_partition(folder, *population.label_counts, *names)
 
@@ -418,8 +425,38 @@ class _Sitting:
         self._tables.add_notes(self._running, notes)
         self._notes_seen += len(notes)
 
-    def rounds(self, began: float, resume: bool) -> Generator[Tables, None, None]:
-        snapshot = checkpoints.newest(self._folder, self._board.note) if resume else None
+    def accepted(self) -> Snapshot | None:
+        """Return the checkpoint that the run goes on from, None where there is none.
+
+        Writes nothing.
+
+        Raises:
+            RunFolderError: the checkpoints are damaged, or do not belong to these data.
+        """
+        snapshot = checkpoints.newest(self._folder, self._board.note)
+        if snapshot is None:
+            return None
+        changed = restored.changed_data(snapshot, self._population)
+        if changed is not None:
+            raise RunFolderError(
+                f"cannot go on from the checkpoint of round {snapshot.rounds} in"
+                f" {self._folder.location}: {changed}; start anew with another --out"
+            )
+        with self._readable(snapshot):
+            restored.check(snapshot, self._recipe, self._population)
+        return snapshot
+
+    @contextmanager
+    def _readable(self, snapshot: Snapshot) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise RunFolderError(
+                f"cannot go on from the checkpoint of round {snapshot.rounds} in"
+                f" {self._folder.location}: {type(error).__name__}: {error}"
+            ) from error
+
+    def rounds(self, began: float, snapshot: Snapshot | None) -> Generator[Tables, None, None]:
         start = self._begun() if snapshot is None else self._gone_on(snapshot)
         self._tracking.resumed(self._tables.rounds)
         self._earlier = start.timing
@@ -532,20 +569,8 @@ class _Sitting:
         return self._server.fresh()
 
     def _gone_on(self, snapshot: Snapshot) -> Progress:
-        changed = restored.changed_data(snapshot, self._population)
-        if changed is not None:
-            raise RunFolderError(
-                f"cannot go on from the checkpoint of round {snapshot.rounds} in"
-                f" {self._folder.location}: {changed}; start anew with another --out"
-            )
-        try:
-            restored.check(snapshot, self._recipe, self._population)
+        with self._readable(snapshot):
             return self._restored(snapshot)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise RunFolderError(
-                f"cannot go on from the checkpoint of round {snapshot.rounds} in"
-                f" {self._folder.location}: {type(error).__name__}: {error}"
-            ) from error
 
     def _restored(self, snapshot: Snapshot) -> Progress:
         facts = snapshot.facts
