@@ -38,19 +38,25 @@ _LINE = "# sha256 of what follows: "
 _REMADE = ("partition.parquet", "summary.json", "SHA256SUMS", "adapter/", "base/")
 
 
-def is_remade(name: str) -> bool:
+def is_remade(folder: RunFolder, name: str) -> bool:
     """Return whether a resumed run writes a file of the run folder again."""
-    return name.startswith(_REMADE)
+    return name.startswith(_REMADE) and bool(folder.names("checkpoints"))
 
 
 def damaged(folder: RunFolder, name: str, reason: str) -> RunFolderError:
     """Return the error of a file that is not as it was written: what is wrong, and what to do."""
-    do = (
-        "a run with --resume writes it again from the last checkpoint"
-        if is_remade(name)
-        else "restore it from a copy, or run anew in another folder"
-    )
+    do = "restore it from a copy, or run anew in another folder"
+    if is_remade(folder, name):
+        do = "a run with --resume writes it again from the last checkpoint"
+    elif name.endswith(".parquet") and _is_begun(folder):
+        do = "a run with --resume begins anew: it has no checkpoint yet"
     return RunFolderError(f"{child(folder.location, name)} is damaged: {reason}; {do}")
+
+
+def _is_begun(folder: RunFolder) -> bool:
+    """Return whether a folder holds a run that was killed before its first checkpoint."""
+    ended = any(folder.exists(name) for name in ("checkpoints", "summary.json", "SHA256SUMS"))
+    return folder.exists("recipe.yaml") and not ended
 
 
 @contextmanager
@@ -245,7 +251,7 @@ def text(folder: RunFolder, name: str) -> str:
     content = folder.read(name)
     first, _, rest = content.partition(b"\n")
     try:
-        if not first.startswith(b"#"):
+        if not first.startswith(_LINE.encode()):
             # An older version's, or one that the user has put there.
             return content.decode()
         if first != f"{_LINE}{hashlib.sha256(rest).hexdigest()}".encode():

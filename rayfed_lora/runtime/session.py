@@ -191,13 +191,22 @@ def complete(folder: RunFolder) -> dict[str, Any] | None:
     Raises:
         RunFolderError: a damaged file cannot be written again.
     """
+    return inspected(folder)[0]
+
+
+def inspected(folder: RunFolder) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return what `complete` does, and the names of the files that have to be written again.
+
+    Raises:
+        RunFolderError: a damaged file cannot be written again.
+    """
     faults = checksums.faults(folder)
     if not faults:
-        return finished(folder)
-    lost = [text for name, text in faults.items() if not seals.is_remade(name)]
-    if lost or not folder.names("checkpoints"):
-        raise RunFolderError((lost or [*faults.values()])[0])
-    return None
+        return finished(folder), []
+    for name, text in faults.items():
+        if not seals.is_remade(folder, name):
+            raise RunFolderError(text)
+    return None, [*faults]
 
 
 def simulate(  # noqa: PLR0913 - the callers name them
@@ -280,9 +289,6 @@ def sitting(  # noqa: PLR0913 - the callers name them
         RayfedError: whatever else ends a run; the last checkpoint is kept.
     """
     began = time.perf_counter()
-    done = complete(folder) if resume else None
-    if done is not None:
-        return done
     # Here too: the one who claimed the folder may be on another machine.
     check_tracking(recipe)
     try:
@@ -295,11 +301,11 @@ def sitting(  # noqa: PLR0913 - the callers name them
     outcome: Outcome = "failed"
     try:
         # Another process may have finished it while its lease was watched.
-        done = complete(folder) if resume else None
+        done, damaged = inspected(folder) if resume else (None, [])
         if done is not None:
             outcome = "done"
             return done
-        for file in checksums.faults(folder):
+        for file in damaged:
             board.note(
                 f"{file} is damaged or missing: it is written again from the last checkpoint"
             )

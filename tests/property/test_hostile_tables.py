@@ -222,8 +222,25 @@ def test_without_checkpoints_a_damaged_summary_is_not_replaced_by_a_new_run(
     folder = unpacked(files_of(None), tmp_path)
     folder.write("summary.json", b"{}")
     folder.remove("checkpoints")
-    with pytest.raises(RunFolderError, match=r"summary\.json is damaged"):
+    with pytest.raises(RunFolderError, match=r"summary\.json is damaged: .*; restore it from"):
         go_on(folder)
+
+
+def test_a_run_killed_in_its_first_save_is_said_to_begin_anew(tmp_path: Path) -> None:
+    files = {name: content for name, content in files_of(3).items() if "/" not in name}
+    folder = unpacked(files, tmp_path)
+    folder.remove("clients.parquet")
+    with pytest.raises(RunFolderError, match=r"clients\.parquet is damaged: .* begins anew"):
+        read_run(folder)
+    go_on(folder)
+    assert same(outcome(folder), undamaged())
+
+
+def test_a_recipe_with_a_comment_of_the_users_own_is_read_as_it_is(tmp_path: Path) -> None:
+    folder = unpacked(files_of(3), tmp_path)
+    text = seals.text(folder, "recipe.yaml")
+    folder.write("recipe.yaml", f"# from the paper\n{text}".encode())
+    assert kept_recipe(folder) == RECIPE
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no sha256sum here")

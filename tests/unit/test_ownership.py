@@ -352,7 +352,7 @@ def test_a_write_whose_lease_cannot_be_read_at_all_is_refused(bucket):
     lease = take(RunFolder(bucket.uri("runs/a")), pace=Pace(0.1, 1.0))
     with bucket.store.refusing(lambda method, url: "owner" in url):
         time.sleep(1.0)
-        with pytest.raises(RunError, match="its lease cannot be read .* nothing more is saved"):
+        with pytest.raises(RunError, match=r"its lease cannot be read .* nothing more is saved"):
             lease.check()
     lease.release()
     assert bucket.keys("runs") == []
