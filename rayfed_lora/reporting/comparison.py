@@ -182,7 +182,7 @@ class Comparison:
             # Ranks by module are for Parquet only.
             flat = table.drop(columns="ranks", errors="ignore")
             folder.write(f"{name}.csv", csv_bytes(flat))
-        runs = read_runs([folder.location])
+        runs = read_runs([folder.location], own=True)
         write_plots(folder, self.rounds, accuracies_of_clients(runs))
         page = report_html(runs, read_failed([folder.location]))
         folder.write(REPORT_FILE, page.encode())

@@ -85,7 +85,7 @@ def read_search(folder: RunFolder) -> SearchData:
         folders = {
             trial: RunFolder(child(folder.location, "trials", trial))
             for trial in ran["trial"]
-            # Refused where it is a link to somewhere else.
+            # In a confined folder, a link to somewhere else is refused.
             if folder.exists(f"trials/{trial}")
         }
         # One that has failed early may have saved nothing.
