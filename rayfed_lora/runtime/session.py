@@ -580,6 +580,7 @@ class _Sitting:
 
     def _restored(self, snapshot: Snapshot) -> Progress:
         facts = snapshot.facts
+        checkpoints.remove_later(self._folder, snapshot.rounds)
         self._tables.restore(snapshot.rounds, facts.get("tables"))
         self._board.resumed(snapshot.rounds)
         if "tables" not in facts:
