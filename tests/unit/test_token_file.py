@@ -91,7 +91,7 @@ def test_without_hard_links_the_token_is_made_all_the_same(path, monkeypatch):
     assert os.listdir(path.parent) == ["auth_token"]
 
 
-@pytest.mark.parametrize("home", ["file", "dev"])
+@pytest.mark.parametrize("home", ["file", "proc"])
 def test_a_home_that_cannot_be_written_is_left_to_ray(path, tmp_path, monkeypatch, home):
     (tmp_path / "file").write_text("")
     # Nothing can be made below either, whoever asks.
