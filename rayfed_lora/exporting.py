@@ -14,7 +14,7 @@ from rayfed_lora.errors import BadInputError, RunFolderError
 from rayfed_lora.locations import check_name, child
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.checked import CheckedFolder
-from rayfed_lora.runtime.session import finished, kept_recipe
+from rayfed_lora.runtime.claiming import finished, kept_recipe
 from rayfed_lora.storage import RunFolder
 
 # A base is larger than what fits into memory twice.

@@ -181,18 +181,16 @@ class RunFolder:
         """Remove a file or a folder with all in it, if it is there."""
         self._check()
         info = self._info(name)
-        delete = {
-            fs.FileType.Directory: self._fs.delete_dir,
-            fs.FileType.File: self._fs.delete_file,
-        }.get(info.type)
 
         def ask() -> None:
             # Another process may remove it in between.
             with suppress(FileNotFoundError):
-                delete(info.path)
+                if info.type == fs.FileType.Directory:
+                    self._fs.delete_dir(info.path)
+                elif info.type == fs.FileType.File:
+                    self._fs.delete_file(info.path)
 
-        if delete is not None:
-            self._asked(ask)
+        self._asked(ask)
 
     def check_writable(self) -> None:
         """Write and remove an empty file, and folders that were not there before.

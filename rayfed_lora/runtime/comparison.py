@@ -25,11 +25,12 @@ from rayfed_lora.reporting.search import SEARCH_FILE
 from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.reporting.tracking import Tracker
 from rayfed_lora.runtime import launch
+from rayfed_lora.runtime.claiming import claim, complete, say
 from rayfed_lora.runtime.factory import Factory, TorchFactory, in_process
 from rayfed_lora.runtime.local import LocalExecutor
 from rayfed_lora.runtime.location import run_location, with_absolute_paths
 from rayfed_lora.runtime.ownership import Ticket, owned
-from rayfed_lora.runtime.session import claim, complete, say, simulate
+from rayfed_lora.runtime.session import simulate
 from rayfed_lora.storage import RunFolder
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from rayfed_lora.reporting.page import REPORT_FILE
 from rayfed_lora.reporting.plots import write_front
 from rayfed_lora.reporting.search import TRIALS_FILE, read_search, search_html
 from rayfed_lora.reporting.tables import ROUNDS_FILE
-from rayfed_lora.runtime.session import finished
+from rayfed_lora.runtime.claiming import finished
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning import pareto
 from rayfed_lora.tuning.run_folders import CHANGES_FILE, measured

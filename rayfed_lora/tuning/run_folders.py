@@ -19,7 +19,7 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, recipe_yaml
 from rayfed_lora.reporting.summary import TESTED
 from rayfed_lora.reporting.trackers import EVENTS_FOLDER, TRACKING_FILE
-from rayfed_lora.runtime.session import kept_recipe
+from rayfed_lora.runtime.claiming import kept_recipe
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.space import Space, continued, trial_recipe
 

@@ -29,11 +29,11 @@ from rayfed_lora.recipe_notes import given_way_in_search, unused
 from rayfed_lora.reporting.search import SEARCH_FILE, SearchNews, Watch
 from rayfed_lora.reporting.tracking import check_tracking
 from rayfed_lora.runtime import launch
+from rayfed_lora.runtime.claiming import check_unused, differences, say
 from rayfed_lora.runtime.factory import Factory, TorchFactory
 from rayfed_lora.runtime.location import run_location, with_absolute_paths
 from rayfed_lora.runtime.ownership import Ticket, owned
 from rayfed_lora.runtime.placement import Layout, Node, layout, nodes_of
-from rayfed_lora.runtime.session import check_unused, differences, say
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.space import Space, check_objectives, load_space
 

@@ -24,8 +24,9 @@ from rayfed_lora.exporting import export_run
 from rayfed_lora.reporting import trackers
 from rayfed_lora.reporting.run_data import read_run
 from rayfed_lora.reporting.status import StatusBoard
+from rayfed_lora.runtime.claiming import complete, kept_recipe
 from rayfed_lora.runtime.launch import Result
-from rayfed_lora.runtime.session import complete, kept_recipe, sitting
+from rayfed_lora.runtime.session import sitting
 from rayfed_lora.storage import RunFolder
 from tests.fakes import Behaviour, local_executor, make_recipe
 from tests.property.test_hostile_checkpoints import damage

@@ -17,8 +17,8 @@ from rayfed_lora.errors import RecipeError, RunFolderError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
 from rayfed_lora.recipe_notes import unused
+from rayfed_lora.runtime.claiming import differences
 from rayfed_lora.runtime.jobs import Jobs
-from rayfed_lora.runtime.session import differences
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.run_folders import begun_or_drawn
 from rayfed_lora.tuning.space import Space, trial_recipe
