@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 import rayfed_lora
+from rayfed_lora import checksums
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.federation import restored
+from rayfed_lora.storage import RunFolder
 from tests.fakes import FakeFactory, make_recipe
 
 
@@ -83,3 +85,19 @@ def test_changed_data_are_rejected_before_tensorboards_events_are_written_anew(
     monkeypatch.undo()
     run(tmp_path, resume=True)
     assert (tmp_path / "adapter" / "fake.json").read_bytes() != b""
+
+
+def test_a_resume_reads_the_files_of_a_damaged_run_before_and_under_the_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path)
+    (tmp_path / "adapter" / "fake.json").write_bytes(b"")
+    real, looks = checksums.faults, []
+
+    def counted(folder: RunFolder) -> dict[str, str]:
+        looks.append(sorted(tmp_path.glob(".owner-*")) != [])
+        return real(folder)
+
+    monkeypatch.setattr(checksums, "faults", counted)
+    run(tmp_path, resume=True)
+    assert looks == [False, True]
