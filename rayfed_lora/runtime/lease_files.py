@@ -140,6 +140,10 @@ class MountedFiles:
             return False
         try:
             os.write(handle, content)
+        except OSError:
+            # The disk is full: an empty file would stand for an owner.
+            self.remove(number)
+            raise
         finally:
             os.close(handle)
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -107,7 +108,7 @@ def test_of_many_that_start_together_one_gets_the_folder(folder, leases):
     assert len(refused) == 7
     named = [each for each in refused if f"owned by process {os.getpid()} on host" in each]
     # A lease file that is being written does not tell yet.
-    assert len(named) + sum("does not tell its name" in each for each in refused) == 7
+    assert len(named) + sum("an unknown process" in each for each in refused) == 7
 
 
 def test_of_many_that_take_over_from_one_dead_owner_one_gets_the_folder(folder, leases):
@@ -193,7 +194,7 @@ def test_who_waits_beside_a_live_owner_is_refused_once_the_counter_has_moved(fol
 
 def test_a_lease_that_cannot_be_read_is_judged_by_standing_still(here, leases):
     here.write(".owner-3.json", b"{")
-    with pytest.raises(RunFolderError, match="does not tell its name"):
+    with pytest.raises(RunFolderError, match="an unknown process"):
         take(here, pace=QUICK)
     leases.append(take(here, wait=True, pace=QUICK))
     assert here.names() == [".owner-4.json"]
@@ -486,6 +487,19 @@ def test_a_lease_file_that_is_listed_and_never_there_ends_the_wait(here, monkeyp
     monkeypatch.setattr(MountedFiles, "numbers", lambda self: [3])
     with pytest.raises(RunFolderError, match=r"\.owner-3\.json is listed, but is not there"):
         take(here, pace=QUICK)
+
+
+def test_a_full_disk_leaves_no_lease_file(here, monkeypatch):
+    here.write("x", b"")
+
+    def full(*args: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(RunFolderError, match="No space left"):
+            take(here, pace=QUICK)
+    assert here.names() == ["x"]
 
 
 @pytest.mark.parametrize("name", [".owner-01.json", ".owner-0.json", ".owner-1.json.x"])
