@@ -56,7 +56,11 @@ def write(folder: RunFolder, sums: Mapping[str, str]) -> None:
 
 
 def withdraw(folder: RunFolder) -> None:
-    """Remove summary and list: the run is not finished until both are written again."""
+    """Remove summary and list: the run is not finished until both are written again.
+
+    In this order: a summary without the list that it names is damage, a list without its summary is
+    a run that has not finished.
+    """
     for name in (SUMMARY_FILE, SUMS_FILE):
         folder.remove(name)
 

@@ -45,6 +45,9 @@ def endpoint(location: str) -> str | None:
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     if parts.scheme in ("s3", "gs", "gcs"):
         host, scheme = options.get("endpoint_override", ""), options.get("scheme", "https")
+        if parts.scheme == "s3" and not host and s3_endpoint() is not None:
+            # The environment's, scheme and all.
+            return None
         # Without encryption anybody on the way can read what is sent.
         return _normal(host or parts.scheme, scheme) if host or scheme != "https" else None
     if parts.scheme in ("abfs", "abfss"):
@@ -55,6 +58,11 @@ def endpoint(location: str) -> str | None:
         if named or plain or ":" in host or not standard:
             return _normal(",".join([host, *named]), "http" if plain else "https")
     return None
+
+
+def s3_endpoint() -> str | None:
+    """Return the URL that the environment names for S3, None where it names none."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
 
 
 def _normal(host: str, scheme: str) -> str:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import IO
 
 from rayfed_lora.checksums import SUMMARY_FILE, listed
 from rayfed_lora.errors import BadInputError, RunFolderError
 from rayfed_lora.locations import check_name, child
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.checked import CheckedFolder
-from rayfed_lora.runtime.session import finished, kept_recipe
+from rayfed_lora.runtime.claiming import finished, kept_recipe
 from rayfed_lora.storage import RunFolder
+
+# A base is larger than what fits into memory twice.
+_CHUNK = 1 << 22
 
 
 def export_run(location: str, to: Path, *, merge: bool) -> Iterator[str]:
@@ -31,7 +36,7 @@ def export_run(location: str, to: Path, *, merge: bool) -> Iterator[str]:
         BadInputError: the folder holds no finished run, `to` has files or cannot be written, or a
             full-model run is to be exported as an adapter.
     """
-    run = RunFolder(location)
+    run = RunFolder(location).confined()
     recipe = _finished_recipe(run)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise BadInputError(f"--to: expected a new or empty folder, {to} exists and is not one")
@@ -41,15 +46,15 @@ def export_run(location: str, to: Path, *, merge: bool) -> Iterator[str]:
         _write_merged(run, recipe, to)
         yield f"merged model: {to}"
         return
-    contents = _contents(run)
-    if "adapter" not in contents:
-        raise BadInputError(
-            f"{location}: this run has no adapter, it trained the full model or no module has"
-            " factors; export it by --merge"
-        )
-    for part, files in contents.items():
-        _write(files, to / part)
-        yield f"{part}: {to / part}"
+    with _contents(run) as contents:
+        if "adapter" not in contents:
+            raise BadInputError(
+                f"{location}: this run has no adapter, it trained the full model or no module has"
+                " factors; export it by --merge"
+            )
+        for part, files in contents.items():
+            _write(files, to / part)
+            yield f"{part}: {to / part}"
 
 
 def _finished_recipe(run: RunFolder) -> Recipe:
@@ -63,28 +68,31 @@ def _finished_recipe(run: RunFolder) -> Recipe:
     return recipe
 
 
-def _contents(run: RunFolder) -> dict[str, dict[str, bytes]]:
-    """Return the exported model by sub-folder and name, all of it checked before any is written."""
+@contextmanager
+def _contents(run: RunFolder) -> Iterator[dict[str, dict[str, IO[bytes]]]]:
+    """Open the exported model by sub-folder and name, all of it checked before any is written."""
     checked = CheckedFolder(run)
-    found: dict[str, dict[str, bytes]] = {}
-    for part in ("adapter", "base"):
-        for name in checked.names(part):
-            try:
-                # Names come from whoever wrote the folder.
-                check_name(name)
-                content = checked.read(f"{part}/{name}")
-            except (OSError, ValueError) as error:
-                where = child(run.location, part)
-                raise RunFolderError(f"{where} cannot be read: {error}") from None
-            found.setdefault(part, {})[name] = content
-    return found
+    found: dict[str, dict[str, IO[bytes]]] = {}
+    with ExitStack() as files:
+        for part in ("adapter", "base"):
+            for name in checked.names(part):
+                try:
+                    # Names come from whoever wrote the folder.
+                    check_name(name)
+                    content = files.enter_context(checked.opened(f"{part}/{name}"))
+                except (OSError, ValueError) as error:
+                    where = child(run.location, part)
+                    raise RunFolderError(f"{where} cannot be read: {error}") from None
+                found.setdefault(part, {})[name] = content
+        yield found
 
 
-def _write(contents: Mapping[str, bytes], to: Path) -> None:
+def _write(contents: Mapping[str, IO[bytes]], to: Path) -> None:
     with _writing(to):
         to.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            (to / name).write_bytes(content)
+            with (to / name).open("wb") as file:
+                shutil.copyfileobj(content, file, _CHUNK)
 
 
 @contextmanager
@@ -108,8 +116,9 @@ def _write_merged(run: RunFolder, recipe: Recipe, to: Path) -> None:
     from rayfed_lora.models import export, sources
 
     with TemporaryDirectory() as scratch:
-        for part, files in _contents(run).items():
-            _write(files, Path(scratch) / part)
+        with _contents(run) as contents:
+            for part, files in contents.items():
+                _write(files, Path(scratch) / part)
         base, adapter = Path(scratch) / "base", Path(scratch) / "adapter"
         source = str(base) if base.exists() else sources.location(recipe.model.source)
         labels = _labels(run)

@@ -29,27 +29,34 @@ from rayfed_lora.storage import RunFolder
 _KEY = "checksum"
 _MARK = b"rayfed-lora sha256 "
 _ZEROS = b"0" * 64
-# The metadata stand at the end of a table, before a few bytes a column.
-_TAIL = 1 << 16
+# A Parquet file ends with the length of its footer, 4 bytes, and a word of 4 bytes.
+_PARQUET = b"PAR1"
+_END = 8
 _CHUNK = 1 << 22
 _LINE = "# sha256 of what follows: "
 # Written again by a resumed run; anything else has to come from a copy.
 _REMADE = ("partition.parquet", "summary.json", "SHA256SUMS", "adapter/", "base/")
 
 
-def is_remade(name: str) -> bool:
+def is_remade(folder: RunFolder, name: str) -> bool:
     """Return whether a resumed run writes a file of the run folder again."""
-    return name.startswith(_REMADE)
+    return name.startswith(_REMADE) and bool(folder.names("checkpoints"))
 
 
 def damaged(folder: RunFolder, name: str, reason: str) -> RunFolderError:
     """Return the error of a file that is not as it was written: what is wrong, and what to do."""
-    do = (
-        "a run with --resume writes it again from the last checkpoint"
-        if is_remade(name)
-        else "restore it from a copy, or run anew in another folder"
-    )
+    do = "restore it from a copy, or run anew in another folder"
+    if is_remade(folder, name):
+        do = "a run with --resume writes it again from the last checkpoint"
+    elif name.endswith(".parquet") and _is_begun(folder):
+        do = "a run with --resume begins anew: it has no checkpoint yet"
     return RunFolderError(f"{child(folder.location, name)} is damaged: {reason}; {do}")
+
+
+def _is_begun(folder: RunFolder) -> bool:
+    """Return whether a folder holds a run that was killed before its first checkpoint."""
+    ended = any(folder.exists(name) for name in ("checkpoints", "summary.json", "SHA256SUMS"))
+    return folder.exists("recipe.yaml") and not ended
 
 
 @contextmanager
@@ -185,11 +192,17 @@ def _blocks(file: pa.NativeFile, start: int, end: int) -> Iterator[bytes]:
 
 
 def _place(file: pa.NativeFile) -> int | None:
-    """Return where the digits of a table's checksum stand, None where it has none."""
+    """Return where the digits of a table's checksum stand, None where it has none.
+
+    Source: Apache Parquet, "File Format": footer, its length, magic number.
+    """
     size: int = file.size()
-    start = max(size - _TAIL, 0)
-    tail = b"".join(_blocks(file, start, size))
-    place = tail.rfind(_MARK)
+    end = b"".join(_blocks(file, max(size - _END, 0), size))
+    if len(end) < _END or not end.endswith(_PARQUET):
+        return None
+    start = max(size - _END - int.from_bytes(end[:4], "little"), 0)
+    footer = b"".join(_blocks(file, start, size))
+    place = footer.rfind(_MARK)
     if place < 0:
         return None
     return start + place + len(_MARK)
@@ -238,7 +251,7 @@ def text(folder: RunFolder, name: str) -> str:
     content = folder.read(name)
     first, _, rest = content.partition(b"\n")
     try:
-        if not first.startswith(b"#"):
+        if not first.startswith(_LINE.encode()):
             # An older version's, or one that the user has put there.
             return content.decode()
         if first != f"{_LINE}{hashlib.sha256(rest).hexdigest()}".encode():

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -23,7 +23,7 @@ from uuid import uuid4
 import pyarrow as pa
 from pyarrow import fs
 
-from rayfed_lora.endpoints import anonymous
+from rayfed_lora.endpoints import anonymous, s3_endpoint
 from rayfed_lora.errors import RunError, RunFolderError
 from rayfed_lora.locations import check_name, holds_secret, is_uri, repeated_option
 
@@ -68,6 +68,7 @@ class RunFolder:
             raise RunFolderError(f"run folder {self.location}: {error}") from error
         self._root = PurePosixPath(root)
         self._check: Callable[[], None] = _unguarded
+        self._confined = False
 
     def guarded(self, check: Callable[[], None]) -> RunFolder:
         """Return the same folder, which calls `check` before each change; what it raises ends it.
@@ -78,6 +79,16 @@ class RunFolder:
         """
         other = copy(self)
         other._check = check
+        return other
+
+    def confined(self) -> RunFolder:
+        """Return the same folder, which refuses files that links lead out of it.
+
+        A folder from a stranger is read by it: what a link shows would be another file of the
+        user's. The user's own runs may have parts of their folder on another disk.
+        """
+        other = copy(self)
+        other._confined = True
         return other
 
     @property
@@ -111,7 +122,7 @@ class RunFolder:
         Raises:
             RunError: it cannot be written; what was there before is kept, as after any error.
         """
-        target = self._path(name, written=True)
+        target = self._path(name)
         try:
             with self._uploaded(target) if self.local is None else _durable(Path(target)) as file:
                 yield file
@@ -134,7 +145,7 @@ class RunFolder:
 
         Raises:
             OSError: it is not there or cannot be read.
-            RunFolderError: it is a link that leads out of the folder, or no file.
+            RunFolderError: it is no file, or leads out of a confined folder.
         """
         with self._fs.open_input_stream(self._file(name)) as stream:
             return bytes(stream.read())
@@ -144,7 +155,7 @@ class RunFolder:
 
         Raises:
             OSError: it is not there or cannot be read.
-            RunFolderError: it is a link that leads out of the folder, or no file.
+            RunFolderError: it is no file, or leads out of a confined folder.
         """
         return self._fs.open_input_file(self._file(name))
 
@@ -170,10 +181,16 @@ class RunFolder:
         """Remove a file or a folder with all in it, if it is there."""
         self._check()
         info = self._info(name)
-        if info.type == fs.FileType.Directory:
-            self._asked(lambda: self._fs.delete_dir(info.path))
-        elif info.type == fs.FileType.File:
-            self._asked(lambda: self._fs.delete_file(info.path))
+
+        def ask() -> None:
+            # Another process may remove it in between.
+            with suppress(FileNotFoundError):
+                if info.type == fs.FileType.Directory:
+                    self._fs.delete_dir(info.path)
+                elif info.type == fs.FileType.File:
+                    self._fs.delete_file(info.path)
+
+        self._asked(ask)
 
     def check_writable(self) -> None:
         """Write and remove an empty file, and folders that were not there before.
@@ -204,20 +221,14 @@ class RunFolder:
                 f"{self._hint}"
             ) from error
 
-    def _path(self, name: str, *, written: bool = False) -> str:
-        """Return where a file is; a link that leads out of a folder may be a stranger's.
-
-        Args:
-            name: relative.
-            written: the file itself is replaced, wherever it leads.
-        """
+    def _path(self, name: str) -> str:
         try:
             check_name(name)
         except ValueError as error:
             raise RunFolderError(f"run folder {self.location}: {error}") from None
         path = str(self._root / name)
-        if self.local is not None:
-            led = os.path.realpath(os.path.dirname(path) if written and name else path)
+        if self._confined and self.local is not None:
+            led = os.path.realpath(path)
             root = os.path.realpath(self._root)
             if led != root and not led.startswith(root.rstrip(os.sep) + os.sep):
                 raise RunFolderError(
@@ -290,8 +301,7 @@ def opened(location: str) -> tuple[fs.FileSystem, str]:
     path = unquote(parts.path).strip("/")
     check_name(path)
     if parts.scheme == "s3":
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        return _s3(parts.netloc, parts.query, endpoint), f"{parts.netloc}/{path}"
+        return _s3(parts.netloc, parts.query, s3_endpoint()), f"{parts.netloc}/{path}"
     return fs.FileSystem.from_uri(location)  # type: ignore[no-any-return]
 
 

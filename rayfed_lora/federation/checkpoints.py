@@ -144,6 +144,19 @@ def newest(folder: RunFolder, warn: Callable[[str], None]) -> Snapshot | None:
     return None
 
 
+def remove_later(folder: RunFolder, rounds: int) -> None:
+    """Remove the checkpoints of later rounds, which `newest` has passed over.
+
+    Called before tables are cut back to `rounds`: `saved_rows` of a later one would miss rows.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    for name in _names(folder):
+        if name > _round_name(rounds):
+            folder.remove(f"{_FOLDER}/{name}")
+
+
 def saved_rows(folder: RunFolder) -> dict[str, int]:
     """Return the number of rows of each table that the newest whole checkpoint goes with.
 

@@ -21,7 +21,7 @@ class CheckedFolder:
     rows they have at least.
 
     Attributes:
-        folder: the run folder.
+        folder: the run folder; files that links lead out of it are refused.
         unchecked: tables without any checksum, as older versions wrote them, that have been read.
     """
 
@@ -29,12 +29,13 @@ class CheckedFolder:
         """Read what the folder says of its files.
 
         Raises:
-            RunFolderError: SHA256SUMS is damaged.
+            RunFolderError: SHA256SUMS is damaged, or leads out of the folder.
         """
-        self.folder = folder
+        self.folder = folder.confined()
         self.unchecked: list[str] = []
-        sums = checksums.listed(folder)
+        sums = checksums.listed(self.folder)
         self._sums = sums or {}
+        # Checkpoints are compared with, not shown.
         self._rows = checkpoints.saved_rows(folder) if sums is None else {}
 
     def exists(self, name: str) -> bool:
@@ -45,7 +46,8 @@ class CheckedFolder:
         """
         if self.folder.exists(name):
             return True
-        if name in self._sums or name in self._rows:
+        # Listed, and written after the list: the run has not finished.
+        if name != checksums.SUMMARY_FILE and (name in self._sums or name in self._rows):
             raise seals.damaged(self.folder, name, "it is missing")
         return False
 
@@ -81,9 +83,9 @@ class CheckedFolder:
                         name,
                         f"it has {rows} rows, the last checkpoint knows of {self._rows[name]}",
                     )
-                file.seek(0)
             elif name not in self._sums and not seals.has_seal(file):
                 self.unchecked.append(name)
+            file.seek(0)
             yield file
 
     def table(self, name: str) -> pa.Table:

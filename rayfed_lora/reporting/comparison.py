@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 
 from rayfed_lora import checksums, seals
-from rayfed_lora.errors import RunError
+from rayfed_lora.errors import RunError, RunFolderError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.csv_text import csv_bytes
 from rayfed_lora.reporting.page import REPORT_FILE
@@ -140,7 +140,14 @@ class Comparison:
         Raises:
             RunError: none has finished.
         """
-        found = [(cell, *_read(cell)) for cell in cells if cell.location not in failed]
+        found, failed = [], dict(failed)
+        for cell in cells:
+            if cell.location not in failed:
+                try:
+                    found.append((cell, *_read(cell)))
+                except (RunFolderError, ValueError, LookupError) as error:
+                    # One run that cannot be read does not cost the others' tables.
+                    failed[cell.location] = str(error)
         if not found:
             reasons = "\n".join(f"{location}: {why}" for location, why in failed.items())
             raise RunError(f"no run of the comparison finished\n{reasons}")
@@ -175,7 +182,7 @@ class Comparison:
             # Ranks by module are for Parquet only.
             flat = table.drop(columns="ranks", errors="ignore")
             folder.write(f"{name}.csv", csv_bytes(flat))
-        runs = read_runs([folder.location])
+        runs = read_runs([folder.location], own=True)
         write_plots(folder, self.rounds, accuracies_of_clients(runs))
         page = report_html(runs, read_failed([folder.location]))
         folder.write(REPORT_FILE, page.encode())

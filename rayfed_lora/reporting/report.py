@@ -77,7 +77,7 @@ def _content(locations: Sequence[str]) -> str:
             f"report: expected the folder of a search alone, got {searches[0]} beside others; its"
             " trials are run folders too"
         )
-    return search_html(read_search(RunFolder(locations[0])))
+    return search_html(read_search(RunFolder(locations[0]).confined()))
 
 
 def report_html(runs: Sequence[RunData], failed: Sequence[FailedRun] = ()) -> str:

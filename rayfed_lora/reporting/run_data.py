@@ -79,17 +79,18 @@ _SEED = re.compile(r"seed-\d+")
 _COMPARISON = "runs.parquet"
 
 
-def read_runs(locations: Sequence[str]) -> list[RunData]:
+def read_runs(locations: Sequence[str], *, own: bool = False) -> list[RunData]:
     """Read run folders, and all runs of comparisons' folders.
 
     Args:
         locations: folders or URIs.
+        own: links to runs of a comparison elsewhere are its user's own, not a stranger's.
 
     Raises:
         RunFolderError: one holds neither a run with a finished round nor a comparison, or is
             damaged.
     """
-    found = [each for location in locations for each in _read(location)]
+    found = [each for location in locations for each in _read(location, own)]
     if not found:
         raise RunFolderError(f"{', '.join(locations)}: expected finished runs, there is none")
     return _told_apart(found)
@@ -110,7 +111,7 @@ def read_failed(locations: Sequence[str]) -> list[FailedRun]:
 
 
 def _cells(folder: RunFolder) -> pd.DataFrame:
-    with _readable(folder), seals.opened(folder, _COMPARISON) as file:
+    with _readable(folder), seals.opened(folder.confined(), _COMPARISON) as file:
         found: pd.DataFrame = pq.read_table(file, columns=["method", "seed", "error"]).to_pandas()
         return found
 
@@ -139,7 +140,7 @@ def _endings(parts: Sequence[str], shortest: int) -> list[str]:
     return ["/".join(parts[-k:]) for k in range(min(shortest, len(parts)), len(parts) + 1)]
 
 
-def _read(location: str) -> list[_Found]:
+def _read(location: str, own: bool) -> list[_Found]:
     folder = RunFolder(location)
     if folder.exists("recipe.yaml"):
         run = read_run(folder)
@@ -155,7 +156,7 @@ def _read(location: str) -> list[_Found]:
     # Not by the recorded location: the folder may have been moved.
     return [
         _Found(
-            replace(read_run(RunFolder(_of_cell(location, m, s))), label=m),
+            replace(read_run(RunFolder(_of_cell(location, m, s, own))), label=m),
             f"{location} {m}",
             _endings([*parts, m], 2),
         )
@@ -163,11 +164,11 @@ def _read(location: str) -> list[_Found]:
     ]
 
 
-def _of_cell(location: str, method: str, seed: int) -> str:
+def _of_cell(location: str, method: str, seed: int, own: bool) -> str:
     folder, name = RunFolder(location), f"{method}/seed-{seed}"
     with _readable(folder):
         # Refused where it is a link to somewhere else.
-        folder.exists(name)
+        (folder if own else folder.confined()).exists(name)
         return child(location, method, f"seed-{seed}")
 
 
@@ -188,6 +189,7 @@ def read_run(folder: RunFolder, summary: Mapping[str, Any] | None = None) -> Run
         RunFolderError: it has no finished round, or is damaged.
     """
     checked = CheckedFolder(folder)
+    folder = checked.folder
     if not checked.exists(ROUNDS_FILE):
         raise RunFolderError(f"{folder.location}: expected a run with a finished round")
     with _readable(folder):

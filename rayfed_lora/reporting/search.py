@@ -85,15 +85,22 @@ def read_search(folder: RunFolder) -> SearchData:
         folders = {
             trial: RunFolder(child(folder.location, "trials", trial))
             for trial in ran["trial"]
-            # Refused where it is a link to somewhere else.
+            # In a confined folder, a link to somewhere else is refused.
             if folder.exists(f"trials/{trial}")
         }
         # One that has failed early may have saved nothing.
         kept = [trial for trial, own in folders.items() if own.exists("rounds.parquet")]
-        rounds = [
-            rounds_so_far(folders[trial]).assign(method=trial, seed=recipe["seed"])
-            for trial in kept[:_MOST_CURVES]
-        ]
+        failed = {*trials.loc[trials["status"] == "failed", "trial"]}
+        rounds = []
+        for trial in kept[:_MOST_CURVES]:
+            try:
+                own = rounds_so_far(folders[trial])
+            except RunFolderError:
+                # The table of trials says what is wrong with it.
+                if trial not in failed:
+                    raise
+            else:
+                rounds.append(own.assign(method=trial, seed=recipe["seed"]))
         drawn = tuple({**space["parameters"], **space["rounds"]})
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise RunFolderError(f"{folder.location} cannot be read: {error}") from error

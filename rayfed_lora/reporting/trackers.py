@@ -142,8 +142,6 @@ class WandB:
         import wandb
 
         known = _kept(folder).get("wandb")
-        # Its files go there; refused where it is a link to somewhere else.
-        folder.exists("wandb")
         self._run = wandb.init(
             project=project,
             id=known,

@@ -25,11 +25,12 @@ from rayfed_lora.reporting.search import SEARCH_FILE
 from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.reporting.tracking import Tracker
 from rayfed_lora.runtime import launch
+from rayfed_lora.runtime.claiming import claim, complete, say
 from rayfed_lora.runtime.factory import Factory, TorchFactory, in_process
 from rayfed_lora.runtime.local import LocalExecutor
 from rayfed_lora.runtime.location import run_location, with_absolute_paths
 from rayfed_lora.runtime.ownership import Ticket, owned
-from rayfed_lora.runtime.session import claim, finished, say, simulate
+from rayfed_lora.runtime.session import simulate
 from rayfed_lora.storage import RunFolder
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class Queue:
     def _run_one(self, cell: Cell, board: StatusBoard) -> Ended:
         began, folder = time.perf_counter(), RunFolder(cell.location)
         try:
-            summary = finished(folder)
+            summary = complete(folder)
             if summary is not None:
                 return Ended(cell, summary["final"]["eval_accuracy"], 0.0)
             executor = self._make(cell.recipe, board)
@@ -304,15 +305,28 @@ def compare(  # noqa: PLR0913 - a user names them
     factory, watch = factory or TorchFactory(), watch or (lambda standing: None)
     # One command at a time: another one would write the same tables.
     with owned(folder, Ticket.of_this_process(), wait=True, tell=say) as (folder, lease):
-        todo = [cell for cell in cells if finished(RunFolder(cell.location)) is None]
-        failed: dict[str, str] = {}
+        todo, failed = _begun(cells)
         if todo:
             run = _run_here if todo[0].recipe.runtime.executor == "local" else _run_on_ray
             ended = run(todo, factory, watch, address, lease.ticket)
-            failed = {each.cell.location: each.error for each in ended if each.error is not None}
+            failed |= {each.cell.location: each.error for each in ended if each.error is not None}
         comparison = Comparison.of(cells, failed, target)
         comparison.write(folder)
         return comparison
+
+
+def _begun(cells: Sequence[Cell]) -> tuple[list[Cell], dict[str, str]]:
+    """Return the cells that are to be run, and what ails those that cannot be, by location."""
+    todo: list[Cell] = []
+    failed: dict[str, str] = {}
+    for cell in cells:
+        try:
+            if complete(RunFolder(cell.location)) is None:
+                todo.append(cell)
+        except RunFolderError as error:
+            say(f"{_name(cell)} is left out: {error}")
+            failed[cell.location] = str(error)
+    return todo, failed
 
 
 def _run_here(

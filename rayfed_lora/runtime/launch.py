@@ -23,12 +23,13 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe
 from rayfed_lora.reporting.status import Status, StatusBoard
 from rayfed_lora.runtime import job_progress
+from rayfed_lora.runtime.claiming import claim, claimed, complete
 from rayfed_lora.runtime.factory import Factory, TorchFactory, in_process
 from rayfed_lora.runtime.local import LocalExecutor
 from rayfed_lora.runtime.location import run_location, with_absolute_paths
 from rayfed_lora.runtime.ownership import Lease, Ticket
 from rayfed_lora.runtime.ports import unreachable_cluster
-from rayfed_lora.runtime.session import claim, claimed, complete, simulate
+from rayfed_lora.runtime.session import simulate
 from rayfed_lora.runtime.token_file import keep_token_private
 from rayfed_lora.storage import RunFolder
 

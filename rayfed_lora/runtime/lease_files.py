@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +23,7 @@ from pyarrow import fs
 from rayfed_lora.errors import RayfedError
 from rayfed_lora.storage import RunFolder
 
-_NAME = re.compile(r"\.owner-(\d+)\.json")
+_NAME = re.compile(r"\.owner-([1-9][0-9]*)\.json")
 _GONE = {errno.ENOENT, errno.ESTALE}
 # How long a file is left alone before it is read back, where nothing better can be had.
 _SETTLE_S = 2.0
@@ -122,12 +123,11 @@ class MountedFiles:
 
     def read(self, number: int) -> bytes | None:
         """Return a file's content, None where it is gone."""
-        try:
-            return self._path(number).read_bytes()
-        except OSError as error:
-            if error.errno in _GONE:
-                return None
-            raise
+        handle = self._opened(number, os.O_RDONLY)
+        if handle is None:
+            return None
+        with os.fdopen(handle, "rb") as file:
+            return file.read()
 
     def create(self, number: int, content: bytes) -> bool:
         """Create a file; return False, and change nothing, where it is there."""
@@ -140,6 +140,10 @@ class MountedFiles:
             return False
         try:
             os.write(handle, content)
+        except OSError:
+            # The disk is full: an empty file would stand for an owner.
+            self.remove(number)
+            raise
         finally:
             os.close(handle)
         return True
@@ -156,12 +160,9 @@ class MountedFiles:
 
     def rewrite(self, number: int, old: bytes, new: bytes) -> bool:
         """Replace `old` by `new` in place: a file that another process removed stays away."""
-        try:
-            handle = os.open(self._path(number), os.O_RDWR)
-        except OSError as error:
-            if error.errno in _GONE:
-                return False
-            raise
+        handle = self._opened(number, os.O_RDWR)
+        if handle is None:
+            return False
         try:
             if os.read(handle, len(old) + 1) != old:
                 return False
@@ -170,6 +171,25 @@ class MountedFiles:
         finally:
             os.close(handle)
         return True
+
+    def _opened(self, number: int, flags: int) -> int | None:
+        """Open a regular file, None where it is gone.
+
+        Raises:
+            OSError: it is a link, a pipe, or anything else.
+        """
+        path = self._path(number)
+        try:
+            # Without O_NONBLOCK a pipe is waited for.
+            handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno in _GONE:
+                return None
+            raise
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise OSError(f"expected a regular file, {path} is none")
+        return handle
 
     def remove(self, number: int) -> None:
         """Remove a file if it is there."""

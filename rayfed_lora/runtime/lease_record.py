@@ -98,7 +98,9 @@ class Record:
 
 def who_is(record: Record | None) -> str:
     """Return the owner that a record names, for people."""
-    return "a process that does not tell its name" if record is None else record.who
+    if record is None:
+        return "an unknown process (its lease file is empty, half written or of another version)"
+    return record.who
 
 
 def seconds() -> float:

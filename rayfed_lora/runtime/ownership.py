@@ -24,6 +24,7 @@ from rayfed_lora.runtime.lease_files import (
     LeaseFiles,
     NoConditionalWritesError,
     PlainFiles,
+    file_name,
     lease_files,
 )
 from rayfed_lora.runtime.lease_record import PACE, Pace, Record, Ticket, Watch, seconds, who_is
@@ -47,6 +48,7 @@ class Lease:
         self._content = record.content()
         self._pace = pace
         self._lost: str | None = None
+        self._kept = False
         self._renewed = self._seen = seconds()
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -75,23 +77,29 @@ class Lease:
         """Check that this process still owns the folder: called before each write.
 
         Raises:
-            RunError: another process owns it, or the lease could not be renewed for too long.
+            RunError: another process owns it, or the lease cannot be read.
         """
         with self._lock:
-            if self._lost is None and seconds() - self._renewed > self._pace.stale_s / 2:
-                # This process was stopped or asleep, or the storage was: another one may be about
-                # to take the folder. It sees the counter move, or is done after a moment.
-                self._renew()
+            began = seconds()
+            while self._lost is None:
+                try:
+                    self._look()
+                    break
+                except OSError as error:
+                    if seconds() - began > self._pace.stale_s:
+                        raise RunError(
+                            f"run folder {self._location}: its lease cannot be read ({error});"
+                            " nothing more is saved"
+                        ) from error
                 time.sleep(self._pace.renew_s / 3)
-                self._seen = float("-inf")
-            if self._lost is None:
-                self._look()
             if self._lost is not None:
                 raise RunError(f"run folder {self._location}: {self._lost}; nothing more is saved")
 
     def release(self) -> None:
-        """Stop renewing and let the folder go, where it is still owned."""
+        """Stop renewing and let the folder go, where it is still owned; not after `keep`."""
         self._ended.set()
+        if self._kept:
+            return
         with self._lock, suppress(OSError):
             content = self._files.read(self._number)
             if content is not None and self._is_mine(content):
@@ -101,6 +109,7 @@ class Lease:
     def keep(self) -> None:
         """Stop renewing, and leave the lease to a process with the same ticket."""
         self._ended.set()
+        self._kept = True
 
     def handed_over(self) -> bool:
         """Return whether another process has taken the folder."""
@@ -110,35 +119,47 @@ class Lease:
 
     def _renew_often(self) -> None:
         while not self._ended.wait(self._pace.renew_s):
-            with self._lock:
-                if not self._ended.is_set() and self._lost is None:
+            # What storage answers later decides: a failure says nothing of the owner.
+            with self._lock, suppress(OSError):
+                if not self._ended.is_set() and self._lost is None and not self._is_orphan():
                     self._renew()
 
-    def _renew(self) -> None:
+    def _is_orphan(self) -> bool:
+        """Give the folder up, and return True, where the command that started the run is gone."""
         starter = self._record.starter
-        if starter is not None and is_alive(starter) is False:
-            self._lost = f"the command that started this run ({starter.pid}) is gone"
-            return
+        if starter is None or is_alive(starter) is not False:
+            return False
+        self._lost = f"the command that started this run ({starter.pid}) is gone"
+        return True
+
+    def _renew(self) -> None:
         record = replace(self._record, counter=self._record.counter + 1)
-        try:
-            if self._files.rewrite(self._number, self._content, record.content()):
-                self._record, self._content = record, record.content()
-                self._renewed = self._seen = seconds()
-            else:
-                # It may be a write whose answer was lost.
-                self._read()
-        except OSError as error:
-            self._age(error)
+        if self._files.rewrite(self._number, self._content, record.content()):
+            self._record, self._content = record, record.content()
+            self._renewed = self._seen = seconds()
+        else:
+            # It may be a write whose answer was lost.
+            self._read()
 
     def _look(self) -> None:
-        starter = self._record.starter
-        if starter is not None and is_alive(starter) is False:
-            self._lost = f"the command that started this run ({starter.pid}) is gone"
-        elif not self._files.remote or seconds() - self._seen > self._pace.renew_s / 3:
-            try:
+        """See whether the folder is still owned.
+
+        Raises:
+            OSError: that cannot be read, and another process may have taken it.
+        """
+        if self._is_orphan():
+            return
+        now = seconds()
+        if now - self._renewed > self._pace.stale_s / 2:
+            # This process was stopped or asleep, or the storage was: another one may be about to
+            # take the folder. It sees the counter move, or is done after a moment.
+            self._renew()
+            time.sleep(self._pace.renew_s / 3)
+            self._read()
+        elif not self._files.remote or now - self._seen > self._pace.renew_s / 3:
+            # A lease that was renewed not long ago is nobody else's yet.
+            with suppress(OSError):
                 self._read()
-            except OSError as error:
-                self._age(error)
 
     def _read(self) -> None:
         content = self._files.read(self._number)
@@ -147,14 +168,6 @@ class Lease:
             self._record = Record.read(content) or self._record
         else:
             self._lost = self._taken()
-
-    def _age(self, error: OSError) -> None:
-        unknown_s = seconds() - max(self._renewed, self._seen)
-        if unknown_s > self._pace.stale_s:
-            self._lost = (
-                f"its lease could not be renewed for {unknown_s:.0f} s, and another process may"
-                f" have taken it ({error})"
-            )
 
     def _is_mine(self, content: bytes) -> bool:
         found = Record.read(content)
@@ -220,11 +233,16 @@ def take(
 
 
 def _take(folder: RunFolder, files: LeaseFiles, ticket: Ticket, watch: Watch) -> Lease:
+    began = seconds()
     while True:
         numbers = files.numbers()
         before = files.read(numbers[-1]) if numbers else None
         if numbers and before is None:
-            continue  # released between the two looks
+            # Released between the two looks.
+            if seconds() - began > watch.pace.stale_s:
+                raise OSError(f"{file_name(numbers[-1])} is listed, but is not there")
+            time.sleep(watch.pace.renew_s / 6)
+            continue
         if before is not None:
             record = Record.read(before)
             right = record is not None and record.run == ticket.run

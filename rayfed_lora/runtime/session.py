@@ -8,17 +8,15 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import sys
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
 from rayfed_lora import checksums, seals
 from rayfed_lora.client_names import called
-from rayfed_lora.endpoints import unguarded
-from rayfed_lora.errors import ClientError, InterruptedRunError, RecipeError, RunFolderError
+from rayfed_lora.errors import ClientError, InterruptedRunError, RunFolderError
 from rayfed_lora.federation import checkpoints, restored
 from rayfed_lora.federation.checkpoints import CheckpointWriter, Snapshot
 from rayfed_lora.federation.evaluation import Scores
@@ -27,10 +25,9 @@ from rayfed_lora.federation.learning_rate import doubt
 from rayfed_lora.federation.progress import Progress, Timing
 from rayfed_lora.federation.server import Server
 from rayfed_lora.federation.transitions import GlobalModel
-from rayfed_lora.locations import child
 from rayfed_lora.lora.fingerprint import sha256
-from rayfed_lora.recipe import Recipe, Runtime
-from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
+from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe_loading import recipe_yaml
 from rayfed_lora.recipe_notes import unused
 from rayfed_lora.reporting.page import REPORT_FILE
 from rayfed_lora.reporting.report import report_html
@@ -40,164 +37,10 @@ from rayfed_lora.reporting.summary import client_summary, summary
 from rayfed_lora.reporting.tables import PARTITION_FILE, Tables, write_partition
 from rayfed_lora.reporting.trackers import trackers
 from rayfed_lora.reporting.tracking import Outcome, Tracker, Tracking, check_tracking
-from rayfed_lora.runtime.ownership import Lease, Ticket, owner_of, take
+from rayfed_lora.runtime.claiming import inspected
+from rayfed_lora.runtime.ownership import Ticket, take
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import ClientRecord, ClientTest, ClientUpdate, RoundPlan, RoundRecord
-
-# Where a run happens and is kept may differ between sittings; what it computes may not.
-_FREE_KEYS: Any = {
-    "storage": True,
-    "tracking": True,
-    "runtime": set(Runtime.model_fields) - {"cohort_size", "precision"},
-}
-
-
-def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
-    """Check that a run may use the folder; write nothing but a probe.
-
-    Raises:
-        RunFolderError: it holds a run and `resume` is false, or another run, or cannot be written.
-        BadInputError: what the recipe wants to tell of the run is not installed.
-    """
-    check_tracking(recipe)
-    check_content(folder, recipe, resume, owner_of(folder))
-    folder.check_writable()
-
-
-def check_content(
-    folder: RunFolder, recipe: Recipe, resume: bool, owner: str | None = None
-) -> None:
-    """Check that a run fits what the folder holds; write nothing.
-
-    Args:
-        folder: the run folder.
-        recipe: of the run.
-        resume: go on with a run that is there.
-        owner: the other process that owns the folder, for people.
-
-    Raises:
-        RunFolderError: it holds a run and `resume` is false, or another run, or other files.
-    """
-    kept = kept_recipe(folder) if resume else None
-    if kept is not None:
-        changed = differences(kept, recipe)
-        if changed:
-            raise RunFolderError(
-                f"run folder {folder.location} holds a run of another recipe; these keys differ:"
-                f" {', '.join(changed)}"
-            )
-    elif folder.exists("recipe.yaml"):
-        raise RunFolderError(
-            f"run folder {folder.location} holds a run already; go on with it by --resume,"
-            " or choose another --out"
-            if owner is None
-            else f"run folder {folder.location} holds a run, owned by {owner}: choose another --out"
-        )
-    else:
-        check_unused(folder)
-
-
-@contextmanager
-def claimed(folder: RunFolder, recipe: Recipe, resume: bool) -> Iterator[Lease]:
-    """Own a folder that was checked by `claim`, from before the run starts; check it once more.
-
-    The process that runs takes the folder over by the lease's ticket.
-
-    Raises:
-        RunFolderError: another process owns the folder, or has used it since.
-    """
-    lease = take(folder, Ticket.of_this_process(), wait=resume, tell=say)
-    try:
-        check_content(folder, recipe, resume)
-        yield lease
-    finally:
-        lease.release()
-
-
-def say(text: str) -> None:
-    """Tell the user a line before there is a status to tell it."""
-    print(f"rayfed-lora: {text}", file=sys.stderr, flush=True)
-
-
-def check_unused(folder: RunFolder) -> None:
-    """Check that a folder is new or empty, but for scratch files of a killed write.
-
-    Raises:
-        RunFolderError: it has other files in it.
-    """
-    # Scratch files of a killed write are nobody's.
-    if any(not name.startswith(".") for name in folder.names()):
-        raise RunFolderError(
-            f"run folder {folder.location}: expected a new or empty folder or one with a run,"
-            " it has other files in it"
-        )
-
-
-def kept_recipe(folder: RunFolder, endpoints: Collection[str] = ()) -> Recipe | None:
-    """Return the recipe of the run in a folder, None where there is no run.
-
-    Args:
-        folder: of the run.
-        endpoints: of object stores that the user has named, as for `load_recipe`.
-
-    Raises:
-        RunFolderError: it cannot be read.
-    """
-    if not folder.exists("recipe.yaml"):
-        return None
-    try:
-        raw = parse_yaml(folder.location, seals.text(folder, "recipe.yaml"))
-        if not isinstance(raw, Mapping):
-            raise ValueError(f"expected a mapping, got {type(raw).__name__}")
-        return load_recipe(raw, endpoints=endpoints)
-    except (OSError, ValueError, RecipeError) as error:
-        raise RunFolderError(
-            f"{child(folder.location, 'recipe.yaml')} cannot be read: {error}"
-        ) from None
-
-
-def differences(a: Recipe, b: Recipe) -> list[str]:
-    """Return the keys in which two recipes compute something else, sorted."""
-    return sorted(_differences(a.model_dump(exclude=_FREE_KEYS), b.model_dump(exclude=_FREE_KEYS)))
-
-
-def _differences(a: Any, b: Any, path: str = "") -> list[str]:
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        keys = dict.fromkeys([*a, *b])
-        return [
-            p for k in keys for p in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)
-        ]
-    if isinstance(a, str) and isinstance(b, str):
-        # With or without credentials, it is the same place.
-        a, b = unguarded(a), unguarded(b)
-    return [] if a == b else [path]
-
-
-def finished(folder: RunFolder) -> dict[str, Any] | None:
-    """Return the summary of a finished run, None where it is not finished.
-
-    Raises:
-        RunFolderError: it is damaged.
-    """
-    return checksums.summary(folder)
-
-
-def complete(folder: RunFolder) -> dict[str, Any] | None:
-    """Return the summary of a run that is finished and whole; None where there is work to do.
-
-    A finished run with damaged files is not complete: it goes on from its last checkpoint, which
-    writes the summary and the exported model again.
-
-    Raises:
-        RunFolderError: a damaged file cannot be written again.
-    """
-    faults = checksums.faults(folder)
-    if not faults:
-        return finished(folder)
-    lost = [text for name, text in faults.items() if not seals.is_remade(name)]
-    if lost or not folder.names("checkpoints"):
-        raise RunFolderError((lost or [*faults.values()])[0])
-    return None
 
 
 def simulate(  # noqa: PLR0913 - the callers name them
@@ -280,9 +123,6 @@ def sitting(  # noqa: PLR0913 - the callers name them
         RayfedError: whatever else ends a run; the last checkpoint is kept.
     """
     began = time.perf_counter()
-    done = complete(folder) if resume else None
-    if done is not None:
-        return done
     # Here too: the one who claimed the folder may be on another machine.
     check_tracking(recipe)
     try:
@@ -295,23 +135,24 @@ def sitting(  # noqa: PLR0913 - the callers name them
     outcome: Outcome = "failed"
     try:
         # Another process may have finished it while its lease was watched.
-        done = complete(folder) if resume else None
+        done, damaged = inspected(folder) if resume else (None, [])
         if done is not None:
             outcome = "done"
             return done
-        for file in checksums.faults(folder):
+        for file in damaged:
             board.note(
                 f"{file} is damaged or missing: it is written again from the last checkpoint"
             )
         population = executor.open()
-        _begin(folder, recipe, population, board)
+        stops = lease.or_lost(should_stop)
+        run = _Sitting(recipe, executor, folder, board, tracking, stops, population)
+        snapshot = run.accepted() if resume else None
+        _begin(folder, recipe, population, board, snapshot)
         for tracker in trackers(recipe, folder, name or folder.name):
             tracking.add(tracker)
         if lease.note is not None:
             board.note(lease.note)
-        stops = lease.or_lost(should_stop)
-        run = _Sitting(recipe, executor, folder, board, tracking, stops, population)
-        yield from run.rounds(began, resume)
+        yield from run.rounds(began, snapshot)
         summary = run.finish(began, page)
         outcome = "done"
         return summary
@@ -329,10 +170,16 @@ def sitting(  # noqa: PLR0913 - the callers name them
             lease.release()
 
 
-def _begin(folder: RunFolder, recipe: Recipe, population: Population, board: StatusBoard) -> None:
+def _begin(
+    folder: RunFolder,
+    recipe: Recipe,
+    population: Population,
+    board: StatusBoard,
+    snapshot: Snapshot | None,
+) -> None:
     """Write what the folder of a run begins with, where it is missing or damaged.
 
-    Called once the run is known to start: a run that is rejected leaves its folder as it was.
+    Called once data and checkpoint are accepted: a rejected run leaves its folder as it was.
     """
     if not folder.exists("recipe.yaml"):
         folder.write("recipe.yaml", seals.sealed_text(recipe_yaml(recipe)))
@@ -344,7 +191,7 @@ def _begin(folder: RunFolder, recipe: Recipe, population: Population, board: Sta
     if invalid and folder.exists(PARTITION_FILE):
         board.note(f"{PARTITION_FILE} had no valid checksum and is written again")
     # Without a checkpoint the run starts from the data as they are now.
-    if invalid or not folder.names("checkpoints"):
+    if invalid or snapshot is None:
         names = population.label_names, population.client_names
         write_partition(folder, *population.label_counts, *names)
 
@@ -418,8 +265,38 @@ class _Sitting:
         self._tables.add_notes(self._running, notes)
         self._notes_seen += len(notes)
 
-    def rounds(self, began: float, resume: bool) -> Generator[Tables, None, None]:
-        snapshot = checkpoints.newest(self._folder, self._board.note) if resume else None
+    def accepted(self) -> Snapshot | None:
+        """Return the checkpoint that the run goes on from, None where there is none.
+
+        Writes nothing.
+
+        Raises:
+            RunFolderError: the checkpoints are damaged, or do not belong to these data.
+        """
+        snapshot = checkpoints.newest(self._folder, self._board.note)
+        if snapshot is None:
+            return None
+        changed = restored.changed_data(snapshot, self._population)
+        if changed is not None:
+            raise RunFolderError(
+                f"cannot go on from the checkpoint of round {snapshot.rounds} in"
+                f" {self._folder.location}: {changed}; start anew with another --out"
+            )
+        with self._readable(snapshot):
+            restored.check(snapshot, self._recipe, self._population)
+        return snapshot
+
+    @contextmanager
+    def _readable(self, snapshot: Snapshot) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise RunFolderError(
+                f"cannot go on from the checkpoint of round {snapshot.rounds} in"
+                f" {self._folder.location}: {type(error).__name__}: {error}"
+            ) from error
+
+    def rounds(self, began: float, snapshot: Snapshot | None) -> Generator[Tables, None, None]:
         start = self._begun() if snapshot is None else self._gone_on(snapshot)
         self._tracking.resumed(self._tables.rounds)
         self._earlier = start.timing
@@ -532,23 +409,12 @@ class _Sitting:
         return self._server.fresh()
 
     def _gone_on(self, snapshot: Snapshot) -> Progress:
-        changed = restored.changed_data(snapshot, self._population)
-        if changed is not None:
-            raise RunFolderError(
-                f"cannot go on from the checkpoint of round {snapshot.rounds} in"
-                f" {self._folder.location}: {changed}; start anew with another --out"
-            )
-        try:
-            restored.check(snapshot, self._recipe, self._population)
+        with self._readable(snapshot):
             return self._restored(snapshot)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise RunFolderError(
-                f"cannot go on from the checkpoint of round {snapshot.rounds} in"
-                f" {self._folder.location}: {type(error).__name__}: {error}"
-            ) from error
 
     def _restored(self, snapshot: Snapshot) -> Progress:
         facts = snapshot.facts
+        checkpoints.remove_later(self._folder, snapshot.rounds)
         self._tables.restore(snapshot.rounds, facts.get("tables"))
         self._board.resumed(snapshot.rounds)
         if "tables" not in facts:

@@ -28,9 +28,14 @@ def keep_token_private() -> None:
         return
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return
-    path = Path.home() / ".ray" / "auth_token"
-    with suppress(FileExistsError):
+    try:
+        path = Path.home() / ".ray" / "auth_token"
         _make(path)
+        return
+    except FileExistsError:
+        pass
+    except (OSError, RuntimeError):
+        # No home that can be written: Ray says so where it needs one.
         return
     with suppress(OSError):
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -52,11 +57,22 @@ def _make(path: Path) -> None:
         raise FileExistsError(path)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    # As Ray's own: 256 bits.
+    token = secrets.token_hex(32)
     try:
-        with os.fdopen(handle, "w") as file:
-            # As Ray's own: 256 bits.
-            file.write(secrets.token_hex(32))
-        os.link(scratch, path)
+        _write(scratch, token)
+        try:
+            os.link(scratch, path)
+        except FileExistsError:
+            raise
+        except OSError:
+            # A filesystem without hard links.
+            _write(path, token)
     finally:
-        scratch.unlink()
+        scratch.unlink(missing_ok=True)
+
+
+def _write(path: Path, token: str) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w") as file:
+        file.write(token)

@@ -15,16 +15,16 @@ import pandas as pd
 import pyarrow as pa
 
 from rayfed_lora import seals
-from rayfed_lora.errors import BadInputError, RunError
+from rayfed_lora.errors import BadInputError, RunError, RunFolderError
 from rayfed_lora.locations import child
 from rayfed_lora.recipe import Recipe
-from rayfed_lora.reporting.checked import table
+from rayfed_lora.reporting.checked import CheckedFolder
 from rayfed_lora.reporting.csv_text import csv_bytes
 from rayfed_lora.reporting.page import REPORT_FILE
 from rayfed_lora.reporting.plots import write_front
 from rayfed_lora.reporting.search import TRIALS_FILE, read_search, search_html
 from rayfed_lora.reporting.tables import ROUNDS_FILE
-from rayfed_lora.runtime.session import finished
+from rayfed_lora.runtime.claiming import finished
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning import pareto
 from rayfed_lora.tuning.run_folders import CHANGES_FILE, measured
@@ -93,7 +93,7 @@ class SearchResult:
         valid = (trials["status"] == "finished").to_numpy() & np.isfinite(values).all(axis=1)
         done, values = np.flatnonzero(valid), values[valid]
         if len(done) == 0:
-            reasons = "\n".join(dict.fromkeys(t.error for t in tried if t.error))
+            reasons = "\n".join(trials["error"].dropna().unique())
             raise RunError(f"no trial of the search finished with {', '.join(names)}\n{reasons}")
         trials["on_front"] = False
         trials.loc[done[pareto.on_front(values, modes)], "on_front"] = True
@@ -103,13 +103,17 @@ class SearchResult:
         best = {name: str(trials.loc[done[place], "trial"]) for name, place in places.items()}
         return cls(location, trials, best)
 
-    def write(self, space: Space) -> None:
+    def write(self, space: Space, folder: RunFolder | None = None) -> None:
         """Write trials as Parquet and CSV, best recipes, the plot of the front, and the report.
+
+        Args:
+            space: of the search.
+            folder: of the search, as its owner writes it; None: `location`.
 
         Raises:
             RunError: the folder cannot be written.
         """
-        folder = RunFolder(self.location)
+        folder = folder or RunFolder(self.location)
         table = pa.Table.from_pandas(self.trials, preserve_index=False)
         seals.write_table(folder, TRIALS_FILE, table)
         folder.write("trials.csv", csv_bytes(self.trials))
@@ -141,32 +145,51 @@ class SearchResult:
 
 
 def _row(location: str, space: Space, recipe: Recipe, tried: Tried) -> dict[str, Any]:
-    folder = RunFolder(location)
-    summary = finished(folder)
+    summary: Mapping[str, Any] | None = None
+    final: Mapping[str, Any] = {}
+    error = tried.error
+    try:
+        summary, final = _outcome(RunFolder(location))
+    except (RunFolderError, OSError, ValueError, LookupError) as damage:
+        # One trial that cannot be read does not cost the others' table.
+        error = str(damage)
     status: Standing = "unfinished"
     if summary is not None:
         status = "finished"
-    elif tried.error is not None:
+    elif error is not None:
         status = "failed"
     elif tried.metrics.get("done"):
         status = "ended early"
     row: dict[str, Any] = {
         "trial": tried.trial,
         "status": status,
-        "error": tried.error if status == "failed" else None,
+        "error": error if status == "failed" else None,
         "location": location,
         **_settings(space, recipe, tried.draw),
     }
-    metrics = tried.metrics
-    if summary is not None:
-        # What Tune was told last may be of an earlier round, where a stop came between.
-        metrics = {**metrics, **measured(table(folder, ROUNDS_FILE))}
+    # What Tune was told last may be of an earlier round, where a stop came between.
+    metrics = {**tried.metrics, **final}
     row |= {name: metrics.get(name) for name in ("round", *METRICS, "warnings")}
     if summary is not None:
         row["best_accuracy"] = summary["best"]["eval_accuracy"]
         row["reduction_vs_fedavg"] = summary["communication"]["reduction_vs_fedavg"]
         row["wall_s"] = summary["timing"]["wall_s"]
     return row
+
+
+def _outcome(folder: RunFolder) -> tuple[Mapping[str, Any] | None, Mapping[str, Any]]:
+    """Return a trial's summary and last metrics, None and nothing where it has not finished.
+
+    Raises:
+        RunFolderError, OSError, ValueError, LookupError: a file that the tables need is damaged.
+    """
+    summary = finished(folder)
+    if summary is None:
+        return None, {}
+    files = CheckedFolder(folder)
+    # The best trial's is a result, too.
+    files.read("recipe.yaml")
+    return summary, measured(files.table(ROUNDS_FILE))
 
 
 def _settings(space: Space, recipe: Recipe, draw: Mapping[str, Any]) -> dict[str, Any]:

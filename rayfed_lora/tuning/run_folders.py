@@ -19,9 +19,9 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, recipe_yaml
 from rayfed_lora.reporting.summary import TESTED
 from rayfed_lora.reporting.trackers import EVENTS_FOLDER, TRACKING_FILE
-from rayfed_lora.runtime.session import kept_recipe
+from rayfed_lora.runtime.claiming import kept_recipe
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.tuning.space import Space, continued
+from rayfed_lora.tuning.space import Space, continued, trial_recipe
 
 CHANGES_FILE = "changes.json"
 _NOT_COPIED = {TRACKING_FILE, EVENTS_FOLDER, "wandb"}
@@ -59,6 +59,20 @@ def copied(source: RunFolder, to: RunFolder, folder: str = "") -> None:
             copied(source, to, path)
         elif not name.startswith("."):
             to.write(path, source.read(path))
+
+
+def begun_or_drawn(
+    folder: RunFolder, space: Space, recipe: Recipe, draw: Mapping[str, Any]
+) -> Recipe:
+    """Return the recipe of the run that a trial's folder holds, or of its draw where there is none.
+
+    Raises:
+        RunFolderError: the folder's recipe cannot be read.
+        RecipeError: the drawn values do not go together.
+    """
+    # Endpoints that the search's user has named are the trials' own, too.
+    kept = kept_recipe(folder, named_in(recipe.model_dump()))
+    return trial_recipe(space, recipe, draw) if kept is None else kept
 
 
 def adopt(folder: RunFolder, space: Space, recipe: Recipe, draw: Mapping[str, Any]) -> None:

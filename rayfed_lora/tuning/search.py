@@ -29,11 +29,11 @@ from rayfed_lora.recipe_notes import given_way_in_search, unused
 from rayfed_lora.reporting.search import SEARCH_FILE, SearchNews, Watch
 from rayfed_lora.reporting.tracking import check_tracking
 from rayfed_lora.runtime import launch
+from rayfed_lora.runtime.claiming import check_unused, differences, say
 from rayfed_lora.runtime.factory import Factory, TorchFactory
 from rayfed_lora.runtime.location import run_location, with_absolute_paths
 from rayfed_lora.runtime.ownership import Ticket, owned
 from rayfed_lora.runtime.placement import Layout, Node, layout, nodes_of
-from rayfed_lora.runtime.session import check_unused, differences, say
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.space import Space, check_objectives, load_space
 
@@ -260,20 +260,20 @@ class _Job:
         if not stopped.is_set():
             if len(tried) < trials:
                 raise RunError(f"Tune ended after {len(tried)} of {trials} trials; try --resume")
-            return self._written(tried)
+            return self._written(folder, tried)
         with suppress(RayfedError):
             # Of what is done; nothing may be.
-            self._written(tried)
+            self._written(folder, tried)
         raise InterruptedRunError(
             "stopped; finished trials and the rounds of others are kept; go on with --resume"
             f" --out {shlex.quote(self._location)}"
         )
 
-    def _written(self, tried: Sequence[Tried]) -> SearchResult:
+    def _written(self, folder: RunFolder, tried: Sequence[Tried]) -> SearchResult:
         from rayfed_lora.tuning.results import SearchResult
 
         result = SearchResult.of(self._location, self._space, self._recipe, tried)
-        result.write(self._space)
+        result.write(self._space, folder)
         return result
 
     def _tell(self, warning: str) -> None:

@@ -24,11 +24,11 @@ from rayfed_lora.runtime.metrics import run_metrics
 from rayfed_lora.runtime.ownership import Ticket, owned
 from rayfed_lora.runtime.placement import Layout
 from rayfed_lora.runtime.ray_executor import RayExecutor
-from rayfed_lora.runtime.session import kept_recipe, sitting
+from rayfed_lora.runtime.session import sitting
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.drawing import DRAW
-from rayfed_lora.tuning.run_folders import adopt, copied, measured
-from rayfed_lora.tuning.space import Space, trial_recipe
+from rayfed_lora.tuning.run_folders import adopt, begun_or_drawn, copied, measured
+from rayfed_lora.tuning.space import Space
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
                 f"{shared.location}: expected --out on storage that all nodes share; a trial does"
                 " not see it"
             )
-        recipe = kept_recipe(folder) or trial_recipe(shared.space, shared.recipe, self._draw)
+        recipe = begun_or_drawn(folder, shared.space, shared.recipe, self._draw)
         if self._crew is not None and not self._crew.wait(recipe.runtime.start_timeout_s):
             self._crew = None
         if self._crew is None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,8 +24,9 @@ from rayfed_lora.exporting import export_run
 from rayfed_lora.reporting import trackers
 from rayfed_lora.reporting.run_data import read_run
 from rayfed_lora.reporting.status import StatusBoard
+from rayfed_lora.runtime.claiming import complete, kept_recipe
 from rayfed_lora.runtime.launch import Result
-from rayfed_lora.runtime.session import complete, kept_recipe, sitting
+from rayfed_lora.runtime.session import sitting
 from rayfed_lora.storage import RunFolder
 from tests.fakes import Behaviour, local_executor, make_recipe
 from tests.property.test_hostile_checkpoints import damage
@@ -195,6 +197,10 @@ def test_whatever_reads_a_finished_run_rejects_damage_by_the_files_name(
         replace_file(folder, name, content)
         if name == "recipe.yaml" and content is None:
             continue
+        if name == "summary.json" and content is None:
+            # As a kill between list and summary leaves it.
+            assert complete(folder) is None
+            continue
         for read in reading(name, folder, tmp_path / f"to-{i}"):
             with pytest.raises(RunFolderError, match=f"{name} is damaged"):
                 read()
@@ -222,8 +228,25 @@ def test_without_checkpoints_a_damaged_summary_is_not_replaced_by_a_new_run(
     folder = unpacked(files_of(None), tmp_path)
     folder.write("summary.json", b"{}")
     folder.remove("checkpoints")
-    with pytest.raises(RunFolderError, match=r"summary\.json is damaged"):
+    with pytest.raises(RunFolderError, match=r"summary\.json is damaged: .*; restore it from"):
         go_on(folder)
+
+
+def test_a_run_killed_in_its_first_save_is_said_to_begin_anew(tmp_path: Path) -> None:
+    files = {name: content for name, content in files_of(3).items() if "/" not in name}
+    folder = unpacked(files, tmp_path)
+    folder.remove("clients.parquet")
+    with pytest.raises(RunFolderError, match=r"clients\.parquet is damaged: .* begins anew"):
+        read_run(folder)
+    go_on(folder)
+    assert same(outcome(folder), undamaged())
+
+
+def test_a_recipe_with_a_comment_of_the_users_own_is_read_as_it_is(tmp_path: Path) -> None:
+    folder = unpacked(files_of(3), tmp_path)
+    text = seals.text(folder, "recipe.yaml")
+    folder.write("recipe.yaml", f"# from the paper\n{text}".encode())
+    assert kept_recipe(folder) == RECIPE
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no sha256sum here")
@@ -265,6 +288,50 @@ def test_a_newer_damaged_checkpoint_leaves_its_tables_to_the_older_one(tmp_path:
     folder.write("checkpoints/round-000003/state.safetensors", b"")
     go_on(folder)
     assert same(outcome(folder), undamaged())
+
+
+def test_tables_cut_back_to_an_older_checkpoint_are_not_taken_for_damage(tmp_path: Path) -> None:
+    folder = unpacked(files_of(3), tmp_path)
+    folder.write("checkpoints/round-000003/state.safetensors", b"")
+    recipe, board = RECIPE, StatusBoard(6)
+
+    class Killed(BaseException):
+        """Stands for SIGKILL, before another round is saved."""
+
+    def stop() -> bool:
+        raise Killed
+
+    going = sitting(recipe, local_executor(recipe, FAILING), folder, board, stop, resume=True)
+    with pytest.raises(Killed):
+        next(going)
+    rows = pq.read_metadata(tmp_path / "clients.parquet").num_rows
+    assert rows < len(pd.read_parquet(BytesIO(files_of(3)["clients.parquet"])))
+    assert read_run(folder).failed > 0
+    go_on(folder)
+    assert same(outcome(folder), undamaged())
+
+
+@pytest.mark.parametrize("withdrawn", [False, True])
+def test_a_run_read_between_the_writes_of_list_and_summary_is_an_unfinished_one(
+    withdrawn: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = unpacked(files_of(None), tmp_path / "run")
+    if withdrawn:
+        seen: list[Any] = []
+        remove = RunFolder.remove
+
+        def looked(self: RunFolder, name: str) -> None:
+            remove(self, name)
+            seen.append(read_run(RunFolder(folder.location)).summary)
+
+        monkeypatch.setattr(RunFolder, "remove", looked)
+        checksums.withdraw(folder)
+        assert seen == [None, None]
+    else:
+        folder.remove("summary.json")
+        assert read_run(folder).summary is None
+    with pytest.raises(RunFolderError, match="expected the folder of a finished run"):
+        list(export_run(folder.location, tmp_path / "to", merge=False))
 
 
 def as_older_versions_wrote(folder: RunFolder) -> None:

@@ -162,6 +162,40 @@ def test_more_methods_and_seeds_can_be_added_later(tmp_path):
     assert len(comparison.runs) == 4
 
 
+@pytest.mark.parametrize("name", ["partition.parquet", "summary.json", "adapter/fake.json"])
+def test_damaged_files_of_a_finished_run_are_written_again(name, tmp_path):
+    one = lambda: compare(RECIPE, METHODS[:2], str(tmp_path), factory=FakeFactory())  # noqa: E731
+    expected = one()
+    path = tmp_path / METHODS[1] / "seed-0" / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    again = one()
+    assert again.runs["error"].isna().all()
+    assert again.runs["adapter_sha256"].tolist() == expected.runs["adapter_sha256"].tolist()
+    assert name == "summary.json" or path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["rounds.parquet", "clients.parquet"])
+def test_a_run_with_a_lost_table_is_named_first_and_the_others_get_theirs(name, tmp_path, capsys):
+    compare(RECIPE, METHODS[:2], str(tmp_path), factory=FakeFactory())
+    path = tmp_path / METHODS[0] / "seed-0" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    told: list[str] = []
+
+    def watch(standing: Standing) -> None:
+        told.append(capsys.readouterr().err)
+
+    again = compare(RECIPE, METHODS, str(tmp_path), factory=FakeFactory(), watch=watch)
+    # Before the new method is trained.
+    assert f"{METHODS[0]}/seed-0 is left out:" in told[0]
+    assert f"{name} is damaged" in told[0]
+    errors = again.runs.set_index("method")["error"]
+    assert f"{name} is damaged" in errors[METHODS[0]]
+    assert errors[METHODS[1:]].isna().all()
+    assert pd.read_parquet(tmp_path / "methods.parquet")["method"].tolist() == METHODS[1:]
+    assert f"{name} is damaged" in (tmp_path / "report.html").read_text()
+
+
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
     factory = FakeFactory(Behaviour(failing=every_round(*range(6))))
     with pytest.raises(RunError, match="no run of the comparison finished") as raised:

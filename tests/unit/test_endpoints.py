@@ -10,15 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 
 import rayfed_lora
+from rayfed_lora import seals
 from rayfed_lora.data.sources import read_file
 from rayfed_lora.endpoints import endpoint, guarded, own_endpoints, unguarded
 from rayfed_lora.errors import DataError, RecipeError, RunFolderError
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
 from rayfed_lora.recipe_notes import unused
+from rayfed_lora.runtime.claiming import differences
 from rayfed_lora.runtime.jobs import Jobs
-from rayfed_lora.runtime.session import differences
 from rayfed_lora.storage import RunFolder
+from rayfed_lora.tuning.run_folders import begun_or_drawn
 from rayfed_lora.tuning.space import Space, trial_recipe
 from tests.fake_jobs import FakeClient
 from tests.fakes import RECIPE, FakeFactory
@@ -249,3 +251,32 @@ def test_an_option_that_a_uri_has_twice_is_refused_by_recipes_and_by_what_opens_
         read_file(location, ())
     with pytest.raises(RunFolderError, match="expected each option of a URI once"):
         RunFolder(location)
+
+
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"])
+def test_a_scheme_alone_names_no_server_where_the_environment_names_one(monkeypatch, name):
+    location = "s3://bucket/a?scheme=http"
+    assert guarded(location, ()) == f"{location}&anonymous=true"
+    monkeypatch.setenv(name, "http://minio:9000")
+    assert guarded(location, ()) == location
+    other = "s3://bucket/a?scheme=http&endpoint_override=evil:9000"
+    assert guarded(other, ()) == f"{other}&anonymous=true"
+
+
+def test_a_trial_that_goes_on_has_the_credentials_that_its_search_was_given(tmp_path):
+    source = "s3://bucket/rows.csv?endpoint_override=minio:9000"
+    recipe = load_recipe(RECIPE, {"data.source": source})
+    assert recipe.data.source == source
+    space = Space.model_validate(
+        {
+            "parameters": {"annealing.cooling.rank": {"choice": [1, 2]}},
+            "samples": 1,
+            "objectives": {"eval_accuracy": "max"},
+        }
+    )
+    draw = {"annealing.cooling.rank": 1}
+    folder = RunFolder(tmp_path)
+    drawn = begun_or_drawn(folder, space, recipe, draw)
+    folder.write("recipe.yaml", seals.sealed_text(recipe_yaml(drawn)))
+    kept = begun_or_drawn(folder, space, recipe, draw)
+    assert kept.data.source == drawn.data.source == source

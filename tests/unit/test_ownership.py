@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -107,7 +108,7 @@ def test_of_many_that_start_together_one_gets_the_folder(folder, leases):
     assert len(refused) == 7
     named = [each for each in refused if f"owned by process {os.getpid()} on host" in each]
     # A lease file that is being written does not tell yet.
-    assert len(named) + sum("does not tell its name" in each for each in refused) == 7
+    assert len(named) + sum("an unknown process" in each for each in refused) == 7
 
 
 def test_of_many_that_take_over_from_one_dead_owner_one_gets_the_folder(folder, leases):
@@ -193,7 +194,7 @@ def test_who_waits_beside_a_live_owner_is_refused_once_the_counter_has_moved(fol
 
 def test_a_lease_that_cannot_be_read_is_judged_by_standing_still(here, leases):
     here.write(".owner-3.json", b"{")
-    with pytest.raises(RunFolderError, match="does not tell its name"):
+    with pytest.raises(RunFolderError, match="an unknown process"):
         take(here, pace=QUICK)
     leases.append(take(here, wait=True, pace=QUICK))
     assert here.names() == [".owner-4.json"]
@@ -326,15 +327,70 @@ def test_a_former_owner_is_not_taken_for_a_later_one_of_the_same_number(here):
     other.release()
 
 
-def test_storage_that_fails_for_a_moment_costs_no_run_and_for_long_ends_it(bucket):
-    lease = take(RunFolder(bucket.uri("runs/a")), pace=Pace(0.1, 1.5))
+def test_an_outage_that_is_over_costs_no_run_however_long_it_was(bucket, leases):
+    leases.append(take(RunFolder(bucket.uri("runs/a")), pace=Pace(0.1, 1.0)))
     with bucket.store.refusing(lambda method, url: "owner" in url):
         time.sleep(0.3)
+        leases[0].check()
+        time.sleep(2.5)
+        assert not leases[0].lost
+    leases[0].check()
+    assert not leases[0].lost
+
+
+def test_a_write_after_a_long_outage_waits_until_the_lease_can_be_read(bucket, leases):
+    leases.append(take(RunFolder(bucket.uri("runs/a")), pace=Pace(0.1, 20.0)))
+    lease = leases[0]
+    over = threading.Event()
+    with bucket.store.refusing(lambda method, url: "owner" in url and not over.is_set()):
+        lease._renewed -= 15.0
+        threading.Timer(2.0, over.set).start()
         lease.check()
-        until(lambda: lease.lost)
-        with pytest.raises(RunError, match=r"could not be renewed for \d s"):
+    assert over.is_set()
+
+
+def test_a_write_whose_lease_cannot_be_read_at_all_is_refused(bucket):
+    lease = take(RunFolder(bucket.uri("runs/a")), pace=Pace(0.1, 1.0))
+    with bucket.store.refusing(lambda method, url: "owner" in url):
+        time.sleep(1.0)
+        with pytest.raises(RunError, match=r"its lease cannot be read .* nothing more is saved"):
             lease.check()
     lease.release()
+    assert bucket.keys("runs") == []
+
+
+def test_a_folder_that_was_taken_during_an_outage_of_its_owner_is_lost(here, leases, monkeypatch):
+    lease = take(here, Ticket("a run"), pace=Pace(0.1, 2.0))
+    out = threading.Event()
+    real = MountedFiles.read
+
+    def read(self: MountedFiles, number: int) -> bytes | None:
+        if self is lease._files and not out.is_set():
+            raise OSError("no route to host")
+        return real(self, number)
+
+    def rewrite(self: MountedFiles, number: int, old: bytes, new: bytes) -> bool:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(MountedFiles, "read", read)
+    monkeypatch.setattr(lease._files, "rewrite", rewrite.__get__(lease._files))
+    leases.append(take(here, Ticket("a run"), pace=PATIENT))
+    time.sleep(1.2)
+    assert not lease.lost
+    out.set()
+    monkeypatch.undo()
+    with pytest.raises(RunError, match="has lost it to process"):
+        lease.check()
+    leases[0].check()
+
+
+def test_a_kept_lease_stays_for_the_process_that_takes_it_over(folder, leases):
+    lease = take(folder, Ticket("a run"), pace=PATIENT)
+    lease.keep()
+    lease.release()
+    assert folder.names() == [".owner-1.json"]
+    leases.append(take(folder, Ticket("a run"), pace=PATIENT))
+    assert folder.names() == [".owner-2.json"]
 
 
 STOPPED = """\
@@ -410,6 +466,47 @@ def test_a_folder_that_cannot_be_made_is_a_run_folder_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="can be read and written"):
         take(RunFolder(tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "folder"])
+def test_what_is_no_lease_file_under_the_name_of_one_is_named_and_not_waited_for(here, kind):
+    here.write("x", b"{}")
+    path = here.local / ".owner-1.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("x" if kind == "link" else "nowhere")
+    assert owner_of(here) is None
+    with pytest.raises(RunFolderError, match=r"can be read and written; .*\.owner-1\.json"):
+        take(here, pace=PATIENT)
+
+
+def test_a_lease_file_that_is_listed_and_never_there_ends_the_wait(here, monkeypatch):
+    monkeypatch.setattr(MountedFiles, "numbers", lambda self: [3])
+    with pytest.raises(RunFolderError, match=r"\.owner-3\.json is listed, but is not there"):
+        take(here, pace=QUICK)
+
+
+def test_a_full_disk_leaves_no_lease_file(here, monkeypatch):
+    here.write("x", b"")
+
+    def full(*args: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(RunFolderError, match="No space left"):
+            take(here, pace=QUICK)
+    assert here.names() == ["x"]
+
+
+@pytest.mark.parametrize("name", [".owner-01.json", ".owner-0.json", ".owner-1.json.x"])
+def test_other_names_are_no_lease_files(here, leases, name):
+    here.write(name, b"{}")
+    leases.append(take(here, pace=PATIENT))
+    assert here.names() == sorted([name, ".owner-1.json"])
 
 
 # --- processes ----------------------------------------------------------------------------------

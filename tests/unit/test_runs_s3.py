@@ -15,8 +15,9 @@ from rayfed_lora.errors import RunError, RunFolderError
 from rayfed_lora.exporting import export_run
 from rayfed_lora.recipe import Recipe
 from rayfed_lora.reporting.status import StatusBoard
+from rayfed_lora.runtime.claiming import claim
 from rayfed_lora.runtime.comparison import compare
-from rayfed_lora.runtime.session import claim, simulate
+from rayfed_lora.runtime.session import simulate
 from rayfed_lora.storage import RunFolder
 from tests.fakes import RECIPE, FakeFactory, Killed, KilledExecutor, local_executor, make_recipe
 

@@ -124,6 +124,29 @@ def test_a_finished_trial_is_what_its_folder_says(found, tmp_path):
     assert (row["round"], row["total_bytes"]) == (6, before["total_bytes"])
 
 
+@pytest.mark.parametrize("name", ["rounds.parquet", "summary.json", "recipe.yaml"])
+def test_a_damaged_finished_trial_is_named_in_the_table_and_costs_no_other(found, tmp_path, name):
+    path = tmp_path / "trials" / "b" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    trials = [Tried(trial, {}, dict(found.trials.iloc[i])) for i, trial in enumerate("ab")]
+    result = SearchResult.of(str(tmp_path), SPACE, make_recipe(), trials)
+    result.write(SPACE)
+    rows = result.trials.set_index("trial")
+    assert rows["status"].to_dict() == {"a": "finished", "b": "failed"}
+    assert f"{name} is damaged" in rows.loc["b", "error"]
+    assert set(result.best.values()) == {"a"}
+    with pytest.raises(RunError, match="is damaged"):
+        SearchResult.of(str(tmp_path), SPACE, make_recipe(), trials[1:])
+
+
+def test_the_tables_are_written_into_the_folder_as_its_owner_writes_it(found, tmp_path):
+    def lost() -> None:
+        raise RunError("has lost it")
+
+    with pytest.raises(RunError, match="has lost it"):
+        found.write(SPACE, RunFolder(tmp_path).guarded(lost))
+
+
 def test_the_tables_are_kept_and_best_recipes_say_what_they_are(found, tmp_path):
     kept = pd.read_parquet(tmp_path / "trials.parquet")
     assert kept["status"].tolist() == found.trials["status"].tolist()

@@ -24,7 +24,8 @@ from rayfed_lora.recipe import Recipe
 from rayfed_lora.recipe_loading import load_recipe, recipe_yaml
 from rayfed_lora.reporting.status import Status, StatusBoard
 from rayfed_lora.runtime import launch
-from rayfed_lora.runtime.session import claim, finished, simulate
+from rayfed_lora.runtime.claiming import claim, finished
+from rayfed_lora.runtime.session import simulate
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import LocalPlan
 from tests.fakes import Behaviour, Killed, KilledExecutor, every_round, local_executor, make_recipe

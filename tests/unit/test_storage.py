@@ -247,3 +247,20 @@ def test_what_cannot_be_written_on_another_filesystem_is_a_run_error(elsewhere):
 def test_a_uri_with_a_fragment_is_refused_since_names_after_it_would_be_lost():
     with pytest.raises(RunFolderError, match="without '#'"):
         RunFolder("s3://bucket/comparison#1/fedavg/seed-0")
+
+
+def test_what_another_process_removes_in_between_is_removed(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    for name in ("file", "folder/file"):
+        folder.write(name, b"")
+    real = RunFolder._info
+
+    def seen(self, name):
+        info = real(self, name)
+        RunFolder(tmp_path)._fs.move(info.path, f"{info.path}-removed")
+        return info
+
+    monkeypatch.setattr(RunFolder, "_info", seen)
+    for name in ("file", "folder"):
+        folder.remove(name)
+    assert folder.names() == ["file-removed", "folder-removed"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -74,6 +75,29 @@ def test_a_link_is_left_alone(path, tmp_path):
     path.symlink_to(tmp_path / "shared")
     keep_token_private()
     assert mode(tmp_path / "shared") == 0o644
+
+
+def test_without_hard_links_the_token_is_made_all_the_same(path, monkeypatch):
+    def refuse(*args: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    before = os.umask(0)
+    try:
+        keep_token_private()
+    finally:
+        os.umask(before)
+    assert mode(path) == 0o600 and len(path.read_text()) == 64
+    assert os.listdir(path.parent) == ["auth_token"]
+
+
+@pytest.mark.parametrize("home", ["file", "proc"])
+def test_a_home_that_cannot_be_written_is_left_to_ray(path, tmp_path, monkeypatch, home):
+    (tmp_path / "file").write_text("")
+    # Nothing can be made below either, whoever asks.
+    monkeypatch.setenv("HOME", str(tmp_path / "file") if home == "file" else "/proc/self")
+    keep_token_private()
+    assert not path.exists()
 
 
 def test_ray_takes_that_token(path):

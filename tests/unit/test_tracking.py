@@ -14,7 +14,8 @@ from rayfed_lora.reporting.checked import table
 from rayfed_lora.reporting.status import StatusBoard
 from rayfed_lora.reporting.trackers import TensorBoard
 from rayfed_lora.reporting.tracking import check_tracking
-from rayfed_lora.runtime.session import claim, simulate
+from rayfed_lora.runtime.claiming import claim
+from rayfed_lora.runtime.session import simulate
 from rayfed_lora.storage import RunFolder
 from tests.fakes import local_executor, make_recipe
 
