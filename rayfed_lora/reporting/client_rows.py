@@ -77,8 +77,6 @@ class ClientRows:
         self._name = name
         self._schema = schema
         self._client_names = client_names
-        # Versions without checksums wrote no names.
-        self._nameless = schema
         if client_names is not None:
             self._schema = schema.append(pa.field(CLIENT_NAME, pa.string()))
         self._waiting: list[pa.Table] = []
@@ -170,8 +168,7 @@ class ClientRows:
             seals.opened(self._folder, self._name, sealed=self._sealed) as source,
         ):
             old = pq.ParquetFile(source)
-            known = (self._schema,) if self._sealed else (self._schema, self._nameless)
-            if old.schema_arrow not in known:
+            if old.schema_arrow != self._schema:
                 raise ValueError(
                     f"expected columns {self._schema.names}, got {old.schema_arrow.names}"
                 )
@@ -187,19 +184,9 @@ class ClientRows:
                 )
             if max(found, default=0) >= rounds or not seals.has_seal(source):
                 first = pc.field("round") < rounds
-                groups = (
-                    self._named(old.read_row_group(i).filter(first))
-                    for i in range(old.num_row_groups)
-                )
+                groups = (old.read_row_group(i).filter(first) for i in range(old.num_row_groups))
                 self._write(groups, self._schema.empty_table())
         return len({t for t in found if t < rounds})
-
-    def _named(self, rows: pa.Table) -> pa.Table:
-        """Return rows with the names of their clients, where the schema has them."""
-        if rows.schema == self._schema or self._client_names is None:
-            return rows
-        names = [self._client_names[client] for client in rows["client"].to_pylist()]
-        return rows.append_column(CLIENT_NAME, pa.array(names, pa.string()))
 
     def _write(self, groups: Iterator[pa.Table], new: pa.Table) -> None:
         """Write row groups and what comes after them; all but the last have the same size."""
@@ -226,5 +213,5 @@ def readable(folder: RunFolder, name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, LookupError) as error:
+    except (OSError, ValueError) as error:
         raise RunFolderError(f"cannot go on from {child(folder.location, name)}: {error}") from None
