@@ -219,7 +219,7 @@ def write(name: str, path: str) -> None:
     for split, examples in (("train", data.train), ("test", data.test)):
         arrays |= {f"{split}|{key}": values for key, values in examples.inputs.items()}
         arrays[f"{split}|labels"] = examples.labels
-    arrays |= {f"base|{key}": values for key, values in base.items()}
+    arrays |= {f"base|{key}": values for key, values in base.arrays.items()}
     arrays |= {f"head|{key}": values for key, values in state.dense.items()}
     for module, factors in state.factors.items():
         arrays |= {f"lora_A|{module}": factors.a, f"lora_B|{module}": factors.b}

@@ -139,7 +139,7 @@ def test_tables_of_a_comparison_are_neutral(tmp_path, monkeypatch):
     runs = pd.DataFrame({"method": [evil], "seed": [-1], "error": [evil]})
     from rayfed_lora.reporting import comparison
 
-    monkeypatch.setattr(comparison, "read_runs", lambda locations: [])
+    monkeypatch.setattr(comparison, "read_runs", lambda locations, own: [])
     monkeypatch.setattr(comparison, "read_failed", lambda locations: [])
     monkeypatch.setattr(comparison, "write_plots", lambda *given: None)
     monkeypatch.setattr(comparison, "accuracies_of_clients", lambda runs: {})
