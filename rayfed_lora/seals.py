@@ -16,7 +16,7 @@ import hashlib
 import io
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 import pyarrow as pa
@@ -46,10 +46,12 @@ def is_remade(folder: RunFolder, name: str) -> bool:
 def damaged(folder: RunFolder, name: str, reason: str) -> RunFolderError:
     """Return the error of a file that is not as it was written: what is wrong, and what to do."""
     do = "restore it from a copy, or run anew in another folder"
-    if is_remade(folder, name):
-        do = "a run with --resume writes it again from the last checkpoint"
-    elif name.endswith(".parquet") and _is_begun(folder):
-        do = "a run with --resume begins anew: it has no checkpoint yet"
+    # Of a folder that is not read beyond its links, nothing better is known.
+    with suppress(RunFolderError):
+        if is_remade(folder, name):
+            do = "a run with --resume writes it again from the last checkpoint"
+        elif name.endswith(".parquet") and _is_begun(folder):
+            do = "a run with --resume begins anew: it has no checkpoint yet"
     return RunFolderError(f"{child(folder.location, name)} is damaged: {reason}; {do}")
 
 

@@ -323,6 +323,9 @@ def _s3(bucket: str, query: str, endpoint: str | None) -> fs.S3FileSystem:
         options[_ANONYMOUS] = options[_ANONYMOUS] == "true"
     if not _REGION.fullmatch(options.get("region", "")):
         raise ValueError(f"expected a region such as eu-central-1, got {options['region']!r}")
+    if not options.get("endpoint_override"):
+        # An empty one names no server, for pyarrow and for `endpoints.endpoint`.
+        options.pop("endpoint_override", None)
     if endpoint and "endpoint_override" not in options:
         url = urlsplit(endpoint)
         options |= {"endpoint_override": url.netloc, "scheme": url.scheme}

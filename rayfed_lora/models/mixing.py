@@ -105,6 +105,10 @@ def drops(net: nn.Module) -> bool:
     return any(rate > 0 for rate in modules) or (config is not None and _rated(config.to_dict()))
 
 
+# What a configuration says of classes, whose names are the data's.
+_OF_CLASSES = ("id2label", "label2id")
+
+
 def _rated(value: Any, *, named: bool = False) -> bool:
     """Return whether a rate of dropout is above 0 in a configuration, or in a part of it.
 
@@ -113,7 +117,11 @@ def _rated(value: Any, *, named: bool = False) -> bool:
         named: whether it is under a name of dropout.
     """
     if isinstance(value, Mapping):
-        return any(_rated(part, named=named or "drop" in str(key)) for key, part in value.items())
+        return any(
+            _rated(part, named=named or "drop" in str(key))
+            for key, part in value.items()
+            if key not in _OF_CLASSES
+        )
     if isinstance(value, (list, tuple)):
         return any(_rated(part, named=named) for part in value)
     return named and isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0

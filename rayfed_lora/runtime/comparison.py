@@ -324,7 +324,10 @@ def _begun(cells: Sequence[Cell]) -> tuple[list[Cell], dict[str, str]]:
             if complete(RunFolder(cell.location)) is None:
                 todo.append(cell)
         except RunFolderError as error:
-            say(f"{_name(cell)} is left out: {error}")
+            say(
+                f"{_name(cell)} is left out: {error} (here: delete {cell.location} and compare"
+                " again)"
+            )
             failed[cell.location] = str(error)
     return todo, failed
 

@@ -244,6 +244,7 @@ def _take(folder: RunFolder, files: LeaseFiles, ticket: Ticket, watch: Watch) ->
             time.sleep(watch.pace.renew_s / 6)
             continue
         if before is not None:
+            began = seconds()
             record = Record.read(before)
             right = record is not None and record.run == ticket.run
             dead = record is not None and is_alive(record.owner) is False

@@ -74,5 +74,10 @@ def _make(path: Path) -> None:
 
 def _write(path: Path, token: str) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "w") as file:
-        file.write(token)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(token)
+    except OSError:
+        # An empty file would be taken for a token.
+        path.unlink(missing_ok=True)
+        raise

@@ -29,6 +29,8 @@ from rayfed_lora.types import ModelShape
 _EXAMPLES = 3
 # Tokens of the longest of them, and how many a text keeps at least.
 _LONGEST, _SHORTEST = 64, 8
+# What BigBird's kind calls attention of which the pattern depends on the length.
+_BLOCKS = "block_sparse"
 # Values of a model that a plan draws in half a second.
 _MOST_DRAWN = 30_000_000
 _SPECIAL = ("pad", "bos", "eos", "cls", "sep", "mask", "unk")
@@ -37,8 +39,9 @@ _SPECIAL = ("pad", "bos", "eos", "cls", "sep", "mask", "unk")
 def examined(net: nn.Module, examples: Examples) -> Verdict:
     """Return what a few examples show of a model.
 
-    Long texts are cut, each by the same share and to its first tokens and its last one. All of it
-    is computed on the CPU in float32, whatever the run computes with.
+    Long texts are cut, each by the same share and to its first tokens and its last one, but for
+    models that attend to blocks of tokens: those switch to full attention for short texts. All of
+    it is computed on the CPU in float32, whatever the run computes with.
 
     Args:
         net: the plain model on the CPU, with its source's weights.
@@ -54,7 +57,8 @@ def examined(net: nn.Module, examples: Examples) -> Verdict:
     order = np.argsort(lengths, kind="stable")
     rows = order[np.unique(np.linspace(0, len(order) - 1, _EXAMPLES).astype(np.int64))]
     few = examples.rows(rows)
-    if mask is not None:
+    config = getattr(net, "config", None)
+    if mask is not None and getattr(config, "attention_type", None) != _BLOCKS:
         few = _cut(few, lengths[rows])
     chosen = Examples.of(few.inputs, few.labels)
     alone = [tensors(chosen.rows(np.array([i])))[0] for i in range(len(rows))]

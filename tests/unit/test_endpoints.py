@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import rayfed_lora
-from rayfed_lora import seals
+from rayfed_lora import seals, storage
 from rayfed_lora.data.sources import read_file
 from rayfed_lora.endpoints import endpoint, guarded, own_endpoints, unguarded
 from rayfed_lora.errors import DataError, RecipeError, RunFolderError
@@ -280,3 +280,14 @@ def test_a_trial_that_goes_on_has_the_credentials_that_its_search_was_given(tmp_
     folder.write("recipe.yaml", seals.sealed_text(recipe_yaml(drawn)))
     kept = begun_or_drawn(folder, space, recipe, draw)
     assert kept.data.source == drawn.data.source == source
+
+
+def test_an_empty_option_names_no_server_and_leaves_the_environments(monkeypatch):
+    location = "s3://bucket/a?endpoint_override=&scheme=http"
+    assert guarded(location, ()) == f"{location}&anonymous=true"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://minio:9000")
+    # What is opened is the environment's server, with its scheme.
+    assert guarded(location, ()) == location
+    filesystem, _ = storage.opened(location)
+    options = filesystem.__reduce__()[1][0]
+    assert (options["endpoint_override"], options["scheme"]) == ("minio:9000", "https")

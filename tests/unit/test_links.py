@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import rayfed_lora
+from rayfed_lora import seals
 from rayfed_lora.errors import BadInputError, RunFolderError
 from rayfed_lora.exporting import export_run
 from rayfed_lora.storage import RunFolder
@@ -123,3 +124,12 @@ def test_a_pipe_in_a_folder_is_named_and_not_waited_for(run, tmp_path):
     os.mkfifo(run / "adapter" / "fake.json")
     with pytest.raises(BadInputError, match=r"expected a file, adapter/fake\.json is no regular"):
         list(export_run(str(run), tmp_path / "out", merge=False))
+
+
+def test_damage_is_told_as_damage_where_checkpoints_are_on_another_disk(
+    run: Path, tmp_path: Path
+) -> None:
+    shutil.move(run / "checkpoints", tmp_path / "disk")
+    (run / "checkpoints").symlink_to(tmp_path / "disk")
+    said = str(seals.damaged(RunFolder(run).confined(), "summary.json", "it is missing"))
+    assert "summary.json is damaged: it is missing; restore it from a copy" in said

@@ -186,6 +186,8 @@ def test_an_example_that_is_too_short_for_the_model_is_compared_with_padding_onl
         ({"drop_path_rate": [0.0, 0.0, 0.1]}, True),
         ({"attention_dropout": 0.0, "text_config": {"dropout": None, "width": 3}}, False),
         ({"drop_last": True, "drop_rate": [0.0, 0.0]}, False),
+        # Classes, whatever they are called.
+        ({"label2id": {"rain": 0, "snowdrop": 1}, "id2label": {1: "snowdrop"}}, False),
     ],
 )
 def test_a_rate_of_dropout_is_found_wherever_a_configuration_has_it(

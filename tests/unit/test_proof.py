@@ -121,6 +121,14 @@ def test_long_texts_are_tried_by_their_first_tokens_and_their_end(
         assert not any(row[tokens:])
 
 
+def test_texts_of_a_model_that_attends_to_blocks_are_not_cut() -> None:
+    # Of short texts it would show its full attention, which mixes nothing in.
+    net = Recording()
+    net.config = SimpleNamespace(attention_type="block_sparse", to_dict=dict)  # type: ignore[assignment]
+    examined(net, texts(20, 100, 200))
+    assert {len(ids[0]) for ids, _ in net.seen} == {20, 100, 200}
+
+
 def test_padding_that_is_mixed_in_is_found_with_long_texts() -> None:
     config = AutoConfig.for_model("fnet", **SIZES | {"max_position_embeddings": 512})
     net = sources.drawn(make_recipe(model__task="text-classification").model, config)

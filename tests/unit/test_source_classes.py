@@ -173,6 +173,13 @@ def test_names_in_the_recipe_number_the_classes_of_a_random_model_too() -> None:
     assert said["label2id"] == {name: i for i, name in ORDERED.items()}
 
 
+def test_default_names_in_the_recipe_say_nothing_of_the_classes() -> None:
+    own = {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    config = {**VIT, "intermediate_size": 24, "patch_size": 4, "id2label": own}
+    recipe = make_recipe(model__config=config, data__labels=[3, 4, 5])
+    assert prepare(recipe).label_names == outline(recipe).label_names == ("3", "4", "5")
+
+
 def on_digits_of_the_data() -> Recipe:
     return make_recipe(data__labels=[0, 1, 2], data__max_examples=60)
 
