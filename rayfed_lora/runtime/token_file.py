@@ -1,7 +1,7 @@
 """The token of a Ray of our own, in a file that nobody else can read.
 
 Ray writes `~/.ray/auth_token` when the first local run needs it, readable for everybody on the
-machine: whoever has the token can run commands as the user.
+machine: with the token, commands can be run as the user.
 
 Source: this project.
 """

@@ -1,4 +1,4 @@
-"""Two commands on one run folder: one writes, and the other one is told who does."""
+"""Two commands on one run folder: one writes, the other is told the owner's name."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from rayfed_lora.runtime.token_file import keep_token_private
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The place of the token of a user who has none, with an umask that hides nothing."""
+    """The place of a token that does not exist yet, under a umask that hides nothing."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
@@ -94,7 +94,7 @@ def test_without_hard_links_the_token_is_made_all_the_same(path, monkeypatch):
 @pytest.mark.parametrize("home", ["file", "proc"])
 def test_a_home_that_cannot_be_written_is_left_to_ray(path, tmp_path, monkeypatch, home):
     (tmp_path / "file").write_text("")
-    # Nothing can be made below either, whoever asks.
+    # Nothing can be made below either, not even by root.
     monkeypatch.setenv("HOME", str(tmp_path / "file") if home == "file" else "/proc/self")
     keep_token_private()
     assert not path.exists()
