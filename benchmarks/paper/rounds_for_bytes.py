@@ -7,7 +7,9 @@ started again it continues, inside a run from the last checkpoint. `--status` sa
 The budget is 6.38 % of what 20 rounds of FedAvg send up and down. Arms of a free length get as many
 rounds as fit into it, at most 170. Each arm's learning rate is tuned on the tuning seeds, at a quarter of
 its rounds (20 at least, where it has them) and by run.py's climb; the score is the mean of a run's
-last three tests. No arm has a full-model stage: its initiating rate is its own. In ../results/paper/:
+last three tests. No arm has a full-model stage: its initiating rate is its own.
+
+In ../results/paper/:
 
 * rounds-for-bytes-arms.json: rounds and bytes of each arm, as planned;
 * rates-rounds-for-bytes.json: learning rates; an arm that has one is not tuned again;
