@@ -26,11 +26,11 @@ from rayfed_lora.annealing.stages import Feedback, plan_round
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.data.partition import ClientTable
 from rayfed_lora.data.workload import Workload
+from rayfed_lora.engines.factory import TorchFactory
 from rayfed_lora.errors import BlockMemoryError, ClientError
 from rayfed_lora.federation import transitions
 from rayfed_lora.federation.transitions import GlobalModel
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.runtime.factory import TorchFactory
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.trainer import LocalTrainer
 from rayfed_lora.types import AdapterState, Base, LocalPlan
 

@@ -29,7 +29,7 @@ import workloads
 from side_by_side import HERE, processor, versions
 
 import rayfed_lora
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.protocol import Trainer
 
 WORKERS = 2

@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import ViTConfig, ViTForImageClassification
 
-from rayfed_lora import data, recipe, seeds
+from rayfed_lora import data, seeds
+from rayfed_lora.recipe import recipe
 
 SEED = 0
 LABELS = [0, 1, 2, 5, 8]

@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 
 import rayfed_lora
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.types import (
     AdapterState,
     Base,

@@ -19,10 +19,10 @@ from rayfed_lora.annealing.stages import Feedback, plan_round
 from rayfed_lora.data.batches import batch_indices
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.data.partition import ClientTable
+from rayfed_lora.engines.factory import TorchFactory
 from rayfed_lora.federation import sampling, transitions
 from rayfed_lora.federation.transitions import GlobalModel
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.runtime.factory import TorchFactory
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.types import AdapterState, Base
 

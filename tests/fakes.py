@@ -21,12 +21,12 @@ import numpy as np
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.data.partition import ClientTable
 from rayfed_lora.data.workload import Workload
+from rayfed_lora.engines.factory import in_process
+from rayfed_lora.engines.local import LocalExecutor
 from rayfed_lora.errors import BlockMemoryError
 from rayfed_lora.federation.executor import Call, Pending, Population, Trained
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe
-from rayfed_lora.runtime.factory import in_process
-from rayfed_lora.runtime.local import LocalExecutor
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.protocol import attributed
 from rayfed_lora.types import (
     AdapterState,

@@ -31,7 +31,7 @@ import pandas as pd
 from rich.console import Console
 
 import rayfed_lora
-from rayfed_lora.reporting.terminal import watching_comparison
+from rayfed_lora.cli.terminal import watching_comparison
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "paper"

@@ -20,7 +20,7 @@ import pandas as pd
 from rich.console import Console
 
 import rayfed_lora
-from rayfed_lora.reporting.terminal import watching_comparison, watching_search
+from rayfed_lora.cli.terminal import watching_comparison, watching_search
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "paper" / "trec.yaml"

@@ -16,8 +16,8 @@ from rayfed_lora.aggregation.product_svd import product_svd
 from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.aggregation.step import Aggregate, ServerStep
 from rayfed_lora.aggregation.zero_pad import zero_pad
-from rayfed_lora.recipe import ServerOptimizer
-from rayfed_lora.rule_facts import RULE_FACTS, RuleFacts
+from rayfed_lora.recipe.recipe import ServerOptimizer
+from rayfed_lora.recipe.rule_facts import RULE_FACTS, RuleFacts
 from rayfed_lora.types import AdapterState
 
 Rule = Callable[[AdapterState, Means, ServerStep], Aggregate]

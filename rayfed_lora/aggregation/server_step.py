@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from rayfed_lora.aggregation.step import Float64Array
-from rayfed_lora.recipe import ServerOptimizer
+from rayfed_lora.recipe.recipe import ServerOptimizer
 from rayfed_lora.types import FloatArray, Frozen
 
 # Of a tensor: its mean update and, for adam and yogi, the mean of its square.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from rayfed_lora.annealing import acceptance, schedules
-from rayfed_lora.recipe_annealing import Annealing
+from rayfed_lora.recipe.annealing import Annealing
 from rayfed_lora.types import Proposal, RoundPlan, Stage
 
 

@@ -17,9 +17,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rayfed_lora import recipe, seeds
+from rayfed_lora import seeds
 from rayfed_lora.data import naming
 from rayfed_lora.errors import DataError
+from rayfed_lora.recipe import recipe
 
 IndexArray = npt.NDArray[np.int64]
 

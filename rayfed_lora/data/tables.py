@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from rayfed_lora import recipe, seeds
+from rayfed_lora import seeds
 from rayfed_lora.data import builtin, columns, images, naming, sources
 from rayfed_lora.errors import DataError
+from rayfed_lora.recipe import recipe
 
 IndexArray = npt.NDArray[np.int64]
 IMAGE_TASK, LANGUAGE_TASK = "image-classification", "causal-lm"

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rayfed_lora.federation.traffic import Counts, RoundFacts, Traffic, traffic
-from rayfed_lora.rule_facts import RuleFacts
+from rayfed_lora.recipe.rule_facts import RuleFacts
 from rayfed_lora.types import ModelShape
 
 BYTES_A_VALUE = 4

@@ -43,7 +43,7 @@ from rayfed_lora.federation.sampling import BlockSize
 from rayfed_lora.federation.testing import RoundTests, Tester
 from rayfed_lora.federation.traffic import RoundFacts, is_cut
 from rayfed_lora.federation.transitions import Entry, GlobalModel
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.types import (
     AdapterState,
     Base,

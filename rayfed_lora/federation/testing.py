@@ -19,7 +19,7 @@ from rayfed_lora.federation.executor import (
 )
 from rayfed_lora.federation.progress import Progress
 from rayfed_lora.federation.transitions import GlobalModel
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.types import ClientTest, RoundPlan, Split
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from rayfed_lora.rule_facts import RuleFacts
+from rayfed_lora.recipe.rule_facts import RuleFacts
 from rayfed_lora.types import Frozen, ModelShape, ModuleShape, Trainable
 
 Counts = npt.NDArray[np.int64]

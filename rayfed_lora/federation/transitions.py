@@ -15,7 +15,7 @@ from rayfed_lora.annealing import budget
 from rayfed_lora.annealing.stages import locate
 from rayfed_lora.lora import resize
 from rayfed_lora.lora.products import spectrum
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.types import AdapterState, Base, Factors, ModelShape, RoundPlan, Trainable
 

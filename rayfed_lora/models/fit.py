@@ -13,7 +13,7 @@ from torch import nn
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models.loading import Loading, listed
 from rayfed_lora.models.shapes import head_modules, head_parameters
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
 
 # Counters and positions that are the same in every model; a mask token is for pre-training only.
 _HARMLESS = ("num_batches_tracked", "position_ids", "mask_token")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rayfed_lora.models.linear import is_linear
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 
 from rayfed_lora.data.examples import PIXELS, Batch
 from rayfed_lora.data.workload import Workload
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, torch_seed
 from rayfed_lora.training.groups import ClientTask, GroupTask
 from rayfed_lora.training.protocol import attributed

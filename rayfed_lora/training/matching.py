@@ -31,7 +31,7 @@ from rayfed_lora.models.padding import (
     token_facts,
 )
 from rayfed_lora.models.pixels import Pixels, pixels_of
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
 
 # Images that take so much memory are worth a note.
 _MANY_GIGABYTES = 4.0

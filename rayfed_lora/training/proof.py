@@ -21,7 +21,7 @@ from rayfed_lora.errors import ModelError
 from rayfed_lora.models import loading, sources
 from rayfed_lora.models.mixing import Trial, Verdict, tried
 from rayfed_lora.models.tracing import image_shape
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.drawing import tensors
 from rayfed_lora.types import ModelShape
 

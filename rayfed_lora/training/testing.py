@@ -13,7 +13,7 @@ from rayfed_lora.data.tables import LANGUAGE_TASK
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.recorded import RecordedPasses
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training import python_lock
 from rayfed_lora.training.drawing import tensors
 from rayfed_lora.training.tokens import token_losses

@@ -34,7 +34,7 @@ from rayfed_lora.models.first_token import read_first_token_only
 from rayfed_lora.models.mixing import Verdict, drops
 from rayfed_lora.models.recorded import RecordedPasses
 from rayfed_lora.models.shapes import model_shape
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training import python_lock
 from rayfed_lora.training.drawing import Drawing, GroupWork, tensors
 from rayfed_lora.training.dropout import ClientDropout

@@ -22,7 +22,7 @@ from rayfed_lora.errors import DataError
 from rayfed_lora.models.padding import check_tokens, known_inputs, pad_with
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.models.tokens import check_length, tokenize, tokenize_whole
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.matching import Match, match, prepared_images
 from rayfed_lora.training.proof import foreseen
 from rayfed_lora.types import DeviceFacts, ModelShape, Trace

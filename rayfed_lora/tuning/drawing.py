@@ -23,8 +23,8 @@ from ray.tune.schedulers import (
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, Searcher
 
 from rayfed_lora.errors import BadInputError
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.rule_facts import RULE_FACTS
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.recipe.rule_facts import RULE_FACTS
 from rayfed_lora.tuning.space import Drawn, Space, trial_recipe, value_of
 
 # The key of a trial's config that holds its draw.

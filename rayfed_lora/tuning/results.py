@@ -14,17 +14,17 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from rayfed_lora import seals
 from rayfed_lora.errors import BadInputError, RunError, RunFolderError
 from rayfed_lora.locations import child
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.reporting.checked import CheckedFolder
-from rayfed_lora.reporting.csv_text import csv_bytes
-from rayfed_lora.reporting.page import REPORT_FILE
-from rayfed_lora.reporting.plots import write_front
-from rayfed_lora.reporting.search import TRIALS_FILE, read_search, search_html
-from rayfed_lora.reporting.tables import ROUNDS_FILE
-from rayfed_lora.runtime.claiming import finished
+from rayfed_lora.pages.csv_text import csv_bytes
+from rayfed_lora.pages.plots import write_front
+from rayfed_lora.pages.search import TRIALS_FILE, read_search, search_html
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs import seals
+from rayfed_lora.runs.checked import CheckedFolder
+from rayfed_lora.runs.claiming import finished
+from rayfed_lora.runs.reading import REPORT_FILE
+from rayfed_lora.runs.tables import ROUNDS_FILE
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning import pareto
 from rayfed_lora.tuning.run_folders import CHANGES_FILE, measured

@@ -12,14 +12,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rayfed_lora import checksums, seals
 from rayfed_lora.endpoints import named_in
-from rayfed_lora.federation import checkpoints
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe, recipe_yaml
-from rayfed_lora.reporting.summary import TESTED
-from rayfed_lora.reporting.trackers import EVENTS_FOLDER, TRACKING_FILE
-from rayfed_lora.runtime.claiming import kept_recipe
+from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs import checkpoints, checksums, seals
+from rayfed_lora.runs.claiming import kept_recipe
+from rayfed_lora.runs.summary import TESTED
+from rayfed_lora.runs.trackers import EVENTS_FOLDER, TRACKING_FILE
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.space import Space, continued, trial_recipe
 

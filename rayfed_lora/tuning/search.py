@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from rayfed_lora import seals
+from rayfed_lora.engines.factory import Factory, TorchFactory
+from rayfed_lora.engines.on_ray.placement import Layout, Node, layout, nodes_of
 from rayfed_lora.errors import (
     BadInputError,
     InterruptedRunError,
@@ -22,18 +23,17 @@ from rayfed_lora.errors import (
     RunError,
     RunFolderError,
 )
+from rayfed_lora.launching import launch
 from rayfed_lora.locations import child
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe, override_pairs, parse_yaml, yaml_text
-from rayfed_lora.recipe_notes import given_way_in_search, unused
-from rayfed_lora.reporting.search import SEARCH_FILE, SearchNews, Watch
-from rayfed_lora.reporting.tracking import check_tracking
-from rayfed_lora.runtime import launch
-from rayfed_lora.runtime.claiming import check_unused, differences, say
-from rayfed_lora.runtime.factory import Factory, TorchFactory
-from rayfed_lora.runtime.location import run_location, with_absolute_paths
-from rayfed_lora.runtime.ownership import Ticket, owned
-from rayfed_lora.runtime.placement import Layout, Node, layout, nodes_of
+from rayfed_lora.pages.search import SEARCH_FILE, SearchNews, Watch
+from rayfed_lora.recipe.loading import load_recipe, override_pairs, parse_yaml, yaml_text
+from rayfed_lora.recipe.notes import given_way_in_search, unused
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs import seals
+from rayfed_lora.runs.claiming import check_unused, differences, say
+from rayfed_lora.runs.location import run_location, with_absolute_paths
+from rayfed_lora.runs.ownership import Ticket, owned
+from rayfed_lora.runs.tracking import check_tracking
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.space import Space, check_objectives, load_space
 
@@ -292,8 +292,8 @@ class _Job:
         import ray
         from ray import tune as ray_tune
 
-        from rayfed_lora.runtime.actor_pool import result
-        from rayfed_lora.runtime.shelf import Shelf
+        from rayfed_lora.engines.on_ray.pool import result
+        from rayfed_lora.engines.on_ray.shelf import Shelf
         from rayfed_lora.tuning import drawing
         from rayfed_lora.tuning.trial import Shared, Trial
 

@@ -10,21 +10,21 @@ from typing import Any
 import ray
 from ray import tune
 
+from rayfed_lora.engines.factory import Factory
+from rayfed_lora.engines.on_ray.crew import Crew
+from rayfed_lora.engines.on_ray.executor import RayExecutor
+from rayfed_lora.engines.on_ray.placement import Layout
 from rayfed_lora.errors import RunFolderError
+from rayfed_lora.launching.metrics import run_metrics
 from rayfed_lora.locations import child
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.reporting.checked import table
-from rayfed_lora.reporting.search import SEARCH_FILE
-from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.reporting.tables import ROUNDS_FILE, Tables
-from rayfed_lora.runtime.crew import Crew
-from rayfed_lora.runtime.factory import Factory
-from rayfed_lora.runtime.lease_files import is_lease_file
-from rayfed_lora.runtime.metrics import run_metrics
-from rayfed_lora.runtime.ownership import Ticket, owned
-from rayfed_lora.runtime.placement import Layout
-from rayfed_lora.runtime.ray_executor import RayExecutor
-from rayfed_lora.runtime.session import sitting
+from rayfed_lora.pages.search import SEARCH_FILE
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs.checked import table
+from rayfed_lora.runs.lease_files import is_lease_file
+from rayfed_lora.runs.ownership import Ticket, owned
+from rayfed_lora.runs.session import sitting
+from rayfed_lora.runs.status import StatusBoard
+from rayfed_lora.runs.tables import ROUNDS_FILE, Tables
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.drawing import DRAW
 from rayfed_lora.tuning.run_folders import adopt, begun_or_drawn, copied, measured
@@ -137,7 +137,6 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             self._board,
             lambda: False,
             resume=True,
-            page=False,
             name=name,
             metrics=run_metrics(name, self._total, executor.usage),
             ticket=self._ticket,

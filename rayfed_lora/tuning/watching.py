@@ -18,7 +18,7 @@ from ray.exceptions import RayTaskError
 
 from rayfed_lora.errors import RayfedError
 from rayfed_lora.locations import child
-from rayfed_lora.reporting.search import SearchNews, Watch
+from rayfed_lora.pages.search import SearchNews, Watch
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.drawing import DRAW
 from rayfed_lora.tuning.results import Tried

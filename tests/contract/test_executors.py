@@ -17,12 +17,12 @@ import pytest
 
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.aggregation.server_step import OptimizerStep
+from rayfed_lora.engines.local import LocalExecutor
 from rayfed_lora.errors import ClientError, RunError
 from rayfed_lora.federation.executor import Call, Executor, Population, Trained
-from rayfed_lora.recipe import Recipe, ServerOptimizer
-from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.runtime.local import LocalExecutor
-from rayfed_lora.runtime.session import simulate
+from rayfed_lora.recipe.recipe import Recipe, ServerOptimizer
+from rayfed_lora.runs.session import simulate
+from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import AdapterState, Base, Factors, LocalPlan
 from tests.fakes import (
@@ -108,7 +108,7 @@ def executor(request: pytest.FixtureRequest) -> Make:
 
         return local
     request.getfixturevalue("ray_session")
-    from rayfed_lora.runtime.ray_executor import RayExecutor
+    from rayfed_lora.engines.on_ray.executor import RayExecutor
 
     def make(name: str, behaviour: Behaviour) -> Executor:
         recipe = make_recipe(name=name, runtime__client_actors=actors, **ACTOR)

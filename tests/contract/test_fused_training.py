@@ -32,8 +32,8 @@ from rayfed_lora.errors import ClientError
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.linear import sides
 from rayfed_lora.models.shapes import adapted_modules, fusion_obstacle
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.training.trainer import LocalTrainer
 from rayfed_lora.types import AdapterState, Base, ClientUpdate, Factors, LocalPlan

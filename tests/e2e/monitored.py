@@ -15,8 +15,8 @@ from typing import Any
 import ray
 from ray.util.state import list_actors, list_tasks
 
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.runtime.simulation_server import SimulationServer
+from rayfed_lora.launching.simulation_server import SimulationServer
+from rayfed_lora.recipe.recipe import Recipe
 from tests.fakes import Behaviour, FakeFactory, make_recipe
 
 # Long enough to be scraped in its middle: 24 rounds of 6 clients on two actors, or 3 on one.

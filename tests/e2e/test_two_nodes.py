@@ -76,7 +76,13 @@ def test_nodes_share_a_folder_and_one_that_dies_costs_no_round(tmp_path: Path) -
     shared = tmp_path / "shared"
     alone = subprocess.run(
         [
-            *(sys.executable, "-c", "from rayfed_lora.cli import main; main()", "run", str(recipe)),
+            *(
+                sys.executable,
+                "-c",
+                "from rayfed_lora.cli.commands import main; main()",
+                "run",
+                str(recipe),
+            ),
             *("--out", str(tmp_path / "alone"), "--set", "runtime.executor=local"),
         ],
         capture_output=True,

@@ -29,13 +29,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rayfed_lora import cli
+from rayfed_lora.cli import commands as cli
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import ModelError
-from rayfed_lora.planning import plan
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe
-from rayfed_lora.runtime import launch
+from rayfed_lora.launching import launch
+from rayfed_lora.launching.planning import plan
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.trainer import LocalTrainer
 from rayfed_lora.training.workload import prepare
 from rayfed_lora.types import AdapterState, Base, Factors
@@ -225,7 +225,7 @@ def test_the_merged_model_reaches_the_final_metrics(
 
 @pytest.mark.parametrize("lora_run", ["adapter only"], indirect=True)
 def test_a_merged_export_says_where_it_is_and_nothing_else(lora_run: Run, tmp_path: Path) -> None:
-    program = "from rayfed_lora.cli import main; main()"
+    program = "from rayfed_lora.cli.commands import main; main()"
     folder, target = str(lora_run.folder), str(tmp_path / "merged")
     done = subprocess.run(
         [sys.executable, "-c", program, "export", folder, "--to", target, "--merge"],

@@ -22,10 +22,10 @@ import pytest
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.errors import InterruptedRunError, ResourceError, RunError, RunFolderError
 from rayfed_lora.federation.executor import Call
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.reporting.status import Status, StatusBoard
-from rayfed_lora.runtime import launch
-from rayfed_lora.runtime.session import simulate
+from rayfed_lora.launching import launch
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs.session import simulate
+from rayfed_lora.runs.status import Status, StatusBoard
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import AdapterState, Base, LocalPlan
 from tests.fakes import Behaviour, FakeFactory, local_executor, make_recipe
@@ -40,7 +40,7 @@ def on_ray(**overrides: Any) -> Recipe:
 def run(
     recipe: Recipe, location: Path, factory: FakeFactory, board: StatusBoard | None = None
 ) -> tuple[dict[str, Any], StatusBoard]:
-    from rayfed_lora.runtime.ray_executor import RayExecutor
+    from rayfed_lora.engines.on_ray.executor import RayExecutor
 
     board = board or StatusBoard(recipe.annealing.total_rounds)
     executor = RayExecutor(recipe, factory, board.note)
@@ -129,7 +129,7 @@ def test_a_block_that_takes_too_long_is_run_again_on_a_new_process(tmp_path):
 def test_a_block_that_may_have_overtaken_a_stuck_test_is_blamed_with_it(tmp_path):
     import ray
 
-    from rayfed_lora.runtime.actor_pool import ActorPool, Revival, Work
+    from rayfed_lora.engines.on_ray.pool import ActorPool, Revival, Work
 
     marker = tmp_path / "marker"
     marker.touch()
@@ -173,11 +173,11 @@ def test_a_large_state_is_put_once_and_a_small_one_goes_with_each_call(
 ):
     import ray
 
-    from rayfed_lora.runtime.messages import unpacked
+    from rayfed_lora.engines.on_ray.messages import unpacked
 
     expected_summary(tmp_path / "local")
     if large:
-        monkeypatch.setattr("rayfed_lora.runtime.ray_executor._SENT_WITH_CALL", 0)
+        monkeypatch.setattr("rayfed_lora.engines.on_ray.executor._SENT_WITH_CALL", 0)
     put, states = ray.put, []
 
     def noting(value: Any) -> Any:
@@ -194,8 +194,8 @@ def test_a_large_state_is_put_once_and_a_small_one_goes_with_each_call(
 
 
 def test_parts_of_a_join_that_are_lost_are_computed_again(tmp_path, monkeypatch):
-    from rayfed_lora.runtime.actor_pool import PartsLostError
-    from rayfed_lora.runtime.ray_executor import RayExecutor
+    from rayfed_lora.engines.on_ray.executor import RayExecutor
+    from rayfed_lora.engines.on_ray.pool import PartsLostError
 
     expected_summary(tmp_path / "local", clients__per_round=1.0)
     monkeypatch.setattr("rayfed_lora.federation.executor._CALLS_OF_ONE_SERVER", 1)
@@ -222,7 +222,7 @@ def test_a_pool_ends_only_the_call_whose_parts_were_lost():
     import ray
     from ray.exceptions import ObjectLostError
 
-    from rayfed_lora.runtime.actor_pool import ActorPool, PartsLostError, Revival, Work
+    from rayfed_lora.engines.on_ray.pool import ActorPool, PartsLostError, Revival, Work
 
     @ray.remote(num_cpus=0)
     class Joining:
@@ -246,8 +246,8 @@ def test_a_pool_ends_only_the_call_whose_parts_were_lost():
 def test_a_pool_goes_on_with_another_actor_where_one_cannot_come_back():
     import ray
 
-    from rayfed_lora.runtime.actor_pool import ActorPool, Revival, Work
-    from rayfed_lora.runtime.actors import NotOpenError
+    from rayfed_lora.engines.on_ray.actors import NotOpenError
+    from rayfed_lora.engines.on_ray.pool import ActorPool, Revival, Work
 
     @ray.remote(num_cpus=0)
     class Sometimes:
@@ -273,8 +273,8 @@ def test_a_pool_goes_on_with_another_actor_where_one_cannot_come_back():
 def test_a_pool_does_not_wait_for_ever_for_an_actor_that_keeps_being_refused():
     import ray
 
-    from rayfed_lora.runtime.actor_pool import ActorPool, Revival, Work
-    from rayfed_lora.runtime.actors import NotOpenError
+    from rayfed_lora.engines.on_ray.actors import NotOpenError
+    from rayfed_lora.engines.on_ray.pool import ActorPool, Revival, Work
 
     @ray.remote(num_cpus=0)
     class Ill:
@@ -290,8 +290,8 @@ def test_a_pool_does_not_wait_for_ever_for_an_actor_that_keeps_being_refused():
 def test_a_pool_sends_work_ahead_to_whoever_will_come_to_it_first():
     import ray
 
-    from rayfed_lora.runtime.actor_pool import ActorPool, Revival, Work
-    from rayfed_lora.runtime.actors import Timed
+    from rayfed_lora.engines.on_ray.actors import Timed
+    from rayfed_lora.engines.on_ray.pool import ActorPool, Revival, Work
 
     @ray.remote(num_cpus=0)
     class Measured:
@@ -321,8 +321,8 @@ def test_a_pool_sends_work_ahead_to_whoever_will_come_to_it_first():
 def test_a_pool_sends_work_to_whoever_will_have_done_it_first():
     import ray
 
-    from rayfed_lora.runtime.actor_pool import ActorPool, Revival, Work
-    from rayfed_lora.runtime.actors import Timed
+    from rayfed_lora.engines.on_ray.actors import Timed
+    from rayfed_lora.engines.on_ray.pool import ActorPool, Revival, Work
 
     @ray.remote(num_cpus=0)
     class Measured:
@@ -361,7 +361,7 @@ def test_data_that_is_lost_with_its_node_is_prepared_again():
     import ray
     from ray.exceptions import ObjectLostError
 
-    from rayfed_lora.runtime.ray_executor import RayExecutor
+    from rayfed_lora.engines.on_ray.executor import RayExecutor
 
     @ray.remote(num_cpus=0)
     def lost() -> None:
@@ -439,7 +439,7 @@ def test_notes_of_a_server_that_was_started_again_are_all_seen():
 def test_an_actor_is_renewed_with_its_placement_group_where_its_node_is_gone(monkeypatch):
     import ray
 
-    from rayfed_lora.runtime import crew as crews
+    from rayfed_lora.engines.on_ray import crew as crews
 
     table = crews.placement_group_table
     crew = crews.Crew.reserved(on_ray(runtime__client_actors=2), "renewed")
@@ -528,7 +528,7 @@ def test_actors_sum_with_one_thread_however_many_cores_they_have():
     import ray
     from threadpoolctl import threadpool_info
 
-    from rayfed_lora.runtime.ray_executor import RayExecutor
+    from rayfed_lora.engines.on_ray.executor import RayExecutor
 
     executor = RayExecutor(
         on_ray(runtime__cpus_per_actor=4.0, runtime__client_actors=1), FakeFactory(), pytest.fail
@@ -545,7 +545,7 @@ def test_actors_sum_with_one_thread_however_many_cores_they_have():
 def test_an_actor_restarted_while_it_was_idle_is_opened_anew(tmp_path):
     import ray
 
-    from rayfed_lora.runtime.ray_executor import RayExecutor
+    from rayfed_lora.engines.on_ray.executor import RayExecutor
 
     notes: list[str] = []
     executor = RayExecutor(on_ray(), FakeFactory(), notes.append)
@@ -577,7 +577,7 @@ def answers(actor: Any) -> bool:
 
 
 def test_two_runs_of_one_name_share_a_cluster(tmp_path):
-    from rayfed_lora.runtime.ray_executor import RayExecutor
+    from rayfed_lora.engines.on_ray.executor import RayExecutor
 
     recipe = on_ray(runtime__cpus_per_actor=0.5)
     first = RayExecutor(recipe, FakeFactory(), note=pytest.fail)
@@ -649,7 +649,7 @@ def test_resources_that_others_hold_are_waited_for_so_long_and_no_longer(tmp_pat
 def test_who_waits_does_not_keep_for_ever_what_another_one_waits_for():
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    from rayfed_lora.runtime.crew import Crew
+    from rayfed_lora.engines.on_ray.crew import Crew
 
     # Of 4 CPUs the other one has 2 and wants a third; we want 3.
     has = placement_group([{"CPU": 2.0}])
@@ -720,7 +720,7 @@ def server_of(recipe: Recipe, location: Path, resume: bool, factory: FakeFactory
     """A driver actor, ended with all that it holds when the test is done with it."""
     import ray
 
-    from rayfed_lora.runtime.simulation_server import SimulationServer
+    from rayfed_lora.launching.simulation_server import SimulationServer
 
     options = {"num_cpus": 0, "max_concurrency": 2, "max_restarts": -1, "max_task_retries": -1}
     remote = ray.remote(SimulationServer).options(**options)

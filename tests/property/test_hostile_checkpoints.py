@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayfed_lora.errors import RayfedError, RunFolderError
-from rayfed_lora.federation import checkpoints
-from rayfed_lora.reporting.report import report
-from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.runtime.claiming import finished, kept_recipe
-from rayfed_lora.runtime.session import sitting
+from rayfed_lora.pages.report import report
+from rayfed_lora.runs import checkpoints
+from rayfed_lora.runs.claiming import finished, kept_recipe
+from rayfed_lora.runs.session import sitting
+from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
 from tests.fakes import local_executor, make_recipe
 

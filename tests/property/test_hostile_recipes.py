@@ -11,14 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rayfed_lora.errors import BadInputError, RecipeError
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import (
+from rayfed_lora.recipe.loading import (
     load_recipe,
     parse_yaml,
     recipe_yaml,
     shipped_names,
     shipped_text,
 )
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tuning.space import load_space
 from tests.fakes import RECIPE
 

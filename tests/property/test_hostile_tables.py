@@ -18,15 +18,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayfed_lora import checksums, seals
 from rayfed_lora.errors import RunFolderError
-from rayfed_lora.exporting import export_run
-from rayfed_lora.reporting import trackers
-from rayfed_lora.reporting.run_data import read_run
-from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.runtime.claiming import complete, kept_recipe
-from rayfed_lora.runtime.launch import Result
-from rayfed_lora.runtime.session import sitting
+from rayfed_lora.launching.exporting import export_run
+from rayfed_lora.launching.launch import Result
+from rayfed_lora.runs import checksums, seals, trackers
+from rayfed_lora.runs.claiming import complete, kept_recipe
+from rayfed_lora.runs.reading import read_run
+from rayfed_lora.runs.session import sitting
+from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
 from tests.fakes import Behaviour, local_executor, make_recipe
 from tests.property.test_hostile_checkpoints import damage
@@ -48,7 +47,7 @@ def go_on(folder: RunFolder, rounds: int | None = None) -> tuple[dict[str, Any],
     recipe = kept_recipe(folder) or RECIPE
     board = StatusBoard(6)
     executor = local_executor(recipe, FAILING)
-    going = sitting(recipe, executor, folder, board, lambda: False, resume=True, page=False)
+    going = sitting(recipe, executor, folder, board, lambda: False, resume=True)
     while True:
         try:
             tables = next(going)

@@ -21,11 +21,11 @@ from ruamel.yaml import YAML
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rayfed_lora import cli
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe, shipped_names, shipped_text
-from rayfed_lora.reporting.progress import watching
-from rayfed_lora.reporting.status import Status
+from rayfed_lora.cli import commands as cli
+from rayfed_lora.cli.progress import watching
+from rayfed_lora.recipe.loading import load_recipe, shipped_names, shipped_text
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs.status import Status
 from rayfed_lora.types import Proposal, RoundRecord
 
 HEAVY = ("ray", "torch", "transformers", "pandas", "peft", "sklearn")
@@ -98,7 +98,7 @@ def fresh(arguments: Sequence[str | Path], loaded: Sequence[str] = ()) -> Outcom
         "import atexit, json, sys\n"
         f"names = {list(loaded)!r}\n"
         "atexit.register(lambda: print(json.dumps([n for n in names if n in sys.modules])))\n"
-        "from rayfed_lora.cli import main\n"
+        "from rayfed_lora.cli.commands import main\n"
         "main()\n"
     )
     done = subprocess.run(
@@ -498,7 +498,7 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 # Shells start what runs in the background with the signal ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from rayfed_lora.cli import main
+from rayfed_lora.cli.commands import main
 main()
 """
 
@@ -592,7 +592,7 @@ def test_without_a_terminal_each_phase_is_said_once() -> None:
 
 
 def test_the_live_display_survives_a_whole_run(recipe: Path) -> None:
-    from rayfed_lora.runtime import launch
+    from rayfed_lora.launching import launch
 
     screen = io.StringIO()
     loaded: Recipe = load_recipe(recipe)

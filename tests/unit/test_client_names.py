@@ -18,16 +18,16 @@ from rayfed_lora.client_names import called
 from rayfed_lora.data.fingerprint import with_fingerprint
 from rayfed_lora.data.traces import read_trace
 from rayfed_lora.data.workload import Workload
+from rayfed_lora.engines.factory import in_process
+from rayfed_lora.engines.local import LocalExecutor
 from rayfed_lora.errors import ClientError, DataError, RunFolderError
-from rayfed_lora.federation import checkpoints, restored
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe
-from rayfed_lora.reporting.report import report_html
-from rayfed_lora.reporting.run_data import read_run
-from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.runtime.factory import in_process
-from rayfed_lora.runtime.local import LocalExecutor
-from rayfed_lora.runtime.session import sitting
+from rayfed_lora.pages.report import report_html
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs import checkpoints, restored
+from rayfed_lora.runs.reading import read_run
+from rayfed_lora.runs.session import sitting
+from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.training.workload import outline, prepare
 from tests.fakes import Behaviour, FakeFactory, every_round, make_recipe

@@ -13,9 +13,9 @@ import pytest
 
 import rayfed_lora
 from rayfed_lora.errors import BadInputError, InterruptedRunError, RecipeError, RunError
-from rayfed_lora.reporting.comparison import Comparison, Standing
-from rayfed_lora.runtime import comparison as module
-from rayfed_lora.runtime.comparison import cells_of, compare
+from rayfed_lora.launching import comparison as module
+from rayfed_lora.launching.comparison import cells_of, compare
+from rayfed_lora.pages.comparison import Comparison, Standing
 from tests.fakes import RECIPE, Behaviour, FakeFactory, every_round
 
 METHODS = ["sa-fedlora", "fedavg", "flora"]

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rayfed_lora.recipe_loading import load_recipe
-from rayfed_lora.reporting.diagnosis import Finding, diagnosis_status, show_diagnosis
-from rayfed_lora.runtime.doctor import check_recipes, judge_dashboard
-from rayfed_lora.runtime.node_report import (
+from rayfed_lora.doctor.doctor import check_recipes, judge_dashboard
+from rayfed_lora.doctor.findings import Finding, diagnosis_status, show_diagnosis
+from rayfed_lora.doctor.node_report import (
     MISSING,
     PACKAGES,
     Gpu,
@@ -25,9 +24,10 @@ from rayfed_lora.runtime.node_report import (
     inspect,
     versions,
 )
-from rayfed_lora.runtime.placement import Node
-from rayfed_lora.runtime.probe import Probe, check_gpu_memory, judge, probe, shortened
-from rayfed_lora.runtime.remote_doctor import examine
+from rayfed_lora.doctor.probe import Probe, check_gpu_memory, judge, probe, shortened
+from rayfed_lora.doctor.remote import examine
+from rayfed_lora.engines.on_ray.placement import Node
+from rayfed_lora.recipe.loading import load_recipe
 from tests.fakes import Behaviour, FakeFactory, every_round, make_recipe
 
 SAME = {"python": "3.11.7", **dict.fromkeys(PACKAGES, "1.0")}
@@ -241,7 +241,7 @@ def test_a_dashboard_that_nobody_answers_at_is_a_fault() -> None:
 
 
 def test_a_cluster_that_nobody_answers_at_is_a_fault() -> None:
-    from rayfed_lora.runtime.doctor import doctor
+    from rayfed_lora.doctor.doctor import doctor
 
     found = one(doctor("127.0.0.1:1"))
     assert (found.level, found.subject) == ("fault", "Ray")

@@ -10,8 +10,8 @@ import pytest
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, PopulationBasedTraining
 
 from rayfed_lora.errors import BadInputError
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tuning import drawing
 from rayfed_lora.tuning.drawing import DRAW
 from rayfed_lora.tuning.space import load_space, trial_recipe

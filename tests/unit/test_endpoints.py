@@ -10,15 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 
 import rayfed_lora
-from rayfed_lora import seals, storage
+from rayfed_lora import storage
 from rayfed_lora.data.sources import read_file
 from rayfed_lora.endpoints import endpoint, guarded, own_endpoints, unguarded
 from rayfed_lora.errors import DataError, RecipeError, RunFolderError
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
-from rayfed_lora.recipe_notes import unused
-from rayfed_lora.runtime.claiming import differences
-from rayfed_lora.runtime.jobs import Jobs
+from rayfed_lora.jobs.jobs import Jobs
+from rayfed_lora.recipe.loading import load_recipe, parse_yaml, recipe_yaml
+from rayfed_lora.recipe.notes import unused
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs import seals
+from rayfed_lora.runs.claiming import differences
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.run_folders import begun_or_drawn
 from rayfed_lora.tuning.space import Space, trial_recipe

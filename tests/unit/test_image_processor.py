@@ -18,7 +18,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models.pixels import Pixels
 from rayfed_lora.models.sources import quiet
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.workload import outline, prepare
 from tests.fakes import make_recipe
 

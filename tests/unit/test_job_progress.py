@@ -12,12 +12,13 @@ import pytest
 from ray.exceptions import RaySystemError
 
 from rayfed_lora.errors import BadInputError
-from rayfed_lora.reporting.status import Status
-from rayfed_lora.runtime import job_progress, launch
-from rayfed_lora.runtime.comparison import compare
-from rayfed_lora.runtime.job_progress import job_id, told
-from rayfed_lora.runtime.launch import interruptible
-from rayfed_lora.runtime.location import run_location
+from rayfed_lora.jobs import progress as job_progress
+from rayfed_lora.jobs.progress import job_id, told
+from rayfed_lora.launching import launch
+from rayfed_lora.launching.comparison import compare
+from rayfed_lora.launching.launch import interruptible
+from rayfed_lora.runs.location import run_location
+from rayfed_lora.runs.status import Status
 from tests.fakes import make_recipe
 
 KEY = "_ray_internal_job_info_job-1"
@@ -80,7 +81,7 @@ def test_a_job_tells_in_its_own_record_where_it_stands(records: dict[str, Any]) 
     assert metadata["progress"] == "done, loss 0.500"
     assert json.loads(metadata["rayfed_lora.progress"])["rounds_done"] == 6
     assert (metadata["recipe"], metadata["run folder"], metadata["mine"]) == ("fake", "/out", "1")
-    assert "name: fake" in metadata["rayfed_lora.recipe"]
+    assert "name: fake" in metadata["rayfed_lora.recipe.recipe"]
     assert records[KEY]["status"] == "RUNNING"
     assert seen == [first, last]
 

@@ -11,8 +11,13 @@ import pytest
 from rich.console import Console
 
 from rayfed_lora.errors import BadInputError, InterruptedRunError, ResourceError, RunError
-from rayfed_lora.recipe_loading import load_recipe, parse_yaml
-from rayfed_lora.reporting.jobs import (
+from rayfed_lora.jobs import dashboard
+from rayfed_lora.jobs.dashboard import dashboard_url, is_dashboard, refused
+from rayfed_lora.jobs.files import files_named
+from rayfed_lora.jobs.jobs import Jobs
+from rayfed_lora.jobs.ports import unreachable_cluster
+from rayfed_lora.jobs.progress import facts
+from rayfed_lora.jobs.views import (
     JobProgress,
     JobView,
     exit_status,
@@ -21,13 +26,8 @@ from rayfed_lora.reporting.jobs import (
     show_stopped,
     show_submitted,
 )
-from rayfed_lora.reporting.status import Status
-from rayfed_lora.runtime import dashboard
-from rayfed_lora.runtime.dashboard import dashboard_url, is_dashboard, refused
-from rayfed_lora.runtime.job_files import files_named
-from rayfed_lora.runtime.job_progress import facts
-from rayfed_lora.runtime.jobs import Jobs
-from rayfed_lora.runtime.ports import unreachable_cluster
+from rayfed_lora.recipe.loading import load_recipe, parse_yaml
+from rayfed_lora.runs.status import Status
 from tests.fake_jobs import Details, FakeClient
 from tests.fakes import make_recipe
 
@@ -283,7 +283,7 @@ def test_a_stopped_job_whose_run_has_finished_is_not_gone_on_with() -> None:
 
 
 def test_a_job_that_does_not_end_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rayfed_lora.runtime.jobs.STOP_WAIT_S", -10)
+    monkeypatch.setattr("rayfed_lora.jobs.jobs.STOP_WAIT_S", -10)
     client = FakeClient()
     job = Jobs(client=client).submit(make_recipe(), "/out").id
     monkeypatch.setattr(client, "stop_job", lambda job: True)
@@ -316,7 +316,7 @@ def test_resume_refuses_what_runs_is_done_or_unknown() -> None:
     with pytest.raises(BadInputError, match="did not get as far as telling of its recipe"):
         jobs.resume(job)
     for text in ("[1]", "{", "name: 3"):
-        broken = {**facts(make_recipe(), "/out"), "rayfed_lora.recipe": text}
+        broken = {**facts(make_recipe(), "/out"), "rayfed_lora.recipe.recipe": text}
         client.jobs[job] = Details(job, "rayfed-lora run x", broken, "FAILED")
         with pytest.raises(BadInputError, match="cannot be read"):
             jobs.resume(job)
@@ -325,7 +325,7 @@ def test_resume_refuses_what_runs_is_done_or_unknown() -> None:
 def test_a_log_is_followed_over_a_broken_connection_without_repeats(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("rayfed_lora.runtime.jobs._POLL_S", 0.0)
+    monkeypatch.setattr("rayfed_lora.jobs.jobs._POLL_S", 0.0)
     client = FakeClient(tail=["one\ntwo\n", "broken", "three\n"])
     job = Jobs(client=client).submit(make_recipe(), "/out").id
     seen: list[str] = []

@@ -24,8 +24,8 @@ import rayfed_lora
 from rayfed_lora.data.batches import batch_indices
 from rayfed_lora.errors import DataError, RecipeError
 from rayfed_lora.models.tokens import tokenize_whole
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.training.trainer import LocalTrainer, built_weights
 from rayfed_lora.training.workload import prepare

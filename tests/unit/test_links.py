@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import rayfed_lora
-from rayfed_lora import seals
 from rayfed_lora.errors import BadInputError, RunFolderError
-from rayfed_lora.exporting import export_run
+from rayfed_lora.launching.exporting import export_run
+from rayfed_lora.runs import seals
 from rayfed_lora.storage import RunFolder
 from tests.fakes import RECIPE, FakeFactory, make_recipe
 

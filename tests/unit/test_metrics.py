@@ -11,12 +11,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from rayfed_lora.engines.usage import Usage
 from rayfed_lora.errors import InterruptedRunError
-from rayfed_lora.reporting.checked import table
-from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.runtime import metrics
-from rayfed_lora.runtime.metrics import RunMetrics, Usage, run_metrics
-from rayfed_lora.runtime.session import simulate
+from rayfed_lora.launching import metrics
+from rayfed_lora.launching.metrics import RunMetrics, run_metrics
+from rayfed_lora.runs.checked import table
+from rayfed_lora.runs.session import simulate
+from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import ClientRecord, RoundRecord
 from tests.fakes import Behaviour, local_executor, make_recipe

@@ -14,12 +14,12 @@ import pytest
 
 import rayfed_lora
 from rayfed_lora.errors import DataError, RunError, RunFolderError
-from rayfed_lora.reporting.status import Status, StatusBoard
-from rayfed_lora.runtime import location, ownership
-from rayfed_lora.runtime.comparison import compare
-from rayfed_lora.runtime.ownership import Pace, Ticket, take
-from rayfed_lora.runtime.processes import Process, this_process
-from rayfed_lora.runtime.session import simulate
+from rayfed_lora.launching.comparison import compare
+from rayfed_lora.runs import location, ownership
+from rayfed_lora.runs.ownership import Pace, Ticket, take
+from rayfed_lora.runs.processes import Process, this_process
+from rayfed_lora.runs.session import simulate
+from rayfed_lora.runs.status import Status, StatusBoard
 from rayfed_lora.storage import RunFolder
 from tests.fakes import RECIPE, Behaviour, FakeFactory, local_executor, make_recipe
 
@@ -126,7 +126,7 @@ def test_a_run_that_comes_after_the_first_one_has_ended_is_refused_though_it_had
     tmp_path, monkeypatch
 ):
     out = str(tmp_path / "run")
-    real = rayfed_lora.runtime.launch.claimed
+    real = rayfed_lora.launching.launch.claimed
 
     def late(*args: Any) -> Any:
         # What a command that had seen an empty folder may find by the time that it takes it.
@@ -134,7 +134,7 @@ def test_a_run_that_comes_after_the_first_one_has_ended_is_refused_though_it_had
         run(out)
         return real(*args)
 
-    monkeypatch.setattr("rayfed_lora.runtime.launch.claimed", late)
+    monkeypatch.setattr("rayfed_lora.launching.launch.claimed", late)
     with pytest.raises(RunFolderError, match="holds a run already"):
         run(out)
     assert rows(out) == (ROUNDS, CLIENT_ROWS)

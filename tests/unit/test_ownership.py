@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 
 from rayfed_lora.errors import InterruptedRunError, RunError, RunFolderError
-from rayfed_lora.runtime import lease_files, ownership
-from rayfed_lora.runtime.lease_files import MountedFiles, PlainFiles
-from rayfed_lora.runtime.lease_files_s3 import S3Files, s3_client
-from rayfed_lora.runtime.ownership import Lease, Pace, Ticket, owned, owner_of, take
-from rayfed_lora.runtime.processes import Process, is_alive, this_process
+from rayfed_lora.runs import lease_files, ownership
+from rayfed_lora.runs.lease_files import MountedFiles, PlainFiles
+from rayfed_lora.runs.lease_files_s3 import S3Files, s3_client
+from rayfed_lora.runs.ownership import Lease, Pace, Ticket, owned, owner_of, take
+from rayfed_lora.runs.processes import Process, is_alive, this_process
 from rayfed_lora.storage import RunFolder
 
 QUICK = Pace(renew_s=0.1, stale_s=1.0)
@@ -395,7 +395,7 @@ def test_a_kept_lease_stays_for_the_process_that_takes_it_over(folder, leases):
 
 STOPPED = """\
 import sys, time
-from rayfed_lora.runtime.ownership import Pace, Ticket, owned, take
+from rayfed_lora.runs.ownership import Pace, Ticket, owned, take
 from rayfed_lora.storage import RunFolder
 
 folder = RunFolder(sys.argv[1])
@@ -529,5 +529,5 @@ def test_a_process_is_alive_until_it_ends_and_a_stopped_one_is():
 
 
 def test_without_proc_nobody_is_known_to_be_dead(tmp_path, monkeypatch):
-    monkeypatch.setattr("rayfed_lora.runtime.processes._PROC", tmp_path)
+    monkeypatch.setattr("rayfed_lora.runs.processes._PROC", tmp_path)
     assert is_alive(DEAD) is None

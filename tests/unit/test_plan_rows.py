@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from rayfed_lora import planning
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe
-from rayfed_lora.reporting.plan_rows import MOST_ROWS, shown_rounds
-from rayfed_lora.reporting.terminal import show_plan
+from rayfed_lora.cli.plan_rows import MOST_ROWS, shown_rounds
+from rayfed_lora.cli.terminal import show_plan
+from rayfed_lora.launching import planning
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.recipe import Recipe
 
 SMALL = {
     "architecture": "vit",

@@ -10,12 +10,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from rayfed_lora import planning
 from rayfed_lora.aggregation.rules import RULES
-from rayfed_lora.presets import PRESETS
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe
-from rayfed_lora.runtime import launch
+from rayfed_lora.launching import launch, planning
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.presets import PRESETS
+from rayfed_lora.recipe.recipe import Recipe
 
 # 1437 training digits cut to 90, dealt to 6 clients, 3 of them a round.
 RECIPE: dict[str, Any] = {

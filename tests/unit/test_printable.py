@@ -12,15 +12,15 @@ import pytest
 from rich.progress import Progress, TextColumn
 from rich.table import Table
 
-from rayfed_lora import cli
+from rayfed_lora.cli import commands as cli
+from rayfed_lora.cli.console import PlainConsole
+from rayfed_lora.cli.progress import watching
 from rayfed_lora.errors import RunError
+from rayfed_lora.jobs import views as jobs
+from rayfed_lora.pages.comparison import Comparison
+from rayfed_lora.pages.csv_text import csv_bytes
 from rayfed_lora.printable import cell, echo, printable
-from rayfed_lora.reporting import jobs
-from rayfed_lora.reporting.comparison import Comparison
-from rayfed_lora.reporting.console import PlainConsole
-from rayfed_lora.reporting.csv_text import csv_bytes
-from rayfed_lora.reporting.progress import watching
-from rayfed_lora.reporting.status import Status
+from rayfed_lora.runs.status import Status
 from rayfed_lora.storage import RunFolder
 
 EVIL = "\x1b[31mred\x1b]0;title\x07\x9b2J\x08\x7f\u202etxt.exe\u2066\u2028[bold]x[/nope]"
@@ -137,7 +137,7 @@ def test_numbers_of_a_table_stay_numbers_and_its_heads_are_texts_too():
 def test_tables_of_a_comparison_are_neutral(tmp_path, monkeypatch):
     evil = '=HYPERLINK("http://evil")'
     runs = pd.DataFrame({"method": [evil], "seed": [-1], "error": [evil]})
-    from rayfed_lora.reporting import comparison
+    from rayfed_lora.pages import comparison
 
     monkeypatch.setattr(comparison, "read_runs", lambda locations, own: [])
     monkeypatch.setattr(comparison, "read_failed", lambda locations: [])

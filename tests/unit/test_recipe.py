@@ -17,9 +17,7 @@ from pydantic import BaseModel, ValidationError
 import rayfed_lora
 from rayfed_lora import errors
 from rayfed_lora.errors import ClientError, Fault, RecipeError
-from rayfed_lora.presets import PRESETS, merged
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import (
+from rayfed_lora.recipe.loading import (
     load_recipe,
     parse_yaml,
     recipe_schema,
@@ -27,6 +25,8 @@ from rayfed_lora.recipe_loading import (
     shipped_names,
     shipped_text,
 )
+from rayfed_lora.recipe.presets import PRESETS, merged
+from rayfed_lora.recipe.recipe import Recipe
 
 VIT: dict[str, Any] = {"model": {"config": {"architecture": "vit"}}}
 
@@ -992,7 +992,7 @@ def test_refusing_a_recipe_imports_neither_torch_nor_transformers_nor_ray():
     code = """
 import sys
 from rayfed_lora.errors import RecipeError
-from rayfed_lora.recipe_loading import load_recipe
+from rayfed_lora.recipe.loading import load_recipe
 try:
     load_recipe({"seed": -1})
 except RecipeError:

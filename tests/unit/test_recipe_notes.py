@@ -12,12 +12,12 @@ from rayfed_lora.annealing import stages
 from rayfed_lora.data import tables
 from rayfed_lora.data.sources import RawData
 from rayfed_lora.errors import BadInputError, DataError
-from rayfed_lora.planning import plan
-from rayfed_lora.presets import PRESETS
-from rayfed_lora.recipe_annealing import Annealing
-from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml, shipped_names
-from rayfed_lora.recipe_notes import given_way_in_search, unused
-from rayfed_lora.runtime.comparison import cells_of
+from rayfed_lora.launching.comparison import cells_of
+from rayfed_lora.launching.planning import plan
+from rayfed_lora.recipe.annealing import Annealing
+from rayfed_lora.recipe.loading import load_recipe, parse_yaml, recipe_yaml, shipped_names
+from rayfed_lora.recipe.notes import given_way_in_search, unused
+from rayfed_lora.recipe.presets import PRESETS
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning import drawing, search
 from rayfed_lora.tuning.space import Space, load_space

@@ -14,11 +14,11 @@ import pytest
 import rayfed_lora
 from rayfed_lora.data.partition import ClientTable
 from rayfed_lora.errors import BadInputError, RunFolderError
-from rayfed_lora.reporting.curves import curves
-from rayfed_lora.reporting.figures import figures, partitions
-from rayfed_lora.reporting.report import report, report_html
-from rayfed_lora.reporting.run_data import RunData, read_run, read_runs
-from rayfed_lora.runtime.comparison import compare
+from rayfed_lora.launching.comparison import compare
+from rayfed_lora.pages.curves import curves
+from rayfed_lora.pages.figures import figures, partitions
+from rayfed_lora.pages.report import report, report_html
+from rayfed_lora.runs.reading import RunData, read_run, read_runs
 from rayfed_lora.storage import RunFolder
 from tests.fakes import RECIPE, Behaviour, FakeFactory, every_round, make_recipe
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from rayfed_lora.federation import checkpoints
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe
-from rayfed_lora.reporting.checked import table
-from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.runtime.claiming import kept_recipe
-from rayfed_lora.runtime.session import sitting
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs import checkpoints
+from rayfed_lora.runs.checked import table
+from rayfed_lora.runs.claiming import kept_recipe
+from rayfed_lora.runs.session import sitting
+from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.run_folders import adopt, copied, measured
 from rayfed_lora.tuning.space import load_space, trial_recipe

@@ -12,12 +12,12 @@ import pytest
 
 import rayfed_lora
 from rayfed_lora.errors import RunError, RunFolderError
-from rayfed_lora.exporting import export_run
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.runtime.claiming import claim
-from rayfed_lora.runtime.comparison import compare
-from rayfed_lora.runtime.session import simulate
+from rayfed_lora.launching.comparison import compare
+from rayfed_lora.launching.exporting import export_run
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs.claiming import claim
+from rayfed_lora.runs.session import simulate
+from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
 from tests.fakes import RECIPE, FakeFactory, Killed, KilledExecutor, local_executor, make_recipe
 

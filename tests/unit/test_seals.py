@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rayfed_lora import seals
-from rayfed_lora.reporting.tables import ROUNDS_FILE, round_schema
+from rayfed_lora.runs import seals
+from rayfed_lora.runs.tables import ROUNDS_FILE, round_schema
 from rayfed_lora.storage import RunFolder
 
 

@@ -12,15 +12,15 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from rayfed_lora import checksums, seals
+from rayfed_lora.cli.terminal import show_search, watching_search
+from rayfed_lora.engines.on_ray.placement import Layout, Node
 from rayfed_lora.errors import ResourceError, RunError, RunFolderError
-from rayfed_lora.recipe_loading import load_recipe, yaml_text
-from rayfed_lora.reporting.report import report
-from rayfed_lora.reporting.search import SearchNews, read_search
-from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.reporting.terminal import show_search, watching_search
-from rayfed_lora.runtime.placement import Layout, Node
-from rayfed_lora.runtime.session import simulate
+from rayfed_lora.pages.report import report
+from rayfed_lora.pages.search import SearchNews, read_search
+from rayfed_lora.recipe.loading import load_recipe, yaml_text
+from rayfed_lora.runs import checksums, seals
+from rayfed_lora.runs.session import simulate
+from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.results import SearchResult, Tried
 from rayfed_lora.tuning.search import trial_layout

@@ -14,8 +14,8 @@ from transformers import ViTConfig, ViTForImageClassification
 import rayfed_lora
 from rayfed_lora.errors import BadInputError, ClientError, ModelError, RecipeError, RunError
 from rayfed_lora.models import export, sources
-from rayfed_lora.recipe import Model
-from rayfed_lora.reporting.page import page
+from rayfed_lora.pages.page import page
+from rayfed_lora.recipe.recipe import Model
 from tests.fakes import make_recipe
 
 PACKAGE = Path(rayfed_lora.__file__).parent

@@ -14,18 +14,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rayfed_lora import seals
 from rayfed_lora.errors import ClientError, InterruptedRunError, RunError, RunFolderError
-from rayfed_lora.federation import checkpoints, server
+from rayfed_lora.federation import server
 from rayfed_lora.federation.executor import Pending
+from rayfed_lora.launching import launch
+from rayfed_lora.launching.planning import plan
 from rayfed_lora.lora.fingerprint import sha256
-from rayfed_lora.planning import plan
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe, recipe_yaml
-from rayfed_lora.reporting.status import Status, StatusBoard
-from rayfed_lora.runtime import launch
-from rayfed_lora.runtime.claiming import claim, finished
-from rayfed_lora.runtime.session import simulate
+from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs import checkpoints, seals
+from rayfed_lora.runs.claiming import claim, finished
+from rayfed_lora.runs.session import simulate
+from rayfed_lora.runs.status import Status, StatusBoard
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import LocalPlan
 from tests.fakes import Behaviour, Killed, KilledExecutor, every_round, local_executor, make_recipe
@@ -211,7 +211,7 @@ def test_a_killed_start_leaves_a_folder_that_can_be_started_again(tmp_path, monk
         raise SystemExit("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr("rayfed_lora.runtime.session.write_partition", killed)
+        patch.setattr("rayfed_lora.runs.session.write_partition", killed)
         with pytest.raises(SystemExit):
             run(make_recipe(), tmp_path)
     claim(RunFolder(tmp_path), make_recipe(), resume=True)
@@ -223,7 +223,7 @@ def test_a_page_that_cannot_be_drawn_costs_no_result(tmp_path, monkeypatch):
     def broken(*args: Any) -> str:
         raise ValueError("no ink")
 
-    monkeypatch.setattr("rayfed_lora.runtime.session.report_html", broken)
+    monkeypatch.setattr("rayfed_lora.runs.session.report_html", broken)
     notes: list[str] = []
     run(make_recipe(), tmp_path, watch=lambda status: notes.extend(status.notes))
     assert (tmp_path / "summary.json").exists()

@@ -16,7 +16,7 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.trainer import LocalTrainer, built_weights
 from rayfed_lora.training.workload import outline, prepare
 from rayfed_lora.types import AdapterState, Base

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from rayfed_lora.reporting import status as status_module
-from rayfed_lora.reporting.status import Status, StatusBoard
+from rayfed_lora.runs import status as status_module
+from rayfed_lora.runs.status import Status, StatusBoard
 from rayfed_lora.types import RoundPlan, RoundRecord
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rayfed_lora.errors import RunError, RunFolderError
-from rayfed_lora.federation import checkpoints
+from rayfed_lora.runs import checkpoints
 from rayfed_lora.storage import RunFolder
 from tests.object_store import Bucket, ObjectStore
 from tests.unit.test_checkpoints import (

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayfed_lora.errors import RunError, RunFolderError
-from rayfed_lora.reporting import client_rows
-from rayfed_lora.reporting.tables import Tables
+from rayfed_lora.runs import client_rows
+from rayfed_lora.runs.tables import Tables
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import ClientRecord, Proposal
 from tests.unit.test_status import record

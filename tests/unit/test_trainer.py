@@ -31,8 +31,8 @@ from rayfed_lora.data.examples import Examples
 from rayfed_lora.data.partition import ClientTable
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import ClientError
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.training import drawing as drawing_module
 from rayfed_lora.training.results import all_finite

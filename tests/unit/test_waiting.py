@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from rayfed_lora.runtime.waiting import LAST, put
+from rayfed_lora.engines.waiting import LAST, put
 
 
 @dataclass

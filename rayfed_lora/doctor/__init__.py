@@ -1,0 +1,1 @@
+"""What a machine or a cluster offers, and what is wrong with it."""

@@ -1,0 +1,1 @@
+"""Starts runs: one, several side by side, in this process or on a cluster."""

@@ -1,0 +1,269 @@
+"""Rounds told to programs that draw curves: TensorBoard, Weights & Biases, MLflow.
+
+Each is imported only where a recipe asks for it. What a server needs to know, such as its address
+and key, these programs read from their own environment variables.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from rayfed_lora.errors import RunError, RunFolderError
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs import seals
+from rayfed_lora.runs.tables import round_row
+from rayfed_lora.runs.tracking import Outcome, Tracker
+from rayfed_lora.storage import RunFolder
+from rayfed_lora.types import ClientRecord, RoundRecord
+
+# Keeps which run of W&B and MLflow a run folder goes on with.
+TRACKING_FILE = "tracking.json"
+EVENTS_FOLDER = "tensorboard"
+# How long events may wait to be written, and written ones to be uploaded to remote storage.
+_FLUSH_S = 5
+_UPLOAD_S = 30.0
+
+
+def trackers(recipe: Recipe, folder: RunFolder, name: str) -> Iterator[Tracker]:
+    """Yield what `tracking` asks for, one by one, ready to be told of rounds.
+
+    Args:
+        recipe: the run.
+        folder: its run folder, with its recipe in it.
+        name: what the run is called where it is shown.
+
+    Raises:
+        RunError: one cannot begin, e.g. for want of a key.
+    """
+    asked = recipe.tracking
+    project, experiment = asked.wandb, asked.mlflow
+    if asked.tensorboard:
+        yield _begun("tensorboard", lambda: TensorBoard(folder))
+    if project is not None:
+        yield _begun("wandb", lambda: WandB(project, recipe, folder, name))
+    if experiment is not None:
+        yield _begun("mlflow", lambda: MLflow(experiment, recipe, folder, name))
+
+
+def _begun(name: str, make: Callable[[], Tracker]) -> Tracker:
+    try:
+        return make()
+    except RunFolderError:
+        raise
+    except Exception as error:
+        raise RunError(f"tracking.{name}: {error}") from error
+
+
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a row of rounds.parquet that say something."""
+    return {
+        name: float(value)
+        for name, value in row.items()
+        if isinstance(value, (int, float)) and name != "round"
+    }
+
+
+class TensorBoard:
+    """Event files in the run folder; on remote storage they are uploaded now and then.
+
+    A sitting writes the rounds of earlier ones anew: an event file has no way to take back those
+    that will be run again.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        """Begin a file in place of those of earlier sittings."""
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        folder.remove(EVENTS_FOLDER)
+        self._folder = folder
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        if folder.local is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="rayfed-lora-tensorboard-")
+            self._where = Path(self._scratch.name)
+        else:
+            self._where = folder.local / EVENTS_FOLDER
+        self._writer = EventFileWriter(str(self._where), flush_secs=_FLUSH_S)
+        self._uploaded = time.monotonic()
+
+    def resumed(self, rounds: pa.Table) -> None:
+        """Write the rounds of earlier sittings."""
+        for row in rounds.to_pylist():
+            self._write(row["round"], scalars(row))
+
+    def round_done(
+        self, record: RoundRecord, clients: Sequence[ClientRecord], aggregation_s: float
+    ) -> None:
+        """Write a round, step = round."""
+        del clients
+        values = scalars(round_row(record)) | {"aggregation_seconds": aggregation_s}
+        self._write(record.round, values)
+        if self._scratch is not None and time.monotonic() - self._uploaded > _UPLOAD_S:
+            self._writer.flush()
+            self._upload()
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        found = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._writer.add_event(
+            Event(wall_time=time.time(), step=step, summary=Summary(value=found))
+        )
+
+    def _upload(self) -> None:
+        for path in self._where.iterdir():
+            self._folder.write(f"{EVENTS_FOLDER}/{path.name}", path.read_bytes())
+        self._uploaded = time.monotonic()
+
+    def close(self, outcome: Outcome) -> None:
+        """Write all that waits."""
+        del outcome
+        self._writer.close()
+        if self._scratch is not None:
+            self._upload()
+            self._scratch.cleanup()
+
+
+class WandB:
+    """A run of Weights & Biases, the same one in each sitting."""
+
+    def __init__(self, project: str, recipe: Recipe, folder: RunFolder, name: str) -> None:
+        """Begin a run, or go on with that of the folder; WANDB_MODE=offline needs no server."""
+        import wandb
+
+        known = _kept(folder).get("wandb")
+        self._run = wandb.init(
+            project=project,
+            id=known,
+            resume="allow",
+            name=name,
+            config=_shown(recipe),
+            dir=None if folder.local is None else str(folder.local),
+            settings=wandb.Settings(silent=True, console="off", disable_git=True),
+        )
+        self._new = known is None
+        _keep(folder, "wandb", self._run.id)
+
+    def resumed(self, rounds: pa.Table) -> None:
+        """Send the rounds of earlier sittings, unless they were sent by those."""
+        if self._new:
+            for row in rounds.to_pylist():
+                self._run.log(scalars(row), step=row["round"])
+
+    def round_done(
+        self, record: RoundRecord, clients: Sequence[ClientRecord], aggregation_s: float
+    ) -> None:
+        """Send a round, step = round; W&B passes over one that it has."""
+        del clients
+        values = scalars(round_row(record)) | {"aggregation_seconds": aggregation_s}
+        self._run.log(values, step=record.round)
+
+    def close(self, outcome: Outcome) -> None:
+        """End this sitting; a run that is not done counts as crashed, and can go on."""
+        self._run.finish(exit_code=0 if outcome == "done" else 1)
+
+
+class MLflow:
+    """A run of an MLflow experiment, the same one in each sitting."""
+
+    _STATUS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}  # noqa: RUF012
+
+    def __init__(self, experiment: str, recipe: Recipe, folder: RunFolder, name: str) -> None:
+        """Begin a run, or go on with that of the folder, where MLFLOW_TRACKING_URI says."""
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        self._client = MlflowClient()
+        known = _kept(folder).get("mlflow")
+        self._next = 0
+        if known is None:
+            found = self._client.get_experiment_by_name(experiment)
+            where = found.experiment_id if found else self._client.create_experiment(experiment)
+            self._id = self._client.create_run(where, run_name=name).info.run_id
+            params = [Param(key, str(value)) for key, value in _flat(_shown(recipe)).items()]
+            for i in range(0, len(params), 100):
+                self._client.log_batch(self._id, params=params[i : i + 100])
+            _keep(folder, "mlflow", self._id)
+        else:
+            self._id = known
+            self._client.update_run(known, status="RUNNING")
+            kept = self._client.get_run(known).data.metrics
+            self._next = int(kept.get("round", -1)) + 1
+
+    def resumed(self, rounds: pa.Table) -> None:
+        """Send the rounds of earlier sittings that MLflow does not have."""
+        for row in rounds.to_pylist():
+            self._send(row["round"], scalars(row))
+
+    def round_done(
+        self, record: RoundRecord, clients: Sequence[ClientRecord], aggregation_s: float
+    ) -> None:
+        """Send a round, step = round, unless MLflow has it."""
+        del clients
+        values = scalars(round_row(record)) | {"aggregation_seconds": aggregation_s}
+        self._send(record.round, values)
+
+    def _send(self, step: int, values: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        if step < self._next:
+            return
+        now = int(time.time() * 1000)
+        found = [Metric(k, v, now, step) for k, v in {**values, "round": float(step)}.items()]
+        self._client.log_batch(self._id, metrics=found)
+        self._next = step + 1
+
+    def close(self, outcome: Outcome) -> None:
+        """End this sitting."""
+        self._client.set_terminated(self._id, self._STATUS[outcome])
+
+
+def _shown(recipe: Recipe) -> dict[str, Any]:
+    """Return what another program shows of a recipe; not where it is stored."""
+    return recipe.model_dump(mode="json", exclude={"storage", "tracking"})
+
+
+def _flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        where = f"{path}.{key}" if path else str(key)
+        if isinstance(value, Mapping) and value:
+            found |= _flat(value, where)
+        else:
+            found[where] = value
+    return found
+
+
+def _kept(folder: RunFolder) -> dict[str, str]:
+    if not folder.exists(TRACKING_FILE):
+        return {}
+    try:
+        found: dict[str, str] = json.loads(folder.read(TRACKING_FILE))
+        seal = found.pop("sha256", None)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise seals.damaged(folder, TRACKING_FILE, str(error)) from None
+    # Files of older versions have no checksum.
+    if seal not in (None, _sha256(found)):
+        raise seals.damaged(folder, TRACKING_FILE, "its values do not match its checksum")
+    return found
+
+
+def _sha256(runs: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(runs, sort_keys=True).encode()).hexdigest()
+
+
+def _keep(folder: RunFolder, name: str, run_id: str) -> None:
+    runs = {**_kept(folder), name: run_id}
+    content = json.dumps({**runs, "sha256": _sha256(runs)}, indent=1)
+    folder.write(TRACKING_FILE, content.encode())
