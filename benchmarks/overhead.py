@@ -26,11 +26,11 @@ from typing import Any
 
 import numpy as np
 import workloads
+from rayfed_lora.training.protocol import Trainer
 from side_by_side import HERE, processor, versions
 
 import rayfed_lora
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.training.protocol import Trainer
 
 WORKERS = 2
 LONG = 20

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from rayfed_lora.federation.executor import Call, Pending, Population, Trained
+from rayfed_lora.training.protocol import attributed
 
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.data.partition import ClientTable
@@ -24,10 +26,8 @@ from rayfed_lora.data.workload import Workload
 from rayfed_lora.engines.factory import in_process
 from rayfed_lora.engines.local import LocalExecutor
 from rayfed_lora.errors import BlockMemoryError
-from rayfed_lora.federation.executor import Call, Pending, Population, Trained
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.training.protocol import attributed
 from rayfed_lora.types import (
     AdapterState,
     Base,

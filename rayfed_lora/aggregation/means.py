@@ -11,7 +11,7 @@ import numpy as np
 from rayfed_lora.aggregation.mean import ProductMean, TensorMean
 from rayfed_lora.aggregation.step import Float64Array, Product
 from rayfed_lora.lora.products import norm
-from rayfed_lora.lora.stacked import named, together
+from rayfed_lora.lora.stacked import StackedStates, named
 from rayfed_lora.types import AdapterState, Factors
 
 Kept = Literal["factors", "padded"]
@@ -49,28 +49,27 @@ class Means:
         if "padded" in self._kept:
             self._padded.add(state.factors)
 
-    def add_all(self, updates: Sequence[tuple[float, AdapterState]]) -> None:
+    def add_all(self, weights: Sequence[float], states: Sequence[AdapterState]) -> None:
         """Take clients in, as `add` does one: at once where they were trained together.
 
         Sums of tensors are the same to the last bit; exact updates are summed by a matrix product,
         which may order a module's sum in another way.
 
         Args:
-            updates: weight and trained state of each, in order.
+            weights: one a client, each > 0.
+            states: trained, in the same order.
         """
-        found = together([state for _, state in updates])
-        if found is None or len(updates) == 1:
-            for weight, state in updates:
+        if not (isinstance(states, StackedStates) and len(states) > 1 and states.alike):
+            for weight, state in zip(weights, states, strict=True):
                 self.add(weight, state)
             return
-        stack, clients = found
-        weights = np.array([weight for weight, _ in updates])
-        rows, shapes = stack.values(clients, dense="factors" not in self._kept)
-        self._tensors.add_rows(weights, rows, shapes)
-        for name, total in stack.products(clients, weights).items():
-            self._products.setdefault(name, ProductMean()).add_total(float(weights.sum()), total)
+        each = np.array(weights)
+        rows, shapes = states.values(dense="factors" not in self._kept)
+        self._tensors.add_rows(each, rows, shapes)
+        for name, total in states.products(each).items():
+            self._products.setdefault(name, ProductMean()).add_total(float(each.sum()), total)
         if "padded" in self._kept:
-            for _, state in updates:
+            for state in states:
                 self._padded.add(state.factors)
 
     def join(self, other: Means) -> None:

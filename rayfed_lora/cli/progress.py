@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from rayfed_lora.federation.records import RoundRecord
 from rayfed_lora.printable import one_note
 from rayfed_lora.runs.status import Status, headline
-from rayfed_lora.types import RoundRecord
 from rayfed_lora.units import duration, megabytes
 
 
@@ -22,7 +22,7 @@ def round_line(record: RoundRecord, rounds: int) -> str:
     """Return one line about a finished round."""
     width = len(str(rounds))
     rank = "full model" if record.rank is None else f"rank {record.rank:g}"
-    tested = "" if record.eval_accuracy is None else f"  accuracy {record.eval_accuracy:.3f}"
+    tested = "" if record.accuracy is None else f"  accuracy {record.accuracy:.3f}"
     failed = f"  {record.failed_clients} failed" if record.failed_clients else ""
     dropped = f"  {record.dropped_clients} dropped" if record.dropped_clients else ""
     verdict = "" if record.proposal is None else f"  {record.proposal.verdict}"

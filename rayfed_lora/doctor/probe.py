@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rayfed_lora.doctor.findings import Finding
 from rayfed_lora.engines.factory import Factory, TorchFactory, in_process
-from rayfed_lora.engines.local import LocalExecutor
+from rayfed_lora.engines.local import LocalEngine
 from rayfed_lora.engines.on_ray.placement import Node, layout
 from rayfed_lora.errors import BadInputError, RayfedError, ResourceError
 from rayfed_lora.federation.sampling import block_size
@@ -88,7 +88,7 @@ def probe(recipe: Recipe, gpus: float, factory: Factory) -> Probe:
     from rayfed_lora.training.device import device_of_share, peak_mb, total_mb
 
     device = device_of_share(gpus)
-    executor = LocalExecutor(recipe.aggregation.rule, lambda: in_process(recipe, factory, device))
+    executor = LocalEngine(lambda: in_process(recipe, factory, device))
     board = StatusBoard(recipe.annealing.total_rounds)
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -7,12 +7,11 @@ from importlib import import_module
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
-from rayfed_lora.federation.executor import Population
 from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.tasks.engine import Population, Trainer
 
 if TYPE_CHECKING:
     from rayfed_lora.data.workload import Workload
-    from rayfed_lora.training.protocol import Trainer
     from rayfed_lora.training.trainer import Weights
 
 

@@ -1,52 +1,35 @@
-"""Trainers of one process, each with a thread: what Ray's actors and runs without Ray share.
+"""Trainers of one process, each with a thread: for runs without Ray, and inside Ray's actors.
 
 Source: this project.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from threading import Lock
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
 
 from threadpoolctl import threadpool_limits
 
-from rayfed_lora.engines.waiting import LAST, put
-from rayfed_lora.training import python_lock
-from rayfed_lora.training.protocol import Trainer
+from rayfed_lora.tasks.engine import Task, Trainer, answer
 
-_T = TypeVar("_T")
+R = TypeVar("R")
 
 
-@dataclass(eq=False)
-class _Job:
-    """What one trainer does, with a future of what comes of it; the rest as of `Waits`."""
+@dataclass(frozen=True)
+class Answer(Generic[R]):
+    """The result of a task, and the seconds that a trainer worked on it."""
 
-    work: Callable[[Trainer], Any]
-    round: int
-    before: int
-    future: Future[Any] = field(default_factory=Future)
-
-    def run(self, trainer: Trainer) -> None:
-        """Do it, unless it was cancelled."""
-        if not self.future.set_running_or_notify_cancel():
-            return
-        try:
-            self.future.set_result(self.work(trainer))
-        except BaseException as error:  # whatever it is, it is for who asks for the result
-            self.future.set_exception(error)
+    value: R
+    seconds: float
 
 
 class TrainerThreads:
-    """Does work in the order in which it comes, each time with a trainer that has nothing to do.
-
-    One more thread draws batches and sums up results while the others compute.
-    """
+    """Has tasks answered in the order in which they come, each by a trainer that is idle."""
 
     def __init__(self, trainers: Sequence[Trainer]) -> None:
         """Start no thread yet.
@@ -54,67 +37,35 @@ class TrainerThreads:
         Args:
             trainers: they share what they do not write to. There are as many threads.
         """
-        self.trainers = tuple(trainers)
         self._idle: SimpleQueue[Trainer] = SimpleQueue()
         for trainer in trainers:
             self._idle.put(trainer)
-        self._waiting: deque[_Job] = deque()
-        self._queueing = Lock()
         # Some libraries keep the limit by thread; a sum must not depend on the number of cores.
         alone = partial(threadpool_limits, 1, "blas")
-        self._threads = ThreadPoolExecutor(len(self.trainers), "training", alone)
-        self._beside = ThreadPoolExecutor(1, "beside", alone)
+        self._threads = ThreadPoolExecutor(len(trainers), "training", alone)
 
-    @property
-    def idle(self) -> bool:
-        """Whether a trainer has nothing to do."""
-        return not self._idle.empty()
-
-    def submit(
-        self, *works: Callable[[Trainer], _T], round_: int = LAST, before: int = 0
-    ) -> list[Future[_T]]:
-        """Do some things behind what waits and is not passed.
+    def submit(self, task: Task[R], halvings: int = 0) -> Future[Answer[R]]:
+        """Start a task behind those that wait.
 
         Args:
-            works: what to do, in order.
-            round_: that they train, if any.
-            before: the first round that may not be trained before them.
+            task: answered whole, by one trainer.
+            halvings: as of `answer`.
         """
-        jobs = [_Job(work, round_, before) for work in works]
-        with self._queueing:
-            put(self._waiting, jobs)
-        for _ in jobs:
-            self._threads.submit(self._turn)
-        return [job.future for job in jobs]
+        return self._threads.submit(self._answer, task, halvings)
 
-    def _turn(self) -> None:
-        """Do what comes first; there are as many turns as jobs."""
-        with self._queueing:
-            job = self._waiting.popleft()
-        # There is one: as many trainers as threads.
+    def _answer(self, task: Task[R], halvings: int) -> Answer[R]:
+        # One is idle: there are as many trainers as threads.
         trainer = self._idle.get()
+        began = time.perf_counter()
         try:
-            job.run(trainer)
+            return Answer(answer(trainer, task, halvings), time.perf_counter() - began)
         finally:
             self._idle.put(trainer)
-
-    def beside(self, work: Callable[..., _T], *args: Any) -> Future[_T]:
-        """Do something that takes no trainer, while those who compute rarely need Python's lock."""
-        return self._beside.submit(_unhurried, work, *args)
 
     def close(self, *, wait: bool = False) -> None:
         """Begin nothing more.
 
         Args:
-            wait: until what the threads are doing is done; else only a process's end waits for it.
+            wait: until running tasks are done; else only a process's end waits for them.
         """
-        with self._queueing:
-            for job in self._waiting:
-                job.future.cancel()
-        for threads in (self._threads, self._beside):
-            threads.shutdown(wait=wait, cancel_futures=True)
-
-
-def _unhurried(work: Callable[..., _T], *args: Any) -> _T:
-    python_lock.wait()
-    return work(*args)
+        self._threads.shutdown(wait=wait, cancel_futures=True)

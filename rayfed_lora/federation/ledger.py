@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.federation.traffic import Counts, RoundFacts, Traffic, traffic
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.recipe.rule_facts import RuleFacts
 from rayfed_lora.types import ModelShape
 
@@ -159,13 +161,18 @@ class Ledger:
         self._factors: dict[str, int] = {}
         self.totals = Totals()
 
-    def quote(self, *facts: RoundFacts) -> Bill:
-        """Return the bill of the last of some consecutive rounds without booking any of them."""
+    @classmethod
+    def of(cls, recipe: Recipe, shape: ModelShape, clients: int) -> Ledger:
+        """Return the ledger of a run before its first round."""
+        return cls(shape, clients, RULES[recipe.aggregation.rule])
+
+    def quote(self, facts: RoundFacts) -> Bill:
+        """Return the bill of a round without booking it."""
         kept = dict(self._factors), self._held, self.totals
         steps = len(self._steps)
         self._held = {kind: versions.copy() for kind, versions in self._held.items()}
         try:
-            return [self.book(each) for each in facts][-1]
+            return self.book(facts)
         finally:
             self._factors, self._held, self.totals = kept
             # Booking only adds steps: taking them off again does not copy all the earlier ones.

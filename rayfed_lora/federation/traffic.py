@@ -48,7 +48,7 @@ class RoundFacts:
             whose shrink is folded, clients get the factors before the cut, to fold the rest
             themselves.
         folded: number of values in what that shrink folds into the base.
-        resized: whether the server has cut A and B (`is_cut`) since the last round's result. A
+        resized: whether the server has cut A and B since the last round's result. A
             rise needs no message: all draw the new rows of A from the seed.
         stepped: whether the server goes another way than to the mean: what the averages lack of it
             has the rank of one more client then, that of the start.
@@ -69,11 +69,6 @@ class RoundFacts:
     stepped: bool = False
     after_initiating: bool = True
     sent: Sent | None = None
-
-
-def is_cut(before: Ranks, ranks: Ranks) -> bool:
-    """Return whether some module's rank falls: only then do its factors change by the server."""
-    return any(ranks[name] < rank for name, rank in before.items())
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from rayfed_lora.engines.factory import Factory, TorchFactory, in_process
-from rayfed_lora.engines.local import LocalExecutor
+from rayfed_lora.engines.local import LocalEngine
 from rayfed_lora.errors import BadInputError, InterruptedRunError, RayfedError, RunFolderError
-from rayfed_lora.federation.executor import Executor
 from rayfed_lora.launching import launch
 from rayfed_lora.locations import child
 from rayfed_lora.pages.comparison import Cell, Comparison, Ended, Standing
@@ -33,13 +32,14 @@ from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.runs.tracking import Tracker
 from rayfed_lora.storage import RunFolder
+from rayfed_lora.tasks.engine import Engine
 
 if TYPE_CHECKING:
     from rayfed_lora.engines.on_ray.crew import Crew
-    from rayfed_lora.engines.on_ray.executor import RayExecutor
+    from rayfed_lora.engines.on_ray.engine import RayEngine
 
 # Makes the executor of a run; the board is told what the user should know.
-MakeExecutor = Callable[[Recipe, StatusBoard], Executor]
+MakeExecutor = Callable[[Recipe, StatusBoard], Engine]
 Methods = Sequence[str] | Mapping[str, Mapping[str, Any]]
 _POLL_S = 0.25
 # A method's name is a folder's too.
@@ -161,16 +161,16 @@ class ComparisonServer:
     def __repr__(self) -> str:
         return "server of a comparison"
 
-    def _executor(self, recipe: Recipe, board: StatusBoard) -> Executor:
+    def _executor(self, recipe: Recipe, board: StatusBoard) -> Engine:
         from rayfed_lora.engines.on_ray.crew import Crew
-        from rayfed_lora.engines.on_ray.executor import RayExecutor
+        from rayfed_lora.engines.on_ray.engine import RayEngine
 
         if self._crew is not None and not self._crew.wait(recipe.runtime.start_timeout_s):
             self._crew.close()
             self._crew = None
         if self._crew is None:
             self._crew = Crew.reserved(recipe, f"clients of a comparison {uuid4().hex}")
-        return RayExecutor(recipe, self._factory, board.note, crew=self._crew)
+        return RayEngine(recipe, self._factory, board.note, crew=self._crew)
 
     def run(self) -> tuple[Ended, ...]:
         """Run all cells; raises InterruptedRunError after `stop`."""
@@ -194,7 +194,7 @@ def _name(cell: Cell) -> str:
     return "/".join(PurePosixPath(cell.location).parts[-3:])
 
 
-def _metrics(cell: Cell, executor: RayExecutor) -> Tracker | None:
+def _metrics(cell: Cell, executor: RayEngine) -> Tracker | None:
     from rayfed_lora.launching.metrics import run_metrics
 
     return run_metrics(_name(cell), cell.recipe.annealing.total_rounds, executor.usage)
@@ -343,10 +343,9 @@ def _run_here(
 ) -> tuple[Ended, ...]:
     launch.refuse_address(cells[0].recipe, address)
 
-    def executor(recipe: Recipe, board: StatusBoard) -> Executor:
+    def executor(recipe: Recipe, board: StatusBoard) -> Engine:
         device = launch.local_device(recipe)
-        rule = recipe.aggregation.rule
-        return LocalExecutor(rule, lambda: in_process(recipe, factory, device))
+        return LocalEngine(lambda: in_process(recipe, factory, device))
 
     queue = Queue(cells, executor, ticket=ticket)
     with launch.interruptible(queue.stop):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayfed_lora.engines.factory import Factory, TorchFactory, in_process
-from rayfed_lora.engines.local import LocalExecutor
+from rayfed_lora.engines.local import LocalEngine
 from rayfed_lora.errors import (
     BadInputError,
     RayfedError,
@@ -229,7 +229,7 @@ def _run_here(
     ticket: Ticket,
 ) -> dict[str, Any]:
     device = local_device(recipe)
-    executor = LocalExecutor(recipe.aggregation.rule, lambda: in_process(recipe, factory, device))
+    executor = LocalEngine(lambda: in_process(recipe, factory, device))
     board = StatusBoard(recipe.annealing.total_rounds, watch)
     stop = threading.Event()
     with interruptible(stop.set):

@@ -18,9 +18,10 @@ import pyarrow.compute as pc
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from rayfed_lora.engines.usage import Usage
+from rayfed_lora.federation.records import ClientRecord, RoundRecord
 from rayfed_lora.runs.tables import round_row
 from rayfed_lora.runs.tracking import Outcome
-from rayfed_lora.types import ClientRecord, RoundRecord, Stage
+from rayfed_lora.types import Stage
 
 # Of the newest finished round, as in rounds.parquet; the rank of a full-model round is 0.
 _OF_ROW = {

@@ -6,22 +6,17 @@ Source: this project.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rayfed_lora.aggregation.rules import RULES
-from rayfed_lora.annealing import budget
-from rayfed_lora.annealing.stages import Feedback, adapter_rounds_before, plan_round
-from rayfed_lora.federation import sampling
-from rayfed_lora.federation.devices import Devices
+from rayfed_lora.annealing.stages import Feedback, plan_round
+from rayfed_lora.federation.cohorts import Cohort, Cohorts
 from rayfed_lora.federation.learning_rate import doubt, learning_rate
-from rayfed_lora.federation.ledger import BYTES_A_VALUE, Ledger, Totals
+from rayfed_lora.federation.ledger import BYTES_A_VALUE, Bill, Ledger, Totals
 from rayfed_lora.federation.sampling import block_size
-from rayfed_lora.federation.traffic import Counts, RoundFacts, is_cut
-from rayfed_lora.recipe.annealing import Annealing
+from rayfed_lora.federation.transitions import planned
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.notes import unused
 from rayfed_lora.recipe.recipe import Recipe
@@ -99,18 +94,21 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
     """
     recipe = load_recipe(recipe)
     sizes = outline(recipe)
-    ledger = Ledger(sizes.shape, len(sizes.devices.sizes), RULES[recipe.aggregation.rule])
-    devices = Devices(recipe, sizes.devices) if recipe.simulates_time else None
-    limits = sampling.rank_limits(recipe, len(sizes.devices.sizes))
-    annealing = _without_feedback(recipe)
+    ledger = Ledger.of(recipe, sizes.shape, len(sizes.devices.sizes))
+    cohorts = Cohorts(recipe, sizes.devices, ledger)
+    # As if each proposal were accepted: what is proposed depends on the training.
+    annealing = recipe.annealing.model_copy(update={"acceptance": "always"})
+    anew = RULES[recipe.aggregation.rule].merges == "stack"
     rounds: list[PlannedRound] = []
     rank: int | None = None
     clock_s = 0.0
     for t in range(recipe.annealing.total_rounds):
         scheduled = plan_round(annealing, t, Feedback(rank=rank))
-        planned = _planned(recipe, sizes, ledger, scheduled, rank, limits, devices, clock_s)
-        rounds.append(planned)
-        clock_s += planned.simulated_s or 0.0
+        resizing = planned(recipe, sizes.shape, None if anew else rank, scheduled)
+        cohort = cohorts.draw(scheduled, resizing, clock_s)
+        bill = ledger.book(cohort.facts)
+        rounds.append(_planned_round(recipe, sizes, scheduled, cohort, bill))
+        clock_s = cohort.clock_s
         rank = None if scheduled.trainable == "full" else scheduled.rank
     needs = _needs(recipe, sizes, rounds)
     actor_mb = _PROCESS_MB + _training_mb(sizes, rounds)
@@ -119,77 +117,23 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
     return Plan(tuple(rounds), ledger.totals, sizes, needs, actor_mb, notes)
 
 
-def _without_feedback(recipe: Recipe) -> Annealing:
-    return recipe.annealing.model_copy(update={"acceptance": "always"})
-
-
-def _planned(  # noqa: PLR0913, PLR0917 - the one caller has them all
-    recipe: Recipe,
-    sizes: Outline,
-    ledger: Ledger,
-    scheduled: RoundPlan,
-    rank_before: int | None,
-    limits: Counts | None,
-    devices: Devices | None,
-    clock_s: float,
+def _planned_round(
+    recipe: Recipe, sizes: Outline, scheduled: RoundPlan, cohort: Cohort, bill: Bill
 ) -> PlannedRound:
-    shape, clients = sizes.shape, len(sizes.devices.sizes)
-    full = scheduled.trainable == "full"
-    if devices is None:
-        cohort, began = sampling.cohort(recipe, clients, scheduled.round), clock_s
-    else:
-        cohort, began = devices.cohort(scheduled.round, clock_s)
-    facts = _facts(recipe, shape, scheduled, rank_before, cohort, limits)
-    simulated_s = None
-    if devices is not None:
-        turnout = devices.turnout(scheduled.round, cohort, ledger.quote(facts), full, began)
-        facts = replace(facts, arrived=~turnout.sent.absent, sent=turnout.sent)
-        simulated_s = began + turnout.length_s - clock_s
-    bill = ledger.book(facts)
+    full, facts = scheduled.trainable == "full", cohort.facts
     return PlannedRound(
         round=scheduled.round,
         stage=scheduled.stage,
         trainable=scheduled.trainable,
         rank=None if full else scheduled.rank,
-        trainable_params=_trained(shape, facts.ranks, facts.frozen, full),
+        trainable_params=_trained(sizes.shape, facts.ranks, facts.frozen, full),
         learning_rate=learning_rate(recipe, scheduled.round),
-        clients=len(cohort),
+        clients=len(cohort.clients),
         arriving=bill.arrived,
         bytes_up=bill.params_up * BYTES_A_VALUE,
         bytes_down=bill.params_down * BYTES_A_VALUE,
         bytes_base=bill.base_params * BYTES_A_VALUE,
-        simulated_s=simulated_s,
-    )
-
-
-def _facts(
-    recipe: Recipe,
-    shape: ModelShape,
-    scheduled: RoundPlan,
-    rank_before: int | None,
-    cohort: tuple[int, ...],
-    limits: Counts | None,
-) -> RoundFacts:
-    """Return what decides a round's messages if all arrive."""
-    full = scheduled.trainable == "full"
-    ranks = {} if full else budget.uniform(shape.modules, scheduled.rank)
-    anew = RULES[recipe.aggregation.rule].merges == "stack"
-    kept = None if anew else rank_before
-    before = {} if kept is None else budget.uniform(shape.modules, kept)
-    turn = adapter_rounds_before(recipe.annealing, scheduled.round)
-    folded = _folded(recipe, shape, before, ranks)
-    return RoundFacts(
-        trainable=scheduled.trainable,
-        cohort=cohort,
-        arrived=np.ones(len(cohort), bool),
-        ranks=ranks,
-        limits=None if limits is None else limits[list(cohort)],
-        frozen=None if full else RULES[recipe.aggregation.rule].frozen(turn),
-        ranks_before=before if folded else None,
-        folded=folded,
-        resized=is_cut(before, ranks),
-        stepped=recipe.aggregation.server_optimizer.lr != 1.0,
-        after_initiating=scheduled.stage != "initiating",
+        simulated_s=cohort.lasted_s,
     )
 
 
@@ -201,16 +145,6 @@ def _trained(shape: ModelShape, ranks: Mapping[str, int], frozen: Frozen | None,
         for name, module in shape.modules.items()
     }
     return shape.head_params + sum(sides[name] * rank for name, rank in ranks.items())
-
-
-def _folded(
-    recipe: Recipe, shape: ModelShape, before: Mapping[str, int], ranks: Mapping[str, int]
-) -> int:
-    """Return the number of values that a shrink folds into the base."""
-    if recipe.annealing.cooling.residual == "drop" or not before:
-        return 0
-    cut = {name: before[name] - ranks[name] for name in ranks if before[name] > ranks[name]}
-    return budget.cost({name: shape.modules[name] for name in cut}, cut)
 
 
 def _needs(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> tuple[str, ...]:

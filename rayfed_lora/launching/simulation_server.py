@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from rayfed_lora.engines.factory import Factory
-from rayfed_lora.engines.on_ray.executor import RayExecutor
+from rayfed_lora.engines.on_ray.engine import RayEngine
 from rayfed_lora.errors import InterruptedRunError, RayfedError
 from rayfed_lora.launching.metrics import run_metrics
 from rayfed_lora.pages.report import run_page
@@ -97,7 +97,7 @@ class SimulationServer:
         ray.kill(self._itself)
 
     def _run(self, run_id: str, again: bool) -> dict[str, Any]:
-        executor = RayExecutor(self._recipe, self._factory, self._board.note, run_id, again=again)
+        executor = RayEngine(self._recipe, self._factory, self._board.note, run_id, again=again)
         folder = RunFolder(self._location)
         rounds = self._recipe.annealing.total_rounds
         return simulate(

@@ -5,45 +5,48 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayfed_lora.errors import RunFolderError
+from rayfed_lora.federation.records import ClientRecord, ClientTest, Count, Note
 from rayfed_lora.locations import child
 from rayfed_lora.runs import seals
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.types import ClientRecord, ClientTest, Note
 
-CLIENTS = pa.schema(
-    [
-        ("round", pa.int32()),
-        ("client", pa.int64()),
-        ("examples", pa.int64()),
-        ("train_loss", pa.float64()),
-        ("status", pa.string()),
-        ("error", pa.string()),
-        ("bytes_up", pa.int64()),
-        ("bytes_down", pa.int64()),
-        ("seconds", pa.float64()),
-        ("simulated_s", pa.float64()),
-    ]
-)
-CLIENT_METRICS = pa.schema(
-    [
-        ("round", pa.int32()),
-        ("client", pa.int64()),
-        ("examples", pa.int64()),
-        ("accuracy", pa.float64()),
-        ("loss", pa.float64()),
-        ("personal_accuracy", pa.float64()),
-        ("personal_loss", pa.float64()),
-    ]
-)
+_ARROW = {int: pa.int64(), float: pa.float64(), str: pa.string(), Count: pa.int32()}
+
+
+def columns(record: type) -> dict[str, pa.DataType | None]:
+    """Return the columns of a table by the types of its record's fields.
+
+    None for a field that is more than one column.
+    """
+    return {
+        name: _arrow(hint) for name, hint in get_type_hints(record, include_extras=True).items()
+    }
+
+
+def _arrow(hint: Any) -> pa.DataType | None:
+    if get_origin(hint) in (Union, UnionType):
+        (hint,) = (each for each in get_args(hint) if each is not NoneType)
+    if get_origin(hint) is Literal:
+        hint = str
+    try:
+        return _ARROW.get(hint)
+    except TypeError:
+        return None
+
+
+CLIENTS = pa.schema(list(columns(ClientRecord).items()))
+CLIENT_METRICS = pa.schema(list(columns(ClientTest).items()))
 # Where the data name the clients (partition kind `column`): the value that makes the client.
 CLIENT_NAME = "client_name"
-NOTES = pa.schema([("round", pa.int32()), ("text", pa.string())])
+NOTES = pa.schema(list(columns(Note).items()))
 NOTES_FILE = "notes.parquet"
 CLIENT_METRICS_FILE = "client_metrics.parquet"
 _ROW_GROUP = 65_536

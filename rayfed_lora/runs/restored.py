@@ -1,4 +1,4 @@
-"""Whether a checkpoint belongs to the run that goes on from it.
+"""A run as a checkpoint holds it, and whether a checkpoint belongs to the run that goes on.
 
 Source: this project.
 """
@@ -6,21 +6,24 @@ Source: this project.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
-# Of typing only from Python 3.12 on, as pydantic needs it.
+# Part of typing only from Python 3.12 on, as pydantic needs it.
 from typing_extensions import NotRequired, TypedDict
 
-from rayfed_lora.federation.evaluation import Scores
-from rayfed_lora.federation.executor import Population
-from rayfed_lora.federation.ledger import Totals
-from rayfed_lora.federation.progress import Timing
+from rayfed_lora.errors import RunFolderError
+from rayfed_lora.federation.ledger import Ledger, Totals
+from rayfed_lora.federation.run import Run, Timing
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.recipe.rule_facts import RULE_FACTS
+from rayfed_lora.runs import checkpoints
 from rayfed_lora.runs.checkpoints import Snapshot
+from rayfed_lora.storage import RunFolder
+from rayfed_lora.tasks.engine import Population
+from rayfed_lora.types import GlobalModel
 
 _Count = Annotated[int, Field(ge=0, lt=2**62)]
 
@@ -37,7 +40,7 @@ class _Facts(TypedDict):
     scales: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
     rank: _Count | None
     trainable: Literal["full", "adapter"]
-    validation: Scores | None
+    validation: dict[str, float | None] | None
     best_at_heating: float | None
     timing: Timing
     ledger: _Ledger
@@ -47,6 +50,79 @@ class _Facts(TypedDict):
 
 
 _FACTS: TypeAdapter[_Facts] = TypeAdapter(_Facts)
+# Fields of a `Run` that are JSON values.
+_OF_RUN = ("rank", "validation", "best_at_heating", "timing", "clock_s")
+
+
+def snapshot(
+    run: Run, ledger: Ledger, timing: Timing, tables: Mapping[str, int], data: Mapping[str, str]
+) -> Snapshot:
+    """Return a checkpoint's content.
+
+    Args:
+        run: to go on from.
+        ledger: of all its rounds.
+        timing: seconds so far, this process's share of the wall time included.
+        tables: number of rows, by file.
+        data: fingerprint of the data.
+    """
+    booked, held = ledger.snapshot()
+    facts = {name: getattr(run, name) for name in _OF_RUN} | {"timing": timing}
+    facts |= {"trainable": run.model.trainable, "ledger": booked, "tables": tables, "data": data}
+    return Snapshot(
+        rounds=run.rounds,
+        state=run.model.state,
+        base=run.model.base,
+        held=held,
+        facts=json.loads(json.dumps(facts, default=vars)),
+        moments=run.moments,
+        personal=run.personal,
+    )
+
+
+def accepted(
+    folder: RunFolder, recipe: Recipe, population: Population, note: Callable[[str], None]
+) -> Snapshot | None:
+    """Return the checkpoint that a run goes on from, None where there is none. Writes nothing.
+
+    Args:
+        folder: of the run.
+        recipe: the run.
+        population: the data and the model as they are now.
+        note: told of checkpoints that are passed over.
+
+    Raises:
+        RunFolderError: the checkpoints are damaged, or do not belong to these data.
+    """
+    found = checkpoints.newest(folder, note)
+    if found is None:
+        return None
+    where = f"cannot go on from the checkpoint of round {found.rounds} in {folder.location}"
+    changed = changed_data(found, population)
+    if changed is not None:
+        raise RunFolderError(f"{where}: {changed}; start anew with another --out")
+    try:
+        check(found, recipe, population)
+    except ValueError as error:
+        raise RunFolderError(f"{where}: {type(error).__name__}: {error}") from error
+    return found
+
+
+def run_of(snapshot: Snapshot, ledger: Ledger) -> Run:
+    """Return the run that a checked checkpoint holds, and set the ledger back to it."""
+    facts = _FACTS.validate_json(json.dumps(dict(snapshot.facts)))
+    ledger.restore(snapshot.facts["ledger"], snapshot.held)
+    return Run(
+        rounds=snapshot.rounds,
+        model=GlobalModel(snapshot.state, snapshot.base, facts["trainable"]),
+        rank=facts["rank"],
+        validation=facts["validation"],
+        best_at_heating=facts["best_at_heating"],
+        timing=facts["timing"],
+        clock_s=facts["clock_s"],
+        moments=snapshot.moments,
+        personal=snapshot.personal,
+    )
 
 
 def changed_data(snapshot: Snapshot, population: Population) -> str | None:

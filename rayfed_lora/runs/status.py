@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
-from rayfed_lora.types import ClientRecord, RoundPlan, RoundRecord, Stage
+from rayfed_lora.federation.records import ClientRecord, RoundRecord
+from rayfed_lora.types import RoundPlan, Stage
 
 # Records that are kept for who has not seen them yet; all of them are in rounds.parquet.
 _NEWEST = 1000
@@ -156,7 +157,7 @@ class StatusBoard:
                 rounds_done=record.round + 1,
                 bytes_total=now.bytes_total + record.bytes_up + record.bytes_down,
                 loss=record.train_loss,
-                accuracy=now.accuracy if record.eval_accuracy is None else record.eval_accuracy,
+                accuracy=now.accuracy if record.accuracy is None else record.accuracy,
                 records=(*now.records, record)[-_NEWEST:],
             ),
             record,

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from rayfed_lora.federation.evaluation import METRICS
 from rayfed_lora.federation.ledger import Totals
-from rayfed_lora.federation.progress import Timing
+from rayfed_lora.federation.run import Timing
 from rayfed_lora.recipe.recipe import Recipe
 
 _PACKAGES = ("rayfed-lora", "ray", "torch", "peft", "transformers", "numpy", "pyarrow")
 # What the global model is tested for, in rounds.parquet; missing where it is not measured.
-TESTED = ("eval_accuracy", "eval_loss", "eval_macro_f1", "eval_auc", "eval_perplexity")
+TESTED = tuple(f"eval_{metric}" for metric in METRICS)
 _METRICS = ("round", *TESTED, "train_loss")
 
 

@@ -12,6 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayfed_lora.errors import RunFolderError
+from rayfed_lora.federation.evaluation import METRICS
+from rayfed_lora.federation.records import ClientRecord, ClientTest, Note, RoundRecord
 from rayfed_lora.runs import seals
 from rayfed_lora.runs.client_rows import (
     CLIENT_METRICS,
@@ -21,10 +23,11 @@ from rayfed_lora.runs.client_rows import (
     NOTES,
     NOTES_FILE,
     ClientRows,
+    columns,
     readable,
 )
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.types import ClientRecord, ClientTest, Note, Proposal, RoundRecord
+from rayfed_lora.types import Proposal
 
 PARTITION_FILE = "partition.parquet"
 ROUNDS_FILE = "rounds.parquet"
@@ -48,45 +51,24 @@ def round_schema(modules: Sequence[str]) -> pa.Schema:
 
     Parquet has no column without a field: without adapted modules there is no `ranks`.
     """
-    ranks = [("ranks", pa.struct([(name, pa.int32()) for name in modules]))] if modules else []
-    return pa.schema(
-        [
-            ("round", pa.int32()),
-            ("stage", pa.string()),
-            ("rank", pa.float64()),
-            *ranks,
-            ("trainable_params", pa.int64()),
-            ("proximal_weight", pa.float64()),
-            ("clients", pa.int32()),
-            ("failed_clients", pa.int32()),
-            ("train_loss", pa.float64()),
-            ("eval_accuracy", pa.float64()),
-            ("eval_loss", pa.float64()),
-            ("aggregation_error", pa.float64()),
-            ("params_up", pa.int64()),
-            ("params_down", pa.int64()),
-            ("bytes_up", pa.int64()),
-            ("bytes_down", pa.int64()),
-            ("bytes_base", pa.int64()),
-            ("seconds", pa.float64()),
-            ("learning_rate", pa.float64()),
-            ("eval_macro_f1", pa.float64()),
-            ("eval_auc", pa.float64()),
-            ("eval_perplexity", pa.float64()),
-            ("validation_accuracy", pa.float64()),
-            ("validation_loss", pa.float64()),
-            ("dropped_clients", pa.int32()),
-            ("retried_blocks", pa.int32()),
-            ("simulated_s", pa.float64()),
-            *((column, kind) for column, (_, kind) in _PROPOSAL_COLUMNS.items()),
-        ]
-    )
+    found: list[tuple[str, pa.DataType]] = []
+    for name, kind in columns(RoundRecord).items():
+        if name == "ranks":
+            found += [("ranks", pa.struct([(m, pa.int32()) for m in modules]))] if modules else []
+        elif name == "evaluation":
+            found += [(f"eval_{metric}", pa.float64()) for metric in METRICS]
+        elif name == "proposal":
+            found += [(column, kind) for column, (_, kind) in _PROPOSAL_COLUMNS.items()]
+        else:
+            found.append((name, kind))
+    return pa.schema(found)
 
 
 def round_row(record: RoundRecord) -> dict[str, Any]:
-    """Return a round's row; of `proposal` too, which has columns of its own in the file."""
+    """Return a round's row; metrics and proposal have columns of their own."""
+    tested = {f"eval_{metric}": record.evaluation.get(metric) for metric in METRICS}
     # Not by `asdict`, which copies what is in the fields too.
-    return {**vars(record), **_proposal_row(record.proposal)}
+    return {**vars(record), **tested, **_proposal_row(record.proposal)}
 
 
 class Tables:

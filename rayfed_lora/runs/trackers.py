@@ -19,12 +19,12 @@ from typing import Any
 import pyarrow as pa
 
 from rayfed_lora.errors import RunError, RunFolderError
+from rayfed_lora.federation.records import ClientRecord, RoundRecord
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import seals
 from rayfed_lora.runs.tables import round_row
 from rayfed_lora.runs.tracking import Outcome, Tracker
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.types import ClientRecord, RoundRecord
 
 # Keeps which run of W&B and MLflow a run folder goes on with.
 TRACKING_FILE = "tracking.json"

@@ -9,8 +9,8 @@ from typing import Literal, Protocol
 import pyarrow as pa
 
 from rayfed_lora.errors import BadInputError
+from rayfed_lora.federation.records import ClientRecord, RoundRecord
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.types import ClientRecord, RoundRecord
 
 Outcome = Literal["done", "stopped", "failed"]
 

@@ -12,7 +12,7 @@ from ray import tune
 
 from rayfed_lora.engines.factory import Factory
 from rayfed_lora.engines.on_ray.crew import Crew
-from rayfed_lora.engines.on_ray.executor import RayExecutor
+from rayfed_lora.engines.on_ray.engine import RayEngine
 from rayfed_lora.engines.on_ray.placement import Layout
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.launching.metrics import run_metrics
@@ -122,12 +122,11 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             self._crew = Crew(recipe, shared.layout, places, shared.shelf)
         self._total = recipe.annealing.total_rounds
         self._board = StatusBoard(self._total)
-        executor = RayExecutor(
+        executor = RayEngine(
             recipe,
             shared.factory,
             self._board.note,
             crew=self._crew,
-            concurrent=shared.space.scheduler == "none",
         )
         name = f"{RunFolder(shared.location).name}/{self.trial_id}"
         return sitting(

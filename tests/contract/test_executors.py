@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from rayfed_lora.federation.executor import Call, Executor, Population, Trained
 
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.engines.local import LocalExecutor
 from rayfed_lora.errors import ClientError, RunError
-from rayfed_lora.federation.executor import Call, Executor, Population, Trained
 from rayfed_lora.recipe.recipe import Recipe, ServerOptimizer
 from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import StatusBoard

@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+from rayfed_lora.federation.executor import Call
 
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.errors import InterruptedRunError, ResourceError, RunError, RunFolderError
-from rayfed_lora.federation.executor import Call
 from rayfed_lora.launching import launch
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.session import simulate
@@ -172,7 +172,6 @@ def test_a_large_state_is_put_once_and_a_small_one_goes_with_each_call(
     large, tmp_path, monkeypatch
 ):
     import ray
-
     from rayfed_lora.engines.on_ray.messages import unpacked
 
     expected_summary(tmp_path / "local")
@@ -195,6 +194,7 @@ def test_a_large_state_is_put_once_and_a_small_one_goes_with_each_call(
 
 def test_parts_of_a_join_that_are_lost_are_computed_again(tmp_path, monkeypatch):
     from rayfed_lora.engines.on_ray.executor import RayExecutor
+
     from rayfed_lora.engines.on_ray.pool import PartsLostError
 
     expected_summary(tmp_path / "local", clients__per_round=1.0)
@@ -360,7 +360,6 @@ def trained(executor: Any) -> list[int]:
 def test_data_that_is_lost_with_its_node_is_prepared_again():
     import ray
     from ray.exceptions import ObjectLostError
-
     from rayfed_lora.engines.on_ray.executor import RayExecutor
 
     @ray.remote(num_cpus=0)
@@ -526,9 +525,8 @@ def test_a_client_actor_that_takes_long_to_come_back_is_waited_for(tmp_path):
 
 def test_actors_sum_with_one_thread_however_many_cores_they_have():
     import ray
-    from threadpoolctl import threadpool_info
-
     from rayfed_lora.engines.on_ray.executor import RayExecutor
+    from threadpoolctl import threadpool_info
 
     executor = RayExecutor(
         on_ray(runtime__cpus_per_actor=4.0, runtime__client_actors=1), FakeFactory(), pytest.fail
@@ -544,7 +542,6 @@ def test_actors_sum_with_one_thread_however_many_cores_they_have():
 
 def test_an_actor_restarted_while_it_was_idle_is_opened_anew(tmp_path):
     import ray
-
     from rayfed_lora.engines.on_ray.executor import RayExecutor
 
     notes: list[str] = []

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rayfed_lora.engines.on_ray.messages import Message, packed, unpacked
+from rayfed_lora.federation.executor import Call
 
 from rayfed_lora.engines.on_ray.actors import ClientActor, EvaluateTask, TrainTask, calls_at_once
-from rayfed_lora.engines.on_ray.messages import Message, packed, unpacked
 from rayfed_lora.engines.threads import TrainerThreads
-from rayfed_lora.federation.executor import Call
 from rayfed_lora.launching.simulation_server import SimulationServer
 from rayfed_lora.training import python_lock
 from rayfed_lora.types import AdapterState, Base, ClientUpdate, LocalPlan

@@ -8,9 +8,9 @@ from runpy import run_path
 
 import numpy as np
 import pytest
+from rayfed_lora.training.protocol import Trainer
 
 from rayfed_lora.data.examples import Examples
-from rayfed_lora.training.protocol import Trainer
 
 SCALE = Path(__file__).parents[2] / "benchmarks" / "scale.py"
 METHODS = [name for name in vars(Trainer) if not name.startswith("_")]

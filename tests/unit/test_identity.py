@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
 from rayfed_lora.federation.progress import Progress, kept_moments
+
 from rayfed_lora.federation.transitions import Entry, GlobalModel, protected
 from rayfed_lora.types import AdapterState, Base, Factors
 

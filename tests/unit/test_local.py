@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from rayfed_lora.engines.local import LocalExecutor
 from rayfed_lora.federation.calls import Training
 from rayfed_lora.federation.executor import Call
+
+from rayfed_lora.engines.local import LocalExecutor
 from rayfed_lora.types import AdapterState, Base, ClientUpdate, LocalPlan
 
 PLAN = LocalPlan(0, "adapter", 0.1, 0.0, None, False)

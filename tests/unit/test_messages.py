@@ -6,8 +6,8 @@ import pickle
 
 import numpy as np
 import pytest
-
 from rayfed_lora.engines.on_ray.messages import packed, unpacked
+
 from rayfed_lora.types import AdapterState, Factors
 
 rng = np.random.default_rng(0)

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rayfed_lora.federation.calls import Starts
+from rayfed_lora.federation.executor import Call, Population
+from rayfed_lora.federation.progress import Progress
 
 import rayfed_lora
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.errors import RecipeError
 from rayfed_lora.federation import sampling
-from rayfed_lora.federation.calls import Starts
-from rayfed_lora.federation.executor import Call, Population
-from rayfed_lora.federation.progress import Progress
 from rayfed_lora.federation.server import Server
 from rayfed_lora.recipe.loading import load_recipe, parse_yaml, recipe_yaml
 from rayfed_lora.types import AdapterState, Base, Factors

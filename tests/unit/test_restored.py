@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from rayfed_lora.errors import RunFolderError
-from rayfed_lora.federation.executor import Population
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checkpoints, restored
 from rayfed_lora.runs.checkpoints import Snapshot
 from rayfed_lora.runs.session import sitting
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
+from rayfed_lora.tasks.engine import Population
 from rayfed_lora.types import AdapterState, Factors
 from tests.fakes import SHAPE, local_executor, make_recipe
 

@@ -13,10 +13,10 @@ from typing import IO, Any
 import numpy as np
 import pandas as pd
 import pytest
+from rayfed_lora.federation.executor import Pending
 
 from rayfed_lora.errors import ClientError, InterruptedRunError, RunError, RunFolderError
 from rayfed_lora.federation import server
-from rayfed_lora.federation.executor import Pending
 from rayfed_lora.launching import launch
 from rayfed_lora.launching.planning import plan
 from rayfed_lora.lora.fingerprint import sha256

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from rayfed_lora.training.results import all_finite
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from torch.func import functional_call
@@ -35,7 +36,6 @@ from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.training import drawing as drawing_module
-from rayfed_lora.training.results import all_finite
 from rayfed_lora.training.trainer import LocalTrainer
 from rayfed_lora.training.workload import prepare
 from rayfed_lora.types import (

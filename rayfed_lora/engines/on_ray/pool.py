@@ -5,13 +5,11 @@ Source: this project.
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray.exceptions import (
@@ -22,8 +20,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from rayfed_lora.engines.on_ray.actors import NotOpenError, Timed
-from rayfed_lora.engines.waiting import LAST, put
+from rayfed_lora.engines.on_ray.actors import NotOpenError
 from rayfed_lora.errors import RayfedError, RunError
 
 ATTEMPTS = 4
@@ -38,40 +35,25 @@ class PartsLostError(RunError):
     """What a call was to work on, other calls' results, was lost with the node that held it."""
 
 
-class RemoteCall(Protocol):
-    """Calls a method of an actor; done when the first of its results is there."""
-
-    def __call__(self, actor: Any, halvings: int) -> list[ray.ObjectRef]:
-        """Return the references of the results.
-
-        Args:
-            actor: that does it.
-            halvings: how often blocks are to be halved, memory being short.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class Work:
-    """A call.
+    """A call of an actor's method.
 
     Attributes:
-        name: what to call it where it is lost.
-        call: makes it.
-        read: turns the first of its results into what is asked for.
-        limited: whether `block_timeout_s` is for it.
-        round: that it trains, if any.
-        before: the first round whose training may be asked for later, but not done before it.
-        kind: calls of the same kind take about equally long.
+        name: what a message to the user calls it.
+        method: of the actor; takes `halvings` too, the times to halve blocks, memory being short.
+        args: of the call.
+        options: Ray's own, of the call.
+        limited: whether `block_timeout_s` holds for it.
+        clients: that it trains.
     """
 
     name: str
-    call: RemoteCall
-    read: Callable[[Any], Any] = lambda value: value
+    method: str
+    args: tuple[Any, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
     limited: bool = False
-    round: int = LAST
-    before: int = 0
-    kind: str = ""
+    clients: int = 0
 
 
 @dataclass(eq=False)
@@ -100,16 +82,6 @@ class Job:
     error: RayfedError | None = None
     done: bool = False
 
-    @property
-    def round(self) -> int:
-        """As of its work."""
-        return self.work.round
-
-    @property
-    def before(self) -> int:
-        """As of its work."""
-        return self.work.before
-
 
 @dataclass(eq=False)
 class _Worker:
@@ -119,13 +91,11 @@ class _Worker:
         actor: its handle.
         at_once: how many calls it does at once.
         jobs: the first of them are being done.
-        seconds: what a call of each kind took it last.
     """
 
     actor: Any
     at_once: int
     jobs: list[Job] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def doing(self) -> list[Job]:
@@ -138,33 +108,13 @@ class _Worker:
         return [job for job in self.doing if job.work.limited]
 
     def late(self, limit_s: float) -> list[Job]:
-        """Return what it may have taken too long for.
-
-        What was sent right behind a test that it may pass can be first there: it may be to blame
-        too.
-        """
+        """Return what has taken too long."""
         now = time.monotonic()
-        late = [job for job in self.limited if now - job.since >= limit_s]
-        tests = [job for job in late if job.before > 0]
-        behind = [job for job in self.jobs[self.at_once :] if job.work.limited]
-        passing = [job for job in behind if any(job.round < test.before for test in tests)]
-        return late + passing[: len(tests)]
-
-    def takes(self, job: Job, most: int) -> bool:
-        """Return whether it may be sent a job.
-
-        What others may pass is sent beside them: an actor then has something to do at once when it
-        has trained, and trains at once when it is asked to.
-
-        Args:
-            job: what it would be sent.
-            most: how many jobs it may have of those that may be passed, and of the others.
-        """
-        return sum((each.before > 0) == (job.before > 0) for each in self.jobs) < most
+        return [job for job in self.limited if now - job.since >= limit_s]
 
     def add(self, job: Job) -> None:
         """Note that it was sent a job."""
-        put(self.jobs, [job], len(self.doing))
+        self.jobs.append(job)
         job.since = time.monotonic()
 
     def remove(self, job: Job) -> None:
@@ -172,25 +122,6 @@ class _Worker:
         self.jobs.remove(job)
         for next_one in self.jobs[self.at_once - 1 : self.at_once]:
             next_one.since = time.monotonic()
-
-    def expected_s(self, job: Job, usual_s: Mapping[str, float]) -> float:
-        """Return when it will have done one more job.
-
-        Args:
-            job: that it would be sent.
-            usual_s: what a call of each kind takes that it has not done yet; else 0.
-        """
-        known_s = {**usual_s, **self.seconds}
-        now = time.monotonic()
-        free_s, jobs = [0.0] * self.at_once, [*self.jobs]
-        last = put(jobs, [job], len(self.doing))
-        for place, each in enumerate(jobs[: last + 1]):
-            took_s = known_s.get(each.work.kind, 0.0)
-            if place < len(self.doing):
-                took_s = max(took_s - (now - each.since), 0.0)
-            done_s = free_s[0] + took_s
-            heapq.heapreplace(free_s, done_s)
-        return done_s
 
 
 @dataclass(frozen=True)
@@ -243,8 +174,6 @@ class ActorPool:
         self._block_timeout_s = block_timeout_s
         # `time.monotonic()` since which no actor is left that works.
         self._alone_since = 0.0
-        # What a call of each kind took last, whoever did it.
-        self._usual_s: dict[str, float] = {}
         self._waiting: deque[Job] = deque()
         self._running: dict[ray.ObjectRef, tuple[Job, list[ray.ObjectRef], _Worker]] = {}
         # Workers that Ray is restarting, by the call that tells when they are back.
@@ -253,19 +182,17 @@ class ActorPool:
     def submit(self, works: Sequence[Work], urgent: bool = False) -> list[Job]:
         """Queue some calls, urgent ones before all that wait, and start what can start."""
         jobs = [Job(work) for work in works]
-        self._queue(jobs, urgent)
+        if urgent:
+            self._waiting.extendleft(reversed(jobs))
+        else:
+            self._waiting.extend(jobs)
+        self._start()
         return jobs
 
     def again(self, job: Job) -> None:
         """Run a job again whose results were lost after it was done."""
         job.done, job.value, job.rest, job.error = False, None, [], None
-        self._queue([job], urgent=True)
-
-    def _queue(self, jobs: list[Job], urgent: bool) -> None:
-        if urgent:
-            self._waiting.extendleft(reversed(jobs))
-        else:
-            put(self._waiting, jobs)
+        self._waiting.appendleft(job)
         self._start()
 
     def drop(self, jobs: Sequence[Job]) -> None:
@@ -288,24 +215,17 @@ class ActorPool:
 
     def _start(self) -> None:
         while self._waiting and self._workers:
-            job = self._waiting[0]
-            worker = min(self._workers, key=partial(self._place, job))
-            # Who has room may still be the last one to come to it.
-            if not worker.takes(job, self._depth):
+            worker = min(self._workers, key=lambda worker: len(worker.jobs))
+            if len(worker.jobs) >= self._depth:
                 return
-            self._waiting.popleft()
-            references = job.work.call(worker.actor, job.halvings)
+            job = self._waiting.popleft()
+            work = job.work
+            method = getattr(worker.actor, work.method).options(**work.options)
+            found = method.remote(*work.args, halvings=job.halvings)
+            references = found if isinstance(found, list) else [found]
             job.begun += 1
             worker.add(job)
             self._running[references[0]] = (job, references, worker)
-
-    def _place(self, job: Job, worker: _Worker) -> tuple[bool, float, int]:
-        """Return what is least for who is to do a job: who will have done it first.
-
-        Idle ones come before all others: who was slow once would never be asked again.
-        """
-        busy = len(worker.jobs) >= worker.at_once
-        return busy, worker.expected_s(job, self._usual_s), len(worker.jobs)
 
     def _advance(self) -> None:
         """Wait for the next call, or for an actor that comes back."""
@@ -323,11 +243,7 @@ class ActorPool:
         job, references, worker = self._running[ready]
         lost: ObjectLostError | None = None
         try:
-            job.value = job.work.read(result(ready))
-            if isinstance(job.value, Timed):
-                took_s = {job.work.kind: job.value.seconds}
-                worker.seconds |= took_s
-                self._usual_s |= took_s
+            job.value = result(ready)
             job.rest, job.done = references[1:], True
         except LOST as error:
             self._lost(worker, error)
