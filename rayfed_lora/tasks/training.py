@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -131,3 +133,17 @@ class Starts:
 
 def _leading(f: Factors, rank: int) -> Factors:
     return f if f.rank <= rank else Factors(f.a[:rank], f.b[:, :rank], f.scale)
+
+
+@contextmanager
+def attributed(client: int, round_index: int) -> Iterator[None]:
+    """Turn whatever a client's training raises into a ClientError that names it.
+
+    A shortage of memory is the block's, not the client's.
+    """
+    try:
+        yield
+    except BlockMemoryError:
+        raise
+    except Exception as error:
+        raise ClientError(client, round_index, traceback.format_exc()) from error

@@ -5,9 +5,7 @@ Source: this project.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +13,9 @@ import torch
 
 from rayfed_lora.data.examples import PIXELS, Batch
 from rayfed_lora.data.workload import Workload
-from rayfed_lora.errors import BlockMemoryError, ClientError
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, torch_seed
+from rayfed_lora.tasks.training import attributed
 from rayfed_lora.training.groups import ClientTask, GroupTask
 from rayfed_lora.types import LocalPlan
 
@@ -89,20 +87,6 @@ class Drawing:
         parts = {name: torch.split(tensor, sizes) for name, tensor in inputs.items()}
         for step, of in enumerate(torch.split(labels, sizes)):
             yield {name: each[step] for name, each in parts.items()}, of
-
-
-@contextmanager
-def attributed(client: int, round_index: int) -> Iterator[None]:
-    """Turn whatever a client's training raises into a ClientError that names it.
-
-    A shortage of memory is the block's, not the client's.
-    """
-    try:
-        yield
-    except BlockMemoryError:
-        raise
-    except Exception as error:
-        raise ClientError(client, round_index, traceback.format_exc()) from error
 
 
 def tensors(examples: Batch, device: torch.device | str = "cpu") -> Tensors:

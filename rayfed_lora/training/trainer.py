@@ -38,8 +38,8 @@ from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import Task
 from rayfed_lora.tasks.messages import Block, Evaluate, Export, Initial, TestClients, Train
-from rayfed_lora.tasks.training import BlockUpdate, trained
-from rayfed_lora.training.drawing import Drawing, GroupWork, attributed, tensors
+from rayfed_lora.tasks.training import BlockUpdate, attributed, trained
+from rayfed_lora.training.drawing import Drawing, GroupWork, tensors
 from rayfed_lora.training.dropout import ClientDropout
 from rayfed_lora.training.finished import Finished, joined
 from rayfed_lora.training.memory import keep_freed_memory, memory_watched, return_freed_memory

@@ -32,7 +32,7 @@ from tests.fakes import (
     FakeFactory,
     energy,
     initial,
-    local_executor,
+    local_engine,
     make_recipe,
 )
 
@@ -104,7 +104,7 @@ def executor(request: pytest.FixtureRequest) -> Make:
                 # A thread cannot be ended: the tests would wait for it at their end.
                 briefly = dict.fromkeys(behaviour.sleep_s, BRIEFLY_S)
                 behaviour = replace(behaviour, sleep_s=briefly)
-            return local_executor(make_recipe(name=name, **count), behaviour)
+            return local_engine(make_recipe(name=name, **count), behaviour)
 
         return local
     request.getfixturevalue("ray_session")
@@ -298,7 +298,7 @@ def of_three_clients(lent: Lent) -> Lent:
 @pytest.mark.parametrize("cohort_size", [1, 3, "auto"])
 def test_a_whole_run_is_the_same_to_the_bit_on_every_executor(opened, cohort_size, tmp_path):
     alone = make_recipe(clients__per_round=5)
-    expected, _ = run(local_executor(alone), alone, tmp_path / "local")
+    expected, _ = run(local_engine(alone), alone, tmp_path / "local")
     recipe = make_recipe(clients__per_round=5, runtime__cohort_size=cohort_size)
     summary, _ = run(opened, recipe, tmp_path / "run")
     assert summary["adapter_sha256"] == expected["adapter_sha256"]

@@ -28,7 +28,7 @@ from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import Status, StatusBoard
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import AdapterState, Base, LocalPlan
-from tests.fakes import Behaviour, FakeFactory, local_executor, make_recipe
+from tests.fakes import Behaviour, FakeFactory, local_engine, make_recipe
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -53,7 +53,7 @@ def expected_summary(location: Path, **overrides: Any) -> dict[str, Any]:
     recipe = make_recipe(**overrides)
     board = StatusBoard(recipe.annealing.total_rounds)
     folder = RunFolder(location)
-    return simulate(recipe, local_executor(recipe), folder, board, lambda: False, resume=False)
+    return simulate(recipe, local_engine(recipe), folder, board, lambda: False, resume=False)
 
 
 def table(location: Path, name: str) -> pd.DataFrame:

@@ -21,7 +21,7 @@ from rayfed_lora.runs.claiming import finished, kept_recipe
 from rayfed_lora.runs.session import sitting
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
-from tests.fakes import local_executor, make_recipe
+from tests.fakes import local_engine, make_recipe
 
 REPORTED = (
     "recipe.yaml",
@@ -48,7 +48,7 @@ def run_of_two_rounds() -> dict[str, bytes]:
     with TemporaryDirectory() as path:
         folder, recipe = RunFolder(path), make_recipe()
         going = sitting(
-            recipe, local_executor(recipe), folder, StatusBoard(6), lambda: False, resume=False
+            recipe, local_engine(recipe), folder, StatusBoard(6), lambda: False, resume=False
         )
         for tables in going:
             if tables.rounds.num_rows == 2:
@@ -79,7 +79,7 @@ def go_on(folder: RunFolder) -> dict[str, Any]:
     recipe = make_recipe()
     going = sitting(
         recipe,
-        local_executor(recipe),
+        local_engine(recipe),
         folder,
         StatusBoard(6),
         lambda: False,

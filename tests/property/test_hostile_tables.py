@@ -27,7 +27,7 @@ from rayfed_lora.runs.reading import read_run
 from rayfed_lora.runs.session import sitting
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
-from tests.fakes import Behaviour, local_executor, make_recipe
+from tests.fakes import Behaviour, local_engine, make_recipe
 from tests.property.test_hostile_checkpoints import damage
 
 QUICK = settings(max_examples=60, deadline=None)
@@ -46,7 +46,7 @@ def go_on(folder: RunFolder, rounds: int | None = None) -> tuple[dict[str, Any],
     """Run some rounds, or to the end; return the summary and the notes."""
     recipe = kept_recipe(folder) or RECIPE
     board = StatusBoard(6)
-    executor = local_executor(recipe, FAILING)
+    executor = local_engine(recipe, FAILING)
     going = sitting(recipe, executor, folder, board, lambda: False, resume=True)
     while True:
         try:
@@ -300,7 +300,7 @@ def test_tables_cut_back_to_an_older_checkpoint_are_not_taken_for_damage(tmp_pat
     def stop() -> bool:
         raise Killed
 
-    going = sitting(recipe, local_executor(recipe, FAILING), folder, board, stop, resume=True)
+    going = sitting(recipe, local_engine(recipe, FAILING), folder, board, stop, resume=True)
     with pytest.raises(Killed):
         next(going)
     rows = pq.read_metadata(tmp_path / "clients.parquet").num_rows

@@ -19,7 +19,7 @@ from rayfed_lora.federation import sampling
 from rayfed_lora.federation.server import Server
 from rayfed_lora.recipe.loading import load_recipe, parse_yaml, recipe_yaml
 from rayfed_lora.types import AdapterState, Base, Factors
-from tests.fakes import SHAPE, FakeFactory, effective, local_executor, make_recipe
+from tests.fakes import SHAPE, FakeFactory, effective, local_engine, make_recipe
 
 
 class Silent:
@@ -37,7 +37,7 @@ class Silent:
 def progresses(**overrides: Any) -> list[Progress]:
     """Return a run after each of its rounds."""
     recipe = make_recipe(**overrides)
-    executor = local_executor(recipe)
+    executor = local_engine(recipe)
     population: Population = executor.open()
     server = Server(recipe, executor, population, Silent(), lambda: False)
     fresh = server.fresh()

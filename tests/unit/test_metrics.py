@@ -20,7 +20,7 @@ from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import ClientRecord, RoundRecord
-from tests.fakes import Behaviour, local_executor, make_recipe
+from tests.fakes import Behaviour, local_engine, make_recipe
 
 Tags = tuple[tuple[str, str], ...]
 
@@ -73,7 +73,7 @@ def run(
     board, folder = StatusBoard(6), RunFolder(location)
     simulate(
         recipe,
-        local_executor(recipe, behaviour),
+        local_engine(recipe, behaviour),
         folder,
         board,
         lambda: board.status().rounds_done >= stop_after,

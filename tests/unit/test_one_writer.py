@@ -21,7 +21,7 @@ from rayfed_lora.runs.processes import Process, this_process
 from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import Status, StatusBoard
 from rayfed_lora.storage import RunFolder
-from tests.fakes import RECIPE, Behaviour, FakeFactory, local_executor, make_recipe
+from tests.fakes import RECIPE, Behaviour, FakeFactory, local_engine, make_recipe
 
 SLOW = FakeFactory(Behaviour(sleep_s=dict.fromkeys(range(6), 0.05)))
 # Six rounds of three clients each.
@@ -180,7 +180,7 @@ def test_a_run_that_has_lost_its_folder_ends_and_changes_nothing_any_more(out):
     with pytest.raises(RunError, match=r"has lost it to process .*; nothing more is saved"):
         simulate(
             recipe,
-            local_executor(recipe),
+            local_engine(recipe),
             folder,
             board,
             lambda: False,

@@ -18,7 +18,7 @@ from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.run_folders import adopt, copied, measured
 from rayfed_lora.tuning.space import load_space, trial_recipe
-from tests.fakes import local_executor, make_recipe
+from tests.fakes import local_engine, make_recipe
 
 SPACE = load_space(
     {
@@ -44,7 +44,7 @@ def run(recipe: Recipe, folder: RunFolder, rounds: int | None = None) -> None:
     """Run some rounds, or to the end."""
     board = StatusBoard(recipe.annealing.total_rounds)
     going = sitting(
-        recipe, local_executor(recipe), folder, board, lambda: False, resume=True, page=False
+        recipe, local_engine(recipe), folder, board, lambda: False, resume=True, page=False
     )
     for tables in going:
         if tables.rounds.num_rows == rounds:

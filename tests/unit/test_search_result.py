@@ -25,7 +25,7 @@ from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.results import SearchResult, Tried
 from rayfed_lora.tuning.search import trial_layout
 from rayfed_lora.tuning.space import load_space, trial_recipe
-from tests.fakes import local_executor, make_recipe
+from tests.fakes import local_engine, make_recipe
 
 SPACE = load_space(
     {
@@ -45,7 +45,7 @@ def tried(out: Path, trial: str, rank: int) -> Tried:
     board = StatusBoard(recipe.annealing.total_rounds)
     summary = simulate(
         recipe,
-        local_executor(recipe),
+        local_engine(recipe),
         RunFolder(out / "trials" / trial),
         board,
         lambda: False,

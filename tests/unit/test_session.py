@@ -28,7 +28,7 @@ from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import Status, StatusBoard
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import LocalPlan
-from tests.fakes import Behaviour, Killed, KilledExecutor, every_round, local_executor, make_recipe
+from tests.fakes import Behaviour, Killed, KilledEngine, every_round, local_engine, make_recipe
 
 METROPOLIS: dict[str, Any] = {
     "annealing__acceptance": "metropolis",
@@ -112,7 +112,7 @@ def run(
     folder = RunFolder(location)
     claim(folder, recipe, resume)
     board = StatusBoard(recipe.annealing.total_rounds, watch)
-    executor = executor or local_executor(recipe)
+    executor = executor or local_engine(recipe)
     return simulate(recipe, executor, folder, board, should_stop, resume=resume), board
 
 
@@ -387,7 +387,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 @pytest.mark.parametrize("t", range(6))
 def test_a_run_killed_in_any_round_goes_on_to_the_same_bits(t, undisturbed, tmp_path):
-    killed = KilledExecutor(make_recipe(), round_index=t, position=1)
+    killed = KilledEngine(make_recipe(), round_index=t, position=1)
     with pytest.raises(Killed):
         run(make_recipe(), tmp_path, executor=killed)
     assert killed.closed
@@ -404,7 +404,7 @@ def test_a_run_killed_in_every_round_goes_on_to_the_same_bits(
     recipe = make_recipe(**RECIPES[name])
     for t in range(recipe.annealing.total_rounds):
         for position in (0, 2):
-            executor = KilledExecutor(recipe, t, position, concurrent=concurrent)
+            executor = KilledEngine(recipe, t, position, concurrent=concurrent)
             with pytest.raises(Killed):
                 run(recipe, tmp_path, executor=executor, resume=True)
     run(recipe, tmp_path, resume=True)
@@ -413,7 +413,7 @@ def test_a_run_killed_in_every_round_goes_on_to_the_same_bits(
 
 @pytest.mark.parametrize("t", range(6))
 def test_a_kill_loses_two_rounds_where_one_is_tested_behind_the_next(t, undisturbed, tmp_path):
-    killed = KilledExecutor(make_recipe(), round_index=t, position=1, concurrent=True)
+    killed = KilledEngine(make_recipe(), round_index=t, position=1, concurrent=True)
     with pytest.raises(Killed):
         run(make_recipe(), tmp_path, executor=killed)
     _, board = run(make_recipe(), tmp_path, resume=True)
@@ -421,7 +421,7 @@ def test_a_kill_loses_two_rounds_where_one_is_tested_behind_the_next(t, undistur
     assert_same_run(tmp_path, undisturbed("plain"))
 
 
-class Watched(KilledExecutor):
+class Watched(KilledEngine):
     """Writes down what is begun and waited for, in order."""
 
     def __init__(self, recipe: Recipe, *, concurrent: bool, patience: int = 0) -> None:
@@ -484,7 +484,7 @@ def test_long_rounds_are_tested_behind_the_next_one(undisturbed, tmp_path, monke
 
 @pytest.mark.parametrize(("t", "kept"), [(1, 0), (2, 1), (3, 1), (4, 1), (5, 2)])
 def test_a_kill_loses_four_short_rounds_at_most(t, kept, undisturbed, tmp_path):
-    killed = KilledExecutor(make_recipe(), round_index=t, position=1, concurrent=True)
+    killed = KilledEngine(make_recipe(), round_index=t, position=1, concurrent=True)
     killed.patience = 2
     with pytest.raises(Killed):
         run(make_recipe(), tmp_path, executor=killed)
@@ -527,7 +527,7 @@ def test_the_feedback_recipes_do_meet_proposals_of_both_kinds(undisturbed):
 def test_a_run_saved_every_third_round_goes_on_from_the_last_save(killed_in, undisturbed, tmp_path):
     recipe = make_recipe(storage__checkpoint_every=3)
     with pytest.raises(Killed):
-        run(recipe, tmp_path, executor=KilledExecutor(recipe, killed_in, 0))
+        run(recipe, tmp_path, executor=KilledEngine(recipe, killed_in, 0))
     _, board = run(recipe, tmp_path, resume=True)
     assert board.status().rounds_before == (0 if killed_in < 3 else 3)
     assert_same_run(tmp_path, undisturbed("plain"))
@@ -572,7 +572,7 @@ def test_a_kill_between_two_writes_of_a_save_loses_nothing(
 def test_notes_of_a_start_that_never_came_to_a_checkpoint_go(tmp_path):
     recipe = make_recipe()
     with pytest.raises(Killed):
-        run(recipe, tmp_path, executor=KilledExecutor(recipe, 0, 0))
+        run(recipe, tmp_path, executor=KilledEngine(recipe, 0, 0))
     (tmp_path / "notes.parquet").write_bytes(b"of a killed start")
     run(recipe, tmp_path, resume=True)
     assert not (tmp_path / "notes.parquet").exists()
@@ -611,7 +611,7 @@ def test_no_checkpoint_is_written_twice(tmp_path, monkeypatch):
 def test_a_damaged_newest_checkpoint_is_told_and_the_result_is_the_same(undisturbed, tmp_path):
     recipe = make_recipe()
     with pytest.raises(Killed):
-        run(recipe, tmp_path, executor=KilledExecutor(recipe, 4, 0))
+        run(recipe, tmp_path, executor=KilledEngine(recipe, 4, 0))
     file = tmp_path / "checkpoints" / "round-000004" / "state.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -627,7 +627,7 @@ def test_going_on_with_a_finished_run_returns_its_summary_and_starts_nothing(tmp
     summary, _ = run(recipe, tmp_path)
     before = (tmp_path / "summary.json").stat().st_mtime_ns
     # Every client would fail: nothing is trained.
-    executor = local_executor(recipe, Behaviour(failing=frozenset({(0, 0), (1, 0), (2, 0)})))
+    executor = local_engine(recipe, Behaviour(failing=frozenset({(0, 0), (1, 0), (2, 0)})))
     again, board = run(recipe, tmp_path, executor=executor, resume=True)
     assert again == summary
     assert board.status() == Status(rounds=6)
@@ -636,7 +636,7 @@ def test_going_on_with_a_finished_run_returns_its_summary_and_starts_nothing(tmp
 
 def test_times_add_up_over_sittings(tmp_path):
     recipe = make_recipe()
-    slow = local_executor(recipe, Behaviour(sleep_s=dict.fromkeys(range(6), 0.05)))
+    slow = local_engine(recipe, Behaviour(sleep_s=dict.fromkeys(range(6), 0.05)))
     stop = StopAfter(updates=7)
     with pytest.raises(InterruptedRunError):
         run(recipe, tmp_path, executor=slow, should_stop=stop)
@@ -669,7 +669,7 @@ def test_a_stopped_run_keeps_its_trained_rounds_and_goes_on_to_the_same_bits(
 ):
     # Rounds are saved every fourth time only, but a stop saves what is finished.
     recipe = make_recipe(storage__checkpoint_every=4)
-    executor = local_executor(recipe)
+    executor = local_engine(recipe)
     executor.concurrent = concurrent
     with pytest.raises(InterruptedRunError) as stopped:
         run(recipe, tmp_path, executor=executor, should_stop=StopAfter(updates))
@@ -684,7 +684,7 @@ def test_a_stopped_run_keeps_its_trained_rounds_and_goes_on_to_the_same_bits(
 @pytest.mark.parametrize("concurrent", [False, True])
 def test_a_client_that_raises_ends_the_run_and_the_rounds_before_are_kept(concurrent, tmp_path):
     recipe = make_recipe(clients__per_round=1.0)
-    broken = local_executor(recipe, Behaviour(raising=frozenset({(4, 3)})))
+    broken = local_engine(recipe, Behaviour(raising=frozenset({(4, 3)})))
     broken.concurrent = concurrent
     with pytest.raises(ClientError, match=r"client 4 failed in round 3:\n"):
         run(recipe, tmp_path, executor=broken)
@@ -695,7 +695,7 @@ def test_a_client_that_raises_ends_the_run_and_the_rounds_before_are_kept(concur
 @pytest.mark.parametrize("concurrent", [False, True])
 def test_a_run_goes_on_without_as_many_raising_clients_as_it_may(concurrent, tmp_path):
     recipe = make_recipe(clients__per_round=1.0, clients__max_failed=0.2)
-    broken = local_executor(recipe, Behaviour(raising=frozenset({(4, 1), (4, 3)})))
+    broken = local_engine(recipe, Behaviour(raising=frozenset({(4, 1), (4, 3)})))
     broken.concurrent = concurrent
     summary, board = run(recipe, tmp_path, executor=broken)
     assert summary["failed_clients"] == 2
@@ -714,7 +714,7 @@ def test_a_run_goes_on_without_as_many_raising_clients_as_it_may(concurrent, tmp
 
 def test_more_raising_clients_than_may_end_the_run_with_the_last_ones_traceback(tmp_path):
     recipe = make_recipe(clients__per_round=1.0, clients__max_failed=1)
-    broken = local_executor(recipe, Behaviour(raising=frozenset({(2, 3), (4, 3), (5, 3)})))
+    broken = local_engine(recipe, Behaviour(raising=frozenset({(2, 3), (4, 3), (5, 3)})))
     with pytest.raises(ClientError, match=r"client 4 failed in round 3:\n") as raised:
         run(recipe, tmp_path, executor=broken)
     assert "_train_client" in raised.value.trace
@@ -729,7 +729,7 @@ def test_a_block_that_does_not_fit_into_memory_is_halved_and_that_is_said(
 ):
     recipe = make_recipe(clients__per_round=5, runtime__cohort_size=5)
     expected, _ = run(recipe, tmp_path / "expected")
-    short = local_executor(recipe, Behaviour(together=together))
+    short = local_engine(recipe, Behaviour(together=together))
     summary, board = run(recipe, tmp_path / "short", executor=short)
     assert summary["adapter_sha256"] == expected["adapter_sha256"]
     notes = board.status().notes
@@ -739,7 +739,7 @@ def test_a_block_that_does_not_fit_into_memory_is_halved_and_that_is_said(
 def test_a_client_that_does_not_fit_into_memory_alone_ends_the_run(tmp_path):
     recipe = make_recipe(clients__per_round=5)
     with pytest.raises(ClientError, match="1 clients do not fit"):
-        run(recipe, tmp_path, executor=local_executor(recipe, Behaviour(together=0)))
+        run(recipe, tmp_path, executor=local_engine(recipe, Behaviour(together=0)))
 
 
 def test_a_disk_that_fills_up_ends_the_run_and_the_rounds_before_are_kept(
@@ -765,7 +765,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_the_rounds_before_are_kept(
 def test_an_executor_that_cannot_open_is_closed_and_the_run_can_start_again(tmp_path):
     recipe = make_recipe()
 
-    class Unopenable(KilledExecutor):
+    class Unopenable(KilledEngine):
         def open(self) -> Any:
             raise RunError("no data")
 
@@ -787,7 +787,7 @@ def test_who_is_late_is_not_trained_and_stands_in_the_tables(tmp_path):
         annealing__mode="fixed",
     )
     # Clients 4 and 5 would kill the process if they were trained.
-    lethal = local_executor(recipe, Behaviour(dying_always=every_round(4, 5)))
+    lethal = local_engine(recipe, Behaviour(dying_always=every_round(4, 5)))
     summary, board = run(recipe, tmp_path, executor=lethal)
     rounds, clients = table(tmp_path, "rounds"), table(tmp_path, "clients")
     assert rounds["dropped_clients"].tolist() == [2] * 6

@@ -17,7 +17,7 @@ from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.runs.trackers import TensorBoard
 from rayfed_lora.runs.tracking import check_tracking
 from rayfed_lora.storage import RunFolder
-from tests.fakes import local_executor, make_recipe
+from tests.fakes import local_engine, make_recipe
 
 
 class Told:
@@ -46,7 +46,7 @@ def run(recipe: Recipe, location: Path, stop_after: int = 99, **options: Any) ->
     claim(folder, recipe, resume)
     simulate(
         recipe,
-        local_executor(recipe),
+        local_engine(recipe),
         folder,
         board,
         lambda: board.status().rounds_done >= stop_after,
