@@ -59,17 +59,18 @@ class Cohort:
 class Cohorts:
     """Draws cohorts and keeps the simulated clock's devices."""
 
-    def __init__(self, recipe: Recipe, devices: DeviceFacts, ledger: Ledger) -> None:
+    def __init__(self, recipe: Recipe, devices: DeviceFacts, clients: int, ledger: Ledger) -> None:
         """Draw each client's device.
 
         Args:
             recipe: the run.
             devices: what the data say of clients.
+            clients: number of clients.
             ledger: tells how large the messages of a round are.
         """
         self._recipe = recipe
         self._ledger = ledger
-        self._clients = len(devices.sizes)
+        self._clients = clients
         self._rule = RULES[recipe.aggregation.rule]
         self._devices = Devices(recipe, devices) if recipe.simulates_time else None
         # Largest rank of each client, None where none is limited.

@@ -118,7 +118,7 @@ def aggregate(
         cohort: the clients.
     """
     began = time.perf_counter()
-    moments = _kept_moments(run, start)
+    moments = kept_moments(run, start)
     step = OptimizerStep(recipe.aggregation.server_optimizer, moments, cohort.facts.frozen)
     state = start.model.state
     if updates.means is None:
@@ -128,7 +128,7 @@ def aggregate(
     return Aggregated(result, step.moments, seconds)
 
 
-def _kept_moments(run: Run, start: Start) -> Moments:
+def kept_moments(run: Run, start: Start) -> Moments:
     """Return the moments of the tensors that a round starts with as the last one left them."""
     if run.model.trainable != start.model.trainable:
         return {}

@@ -66,7 +66,7 @@ class Server:
         self._engine = engine
         self._recorder = recorder
         self.ledger = Ledger.of(recipe, population.shape, population.clients)
-        self._cohorts = Cohorts(recipe, population.devices, self.ledger)
+        self._cohorts = Cohorts(recipe, population.devices, population.clients, self.ledger)
         limits, tell = self._cohorts.limits, recorder.clients_done
         self.clients = Clients(recipe, population, limits, should_stop, tell)
         self._tester = Tester(recipe, engine, population, limits)

@@ -94,8 +94,9 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
     """
     recipe = load_recipe(recipe)
     sizes = outline(recipe)
-    ledger = Ledger.of(recipe, sizes.shape, len(sizes.devices.sizes))
-    cohorts = Cohorts(recipe, sizes.devices, ledger)
+    clients = len(sizes.devices.sizes)
+    ledger = Ledger.of(recipe, sizes.shape, clients)
+    cohorts = Cohorts(recipe, sizes.devices, clients, ledger)
     # As if each proposal were accepted: what is proposed depends on the training.
     annealing = recipe.annealing.model_copy(update={"acceptance": "always"})
     anew = RULES[recipe.aggregation.rule].merges == "stack"

@@ -32,6 +32,8 @@ from rayfed_lora.types import Proposal
 PARTITION_FILE = "partition.parquet"
 ROUNDS_FILE = "rounds.parquet"
 CLIENTS_FILE = "clients.parquet"
+# Their columns stand where design.md has them, those of other metrics at the end.
+_FIRST_METRICS = ("accuracy", "loss")
 IntArray = npt.NDArray[np.int64]
 _PROPOSAL_COLUMNS = {
     "proposed_rank": ("rank", pa.int32()),
@@ -56,12 +58,13 @@ def round_schema(modules: Sequence[str]) -> pa.Schema:
         if name == "ranks":
             found += [("ranks", pa.struct([(m, pa.int32()) for m in modules]))] if modules else []
         elif name == "evaluation":
-            found += [(f"eval_{metric}", pa.float64()) for metric in METRICS]
+            found += [(f"eval_{metric}", pa.float64()) for metric in _FIRST_METRICS]
         elif name == "proposal":
             found += [(column, kind) for column, (_, kind) in _PROPOSAL_COLUMNS.items()]
         else:
             found.append((name, kind))
-    return pa.schema(found)
+    others = [metric for metric in METRICS if metric not in _FIRST_METRICS]
+    return pa.schema([*found, *((f"eval_{metric}", pa.float64()) for metric in others)])
 
 
 def round_row(record: RoundRecord) -> dict[str, Any]:

@@ -23,10 +23,11 @@ from transformers import PreTrainedTokenizerFast
 
 from rayfed_lora.cli import commands as cli
 from rayfed_lora.cli.progress import watching
+from rayfed_lora.federation.records import RoundRecord
 from rayfed_lora.recipe.loading import load_recipe, shipped_names, shipped_text
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.status import Status
-from rayfed_lora.types import Proposal, RoundRecord
+from rayfed_lora.types import Proposal
 
 HEAVY = ("ray", "torch", "transformers", "pandas", "peft", "sklearn")
 TINY = """\
@@ -521,11 +522,7 @@ def record(**values: Any) -> RoundRecord:
         "clients": 4,
         "failed_clients": 1,
         "train_loss": 1.25,
-        "eval_accuracy": 0.5,
-        "eval_loss": 1.0,
-        "eval_macro_f1": 0.5,
-        "eval_auc": None,
-        "eval_perplexity": None,
+        "evaluation": {"accuracy": 0.5, "loss": 1.0, "macro_f1": 0.5},
         "validation_accuracy": None,
         "validation_loss": None,
         "aggregation_error": None,

@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayfed_lora.errors import RunError, RunFolderError
+from rayfed_lora.federation.records import ClientRecord
 from rayfed_lora.runs import client_rows
 from rayfed_lora.runs.tables import Tables
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.types import ClientRecord, Proposal
+from rayfed_lora.types import Proposal
 from tests.unit.test_status import record
 
 MODULES = ["encoder.layer.0.q", "encoder.layer.0.v"]

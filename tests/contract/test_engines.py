@@ -1,4 +1,4 @@
-"""What every executor owes the round loop: in this process, on one Ray actor, and on two."""
+"""What every engine owes the round loop: in this process, on one Ray actor, and on two."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from rayfed_lora.federation.executor import Call, Executor, Population, Trained
 
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.aggregation.server_step import OptimizerStep
-from rayfed_lora.engines.local import LocalExecutor
 from rayfed_lora.errors import ClientError, RunError
 from rayfed_lora.recipe.recipe import Recipe, ServerOptimizer
 from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.types import AdapterState, Base, Factors, LocalPlan
+from rayfed_lora.tasks.engine import Engine, Population, Running
+from rayfed_lora.tasks.messages import Block, Evaluate, Initial, TestClients, Train, Trained
+from rayfed_lora.types import AdapterState, Base, Factors, GlobalModel, LocalPlan
 from tests.fakes import (
     SHAPE,
     WEIGHTS,
@@ -36,7 +36,7 @@ from tests.fakes import (
     make_recipe,
 )
 
-Make = Callable[[str, Behaviour], Executor]
+Make = Callable[[str, Behaviour], Engine]
 
 STATE = AdapterState(
     {
@@ -46,7 +46,7 @@ STATE = AdapterState(
     {"head": initial("head")},
 )
 PLAN = LocalPlan(round=2, trainable="adapter", lr=0.1, proximal_weight=0.0)
-# Two actors of three executors fit on the four CPUs of the session.
+# Two actors of three engines fit on the four CPUs of the session.
 ACTOR = {"runtime__cpus_per_actor": 0.5}
 WITHOUT_FAULTS = Behaviour()
 # Client 1 fails in round 0, all do in round 3, 1 raises in round 5; clients 4 and 5 are slow.
@@ -73,17 +73,12 @@ EXECUTORS = [
 
 
 class Lent:
-    """An executor that is open already and stays open: a start of Ray's actors takes seconds."""
+    """An engine that is open already and stays open: a start of Ray's actors takes seconds."""
 
-    def __init__(self, executor: Executor, population: Population) -> None:
+    def __init__(self, engine: Engine, population: Population) -> None:
         self._population = population
-        self.concurrent = executor.concurrent
-        self.threads = executor.concurrent and isinstance(executor, LocalExecutor)
-        self.initial_tensors = executor.initial_tensors
-        self.train = executor.train
-        self.evaluate, self.patience = executor.evaluate, executor.patience
-        self.test_clients = executor.test_clients
-        self.export = executor.export
+        self.threads = getattr(engine, "_threads", None) is not None
+        self.submit = engine.submit
 
     def open(self) -> Population:
         return self._population
@@ -93,13 +88,13 @@ class Lent:
 
 
 @pytest.fixture(params=EXECUTORS, scope="module")
-def executor(request: pytest.FixtureRequest) -> Make:
-    """Return a function that makes an executor by that name, not yet opened."""
+def engine(request: pytest.FixtureRequest) -> Make:
+    """Return a function that makes an engine by that name, not yet opened."""
     actors = request.param
     if actors <= 0:
         count = {"runtime__client_actors": -actors} if actors else {}
 
-        def local(name: str, behaviour: Behaviour) -> Executor:
+        def local(name: str, behaviour: Behaviour) -> Engine:
             if actors < 0:
                 # A thread cannot be ended: the tests would wait for it at their end.
                 briefly = dict.fromkeys(behaviour.sleep_s, BRIEFLY_S)
@@ -108,19 +103,19 @@ def executor(request: pytest.FixtureRequest) -> Make:
 
         return local
     request.getfixturevalue("ray_session")
-    from rayfed_lora.engines.on_ray.executor import RayExecutor
+    from rayfed_lora.engines.on_ray.engine import RayEngine
 
-    def make(name: str, behaviour: Behaviour) -> Executor:
+    def make(name: str, behaviour: Behaviour) -> Engine:
         recipe = make_recipe(name=name, runtime__client_actors=actors, **ACTOR)
-        return RayExecutor(recipe, FakeFactory(behaviour), note=pytest.fail)
+        return RayEngine(recipe, FakeFactory(behaviour), note=pytest.fail)
 
     return make
 
 
 @pytest.fixture(scope="module")
-def opened(executor: Make) -> Iterator[Lent]:
-    """An open executor without faults."""
-    made = executor("without-faults", WITHOUT_FAULTS)
+def opened(engine: Make) -> Iterator[Lent]:
+    """An open engine without faults."""
+    made = engine("without-faults", WITHOUT_FAULTS)
     try:
         yield Lent(made, made.open())
     finally:
@@ -128,19 +123,19 @@ def opened(executor: Make) -> Iterator[Lent]:
 
 
 @pytest.fixture(scope="module")
-def faulty(executor: Make) -> Iterator[Lent]:
-    """An open executor with the faults of `FAULTY`."""
-    made = executor("faulty", FAULTY)
+def faulty(engine: Make) -> Iterator[Lent]:
+    """An open engine with the faults of `FAULTY`."""
+    made = engine("faulty", FAULTY)
     try:
         yield Lent(made, made.open())
     finally:
         made.close()
 
 
-def run(executor: Executor, recipe: Recipe, location: Path) -> tuple[dict[str, Any], StatusBoard]:
+def run(engine: Engine, recipe: Recipe, location: Path) -> tuple[dict[str, Any], StatusBoard]:
     board = StatusBoard(recipe.annealing.total_rounds)
     folder = RunFolder(location)
-    summary = simulate(recipe, executor, folder, board, lambda: False, resume=False)
+    summary = simulate(recipe, engine, folder, board, lambda: False, resume=False)
     return summary, board
 
 
@@ -148,10 +143,10 @@ def table(location: Path, name: str) -> pd.DataFrame:
     return pd.read_parquet(BytesIO(RunFolder(location).read(f"{name}.parquet")))
 
 
-def test_opening_tells_the_sizes_and_closing_frees_what_was_taken(executor):
+def test_opening_tells_the_sizes_and_closing_frees_what_was_taken(engine):
     # What ran before gives its CPUs back some time after it was closed.
     wait_until_no_cpu_is_held()
-    made = executor("opened-and-closed", WITHOUT_FAULTS)
+    made = engine("opened-and-closed", WITHOUT_FAULTS)
     try:
         population = made.open()
     finally:
@@ -175,63 +170,73 @@ def wait_until_no_cpu_is_held() -> None:
 
 
 def test_the_first_tensors_are_the_head_or_in_a_full_round_all(opened):
-    head = opened.initial_tensors("adapter")
+    head = opened.submit(Initial("adapter")).result()
     assert list(head) == ["head"]
     np.testing.assert_array_equal(head["head"], initial("head"))
-    assert list(opened.initial_tensors("full")) == list(WEIGHTS)
+    assert list(opened.submit(Initial("full")).result()) == list(WEIGHTS)
 
 
-def mean_of(parts: list[Trained]) -> AdapterState:
-    """Return the aggregate of what came back, with the means joined in order."""
-    entry = RULES["factor-average"]
-    whole = entry.means()
-    for part in parts:
-        if part.means is not None:
-            whole.join(part.means)
-    return entry.rule(STATE, whole, OptimizerStep(ServerOptimizer())).state
+def model(state: AdapterState = STATE, base: Base | None = None) -> GlobalModel:
+    return GlobalModel(state, base or Base(), "adapter")
+
+
+def training(*blocks: Block, plan: LocalPlan = PLAN, **settings: Any) -> Train:
+    return Train(model(), plan, "factor-average", blocks, **settings)
+
+
+def parts_of(running: Running[Trained]) -> list[Trained]:
+    """Return the results of the parts as the round loop gets them."""
+    return [part.result() for part in running.pending]
+
+
+def mean_of(trained: Trained) -> AdapterState:
+    """Return the aggregate of what came back."""
+    step = OptimizerStep(ServerOptimizer())
+    return RULES["factor-average"].rule(STATE, trained.means, step).state
 
 
 def test_reports_come_one_a_client_in_client_order_and_their_updates_reduced(opened):
-    calls = [Call(((0,),)), Call(((1, 3), (4,))), Call(((5,),))]
-    parts = list(opened.train(STATE, Base(), PLAN, calls))
-    assert [[r.client for r in part.clients] for part in parts] == [[0], [1, 3, 4], [5]]
-    reports = [report for part in parts for report in part.clients]
+    task = training((0,), (1, 3), (4,), (5,))
+    running = opened.submit(task)
+    parts = parts_of(running)
+    assert [[r.client for r in part.reports] for part in parts] == [[0], [1, 3], [4], [5]]
+    assert running.reruns() == 0
+    reports = [report for part in parts for report in part.reports]
     assert [report.examples for report in reports] == [1, 2, 4, 5, 6]
-    assert all(report.error is None and report.state is None for report in reports)
+    assert all(report.error is None for report in reports)
     # The fake's step is client + round, here round 2, on every value; weights are the examples.
     moved = 2 + (1 * 0 + 2 * 1 + 4 * 3 + 5 * 4 + 6 * 5) / 18
-    mean = mean_of(parts)
+    mean = mean_of(task.joined(parts))
     np.testing.assert_allclose(mean.factors["q"].a, np.full((2, 4), 1 + moved), rtol=1e-6)
     np.testing.assert_allclose(mean.factors["q"].b, np.full((6, 2), moved), rtol=1e-6)
     assert mean.factors["v"].a.shape == (0, 3)
     np.testing.assert_allclose(mean.dense["head"], initial("head") + moved, rtol=1e-6)
 
 
-def test_of_many_calls_the_reductions_come_joined_and_nothing_is_lost(opened):
-    calls = [Call(((k % 6,),)) for k in range(70)]
-    parts = list(opened.train(STATE, Base(), PLAN, calls))
-    assert [report.client for part in parts for report in part.clients] == [
-        k % 6 for k in range(70)
-    ]
-    # 32 calls, 32 and the last 6: the server joins three.
-    assert [i for i, part in enumerate(parts) if part.means is not None] == [31, 63, 69]
+def test_the_results_of_many_parts_come_joined_and_nothing_is_lost(opened):
+    task = training(*((k % 6,) for k in range(70)))
+    parts = parts_of(opened.submit(task))
+    # 32 parts, 32 and the last 6: the round loop joins three.
+    assert [len(part.reports) for part in parts] == [32, 32, 6]
+    assert [r.client for part in parts for r in part.reports] == [k % 6 for k in range(70)]
     weights = [k % 6 + 1 for k in range(70)]
     moved = 2 + sum(w * (w - 1) for w in weights) / sum(weights)
-    np.testing.assert_allclose(mean_of(parts).factors["q"].b, np.full((6, 2), moved), rtol=1e-6)
+    mean = mean_of(task.joined(parts))
+    np.testing.assert_allclose(mean.factors["q"].b, np.full((6, 2), moved), rtol=1e-6)
 
 
 def test_an_evaluation_begun_before_a_training_gives_the_sums_of_its_own_state(opened):
     other = replace(STATE, dense={"head": initial("head") + 1})
-    wait = opened.evaluate("test", [slice(0, 5)], STATE, Base(), "adapter")
-    training = opened.train(other, Base(), PLAN, [Call(((k,),)) for k in range(6)])
-    (sums,) = wait()
-    assert len(list(training)) == 6
+    evaluation = opened.submit(Evaluate(model(), "test", (slice(0, 5),)))
+    running = opened.submit(training(*((k,) for k in range(6))).on(model(other)))
+    (sums,) = evaluation.result()
+    assert len(running.result().reports) == 6
     wave = np.sin(energy(STATE, Base(), "adapter") + np.arange(5))
     np.testing.assert_allclose(sums.losses, 1 + 0.1 * wave, rtol=1e-6)
 
 
 def test_training_leaves_the_state_it_was_given_as_it_is(opened):
-    list(opened.train(STATE, Base(), PLAN, [Call(((0, 1),))]))
+    opened.submit(training((0, 1))).result()
     np.testing.assert_array_equal(STATE.factors["q"].a, 1)
 
 
@@ -240,18 +245,26 @@ def test_a_new_base_and_a_merge_reach_the_clients(opened):
     weights = {name: initial(name) for name in WEIGHTS if name != "head"}
     moves = []
     for base in (Base(), Base(1, weights), Base(1, weights, 1, merged), Base()):
-        parts = list(opened.train(STATE, base, PLAN, [Call(((0,),))]))
-        moves.append(float(mean_of(parts).dense["head"][0, 0]))
+        trained = opened.submit(training((0,)).on(model(base=base))).result()
+        moves.append(float(mean_of(trained).dense["head"][0, 0]))
     # Client 0 in round 2 moves by 2, and by an eighth more for each new base and merge.
     assert moves == [2.0, 2.125, 2.25, 2.0]
+
+
+def test_a_state_that_follows_another_one_is_trained_from_its_own_values(opened):
+    moves = []
+    for shift in (0.0, 1.0, 0.0):
+        state = replace(STATE, dense={"head": initial("head") + np.float32(shift)})
+        trained = opened.submit(training((0,)).on(model(state))).result()
+        moves.append(float(mean_of(trained).dense["head"][0, 0]))
+    assert moves == [2.0, 3.0, 2.0]
 
 
 def test_clients_are_tested_in_order_each_with_its_own_factors_where_it_has_some(opened):
     own = {
         m: np.full((s.d_out, 2 if m == "q" else 0), 3, np.float32) for m, s in SHAPE.modules.items()
     }
-    calls = [Call(((4, 1),)), Call(((0,),), personal={0: own})]
-    found = opened.test_clients(calls, STATE, Base(), "adapter")()
+    found = opened.submit(TestClients(model(), ((4, 1), (0,)), personal={0: own})).result()
     personal = {n: replace(f, b=own[n]) for n, f in STATE.factors.items()}
     energies = [energy(STATE, Base(), "adapter")] * 2
     energies.append(energy(replace(STATE, factors=personal), Base(), "adapter"))
@@ -261,13 +274,19 @@ def test_clients_are_tested_in_order_each_with_its_own_factors_where_it_has_some
 
 
 def test_the_sums_of_shards_come_in_the_order_of_the_shards(opened):
-    shards = [slice(0, 2), slice(2, 4), slice(4, 5)]
-    sums = opened.evaluate("test", shards, STATE, Base(), "adapter")()
+    shards = (slice(0, 2), slice(2, 4), slice(4, 5))
+    sums = opened.submit(Evaluate(model(), "test", shards)).result()
     # The fake's loss of row i is 1 + 0.1 sin(energy + i).
     wave = np.sin(energy(STATE, Base(), "adapter") + np.arange(5))
     expected = [2 + 0.1 * (wave[0] + wave[1]), 2 + 0.1 * (wave[2] + wave[3]), 1 + 0.1 * wave[4]]
     assert [len(part.labels) for part in sums] == [2, 2, 1]
     np.testing.assert_allclose([part.losses.sum() for part in sums], expected, rtol=1e-6)
+
+
+def test_a_cancelled_training_begins_nothing_more_and_the_engine_goes_on(opened):
+    running = opened.submit(training(*((k,) for k in range(6))))
+    running.cancel()
+    assert len(opened.submit(training((0,))).result().reports) == 1
 
 
 def exported_energy(location: Path) -> float:
@@ -296,7 +315,7 @@ def of_three_clients(lent: Lent) -> Lent:
 
 
 @pytest.mark.parametrize("cohort_size", [1, 3, "auto"])
-def test_a_whole_run_is_the_same_to_the_bit_on_every_executor(opened, cohort_size, tmp_path):
+def test_a_whole_run_is_the_same_to_the_bit_on_every_engine(opened, cohort_size, tmp_path):
     alone = make_recipe(clients__per_round=5)
     expected, _ = run(local_engine(alone), alone, tmp_path / "local")
     recipe = make_recipe(clients__per_round=5, runtime__cohort_size=cohort_size)
@@ -336,8 +355,8 @@ def test_a_round_in_which_every_client_fails_ends_the_run_and_says_why(faulty, t
 
 def test_a_client_that_raises_is_left_out_where_the_plan_says_so(faulty):
     plan = replace(PLAN, round=5, tolerant=True)
-    parts = list(faulty.train(STATE, Base(), plan, [Call(((0, 1, 2), (3,)))]))
-    reports = [report for part in parts for report in part.clients]
+    trained = faulty.submit(training((0, 1, 2), (3,), plan=plan)).result()
+    reports = trained.reports
     assert [report.client for report in reports] == [0, 1, 2, 3]
     assert [report.error for report in reports] == [
         None,
@@ -347,7 +366,7 @@ def test_a_client_that_raises_is_left_out_where_the_plan_says_so(faulty):
     ]
     assert "_train_client" in reports[1].trace
     # Clients 0, 2 and 3 hold 1, 3 and 4 examples and move the head by 5, 7 and 8: none twice.
-    head = parts[-1].means.tensors()["head"] - STATE.dense["head"]
+    head = trained.means.tensors()["head"] - STATE.dense["head"]
     np.testing.assert_allclose(head, (1 * 5 + 3 * 7 + 4 * 8) / 8, rtol=1e-6)
 
 
@@ -357,7 +376,7 @@ def test_a_client_that_raises_is_named_with_round_and_traceback_promptly(faulty)
     began = time.perf_counter()
     plan = replace(PLAN, round=5)
     with pytest.raises(ClientError) as raised:
-        list(faulty.train(STATE, Base(), plan, [Call(((k,),)) for k in (0, 1, 4, 5)]))
+        parts_of(faulty.submit(training(*((k,) for k in (0, 1, 4, 5)), plan=plan)))
     limit_s = 0.5 * BRIEFLY_S if faulty.threads else 60.0
     assert time.perf_counter() - began < limit_s
     error = raised.value
