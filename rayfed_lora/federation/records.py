@@ -1,4 +1,4 @@
-"""Rows of a run's tables. Source: this project (design.md, "The run folder")."""
+"""Rows of a run's tables. Source: this project (docs/design.md, "The run folder")."""
 
 from __future__ import annotations
 
