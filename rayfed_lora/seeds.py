@@ -1,6 +1,6 @@
 """Random streams keyed by what they are for, never by who draws or in which order.
 
-Source: this project (method.md, "Randomness"), on numpy's SeedSequence.
+Source: this project (docs/method.md, "Randomness"), on numpy's SeedSequence.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Weighted means of tensors and updates, in float64, in the order they come; two can be joined.
 
-Source: this project (method.md, "Randomness": reductions in client order, float64 accumulators).
+Source: this project (docs/method.md, "Randomness": reductions in client order, float64
+accumulators).
 """
 
 from __future__ import annotations

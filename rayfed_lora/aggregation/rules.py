@@ -1,6 +1,6 @@
 """The one table of aggregation rules.
 
-Source: method.md, "Aggregation rules"; each rule's own file names its paper.
+Source: docs/method.md, "Aggregation rules"; each rule's own file names its paper.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Whether a proposed lower rank is taken.
 
-Source: this project (method.md, "Feedback"); the paper's own acceptance rule is not public.
+Source: this project (docs/method.md, "Feedback"); the paper's own acceptance rule is not public.
 """
 
 from __future__ import annotations

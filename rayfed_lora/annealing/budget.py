@@ -1,6 +1,6 @@
 """How a round's parameter budget is spread over the adapted modules.
 
-The budget is what the round's uniform rank would cost. Source: this project (method.md,
+The budget is what the round's uniform rank would cost. Source: this project (docs/method.md,
 "Per-module allocation"); the idea that singular directions compete for a budget is AdaLoRA's,
 arXiv:2303.10512.
 """

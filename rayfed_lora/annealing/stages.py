@@ -1,7 +1,7 @@
 """SA-FedLoRA's schedule: which stage a round is in, what it trains, and at which rank.
 
 Source: arXiv:2405.09394 v1 for the stages (initiating, then annealing by heating and cooling); the
-formulas are this project's (method.md), the paper's own are not public.
+formulas are this project's (docs/method.md), the paper's own are not public.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The communication ledger: what a real network would carry, not what Ray moves.
 
-Source: this project (method.md, "The communication ledger").
+Source: this project (docs/method.md, "The communication ledger").
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Rows of a run's tables. A column of rounds.parquet is one field of `RoundRecord`.
 
-Source: this project (design.md, "The run folder").
+Source: this project (docs/design.md, "The run folder").
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tests of global models: those that a recipe asks for, and those that the annealing looks at.
 
-Source: this project; the annealing's feedback as in method.md.
+Source: this project; the annealing's feedback as in docs/method.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How large the messages of a round are, under each aggregation rule.
 
-Source: method.md, "Aggregation rules" (sent up / down) and "The communication ledger".
+Source: docs/method.md, "Aggregation rules" (sent up / down) and "The communication ledger".
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How the global state enters a round: a new adapter, another rank, another base.
 
-Source: this project (method.md, "Stages" and "Resizing the rank").
+Source: this project (docs/method.md, "Stages" and "Resizing the rank").
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 For b (d_out x r) and a (r x d_in), with b = Qb Rb and a^T = Qa Ra, the singular values of b @ a are
 those of the r x r core Rb Ra^T. Cost O((d_in + d_out) r^2). All arithmetic is float64.
 
-Source: standard linear algebra; used for rank changes by this project (method.md, "Resizing").
+Source: standard linear algebra; used for rank changes by this project (docs/method.md, "Resizing
+the rank").
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Changing an adapter's rank without changing, or as little as possible, its effective update.
 
-Source: method.md, "Resizing the rank"; truncation by Eckart and Young 1936, Psychometrika 1:211.
+Source: docs/method.md, "Resizing the rank"; truncation by Eckart and Young 1936, Psychometrika
+1:211.
 """
 
 from __future__ import annotations

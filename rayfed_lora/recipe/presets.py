@@ -1,9 +1,9 @@
 """Method presets: the keys that a method's name fills in.
 
 Only what sets a method apart stands here; everything else is the recipe's default. Source:
-method.md's tables; FedAvg arXiv:1602.05629, FedProx arXiv:1812.06127, SA-FedLoRA arXiv:2405.09394
-v1 and v2 (SPD-CFL; target mode is a surrogate for its SGC measure, which is not public); BitFit
-arXiv:2106.10199; the papers of the rules: `aggregation.rules`.
+docs/method.md's tables; FedAvg arXiv:1602.05629, FedProx arXiv:1812.06127, SA-FedLoRA
+arXiv:2405.09394 v1 and v2 (SPD-CFL; target mode is a surrogate for its SGC measure, which is not
+public); BitFit arXiv:2106.10199; the papers of the rules: `aggregation.rules`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the rest of the program must know of each aggregation rule; their code: `aggregation`.
 
-Source: method.md, "Aggregation rules".
+Source: docs/method.md, "Aggregation rules".
 """
 
 from __future__ import annotations

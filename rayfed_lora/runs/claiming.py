@@ -1,6 +1,6 @@
 """Claims on run folders, and the state of the run in one: recipe, finished, whole.
 
-Source: this project (design.md, "The run folder").
+Source: this project (docs/design.md, "The run folder").
 """
 
 from __future__ import annotations

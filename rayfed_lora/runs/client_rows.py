@@ -1,4 +1,4 @@
-"""Tables with a row a client, written as the run goes on. Source: this project (design.md)."""
+"""Tables with a row a client, written as the run goes on. Source: this project (docs/design.md)."""
 
 from __future__ import annotations
 

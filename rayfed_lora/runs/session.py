@@ -1,6 +1,6 @@
 """One run from its folder to its summary, on any engine.
 
-Source: this project (design.md, "The run folder").
+Source: this project (docs/design.md, "The run folder").
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""summary.json. Source: this project (design.md, "The run folder")."""
+"""summary.json. Source: this project (docs/design.md, "The run folder")."""
 
 from __future__ import annotations
 

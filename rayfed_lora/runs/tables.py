@@ -1,4 +1,4 @@
-"""rounds.parquet and clients.parquet. Source: this project (design.md, "The run folder")."""
+"""rounds.parquet and clients.parquet. Source: this project (docs/design.md, "The run folder")."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from rayfed_lora.types import Proposal
 from tests.unit.test_status import record
 
 MODULES = ["encoder.layer.0.q", "encoder.layer.0.v"]
-# design.md, "The run folder".
+# docs/design.md, "The run folder".
 ROUND_COLUMNS = (
     "round stage rank ranks trainable_params proximal_weight clients failed_clients train_loss"
     " eval_accuracy eval_loss aggregation_error params_up params_down bytes_up bytes_down"
