@@ -1,6 +1,6 @@
 """Who takes part in a round, when its end is, and what its messages are: for run and plan alike.
 
-Source: this project (method.md, "The communication ledger").
+Source: this project (docs/method.md, "The communication ledger").
 """
 
 from __future__ import annotations

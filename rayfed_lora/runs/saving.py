@@ -1,6 +1,6 @@
 """What a run writes into its folder while it goes on, and at its end.
 
-Source: this project (design.md, "The run folder").
+Source: this project (docs/design.md, "The run folder").
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from rayfed_lora.types import Proposal
 PARTITION_FILE = "partition.parquet"
 ROUNDS_FILE = "rounds.parquet"
 CLIENTS_FILE = "clients.parquet"
-# Their columns stand where design.md has them, those of other metrics at the end.
+# Their columns stand where docs/design.md has them, those of other metrics at the end.
 _FIRST_METRICS = ("accuracy", "loss")
 IntArray = npt.NDArray[np.int64]
 _PROPOSAL_COLUMNS = {
