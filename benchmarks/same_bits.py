@@ -111,7 +111,7 @@ def verdict(old: Outcome, new: Outcome) -> tuple[str, str]:
         if not (old.error and new.error):
             return f"only {'OLD' if old.error else 'NEW'} failed", old.error or new.error
         if old.error != new.error:
-            return OTHER_WORDS, f"{old.error}\n  {new.error}"
+            return OTHER_WORDS, f"{old.error} | {new.error}"
         return "skipped" if MISSING.search(old.error) else "both reject", old.error
     names = [name for name in {**old.columns, **new.columns} if not NOT_RESULTS.fullmatch(name)]
     differing = [] if old.sha256 == new.sha256 else ["adapter_sha256"]
@@ -151,7 +151,8 @@ def main() -> None:
                 if found not in GOOD and deliberate:
                     found, why = "accepted", f"{found}: {why}"
                 counts[found] += 1
-                print(f"{executor:8}{name:44}{found}" + (f": {why}" if why else ""), flush=True)
+                line = f"{executor:8}{name:44}{found}" + (f": {why}" if why else "")
+                print(" ".join(line.splitlines()), flush=True)
             for worker in workers:
                 worker.close()
     print(", ".join(f"{count} {found}" for found, count in counts.items()) or "no case")

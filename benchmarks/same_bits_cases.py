@@ -61,7 +61,11 @@ TESTED = {"evaluation.client_fraction": 0.3, "evaluation.clients_every": 2}
 FIXED = {"annealing.mode": "fixed"}
 # What a value of the schema's enumerations needs beside it.
 BESIDE: dict[str, dict[str, Any]] = {
-    "annealing.acceptance": {"annealing.temperature": 1e-4, "annealing.target.tolerance": 0.0},
+    "annealing.acceptance": {
+        "annealing.temperature": 1e-7,
+        "annealing.target.tolerance": 0.0,
+        "clients.optimizer.lr": 0.5,
+    },
     "annealing.target.metric": {"annealing.acceptance": "target"},
     "data.partition.kind": {"data.partition.column": "label", "clients.per_round": 0.4},
 }
@@ -72,7 +76,6 @@ NOT_VARIED = re.compile(
 # Each aggregation rule with each of these.
 WITH_RULES: dict[str, dict[str, Any]] = {
     "staged": {},
-    "fixed": FIXED,
     "mixed ranks": {"clients.ranks": [1, 2, 4]},
     "folding": {"annealing.cooling.residual": "fold"},
     "spectral": {"annealing.allocation": "spectral"},
@@ -117,7 +120,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "metropolis, hot": {"annealing.acceptance": "metropolis", "annealing.temperature": 5.0},
     "clients leave": {"clients.availability": 0.4},
     "simulated devices": DEVICES,
-    "deadline": {**DEVICES, "clients.deadline_s": 8.0},
+    "deadline": {**DEVICES, "clients.deadline_s": 14.0},
     "over-selection": {**DEVICES, "clients.over_select": 1.5},
     "folding, clients leave": {
         "clients.availability": 0.4,
