@@ -203,19 +203,24 @@ def observed(checkout: Path, executor: str) -> list[dict[str, Any]]:
         return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-def deepest(seen: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the stacks from the user's call to the gradient step with the most frames."""
+def ways(seen: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return the stacks from the user's call to each gradient step; those with most frames last."""
     handed = {each["task"]: each["stacks"] for each in seen if each["what"] == "handed"}
 
     def whole(stacks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         task = stacks[0]["task"]
         return stacks if task is None else [*whole(handed[task]), *stacks]
 
-    ways = [whole(each["stacks"]) for each in seen if each["what"] == "step"]
-    ours = [way for way in ways if way[0]["frames"] and way[0]["thread"] == "MainThread"]
-    if not ours:
-        raise SystemExit("no gradient step could be followed back to the user's call")
-    return max(ours, key=lambda way: sum(len(stack["frames"]) for stack in way))
+    found = [whole(each["stacks"]) for each in seen if each["what"] == "step"]
+    ours = [way for way in found if way[0]["frames"] and way[0]["thread"] == "MainThread"]
+    if not ours or len(ours) < len(found):
+        raise SystemExit("not each gradient step could be followed back to the user's call")
+    return sorted(ours, key=depth)
+
+
+def depth(way: Sequence[dict[str, Any]]) -> int:
+    """Return the number of frames in some stacks."""
+    return sum(len(stack["frames"]) for stack in way)
 
 
 def main() -> None:
@@ -225,14 +230,15 @@ def main() -> None:
     parser.add_argument("checkout", nargs="?", type=lambda path: Path(path).resolve(), default=here)
     parser.add_argument("--executor", choices=EXECUTORS, default="local")
     args = parser.parse_args()
-    way = deepest(observed(args.checkout, args.executor))
+    found = ways(observed(args.checkout, args.executor))
+    least, way = found[0], found[-1]
     for stack in way:
         print(f"process {stack['pid']}, thread {stack['thread']}: {len(stack['frames'])} frames")
         for frame in stack["frames"]:
             print(f"    {frame}")
     generators = sum(frame.endswith("(generator)") for stack in way for frame in stack["frames"])
-    total = sum(len(stack["frames"]) for stack in way)
-    print(f"{args.executor}: {total} frames of {PACKAGE}, {generators} of them of generators")
+    print(f"{args.executor}: {depth(way)} frames of {PACKAGE}, {generators} of them of generators")
+    print(f"the shortest way to a gradient step: {depth(least)} frames")
 
 
 if __name__ == "sitecustomize":
