@@ -5,7 +5,8 @@ deepest stack of the package's frames, over all threads and processes on the way
 user's call down to where work is handed over (`ThreadPoolExecutor.submit`, a call of a Ray actor or
 task), then the stack of the thread or process that takes it, down to `Tensor.backward` or an
 optimiser's step. Frames of other packages, such as contextlib's, do not count; those of the
-package's generators do. The script knows no module of the package.
+package's generators do. The script knows no module of the package. A thread's work is followed to
+the call of `submit` that woke the thread, which need not be the one that brought the work.
 
 A copy of the script is the `sitecustomize` of all processes of the run, and writes what they do.
 """
@@ -173,7 +174,7 @@ def _write(what: str, value: dict[str, Any]) -> None:
 
 
 def recipe(executor: str) -> dict[str, Any]:
-    """Return a run of one full-model round and one adapter round."""
+    """Return a run of one round: no test can wait beside the training of another round."""
     net = {"architecture": "vit", "hidden_size": 16, "intermediate_size": 24, "patch_size": 4}
     none = {"rounds": 0}
     return {
@@ -181,7 +182,7 @@ def recipe(executor: str) -> dict[str, Any]:
         "data": {"source": "digits", "max_examples": 200, "partition": {"clients": 8}},
         "model": {"config": {**net, "num_hidden_layers": 1, "num_attention_heads": 2}},
         "annealing": {
-            "initiating": {"rounds": 1},
+            "initiating": none,
             "heating": {"rounds": 1, "rank": 2},
             "cooling": none,
             "holding": none,
