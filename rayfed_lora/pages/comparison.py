@@ -11,17 +11,14 @@ import pyarrow as pa
 
 from rayfed_lora.errors import RunError, RunFolderError
 from rayfed_lora.pages.csv_text import csv_bytes
+from rayfed_lora.pages.curves import accuracies_of_clients
 from rayfed_lora.pages.plots import write_plots
 from rayfed_lora.pages.report import report_html
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checksums, seals
-from rayfed_lora.runs.reading import (
-    REPORT_FILE,
-    accuracies_of_clients,
-    read_failed,
-    read_runs,
-    rounds_so_far,
-)
+from rayfed_lora.runs.damage import damaged
+from rayfed_lora.runs.labelled_runs import read_failed, read_runs
+from rayfed_lora.runs.reading import REPORT_FILE, rounds_so_far
 from rayfed_lora.runs.status import Status
 from rayfed_lora.storage import RunFolder
 
@@ -190,9 +187,9 @@ class Comparison:
 
 def _read(cell: Cell) -> tuple[Mapping[str, Any], pd.DataFrame]:
     folder = RunFolder(cell.location)
-    summary = checksums.summary(folder)
+    summary = checksums.read_summary(folder)
     if summary is None:
-        raise seals.damaged(folder, checksums.SUMMARY_FILE, "it is missing")
+        raise damaged(folder, checksums.SUMMARY_FILE, "it is missing")
     rounds = rounds_so_far(folder)
     rounds.insert(0, "method", cell.method)
     rounds.insert(1, "seed", cell.seed)

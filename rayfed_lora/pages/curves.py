@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import numpy.typing as npt
 import pandas as pd
+
+from rayfed_lora.runs.reading import RunData
 
 # Colours that colour-blind readers tell apart; Okabe and Ito 2008.
 COLOURS = (
@@ -99,3 +102,17 @@ def curves(rounds: pd.DataFrame, column: str, against: Against = "round") -> lis
             )
         )
     return found
+
+
+def accuracies_of_clients(runs: Sequence[RunData]) -> dict[str, npt.NDArray[Any]]:
+    """Return the accuracies of the last models on clients' own examples, by label.
+
+    Where clients have models of their own, also those of these, by the label with "(own models)".
+    """
+    found: dict[str, list[npt.NDArray[Any]]] = {}
+    for run in runs:
+        kinds = {"accuracy": run.label, "personal_accuracy": f"{run.label} (own models)"}
+        for column, label in kinds.items():
+            if column in run.tests and run.tests[column].notna().any():
+                found.setdefault(label, []).append(run.tests[column].dropna().to_numpy())
+    return {label: np.concatenate(parts) for label, parts in found.items()}

@@ -15,14 +15,8 @@ from rayfed_lora.pages.figures import figures, partitions
 from rayfed_lora.pages.page import Rows, even, page, shown
 from rayfed_lora.pages.search import TRIALS_FILE, read_search, search_html
 from rayfed_lora.runs.client_rows import CLIENT_NAME
-from rayfed_lora.runs.reading import (
-    REPORT_FILE,
-    FailedRun,
-    RunData,
-    read_failed,
-    read_run,
-    read_runs,
-)
+from rayfed_lora.runs.labelled_runs import FailedRun, read_failed, read_runs
+from rayfed_lora.runs.reading import REPORT_FILE, RunData, read_run
 from rayfed_lora.runs.summary import client_summary
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.units import duration, megabytes, percent

@@ -16,6 +16,7 @@ from rayfed_lora.locations import child
 from rayfed_lora.recipe.loading import load_recipe, parse_yaml
 from rayfed_lora.recipe.recipe import Recipe, Runtime
 from rayfed_lora.runs import checksums, seals
+from rayfed_lora.runs.damage import is_rewritten
 from rayfed_lora.runs.ownership import Lease, Ticket, owner_of, take
 from rayfed_lora.runs.tracking import check_tracking
 from rayfed_lora.storage import RunFolder
@@ -149,15 +150,6 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
     return [] if a == b else [path]
 
 
-def finished(folder: RunFolder) -> dict[str, Any] | None:
-    """Return the summary of a finished run, None where it is not finished.
-
-    Raises:
-        RunFolderError: it is damaged.
-    """
-    return checksums.summary(folder)
-
-
 def complete(folder: RunFolder) -> dict[str, Any] | None:
     """Return the summary of a run that is finished and whole; None where there is work to do.
 
@@ -178,8 +170,8 @@ def inspected(folder: RunFolder) -> tuple[dict[str, Any] | None, list[str]]:
     """
     faults = checksums.faults(folder)
     if not faults:
-        return finished(folder), []
+        return checksums.read_summary(folder), []
     for name, text in faults.items():
-        if not seals.is_remade(folder, name):
+        if not is_rewritten(folder, name):
             raise RunFolderError(text)
     return None, [*faults]

@@ -1,4 +1,4 @@
-"""Where a run is kept, and the local files that it names. Source: this project."""
+"""Locations of run folders, and local files that recipes name. Source: this project."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from uuid import uuid4
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.recipe.recipe import Recipe
 
-# Where runs of Ray jobs are kept by default, on the head node: a job's own folder is temporary.
+# Default place of Ray jobs' runs, on the head node: a job's own folder is temporary.
 JOB_RUNS = "~/rayfed-lora-runs"
-# Ray's own: set for the command of a job only, not for its workers.
+# Ray sets this variable for the command of a job only, not for its workers.
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def job_id() -> str | None:
-    """Return the submission id of the Ray job whose command this process is, or None."""
+    """Return the submission id if this process is the command of a Ray job, else None."""
     try:
         config = json.loads(os.environ.get(_JOB_CONFIG, "{}"))
     except ValueError:
@@ -30,10 +30,10 @@ def job_id() -> str | None:
 
 
 def run_location(given: str | None, name: str) -> str:
-    """Return where something is kept: what is given, or a new folder.
+    """Return a given location, or that of a new folder.
 
-    The new one is named after `name`, the time and a random number, under `runs/`, or in a Ray job
-    under `JOB_RUNS`. `~` is the home folder.
+    The name of the new folder is made of `name`, the time and a random number; it is in `runs/`, or
+    in a Ray job in `JOB_RUNS`. `~` is the home folder.
 
     Raises:
         BadInputError: a relative path in a Ray job.
@@ -47,12 +47,12 @@ def run_location(given: str | None, name: str) -> str:
 
 
 def absolute_place(location: str) -> str:
-    """Return a folder as every process of this machine finds it; a URI as it is."""
+    """Return the absolute path of a folder; a URI unchanged."""
     return location if "://" in location else os.path.abspath(os.path.expanduser(location))
 
 
 def refuse_relative(location: str) -> None:
-    """Check that a run folder stays when the Ray job that writes it is gone.
+    """Check that a run folder outlives the Ray job that writes it.
 
     Raises:
         BadInputError: it is a relative path.
@@ -65,12 +65,12 @@ def refuse_relative(location: str) -> None:
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """Name local files and folders absolutely: workers may run in another folder."""
+    """Make the paths of local files and folders absolute: workers may run in another folder."""
 
     def absolute(source: str) -> str:
         if os.path.exists(os.path.expanduser(source)):
             source = os.path.expanduser(source)
-        # A folder that happens to be called like a built-in name does not hide it.
+        # A folder that happens to have a built-in name does not hide that name.
         is_path = Path(source).suffix or os.sep in source or Path(source, "config.json").is_file()
         return os.path.abspath(source) if is_path and os.path.exists(source) else source
 

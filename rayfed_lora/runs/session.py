@@ -189,7 +189,7 @@ def _begin(
     # After it: a folder without a recipe is nobody's run.
     if population.label_counts is None:
         return
-    invalid = seals.check(folder, PARTITION_FILE, sealed=True) is not None
+    invalid = seals.check(folder, PARTITION_FILE) is not None
     if invalid and folder.exists(PARTITION_FILE):
         board.note(f"{PARTITION_FILE} had no valid checksum and is written again")
     # Without a checkpoint the run starts from the data as they are now.
@@ -417,13 +417,8 @@ class _Sitting:
     def _restored(self, snapshot: Snapshot) -> Progress:
         facts = snapshot.facts
         checkpoints.remove_later(self._folder, snapshot.rounds)
-        self._tables.restore(snapshot.rounds, facts.get("tables"))
+        self._tables.restore(snapshot.rounds, facts["tables"])
         self._board.resumed(snapshot.rounds)
-        if "tables" not in facts:
-            self._board.note(
-                "an older version wrote this run: its tables have no checksums, and are taken as"
-                " they are"
-            )
         self._server.ledger.restore(facts["ledger"], snapshot.held)
         scores = facts["validation"]
         return Progress(

@@ -267,7 +267,7 @@ def test_a_loser_writes_and_removes_nothing(folder):
 
 def test_a_write_that_had_begun_when_the_folder_was_lost_is_not_seen(here):
     with pytest.raises(RunError, match="has lost it"):
-        with owned(here, Ticket("a run")) as (mine, _), mine.opened("table") as stream:
+        with owned(here, Ticket("a run")) as (mine, _), mine.open_to_write("table") as stream:
             stream.write(b"old")
             other = take(here, Ticket("a run"))
             here.write("table", b"new")

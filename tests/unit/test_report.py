@@ -18,7 +18,8 @@ from rayfed_lora.launching.comparison import compare
 from rayfed_lora.pages.curves import curves
 from rayfed_lora.pages.figures import figures, partitions
 from rayfed_lora.pages.report import report, report_html
-from rayfed_lora.runs.reading import RunData, read_run, read_runs
+from rayfed_lora.runs.labelled_runs import read_runs
+from rayfed_lora.runs.reading import RunData, read_run
 from rayfed_lora.storage import RunFolder
 from tests.fakes import RECIPE, Behaviour, FakeFactory, every_round, make_recipe
 
