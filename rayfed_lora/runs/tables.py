@@ -30,7 +30,8 @@ PARTITION_FILE = "partition.parquet"
 ROUNDS_FILE = "rounds.parquet"
 CLIENTS_FILE = "clients.parquet"
 IntArray = npt.NDArray[np.int64]
-_PROPOSAL_COLUMNS = {
+# Field of `Proposal`, and type, of each column.
+PROPOSAL_COLUMNS = {
     "proposed_rank": ("rank", pa.int32()),
     "verdict": ("verdict", pa.string()),
     "energy_current": ("energy_current", pa.float64()),
@@ -78,7 +79,7 @@ def round_schema(modules: Sequence[str]) -> pa.Schema:
             ("dropped_clients", pa.int32()),
             ("retried_blocks", pa.int32()),
             ("simulated_s", pa.float64()),
-            *((column, kind) for column, (_, kind) in _PROPOSAL_COLUMNS.items()),
+            *((column, kind) for column, (_, kind) in PROPOSAL_COLUMNS.items()),
         ]
     )
 
@@ -247,5 +248,5 @@ def write_partition(
 def _proposal_row(proposal: Proposal | None) -> dict[str, Any]:
     return {
         column: None if proposal is None else getattr(proposal, attribute)
-        for column, (attribute, _) in _PROPOSAL_COLUMNS.items()
+        for column, (attribute, _) in PROPOSAL_COLUMNS.items()
     }

@@ -62,7 +62,7 @@ def test_curves_have_the_values_of_the_tables(one):
     (trace,) = drawn["Accuracy on the test split"]["data"]
     assert trace["x"] == [1, 2, 3, 4, 5, 6]
     assert trace["y"] == rounds["eval_accuracy"].tolist()
-    (trace,) = drawn["Accuracy against what was sent"]["data"]
+    (trace,) = drawn["Accuracy against traffic"]["data"]
     sent = (rounds["bytes_up"] + rounds["bytes_down"]).cumsum() / 1e6
     assert trace["x"] == sent.tolist()
     (trace,) = drawn["Temperature"]["data"]
