@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from rayfed_lora.client_names import called
+from rayfed_lora.client_names import client_label
 from rayfed_lora.pages.curves import COLOURS, PLOTS, Plot, curves
 from rayfed_lora.runs.client_rows import CLIENT_NAME
 from rayfed_lora.runs.reading import RunData
@@ -177,7 +177,7 @@ def _points(tested: pd.DataFrame) -> dict[str, Any]:
 
 def _tooltip(row: Any) -> str:
     name = getattr(row, CLIENT_NAME, None)
-    shown = called(row.client, None if name is None else {row.client: name})
+    shown = client_label(row.client, None if name is None else {row.client: name})
     return f"{shown}, seed {row.seed}, {row.examples} examples"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from rayfed_lora.client_names import called
+from rayfed_lora.client_names import client_label
 from rayfed_lora.errors import BadInputError, RunFolderError
 from rayfed_lora.locations import child, parent
 from rayfed_lora.pages.figures import figures, partitions
@@ -199,7 +199,7 @@ def _notes(run: RunData) -> Rows:
 def _client(row: Mapping[Any, Any]) -> str:
     """Return the label of a row's client, as in the notes of the run."""
     name = row.get(CLIENT_NAME)
-    return called(row["client"], None if name is None else {row["client"]: name})
+    return client_label(row["client"], None if name is None else {row["client"]: name})
 
 
 def _failures(run: RunData) -> Rows:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
-from rayfed_lora.client_names import called
+from rayfed_lora.client_names import client_label
 from rayfed_lora.errors import ClientError, InterruptedRunError, RunFolderError
 from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.executor import Executor, Population
@@ -245,7 +245,7 @@ class _Sitting:
     def clients_done(self, updates: Sequence[ClientUpdate]) -> None:
         for update in updates:
             if update.error is not None:
-                name = called(update.client, self._population.client_names)
+                name = client_label(update.client, self._population.client_names)
                 self._board.note(f"{name} failed: {update.error}")
             if update.note is not None:
                 self._board.note(update.note)
@@ -311,7 +311,7 @@ class _Sitting:
                     self._save(began)
                 yield self._tables
         except ClientError as error:
-            name = called(error.client, self._population.client_names)
+            name = client_label(error.client, self._population.client_names)
             raise ClientError(error.client, error.round_index, error.trace, name) from error
         except (InterruptedRunError, GeneratorExit) as stop:
             self._save(began)
