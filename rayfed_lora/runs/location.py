@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from uuid import uuid4
 
+from pydantic import BaseModel
+
 from rayfed_lora.errors import BadInputError
+from rayfed_lora.locations import is_uri
 from rayfed_lora.recipe.recipe import Recipe
 
 # Default place of Ray jobs' runs, on the head node: a job's own folder is temporary.
@@ -48,7 +51,7 @@ def run_location(given: str | None, name: str) -> str:
 
 def absolute_place(location: str) -> str:
     """Return the absolute path of a folder; a URI unchanged."""
-    return location if "://" in location else os.path.abspath(os.path.expanduser(location))
+    return location if is_uri(location) else os.path.abspath(os.path.expanduser(location))
 
 
 def refuse_relative(location: str) -> None:
@@ -57,7 +60,7 @@ def refuse_relative(location: str) -> None:
     Raises:
         BadInputError: it is a relative path.
     """
-    if "://" not in location and not location.startswith(("/", "~")):
+    if not is_uri(location) and not location.startswith(("/", "~")):
         raise BadInputError(
             f"run folder {location!r}: expected an absolute path that the cluster's nodes see, or a"
             " URI such as s3://bucket/runs/a: the working folder of a Ray job is temporary"
@@ -66,26 +69,27 @@ def refuse_relative(location: str) -> None:
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """Make the paths of local files and folders absolute: workers may run in another folder."""
-
-    def absolute(source: str) -> str:
-        if os.path.exists(os.path.expanduser(source)):
-            source = os.path.expanduser(source)
-        # A folder that happens to have a built-in name does not hide that name.
-        is_path = Path(source).suffix or os.sep in source or Path(source, "config.json").is_file()
-        return os.path.abspath(source) if is_path and os.path.exists(source) else source
-
-    model, clients = recipe.model, recipe.clients
-    trace = clients.availability.trace
-    availability = clients.availability.model_copy(
-        update={"trace": None if trace is None else absolute(trace)}
-    )
-    tokenizer = None if model.tokenizer is None else absolute(model.tokenizer)
+    clients = recipe.clients
+    availability = _with_absolute(clients.availability, "trace")
     return recipe.model_copy(
         update={
             "clients": clients.model_copy(update={"availability": availability}),
-            "data": recipe.data.model_copy(update={"source": absolute(recipe.data.source)}),
-            "model": model.model_copy(
-                update={"source": absolute(model.source), "tokenizer": tokenizer}
-            ),
+            "data": _with_absolute(recipe.data, "source"),
+            "model": _with_absolute(recipe.model, "source", "tokenizer"),
         }
     )
+
+
+def _with_absolute(section: BaseModel, *keys: str) -> BaseModel:
+    return section.model_copy(update={key: _absolute(getattr(section, key)) for key in keys})
+
+
+def _absolute(source: str | None) -> str | None:
+    """Return the absolute path of a local file or folder; anything else unchanged."""
+    if source is None:
+        return None
+    if os.path.exists(os.path.expanduser(source)):
+        source = os.path.expanduser(source)
+    # A folder that happens to have a built-in name does not hide that name.
+    is_path = Path(source).suffix or os.sep in source or Path(source, "config.json").is_file()
+    return os.path.abspath(source) if is_path and os.path.exists(source) else source

@@ -24,7 +24,7 @@ from rayfed_lora.runs.client_rows import (
 )
 from rayfed_lora.runs.damage import damaged
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.types import ClientRecord, ClientTest, Note, Proposal, RoundRecord
+from rayfed_lora.types import ClientRecord, ClientTest, Note, RoundRecord
 
 PARTITION_FILE = "partition.parquet"
 ROUNDS_FILE = "rounds.parquet"
@@ -87,7 +87,11 @@ def round_schema(modules: Sequence[str]) -> pa.Schema:
 def round_row(record: RoundRecord) -> dict[str, Any]:
     """Return a round's row, with the fields of its `proposal` as columns."""
     # Not by `asdict`, which also copies the values of the fields.
-    return {**vars(record), **_proposal_row(record.proposal)}
+    proposal = {
+        column: getattr(record.proposal, name, None)
+        for column, (name, _) in PROPOSAL_COLUMNS.items()
+    }
+    return {**vars(record), **proposal}
 
 
 class Tables:
@@ -243,10 +247,3 @@ def write_partition(
         names = [client_names[client] for client in clients[rows].tolist()]
         table = table.append_column(CLIENT_NAME, pa.array(names, pa.string()))
     seals.write_table(folder, PARTITION_FILE, table)
-
-
-def _proposal_row(proposal: Proposal | None) -> dict[str, Any]:
-    return {
-        column: None if proposal is None else getattr(proposal, attribute)
-        for column, (attribute, _) in PROPOSAL_COLUMNS.items()
-    }

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 
 from rayfed_lora.errors import RunError, RunFolderError
@@ -192,7 +193,8 @@ class MLflow:
             found = self._client.get_experiment_by_name(experiment)
             where = found.experiment_id if found else self._client.create_experiment(experiment)
             self._id = self._client.create_run(where, run_name=name).info.run_id
-            params = [Param(key, str(value)) for key, value in _flat(_config(recipe)).items()]
+            config = pd.json_normalize(_config(recipe)).iloc[0]
+            params = [Param(str(key), str(value)) for key, value in config.items()]
             for i in range(0, len(params), 100):
                 self._client.log_batch(self._id, params=params[i : i + 100])
             _store_run_id(folder, "mlflow", self._id)
@@ -232,18 +234,6 @@ class MLflow:
 def _config(recipe: Recipe) -> dict[str, Any]:
     """Return the keys of a recipe that trackers show: all but storage and trackers."""
     return recipe.model_dump(mode="json", exclude={"storage", "tracking"})
-
-
-def _flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Return the leaves of nested mappings by dotted key."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        where = f"{path}.{key}" if path else str(key)
-        if isinstance(value, Mapping) and value:
-            found |= _flat(value, where)
-        else:
-            found[where] = value
-    return found
 
 
 def _run_ids(folder: RunFolder) -> dict[str, str]:
