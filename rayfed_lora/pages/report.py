@@ -64,8 +64,8 @@ def _content(locations: Sequence[str]) -> str:
         return report_html(read_runs(locations), read_failed(locations))
     if len(locations) > 1:
         raise BadInputError(
-            f"report: expected the folder of a search alone, got {searches[0]} beside others; its"
-            " trials are run folders too"
+            f"report: expected the folder of a search alone, got {searches[0]} and others; its"
+            " trials are run folders as well"
         )
     return search_html(read_search(RunFolder(locations[0]).confined()))
 

@@ -65,7 +65,7 @@ def check_content(
             )
     elif folder.exists("recipe.yaml"):
         raise RunFolderError(
-            f"run folder {folder.location} holds a run already; go on with it by --resume,"
+            f"run folder {folder.location} holds a run already; resume it with --resume,"
             " or choose another --out"
             if owner is None
             else f"run folder {folder.location} holds a run, owned by {owner}: choose another --out"
@@ -104,7 +104,7 @@ def check_unused(folder: RunFolder) -> None:
     """
     if any(not name.startswith(".") for name in folder.names()):
         raise RunFolderError(
-            f"run folder {folder.location}: expected a new or empty folder or one with a run,"
+            f"run folder {folder.location}: expected a new or empty folder, or one with a run;"
             " it has other files in it"
         )
 

@@ -209,4 +209,6 @@ def readable(folder: RunFolder, name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise RunFolderError(f"cannot go on from {child(folder.location, name)}: {error}") from None
+        raise RunFolderError(
+            f"cannot resume from {child(folder.location, name)}: {error}"
+        ) from None

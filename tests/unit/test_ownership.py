@@ -192,7 +192,7 @@ def test_a_lease_of_another_machine_is_taken_once_its_counter_stood_still(folder
 def test_who_waits_beside_a_live_owner_is_refused_once_the_counter_has_moved(folder, leases):
     leases.append(take(folder, pace=Pace(0.1, 60.0)))
     began = time.monotonic()
-    with pytest.raises(RunFolderError, match=f"process {os.getpid()} .* whose run goes on"):
+    with pytest.raises(RunFolderError, match=f"process {os.getpid()} .* whose run is still active"):
         take(folder, wait=True, pace=Pace(0.6, 60.0))
     assert time.monotonic() - began < 20
     leases[0].check()

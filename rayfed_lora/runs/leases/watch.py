@@ -68,8 +68,8 @@ class Watch:
     def _refusal(self, record: Record | None) -> RunFolderError:
         hint = "" if self._wait else "; if it was killed, --resume takes the folder over"
         return RunFolderError(
-            f"run folder {self._location} is owned by {owner_text(record)}, whose run goes on: end"
-            f" that one first, or choose another --out{hint}"
+            f"run folder {self._location} is owned by {owner_text(record)}, whose run is still"
+            f" active: stop it first, or choose another --out{hint}"
         )
 
 
