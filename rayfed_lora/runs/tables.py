@@ -87,11 +87,12 @@ def round_schema(modules: Sequence[str]) -> pa.Schema:
 def round_row(record: RoundRecord) -> dict[str, Any]:
     """Return a round's row, with the fields of its `proposal` as columns."""
     # Not by `asdict`, which also copies the values of the fields.
-    proposal = {
-        column: getattr(record.proposal, name, None)
+    proposal = record.proposal
+    columns = {
+        column: None if proposal is None else getattr(proposal, name)
         for column, (name, _) in PROPOSAL_COLUMNS.items()
     }
-    return {**vars(record), **proposal}
+    return {**vars(record), **columns}
 
 
 class Tables:
