@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from uuid import uuid4
 
@@ -24,11 +23,9 @@ _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 def job_id() -> str | None:
     """Return the submission id if this process is the command of a Ray job, else None."""
     try:
-        config = json.loads(os.environ.get(_JOB_CONFIG, "{}"))
-    except ValueError:
+        found = json.loads(os.environ[_JOB_CONFIG])["metadata"]["job_submission_id"]
+    except (LookupError, TypeError, ValueError):
         return None
-    metadata = config.get("metadata") if isinstance(config, Mapping) else None
-    found = metadata.get("job_submission_id") if isinstance(metadata, Mapping) else None
     return found if isinstance(found, str) else None
 
 

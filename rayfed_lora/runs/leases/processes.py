@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 _PROC = Path("/proc")
@@ -36,12 +35,7 @@ class Process:
 
 def this_process() -> Process:
     """Return the calling process."""
-    return _process(os.getpid())
-
-
-# Keyed by process id: a fork is another process.
-@lru_cache(maxsize=1)
-def _process(pid: int) -> Process:
+    pid = os.getpid()
     found = _stat(pid)
     # JSON cannot hold the surrogates of a host name that is not UTF-8.
     host = socket.gethostname().encode(errors="replace").decode()
