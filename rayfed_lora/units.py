@@ -16,7 +16,7 @@ def megabytes(count: float) -> str:
 
 
 def percent(share: float | None) -> str:
-    """Return a share in percent, `-` where there is none.
+    """Return a share in percent, `-` for None.
 
     >>> percent(0.9362), percent(None)
     ('93.62 %', '-')
@@ -25,7 +25,7 @@ def percent(share: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Return seconds as m:ss or h:mm:ss, `-:--` where unknown.
+    """Return seconds as m:ss or h:mm:ss, `-:--` for None.
 
     >>> duration(75), duration(3675), duration(None)
     ('1:15', '1:01:15', '-:--')

@@ -142,7 +142,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _open(source: str) -> pa.NativeFile:
-    filesystem, path = storage.opened(source if is_uri(source) else str(Path(source).expanduser()))
+    filesystem, path = storage.open_filesystem(
+        source if is_uri(source) else str(Path(source).expanduser())
+    )
     return filesystem.open_input_file(path)
 
 

@@ -13,8 +13,8 @@ from rayfed_lora.errors import BadInputError, RunFolderError
 from rayfed_lora.locations import check_name, child
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.checked import CheckedFolder
-from rayfed_lora.runs.checksums import SUMMARY_FILE, listed
-from rayfed_lora.runs.claiming import finished, kept_recipe
+from rayfed_lora.runs.checksums import SUMMARY_FILE, listed, read_summary
+from rayfed_lora.runs.claiming import kept_recipe
 from rayfed_lora.storage import RunFolder
 
 # A base is larger than what fits into memory twice.
@@ -58,7 +58,7 @@ def export_run(location: str, to: Path, *, merge: bool) -> Iterator[str]:
 
 
 def _finished_recipe(run: RunFolder) -> Recipe:
-    if not CheckedFolder(run).exists(SUMMARY_FILE) or finished(run) is None:
+    if not CheckedFolder(run).exists(SUMMARY_FILE) or read_summary(run) is None:
         raise RunFolderError(
             f"{run.location}: expected the folder of a finished run (summary.json)"
         )
@@ -79,7 +79,7 @@ def _contents(run: RunFolder) -> Iterator[dict[str, dict[str, IO[bytes]]]]:
                 try:
                     # Names come from whoever wrote the folder.
                     check_name(name)
-                    content = files.enter_context(checked.opened(f"{part}/{name}"))
+                    content = files.enter_context(checked.open(f"{part}/{name}"))
                 except (OSError, ValueError) as error:
                     where = child(run.location, part)
                     raise RunFolderError(f"{where} cannot be read: {error}") from None
@@ -104,7 +104,7 @@ def _writing(to: Path) -> Iterator[None]:
 
 
 def _labels(run: RunFolder) -> list[str]:
-    labels = (finished(run) or {}).get("labels")
+    labels = (read_summary(run) or {}).get("labels")
     if not isinstance(labels, list):
         raise RunFolderError(
             f"{child(run.location, 'summary.json')}: expected a list of labels, got {labels!r}"

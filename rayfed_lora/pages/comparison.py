@@ -1,4 +1,4 @@
-"""Tables of runs that differ in method and seed. Source: this project."""
+"""A comparison of runs that differ in method and seed: its tables. Source: this project."""
 
 from __future__ import annotations
 
@@ -11,31 +11,28 @@ import pyarrow as pa
 
 from rayfed_lora.errors import RunError, RunFolderError
 from rayfed_lora.pages.csv_text import csv_bytes
+from rayfed_lora.pages.curves import accuracies_of_clients
 from rayfed_lora.pages.plots import write_plots
 from rayfed_lora.pages.report import report_html
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checksums, seals
-from rayfed_lora.runs.reading import (
-    REPORT_FILE,
-    accuracies_of_clients,
-    read_failed,
-    read_runs,
-    rounds_so_far,
-)
+from rayfed_lora.runs.damage import damaged
+from rayfed_lora.runs.labelled_runs import read_failed, read_runs
+from rayfed_lora.runs.reading import REPORT_FILE, rounds_so_far
 from rayfed_lora.runs.status import Status
 from rayfed_lora.storage import RunFolder
 
-# Share of the best accuracy that is to be reached, where no target is named.
+# Default target: this share of the best accuracy.
 _TARGET_SHARE = 0.95
-# Of the last model on clients' own examples, and of their own models: columns of `runs`, and what
-# the summary calls them.
+# Accuracies on clients' own examples, of the last model and of their own models: columns of `runs`
+# and keys of the summary.
 _OF_CLIENTS = {
     "clients_accuracy": "accuracy_mean",
     "clients_accuracy_worst_tenth": "accuracy_worst_tenth",
     "personal_accuracy": "personal_accuracy_mean",
     "personal_accuracy_worst_tenth": "personal_accuracy_worst_tenth",
 }
-# Columns of `runs` that a mean and a standard deviation over seeds make sense of.
+# Columns of `runs` with a mean and a standard deviation over seeds.
 _AVERAGED = (
     "final_accuracy",
     "best_accuracy",
@@ -61,10 +58,10 @@ class Cell:
     """A run of a comparison.
 
     Attributes:
-        method: name of the preset, or of the user's own variant.
+        method: name of the preset, or of a variant by the user.
         seed: of the run.
-        recipe: resolved.
-        location: run folder.
+        recipe: of the run.
+        location: of the run folder.
     """
 
     method: str
@@ -78,10 +75,10 @@ class Ended:
     """A cell that has ended.
 
     Attributes:
-        cell: which one.
+        cell: the cell.
         accuracy: of the last round, None where it failed.
-        seconds: how long it took here; 0 where it had been finished before.
-        error: why it failed, or None.
+        seconds: wall time in this process; 0 where it had finished before.
+        error: the reason of a failure, or None.
     """
 
     cell: Cell
@@ -92,12 +89,12 @@ class Ended:
 
 @dataclass(frozen=True)
 class Standing:
-    """A moment of a comparison.
+    """The progress of a comparison.
 
     Attributes:
         cells: number of cells.
-        running: the cell that is running, None between two.
-        status: of it.
+        running: the running cell, None between two.
+        status: of the running cell.
         ended: the ended cells, in order.
     """
 
@@ -112,13 +109,13 @@ class Comparison:
     """The tables of a comparison.
 
     Attributes:
-        runs: a row a run: method, seed, location, error (None where it finished), metrics, bytes,
-            accuracy per MB sent, rounds, bytes and simulated seconds to the target (missing where
-            not reached), times.
-        methods: a row a method: number of finished runs, mean and standard deviation over seeds
-            (the sample's; missing with one seed) of each of those.
+        runs: one row per run: method, seed, location, error (None where it finished), metrics,
+            bytes, accuracy per MB sent, rounds, bytes and simulated seconds to the target (missing
+            where not reached), times.
+        methods: one row per method: number of finished runs, and of the columns of `runs` the mean
+            and sample standard deviation over seeds (missing with one seed).
         rounds: rounds.parquet of all runs, with method, seed and `bytes_so_far`, up and down.
-        target: the accuracy that is to be reached.
+        target: the target accuracy.
     """
 
     runs: pd.DataFrame
@@ -134,8 +131,8 @@ class Comparison:
 
         Args:
             cells: all of them.
-            failed: why a run did not finish, by location.
-            target: accuracy; None: 95 % of the best one of any run.
+            failed: the reason, by location, of runs that did not finish.
+            target: accuracy; None: 95 % of the best accuracy of any run.
 
         Raises:
             RunError: none has finished.
@@ -146,7 +143,7 @@ class Comparison:
                 try:
                     found.append((cell, *_read(cell)))
                 except (RunFolderError, ValueError, LookupError) as error:
-                    # One run that cannot be read does not cost the others' tables.
+                    # The tables of the other runs are written all the same.
                     failed[cell.location] = str(error)
         if not found:
             reasons = "\n".join(f"{location}: {why}" for location, why in failed.items())
@@ -179,7 +176,7 @@ class Comparison:
             seals.write_table(
                 folder, f"{name}.parquet", pa.Table.from_pandas(table, preserve_index=False)
             )
-            # Ranks by module are for Parquet only.
+            # Ranks by module are in the Parquet file only.
             flat = table.drop(columns="ranks", errors="ignore")
             folder.write(f"{name}.csv", csv_bytes(flat))
         runs = read_runs([folder.location], own=True)
@@ -190,9 +187,9 @@ class Comparison:
 
 def _read(cell: Cell) -> tuple[Mapping[str, Any], pd.DataFrame]:
     folder = RunFolder(cell.location)
-    summary = checksums.summary(folder)
+    summary = checksums.read_summary(folder)
     if summary is None:
-        raise seals.damaged(folder, checksums.SUMMARY_FILE, "it is missing")
+        raise damaged(folder, checksums.SUMMARY_FILE, "it is missing")
     rounds = rounds_so_far(folder)
     rounds.insert(0, "method", cell.method)
     rounds.insert(1, "seed", cell.seed)
@@ -224,7 +221,7 @@ def _row(
         "accuracy_per_mb": final["eval_accuracy"] / (sent["total_bytes"] / 1e6),
         "rounds_to_target": None if reached.empty else int(reached["round"].iloc[0]) + 1,
         "bytes_to_target": None if reached.empty else int(reached["bytes_so_far"].iloc[0]),
-        # Missing too where no time is simulated.
+        # Also missing where no time is simulated.
         "simulated_s_to_target": None if reached.empty else reached["simulated_so_far"].iloc[0],
         "wall_s": summary["timing"]["wall_s"],
         "failed_clients": summary["failed_clients"],
@@ -239,7 +236,7 @@ def _methods(runs: pd.DataFrame) -> pd.DataFrame:
     columns: dict[str, Any] = {"runs": groups.size()}
     for name in _AVERAGED:
         values = groups[name]
-        # A target that some seed did not reach has no mean.
+        # No mean where some seed did not reach the target.
         whole = values.count() == groups.size()
         columns[f"{name}_mean"] = values.mean().where(whole)
         columns[f"{name}_std"] = values.std().where(whole)

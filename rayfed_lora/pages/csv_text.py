@@ -8,7 +8,7 @@ from rayfed_lora.printable import cell
 
 
 def csv_bytes(table: pd.DataFrame) -> bytes:
-    r"""Return a table as CSV without its index; no cell of it is a formula to a spreadsheet.
+    r"""Return a table as CSV without its index; spreadsheets read no cell as a formula.
 
     >>> csv_bytes(pd.DataFrame({"name": ["=1+1", "a"], "loss": [-0.5, 1.0]}))
     b"name,loss\n'=1+1,-0.5\na,1.0\n"

@@ -1,22 +1,23 @@
-"""Interactive plots of runs, as plotly.js reads them. Source: this project.
+"""Interactive plots of runs, in plotly.js's format. Source: this project.
 
-Plain mappings: plotly's own classes take seconds to check what is written here once.
+Plain mappings, since plotly's own classes take seconds to validate each figure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from rayfed_lora.client_names import called
-from rayfed_lora.pages.curves import COLOURS, UNITS, Against, curves, has_points
+from rayfed_lora.client_names import client_label
+from rayfed_lora.pages.curves import COLOURS, PLOTS, Plot, curves
 from rayfed_lora.runs.client_rows import CLIENT_NAME
 from rayfed_lora.runs.reading import RunData
 
 Figure = dict[str, Any]
+# A logarithmic axis of bytes, with ticks at 1, 2 and 5 of each decade.
+LOG_BYTES = {"type": "log", "tickformat": "~g", "dtick": "D2"}
 _AXIS = {"showline": True, "ticks": "outside", "gridcolor": "#eef1f4", "zeroline": False}
 _SHADES = {
     "initiating": "#dfe7f0",
@@ -29,32 +30,8 @@ _MOST_PARTITIONS = 6
 _MOST_POINTS = 5000
 
 
-@dataclass(frozen=True)
-class _Plot:
-    """A column of rounds.parquet: title, column, label of the y axis, x axis, from zero on."""
-
-    title: str
-    column: str
-    label: str
-    against: Against = "round"
-    from_zero: bool = False
-
-
-_PLOTS = (
-    _Plot("Accuracy on the test split", "eval_accuracy", "accuracy"),
-    _Plot("Accuracy against what was sent", "eval_accuracy", "accuracy", "bytes_so_far"),
-    _Plot("Accuracy by the simulated clock", "eval_accuracy", "accuracy", "simulated_so_far"),
-    _Plot("Loss on the test split", "eval_loss", "loss, nats"),
-    _Plot("Perplexity on the test split", "eval_perplexity", "perplexity"),
-    _Plot("Training loss", "train_loss", "loss, nats"),
-    _Plot("Rank", "rank", "mean over modules", from_zero=True),
-    _Plot("Temperature", "temperature", "temperature, nats", from_zero=True),
-    _Plot("Aggregation error", "aggregation_error", "relative to the exact mean", from_zero=True),
-)
-
-
 def figures(runs: Sequence[RunData]) -> Iterator[tuple[str, Figure]]:
-    """Yield title and figure of every plot that the runs have values for."""
+    """Yield title and figure of every plot for which the runs have values."""
     rounds = pd.concat(
         [run.rounds.assign(method=run.label, seed=run.seed) for run in runs], ignore_index=True
     )
@@ -65,20 +42,20 @@ def figures(runs: Sequence[RunData]) -> Iterator[tuple[str, Figure]]:
 
 
 def curve_figures(rounds: pd.DataFrame, stages: bool) -> Iterator[tuple[str, Figure]]:
-    """Yield title and figure of every curve that there are values for.
+    """Yield title and figure of every plot of rounds that has values.
 
     Args:
         rounds: rows of rounds.parquet of all runs, with `method` (the label), `seed` and
             `bytes_so_far`.
-        stages: show the stages; of one run.
+        stages: shade the stages; for a single run.
     """
-    for plot in _PLOTS:
-        if has_points(rounds, plot.column, plot.against):
+    for plot in PLOTS:
+        if plot.has_points(rounds):
             yield plot.title, _curves(plot, rounds, stages)
 
 
 def partitions(runs: Sequence[RunData]) -> Iterator[tuple[str, Figure]]:
-    """Yield label and picture (clients x labels) of every different partition of the runs."""
+    """Yield label and heatmap (labels x clients) of every different partition of the runs."""
     seen: list[pd.DataFrame] = []
     for run in runs:
         if run.partition.empty or any(run.partition.equals(other) for other in seen):
@@ -96,7 +73,7 @@ def framed(
     y: dict[str, Any],
     **layout: Any,
 ) -> Figure:
-    """Return traces with axes, margins and legend as all plots have them."""
+    """Return a figure of some traces with the axes, margins and legend of all plots."""
     return {
         "data": traces,
         "layout": {
@@ -111,11 +88,9 @@ def framed(
     }
 
 
-def _curves(plot: _Plot, rounds: pd.DataFrame, stages: bool) -> Figure:
+def _curves(plot: Plot, rounds: pd.DataFrame, stages: bool) -> Figure:
     traces: list[dict[str, Any]] = []
     for curve in curves(rounds, plot.column, plot.against):
-        colour = COLOURS[curve.place % len(COLOURS)]
-        dash = _LINES[curve.place // len(COLOURS) % len(_LINES)]
         if curve.runs > 1:
             low, high = curve.mean - curve.std, curve.mean + curve.std
             traces.append(
@@ -123,7 +98,7 @@ def _curves(plot: _Plot, rounds: pd.DataFrame, stages: bool) -> Figure:
                     "x": [*curve.x, *curve.x[::-1]],
                     "y": [*high, *low[::-1]],
                     "fill": "toself",
-                    "fillcolor": colour,
+                    "fillcolor": curve.colour,
                     "opacity": 0.15,
                     "mode": "none",
                     "hoverinfo": "skip",
@@ -139,23 +114,20 @@ def _curves(plot: _Plot, rounds: pd.DataFrame, stages: bool) -> Figure:
                 "legendgroup": curve.label,
                 "mode": "lines+markers",
                 "marker": {"size": 5},
-                "line": {"color": colour, "dash": dash},
+                "line": {"color": curve.colour, "dash": curve.line_style(_LINES)},
             }
         )
     labels = rounds["method"].nunique()
+    x: dict[str, Any] = {"title": {"text": plot.x_label}}
+    if plot.log_x:
+        x |= LOG_BYTES
     y = {"title": {"text": plot.label}, "rangemode": "tozero" if plot.from_zero else "normal"}
-    height, legend = 360 + 12 * labels, {"showlegend": labels > 1}
-    if plot.against == "round":
-        x: dict[str, Any] = {"title": {"text": "round"}}
-        return framed(traces, height, x, y, **legend, **(_stages(rounds) if stages else {}))
-    x = {"title": {"text": UNITS[plot.against][1]}}
-    if plot.against == "bytes_so_far":
-        x |= {"type": "log", "tickformat": "~g", "dtick": "D2"}
-    return framed(traces, height, x, y, **legend)
+    shades = _stages(rounds) if stages and plot.against == "round" else {}
+    return framed(traces, 360 + 12 * labels, x, y, showlegend=labels > 1, **shades)
 
 
 def _stages(rounds: pd.DataFrame) -> dict[str, Any]:
-    """Return the shades and names of the stages behind a run's curve."""
+    """Return shades and names of the stages, drawn behind a run's curve."""
     shapes, names = [], []
     for stage, own in rounds.groupby("stage", sort=False):
         left, right = float(own["round"].min()) + 0.5, float(own["round"].max()) + 1.5
@@ -169,7 +141,7 @@ def _stages(rounds: pd.DataFrame) -> dict[str, Any]:
 
 
 def _spread(runs: Sequence[RunData]) -> Figure:
-    """Return a box and the points of each label, all seeds together."""
+    """Return a box with its points for each label, all seeds together."""
     tests = pd.concat([run.tests.assign(method=run.label, seed=run.seed) for run in runs])
     several = tests["method"].nunique() > 1
     kinds = {"accuracy": "global model", "personal_accuracy": "personal model"}
@@ -197,20 +169,20 @@ def _spread(runs: Sequence[RunData]) -> Figure:
 
 
 def _points(tested: pd.DataFrame) -> dict[str, Any]:
-    """Return how the points beside a box are shown: all, or of very many none."""
+    """Return the points of a box: all, or none if there are very many."""
     if len(tested) > _MOST_POINTS:
         return {"boxpoints": False}
-    return {"boxpoints": "all", "text": [_told(row) for row in tested.itertuples()]}
+    return {"boxpoints": "all", "text": [_tooltip(row) for row in tested.itertuples()]}
 
 
-def _told(row: Any) -> str:
+def _tooltip(row: Any) -> str:
     name = getattr(row, CLIENT_NAME, None)
-    shown = called(row.client, None if name is None else {row.client: name})
+    shown = client_label(row.client, None if name is None else {row.client: name})
     return f"{shown}, seed {row.seed}, {row.examples} examples"
 
 
 def _partition(partition: pd.DataFrame) -> Figure:
-    """Return a heatmap of the number of examples, a row a label and a column a client."""
+    """Return a heatmap of the number of examples: one row per label, one column per client."""
     names = {}
     if CLIENT_NAME in partition:
         names = dict(zip(partition["client"], partition[CLIENT_NAME], strict=True))

@@ -1,4 +1,4 @@
-"""A page of tables and interactive plots with all it needs in it. Source: this project."""
+"""A self-contained HTML page of tables and interactive plots. Source: this project."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def page(
 
     Args:
         title: heading.
-        subtitle: what is shown.
+        subtitle: after the name of the report.
         overview: the first table.
-        figures: titles and plots, two beside each other but for those with `meta` "wide".
-        partitions: labels and pictures of who holds what.
-        more: `clients` and `failures` (tables), `runs` (what stands on their details pages).
+        figures: titles and plots, two in a row; a plot with `meta` "wide" has its own row.
+        partitions: labels and heatmaps of the label distributions.
+        more: `clients` and `failures` (tables), `runs` (runs with the tables of their details).
     """
     from plotly.offline import get_plotlyjs
 
@@ -61,14 +61,14 @@ def _html(figure: Figure) -> str:
 
 
 def even(rows: Rows) -> Rows:
-    """Return rows with the columns of all of them, but for those that say nothing in any."""
+    """Return rows with the columns of all of them, but for columns without any value."""
     names = dict.fromkeys(name for row in rows for name in row)
-    said = [n for n in names if any(row.get(n, _NOTHING) != _NOTHING for row in rows)]
-    return [{name: row.get(name, "") for name in said} for row in rows]
+    used = [n for n in names if any(row.get(n, _NOTHING) != _NOTHING for row in rows)]
+    return [{name: row.get(name, "") for name in used} for row in rows]
 
 
 def shown(value: Any) -> str:
-    """Return a value as a table shows it: numbers by four digits, `-` for none."""
+    """Return a value as text: floats with four significant digits, `-` for none."""
     if pd.isna(value):
         return _NOTHING
     return f"{value:.4g}" if isinstance(value, float) else str(value)

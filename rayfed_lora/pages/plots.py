@@ -1,9 +1,8 @@
-"""Plots of a comparison for papers: PDF and PNG by matplotlib. Source: this project."""
+"""Plots of comparisons and searches for papers: PDF and PNG by matplotlib. Source: this project."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from rayfed_lora.pages.curves import COLOURS, UNITS, Against, Curve, curves, has_points, measure
+from rayfed_lora.pages.curves import COLOURS, PLOTS, Plot, curves, measure
 from rayfed_lora.storage import RunFolder
 
 if TYPE_CHECKING:
@@ -23,37 +22,10 @@ _LINES = ("-", "--", ":", "-.")
 _DOTS_PER_INCH = 200
 
 
-@dataclass(frozen=True)
-class _Plot:
-    """A column against rounds or bytes.
-
-    Attributes:
-        name: of the file.
-        column: of rounds.parquet.
-        label: of the y axis, with its unit.
-        against: the x axis.
-    """
-
-    name: str
-    column: str
-    label: str
-    against: Against = "round"
-
-
-_PLOTS = (
-    _Plot("accuracy-by-round", "eval_accuracy", "test accuracy"),
-    _Plot("accuracy-by-bytes", "eval_accuracy", "test accuracy", "bytes_so_far"),
-    _Plot("accuracy-by-simulated-time", "eval_accuracy", "test accuracy", "simulated_so_far"),
-    _Plot("loss-by-round", "eval_loss", "test loss, nats"),
-    _Plot("rank", "rank", "rank, mean over modules"),
-    _Plot("temperature", "temperature", "temperature"),
-)
-
-
 def write_plots(
     folder: RunFolder, rounds: pd.DataFrame, clients: Mapping[str, npt.NDArray[Any]]
 ) -> list[str]:
-    """Draw a comparison into `plots/`; what it has no values for is left out.
+    """Draw a comparison into `plots/`, but for plots without values.
 
     Args:
         folder: of the comparison.
@@ -66,21 +38,24 @@ def write_plots(
     Raises:
         RunError: the folder cannot be written.
     """
-    shown = [plot for plot in _PLOTS if has_points(rounds, plot.column, plot.against)]
-    drawn = {plot.name: _drawn(plot, rounds) for plot in shown}
+    drawn = {
+        plot.file: _drawn(plot, rounds)
+        for plot in PLOTS
+        if plot.file is not None and plot.has_points(rounds)
+    }
     if clients:
         drawn["clients"] = _spread(clients)
     return [name for stem, figure in drawn.items() for name in _write(folder, stem, figure)]
 
 
 def write_front(folder: RunFolder, trials: pd.DataFrame, upper: str, across: str) -> None:
-    """Draw the finished trials of a search, and the front of those that no other beats.
+    """Draw the finished trials of a search and their Pareto front.
 
     Args:
         folder: of the search.
         trials: rows of trials.parquet.
         upper: name of the objective on the y axis.
-        across: of that on the x axis.
+        across: name of the objective on the x axis.
 
     Raises:
         RunError: the folder cannot be written.
@@ -90,7 +65,7 @@ def write_front(folder: RunFolder, trials: pd.DataFrame, upper: str, across: str
     (x_label, x), (y_label, y) = (measure(name, done[name]) for name in (across, upper))
     front = done["on_front"]
     axes.scatter(x, y, color=COLOURS[5], s=16, label="finished trials")
-    axes.plot(x[front], y[front], color=COLOURS[0], marker="o", ms=4, label="front")
+    axes.plot(x[front], y[front], color=COLOURS[0], marker="o", ms=4, label="Pareto front")
     if "bytes" in across:
         _log_scale(axes)
     axes.set(xlabel=x_label, ylabel=y_label)
@@ -103,7 +78,7 @@ def _write(folder: RunFolder, stem: str, figure: Figure) -> list[str]:
     names = []
     for kind in _FORMATS:
         content = BytesIO()
-        # Without the date: the same runs give the same files.
+        # Without the date, equal runs give equal files.
         dated = {"CreationDate": None} if kind == "pdf" else None
         figure.savefig(content, format=kind, dpi=_DOTS_PER_INCH, metadata=dated)
         names.append(f"plots/{stem}.{kind}")
@@ -112,7 +87,7 @@ def _write(folder: RunFolder, stem: str, figure: Figure) -> list[str]:
 
 
 def _axes(height: float = 4.0, layout: Literal["constrained"] | None = None) -> tuple[Figure, Axes]:
-    # The object interface: no global state, no window system.
+    # Matplotlib's object interface needs neither global state nor a window system.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, height), layout=layout)
@@ -122,20 +97,21 @@ def _axes(height: float = 4.0, layout: Literal["constrained"] | None = None) -> 
     return figure, axes
 
 
-def _drawn(plot: _Plot, rounds: pd.DataFrame) -> Figure:
+def _drawn(plot: Plot, rounds: pd.DataFrame) -> Figure:
     figure, axes = _axes()
-    # Fixed margins: to lay each plot out anew would take as long as to draw it twice.
+    # Fixed margins: a layout for each plot would take as long as drawing the plot twice.
     figure.subplots_adjust(left=0.13, right=0.97, bottom=0.14, top=0.97)
     found = curves(rounds, plot.column, plot.against)
     for curve in found:
-        _draw(axes, curve)
-    if plot.against == "bytes_so_far":
+        line, colour = curve.line_style(_LINES), curve.colour
+        axes.plot(curve.x, curve.mean, line, color=colour, marker="o", ms=2.5, label=curve.label)
+        if curve.runs > 1:
+            low, high = curve.mean - curve.std, curve.mean + curve.std
+            axes.fill_between(curve.x, low, high, color=colour, alpha=0.15, lw=0)
+    if plot.log_x:
         _log_scale(axes)
-    axes.set(
-        xlabel="round" if plot.against == "round" else UNITS[plot.against][1],
-        ylabel=plot.label,
-    )
-    if plot.column == "rank":
+    axes.set(xlabel=plot.x_label, ylabel=plot.label)
+    if plot.from_zero:
         axes.set_ylim(bottom=0)
     many = max(curve.runs for curve in found) > 1
     title = "mean and standard deviation over seeds" if many else None
@@ -144,7 +120,7 @@ def _drawn(plot: _Plot, rounds: pd.DataFrame) -> Figure:
 
 
 def _log_scale(axes: Axes) -> None:
-    """Make x logarithmic, with 1, 2 and 5 of each decade written out."""
+    """Make x logarithmic, with ticks at 1, 2 and 5 of each decade."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set_xscale("log")
@@ -153,17 +129,8 @@ def _log_scale(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _draw(axes: Axes, curve: Curve) -> None:
-    colour = COLOURS[curve.place % len(COLOURS)]
-    line = _LINES[curve.place // len(COLOURS) % len(_LINES)]
-    axes.plot(curve.x, curve.mean, line, color=colour, marker="o", ms=2.5, label=curve.label)
-    if curve.runs > 1:
-        low, high = curve.mean - curve.std, curve.mean + curve.std
-        axes.fill_between(curve.x, low, high, color=colour, alpha=0.15, lw=0)
-
-
 def _spread(clients: Mapping[str, Sequence[float] | npt.NDArray[Any]]) -> Figure:
-    """Return a box a method: quartiles, whiskers at the 10th and 90th percentile."""
+    """Return one box per method: quartiles, whiskers at the 10th and 90th percentile."""
     figure, axes = _axes(1.0 + 0.5 * len(clients), "constrained")
     values = [np.asarray(accuracies) for accuracies in clients.values()]
     axes.boxplot(values, orientation="horizontal", whis=(10, 90), showmeans=True)

@@ -1,4 +1,4 @@
-"""A report of one or many runs: one HTML file with all it needs in it. Source: this project."""
+"""The report of runs: one self-contained HTML file. Source: this project."""
 
 from __future__ import annotations
 
@@ -8,49 +8,32 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from rayfed_lora.client_names import called
+from rayfed_lora.client_names import client_label
 from rayfed_lora.errors import BadInputError, RunFolderError
 from rayfed_lora.locations import child, parent
 from rayfed_lora.pages.figures import figures, partitions
 from rayfed_lora.pages.page import Rows, even, page, shown
 from rayfed_lora.pages.search import TRIALS_FILE, read_search, search_html
 from rayfed_lora.runs.client_rows import CLIENT_NAME
-from rayfed_lora.runs.reading import (
-    REPORT_FILE,
-    FailedRun,
-    RunData,
-    read_failed,
-    read_run,
-    read_runs,
-)
+from rayfed_lora.runs.labelled_runs import FailedRun, read_failed, read_runs
+from rayfed_lora.runs.reading import REPORT_FILE, RunData, read_run
 from rayfed_lora.runs.summary import client_summary
+from rayfed_lora.runs.tables import PROPOSAL_COLUMNS
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.units import duration, megabytes, percent
 
-_PROPOSAL = (
-    "round",
-    "proposed_rank",
-    "verdict",
-    "energy_current",
-    "energy_proposed",
-    "temperature",
-    "acceptance_probability",
-    "acceptance_draw",
-    "target_metric",
-    "target_value",
-)
 _WORST = 50
 
 
 def report(locations: Sequence[str], to: str | None = None) -> str:
-    """Write the report of run folders and comparisons' folders, or of a search.
+    """Write the report of runs and comparisons, or of a search.
 
     Args:
-        locations: folders or URIs; that of a search stands alone.
-        to: path or URI of the file; None: report.html in the folder, with several in this one.
+        locations: folders or URIs; the folder of a search must be the only one.
+        to: path or URI of the file; None: report.html in the only folder, or in the current one.
 
     Returns:
-        Where it is.
+        The location of the file.
 
     Raises:
         BadInputError: no location, or `to` does not end in .html.
@@ -68,8 +51,8 @@ def report(locations: Sequence[str], to: str | None = None) -> str:
         content = _content(locations).encode()
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise RunFolderError(
-            f"{', '.join(locations)}: expected folders as rayfed-lora writes them; what stands in"
-            f" them cannot be shown: {type(error).__name__}: {error}"
+            f"{', '.join(locations)}: expected folders as rayfed-lora writes them; their"
+            f" content cannot be shown: {type(error).__name__}: {error}"
         ) from error
     RunFolder(folder).write(name, content)
     return to
@@ -81,18 +64,18 @@ def _content(locations: Sequence[str]) -> str:
         return report_html(read_runs(locations), read_failed(locations))
     if len(locations) > 1:
         raise BadInputError(
-            f"report: expected the folder of a search alone, got {searches[0]} beside others; its"
-            " trials are run folders too"
+            f"report: expected the folder of a search alone, got {searches[0]} and others; its"
+            " trials are run folders as well"
         )
     return search_html(read_search(RunFolder(locations[0]).confined()))
 
 
 def run_page(folder: RunFolder, summary: Mapping[str, Any]) -> str:
-    """Return the page of one run that ends now.
+    """Return the page of a run that is about to end.
 
     Args:
         folder: of the run.
-        summary: content of summary.json, which is not written yet.
+        summary: the content that summary.json is about to get.
     """
     return report_html([read_run(folder, summary)])
 
@@ -102,7 +85,7 @@ def report_html(runs: Sequence[RunData], failed: Sequence[FailedRun] = ()) -> st
 
     Args:
         runs: at least one.
-        failed: runs of a comparison that have nothing else to show.
+        failed: runs of a comparison that did not finish.
     """
     unfinished = [{"run": f.label, "seed": str(f.seed), "error": f.error} for f in failed]
     several = len(runs) > 1
@@ -150,7 +133,7 @@ def _simulated(simulation: Mapping[str, Any] | None) -> dict[str, str]:
         return {}
     return {
         "simulated time": duration(simulation["total_s"]),
-        "left or late": str(simulation["dropped_clients"]),
+        "dropped clients": str(simulation["dropped_clients"]),
     }
 
 
@@ -176,16 +159,11 @@ def _bill(communication: Mapping[str, Any]) -> Rows:
 
 def _proposals(rounds: pd.DataFrame) -> Rows:
     found = rounds[rounds["verdict"].notna()]
-    used = [column for column in _PROPOSAL if found[column].notna().any()]
-    rows = found[used].assign(round=found["round"] + 1) if used else found[used]
-    return [
-        {str(name).replace("_", " "): shown(value) for name, value in row.items()}
-        for row in rows.to_dict("records")
-    ]
+    return _rows(found[["round", *PROPOSAL_COLUMNS]].assign(round=found["round"] + 1))
 
 
 def _clients(run: RunData) -> Rows:
-    """Return how a run's accuracy is spread over clients."""
+    """Return the spread of a run's accuracy over its clients."""
     if run.tests.empty:
         return []
     spread = client_summary(pa.Table.from_pandas(run.tests, preserve_index=False))
@@ -197,15 +175,19 @@ def _worst(tests: pd.DataFrame) -> Rows:
     if tests.empty:
         return []
     tenth = tests.nsmallest(max(len(tests) // 10, 1), "accuracy").head(_WORST)
-    used = tenth.drop(columns="round").dropna(axis="columns", how="all")
+    return _rows(tenth.drop(columns="round"))
+
+
+def _rows(table: pd.DataFrame) -> Rows:
+    """Return the rows of a table, but for its empty columns."""
     return [
         {str(name).replace("_", " "): shown(value) for name, value in row.items()}
-        for row in used.to_dict("records")
+        for row in table.dropna(axis="columns", how="all").to_dict("records")
     ]
 
 
 def _notes(run: RunData) -> Rows:
-    """Return the notes of a run but those of failed clients, which have a table of their own."""
+    """Return the notes of a run; those of failed clients are in the table of failures."""
     failed = {f"{_client(row)} failed: {row['error']}" for row in run.failures.to_dict("records")}
     return [
         {"round": str(row["round"] + 1), "note": str(row["text"])}
@@ -215,9 +197,9 @@ def _notes(run: RunData) -> Rows:
 
 
 def _client(row: Mapping[Any, Any]) -> str:
-    """Return what a row's client is called, as in the notes of the run."""
+    """Return the label of a row's client, as in the notes of the run."""
     name = row.get(CLIENT_NAME)
-    return called(row["client"], None if name is None else {row["client"]: name})
+    return client_label(row["client"], None if name is None else {row["client"]: name})
 
 
 def _failures(run: RunData) -> Rows:

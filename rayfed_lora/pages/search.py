@@ -1,4 +1,4 @@
-"""The report of a search: trials, front, what was drawn against what came of it.
+"""The report of a search: trials, Pareto front, drawn values and objectives.
 
 Source: this project.
 """
@@ -14,7 +14,7 @@ import pandas as pd
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.locations import child
 from rayfed_lora.pages.curves import measure, short
-from rayfed_lora.pages.figures import Figure, curve_figures, framed
+from rayfed_lora.pages.figures import LOG_BYTES, Figure, curve_figures, framed
 from rayfed_lora.pages.page import even, page, shown
 from rayfed_lora.recipe.loading import parse_yaml
 from rayfed_lora.runs import seals
@@ -25,19 +25,19 @@ from rayfed_lora.units import megabytes
 
 TRIALS_FILE = "trials.parquet"
 SEARCH_FILE = "search.yaml"
-# More curves than that cannot be told apart.
+# More curves are not distinguishable.
 _MOST_CURVES = 24
 
 
 @dataclass(frozen=True)
 class SearchNews:
-    """What a search tells of itself.
+    """An update on a search for its observers.
 
     Attributes:
         trials: number of trials so far.
-        running: finished rounds by trial that is running.
-        ended: trial and what came of it, of one that has just ended; else None.
-        warning: for the user, or None.
+        running: finished rounds of each running trial.
+        ended: trial and outcome, where one has just ended; else None.
+        warning: a line for the user, or None.
     """
 
     trials: int = 0
@@ -55,10 +55,10 @@ class SearchData:
 
     Attributes:
         name: of the recipe.
-        objectives: metric -> max or min.
-        drawn: recipe keys.
+        objectives: max or min by metric.
+        drawn: recipe keys with drawn values.
         trials: rows of trials.parquet.
-        rounds: rows of rounds.parquet of the best trials, `method` being the trial.
+        rounds: rows of rounds.parquet of the best trials, with the trial as `method`.
     """
 
     name: str
@@ -81,14 +81,14 @@ def read_search(folder: RunFolder) -> SearchData:
         objectives = dict(space["objectives"])
         first, mode = next(iter(objectives.items()))
         ran = trials[trials["round"].notna()].sort_values(first, ascending=mode == "min")
-        # Not by the recorded location: the folder may have been moved.
+        # Not the recorded location: the folder may have been moved.
         folders = {
             trial: RunFolder(child(folder.location, "trials", trial))
             for trial in ran["trial"]
-            # In a confined folder, a link to somewhere else is refused.
+            # In a confined folder this rejects links that lead out of it.
             if folder.exists(f"trials/{trial}")
         }
-        # One that has failed early may have saved nothing.
+        # A trial that failed early may have saved nothing.
         kept = [trial for trial, own in folders.items() if own.exists("rounds.parquet")]
         failed = {*trials.loc[trials["status"] == "failed", "trial"]}
         rounds = []
@@ -96,7 +96,7 @@ def read_search(folder: RunFolder) -> SearchData:
             try:
                 own = rounds_so_far(folders[trial])
             except RunFolderError:
-                # The table of trials says what is wrong with it.
+                # The table of trials gives the reason.
                 if trial not in failed:
                     raise
             else:
@@ -140,14 +140,14 @@ def _figures(search: SearchData) -> Iterator[tuple[str, Figure]]:
     done = search.trials[search.trials["status"] == "finished"]
     names = list(search.objectives)
     if len(names) > 1:
-        yield "What no other trial beats", _front(done, names[0], names[1])
-    yield "What was drawn, and what came of it", _parallel(search, done)
+        yield "Pareto front", _front(done, names[0], names[1])
+    yield "Drawn values and objectives", _parallel(search, done)
     yield from curve_figures(search.rounds, stages=False)
 
 
 def _front(done: pd.DataFrame, upper: str, across: str) -> Figure:
     traces = []
-    for label, own in (("beaten", done[~done["on_front"]]), ("front", done[done["on_front"]])):
+    for label, own in (("dominated", done[~done["on_front"]]), ("front", done[done["on_front"]])):
         ordered = own.sort_values(across)
         traces.append(
             {
@@ -161,13 +161,13 @@ def _front(done: pd.DataFrame, upper: str, across: str) -> Figure:
             }
         )
     x_label, y_label = (measure(name, done[name])[0] for name in (across, upper))
-    log = {"type": "log", "tickformat": "~g", "dtick": "D2"} if "bytes" in across else {}
+    log = LOG_BYTES if "bytes" in across else {}
     x, y = {"title": {"text": x_label}, **log}, {"title": {"text": y_label}}
     return framed(traces, 400, x, y, showlegend=True)
 
 
 def _parallel(search: SearchData, done: pd.DataFrame) -> Figure:
-    """Return parallel coordinates: an axis a drawn key and objective, a line a finished trial."""
+    """Return parallel coordinates: one axis per key and objective, one line per finished trial."""
     keys = [key for key in search.drawn if done[key].nunique(dropna=False) > 1]
     axes = [_axis(*measure(name, done[name])) for name in (*keys, *search.objectives)]
     first = done[next(iter(search.objectives))]

@@ -196,8 +196,8 @@ def _base_name(root: int) -> str:
 
 def _remove_old(folder: RunFolder, rounds: int, keep: int) -> None:
     names = _names(folder)
-    current = names.index(_round_name(rounds)) + 1
-    kept = names[max(current - keep, 0) : current]
+    # The newest of them up to this one, which may be gone: another process may own the folder now.
+    kept = [name for name in names if name <= _round_name(rounds)][-keep:]
     for name in names:
         if name not in kept:
             folder.remove(f"{_FOLDER}/{name}")

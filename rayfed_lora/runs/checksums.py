@@ -1,8 +1,8 @@
 """SHA256SUMS: the files of a finished run and their checksums, in the format of `sha256sum -c`.
 
-The file covers the recipe, the tables, the exported model and summary.json, not the checkpoints,
-which have manifests of their own, and not report.html, which `rayfed-lora report` writes anew. It
-is written just before summary.json, and its first line is a checksum of its own lines.
+The file covers the recipe, the tables, the exported model and summary.json. It does not cover the
+checkpoints, which have manifests of their own, nor report.html, which `rayfed-lora report` writes
+anew. It is written just before summary.json, and its first line is a checksum of the other lines.
 
 Source: this project.
 """
@@ -17,11 +17,12 @@ from typing import Any
 
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.runs import seals
+from rayfed_lora.runs.damage import damaged
 from rayfed_lora.storage import RunFolder
 
 SUMS_FILE = "SHA256SUMS"
 SUMMARY_FILE = "summary.json"
-# Key of summary.json that names the list: without it the run is an older version's.
+# Key of summary.json that names the list; summaries of older versions lack the key.
 CHECKSUMS_KEY = "checksums"
 _ENTRY = re.compile(r"([0-9a-f]{64})  (.+)")
 
@@ -37,16 +38,12 @@ def table_sha256(folder: RunFolder, name: str) -> str:
     Raises:
         RunFolderError: the table is missing or damaged.
     """
-    with seals.opened(folder, name, sealed=True) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with seals.open_table(folder, name) as file:
+        return seals.file_sha256(file)
 
 
 def write(folder: RunFolder, sums: Mapping[str, str]) -> None:
-    """Write the list.
-
-    Args:
-        folder: of the run.
-        sums: checksum by relative name.
+    """Write the list; `sums` has the checksum of each file by relative name.
 
     Raises:
         RunError: the folder cannot be written.
@@ -76,18 +73,18 @@ def listed(folder: RunFolder) -> dict[str, str] | None:
     try:
         lines = seals.text(folder, SUMS_FILE).splitlines()
     except OSError as error:
-        raise seals.damaged(folder, SUMS_FILE, f"it cannot be read ({error})") from None
+        raise damaged(folder, SUMS_FILE, f"it cannot be read ({error})") from None
     entries = [_ENTRY.fullmatch(line) for line in lines]
     if not entries or None in entries:
-        raise seals.damaged(folder, SUMS_FILE, "expected lines of a checksum and a name")
+        raise damaged(folder, SUMS_FILE, "expected lines of a checksum and a name")
     return {entry[2]: entry[1] for entry in entries if entry is not None}
 
 
 def checked(folder: RunFolder, name: str, sums: Mapping[str, str]) -> bytes:
-    """Return a file's content; as it is where the list does not name the file.
+    """Return a file's content, unchecked where the list does not contain the file.
 
     Raises:
-        OSError: a file that is not listed cannot be read.
+        OSError: an unlisted file cannot be read.
         RunFolderError: a listed file is missing or damaged.
     """
     try:
@@ -95,14 +92,14 @@ def checked(folder: RunFolder, name: str, sums: Mapping[str, str]) -> bytes:
     except OSError as error:
         if name not in sums:
             raise
-        raise seals.damaged(folder, name, f"it is missing or cannot be read ({error})") from None
+        raise damaged(folder, name, f"it is missing or cannot be read ({error})") from None
     if name in sums and sha256(content) != sums[name]:
-        raise seals.damaged(folder, name, f"its bytes do not match {SUMS_FILE}")
+        raise damaged(folder, name, f"its bytes do not match {SUMS_FILE}")
     return content
 
 
-def summary(folder: RunFolder) -> dict[str, Any] | None:
-    """Return the summary of a finished run, checked; None where there is none.
+def read_summary(folder: RunFolder) -> dict[str, Any] | None:
+    """Return the checked summary of a finished run; None where the run is not finished.
 
     Raises:
         RunFolderError: the summary, or the list of checksums, is damaged or missing.
@@ -111,36 +108,27 @@ def summary(folder: RunFolder) -> dict[str, Any] | None:
         return None
     sums = listed(folder)
     try:
-        content = checked(folder, SUMMARY_FILE, sums or {})
-        result = json.loads(content)
-        if not isinstance(result, dict):
-            raise ValueError(f"expected an object, got {type(result).__name__}")
+        summary = json.loads(checked(folder, SUMMARY_FILE, sums or {}))
+        if not isinstance(summary, dict):
+            raise ValueError(f"expected an object, got {type(summary).__name__}")
     except (OSError, ValueError, RecursionError) as error:
-        raise seals.damaged(folder, SUMMARY_FILE, f"it cannot be read: {error}") from None
-    if sums is None and CHECKSUMS_KEY in result:
-        raise seals.damaged(folder, SUMS_FILE, f"it is missing, {SUMMARY_FILE} names it")
-    return result
+        raise damaged(folder, SUMMARY_FILE, f"it cannot be read: {error}") from None
+    if sums is None and CHECKSUMS_KEY in summary:
+        raise damaged(folder, SUMS_FILE, f"it is missing, {SUMMARY_FILE} names it")
+    return summary
 
 
 def faults(folder: RunFolder) -> dict[str, str]:
-    """Return what is wrong with the files of a finished run, by name; read every one of them.
+    """Return what is wrong with the files of a finished run, by name; reads every listed file.
 
-    A run that was killed between the writes of list and summary lacks its summary. A run that is
-    not finished, or is an older version's, has no faults here.
+    A run killed between the writes of list and summary lacks its summary. An unfinished run, or one
+    of an older version, has no faults here.
     """
     try:
         sums = listed(folder)
+        if sums is None:
+            read_summary(folder)
     except RunFolderError as error:
         return {SUMS_FILE: str(error)}
-    if sums is None:
-        try:
-            summary(folder)
-        except RunFolderError as error:
-            return {SUMS_FILE: str(error)}
-        return {}
-    found = {}
-    for name, digits in sums.items():
-        fault = seals.check(folder, name, digits)
-        if fault is not None:
-            found[name] = fault
-    return found
+    found = {name: seals.check(folder, name, digits) for name, digits in (sums or {}).items()}
+    return {name: fault for name, fault in found.items() if fault is not None}

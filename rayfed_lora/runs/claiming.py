@@ -1,4 +1,4 @@
-"""Claims on run folders, and the state of the run in one: recipe, finished, whole.
+"""Claims on run folders, and the run in a folder: its recipe, and whether it is complete.
 
 Source: this project (docs/design.md, "The run folder").
 """
@@ -16,11 +16,12 @@ from rayfed_lora.locations import child
 from rayfed_lora.recipe.loading import load_recipe, parse_yaml
 from rayfed_lora.recipe.recipe import Recipe, Runtime
 from rayfed_lora.runs import checksums, seals
+from rayfed_lora.runs.damage import is_rewritten
 from rayfed_lora.runs.ownership import Lease, Ticket, owner_of, take
 from rayfed_lora.runs.tracking import check_tracking
 from rayfed_lora.storage import RunFolder
 
-# Where a run happens and is kept may differ between sittings; what it computes may not.
+# Keys that may change when a run is resumed: they do not affect its results.
 _FREE_KEYS: Any = {
     "storage": True,
     "tracking": True,
@@ -33,7 +34,7 @@ def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
 
     Raises:
         RunFolderError: it holds a run and `resume` is false, or another run, or cannot be written.
-        BadInputError: what the recipe wants to tell of the run is not installed.
+        BadInputError: a tracker that the recipe asks for is not installed.
     """
     check_tracking(recipe)
     check_content(folder, recipe, resume, owner_of(folder))
@@ -48,8 +49,8 @@ def check_content(
     Args:
         folder: the run folder.
         recipe: of the run.
-        resume: go on with a run that is there.
-        owner: the other process that owns the folder, for people.
+        resume: continue a run in the folder.
+        owner: the other process that owns the folder, for messages.
 
     Raises:
         RunFolderError: it holds a run and `resume` is false, or another run, or other files.
@@ -64,7 +65,7 @@ def check_content(
             )
     elif folder.exists("recipe.yaml"):
         raise RunFolderError(
-            f"run folder {folder.location} holds a run already; go on with it by --resume,"
+            f"run folder {folder.location} holds a run already; resume it with --resume,"
             " or choose another --out"
             if owner is None
             else f"run folder {folder.location} holds a run, owned by {owner}: choose another --out"
@@ -75,12 +76,12 @@ def check_content(
 
 @contextmanager
 def claimed(folder: RunFolder, recipe: Recipe, resume: bool) -> Iterator[Lease]:
-    """Own a folder that was checked by `claim`, from before the run starts; check it once more.
+    """Own a folder that `claim` has checked, and check it once more before the run starts.
 
-    The process that runs takes the folder over by the lease's ticket.
+    The running process takes the folder over by the lease's ticket.
 
     Raises:
-        RunFolderError: another process owns the folder, or has used it since.
+        RunFolderError: another process owns the folder, or has used it meanwhile.
     """
     lease = take(folder, Ticket.of_this_process(), wait=resume, tell=say)
     try:
@@ -91,30 +92,29 @@ def claimed(folder: RunFolder, recipe: Recipe, resume: bool) -> Iterator[Lease]:
 
 
 def say(text: str) -> None:
-    """Tell the user a line before there is a status to tell it."""
+    """Print a line for the user before the run has a status to show it."""
     print(f"rayfed-lora: {text}", file=sys.stderr, flush=True)
 
 
 def check_unused(folder: RunFolder) -> None:
-    """Check that a folder is new or empty, but for scratch files of a killed write.
+    """Check that a folder is new or empty; scratch files of a killed write do not count.
 
     Raises:
         RunFolderError: it has other files in it.
     """
-    # Scratch files of a killed write are nobody's.
     if any(not name.startswith(".") for name in folder.names()):
         raise RunFolderError(
-            f"run folder {folder.location}: expected a new or empty folder or one with a run,"
+            f"run folder {folder.location}: expected a new or empty folder, or one with a run;"
             " it has other files in it"
         )
 
 
 def kept_recipe(folder: RunFolder, endpoints: Collection[str] = ()) -> Recipe | None:
-    """Return the recipe of the run in a folder, None where there is no run.
+    """Return the recipe of the run in a folder, None where it holds no run.
 
     Args:
         folder: of the run.
-        endpoints: of object stores that the user has named, as for `load_recipe`.
+        endpoints: object stores that the user has named, as for `load_recipe`.
 
     Raises:
         RunFolderError: it cannot be read.
@@ -133,7 +133,7 @@ def kept_recipe(folder: RunFolder, endpoints: Collection[str] = ()) -> Recipe | 
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
-    """Return the keys in which two recipes compute something else, sorted."""
+    """Return the keys in which two recipes differ and that affect results, sorted."""
     return sorted(_differences(a.model_dump(exclude=_FREE_KEYS), b.model_dump(exclude=_FREE_KEYS)))
 
 
@@ -144,24 +144,15 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
             p for k in keys for p in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)
         ]
     if isinstance(a, str) and isinstance(b, str):
-        # With or without credentials, it is the same place.
+        # The location is the same with and without credentials.
         a, b = unguarded(a), unguarded(b)
     return [] if a == b else [path]
 
 
-def finished(folder: RunFolder) -> dict[str, Any] | None:
-    """Return the summary of a finished run, None where it is not finished.
-
-    Raises:
-        RunFolderError: it is damaged.
-    """
-    return checksums.summary(folder)
-
-
 def complete(folder: RunFolder) -> dict[str, Any] | None:
-    """Return the summary of a run that is finished and whole; None where there is work to do.
+    """Return the summary of a finished and undamaged run; None where the run has to be resumed.
 
-    A finished run with damaged files is not complete: it goes on from its last checkpoint, which
+    A finished run with damaged files is not complete: it resumes from its last checkpoint, and
     writes the summary and the exported model again.
 
     Raises:
@@ -171,15 +162,15 @@ def complete(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def inspected(folder: RunFolder) -> tuple[dict[str, Any] | None, list[str]]:
-    """Return what `complete` does, and the names of the files that have to be written again.
+    """Return what `complete` returns, and the files that have to be written again.
 
     Raises:
         RunFolderError: a damaged file cannot be written again.
     """
     faults = checksums.faults(folder)
     if not faults:
-        return finished(folder), []
+        return checksums.read_summary(folder), []
     for name, text in faults.items():
-        if not seals.is_remade(folder, name):
+        if not is_rewritten(folder, name):
             raise RunFolderError(text)
     return None, [*faults]

@@ -16,6 +16,7 @@ from rayfed_lora.errors import RunFolderError
 from rayfed_lora.federation.records import ClientRecord, ClientTest, Count, Note
 from rayfed_lora.locations import child
 from rayfed_lora.runs import seals
+from rayfed_lora.runs.damage import damaged
 from rayfed_lora.storage import RunFolder
 
 _ARROW = {int: pa.int64(), float: pa.float64(), str: pa.string(), Count: pa.int32()}
@@ -50,15 +51,18 @@ NOTES = pa.schema(list(columns(Note).items()))
 NOTES_FILE = "notes.parquet"
 CLIENT_METRICS_FILE = "client_metrics.parquet"
 _ROW_GROUP = 65_536
-# Rows that wait for a checkpoint at most: 70 bytes each.
+# Most rows in memory between two checkpoints, 70 bytes each.
 _WAITING = 4 * _ROW_GROUP
 
 
 class ClientRows:
-    """The file and the rows that are not in it yet.
+    """A file, and the rows that are not in it yet.
 
-    Each save copies the file, a row group at a time, and adds to it: at any moment there is one
-    whole file, and memory does not grow with the run.
+    Each save copies the file, a row group at a time, and appends to the copy: one whole file exists
+    at any moment, and memory does not grow with the run.
+
+    Attributes:
+        name: of the file in the run folder.
     """
 
     def __init__(
@@ -68,33 +72,31 @@ class ClientRows:
         schema: pa.Schema,
         client_names: Sequence[str] | None = None,
     ) -> None:
-        """Start with no rows, whatever the folder holds.
+        """Start with no rows, whatever is in the folder.
 
         Args:
             folder: the run folder.
             name: of the file in it.
-            schema: its columns; the first one is the round.
-            client_names: what the data call each client: one more column, `client_name`.
+            schema: its columns; the first is the round.
+            client_names: (clients,) names, written to a further column `client_name`.
         """
         self._folder = folder
-        self._name = name
+        self.name = name
         self._schema = schema
         self._client_names = client_names
         if client_names is not None:
             self._schema = schema.append(pa.field(CLIENT_NAME, pa.string()))
         self._waiting: list[pa.Table] = []
         self._written = False
-        # Rows of rounds that are saved for good, and rounds and numbers of the rows after them.
+        # Number of rows of rounds in a checkpoint, and (round, number of rows) of later rounds.
         self._settled = 0
-        # Whether the file must have a seal: an older version's has none.
-        self._sealed = True
         self._later: list[tuple[int, int]] = []
 
     def add(self, records: Sequence[ClientRecord | ClientTest | Note]) -> None:
         """Add the rows of a round.
 
         Raises:
-            RunError: so many wait that they are saved, and the folder cannot be written.
+            RunError: many rows are waiting and are saved, and the folder cannot be written.
         """
         names = [name for name in self._schema.names if name != CLIENT_NAME]
         columns = {name: [getattr(record, name) for record in records] for name in names}
@@ -107,17 +109,17 @@ class ClientRows:
 
     @property
     def empty(self) -> bool:
-        """Whether there are no rows, here or in the file."""
+        """Whether there are no rows, in memory or in the file."""
         return not self._written and not self._waiting
 
     def rows_before(self, rounds: int) -> int:
-        """Return the number of rows of the first `rounds` rounds; never asked for fewer later."""
+        """Return the number of rows of the first `rounds` rounds, which never decreases."""
         self._settled += sum(count for t, count in self._later if t < rounds)
         self._later = [(t, count) for t, count in self._later if t >= rounds]
         return self._settled
 
     def save(self) -> None:
-        """Bring all rows into the file.
+        """Write all rows to the file.
 
         Raises:
             RunFolderError: the file is damaged.
@@ -127,34 +129,25 @@ class ClientRows:
             return
         new = pa.concat_tables([self._schema.empty_table(), *self._waiting])
         if self._written:
-            with (
-                readable(self._folder, self._name),
-                seals.opened(self._folder, self._name, sealed=self._sealed) as source,
-                pq.ParquetFile(source) as old,
-            ):
-                groups = (old.read_row_group(i) for i in range(old.num_row_groups))
-                self._write(groups, new)
+            with self._open() as file:
+                self._write(_row_groups(file), new)
         else:
             self._write(iter(()), new)
-        self._waiting, self._written, self._sealed = [], True, True
+        self._waiting, self._written = [], True
 
     def of_round(self, t: int) -> pa.Table:
         """Return the saved rows of a round."""
         if not self._written:
             return self._schema.empty_table()
-        with (
-            readable(self._folder, self._name),
-            seals.opened(self._folder, self._name, sealed=self._sealed) as source,
-        ):
-            return pq.read_table(source, filters=pc.field("round") == t)
+        with self._open() as file:
+            return pq.read_table(file, filters=pc.field("round") == t)
 
-    def restore(self, rounds: int, rows: int | None = None) -> int:
-        """Keep the rows of the first `rounds` rounds only; return how many rounds those are.
+    def restore(self, rounds: int, rows: int) -> None:
+        """Keep the rows of the first `rounds` rounds only.
 
         Args:
-            rounds: as the checkpoint has.
-            rows: how many rows of those rounds the checkpoint knows of; None: an older version
-                wrote it, and the file may have no checksum.
+            rounds: number of rounds in the checkpoint.
+            rows: number of rows of those rounds in the checkpoint.
 
         Raises:
             RunFolderError: the file is missing or damaged, or lacks rows.
@@ -163,39 +156,36 @@ class ClientRows:
         self._waiting, self._written = [], rounds > 0
         self._settled, self._later = 0, []
         if rounds == 0:
-            return 0
-        found: Counter[int] = Counter()
-        self._sealed = rows is not None
-        with (
-            readable(self._folder, self._name),
-            seals.opened(self._folder, self._name, sealed=self._sealed) as source,
-        ):
-            old = pq.ParquetFile(source)
-            if old.schema_arrow != self._schema:
-                raise ValueError(
-                    f"expected columns {self._schema.names}, got {old.schema_arrow.names}"
-                )
-            for i in range(old.num_row_groups):
-                found.update(old.read_row_group(i, columns=["round"])["round"].to_pylist())
+            return
+        with self._open() as file:
+            schema = pq.read_schema(file)
+            if schema != self._schema:
+                raise ValueError(f"expected columns {self._schema.names}, got {schema.names}")
+            found: Counter[int] = Counter()
+            for group in _row_groups(file, columns=["round"]):
+                found.update(group["round"].to_pylist())
             self._settled = sum(count for t, count in found.items() if t < rounds)
-            if rows is not None and self._settled < rows:
-                raise seals.damaged(
+            if self._settled < rows:
+                raise damaged(
                     self._folder,
-                    self._name,
+                    self.name,
                     f"it has {self._settled} rows of the first {rounds} rounds, the checkpoint"
                     f" knows of {rows}",
                 )
-            if max(found, default=0) >= rounds or not seals.has_seal(source):
-                first = pc.field("round") < rounds
-                groups = (old.read_row_group(i).filter(first) for i in range(old.num_row_groups))
-                self._write(groups, self._schema.empty_table())
-        return len({t for t in found if t < rounds})
+            if max(found, default=0) >= rounds:
+                first = (group.filter(pc.field("round") < rounds) for group in _row_groups(file))
+                self._write(first, self._schema.empty_table())
+
+    @contextmanager
+    def _open(self) -> Iterator[pa.NativeFile]:
+        with readable(self._folder, self.name), seals.open_table(self._folder, self.name) as file:
+            yield file
 
     def _write(self, groups: Iterator[pa.Table], new: pa.Table) -> None:
-        """Write row groups and what comes after them; all but the last have the same size."""
+        """Write row groups and new rows; all row groups but the last get the same size."""
         rest = self._schema.empty_table()
         with (
-            self._folder.opened(self._name) as sink,
+            self._folder.open_to_write(self.name) as sink,
             seals.table_writer(sink, self._schema) as writer,
         ):
             for group in groups:
@@ -207,9 +197,14 @@ class ClientRows:
             writer.write_table(rest.combine_chunks(), row_group_size=_ROW_GROUP)
 
 
+def _row_groups(file: pa.NativeFile, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    table = pq.ParquetFile(file)
+    return (table.read_row_group(i, columns) for i in range(table.num_row_groups))
+
+
 @contextmanager
 def readable(folder: RunFolder, name: str) -> Iterator[None]:
-    """Turn what a missing or damaged file raises into an error that names it.
+    """Convert the errors of a missing or damaged file to one that names it.
 
     Raises:
         RunFolderError: it cannot be read.
@@ -217,4 +212,6 @@ def readable(folder: RunFolder, name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise RunFolderError(f"cannot go on from {child(folder.location, name)}: {error}") from None
+        raise RunFolderError(
+            f"cannot resume from {child(folder.location, name)}: {error}"
+        ) from None

@@ -1,39 +1,39 @@
-"""Where a run is kept, and the local files that it names. Source: this project."""
+"""Locations of run folders, and local files that recipes name. Source: this project."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from uuid import uuid4
 
+from pydantic import BaseModel
+
 from rayfed_lora.errors import BadInputError
+from rayfed_lora.locations import is_uri
 from rayfed_lora.recipe.recipe import Recipe
 
-# Where runs of Ray jobs are kept by default, on the head node: a job's own folder is temporary.
+# Default place of Ray jobs' runs, on the head node: a job's own folder is temporary.
 JOB_RUNS = "~/rayfed-lora-runs"
-# Ray's own: set for the command of a job only, not for its workers.
+# Ray sets this variable for the command of a job only, not for its workers.
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def job_id() -> str | None:
-    """Return the submission id of the Ray job whose command this process is, or None."""
+    """Return the submission id if this process is the command of a Ray job, else None."""
     try:
-        config = json.loads(os.environ.get(_JOB_CONFIG, "{}"))
-    except ValueError:
+        found = json.loads(os.environ[_JOB_CONFIG])["metadata"]["job_submission_id"]
+    except (LookupError, TypeError, ValueError):
         return None
-    metadata = config.get("metadata") if isinstance(config, Mapping) else None
-    found = metadata.get("job_submission_id") if isinstance(metadata, Mapping) else None
     return found if isinstance(found, str) else None
 
 
 def run_location(given: str | None, name: str) -> str:
-    """Return where something is kept: what is given, or a new folder.
+    """Return a given location, or that of a new folder.
 
-    The new one is named after `name`, the time and a random number, under `runs/`, or in a Ray job
-    under `JOB_RUNS`. `~` is the home folder.
+    The name of the new folder is made of `name`, the time and a random number; it is in `runs/`, or
+    in a Ray job in `JOB_RUNS`. `~` is the home folder.
 
     Raises:
         BadInputError: a relative path in a Ray job.
@@ -47,17 +47,17 @@ def run_location(given: str | None, name: str) -> str:
 
 
 def absolute_place(location: str) -> str:
-    """Return a folder as every process of this machine finds it; a URI as it is."""
-    return location if "://" in location else os.path.abspath(os.path.expanduser(location))
+    """Return the absolute path of a folder; a URI unchanged."""
+    return location if is_uri(location) else os.path.abspath(os.path.expanduser(location))
 
 
 def refuse_relative(location: str) -> None:
-    """Check that a run folder stays when the Ray job that writes it is gone.
+    """Check that a run folder outlives the Ray job that writes it.
 
     Raises:
         BadInputError: it is a relative path.
     """
-    if "://" not in location and not location.startswith(("/", "~")):
+    if not is_uri(location) and not location.startswith(("/", "~")):
         raise BadInputError(
             f"run folder {location!r}: expected an absolute path that the cluster's nodes see, or a"
             " URI such as s3://bucket/runs/a: the working folder of a Ray job is temporary"
@@ -65,27 +65,28 @@ def refuse_relative(location: str) -> None:
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """Name local files and folders absolutely: workers may run in another folder."""
-
-    def absolute(source: str) -> str:
-        if os.path.exists(os.path.expanduser(source)):
-            source = os.path.expanduser(source)
-        # A folder that happens to be called like a built-in name does not hide it.
-        is_path = Path(source).suffix or os.sep in source or Path(source, "config.json").is_file()
-        return os.path.abspath(source) if is_path and os.path.exists(source) else source
-
-    model, clients = recipe.model, recipe.clients
-    trace = clients.availability.trace
-    availability = clients.availability.model_copy(
-        update={"trace": None if trace is None else absolute(trace)}
-    )
-    tokenizer = None if model.tokenizer is None else absolute(model.tokenizer)
+    """Make the paths of local files and folders absolute: workers may run in another folder."""
+    clients = recipe.clients
+    availability = _with_absolute(clients.availability, "trace")
     return recipe.model_copy(
         update={
             "clients": clients.model_copy(update={"availability": availability}),
-            "data": recipe.data.model_copy(update={"source": absolute(recipe.data.source)}),
-            "model": model.model_copy(
-                update={"source": absolute(model.source), "tokenizer": tokenizer}
-            ),
+            "data": _with_absolute(recipe.data, "source"),
+            "model": _with_absolute(recipe.model, "source", "tokenizer"),
         }
     )
+
+
+def _with_absolute(section: BaseModel, *keys: str) -> BaseModel:
+    return section.model_copy(update={key: _absolute(getattr(section, key)) for key in keys})
+
+
+def _absolute(source: str | None) -> str | None:
+    """Return the absolute path of a local file or folder; anything else unchanged."""
+    if source is None:
+        return None
+    if os.path.exists(os.path.expanduser(source)):
+        source = os.path.expanduser(source)
+    # A folder that happens to have a built-in name does not hide that name.
+    is_path = Path(source).suffix or os.sep in source or Path(source, "config.json").is_file()
+    return os.path.abspath(source) if is_path and os.path.exists(source) else source

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rayfed_lora.client_names import called
+from rayfed_lora.client_names import client_label
 from rayfed_lora.federation.records import Round, RoundRecord, client_records, client_tests
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.runs.tables import Tables
@@ -51,7 +51,7 @@ class RunRecorder:
         """Note that clients' updates were taken in."""
         for report in reports:
             if report.error is not None:
-                name = called(report.client, self._client_names)
+                name = client_label(report.client, self._client_names)
                 self._board.note(f"{name} failed: {report.error}")
             if report.note is not None:
                 self._board.note(report.note)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 
 # Part of typing only from Python 3.12 on, as pydantic needs it.
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.federation.ledger import Ledger, Totals
@@ -45,8 +45,8 @@ class _Facts(TypedDict):
     timing: Timing
     ledger: _Ledger
     clock_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    tables: NotRequired[dict[str, _Count]]
-    data: NotRequired[dict[str, str]]
+    tables: dict[str, _Count]
+    data: dict[str, str]
 
 
 _FACTS: TypeAdapter[_Facts] = TypeAdapter(_Facts)

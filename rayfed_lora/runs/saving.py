@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from rayfed_lora.client_names import called
+from rayfed_lora.client_names import client_label
 from rayfed_lora.errors import ClientError, InterruptedRunError
 from rayfed_lora.federation.ledger import Ledger
 from rayfed_lora.federation.run import Run, Timing, fresh
@@ -76,7 +76,7 @@ class Saving:
         else:
             run = run_of(found, self._ledger)
             checkpoints.remove_later(self._folder, run.rounds)
-            self._tables.restore(run.rounds, found.facts.get("tables"))
+            self._tables.restore(run.rounds, found.facts["tables"])
         self._wall_s, self._saved = run.timing.wall_s, run.rounds
         startup_s = run.timing.startup_s + time.perf_counter() - self._began
         self._run = replace(run, timing=replace(run.timing, startup_s=startup_s))
@@ -93,7 +93,7 @@ class Saving:
         try:
             yield
         except ClientError as error:
-            name = called(error.client, self._population.client_names)
+            name = client_label(error.client, self._population.client_names)
             raise ClientError(error.client, error.round_index, error.trace, name) from error
         except GeneratorExit:
             self.save()

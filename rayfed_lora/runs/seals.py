@@ -1,13 +1,13 @@
-"""Files that carry their own checksum: Parquet tables and texts.
+"""Files that contain their own checksum: Parquet tables and texts.
 
-A sealed table has the SHA-256 of its bytes in the footer's key-value metadata; a sealed text has
-that of all further lines in its first line, a comment. In the sum of a table the 64 digits of the
-checksum count as zeros. No other file is needed to check one, so a kill between the writes of two
-files leaves neither of them in doubt, and a file may be read while the run goes on.
+A sealed table has the SHA-256 of its bytes in the footer's key-value metadata; while the checksum
+is computed, its 64 digits count as zeros. A sealed text has the SHA-256 of all further lines in its
+first line, a comment. A file is checked without any other file, so a run killed between two writes
+leaves no file in doubt, and a file can be read while the run continues.
 
-A file without a seal is from an older version, and is taken as it is.
+Older versions wrote tables without a seal: these can be read, but a run cannot resume from them.
 
-Source: this project.
+Source: this project; Apache Parquet, "File Format".
 """
 
 from __future__ import annotations
@@ -15,50 +15,26 @@ from __future__ import annotations
 import hashlib
 import io
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayfed_lora.errors import RunFolderError
-from rayfed_lora.locations import child
+from rayfed_lora.runs.damage import damaged
 from rayfed_lora.storage import RunFolder
 
 _KEY = "checksum"
 _MARK = b"rayfed-lora sha256 "
 _ZEROS = b"0" * 64
-# A Parquet file ends with the length of its footer, 4 bytes, and a word of 4 bytes.
+# A Parquet file ends with its footer, the footer's length in 4 bytes, and this magic number.
 _PARQUET = b"PAR1"
-_END = 8
+_TAIL = 8
 _CHUNK = 1 << 22
 _LINE = "# sha256 of what follows: "
-# Written again by a resumed run; anything else has to come from a copy.
-_REMADE = ("partition.parquet", "summary.json", "SHA256SUMS", "adapter/", "base/")
-
-
-def is_remade(folder: RunFolder, name: str) -> bool:
-    """Return whether a resumed run writes a file of the run folder again."""
-    return name.startswith(_REMADE) and bool(folder.names("checkpoints"))
-
-
-def damaged(folder: RunFolder, name: str, reason: str) -> RunFolderError:
-    """Return the error of a file that is not as it was written: what is wrong, and what to do."""
-    do = "restore it from a copy, or run anew in another folder"
-    # Of a folder that is not read beyond its links, nothing better is known.
-    with suppress(RunFolderError):
-        if is_remade(folder, name):
-            do = "a run with --resume writes it again from the last checkpoint"
-        elif name.endswith(".parquet") and _is_begun(folder):
-            do = "a run with --resume begins anew: it has no checkpoint yet"
-    return RunFolderError(f"{child(folder.location, name)} is damaged: {reason}; {do}")
-
-
-def _is_begun(folder: RunFolder) -> bool:
-    """Return whether a folder holds a run that was killed before its first checkpoint."""
-    ended = any(folder.exists(name) for name in ("checkpoints", "summary.json", "SHA256SUMS"))
-    return folder.exists("recipe.yaml") and not ended
 
 
 @contextmanager
@@ -83,12 +59,12 @@ def write_table(folder: RunFolder, name: str, table: pa.Table) -> None:
     Raises:
         RunError: the folder cannot be written.
     """
-    with folder.opened(name) as sink, table_writer(sink, table.schema) as writer:
+    with folder.open_to_write(name) as sink, table_writer(sink, table.schema) as writer:
         writer.write_table(table)
 
 
 class _Sealing(io.RawIOBase):
-    """Passes a table's bytes on; holds the footer back until the checksum can be put into it."""
+    """Forwards a table's bytes; holds the footer back until the checksum can be put into it."""
 
     def __init__(self, sink: IO[bytes]) -> None:
         self._sink = sink
@@ -119,54 +95,61 @@ class _Sealing(io.RawIOBase):
 
 
 @contextmanager
-def opened(
-    folder: RunFolder, name: str, *, sha256: str | None = None, sealed: bool = False
+def open_table(
+    folder: RunFolder, name: str, *, sha256: str | None = None, seal_required: bool = True
 ) -> Iterator[pa.NativeFile]:
-    """Open a table that is as it was written.
+    """Open a table and check its bytes.
 
-    The bytes that are checked are those that are read: a remote file is fetched once, and a file
-    that a running run replaces meanwhile stays open.
+    The checked bytes are the ones that are read: a remote file is fetched once, and a local file
+    stays open although a running run may replace it.
 
     Args:
         folder: the run folder.
-        name: of the table.
-        sha256: of the whole file, where another file says so; None: the table's own seal counts.
-        sealed: whether a table without a seal is damage, not a table of an older version.
+        name: of the table, or of any file where `sha256` is given.
+        sha256: of the whole file, from another file; None: the table's own seal is checked.
+        seal_required: a table without a seal is damaged; False: it is returned unchecked.
 
     Raises:
         RunFolderError: it is missing or damaged.
     """
     with _fetched(folder, name) as file:
         try:
-            reason = _fault(file, sealed) if sha256 is None else _other(file, sha256)
+            fault = None
+            if sha256 is None:
+                fault = _seal_fault(file, seal_required)
+            elif file_sha256(file) != sha256:
+                fault = "its bytes do not match SHA256SUMS"
         except OSError as error:
-            reason = str(error)
-        if reason is not None:
-            raise damaged(folder, name, reason)
+            fault = str(error)
+        if fault is not None:
+            raise damaged(folder, name, fault)
         file.seek(0)
         yield file
 
 
-def check(
-    folder: RunFolder, name: str, sha256: str | None = None, *, sealed: bool = False
-) -> str | None:
-    """Return why a file is not as it was written, None where it is; arguments as for `opened`."""
+def check(folder: RunFolder, name: str, sha256: str | None = None) -> str | None:
+    """Return why a file is damaged, None where it is not; arguments as for `open_table`."""
     try:
-        with opened(folder, name, sha256=sha256, sealed=sealed):
+        with open_table(folder, name, sha256=sha256):
             return None
     except RunFolderError as error:
         return str(error)
 
 
+def file_sha256(file: pa.NativeFile) -> str:
+    """Return the checksum of an open file, in hexadecimal."""
+    return _sha256(_blocks(file, 0, file.size()))
+
+
 def has_seal(file: pa.NativeFile) -> bool:
-    """Return whether an open table carries a checksum."""
-    return _place(file) is not None
+    """Return whether an open table contains a checksum."""
+    return _digits_at(file) is not None
 
 
 @contextmanager
 def _fetched(folder: RunFolder, name: str) -> Iterator[pa.NativeFile]:
     try:
-        source = folder.source(name)
+        source = folder.open_to_read(name)
     except OSError as error:
         raise damaged(folder, name, f"it is missing or cannot be opened ({error})") from None
     with source:
@@ -175,8 +158,7 @@ def _fetched(folder: RunFolder, name: str) -> Iterator[pa.NativeFile]:
             return
         with tempfile.NamedTemporaryFile() as copy:
             try:
-                for block in _blocks(source, 0, source.size()):
-                    copy.write(block)
+                copy.writelines(_blocks(source, 0, source.size()))
             except OSError as error:
                 raise damaged(folder, name, f"it cannot be read ({error})") from None
             copy.flush()
@@ -193,44 +175,34 @@ def _blocks(file: pa.NativeFile, start: int, end: int) -> Iterator[bytes]:
         start += len(block)
 
 
-def _place(file: pa.NativeFile) -> int | None:
-    """Return where the digits of a table's checksum stand, None where it has none.
-
-    Source: Apache Parquet, "File Format": footer, its length, magic number.
-    """
-    size: int = file.size()
-    end = b"".join(_blocks(file, max(size - _END, 0), size))
-    if len(end) < _END or not end.endswith(_PARQUET):
-        return None
-    start = max(size - _END - int.from_bytes(end[:4], "little"), 0)
-    footer = b"".join(_blocks(file, start, size))
-    place = footer.rfind(_MARK)
-    if place < 0:
-        return None
-    return start + place + len(_MARK)
-
-
-def _fault(file: pa.NativeFile, required: bool) -> str | None:
-    place, size = _place(file), file.size()
-    if place is None:
-        return "it has lost its checksum" if required else None
+def _sha256(blocks: Iterable[bytes]) -> str:
     total = hashlib.sha256()
-    for block in _blocks(file, 0, place):
+    for block in blocks:
         total.update(block)
-    digits = b"".join(_blocks(file, place, min(place + len(_ZEROS), size)))
-    total.update(_ZEROS)
-    for block in _blocks(file, place + len(_ZEROS), size):
-        total.update(block)
-    if digits == total.hexdigest().encode():
+    return total.hexdigest()
+
+
+def _digits_at(file: pa.NativeFile) -> int | None:
+    """Return the position of a table's checksum, None where it has none."""
+    size: int = file.size()
+    tail = b"".join(_blocks(file, max(size - _TAIL, 0), size))
+    if len(tail) < _TAIL or not tail.endswith(_PARQUET):
+        return None
+    start = max(size - _TAIL - int.from_bytes(tail[:4], "little"), 0)
+    mark = b"".join(_blocks(file, start, size)).rfind(_MARK)
+    return None if mark < 0 else start + mark + len(_MARK)
+
+
+def _seal_fault(file: pa.NativeFile, required: bool) -> str | None:
+    start = _digits_at(file)
+    if start is None:
+        return "it has lost its checksum" if required else None
+    end, size = start + len(_ZEROS), file.size()
+    digits = b"".join(_blocks(file, start, min(end, size)))
+    content = chain(_blocks(file, 0, start), [_ZEROS], _blocks(file, end, size))
+    if digits == _sha256(content).encode():
         return None
     return "its bytes do not match the checksum in it"
-
-
-def _other(file: pa.NativeFile, sha256: str) -> str | None:
-    total = hashlib.sha256()
-    for block in _blocks(file, 0, file.size()):
-        total.update(block)
-    return None if total.hexdigest() == sha256 else "its bytes do not match SHA256SUMS"
 
 
 def sealed_text(text: str) -> bytes:
@@ -244,17 +216,17 @@ def sealed_text(text: str) -> bytes:
 
 
 def text(folder: RunFolder, name: str) -> str:
-    """Return a text without its seal; one without a seal as it is.
+    """Return a text without its seal; a text without a seal is returned unchecked.
 
     Raises:
-        OSError: it is not there or cannot be read.
-        RunFolderError: it is not as it was written.
+        OSError: it does not exist or cannot be read.
+        RunFolderError: it is damaged.
     """
     content = folder.read(name)
     first, _, rest = content.partition(b"\n")
     try:
         if not first.startswith(_LINE.encode()):
-            # An older version's, or one that the user has put there.
+            # Written by the user.
             return content.decode()
         if first != f"{_LINE}{hashlib.sha256(rest).hexdigest()}".encode():
             raise damaged(

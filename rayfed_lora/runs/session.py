@@ -166,7 +166,7 @@ def _begin(
     # After it: a folder without a recipe is nobody's run.
     if population.label_counts is None:
         return
-    invalid = seals.check(folder, PARTITION_FILE, sealed=True) is not None
+    invalid = seals.check(folder, PARTITION_FILE) is not None
     if invalid and folder.exists(PARTITION_FILE):
         board.note(f"{PARTITION_FILE} had no valid checksum and is written again")
     # Without a checkpoint the run starts from the data as they are now.

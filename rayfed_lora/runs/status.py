@@ -1,4 +1,4 @@
-"""Where a run stands: written by the round loop, read by whoever watches. Source: this project."""
+"""The progress of a run: written by the round loop, read by observers. Source: this project."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from uuid import uuid4
 from rayfed_lora.federation.records import ClientRecord, RoundRecord
 from rayfed_lora.types import RoundPlan, Stage
 
-# Records that are kept for who has not seen them yet; all of them are in rounds.parquet.
+# Most records in memory; all of them are in rounds.parquet.
 _NEWEST = 1000
 
 
@@ -20,22 +20,21 @@ class Status:
     """A moment of a run.
 
     Attributes:
-        phase: what is going on: `starting`, `training`, `exporting`, `done`; of a detached
-            run also `failed` and `stopped`, the newest note says why.
+        phase: `starting`, `training`, `exporting` or `done`; of a detached run also `failed` and
+            `stopped`, for which the newest note gives the reason.
         rounds_done, rounds: finished and all rounds.
-        running: number of the round that is running, from 1; the one before it, or two, may not be
-            finished yet.
-        stage, rank: of the round that is running; no rank in a full-model round.
-        clients_done, clients: updates taken in, and cohort size, of the round that is running.
-        updates: client updates since the start of this sitting.
-        training_since: `time.time()` of the first round of this sitting, None before it.
-        rounds_before: rounds finished in earlier sittings.
-        bytes_total: bytes up and down in this sitting.
-        loss, accuracy: newest training loss and test accuracy, None before there is one.
-        records: finished rounds of this sitting, the newest of many; from `StatusBoard.status`
-            only those asked for.
+        running: number of the running round, from 1; the two rounds before it may still be tested.
+        stage, rank: of the running round; None as rank of a full-model round.
+        clients_done, clients: collected updates, and cohort size, of the running round.
+        updates: client updates since the start of this process.
+        training_since: `time.time()` of the first round of this process, None before it.
+        rounds_before: rounds finished by earlier processes of the run.
+        bytes_total: bytes up and down in this process.
+        loss, accuracy: newest training loss and test accuracy, None before the first.
+        records: newest finished rounds of this process; `StatusBoard.status` returns those not
+            seen yet.
         notes: warnings for the user; likewise.
-        board: unique to the board that keeps it: another one counts records and notes anew.
+        board: unique to the status board: another board counts records and notes anew.
     """
 
     phase: str = "starting"
@@ -58,23 +57,23 @@ class Status:
 
     @property
     def over(self) -> bool:
-        """Whether the run has ended, however it did."""
+        """Whether the run has ended, with any outcome."""
         return self.phase in ("done", "failed", "stopped")
 
     def clients_per_s(self, now: float) -> float:
-        """Return client updates per second in this sitting, 0 before there is one."""
+        """Return client updates per second in this process, 0 before the first."""
         spent = 0.0 if self.training_since is None else now - self.training_since
         return self.updates / spent if spent > 0 else 0.0
 
     @property
     def rounds_trained(self) -> float:
-        """Rounds trained so far, finished or not, with the part of the one that is running."""
+        """Rounds trained so far, tested or not, and the trained share of the running round."""
         if self.running == 0:
             return self.rounds_done
         return self.running - 1 + self.clients_done / max(self.clients, 1)
 
     def eta_s(self, now: float) -> float | None:
-        """Return the seconds left, by the mean round so far; None before the first round."""
+        """Return the remaining seconds by the mean round so far; None before the first round."""
         trained = self.rounds_trained - self.rounds_before
         if trained < 1 or self.training_since is None:
             return None
@@ -82,27 +81,27 @@ class Status:
 
 
 class StatusBoard:
-    """Keeps the status; safe to read from another thread. An observer of the round loop."""
+    """An observer of the round loop that keeps the status; other threads may read it."""
 
     def __init__(self, rounds: int, on_change: Callable[[Status], None] | None = None) -> None:
-        """Start in phase `starting`.
+        """Start in the phase `starting`.
 
         Args:
             rounds: number of rounds of the run.
-            on_change: called on each change with the status, of records and notes the new one only.
+            on_change: called after each change with the status and the new record or note, if any.
         """
-        # Without notes: they would be copied at each change.
+        # Notes are kept apart: each change copies the status.
         self._status = Status(rounds=rounds, board=uuid4().hex)
         self._notes: list[str] = []
         self._lock = threading.Lock()
         self._on_change = on_change
 
     def status(self, records_seen: int = 0, notes_seen: int = 0) -> Status:
-        """Return the status with those records and notes that were not seen yet.
+        """Return the status with the records and notes that the caller has not seen.
 
         Args:
-            records_seen: number of rounds of this sitting whose records are not asked for.
-            notes_seen: number of notes that are not asked for.
+            records_seen: number of rounds of this process whose records the caller has.
+            notes_seen: number of notes that the caller has.
         """
         with self._lock:
             now, notes = self._status, tuple(self._notes[notes_seen:])
@@ -111,21 +110,21 @@ class StatusBoard:
         return replace(now, records=records, notes=notes)
 
     def note(self, text: str) -> None:
-        """Note a warning for the user, one line."""
+        """Add a warning for the user, one line."""
         with self._lock:
             self._notes.append(text)
         self._change(self._status, note=text)
 
     def phase(self, phase: str) -> None:
-        """Note what is going on."""
+        """Set the phase."""
         self._change(replace(self._status, phase=phase))
 
     def resumed(self, rounds_done: int) -> None:
-        """Note the rounds that earlier sittings finished."""
+        """Set the rounds that earlier processes finished."""
         self._change(replace(self._status, rounds_done=rounds_done, rounds_before=rounds_done))
 
     def round_started(self, plan: RoundPlan, cohort: tuple[int, ...]) -> None:
-        """Note that a round begins."""
+        """Set the running round."""
         now = self._status
         since = time.time() if now.training_since is None else now.training_since
         self._change(
@@ -142,13 +141,13 @@ class StatusBoard:
         )
 
     def clients_done(self, count: int) -> None:
-        """Note that the updates of so many clients were taken in."""
+        """Count the collected updates of clients."""
         now = self._status
         done, updates = now.clients_done + count, now.updates + count
         self._change(replace(now, clients_done=done, updates=updates))
 
     def round_done(self, record: RoundRecord, clients: list[ClientRecord]) -> None:
-        """Note a finished round."""
+        """Add a finished round."""
         del clients
         now = self._status
         self._change(
@@ -174,7 +173,7 @@ class StatusBoard:
 
 
 def headline(status: Status) -> str:
-    """Return in a few words what a run is doing."""
+    """Return a few words on what a run is doing."""
     if status.phase != "training":
         return status.phase
     rank = "full model" if status.rank is None else f"rank {status.rank}"

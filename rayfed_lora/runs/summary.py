@@ -30,7 +30,7 @@ def summary(
         recipe: the run.
         rounds: rows of rounds.parquet.
         totals: the ledger's.
-        timing: seconds, over all sittings.
+        timing: seconds, over all processes of the run.
         adapter_sha256: checksum of the final state.
 
     Returns:
@@ -63,7 +63,7 @@ def summary(
 
 
 def _simulation(recipe: Recipe, rounds: pa.Table, best: int) -> dict[str, Any] | None:
-    """Return what the simulated clock says; None where no time is simulated."""
+    """Return totals of the simulated clock; None where no time is simulated."""
     if not recipe.simulates_time:
         return None
     seconds = rounds["simulated_s"].to_numpy()
@@ -81,8 +81,8 @@ def client_summary(tests: pa.Table) -> dict[str, Any]:
         tests: rows of client_metrics.parquet of one round, at least one.
 
     Returns:
-        Number of clients; mean, standard deviation, smallest, and the mean over the worst tenth
-        (at least one client), of the global model and, as `personal_...`, of clients' own ones.
+        Number of clients; mean, standard deviation, minimum, and mean over the worst tenth (at
+        least one client), of the global model and, as `personal_...`, of the clients' own models.
     """
     found: dict[str, Any] = {"tested": tests.num_rows}
     for name in ("accuracy", "personal_accuracy"):

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rayfed_lora.errors import RunFolderError
 from rayfed_lora.federation.evaluation import METRICS
 from rayfed_lora.federation.records import ClientRecord, ClientTest, Note, RoundRecord
 from rayfed_lora.runs import seals
@@ -26,8 +25,8 @@ from rayfed_lora.runs.client_rows import (
     columns,
     readable,
 )
+from rayfed_lora.runs.damage import damaged
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.types import Proposal
 
 PARTITION_FILE = "partition.parquet"
 ROUNDS_FILE = "rounds.parquet"
@@ -35,7 +34,8 @@ CLIENTS_FILE = "clients.parquet"
 # Their columns stand where docs/design.md has them, those of other metrics at the end.
 _FIRST_METRICS = ("accuracy", "loss")
 IntArray = npt.NDArray[np.int64]
-_PROPOSAL_COLUMNS = {
+# Field of `Proposal`, and type, of each column.
+PROPOSAL_COLUMNS = {
     "proposed_rank": ("rank", pa.int32()),
     "verdict": ("verdict", pa.string()),
     "energy_current": ("energy_current", pa.float64()),
@@ -60,7 +60,7 @@ def round_schema(modules: Sequence[str]) -> pa.Schema:
         elif name == "evaluation":
             found += [(f"eval_{metric}", pa.float64()) for metric in _FIRST_METRICS]
         elif name == "proposal":
-            found += [(column, kind) for column, (_, kind) in _PROPOSAL_COLUMNS.items()]
+            found += [(column, kind) for column, (_, kind) in PROPOSAL_COLUMNS.items()]
         else:
             found.append((name, kind))
     others = [metric for metric in METRICS if metric not in _FIRST_METRICS]
@@ -71,14 +71,18 @@ def round_row(record: RoundRecord) -> dict[str, Any]:
     """Return a round's row; metrics and proposal have columns of their own."""
     tested = {f"eval_{metric}": record.evaluation.get(metric) for metric in METRICS}
     # Not by `asdict`, which copies what is in the fields too.
-    return {**vars(record), **tested, **_proposal_row(record.proposal)}
+    proposal = {
+        column: None if record.proposal is None else getattr(record.proposal, name)
+        for column, (name, _) in PROPOSAL_COLUMNS.items()
+    }
+    return {**vars(record), **tested, **proposal}
 
 
 class Tables:
     """The rows of a run so far and their files.
 
-    Rows of rounds are kept; of clients only those that are not yet in their file, since there may
-    be many millions of them.
+    Memory holds the rows of all rounds, but the rows of clients, of which there may be many
+    millions, only until they are in their file.
     """
 
     def __init__(
@@ -92,7 +96,7 @@ class Tables:
         Args:
             folder: the run folder.
             modules: names of the adapted modules.
-            client_names: (clients,) what the data call each client; None where they do not.
+            client_names: (clients,) names in the data; None where the clients have none.
         """
         self._folder = folder
         self._schema = round_schema(modules)
@@ -128,18 +132,18 @@ class Tables:
             self._notes.add([Note(t, text) for text in texts])
 
     def begin(self) -> None:
-        """Remove what a sitting that never came to a checkpoint may have left.
+        """Remove the optional tables of a process that wrote no checkpoint.
 
-        The other tables are written over by the first `save`; these only where they have rows.
+        The first `save` overwrites the other tables anyway, but these only where they have rows.
 
         Raises:
             RunError: the folder cannot be written.
         """
-        for name in (CLIENT_METRICS_FILE, NOTES_FILE):
-            self._folder.remove(name)
+        for rows in (self._tests, self._notes):
+            self._folder.remove(rows.name)
 
     def last_tests(self, t: int) -> pa.Table:
-        """Return the tests on clients after a round, from the file: save first."""
+        """Return the tests on clients after a round, read from the file: save first."""
         return self._tests.of_round(t)
 
     def save(self) -> None:
@@ -155,62 +159,44 @@ class Tables:
                 rows.save()
 
     def rows(self, rounds: int) -> dict[str, int]:
-        """Return the number of rows of the first `rounds` rounds, by file: what is in them now.
+        """Return the number of rows of the first `rounds` rounds in each file.
 
-        The checkpoint keeps it, so that files that are missing or older are known as such.
+        A checkpoint keeps these numbers, so that a missing or older file is noticed.
         """
         found = {ROUNDS_FILE: rounds, CLIENTS_FILE: self._clients.rows_before(rounds)}
-        for name, rows in self._optional():
+        for rows in (self._tests, self._notes):
             if not rows.empty:
-                found[name] = rows.rows_before(rounds)
+                found[rows.name] = rows.rows_before(rounds)
         return found
 
-    def _optional(self) -> list[tuple[str, ClientRows]]:
-        return [(CLIENT_METRICS_FILE, self._tests), (NOTES_FILE, self._notes)]
-
-    def restore(self, rounds: int, saved: Mapping[str, int] | None = None) -> None:
+    def restore(self, rounds: int, saved: Mapping[str, int]) -> None:
         """Go back to the first `rounds` rounds; later ones will be run again.
 
         Args:
-            rounds: as the checkpoint has.
-            saved: what `rows` was then; None: an older version's checkpoint, whose tables may have
-                no checksums.
+            rounds: number of rounds in the checkpoint.
+            saved: what `rows` returned when the checkpoint was written.
 
         Raises:
-            RunFolderError: a file is missing or damaged, or rows are.
+            RunFolderError: a file is missing or damaged, or lacks rows.
             RunError: the folder cannot be written.
         """
-        self._rounds, self._new_rounds = self._first(rounds, sealed=saved is not None), []
-        found = self._rounds["round"].to_pylist()
-        count = {} if saved is None else saved
-        clients = self._clients.restore(rounds, count.get(CLIENTS_FILE))
-        for name, rows in self._optional():
-            if rounds == 0 or name in count or self._folder.exists(name):
-                rows.restore(rounds, None if saved is None else count.get(name, 0))
-        if found != list(range(rounds)) or clients != rounds:
-            raise RunFolderError(
-                f"{self._folder.location}: expected rounds.parquet and clients.parquet to have"
-                f" rounds 0 to {rounds - 1}, as the checkpoint has, got {len(found)} and"
-                f" {clients} rounds"
-            )
-        if saved is None:
-            # From now on with checksums; the other tables have got theirs.
-            seals.write_table(self._folder, ROUNDS_FILE, self._rounds)
+        self._rounds, self._new_rounds = self._first(rounds), []
+        self._clients.restore(rounds, saved.get(CLIENTS_FILE, 0))
+        for rows in (self._tests, self._notes):
+            if rounds == 0 or rows.name in saved or self._folder.exists(rows.name):
+                rows.restore(rounds, saved.get(rows.name, 0))
 
-    def _first(self, rounds: int, *, sealed: bool) -> pa.Table:
+    def _first(self, rounds: int) -> pa.Table:
         if rounds == 0:
             return self._schema.empty_table()
         with (
             readable(self._folder, ROUNDS_FILE),
-            seals.opened(self._folder, ROUNDS_FILE, sealed=sealed) as file,
+            seals.open_table(self._folder, ROUNDS_FILE) as file,
         ):
             table = pq.read_table(file).filter(pc.field("round") < rounds)
-            if sealed and table.num_rows < rounds:
-                raise seals.damaged(
-                    self._folder,
-                    ROUNDS_FILE,
-                    f"it has {table.num_rows} rounds, the checkpoint knows of {rounds}",
-                )
+            if table.num_rows < rounds:
+                reason = f"it has {table.num_rows} rounds, the checkpoint knows of {rounds}"
+                raise damaged(self._folder, ROUNDS_FILE, reason)
             return table.cast(self._schema)
 
 
@@ -221,14 +207,14 @@ def write_partition(
     label_names: Sequence[str],
     client_names: Sequence[str] | None = None,
 ) -> None:
-    """Write partition.parquet: client, label and examples, where there are any; client_name too.
+    """Write partition.parquet: client, label and examples where there are any, client_name.
 
     Args:
         folder: the run folder.
-        clients: (k,) clients that stand for all.
+        clients: (k,) a sample of all clients.
         counts: (k, classes) number of training examples.
-        label_names: name of class i at place i.
-        client_names: what the data call each client there is; None where they do not.
+        label_names: (classes,) names.
+        client_names: (all clients,) names in the data; None where the clients have none.
 
     Raises:
         RunError: the folder cannot be written.
@@ -245,10 +231,3 @@ def write_partition(
         names = [client_names[client] for client in clients[rows].tolist()]
         table = table.append_column(CLIENT_NAME, pa.array(names, pa.string()))
     seals.write_table(folder, PARTITION_FILE, table)
-
-
-def _proposal_row(proposal: Proposal | None) -> dict[str, Any]:
-    return {
-        column: None if proposal is None else getattr(proposal, attribute)
-        for column, (attribute, _) in _PROPOSAL_COLUMNS.items()
-    }

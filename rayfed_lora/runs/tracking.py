@@ -1,4 +1,4 @@
-"""Who is told of finished rounds, beside tables and status. Source: this project."""
+"""Trackers: observers of finished rounds, beside tables and status. Source: this project."""
 
 from __future__ import annotations
 
@@ -16,81 +16,77 @@ Outcome = Literal["done", "stopped", "failed"]
 
 
 class Tracker(Protocol):
-    """Is told of finished rounds."""
+    """Receives the finished rounds of a run."""
 
     def resumed(self, rounds: pa.Table) -> None:
-        """Note the rows of rounds.parquet that earlier sittings wrote; called first, once."""
+        """Take the rows of rounds.parquet of earlier processes of the run; called first, once."""
         ...
 
     def round_done(
         self, record: RoundRecord, clients: Sequence[ClientRecord], aggregation_s: float
     ) -> None:
-        """Note a finished round.
+        """Take a finished round.
 
         Args:
-            record: its row.
-            clients: the rows of its clients.
-            aggregation_s: how long the server took to turn updates into the next state.
+            record: of the round.
+            clients: one record for each client of its cohort.
+            aggregation_s: seconds of the server's aggregation.
         """
         ...
 
     def close(self, outcome: Outcome) -> None:
-        """Note that this sitting ends."""
+        """End the records of this process."""
         ...
 
 
 class Tracking:
-    """The trackers of a run. One that fails is let go, with a note: the run goes on."""
+    """The trackers of a run. A tracker that fails is dropped with a note, and the run continues."""
 
     def __init__(self, trackers: Sequence[Tracker], note: Callable[[str], None]) -> None:
-        """Keep the trackers; `note` is told of failures."""
+        """Keep the trackers; `note` is called with a line about each failure."""
         self._trackers = list(trackers)
         self._note = note
 
     def add(self, tracker: Tracker) -> None:
-        """Tell another one too."""
+        """Add a tracker."""
         self._trackers.append(tracker)
 
     def resumed(self, rounds: pa.Table) -> None:
-        """Tell all of the rounds of earlier sittings."""
-        self._tell(lambda tracker: tracker.resumed(rounds))
+        """Call `resumed` of all trackers."""
+        self._for_each(lambda tracker: tracker.resumed(rounds))
 
     def round_done(
         self, record: RoundRecord, clients: Sequence[ClientRecord], aggregation_s: float
     ) -> None:
-        """Tell all of a finished round."""
-        self._tell(lambda tracker: tracker.round_done(record, clients, aggregation_s))
+        """Call `round_done` of all trackers."""
+        self._for_each(lambda tracker: tracker.round_done(record, clients, aggregation_s))
 
     def close(self, outcome: Outcome) -> None:
-        """Tell all that the sitting ends."""
-        self._tell(lambda tracker: tracker.close(outcome))
+        """Call `close` of all trackers, and drop them."""
+        self._for_each(lambda tracker: tracker.close(outcome))
         self._trackers = []
 
-    def _tell(self, news: Callable[[Tracker], None]) -> None:
+    def _for_each(self, call: Callable[[Tracker], None]) -> None:
         for tracker in tuple(self._trackers):
             try:
-                news(tracker)
-            except Exception as error:  # whatever it is, it must not cost the run
+                call(tracker)
+            except Exception as error:  # a failure of a tracker must not end the run
                 self._trackers.remove(tracker)
-                self._note(f"{type(tracker).__name__} is told no more of this run: {error}")
+                self._note(f"{type(tracker).__name__} failed and gets no more rounds: {error}")
 
 
 def check_tracking(recipe: Recipe) -> None:
-    """Check that what `tracking` names is installed.
+    """Check that the packages of the trackers that a recipe asks for are installed.
 
     Raises:
-        BadInputError: it is not.
+        BadInputError: one is not.
     """
-    asked = recipe.tracking
+    wanted = [name for name, value in recipe.tracking.model_dump().items() if value]
     missing = [
         f"tracking.{name}: expected the Python package {name} to be installed, it is not;"
         f" pip install 'rayfed-lora[{name}]'"
-        for name, wanted in (
-            ("tensorboard", asked.tensorboard),
-            ("wandb", asked.wandb is not None),
-            ("mlflow", asked.mlflow is not None),
-        )
-        if wanted and find_spec(name) is None
+        for name in wanted
+        if find_spec(name) is None
     ]
     if missing:
         raise BadInputError("\n".join(missing))

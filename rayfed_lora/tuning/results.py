@@ -22,7 +22,7 @@ from rayfed_lora.pages.search import TRIALS_FILE, read_search, search_html
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import seals
 from rayfed_lora.runs.checked import CheckedFolder
-from rayfed_lora.runs.claiming import finished
+from rayfed_lora.runs.checksums import read_summary
 from rayfed_lora.runs.reading import REPORT_FILE
 from rayfed_lora.runs.tables import ROUNDS_FILE
 from rayfed_lora.storage import RunFolder
@@ -183,7 +183,7 @@ def _outcome(folder: RunFolder) -> tuple[Mapping[str, Any] | None, Mapping[str, 
     Raises:
         RunFolderError, OSError, ValueError, LookupError: a file that the tables need is damaged.
     """
-    summary = finished(folder)
+    summary = read_summary(folder)
     if summary is None:
         return None, {}
     files = CheckedFolder(folder)

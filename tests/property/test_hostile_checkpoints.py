@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from rayfed_lora.errors import RayfedError, RunFolderError
 from rayfed_lora.pages.report import report
 from rayfed_lora.runs import checkpoints
-from rayfed_lora.runs.claiming import finished, kept_recipe
+from rayfed_lora.runs.checksums import read_summary
+from rayfed_lora.runs.claiming import kept_recipe
 from rayfed_lora.runs.session import sitting
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
@@ -234,5 +235,5 @@ def test_a_run_with_any_damage_is_reported_or_refused(data: st.DataObject, name:
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
 def test_a_summary_that_is_no_summary_is_refused(content: bytes) -> None:
-    found = after(lambda folder: folder.write("summary.json", content), finished)
+    found = after(lambda folder: folder.write("summary.json", content), read_summary)
     assert isinstance(found, RunFolderError)

@@ -14,7 +14,7 @@ import pytest
 from pyarrow import parquet
 
 import rayfed_lora
-from rayfed_lora.client_names import called
+from rayfed_lora.client_names import client_label
 from rayfed_lora.data.fingerprint import with_fingerprint
 from rayfed_lora.data.traces import read_trace
 from rayfed_lora.data.workload import Workload
@@ -111,7 +111,7 @@ def test_a_client_that_raises_is_named_by_its_value(tmp_path):
 
 
 def test_control_characters_of_a_name_are_written_out():
-    assert called(0, ["\x1b[31mred"]) == "client 0 ('\\x1b[31mred')"
+    assert client_label(0, ["\x1b[31mred"]) == "client 0 ('\\x1b[31mred')"
 
 
 def test_a_run_goes_on_with_the_same_data(tmp_path):

@@ -289,6 +289,6 @@ def test_an_empty_option_names_no_server_and_leaves_the_environments(monkeypatch
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://minio:9000")
     # What is opened is the environment's server, with its scheme.
     assert guarded(location, ()) == location
-    filesystem, _ = storage.opened(location)
+    filesystem, _ = storage.open_filesystem(location)
     options = filesystem.__reduce__()[1][0]
     assert (options["endpoint_override"], options["scheme"]) == ("minio:9000", "https")

@@ -16,8 +16,8 @@ import rayfed_lora
 from rayfed_lora.errors import DataError, RunError, RunFolderError
 from rayfed_lora.launching.comparison import compare
 from rayfed_lora.runs import location, ownership
+from rayfed_lora.runs.leases.processes import Process, this_process
 from rayfed_lora.runs.ownership import Pace, Ticket, take
-from rayfed_lora.runs.processes import Process, this_process
 from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import Status, StatusBoard
 from rayfed_lora.storage import RunFolder

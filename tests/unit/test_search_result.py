@@ -167,7 +167,7 @@ def test_a_changed_run_is_said_to_be_one_in_its_recipe(found, tmp_path):
 def test_the_report_shows_trials_axes_and_failures(found, tmp_path):
     page = Path(report([str(tmp_path)], str(tmp_path / "page.html"))).read_text()
     assert "5 trials: 2 finished, 1 ended early, 1 failed, 1 unfinished" in page
-    assert "parcoords" in page and "What no other trial beats" in page
+    assert "parcoords" in page and "Pareto front" in page
     assert "expected a shape" in page
     assert read_search(RunFolder(tmp_path)).drawn == tuple(SPACE.drawn)
 

@@ -22,7 +22,8 @@ from rayfed_lora.pages.report import run_page
 from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checkpoints, seals
-from rayfed_lora.runs.claiming import claim, finished
+from rayfed_lora.runs.checksums import read_summary
+from rayfed_lora.runs.claiming import claim
 from rayfed_lora.runs.saving import PageWriter
 from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import Status, StatusBoard
@@ -465,7 +466,7 @@ def test_a_kill_between_two_writes_of_a_save_loses_nothing(
     file, undisturbed, tmp_path, monkeypatch
 ):
     recipe = make_recipe()
-    opened, seen = RunFolder.opened, []
+    opened, seen = RunFolder.open_to_write, []
 
     def killed_before_the_fourth(self: RunFolder, name: str) -> AbstractContextManager[IO[bytes]]:
         seen.append(name.endswith(file))
@@ -474,7 +475,7 @@ def test_a_kill_between_two_writes_of_a_save_loses_nothing(
         return opened(self, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "opened", killed_before_the_fourth)
+        patch.setattr(RunFolder, "open_to_write", killed_before_the_fourth)
         with pytest.raises(Killed):
             run(recipe, tmp_path)
     _, board = run(recipe, tmp_path, resume=True)
@@ -500,7 +501,7 @@ def test_a_run_killed_while_it_exports_needs_no_round_again(undisturbed, tmp_pat
 
     with pytest.raises(Killed):
         run(recipe, tmp_path, watch=die_exporting)
-    assert finished(RunFolder(tmp_path)) is None
+    assert read_summary(RunFolder(tmp_path)) is None
     _, board = run(recipe, tmp_path, resume=True)
     assert (board.status().rounds_before, board.status().updates) == (6, 0)
     assert_same_run(tmp_path, undisturbed("plain"))
@@ -586,7 +587,7 @@ def test_a_stopped_run_keeps_its_trained_rounds_and_goes_on_to_the_same_bits(
         run(recipe, tmp_path, engine=engine, should_stop=StopAfter(updates))
     assert f"stopped with {rounds} of 6 rounds done; go on with --resume" in str(stopped.value)
     assert stopped.value.exit_status == 130
-    assert finished(RunFolder(tmp_path)) is None
+    assert read_summary(RunFolder(tmp_path)) is None
     _, board = run(recipe, tmp_path, resume=True)
     assert board.status().rounds_before == rounds
     assert_same_run(tmp_path, undisturbed("plain"))
@@ -719,7 +720,7 @@ def test_a_round_in_which_nobody_arrives_leaves_the_model_as_it_is(tmp_path):
     assert rounds["train_loss"].isna().all()
     assert rounds["bytes_up"].sum() == 0
     assert rounds["eval_loss"].nunique() == 1
-    summary = finished(RunFolder(tmp_path))
+    summary = read_summary(RunFolder(tmp_path))
     assert summary is not None
     assert summary["final"]["train_loss"] is None
 

@@ -88,7 +88,7 @@ def test_a_tracker_that_fails_is_let_go_and_the_run_goes_on(tmp_path):
     told = Told(failing=2)
     board = run(make_recipe(), tmp_path, metrics=told)
     assert told.news == [("resumed", 0), (0, 3, True), (1, 3, True)]
-    assert board.status().notes == ("Told is told no more of this run: no connection",)
+    assert board.status().notes == ("Told failed and gets no more rounds: no connection",)
     assert board.status().rounds_done == 6
 
 

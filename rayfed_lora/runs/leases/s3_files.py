@@ -5,17 +5,17 @@ Source: this project; Amazon S3 User Guide, "Conditional requests".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from pyarrow import fs
 
-from rayfed_lora.runs.lease_files import NoConditionalWritesError, file_name, numbers_in
+from rayfed_lora.runs.leases.files import NoConditionalWritesError, file_name, numbers_in
 
 
 class S3Files:
-    """On S3: conditional writes, If-None-Match to create and If-Match to rewrite and remove."""
+    """Lease files on S3, see `LeaseFiles`: If-None-Match to create, If-Match to rewrite, remove."""
 
     remote = True
     note: str | None = None
@@ -36,24 +36,22 @@ class S3Files:
         return numbers_in([key.rpartition("/")[2] for key in keys])
 
     def read(self, number: int) -> bytes | None:
-        """Return a file's content, None where it is gone."""
-        content: bytes | None = None
-
-        def ask() -> None:
-            nonlocal content
-            answer = self._client.get_object(Bucket=self._bucket, Key=self._key(number))
-            content, self._tags[number] = answer["Body"].read(), answer["ETag"]
-
-        self._held(ask)
+        """Return a file's content, None where the file is gone."""
+        answer = self._request("get_object", number)
+        if answer is None:
+            return None
+        with _as_os_errors():
+            content: bytes = answer["Body"].read()
+        self._tags[number] = answer["ETag"]
         return content
 
     def create(self, number: int, content: bytes) -> bool:
-        """Create a file; return False, and change nothing, where it is there.
+        """Create a file; return False, and change nothing, where it exists.
 
         Raises:
-            NoConditionalWritesError: the store refuses conditions.
+            NoConditionalWritesError: the store rejects conditional requests.
         """
-        # A request that was repeated for want of an answer finds its own file.
+        # A request that was repeated because its answer was lost finds its own file.
         return self._put(number, content, IfNoneMatch="*") or self.read(number) == content
 
     def rewrite(self, number: int, old: bytes, new: bytes) -> bool:
@@ -63,54 +61,51 @@ class S3Files:
         return self._put(number, new, IfMatch=self._tags[number])
 
     def remove(self, number: int) -> None:
-        """Remove a file as this object read or wrote it last."""
-        where = {"Bucket": self._bucket, "Key": self._key(number)}
+        """Remove a file if it is unchanged since this object read or wrote it."""
         condition = {"IfMatch": self._tags.pop(number)} if number in self._tags else {}
         try:
-            self._held(lambda: self._client.delete_object(**where, **condition))
+            self._request("delete_object", number, **condition)
         except NoConditionalWritesError:
-            # Some stores know conditions of writes only.
-            self._held(lambda: self._client.delete_object(**where))
+            # Some stores support conditions for writes only.
+            self._request("delete_object", number)
 
     def tidy(self) -> None:
         """Do nothing: an object store has no folders."""
 
     def _put(self, number: int, content: bytes, **condition: str) -> bool:
-        def ask() -> None:
-            answer = self._client.put_object(
-                Bucket=self._bucket, Key=self._key(number), Body=content, **condition
-            )
-            self._tags[number] = answer["ETag"]
+        answer = self._request("put_object", number, Body=content, **condition)
+        if answer is None:
+            return False
+        self._tags[number] = answer["ETag"]
+        return True
 
-        return self._held(ask)
-
-    def _held(self, ask: Callable[[], object]) -> bool:
-        """Make a request; return False where its condition does not hold."""
+    def _request(self, operation: str, number: int, **arguments: Any) -> Mapping[str, Any] | None:
+        """Return the answer to a request; None where the file is gone or a condition failed."""
         from botocore.exceptions import ClientError
 
         with _as_os_errors():
             try:
-                ask()
+                call = getattr(self._client, operation)
+                answer: Mapping[str, Any] = call(
+                    Bucket=self._bucket, Key=self._prefix + file_name(number), **arguments
+                )
             except ClientError as error:
                 status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
                 code = error.response.get("Error", {}).get("Code")
                 if code == "NotImplemented" or status == 501:
                     raise NoConditionalWritesError(str(error)) from error
-                # 409: another conditional write of the same object was under way.
+                # 409: another conditional write of the same object was in progress.
                 if code == "NoSuchBucket" or status not in (404, 409, 412):
                     raise
-                return False
-            return True
-
-    def _key(self, number: int) -> str:
-        return self._prefix + file_name(number)
+                return None
+            return answer
 
 
 def s3_client(filesystem: fs.S3FileSystem) -> Any:
-    """Return boto3's client of the same store, with the same credentials, as pyarrow's filesystem.
+    """Return a boto3 client of the store of a pyarrow filesystem, with the same credentials.
 
-    The options come from what the filesystem is pickled as, its only complete description. Keys
-    that it does not name come from boto3's default chain, which is that of pyarrow's SDK.
+    The options are read from the filesystem's pickled form, its only complete description. Missing
+    keys come from boto3's default chain, which is that of pyarrow's SDK.
     """
     import boto3
     from botocore import UNSIGNED
@@ -123,7 +118,7 @@ def s3_client(filesystem: fs.S3FileSystem) -> Any:
         read_timeout=10,
         retries={"total_max_attempts": 3, "mode": "standard"},
         s3={"addressing_style": "path" if endpoint else "auto"},
-        # Stores other than Amazon's may not know the newer checksums.
+        # Stores other than Amazon's may not support the newer checksums.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         **({"signature_version": UNSIGNED} if anonymous else {}),

@@ -1,7 +1,9 @@
-"""Which process this is, told apart across machines, containers and reboots.
+"""Identity of a process across machines, containers and reboots.
 
-Source: this project, on Linux's /proc. Elsewhere a process has no machine name, and whether it is
-alive is not known.
+Read from Linux's /proc. On other systems a process has no machine identity, and whether it is alive
+is unknown.
+
+Source: this project; proc(5).
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 _PROC = Path("/proc")
@@ -20,10 +21,10 @@ class Process:
     """A process, for as long as it runs.
 
     Attributes:
-        host: name of its host, for people.
-        machine: boot and process-id namespace that `pid` counts in, "" where not known.
+        host: name of its host, for messages.
+        machine: boot and process-id namespace in which `pid` is valid, "" where unknown.
         pid: process id.
-        started: its start in clock ticks after boot, 0 where not known.
+        started: its start in clock ticks after boot, 0 where unknown.
     """
 
     host: str
@@ -33,15 +34,12 @@ class Process:
 
 
 def this_process() -> Process:
-    """Return the process that calls."""
-    return _this(os.getpid())
-
-
-# By process id: a fork is another process.
-@lru_cache(maxsize=1)
-def _this(pid: int) -> Process:
+    """Return the calling process."""
+    pid = os.getpid()
     found = _stat(pid)
-    return Process(socket.gethostname(), _machine(), pid, 0 if found is None else found[1])
+    # JSON cannot hold the surrogates of a host name that is not UTF-8.
+    host = socket.gethostname().encode(errors="replace").decode()
+    return Process(host, _machine(), pid, 0 if found is None else found[1])
 
 
 def is_alive(process: Process) -> bool | None:
@@ -68,7 +66,7 @@ def is_alive(process: Process) -> bool | None:
 def _machine() -> str:
     try:
         boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
-        # Containers of one host share its boot, and count processes anew.
+        # Containers of one host share its boot id, but have process ids of their own.
         return f"{boot} {os.readlink(_PROC / 'self/ns/pid')}"
     except OSError:
         return ""
@@ -80,6 +78,6 @@ def _stat(pid: int) -> tuple[str, int] | None:
         text = (_PROC / str(pid) / "stat").read_text(errors="replace")
     except OSError:
         return None
-    # proc(5): the name, in brackets, may have spaces and brackets in it; then fields 3, 4, ...
+    # proc(5): the name, in brackets, may contain spaces and brackets; fields 3, 4, ... follow.
     fields = text.rpartition(")")[2].split()
     return fields[0], int(fields[22 - 3])
