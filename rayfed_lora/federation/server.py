@@ -92,11 +92,11 @@ class Server:
                 task = self.clients.task(local, start, cohort, run.personal)
                 training = self._engine.submit(task)
                 updates = self.clients.collect(training, cohort, t)
-                aggregated = aggregate(recipe, run, start, updates, cohort)
-                new = after(run, plan, start, cohort, updates, aggregated)
+                step = aggregate(recipe, run, start, updates, cohort)
+                new = after(run, plan, start, cohort, updates, step)
                 trained = time.perf_counter()
                 tests = self._tester.start(new)
-                error = aggregated.result.measure()
+                error = step.result.measure()
                 tested = tests.result()
                 # Last: what is booked is yielded.
                 bill = self.ledger.book(cohort.messages(updates.usable))
@@ -107,19 +107,10 @@ class Server:
                     best_at_heating=self._tester.best_at_heating(run, plan, tested.validation),
                     timing=run.timing.plus(trained - began, now - trained, bill.arrived),
                 )
-                self._recorder.round_done(
-                    Round(
-                        plan,
-                        local,
-                        start,
-                        cohort,
-                        updates,
-                        aggregated,
-                        bill,
-                        error,
-                        tested,
-                        now - began,
-                    )
+                seconds = now - began
+                done = Round(
+                    plan, local, start, cohort, updates, step, bill, error, tested, seconds
                 )
+                self._recorder.round_done(done)
                 began = now
                 yield run
