@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rayfed_lora.aggregation.messages import Counts
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.annealing import budget
 from rayfed_lora.annealing.stages import Feedback, adapter_rounds_before, plan_round
@@ -20,7 +21,7 @@ from rayfed_lora.federation.devices import Devices
 from rayfed_lora.federation.learning_rate import doubt, learning_rate
 from rayfed_lora.federation.ledger import BYTES_A_VALUE, Ledger, Totals
 from rayfed_lora.federation.sampling import block_size
-from rayfed_lora.federation.traffic import Counts, RoundFacts, is_cut
+from rayfed_lora.federation.traffic import RoundFacts, is_cut
 from rayfed_lora.recipe.annealing import Annealing
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.notes import unused
@@ -173,8 +174,7 @@ def _facts(
     """Return what decides a round's messages if all arrive."""
     full = scheduled.trainable == "full"
     ranks = {} if full else budget.uniform(shape.modules, scheduled.rank)
-    anew = RULES[recipe.aggregation.rule].merges == "stack"
-    kept = None if anew else rank_before
+    kept = None if RULES[recipe.aggregation.rule].restarts else rank_before
     before = {} if kept is None else budget.uniform(shape.modules, kept)
     turn = adapter_rounds_before(recipe.annealing, scheduled.round)
     folded = _folded(recipe, shape, before, ranks)

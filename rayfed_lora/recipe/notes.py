@@ -14,11 +14,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.endpoints import strangers_in
 from rayfed_lora.recipe.annealing import Annealing
-from rayfed_lora.recipe.filling import filled
+from rayfed_lora.recipe.presets import filled
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.recipe.rule_facts import RULE_FACTS
 
 # Why, and the keys that have no effect then; one that ends in a dot is a whole section.
 _Reason = tuple[str, tuple[str, ...]]
@@ -176,7 +176,7 @@ def _of_ranks(recipe: Recipe) -> Iterator[_Reason]:
     smallest = min([ranks] if isinstance(ranks, int) else ranks or [0])
     if recipe.annealing.mode != "full" and smallest >= rank:
         yield f"annealing.heating.rank {rank}, which no client's limit is below", ("clients.ranks",)
-    stacks = RULE_FACTS[recipe.aggregation.rule].merges == "stack"
+    stacks = RULES[recipe.aggregation.rule].restarts
     if recipe.annealing.mode == "staged" and stacks:
         why = (
             f"aggregation.rule {recipe.aggregation.rule}, which begins each round with new factors"

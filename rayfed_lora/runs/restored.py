@@ -14,12 +14,12 @@ from pydantic import Field, TypeAdapter
 # Of typing only from Python 3.12 on, as pydantic needs it.
 from typing_extensions import NotRequired, TypedDict
 
+from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.executor import Population
 from rayfed_lora.federation.ledger import Totals
 from rayfed_lora.federation.progress import Timing
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.recipe.rule_facts import RULE_FACTS
 from rayfed_lora.runs.checkpoints import Snapshot
 
 _Count = Annotated[int, Field(ge=0, lt=2**62)]
@@ -83,7 +83,7 @@ def check(snapshot: Snapshot, recipe: Recipe, population: Population) -> None:
     adapter = snapshot.facts["trainable"] == "adapter"
     modules = population.shape.modules if adapter else {}
     # Where all goes into the base there are none between two rounds.
-    stacked = RULE_FACTS[recipe.aggregation.rule].merges == "stack"
+    stacked = RULES[recipe.aggregation.rule].restarts
     if snapshot.state.factors or not stacked:
         _expect_names("factors", snapshot.state.factors, modules)
     shape, dense = population.shape, snapshot.state.dense

@@ -20,7 +20,8 @@ from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.engines.local import LocalExecutor
 from rayfed_lora.errors import ClientError, RunError
 from rayfed_lora.federation.executor import Call, Executor, Population, Trained
-from rayfed_lora.recipe.recipe import Recipe, ServerOptimizer
+from rayfed_lora.recipe.aggregation import ServerOptimizer
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
@@ -188,7 +189,7 @@ def mean_of(parts: list[Trained]) -> AdapterState:
     for part in parts:
         if part.means is not None:
             whole.join(part.means)
-    return entry.rule(STATE, whole, OptimizerStep(ServerOptimizer())).state
+    return entry.aggregate(STATE, whole, OptimizerStep(ServerOptimizer())).state
 
 
 def test_reports_come_one_a_client_in_client_order_and_their_updates_reduced(opened):

@@ -17,7 +17,8 @@ from rayfed_lora.federation.calls import Starts
 from rayfed_lora.federation.executor import Call, Population
 from rayfed_lora.federation.progress import Progress
 from rayfed_lora.federation.server import Server
-from rayfed_lora.recipe.loading import load_recipe, parse_yaml, recipe_yaml
+from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
+from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.types import AdapterState, Base, Factors
 from tests.fakes import SHAPE, FakeFactory, effective, local_executor, make_recipe
 
