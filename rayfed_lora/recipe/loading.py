@@ -51,8 +51,11 @@ def load_recipe(
     name, raw = _read(source)
     check_size(name, raw)
     raw = given = plain(raw)
-    texts = not isinstance(overrides, Mapping)
-    pairs = override_pairs(name, overrides) if texts else list(overrides.items())
+    pairs = (
+        list(overrides.items())
+        if isinstance(overrides, Mapping)
+        else override_pairs(name, overrides)
+    )
     settings, own = nested(name, pairs), nested(name, (variant or {}).items())
     changed: dict[str, Any] = {}
     if endpoints is None:
