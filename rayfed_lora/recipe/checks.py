@@ -1,4 +1,4 @@
-"""Checks of a recipe's values against each other; each is valid on its own.
+"""Checks of a recipe's values against each other, once each is valid on its own.
 
 Source: this project.
 """
@@ -45,7 +45,7 @@ def _location_conflicts(recipe: Settings) -> Iterator[Conflict]:
     }
     for key, location in named.items():
         if location is not None and location.lower().startswith("fsspec+"):
-            # Its filesystems are many, and each has its own way to find credentials.
+            # fsspec has many filesystems, each with its own way to find credentials.
             yield Conflict((key,), "expected a path, or a URI of s3, gs, abfs, hdfs or file")
         twice = None if location is None else repeated_option(location)
         if twice is not None:
@@ -83,7 +83,7 @@ def _client_conflicts(recipe: Settings) -> Iterator[Conflict]:
     if clients.local_steps is not None and clients.local_epochs is not None:
         yield Conflict(
             ("clients.local_epochs", "clients.local_steps"),
-            "give local_steps or local_epochs, not both",
+            "expected local_steps or local_epochs, got both",
         )
     known = partition.kind != "column" and isinstance(clients.per_round, int)
     if known and clients.per_round > partition.clients:
@@ -118,12 +118,12 @@ def _device_conflicts(recipe: Settings) -> Iterator[Conflict]:
     if clients.deadline_s is not None and not time_passes:
         yield Conflict(
             ("clients.deadline_s", "clients.speed", "network"),
-            "nobody can be late where nothing takes time; expected clients.speed or network too",
+            "no client can be late without simulated time: expected clients.speed or network too",
         )
     if clients.availability.period_s is not None and clients.availability.trace is None:
         yield Conflict(
             ("clients.availability.period_s", "clients.availability.trace"),
-            "expected a trace that is to begin anew",
+            "expected a trace to repeat, got none",
         )
 
 
@@ -153,7 +153,7 @@ def _actor_conflicts(runtime: Runtime) -> Iterator[Conflict]:
     if runtime.scale_up_s is not None and "auto" in (runtime.client_actors, runtime.device):
         yield Conflict(
             ("runtime.scale_up_s", "runtime.client_actors", "runtime.device"),
-            "needs to know which nodes are wanted: expected a number of client_actors, and device"
+            "needs to know which nodes to wait for: expected a number of client_actors, and device"
             f" cuda or cpu, got {runtime.client_actors} and {runtime.device}",
         )
     if share == "auto":

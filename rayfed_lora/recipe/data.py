@@ -25,8 +25,8 @@ class Partition(Section):
     kind: Literal["iid", "dirichlet", "shards", "quantity", "column"] = option(
         "dirichlet",
         "iid: even and random | dirichlet: label skew | shards: sorted by label, a few pieces each"
-        " | quantity: sizes differ, labels do not | column: one client a value of `column`, in the"
-        " order of the values: as numbers where all are whole numbers, else as texts",
+        " | quantity: sizes differ, labels do not | column: one client for each value of `column`,"
+        " in the order of the values: numbers where all are whole numbers, else texts",
     )
     alpha: PositiveFloat = option(
         0.5, "concentration for dirichlet and quantity; smaller is more uneven"
@@ -34,10 +34,10 @@ class Partition(Section):
     clients: Positive = option(100, "number of clients (column: found in the data)", "clients")
     min_examples: Count = option(
         4,
-        "a client with fewer is topped up from the largest ones (dirichlet, quantity)",
+        "clients with fewer get more from the largest clients (dirichlet, quantity)",
         "examples",
     )
-    shards_per_client: Positive = option(2, "pieces a client (shards)", "shards")
+    shards_per_client: Positive = option(2, "pieces for each client (shards)", "shards")
     column: str | None = option(None, "the column that names the client (column)")
 
 
@@ -66,5 +66,5 @@ class Data(Section):
     max_examples: Positive | None = option(
         None, "use a random subset of the training examples of this size", "examples"
     )
-    max_length: Positive = option(64, "longest text, the rest is cut", "tokens")
+    max_length: Positive = option(64, "longest text; longer ones are cut", "tokens")
     partition: Partition = section(Partition, "how examples are dealt to clients")

@@ -15,7 +15,7 @@ class Model(Section):
     """The base model."""
 
     task: Literal["image-classification", "text-classification", "causal-lm"] = option(
-        "image-classification", "what the model is trained for"
+        "image-classification", "task that the model is trained for"
     )
     source: str = option(
         "config",
@@ -23,7 +23,7 @@ class Model(Section):
         " Python package), a local folder, or a hub id",
     )
     tokenizer: str | None = option(
-        None, "where the tokenizer comes from, as `source`; null: from the model's own source"
+        None, "source of the tokenizer, in the form of `source`; null: the model's own source"
     )
     config: dict[str, Any] = Field(
         default_factory=dict,
@@ -37,13 +37,13 @@ class Model(Section):
         found = unsupported(value)
         if found is not None:
             raise ValueError(f"expected texts, finite numbers, true, false and null, got {found}")
-        # Names are texts: YAML's {0: cat} comes back from the resolved recipe as {"0": cat}.
+        # JSON makes keys texts: YAML's {0: cat} reads back from the resolved recipe as {"0": cat}.
         named: dict[str, Any] = json.loads(json.dumps(value))
         return named
 
 
 class Adapter(Section):
-    """Where LoRA factors are put, and how they are scaled."""
+    """The modules that get LoRA factors, and the scale of these."""
 
     target_modules: str | list[str] = option(
         "auto",
@@ -58,9 +58,10 @@ class Adapter(Section):
         " | rslora: alpha / sqrt(rank); no mode changes the update when the rank changes",
     )
     train_head: bool = option(
-        True, "train, send and average the task head too; a language model has none: default false"
+        True,
+        "train, send and average the task head too; language models have no head: default false",
     )
     train_biases: bool = option(False, "train, send and average every bias too (BitFit)")
     head_modules: list[str] | Auto = option(
-        "auto", "module names that make up the head; auto: what the model puts after its encoder"
+        "auto", "module names that make up the head; auto: the modules after the model's encoder"
     )

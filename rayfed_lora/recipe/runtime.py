@@ -9,17 +9,17 @@ from rayfed_lora.recipe.fields import Auto, NonNegative, Positive, PositiveFloat
 
 
 class Runtime(Section):
-    """Where the work runs.
+    """Where and how the work runs.
 
-    On the same kind of device nothing here changes a result, but for the rounding of float32 that
-    comes with another `cohort_size`, `threads_per_actor` or `precision` (and with `cohort_size`
-    for the dropout masks of texts of different lengths).
+    On one kind of device these keys change no result, except for `cohort_size`,
+    `threads_per_actor` and `precision`, which change the rounding of float32 (and `cohort_size`
+    the dropout masks of texts of different lengths).
     """
 
     executor: Literal["ray", "local"] = option("ray", "ray, or local: in this process, without Ray")
     client_actors: Positive | Auto = option(
         "auto",
-        "auto: as many as the cluster holds; executor local: threads on a CPU, auto: one",
+        "auto: as many as fit the cluster; executor local: threads on a CPU, auto: one",
         "actors",
     )
     gpus_per_actor: NonNegative | Auto = option(
@@ -27,39 +27,39 @@ class Runtime(Section):
     )
     cpus_per_actor: PositiveFloat = option(
         1.0,
-        "CPU cores reserved for an actor; on a CPU it trains a block in each `threads_per_actor` of"
-        " them",
+        "CPU cores reserved for an actor; on a CPU it trains one block at once for every"
+        " `threads_per_actor` cores",
         "cores",
     )
     cohort_size: Positive | Auto = option(
         "auto", "clients trained together; auto: by the model's work and memory", "clients"
     )
     threads_per_actor: Positive = option(
-        1, "torch threads for a block; 1 makes results bit-identical", "threads"
+        1, "torch threads for a block; with 1 results are bit-for-bit reproducible", "threads"
     )
     precision: Literal["fp32", "bf16"] = option("fp32", "fp32 | bf16: autocast")
     device: Literal["auto", "cpu", "cuda"] = option(
-        "auto", "auto: a GPU where the cluster has one, else the CPU | cuda: refuse without a GPU"
+        "auto", "auto: a GPU where the cluster has one, else the CPU | cuda: an error without a GPU"
     )
     start_timeout_s: PositiveFloat = option(
-        120.0, "how long to wait for resources that others hold", "s"
+        120.0, "longest wait for resources in use by others", "s"
     )
     scale_up_s: PositiveFloat | None = option(
         None,
-        "how long an autoscaling cluster may take to bring nodes for `client_actors` actors; null:"
-        " only nodes that are there count",
+        "longest wait for an autoscaling cluster to start nodes for `client_actors` actors; null:"
+        " use only nodes that are already up",
         "s",
     )
     block_timeout_s: PositiveFloat | None = option(
         None,
-        "an actor whose block, or share of a test, takes longer is ended and the work run again"
+        "an actor whose block, or share of a test, takes longer is ended and its work is rerun"
         " (executor ray); null: no limit",
         "s",
     )
 
     @property
     def trainers_per_actor(self) -> int:
-        """How many blocks an actor on a CPU trains at once, each in a thread of its own.
+        """Number of blocks that an actor on a CPU trains at once, each in its own thread.
 
         >>> Runtime(cpus_per_actor=2.0).trainers_per_actor
         2

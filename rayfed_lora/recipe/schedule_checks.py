@@ -52,8 +52,8 @@ def acceptance_conflicts(recipe: Settings) -> Iterator[Conflict]:
     if annealing.feedback == "metropolis" and annealing.cooling.residual == "fold":
         yield Conflict(
             ("annealing.acceptance", "annealing.cooling.residual"),
-            "'metropolis' does not go with residual 'fold': a folded shrink leaves the model as it"
-            " is, so every proposal would be accepted; use 'always', or residual 'drop'",
+            "'metropolis' does not go with residual 'fold': a folded cut does not change the model,"
+            " so every proposal would be accepted; use 'always', or residual 'drop'",
         )
     adapter_initiating = annealing.initiating.trainable == "adapter" and annealing.initiating_rounds
     at_heating_rank = annealing.heating.rounds > 0 or adapter_initiating
@@ -84,8 +84,8 @@ def rule_conflicts(recipe: Settings) -> Iterator[Conflict]:
             f"'{optimizer}' steps along A and B, rule '{name}' does not average them; expected sgd,"
             f" or one of the rules {fitting}",
         )
-    ranks = recipe.clients.ranks
-    if not rule.mixed_ranks and _smallest(ranks, annealing.heating.rank) < annealing.heating.rank:
+    lowest = recipe.clients.lowest_rank
+    if not rule.mixed_ranks and lowest is not None and lowest < annealing.heating.rank:
         fitting = ", ".join(n for n, entry in RULES.items() if entry.mixed_ranks)
         yield Conflict(
             ("clients.ranks", key),
@@ -95,38 +95,33 @@ def rule_conflicts(recipe: Settings) -> Iterator[Conflict]:
     if rule.personal and annealing.mode == "staged" and _shrinks(annealing):
         yield Conflict(
             (key, "annealing.cooling.rank"),
-            f"'{name}' goes with one rank only: a cut gives each client another A, and A is shared;"
+            f"'{name}' needs one rank: a cut gives each client another A, and A is shared;"
             " expected annealing.mode fixed, cooling.rank equal to heating.rank, or another rule",
         )
     if rule.personal and annealing.allocation == "spectral":
         yield Conflict(
             (key, "annealing.allocation"),
-            f"'{name}' goes with one rank only: 'spectral' would give each client another A, and A"
-            " is shared; use uniform, or another rule",
+            f"'{name}' needs one rank: 'spectral' would give each client another A, and A is"
+            " shared; use uniform, or another rule",
         )
-    if ranks is not None and annealing.cooling.residual == "fold":
+    if lowest is not None and annealing.cooling.residual == "fold":
         yield Conflict(
             ("clients.ranks", "annealing.cooling.residual"),
-            "'fold' needs clients that hold all of what a cut folds; use residual drop, or no"
-            " clients.ranks",
+            "'fold' needs clients that hold every direction that a cut folds; use residual drop, or"
+            " no clients.ranks",
         )
     if rule.restarts and annealing.feedback == "metropolis":
         yield Conflict(
             (key, "annealing.acceptance"),
-            f"'{name}' starts LoRA anew each round, a lower rank cuts nothing off that 'metropolis'"
-            " could weigh; use acceptance always or target, or another rule",
+            f"'{name}' starts LoRA anew each round: a lower rank cuts nothing that 'metropolis'"
+            " could evaluate; use acceptance always or target, or another rule",
         )
     if rule.restarts and annealing.allocation == "spectral":
         yield Conflict(
             (key, "annealing.allocation"),
-            f"'{name}' starts LoRA anew each round: there is no trained adapter for 'spectral' to"
-            " look at; use uniform, or another rule",
+            f"'{name}' starts LoRA anew each round: 'spectral' needs a trained adapter; use"
+            " uniform, or another rule",
         )
-
-
-def _smallest(ranks: int | list[int] | dict[int, float] | None, none: int) -> int:
-    """Return the smallest limit of `clients.ranks`; `none` where there is no limit."""
-    return min([ranks] if isinstance(ranks, int) else ranks or [none])
 
 
 def _shrinks(annealing: Annealing) -> bool:

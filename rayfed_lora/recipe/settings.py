@@ -22,12 +22,12 @@ from rayfed_lora.recipe.presets import PRESETS
 from rayfed_lora.recipe.runtime import Runtime
 from rayfed_lora.recipe.storage import Storage, Tracking
 
-# 4 * 1.3 is a little more than 5.2 in floating point; 10 * 1.1 is to be 11.
+# 100 * 1.1 is a little more than 110 in floating point.
 _ROUNDING = 1e-9
 
 
 class Settings(Section):
-    """The sections of a recipe, and numbers that follow from several of them."""
+    """The sections of a recipe, and quantities that depend on several of them."""
 
     name: str = Field(
         "run", min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run"
@@ -57,32 +57,32 @@ class Settings(Section):
         return 0.0 if self.annealing.feedback == "always" else 0.1
 
     def cohort_size(self, clients: int) -> int:
-        """Return how many of `clients` clients take part in a round, at least 1."""
+        """Return the number of clients in a round out of `clients`, at least 1."""
         share = self.clients.per_round
         return share if isinstance(share, int) else max(1, math.floor(share * clients + 0.5))
 
     def drawn(self, clients: int) -> int:
-        """Return how many of `clients` clients are drawn for a round, late ones included."""
+        """Return the number of clients drawn for a round out of `clients`, late ones included."""
         wanted = self.cohort_size(clients) * self.clients.over_select
         return min(clients, math.ceil(wanted - _ROUNDING))
 
     @property
     def simulates_time(self) -> bool:
-        """Whether clients come, go or take time by the simulated clock."""
+        """Whether clients arrive, leave or take time by the simulated clock."""
         own, network = self.clients, self.network
         spreads = (own.speed, network.up_mbps, network.down_mbps)
-        comes_and_goes = own.availability.dropout > 0 or own.availability.trace is not None
+        varies = own.availability.dropout > 0 or own.availability.trace is not None
         takes_time = network.latency_s > 0 or any(spread is not None for spread in spreads)
-        return comes_and_goes or takes_time or own.over_select > 1 or own.deadline_s is not None
+        return varies or takes_time or own.over_select > 1 or own.deadline_s is not None
 
     @property
     def device_columns(self) -> tuple[str, ...]:
-        """Columns of the data that say what clients' devices are like."""
+        """Columns of the data that describe clients' devices."""
         spreads = (self.clients.speed, self.network.up_mbps, self.network.down_mbps)
         named = [spread.column for spread in spreads if spread is not None]
         return tuple(dict.fromkeys(name for name in named if name is not None))
 
     def most_failed(self, cohort: int) -> int:
-        """Return how many of a cohort may raise an error before the run ends."""
+        """Return how many clients of a cohort may raise an error before the run ends."""
         most = self.clients.max_failed
         return most if isinstance(most, int) else math.floor(most * cohort)

@@ -12,19 +12,19 @@ Label = Annotated[str, Field(min_length=1)]
 
 
 class Storage(Section):
-    """Where the run folder is, and how often the run is saved."""
+    """The run folder, and how often the run is saved."""
 
     path: str | None = option(
         None, "run folder, or a URI that pyarrow.fs opens; null: runs/<name>-<time>"
     )
-    checkpoint_every: Positive = option(1, "save after every so many rounds", "rounds")
-    keep: Positive = option(2, "how many of the newest checkpoints to keep", "checkpoints")
+    checkpoint_every: Positive = option(1, "save after every n-th round", "rounds")
+    keep: Positive = option(2, "number of newest checkpoints to keep", "checkpoints")
 
 
 class Tracking(Section):
-    """Where else the rows of rounds.parquet go while the run goes on.
+    """Trackers that receive the rows of rounds.parquet during the run.
 
-    Addresses and keys of servers are not a recipe's: W&B and MLflow read them from their own
+    Addresses and keys of servers are no part of a recipe: W&B and MLflow read them from their own
     environment variables.
     """
 

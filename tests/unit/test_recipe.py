@@ -470,7 +470,7 @@ def test_a_missing_model_is_named():
         (
             [("clients.local_steps", 5), ("clients.local_epochs", 1)],
             "clients.local_epochs",
-            ["local_steps", "local_epochs", "not both"],
+            ["local_steps", "local_epochs", "got both"],
         ),
         (
             [("annealing.acceptance", "metropolis"), ("annealing.cooling.residual", "fold")],
