@@ -1,4 +1,4 @@
-"""Averages of A and of B, exact means, and steps towards them: what several rules share.
+"""Averages of A and of B, exact means, and steps towards them, for several rules.
 
 Source: method.md, "Aggregation rules".
 """

@@ -24,7 +24,8 @@ class Traffic:
     Attributes:
         up: (cohort,) each client's upload, where it arrives.
         down: (cohort,) each client's download.
-        merge: what the round's merge adds to the base: a client that missed it is sent this much.
+        merge: size of the update that the round merges into the base: a client that missed it is
+            sent this much.
         frozen: by kind (the factors `a`, `b`; `head`), values that a client without the current
             ones must be sent before it starts, since no other message brings them.
         renewed: kinds that the download brings up to the end of the round.
@@ -95,7 +96,7 @@ def _values(
     modules: Mapping[str, ModuleShape], ranks: Ranks, limits: Counts, kinds: tuple[Frozen, ...]
 ) -> Counts:
     """Return the values in some kinds of factors, (cohort,)."""
-    # Grouped by rank: there are few ranks, and many modules.
+    # Grouped by rank: ranks are few, modules many.
     sides: dict[int, int] = {}
     for name, module in modules.items():
         side = module.d_in * ("a" in kinds) + module.d_out * ("b" in kinds)

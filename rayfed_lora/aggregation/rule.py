@@ -1,4 +1,4 @@
-"""What an aggregation rule is: its facts, its code and its messages, in one object.
+"""An aggregation rule as one object: its facts, its code and its messages.
 
 A new rule is a file that defines a `Rule`, and a line in `rules`.
 
@@ -23,7 +23,7 @@ def freezes_nothing(turn: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How client updates become the next global state, and what that costs.
+    """How client updates become the next global state, and the size of its messages.
 
     Attributes:
         name: the value of `aggregation.rule`.

@@ -26,7 +26,7 @@ def stacking(start: AdapterState, means: Means, step: ServerStep) -> Aggregate:
 def messages(sizes: AdapterRound) -> Traffic:
     """Return A and B up at each client's rank, and the factors of all that arrived down.
 
-    The download is the result of the round: nothing is sent of what the round starts from.
+    The download is the result of the round; the state that the round starts from is not sent.
     """
     up = sizes.up(*sizes.trained)
     merge = int(sizes.factors("a", "b")[sizes.arrived].sum())

@@ -85,8 +85,7 @@ def relative_error(used: Mapping[str, Product], exact: Mapping[str, Product]) ->
         exact: likewise.
 
     Returns:
-        The ratio, 0 where both vanish, inf where only the exact one does, None where there are
-        no modules.
+        The ratio; 0 where both vanish, inf where only the exact one does, None without modules.
     """
     if not exact:
         return None

@@ -1,4 +1,4 @@
-"""Counting the values of states. Source: this project (method.md, "The ledger")."""
+"""Numbers of values in states. Source: this project (method.md, "The ledger")."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ class Conflict:
 
     Attributes:
         paths: the keys involved, the one to change first.
-        message: what is expected of it, and what came.
+        message: the expected value, and the given one.
     """
 
     paths: tuple[str, ...]
