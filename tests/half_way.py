@@ -1,4 +1,4 @@
-"""A rule of a user, whole in one file: half of the way to the mean, and A is sent in halves up."""
+"""A user's rule in one file: half a step to the mean; half of A, all of B are uploaded."""
 
 from __future__ import annotations
 

@@ -5,12 +5,6 @@ from __future__ import annotations
 from rayfed_lora.aggregation.factor_average import factor_average
 from rayfed_lora.aggregation.messages import AdapterRound, Traffic
 from rayfed_lora.aggregation.rule import Rule
-from rayfed_lora.types import Frozen
-
-
-def frozen_in_turns(turn: int) -> Frozen:
-    """Return the factor that rests; B is trained first, since A has no gradient while B = 0."""
-    return "a" if turn % 2 == 0 else "b"
 
 
 def messages(sizes: AdapterRound) -> Traffic:
@@ -28,6 +22,7 @@ RULE = Rule(
     aggregate=factor_average,
     kept=frozenset({"factors"}),
     messages=messages,
-    frozen=frozen_in_turns,
+    # B is trained first: A has no gradient while B = 0.
+    frozen=lambda turn: "a" if turn % 2 == 0 else "b",
     optimizers=True,
 )

@@ -16,11 +16,6 @@ from rayfed_lora.aggregation.step import Aggregate, ServerStep
 from rayfed_lora.types import AdapterState, Frozen
 
 
-def freezes_nothing(turn: int) -> None:
-    """Train both factors in every round."""
-    del turn
-
-
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """How client updates become the next global state, and the size of its messages.
@@ -49,7 +44,7 @@ class Rule:
     aggregate: Callable[[AdapterState, Means, ServerStep], Aggregate]
     kept: frozenset[Kept] = frozenset()
     messages: Callable[[AdapterRound], Traffic] = trained_factors
-    frozen: Callable[[int], Frozen | None] = freezes_nothing
+    frozen: Callable[[int], Frozen | None] = lambda turn: None
     method: str | None = None
     mixed_ranks: bool = False
     optimizers: bool = False
