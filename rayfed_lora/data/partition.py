@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from rayfed_lora import seeds
 from rayfed_lora.data import naming
 from rayfed_lora.errors import DataError
-from rayfed_lora.recipe import recipe
+from rayfed_lora.recipe.data import Partition
 
 IndexArray = npt.NDArray[np.int64]
 
@@ -117,7 +117,7 @@ def _table(parts: Sequence[IndexArray]) -> ClientTable:
 
 def deal(
     labels: npt.NDArray[np.int64],
-    partition: recipe.Partition,
+    partition: Partition,
     seed: int,
     column: Sequence[str] | None = None,
 ) -> ClientTable:
@@ -275,7 +275,7 @@ def _group(owner: IndexArray, clients: int) -> ClientTable:
     return ClientTable(np.argsort(owner, kind="stable").astype(np.int64, copy=False), offsets)
 
 
-def _require_possible(total: int, partition: recipe.Partition) -> None:
+def _require_possible(total: int, partition: Partition) -> None:
     """Reject numbers that no deal can meet, before arrays of their size are made."""
     if partition.kind == "column":
         return
@@ -293,7 +293,7 @@ def _require_possible(total: int, partition: recipe.Partition) -> None:
         )
 
 
-def _require_examples(total: int, partition: recipe.Partition) -> None:
+def _require_examples(total: int, partition: Partition) -> None:
     needed = partition.clients * partition.min_examples
     if total < needed:
         raise DataError(
@@ -303,7 +303,7 @@ def _require_examples(total: int, partition: recipe.Partition) -> None:
         )
 
 
-def _require_no_empty_client(table: ClientTable, partition: recipe.Partition) -> None:
+def _require_no_empty_client(table: ClientTable, partition: Partition) -> None:
     empty = np.flatnonzero(table.counts == 0)
     if len(empty) == 0:
         return

@@ -18,7 +18,7 @@ import pyarrow as pa
 from rayfed_lora import seeds
 from rayfed_lora.data import builtin, columns, images, naming, sources
 from rayfed_lora.errors import DataError
-from rayfed_lora.recipe import recipe
+from rayfed_lora.recipe.data import Data
 
 IndexArray = npt.NDArray[np.int64]
 IMAGE_TASK, LANGUAGE_TASK = "image-classification", "causal-lm"
@@ -60,7 +60,7 @@ class Dataset:
 
 
 def load(
-    data: recipe.Data,
+    data: Data,
     task: str,
     seed: int,
     validation_fraction: float,
@@ -114,7 +114,7 @@ def load(
     return Dataset(train, validation, test, classes.names, floats, official, clients, notes)
 
 
-def _are_floats(table: pa.Table, data: recipe.Data, task: str) -> bool:
+def _are_floats(table: pa.Table, data: Data, task: str) -> bool:
     if task != IMAGE_TASK or data.source in builtin.BUILTIN:
         return False
     names = columns.names_of(data.image_column, columns.IMAGE_COLUMNS)
@@ -122,7 +122,7 @@ def _are_floats(table: pa.Table, data: recipe.Data, task: str) -> bool:
     return images.are_floats(table[name].type)
 
 
-def _read(data: recipe.Data, task: str) -> sources.RawData:
+def _read(data: Data, task: str) -> sources.RawData:
     source = data.source
     if source in builtin.BUILTIN:
         return builtin.read(source, task)
@@ -143,7 +143,7 @@ def _read(data: recipe.Data, task: str) -> sources.RawData:
 
 def _select(
     table: pa.Table,
-    data: recipe.Data,
+    data: Data,
     task: str,
     with_client: bool = False,
     typed: bool = True,
@@ -197,7 +197,7 @@ def _with_numbers(
     return rows
 
 
-def _uses_labels(data: recipe.Data) -> bool:
+def _uses_labels(data: Data) -> bool:
     """Return whether a recipe asks for labels where the task does not need them."""
     by_label = data.partition.kind in ("dirichlet", "shards")
     return by_label or data.labels is not None or data.label_column != columns.AUTO

@@ -19,8 +19,9 @@ from rayfed_lora.engines.on_ray.placement import Layout, Node, layout, nodes_of
 from rayfed_lora.engines.on_ray.placement import wanted as asked_layout
 from rayfed_lora.errors import BadInputError, ResourceError
 from rayfed_lora.launching.launch import ray_session
-from rayfed_lora.recipe.loading import load_recipe, shipped_names
+from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.recipe.shipped_recipes import shipped_names
 from rayfed_lora.runs.location import absolute_place, with_absolute_paths
 from rayfed_lora.storage import refuse_secrets
 

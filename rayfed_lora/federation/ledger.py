@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rayfed_lora.aggregation.messages import Counts, Traffic
+from rayfed_lora.aggregation.rule import Rule
 from rayfed_lora.aggregation.rules import RULES
-from rayfed_lora.federation.traffic import Counts, RoundFacts, Traffic, traffic
+from rayfed_lora.federation.traffic import RoundFacts, traffic
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.recipe.rule_facts import RuleFacts
 from rayfed_lora.types import ModelShape
 
 BYTES_A_VALUE = 4
@@ -142,7 +143,7 @@ class Ledger:
     nothing.
     """
 
-    def __init__(self, shape: ModelShape, clients: int, rule: RuleFacts) -> None:
+    def __init__(self, shape: ModelShape, clients: int, rule: Rule) -> None:
         """Start with no client holding any base.
 
         Args:

@@ -123,7 +123,7 @@ def aggregate(
     state = start.model.state
     if updates.means is None:
         return Aggregated(Aggregate(state, {}, lambda: None), step.moments, 0.0)
-    result = RULES[recipe.aggregation.rule].rule(state, updates.means, step)
+    result = RULES[recipe.aggregation.rule].aggregate(state, updates.means, step)
     seconds = updates.joining_s + time.perf_counter() - began
     return Aggregated(result, step.moments, seconds)
 

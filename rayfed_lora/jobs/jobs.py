@@ -28,9 +28,10 @@ from rayfed_lora.jobs.dashboard import client_of, refused
 from rayfed_lora.jobs.files import notes_on
 from rayfed_lora.jobs.records import is_ours, view_of
 from rayfed_lora.jobs.views import JobView
-from rayfed_lora.recipe.loading import load_recipe, parse_yaml, recipe_yaml
+from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
 from rayfed_lora.recipe.notes import unused
 from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.runs.location import JOB_RUNS, refuse_relative, with_absolute_paths
 from rayfed_lora.storage import refuse_secrets
 

@@ -22,7 +22,8 @@ from rayfed_lora.locations import child
 from rayfed_lora.pages.comparison import Cell, Comparison, Ended, Standing
 from rayfed_lora.pages.report import run_page
 from rayfed_lora.pages.search import SEARCH_FILE
-from rayfed_lora.recipe.loading import load_recipe, override_pairs
+from rayfed_lora.recipe.layers import override_pairs
+from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.notes import given_way_in_comparison
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.claiming import claim, complete, say
@@ -247,7 +248,7 @@ def cells_of(
                     f" has another than {cells[0].method!r}"
                 )
             # Keys without effect under one method are meant for another.
-            given = given.told(frozenset(), (*given.overruled, *(() if cells else told)))
+            given = given.with_provenance(frozenset(), (*given.overruled, *(() if cells else told)))
             location = child(out, name, f"seed-{seed}")
             cells.append(Cell(name, seed, with_absolute_paths(given), location))
     return cells

@@ -99,7 +99,7 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
     cohorts = Cohorts(recipe, sizes.devices, clients, ledger)
     # As if each proposal were accepted: what is proposed depends on the training.
     annealing = recipe.annealing.model_copy(update={"acceptance": "always"})
-    anew = RULES[recipe.aggregation.rule].merges == "stack"
+    anew = RULES[recipe.aggregation.rule].restarts
     rounds: list[PlannedRound] = []
     rank: int | None = None
     clock_s = 0.0

@@ -1,4 +1,4 @@
-"""Counting the values of states.
+"""Numbers of values in states.
 
 Source: this project (docs/method.md, "The communication ledger").
 """

@@ -77,7 +77,7 @@ def spectrum(factors: Factors) -> Float64Array:
 
 @dataclass(frozen=True)
 class WeightedProduct:
-    """A sum of weighted products of columns and rows: b @ diag(weights) @ a.
+    """A weighted sum of products of columns and rows: b @ diag(weights) @ a.
 
     Attributes:
         weights: (r,).
@@ -96,7 +96,7 @@ class WeightedProduct:
 
     @classmethod
     def sum(cls, terms: Sequence[WeightedProduct]) -> WeightedProduct:
-        """Return the sum of at least one product of one module, side by side."""
+        """Return the sum of one or more products of one module, their columns side by side."""
         if len(terms) == 1:
             return terms[0]
         return cls(

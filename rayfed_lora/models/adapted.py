@@ -19,7 +19,7 @@ from rayfed_lora.models.heads import head_parameters
 from rayfed_lora.models.layers import AdaptedLinear, ClientLinear, GroupFactors
 from rayfed_lora.models.resident import ResidentBase, to_numpy
 from rayfed_lora.models.shapes import adapted_modules, fusion_obstacle
-from rayfed_lora.recipe.recipe import Adapter
+from rayfed_lora.recipe.model import Adapter
 from rayfed_lora.types import (
     AdapterState,
     Base,

@@ -16,7 +16,7 @@ from torch import nn
 
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import sources
-from rayfed_lora.recipe.recipe import Model
+from rayfed_lora.recipe.model import Model
 
 # What configurations call it that a model looks back only (XLM's kind: `causal`).
 _SWITCHES = ("is_decoder", "causal")

@@ -24,7 +24,8 @@ from rayfed_lora.models import loading, sources
 from rayfed_lora.models.heads import head_modules
 from rayfed_lora.models.linear import is_transposed
 from rayfed_lora.models.padding import give_padding_token, settle_padding
-from rayfed_lora.recipe.recipe import Adapter, Model, Recipe
+from rayfed_lora.recipe.model import Adapter, Model
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.types import AdapterState, Base, Factors, FloatArray, Trainable
 
 PREFIX = "base_model.model."

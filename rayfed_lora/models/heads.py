@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from rayfed_lora.errors import ModelError
-from rayfed_lora.recipe.recipe import Adapter
+from rayfed_lora.recipe.model import Adapter
 
 
 def head_modules(net: nn.Module, adapter: Adapter) -> list[str]:

@@ -14,7 +14,7 @@ from torch import nn
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import sources
 from rayfed_lora.models.labels import HeadMatch, matched, names_in
-from rayfed_lora.recipe.recipe import Model
+from rayfed_lora.recipe.model import Model
 from rayfed_lora.seeds import Purpose, torch_seed
 
 _RUNNING = ("running_mean", "running_var")

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from torch import nn
 
 from rayfed_lora.errors import ModelError
-from rayfed_lora.recipe.recipe import Model
+from rayfed_lora.recipe.model import Model
 
 Tokens = dict[str, npt.NDArray[np.int32]]
 # Characters of a text that a message shows.

@@ -18,7 +18,7 @@ from transformers.utils import PROCESSOR_NAME, cached_file
 
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import sources
-from rayfed_lora.recipe.recipe import Model
+from rayfed_lora.recipe.model import Model
 
 Images = npt.NDArray[np.float32]
 _FILE = "preprocessor_config.json"

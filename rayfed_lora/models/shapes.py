@@ -12,7 +12,8 @@ from rayfed_lora.models.heads import head_modules, head_notes, head_parameters
 from rayfed_lora.models.linear import sides
 from rayfed_lora.models.targets import Targets, choose_targets
 from rayfed_lora.models.tracing import traced
-from rayfed_lora.recipe.recipe import Adapter, Recipe
+from rayfed_lora.recipe.model import Adapter
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.types import ModelShape, ModuleShape
 
 __all__ = ["adapted_modules", "fusion_obstacle", "head_modules", "head_parameters", "model_shape"]

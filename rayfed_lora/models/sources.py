@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from rayfed_lora.errors import ModelError
 from rayfed_lora.locations import check_name
 from rayfed_lora.models.folders import check_folder
-from rayfed_lora.recipe.recipe import Model
+from rayfed_lora.recipe.model import Model
 
 # What transformers takes beside values of a configuration; one of them runs a stranger's code.
 _LOADING = frozenset(

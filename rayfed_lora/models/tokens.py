@@ -13,7 +13,7 @@ from rayfed_lora.errors import ModelError
 from rayfed_lora.models import sources
 from rayfed_lora.models.padding import POSITIONS, Tokens
 from rayfed_lora.models.sources import quiet
-from rayfed_lora.recipe.recipe import Model
+from rayfed_lora.recipe.model import Model
 
 # Of a character a tokenizer keeps up to some 200 bytes.
 _BATCH_CHARACTERS = 2_000_000

@@ -16,7 +16,7 @@ from rayfed_lora.locations import child
 from rayfed_lora.pages.curves import measure, short
 from rayfed_lora.pages.figures import LOG_BYTES, Figure, curve_figures, framed
 from rayfed_lora.pages.page import even, page, shown
-from rayfed_lora.recipe.loading import parse_yaml
+from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.runs import seals
 from rayfed_lora.runs.checked import table
 from rayfed_lora.runs.reading import rounds_so_far

@@ -22,7 +22,7 @@ Shape = Literal["linear", "cosine", "cubic", "exponential", "logarithmic", "step
 
 
 class Initiating(Section):
-    """The first stage: regularised training against client drift."""
+    """The first stage: training with a proximal term against client drift."""
 
     rounds: Count = option(2, "length of the stage", "rounds")
     trainable: Literal["full", "adapter", "none"] = option(
@@ -37,7 +37,7 @@ class Initiating(Section):
 
 
 class Heating(Section):
-    """The high parameter budget."""
+    """The stage at the high parameter budget."""
 
     rounds: Count = option(4, "length of the stage", "rounds")
     rank: Count = option(16, "LoRA rank R0", "rank")
@@ -47,33 +47,35 @@ class Heating(Section):
 
 
 class Cooling(Section):
-    """The shrinking parameter budget."""
+    """The stage of the shrinking parameter budget."""
 
     rounds: Count = option(10, "length of the stage", "rounds")
     rank: Count = option(2, "LoRA rank R1 at its end", "rank")
     shape: Shape = option("cosine", "curve from heating.rank to cooling.rank")
     steps: Positive = option(4, "number of plateaus (shape step)", "steps")
     residual: Literal["drop", "fold"] = option(
-        "drop", "what a shrink cuts off: dropped, or folded into the frozen base"
+        "drop", "the part of the update that a cut removes: dropped, or folded into the frozen base"
     )
 
 
 class Holding(Section):
-    """Training on at the low budget."""
+    """The last stage, at the low budget."""
 
     rounds: Count = option(4, "length of the stage", "rounds")
 
 
 class Target(Section):
-    """What the rank may not cost (acceptance target)."""
+    """The metric that a lower rank must hold (acceptance target)."""
 
     metric: Literal["accuracy", "loss"] = option("accuracy", "validation metric to watch")
     value: Finite | None = option(None, "value to hold; null: the best one at the heating rank")
-    tolerance: NonNegative = option(0.01, "how far below (loss: above) the value is still held")
+    tolerance: NonNegative = option(
+        0.01, "how far below (loss: above) the value still counts as held"
+    )
 
 
 class Annealing(Section):
-    """The schedule of the parameter budget: SA-FedLoRA proper."""
+    """The schedule of the parameter budget, the core of SA-FedLoRA."""
 
     mode: Literal["staged", "full", "fixed"] = option(
         "staged",
@@ -89,22 +91,23 @@ class Annealing(Section):
     )
     acceptance: Acceptance = option(
         "always",
-        "whether a lower rank is taken: always, by Metropolis' rule, or while a target holds",
+        "when a lower rank is accepted: always | metropolis: by Metropolis' rule | target: while"
+        " a target holds",
     )
     temperature: PositiveFloat = option(0.05, "first temperature (metropolis)", "nats of loss")
     temperature_decay: Annotated[float, Field(gt=0.0, le=1.0)] = option(
         0.8, "factor on the temperature for each cooling round (metropolis)"
     )
-    target: Target = section(Target, "what acceptance target holds")
+    target: Target = section(Target, "the metric that acceptance target holds")
 
     @property
     def feedback(self) -> Acceptance:
-        """The acceptance rule in force: where ranks never fall, nothing is proposed."""
+        """The acceptance rule in force: `always` where ranks never fall."""
         return self.acceptance if self.mode == "staged" else "always"
 
     @property
     def initiating_rounds(self) -> int:
-        """Rounds of the initiating stage as it will run: 0 where it is skipped."""
+        """Rounds of the initiating stage, 0 where it is skipped."""
         return 0 if self.initiating.trainable == "none" else self.initiating.rounds
 
     @property

@@ -1,4 +1,4 @@
-"""Who takes part, and how a client trains: sections of the recipe. Source: this project."""
+"""The cohort and local training: sections of the recipe. Source: this project."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rayfed_lora.recipe.fields import (
 
 
 class Optimizer(Section):
-    """The clients' optimiser, made anew for each client and round."""
+    """The clients' optimiser, created for each client and round."""
 
     name: Literal["sgd", "adamw"] = option("sgd", "sgd | adamw")
     lr: PositiveFloat = option(0.05, "learning rate")
@@ -44,7 +44,7 @@ RankShares = Annotated[dict[Positive, PositiveFloat], Field(min_length=1)]
 
 
 class Clients(Section):
-    """Who takes part, and how a client trains."""
+    """The cohort of a round, and how a client trains."""
 
     per_round: Positive | Annotated[float, Field(gt=0.0, le=1.0)] = option(
         10, "cohort size: a number of clients, or a share of all such as 0.2", "clients"
@@ -59,22 +59,22 @@ class Clients(Section):
     max_grad_norm: PositiveFloat | None = option(None, "clip the gradient's 2-norm; null: never")
     max_failed: Count | Annotated[float, Field(gt=0.0, lt=1.0)] = option(
         0,
-        "how many clients of a round may raise an error and be left out before the run ends: a"
+        "how many clients of a round may raise an error, and be left out, before the run ends: a"
         " number, or a share of the cohort",
         "clients",
     )
     over_select: Annotated[float, Field(ge=1.0, le=1000.0)] = option(
         1.0,
-        "draw so many times `per_round` clients, and take the first `per_round` that arrive by the"
-        " simulated clock",
+        "draw this many times `per_round` clients, and use the first `per_round` updates that"
+        " arrive by the simulated clock",
     )
     deadline_s: PositiveFloat | None = option(
-        None, "a round waits so long, by the simulated clock; null: for all", "s"
+        None, "longest wait of a round, by the simulated clock; null: for all clients", "s"
     )
     availability: Annotated[Availability, short_for({float: "dropout", str: "trace"})] = Field(
         default_factory=Availability,
-        description="when clients can be reached; a number: probability to leave in the middle of a"
-        " round; a text: file of a trace",
+        description="when clients can be reached; a number: probability of leaving during a round;"
+        " a text: file of a trace",
         json_schema_extra=lambda schema: also_plain(schema, "number", "string"),
     )
     speed: OwnNumber = own_number(
@@ -84,7 +84,7 @@ class Clients(Section):
     )
     ranks: Positive | Ranks | RankShares | None = option(
         None,
-        "largest rank that a client can train: one for all | a list, dealt to clients in turn"
+        "largest rank that a client can train: a number for all | a list, dealt to clients in turn"
         " | ranks with their shares, drawn from the seed, e.g. {4: 0.5, 16: 0.5}; null: no limit",
         "rank",
     )
@@ -92,7 +92,7 @@ class Clients(Section):
     @field_validator("ranks", mode="before")
     @classmethod
     def _numbers_as_keys(cls, value: Any) -> Any:
-        """Take the keys that JSON and some YAML writers quote."""
+        """Accept keys that JSON and some YAML writers quote."""
         if not isinstance(value, Mapping):
             return value
         return {
@@ -104,3 +104,10 @@ class Clients(Section):
     def steps(self) -> int | None:
         """Local steps a round, or None where the length is given in epochs."""
         return (self.local_steps or 5) if self.local_epochs is None else None
+
+    @property
+    def lowest_rank(self) -> int | None:
+        """The smallest limit of `ranks`, or None without limits."""
+        if self.ranks is None or isinstance(self.ranks, int):
+            return self.ranks
+        return min(self.ranks)

@@ -11,7 +11,7 @@ from rayfed_lora.recipe.fields import Fraction, NonNegative, PositiveFloat, Sect
 
 
 class Spread(Section):
-    """A positive number that each client has its own of. A plain number stands for `median`."""
+    """A positive number that differs between clients. A plain number stands for `median`."""
 
     distribution: Literal["lognormal", "uniform"] = option(
         "lognormal", "lognormal: median * exp(sigma * normal) | uniform: between low and high"
@@ -23,38 +23,38 @@ class Spread(Section):
     low: PositiveFloat | None = option(None, "smallest value (uniform)")
     high: PositiveFloat | None = option(None, "largest value (uniform)")
     column: str | None = option(
-        None, "column of the data that says it instead: the mean over a client's examples"
+        None, "column of the data to use instead: the mean over a client's examples"
     )
 
 
 class Availability(Section):
     """When clients can be reached. A number stands for `dropout`, a text for `trace`."""
 
-    dropout: Fraction = option(0.0, "probability that a client leaves in the middle of a round")
+    dropout: Fraction = option(0.0, "probability that a client leaves during a round")
     trace: str | None = option(
         None,
         "file (.csv, .parquet, .jsonl, .arrow) of the times at which each client can be reached,"
-        " in columns client (its value in `data.partition.column`, else its number from 0),"
+        " with columns client (its value in `data.partition.column`, else its number from 0),"
         " start_s, end_s; a client without a row never can",
     )
     period_s: PositiveFloat | None = option(
-        None, "the trace begins anew after so long; null: never", "s"
+        None, "period after which the trace repeats; null: never", "s"
     )
 
 
 def short_for(stands_for: Mapping[type, str]) -> Any:
-    """Return what lets a plain value stand for one key of a section.
+    """Return a validator that lets a plain value stand for one key of a section.
 
     Args:
         stands_for: key by type of the value.
     """
 
-    def spelt_out(value: Any) -> Any:
+    def expanded(value: Any) -> Any:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         key = stands_for.get(float if number else type(value))
         return value if key is None else {key: value}
 
-    return BeforeValidator(spelt_out)
+    return BeforeValidator(expanded)
 
 
 _NUMBER: dict[str, JsonValue] = {"type": "number", "exclusiveMinimum": 0}
@@ -72,7 +72,7 @@ def own_number(description: str, unit: str) -> Any:
 
 
 def also_plain(schema: dict[str, Any], *types: str) -> None:
-    """Let a section's schema take plain values of these types too."""
+    """Let a section's schema accept plain values of these types too."""
     schema["anyOf"] = [{"$ref": schema.pop("$ref")}, *({"type": kind} for kind in types)]
 
 

@@ -1,12 +1,15 @@
-"""What the sections of a recipe are made of. Source: this project."""
+"""Types of keys, and the base class of a recipe's sections. Source: this project."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
-from rayfed_lora.recipe.filling import plain
+from rayfed_lora.recipe.plain_values import plain
 
 Auto = Literal["auto"]
 # Key of the validation's context: endpoints of object stores that the user has named.
@@ -16,7 +19,7 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-# A boolean is the class that data with booleans have.
+# A boolean names the class of a boolean label.
 ClassLabel = Annotated[
     int | str,
     BeforeValidator(
@@ -25,6 +28,28 @@ ClassLabel = Annotated[
     ),
 ]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class NameIn:
+    """Annotation of a key that names an entry of a table, such as a rule.
+
+    The table is read when a recipe is validated: entries may be added to it.
+    """
+
+    table: Mapping[str, object]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._checked)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: Any) -> dict[str, Any]:
+        return {"enum": [*self.table], "type": "string"}
+
+    def _checked(self, value: Any) -> Any:
+        if isinstance(value, str) and value in self.table:
+            return value
+        *first, last = (repr(name) for name in self.table)
+        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(first)} or {last}"})
 
 
 def option(default: Any, description: str, unit: str | None = None) -> Any:
@@ -46,5 +71,5 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _of_plain_values(cls, given: Any) -> Any:
-        """Take sections made in Python, paths, and numpy's numbers."""
+        """Accept sections made in Python, paths, and numpy's numbers."""
         return plain(given)

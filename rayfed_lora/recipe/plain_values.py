@@ -1,4 +1,4 @@
-"""Bounds of what users and files hand in: documents of plain values, not too deep, not too many.
+"""Plain values: what YAML and JSON can hold, and limits on their depth, number and size.
 
 Source: this project.
 """
@@ -6,8 +6,12 @@ Source: this project.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
 
 MOST_LEVELS = 32
 # A YAML alias counts each time it is used.
@@ -15,14 +19,45 @@ MOST_VALUES = 100_000
 _LARGEST = 2**63 - 1
 
 
+def plain(given: Any) -> Any:
+    """Return nested values as a file would hold them.
+
+    Sections become mappings of the keys that were set, paths texts, tuples and arrays lists, and
+    numbers of numpy Python's own. Other objects are kept; the validation rejects them.
+
+    >>> from pathlib import Path
+    >>> plain({"ranks": (np.int64(4), 8), "path": Path("runs/a")})
+    {'ranks': [4, 8], 'path': 'runs/a'}
+    """
+    if isinstance(given, BaseModel):
+        return plain({k: v for k, v in vars(given).items() if k in given.model_fields_set})
+    if isinstance(given, Mapping):
+        return {plain(key): plain(value) for key, value in given.items()}
+    if isinstance(given, (list, tuple)):
+        return [plain(value) for value in given]
+    if isinstance(given, (np.generic, np.ndarray)):
+        return given.tolist()
+    return os.fspath(given) if isinstance(given, os.PathLike) else given
+
+
+def values_of(section: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
+    """Return all values of a section as nested mappings.
+
+    Includes values that a changed copy holds under names that are no fields: the validation
+    rejects them.
+    """
+    held = vars(section) if isinstance(section, BaseModel) else section
+    return {k: values_of(v) if isinstance(v, BaseModel) else v for k, v in held.items()}
+
+
 def excess(value: Any) -> str | None:
-    """Return what is too much about a document, None where nothing is.
+    """Return the limit that a document exceeds, None where it exceeds none.
 
     >>> excess({"seed": 2**64})
     'expected numbers of at most 64 bits'
 
     Args:
-        value: of mappings, lists and anything else; may hold itself.
+        value: nested mappings and lists of any objects; may contain itself.
     """
     left = MOST_VALUES
     waiting = [(value, 0)]
@@ -49,20 +84,18 @@ def _inside(value: Any) -> Iterator[Any]:
         yield from value
 
 
-def strange(value: Any) -> str | None:
-    """Return the first thing in a document that YAML and JSON cannot both hold, None if none.
+def unsupported(value: Any) -> str | None:
+    """Return the first value of a document that YAML and JSON cannot both hold, None if none.
 
-    >>> strange({"a": [1, 2.5, "x", None]})
-    >>> strange({"a": [float("nan")]})
+    >>> unsupported({"a": [1, 2.5, "x", None]})
+    >>> unsupported({"a": [float("nan")]})
     'nan'
 
     Args:
-        value: one in which nothing is too much.
+        value: a document within the limits of `excess`.
     """
-    if isinstance(value, Mapping):
-        return next((s for item in (*value.keys(), *value.values()) if (s := strange(item))), None)
-    if isinstance(value, list):
-        return next((s for item in value if (s := strange(item))), None)
+    if isinstance(value, (Mapping, list)):
+        return next((s for item in _inside(value) if (s := unsupported(item))), None)
     if isinstance(value, str):
         return None if _is_text(value) else ascii(value)
     if isinstance(value, float):

@@ -1,15 +1,24 @@
-"""Method presets: the keys that a method's name fills in.
+"""Method presets and other keys that are filled in where a recipe does not write them.
 
-Only what sets a method apart stands here; everything else is the recipe's default. Source:
-docs/method.md's tables; FedAvg arXiv:1602.05629, FedProx arXiv:1812.06127, SA-FedLoRA
+A preset sets only the keys that distinguish its method. An aggregation rule that names a method
+(`Rule.method`) brings its preset.
+
+Every `Recipe` passes `filled`, whether it comes from a file, a mapping or a call in Python.
+
+Source: docs/method.md's tables; FedAvg arXiv:1602.05629, FedProx arXiv:1812.06127, SA-FedLoRA
 arXiv:2405.09394 v1 and v2 (SPD-CFL; target mode is a surrogate for its SGC measure, which is not
-public); BitFit arXiv:2106.10199; the papers of the rules: `aggregation.rules`.
+public); BitFit arXiv:2106.10199; the papers of the rules: `rayfed_lora.aggregation`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeGuard
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from rayfed_lora.aggregation.rules import RULES
+from rayfed_lora.endpoints import guarded_in
+from rayfed_lora.recipe.nested import merged
+from rayfed_lora.recipe.plain_values import excess, plain
 
 
 def _method(
@@ -20,7 +29,7 @@ def _method(
     acceptance: str = "always",
     **others: Any,
 ) -> dict[str, Any]:
-    """Return the keys that every preset sets, so that any of them can replace any other."""
+    """Return the keys that every preset sets, so that any preset can replace any other."""
     return {
         "annealing": {
             "mode": mode,
@@ -32,7 +41,7 @@ def _method(
 
 
 def _fixed(rule: str) -> dict[str, Any]:
-    """Return a method that trains an adapter of one rank in all rounds under a rule."""
+    """Return a method that trains an adapter of one rank in all rounds under a given rule."""
     method = _method("fixed", aggregation={"rule": rule})
     method["annealing"] |= {"allocation": "uniform"}
     return method
@@ -46,27 +55,19 @@ def _initiated_by_adapter(mode: str, **others: Any) -> dict[str, Any]:
 
 
 def _without_factors(*, train_biases: bool) -> dict[str, Any]:
-    """Return a method that trains some of the model's own tensors only."""
+    """Return a method without LoRA, which trains the head and, if asked, the biases."""
     method = _method("fixed", adapter={"train_head": True, "train_biases": train_biases})
     method["annealing"] |= {"allocation": "uniform", "heating": {"rank": 0}}
     return method
 
 
-# Without a rate: that of whatever optimiser the recipe asks for.
+# No rate: the default of the optimiser that the recipe asks for.
 _AVERAGED = {"server_optimizer": {"name": "sgd", "lr": None}}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "sa-fedlora": _method("staged", proximal_weight=0.01),
     "fedavg": _method("full", aggregation=_AVERAGED),
     "fedprox": _method("full", proximal_weight=0.01, aggregation=_AVERAGED),
-    "fedlora": _fixed("factor-average"),
-    "ffa-lora": _fixed("freeze-a"),
-    "flora": _fixed("stacking"),
-    "flexlora": _fixed("product-svd"),
-    "hetlora": _fixed("zero-pad"),
-    "fedex-lora": _fixed("residual"),
-    "rolora": _fixed("alternate"),
-    "fedsa-lora": _fixed("share-a"),
-    "lora-fair": _fixed("correct"),
+    **{rule.method: _fixed(rule.name) for rule in RULES.values() if rule.method is not None},
     "spd-cfl": _initiated_by_adapter("staged", proximal_weight=0.01, acceptance="target"),
     "head-only": _without_factors(train_biases=False),
     "bitfit": _without_factors(train_biases=True),
@@ -76,14 +77,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 def preset(method: object, recipe: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the keys that a method fills in; none for an unknown one.
 
-    Where ranks fall and clients train with adamw, `adapter.scaling` is `alpha_over_rank`: adamw's
-    steps have one size whatever the gradient's, so a step moves D by about lr * scale * rank, and
-    under a constant scale a cut from rank 16 to 4 cuts the learning rate to a quarter too (source:
-    this project; measured in benchmarks/README.md).
+    Where ranks fall and clients train with adamw, `adapter.scaling` is `alpha_over_rank`: the size
+    of adamw's steps does not depend on the gradient, so a step moves D by about lr * scale * rank,
+    and under a constant scale a cut from rank 16 to 4 divides the learning rate by four too
+    (source: this project; measured in benchmarks/README.md).
 
     Args:
         method: a preset's name.
-        recipe: what the user has written.
+        recipe: the values that the user has written.
     """
     keys = PRESETS.get(method, {}) if isinstance(method, str) else {}
     clients = recipe.get("clients")
@@ -95,38 +96,47 @@ def preset(method: object, recipe: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def usual_scaling(method: object, optimizer: object) -> str:
-    """Return `adapter.scaling` where a recipe says nothing: see `preset`."""
+    """Return the default of `adapter.scaling`: see `preset`."""
     keys = PRESETS.get(method, {}) if isinstance(method, str) else {}
     falls = keys.get("annealing", {}).get("mode") == "staged"
     return "alpha_over_rank" if falls and optimizer == "adamw" else "constant"
 
 
 def usual_server_rate(optimizer: object) -> float:
-    """Return `aggregation.server_optimizer.lr` where a recipe says nothing.
+    """Return the default of `aggregation.server_optimizer.lr`.
 
-    Adam and yogi move each weight by about their rate at first; 1 is plain averaging for the rest.
+    Adam and yogi move each weight by about their rate at first; with sgd, 1 is plain averaging.
     """
     return 0.01 if optimizer in ("adam", "yogi") else 1.0
 
 
-def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the deep merge of two mappings; values of `over` win.
+def filled(given: Mapping[str, Any], endpoints: Collection[str] = ()) -> dict[str, Any]:
+    """Return a recipe's values with the keys that its method's preset and its task fill in.
 
-    A mapping whose keys are no names, such as ranks with their shares, is a value.
+    Idempotent: a key that is there wins.
 
-    >>> merged({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}})
-    {'a': {'x': 1, 'y': 3}}
+    Args:
+        given: the values as written.
+        endpoints: of object stores that the user has named elsewhere; see `endpoints`.
+
+    Raises:
+        ValueError: the values exceed the limits of `plain_values`.
     """
-    result = dict(under)
-    for key, value in over.items():
-        below = result.get(key)
-        if is_section(value) and is_section(below):
-            result[key] = merged(below, value)
-        else:
-            result[key] = value
-    return result
+    found = excess(given)
+    if found is not None:
+        raise ValueError(found)
+    written: dict[str, Any] = plain(given)
+    content = merged(preset(method_of(written), written), written)
+    return guarded_in(merged(task_defaults(content), content), endpoints)
 
 
-def is_section(value: Any) -> TypeGuard[Mapping[str, Any]]:
-    """Return whether a value is a mapping whose keys are names."""
-    return isinstance(value, Mapping) and all(str(key).isidentifier() for key in value)
+def method_of(raw: Mapping[str, Any]) -> Any:
+    """Return the method that a recipe is written for."""
+    return raw.get("method", "sa-fedlora")
+
+
+def task_defaults(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the defaults that differ for a recipe's task: a language model has no head."""
+    model = raw.get("model")
+    language = isinstance(model, Mapping) and model.get("task") == "causal-lm"
+    return {"adapter": {"train_head": False}} if language else {}

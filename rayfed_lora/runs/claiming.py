@@ -13,8 +13,10 @@ from typing import Any
 from rayfed_lora.endpoints import unguarded
 from rayfed_lora.errors import RecipeError, RunFolderError
 from rayfed_lora.locations import child
-from rayfed_lora.recipe.loading import load_recipe, parse_yaml
-from rayfed_lora.recipe.recipe import Recipe, Runtime
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.recipe.runtime import Runtime
+from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.runs import checksums, seals
 from rayfed_lora.runs.damage import is_rewritten
 from rayfed_lora.runs.ownership import Lease, Ticket, owner_of, take

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.locations import child
-from rayfed_lora.recipe.loading import parse_yaml
+from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.runs import seals
 from rayfed_lora.runs.reading import RunData, path_of, read_errors, read_run
 from rayfed_lora.storage import RunFolder

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayfed_lora.errors import RunFolderError
-from rayfed_lora.recipe.loading import parse_yaml
+from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.runs import checksums, seals
 from rayfed_lora.runs.checked import CheckedFolder, table
 from rayfed_lora.runs.checksums import SUMMARY_FILE

@@ -14,11 +14,11 @@ from pydantic import Field, TypeAdapter
 # Part of typing only from Python 3.12 on, as pydantic needs it.
 from typing_extensions import TypedDict
 
+from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.federation.ledger import Ledger, Totals
 from rayfed_lora.federation.run import Run, Timing
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.recipe.rule_facts import RULE_FACTS
 from rayfed_lora.runs import checkpoints
 from rayfed_lora.runs.checkpoints import Snapshot
 from rayfed_lora.storage import RunFolder
@@ -159,7 +159,7 @@ def check(snapshot: Snapshot, recipe: Recipe, population: Population) -> None:
     adapter = snapshot.facts["trainable"] == "adapter"
     modules = population.shape.modules if adapter else {}
     # Where all goes into the base there are none between two rounds.
-    stacked = RULE_FACTS[recipe.aggregation.rule].merges == "stack"
+    stacked = RULES[recipe.aggregation.rule].restarts
     if snapshot.state.factors or not stacked:
         _expect_names("factors", snapshot.state.factors, modules)
     shape, dense = population.shape, snapshot.state.dense

@@ -22,9 +22,9 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, Searcher
 
+from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.recipe.rule_facts import RULE_FACTS
 from rayfed_lora.tuning.space import Drawn, Space, trial_recipe, value_of
 
 # The key of a trial's config that holds its draw.
@@ -184,7 +184,7 @@ def scheduler(space: Space, recipe: Recipe) -> TrialScheduler | None:
     metric, mode = next(iter(space.objectives.items()))
     total = recipe.annealing.total_rounds
     ranks = [key for key in space.drawn if key.startswith(_RANKS)]
-    if space.scheduler == "pbt" and ranks and RULE_FACTS[recipe.aggregation.rule].personal:
+    if space.scheduler == "pbt" and ranks and RULES[recipe.aggregation.rule].personal:
         raise BadInputError(
             f"--scheduler pbt: expected no {ranks[0]} in the space, since clients keep factors of"
             f" their own under rule {recipe.aggregation.rule!r}, at the rank that they have"

@@ -26,9 +26,11 @@ from rayfed_lora.errors import (
 from rayfed_lora.launching import launch
 from rayfed_lora.locations import child
 from rayfed_lora.pages.search import SEARCH_FILE, SearchNews, Watch
-from rayfed_lora.recipe.loading import load_recipe, override_pairs, parse_yaml, yaml_text
+from rayfed_lora.recipe.layers import override_pairs
+from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.notes import given_way_in_search, unused
 from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.recipe.yaml_text import parse_yaml, yaml_text
 from rayfed_lora.runs import seals
 from rayfed_lora.runs.claiming import check_unused, differences, say
 from rayfed_lora.runs.location import run_location, with_absolute_paths

@@ -19,9 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from rayfed_lora.annealing.stages import stage_lengths
 from rayfed_lora.endpoints import named_in
 from rayfed_lora.errors import BadInputError
-from rayfed_lora.recipe.loading import load_recipe, parse_yaml, read_text
+from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.presets import usual_scaling, usual_server_rate
 from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.recipe.yaml_text import parse_yaml, read_text
 from rayfed_lora.runs.summary import TESTED
 from rayfed_lora.types import Stage
 

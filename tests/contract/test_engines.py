@@ -18,7 +18,8 @@ import pytest
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.errors import ClientError, RunError
-from rayfed_lora.recipe.recipe import Recipe, ServerOptimizer
+from rayfed_lora.recipe.aggregation import ServerOptimizer
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
@@ -192,7 +193,7 @@ def parts_of(running: Running[Trained]) -> list[Trained]:
 def mean_of(trained: Trained) -> AdapterState:
     """Return the aggregate of what came back."""
     step = OptimizerStep(ServerOptimizer())
-    return RULES["factor-average"].rule(STATE, trained.means, step).state
+    return RULES["factor-average"].aggregate(STATE, trained.means, step).state
 
 
 def test_reports_come_one_a_client_in_client_order_and_their_updates_reduced(opened):

@@ -16,7 +16,7 @@ from rayfed_lora.aggregation.step import product
 from rayfed_lora.federation import transitions
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.shapes import adapted_modules
-from rayfed_lora.recipe.recipe import Adapter
+from rayfed_lora.recipe.model import Adapter
 from rayfed_lora.types import AdapterState, Base, Factors, Frozen
 
 CLASSES = 3

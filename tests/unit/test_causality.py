@@ -10,7 +10,7 @@ from rayfed_lora.errors import ModelError
 from rayfed_lora.launching.planning import plan
 from rayfed_lora.models import sources
 from rayfed_lora.models.causality import check_causal
-from rayfed_lora.recipe.recipe import Model
+from rayfed_lora.recipe.model import Model
 from tests.unit.test_language_models import RECIPE, texts
 
 __all__ = ["texts"]

@@ -11,7 +11,7 @@ import pytest
 
 from rayfed_lora.data import load
 from rayfed_lora.errors import DataError
-from rayfed_lora.recipe.recipe import Data, Partition
+from rayfed_lora.recipe.data import Data, Partition
 
 TASK = "text-classification"
 TEXTS = [f"text {i}" for i in range(20)]

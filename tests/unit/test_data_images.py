@@ -15,7 +15,7 @@ from pyarrow import parquet
 from rayfed_lora.data import load
 from rayfed_lora.data.images import as_tensors
 from rayfed_lora.errors import DataError
-from rayfed_lora.recipe.recipe import Data
+from rayfed_lora.recipe.data import Data
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (4, 5, 6))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rayfed_lora.data import ClientTable, deal
 from rayfed_lora.data.partition import hold_out
 from rayfed_lora.errors import DataError
-from rayfed_lora.recipe.recipe import Partition
+from rayfed_lora.recipe.data import Partition
 
 LABELS = np.random.default_rng(0).integers(0, 10, 2000)
 

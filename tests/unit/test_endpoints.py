@@ -15,9 +15,10 @@ from rayfed_lora.data.sources import read_file
 from rayfed_lora.endpoints import endpoint, guarded, own_endpoints, unguarded
 from rayfed_lora.errors import DataError, RecipeError, RunFolderError
 from rayfed_lora.jobs.jobs import Jobs
-from rayfed_lora.recipe.loading import load_recipe, parse_yaml, recipe_yaml
+from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
 from rayfed_lora.recipe.notes import unused
 from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.runs import seals
 from rayfed_lora.runs.claiming import differences
 from rayfed_lora.storage import RunFolder

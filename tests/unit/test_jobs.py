@@ -26,7 +26,8 @@ from rayfed_lora.jobs.views import (
     show_stopped,
     show_submitted,
 )
-from rayfed_lora.recipe.loading import load_recipe, parse_yaml
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.runs.status import Status
 from tests.fake_jobs import Details, FakeClient
 from tests.fakes import make_recipe

@@ -15,7 +15,8 @@ from rayfed_lora.errors import RecipeError
 from rayfed_lora.federation import sampling
 from rayfed_lora.federation.run import Run, fresh
 from rayfed_lora.federation.server import Server
-from rayfed_lora.recipe.loading import load_recipe, parse_yaml, recipe_yaml
+from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
+from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.tasks.messages import TestClients
 from rayfed_lora.tasks.training import Starts
 from rayfed_lora.types import AdapterState, Base, Factors, GlobalModel

@@ -29,7 +29,7 @@ from rayfed_lora.models.shapes import (
     model_shape,
 )
 from rayfed_lora.models.sources import skeleton
-from rayfed_lora.recipe.recipe import Adapter
+from rayfed_lora.recipe.model import Adapter
 from rayfed_lora.types import ModuleShape
 from tests.fakes import make_recipe
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from rayfed_lora.aggregation.messages import trained_factors
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.launching import launch, planning
 from rayfed_lora.recipe.loading import load_recipe
@@ -55,7 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
         f"sa-fedlora {rule}": {"aggregation.rule": rule}
         # The other rules send what factor-average does, or go with one rank only.
         for rule, entry in RULES.items()
-        if entry.merges or entry.trains != "both"
+        if entry.messages is not trained_factors and not entry.personal
     },
     "alternate fold": {
         "aggregation.rule": "alternate",

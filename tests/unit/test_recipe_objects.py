@@ -16,11 +16,15 @@ from rayfed_lora.errors import RecipeError
 from rayfed_lora.jobs.jobs import Jobs
 from rayfed_lora.launching.comparison import cells_of
 from rayfed_lora.launching.launch import start
+from rayfed_lora.recipe.aggregation import Aggregation, ServerOptimizer
 from rayfed_lora.recipe.annealing import Annealing, Heating
 from rayfed_lora.recipe.clients import Clients, Optimizer
+from rayfed_lora.recipe.data import Data
 from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
+from rayfed_lora.recipe.model import Model
 from rayfed_lora.recipe.presets import PRESETS
-from rayfed_lora.recipe.recipe import Aggregation, Data, Model, Recipe, ServerOptimizer, Storage
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.recipe.storage import Storage
 from tests.fake_jobs import FakeClient
 from tests.fakes import FakeFactory, make_recipe
 
@@ -201,7 +205,7 @@ def test_numbers_of_numpy_and_paths_are_taken_and_kept_as_plain_values(tmp_path)
 
 
 def parse(text: str) -> Any:
-    from rayfed_lora.recipe.loading import parse_yaml
+    from rayfed_lora.recipe.yaml_text import parse_yaml
 
     return parse_yaml("kept", text)
 

@@ -17,7 +17,8 @@ from rayfed_lora.engines.on_ray.placement import Layout, Node
 from rayfed_lora.errors import ResourceError, RunError, RunFolderError
 from rayfed_lora.pages.report import report
 from rayfed_lora.pages.search import SearchNews, read_search
-from rayfed_lora.recipe.loading import load_recipe, yaml_text
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.yaml_text import yaml_text
 from rayfed_lora.runs import checksums, seals
 from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import StatusBoard

@@ -15,7 +15,7 @@ import rayfed_lora
 from rayfed_lora.errors import BadInputError, ClientError, ModelError, RecipeError, RunError
 from rayfed_lora.models import export, sources
 from rayfed_lora.pages.page import page
-from rayfed_lora.recipe.recipe import Model
+from rayfed_lora.recipe.model import Model
 from tests.fakes import make_recipe
 
 PACKAGE = Path(rayfed_lora.__file__).parent

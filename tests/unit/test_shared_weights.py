@@ -12,7 +12,7 @@ from torch import nn
 from rayfed_lora.models import loading, sources
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.shapes import adapted_modules
-from rayfed_lora.recipe.recipe import Adapter, Model
+from rayfed_lora.recipe.model import Adapter, Model
 from rayfed_lora.types import AdapterState, Base, Factors
 
 VIT = Model.model_validate(

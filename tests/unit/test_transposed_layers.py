@@ -18,7 +18,7 @@ from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.export import write_adapter
 from rayfed_lora.models.linear import sides
 from rayfed_lora.models.shapes import adapted_modules
-from rayfed_lora.recipe.recipe import Adapter
+from rayfed_lora.recipe.model import Adapter
 from rayfed_lora.types import AdapterState, Base, Factors
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

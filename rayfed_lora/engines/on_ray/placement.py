@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rayfed_lora.errors import ResourceError
-from rayfed_lora.recipe.recipe import Runtime
+from rayfed_lora.recipe.runtime import Runtime
 
 _ROUNDING = 1e-9
 
