@@ -19,7 +19,7 @@ from rayfed_lora.data.fingerprint import with_fingerprint
 from rayfed_lora.data.traces import read_trace
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.engines.factory import in_process
-from rayfed_lora.engines.local import LocalExecutor
+from rayfed_lora.engines.local import LocalEngine
 from rayfed_lora.errors import ClientError, DataError, RunFolderError
 from rayfed_lora.pages.report import report_html
 from rayfed_lora.recipe.loading import load_recipe
@@ -49,8 +49,8 @@ class NamedFactory(FakeFactory):
         return with_fingerprint(workload) if self.fingerprint else workload
 
 
-def executor(recipe: Recipe, factory: FakeFactory) -> LocalExecutor:
-    return LocalExecutor(recipe.aggregation.rule, lambda: in_process(recipe, factory, "cpu"))
+def executor(recipe: Recipe, factory: FakeFactory) -> LocalEngine:
+    return LocalEngine(lambda: in_process(recipe, factory, "cpu"))
 
 
 def stopped(folder: Path, factory: FakeFactory, rounds: int) -> None:
