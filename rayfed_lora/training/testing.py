@@ -16,7 +16,7 @@ from rayfed_lora.models.recorded import RecordedPasses
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training import python_lock
 from rayfed_lora.training.drawing import tensors
-from rayfed_lora.training.tokens import token_losses
+from rayfed_lora.training.losses import token_losses
 from rayfed_lora.types import AdapterState, Base, ClientScore, Predictions, Split, Trainable
 
 # With more classes, probabilities are not worth what they would take to send.

@@ -38,6 +38,7 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training import python_lock
 from rayfed_lora.training.drawing import Drawing, GroupWork, tensors
 from rayfed_lora.training.dropout import ClientDropout
+from rayfed_lora.training.losses import token_losses
 from rayfed_lora.training.memory import keep_freed_memory, memory_watched, return_freed_memory
 from rayfed_lora.training.optimizing import (
     add_proximal_gradient,
@@ -49,7 +50,6 @@ from rayfed_lora.training.proof import examined, judged
 from rayfed_lora.training.protocol import attributed
 from rayfed_lora.training.results import Left, all_finite, update_of
 from rayfed_lora.training.testing import Testing, know_threads
-from rayfed_lora.training.tokens import token_losses
 from rayfed_lora.types import (
     AdapterState,
     Base,
