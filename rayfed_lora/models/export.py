@@ -69,7 +69,10 @@ def trained_files(
             name = "base" if keep_base else sources.location(recipe.model.source)
             write_adapter(folder / "adapter", state, net, recipe.adapter, name)
         if keep_base:
-            write_base(folder / "base", net, everything)
+            with torch.no_grad(), sources.quiet():
+                for name, parameter in net.named_parameters():
+                    parameter.copy_(torch.tensor(everything[name]))
+                net.save_pretrained(str(folder / "base"))  # type: ignore[operator]
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
@@ -92,7 +95,7 @@ def write_adapter(
 
     Args:
         folder: created if it is missing.
-        state: factors and head.
+        state: factors and dense tensors.
         net: the plain model, for its module names.
         adapter: the recipe's section.
         base_name: folder or hub id of the base model.
@@ -125,21 +128,6 @@ def _zeros(state: AdapterState) -> Mapping[str, Factors]:
     name, f = next(iter(state.factors.items()))
     d_in, d_out = f.a.shape[1], f.b.shape[0]
     return {name: Factors(np.zeros((1, d_in), np.float32), np.zeros((d_out, 1), np.float32), 1.0)}
-
-
-def write_base(folder: Path, net: nn.Module, tensors: Mapping[str, FloatArray]) -> None:
-    """Write a plain model with the given parameters in transformers' format.
-
-    Args:
-        folder: created if it is missing.
-        net: a plain transformers model; its parameters are overwritten.
-        tensors: every parameter by name.
-    """
-    with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            parameter.copy_(torch.tensor(tensors[name]))
-    with sources.quiet():
-        net.save_pretrained(str(folder))  # type: ignore[operator]
 
 
 def merge(

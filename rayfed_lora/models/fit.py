@@ -72,15 +72,7 @@ def _notes(
     trained: set[str],
     recipe: Recipe,
 ) -> Iterable[str]:
-    """Yield the notes.
-
-    Args:
-        report: of the source.
-        missing: tensors that it lacks.
-        heads: prefixes of the names of tensors in the head.
-        trained: names of the parameters that every client trains densely.
-        recipe: the run.
-    """
+    """Yield the notes, given prefixes of names in the head and the densely trained parameters."""
     source = where(recipe.model)
     unused = [name for name in report.unexpected if not name.endswith(_HARMLESS)]
     # A source without a head is common; one with a head that is not recognised is not.

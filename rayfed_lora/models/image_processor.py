@@ -36,13 +36,7 @@ class ImageProcessor:
     """Preprocesses images as the source's processor does: size, crop, rescaling, mean, std."""
 
     def __init__(self, processor: Any, channels: int, name: str) -> None:
-        """Keep the processor.
-
-        Args:
-            processor: a transformers image processor.
-            channels: of the model.
-            name: source and file of the processor, for messages.
-        """
+        """Keep a transformers processor, the model's channels, and a name for messages."""
         self._processor, self._channels, self._name = processor, channels, name
 
     def __call__(self, images: Images) -> Images:
@@ -71,17 +65,12 @@ class ImageProcessor:
             images = np.repeat(images, _RGB, axis=1)
         elif self._channels == _RGB and images.shape[1] == _RGBA:
             images = images[:, :_RGB]
-        try:
-            with sources.quiet():
-                output = self._processor(
-                    images=[*images], input_data_format="channels_first", return_tensors="np"
-                )
+        sizes = " x ".join(map(str, images.shape[1:]))
+        with sources.attributed(f"{self._name} cannot take images of {sizes}"):
+            output = self._processor(
+                images=[*images], input_data_format="channels_first", return_tensors="np"
+            )
             inputs = np.asarray(output["pixel_values"], np.float32)
-        except Exception as error:  # processors raise errors of many types
-            raise ModelError(
-                f"{self._name} cannot take images of {' x '.join(map(str, images.shape[1:]))}:"
-                f" {one_line(error)}"
-            ) from error
         if inputs.ndim != images.ndim:
             raise ModelError(
                 f"{self._name}: expected one image for each, it gives arrays of"
@@ -133,7 +122,7 @@ def read_image_processor(
             processor = AutoImageProcessor.from_pretrained(
                 place, trust_remote_code=False, backend="pil"
             )
-    except Exception as error:  # as for configurations
+    except Exception as error:  # of many types
         raise ModelError(f"{name} cannot be read: {one_line(error)}{_to_install(error)}") from error
     if size is not None:
         _set_size(processor, size)
@@ -141,12 +130,7 @@ def read_image_processor(
 
 
 def _set_size(processor: Any, size: int) -> None:
-    """Set the size that a processor resizes and crops to, in place.
-
-    Args:
-        processor: if it resizes by the shorter side, it still does.
-        size: height and width.
-    """
+    """Let a processor resize and crop to a square; resizing by the shorter side stays so."""
     square = SizeDict(height=size, width=size)
     if getattr(processor, "size", None):
         by_shorter_side = processor.size.shortest_edge is not None

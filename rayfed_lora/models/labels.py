@@ -27,10 +27,12 @@ class HeadMatch:
         kind: `unknown`: the source names no classes | `same`: the names are equal, in any order |
             `numbers`: the data number the classes 0 .. n - 1 | `other`: other classes.
         order: index of the data's class for each output of the head; 0 .. n - 1 unless `same`.
+        names: of the head's classes; none where it names none.
     """
 
     kind: Literal["unknown", "same", "numbers", "other"]
     order: tuple[int, ...]
+    names: tuple[str, ...] = ()
 
     @property
     def reorders(self) -> bool:
@@ -38,14 +40,11 @@ class HeadMatch:
         return self.order != tuple(range(len(self.order)))
 
 
-def match_head(model: Model, labels: Sequence[str]) -> tuple[HeadMatch, tuple[str, ...]]:
-    """Return how the classes of the source's head relate to the data's, and the head's names.
+def match_head(model: Model, labels: Sequence[str]) -> HeadMatch:
+    """Return how the classes of the source's head relate to the data's.
 
     Names that the recipe gives in `model.config.id2label` take precedence over the source's own.
-
-    Args:
-        model: the recipe's section.
-        labels: name of each class of the data.
+    `labels` are the names of the data's classes.
 
     Raises:
         ModelError: the source's configuration cannot be read, or the recipe names other classes
@@ -53,31 +52,25 @@ def match_head(model: Model, labels: Sequence[str]) -> tuple[HeadMatch, tuple[st
     """
     given = model.config.get("id2label")
     if given:
-        names = class_names({"id2label": given}) or ()
-        match = match_classes(names, labels)
+        match = match_classes(class_names({"id2label": given}), labels)
         # transformers' defaults carry no information about the classes.
-        generic = all(name.startswith("LABEL_") for name in names)
+        generic = all(name.startswith("LABEL_") for name in match.names)
         if match.kind == "other" or (match.kind == "unknown" and not generic):
             raise ModelError(
                 f"model.config.id2label: expected the data's classes, {listed(labels)}, got"
-                f" {listed(names)}"
+                f" {listed(match.names)}"
             )
-        return match, names
+        return match
     if model.source == "config":
-        return match_classes(None, labels), ()
+        return match_classes((), labels)
     plain = model.model_copy(update={"config": {}})
-    names = class_names(sources.configuration(plain, {}).to_dict()) or ()
-    return match_classes(names or None, labels), names
+    return match_classes(class_names(sources.configuration(plain, {}).to_dict()), labels)
 
 
-def class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Return the name of each class of the head that a configuration describes.
+def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the name of each class of the head that a configuration, as a dictionary, describes.
 
-    Args:
-        config: a configuration as a dictionary; its `id2label` and `architectures` are read.
-
-    Returns:
-        None where the architecture is not known to have classes.
+    There are none where the architecture is not known to have classes.
 
     Raises:
         ModelError: `id2label` is no mapping, or its classes are not numbered 0 .. n - 1.
@@ -85,7 +78,7 @@ def class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     architectures = config.get("architectures") or []
     named = config.get("id2label")
     if not named or (architectures and "Classification" not in str(architectures)):
-        return None
+        return ()
     if not isinstance(named, Mapping):
         raise ModelError(
             f"model.config.id2label: expected {{0: name, 1: name, ...}}, got {named!r}"
@@ -100,32 +93,26 @@ def class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(by_number[number] for number in expected)
 
 
-def match_classes(source: Sequence[str] | None, data: Sequence[str]) -> HeadMatch:
-    """Return how the classes of a head relate to those of the data.
+def match_classes(head: Sequence[str], data: Sequence[str]) -> HeadMatch:
+    """Return how the named classes of a head relate to those of the data.
 
     Names are compared exactly, then ignoring case and outer blanks.
 
-    Args:
-        source: name of each class of the head; None: the head names none.
-        data: name of each class of the data.
-
-    >>> match_classes(["POSITIVE", "NEGATIVE"], ["negative", "positive"])
-    HeadMatch(kind='same', order=(1, 0))
+    >>> match_classes(["POSITIVE", "NEGATIVE"], ["negative", "positive"]).order
+    (1, 0)
     >>> match_classes(["cat", "dog"], ["0", "1"]).kind
     'numbers'
     """
-    as_given = tuple(range(len(data)))
-    if source is None:
-        return HeadMatch("unknown", as_given)
-    for known, wanted in ((list(source), list(data)), (_folded(source), _folded(data))):
+    names, as_given = tuple(head), tuple(range(len(data)))
+    for known, wanted in ((list(head), list(data)), (_folded(head), _folded(data))):
         if len(set(wanted)) == len(wanted) and sorted(known) == sorted(wanted):
-            return HeadMatch("same", tuple(wanted.index(name) for name in known))
-    if all(_NUMBER.fullmatch(name) for name in source):
-        return HeadMatch("unknown", as_given)
+            return HeadMatch("same", tuple(wanted.index(name) for name in known), names)
+    if all(_NUMBER.fullmatch(name) for name in head):
+        return HeadMatch("unknown", as_given, names)
     numbers = [_NUMBER.fullmatch(name) for name in data]
-    if [number and int(number[1]) for number in numbers] == [*range(len(source))]:
-        return HeadMatch("numbers", as_given)
-    return HeadMatch("other", as_given)
+    if [number and int(number[1]) for number in numbers] == [*range(len(head))]:
+        return HeadMatch("numbers", as_given, names)
+    return HeadMatch("other", as_given, names)
 
 
 def _folded(names: Sequence[str]) -> list[str]:

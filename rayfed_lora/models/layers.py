@@ -41,11 +41,9 @@ class AdaptedLinear(nn.Linear):
     """A frozen linear layer with LoRA factors for each client of a group, or without factors."""
 
     def __init__(self, plain: nn.Module, dropout: float) -> None:
-        """Take over a plain layer's parameters, under the same names.
+        """Take over the parameters of an nn.Linear or a Conv1D, under the same names.
 
-        Args:
-            plain: an nn.Linear or a Conv1D.
-            dropout: probability of a zero in the input of the factors.
+        `dropout` is the probability of a zero in the input of the factors.
         """
         nn.Module.__init__(self)
         shape = sides(plain)

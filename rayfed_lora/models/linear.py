@@ -50,11 +50,7 @@ def sides(module: nn.Module) -> ModuleShape:
 
 
 def unsuitable(net: nn.Module) -> dict[str, str]:
-    """Return the linear layers of a model that cannot get factors, each with the reason.
-
-    Args:
-        net: a plain model, with or without values.
-    """
+    """Return the linear layers of a plain model that cannot get factors, each with the reason."""
     model_type = getattr(getattr(net, "config", None), "model_type", None)
     users, parents = _users_and_parents(net)
     plain: dict[type, bool] = {}

@@ -17,7 +17,7 @@ from torch import nn
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import sources
 from rayfed_lora.models.labels import match_head
-from rayfed_lora.models.wording import listed, one_line, where
+from rayfed_lora.models.wording import listed, where
 from rayfed_lora.recipe.recipe import Model
 from rayfed_lora.seeds import Purpose, torch_seed
 
@@ -42,14 +42,9 @@ class LoadReport:
 def load_report(model: Model, config: Any, *, local_only: bool = False) -> LoadReport | None:
     """Return how the source's weights fit, from their names and shapes; no weight is read.
 
-    Args:
-        model: the recipe's section.
-        config: from `sources.configuration`.
-        local_only: download nothing.
-
     Returns:
-        None for the source `config`, or where the weights would have to be downloaded and
-        `local_only` is set.
+        None for the source `config`, and, if `local_only`, for weights that are not on this
+        machine.
 
     Raises:
         ModelError: the weights cannot be read.
@@ -73,20 +68,17 @@ def load_report(model: Model, config: Any, *, local_only: bool = False) -> LoadR
 
 
 def _load(model: Model, config: Any, **options: Any) -> tuple[nn.Module, LoadReport]:
-    try:
-        with sources.quiet():
-            net, info = sources.auto_class(model).from_pretrained(
-                sources.location(model.source),
-                config=config,
-                dtype=torch.float32,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **options,
-            )
-    except Exception as error:  # as for configurations
-        raise ModelError(f"{where(model)}: {one_line(error)}") from error
+    with sources.attributed(where(model)):
+        net, info = sources.auto_class(model).from_pretrained(
+            sources.location(model.source),
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
     if info["error_msgs"]:
         raise ModelError(f"{where(model)}: {' '.join(info['error_msgs'])}")
     shapes = {name: (tuple(had), tuple(needed)) for name, had, needed in info["mismatched_keys"]}
@@ -95,10 +87,7 @@ def _load(model: Model, config: Any, **options: Any) -> tuple[nn.Module, LoadRep
 
 
 def build(model: Model, config: Any, seed: int, *, keep_head: bool = False) -> nn.Module:
-    """Return the model in float32; its random weights (all, or the head's) follow from the seed.
-
-    Args and Raises are those of `build_and_list_random`.
-    """
+    """Return the model of `build_and_list_random` alone."""
     net, _ = build_and_list_random(model, config, seed, keep_head=keep_head)
     return net
 
@@ -106,12 +95,12 @@ def build(model: Model, config: Any, seed: int, *, keep_head: bool = False) -> n
 def build_and_list_random(
     model: Model, config: Any, seed: int, *, keep_head: bool = False
 ) -> tuple[nn.Module, frozenset[str]]:
-    """Return the model of `build`, and the names of its randomly initialised tensors.
+    """Return the model in float32, and the names of its randomly initialised tensors.
 
     Args:
         model: the recipe's section.
         config: from `sources.configuration`.
-        seed: the run's seed.
+        seed: the run's seed, which all random weights follow from.
         keep_head: keep a head whose classes have other names than the configuration's. Otherwise
             the tensors whose size depends on the classes are initialised again.
 
@@ -120,16 +109,13 @@ def build_and_list_random(
     """
     torch.manual_seed(torch_seed(seed, Purpose.MODEL_INIT))
     if model.source == "config":
-        try:
-            net = sources.randomly_initialised(model, config)
-        except Exception as error:  # as for configurations
-            raise ModelError(f"{where(model)}: {one_line(error)}") from error
+        net = sources.randomly_initialised(model, config)
         return net, frozenset(name for name, _ in net.named_parameters())
     net, report = _load(model, config)
     random = {*report.missing, *report.mismatched}
     if model.task != "causal-lm" and not keep_head:
         labels = [config.id2label[i] for i in range(config.num_labels)]
-        if match_head(model, labels)[0].kind == "other":
+        if match_head(model, labels).kind == "other":
             random |= _reinitialise_head(net, model, config, seed)
     _check_finite(net, where(model))
     return net.float(), frozenset(random)

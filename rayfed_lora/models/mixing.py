@@ -34,19 +34,6 @@ _PADDING = "the model mixes padding into its result: without it, a text has othe
 
 
 @dataclass(frozen=True)
-class Trial:
-    """Examples to test a model on.
-
-    Attributes:
-        together: the examples as one batch, padded as in training.
-        alone: each example as a batch of its own, without padding.
-    """
-
-    together: Inputs
-    alone: Sequence[Inputs]
-
-
-@dataclass(frozen=True)
 class Verdict:
     """Reasons why examples cannot be computed in one batch, where there are any.
 
@@ -65,14 +52,15 @@ class Verdict:
     heads: Mapping[str, str] = field(default_factory=dict)
 
 
-def verdict_on(net: nn.Module, trial: Trial) -> Verdict:
-    """Return whether a model computes examples in one batch as it does alone.
+def verdict_on(net: nn.Module, together: Inputs, alone: Sequence[Inputs]) -> Verdict:
+    """Return whether a plain model in float32 computes examples in one batch as it does alone.
 
     Weights, buffers and mode are restored. A model with dropout is tested in evaluation mode only.
 
     Args:
-        net: a plain model in float32.
-        trial: the examples.
+        net: the model.
+        together: the examples as one batch, padded as in training.
+        alone: each example as a batch of its own, without padding.
 
     Raises:
         Exception: whatever the model raises on one padded example in evaluation mode.
@@ -82,12 +70,12 @@ def verdict_on(net: nn.Module, trial: Trial) -> Verdict:
     try:
         with torch.no_grad():
             net.eval()
-            verdict = _compare(net, trial)
+            verdict = _compare(net, together, alone)
             if verdict.testing is not None or drops(net):
                 return verdict
             net.train()
             try:
-                return replace(_compare(net, trial), testing=None)
+                return replace(_compare(net, together, alone), testing=None)
             except Exception as error:  # of any type; training of a single client reports it
                 return Verdict(training=_failure(error))
     finally:
@@ -106,11 +94,9 @@ def drops(net: nn.Module) -> bool:
 
 
 def _has_dropout(value: Any, *, named: bool = False) -> bool:
-    """Return whether a configuration, or a part of it, has a dropout rate above zero.
+    """Return whether a part of a configuration has a dropout rate above zero.
 
-    Args:
-        value: a dictionary, a list or a single value.
-        named: whether a key above the value contains "drop".
+    `named`: a key above the part contains "drop".
     """
     if isinstance(value, Mapping):
         return any(
@@ -123,13 +109,13 @@ def _has_dropout(value: Any, *, named: bool = False) -> bool:
     return named and isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
-def _compare(net: nn.Module, trial: Trial) -> Verdict:
+def _compare(net: nn.Module, together: Inputs, alone: Sequence[Inputs]) -> Verdict:
     """Return the verdict on the model in its present mode."""
-    examples = len(trial.alone)
-    padded = [{n: x[i : i + 1] for n, x in trial.together.items()} for i in range(examples)]
+    examples = len(alone)
+    padded = [{n: x[i : i + 1] for n, x in together.items()} for i in range(examples)]
     singles = [_forward(net, inputs) for inputs in padded]
     try:
-        logits, calls = _forward(net, trial.together)
+        logits, calls = _forward(net, together)
     except Exception as error:  # of any type; training of a single client reports it
         return Verdict(_failure(error), _failure(error))
     layers = {n: FIRST_DIMENSION for n, xs in calls.items() if any(len(x) % examples for x in xs)}
@@ -141,7 +127,7 @@ def _compare(net: nn.Module, trial: Trial) -> Verdict:
         for name in parts.keys() | own_calls.keys():
             if not _same_calls(parts.get(name, ()), own_calls.get(name, ())):
                 layers.setdefault(name, _ORDER)
-    for inputs, short, (own_logits, own_calls) in zip(padded, trial.alone, singles, strict=True):
+    for inputs, short, (own_logits, own_calls) in zip(padded, alone, singles, strict=True):
         if all(inputs[name].shape == values.shape for name, values in short.items()):
             continue
         try:

@@ -54,6 +54,21 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@contextmanager
+def attributed(subject: str) -> Iterator[None]:
+    """Run transformers quietly; turn any exception into a ModelError that begins with `subject`.
+
+    transformers raises exceptions of many types for unsuitable files and values.
+    """
+    try:
+        with quiet():
+            yield
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{subject}: {one_line(error)}") from error
+
+
 def location(source: str) -> str:
     """Return the folder or hub id that transformers loads `source` from.
 
@@ -108,20 +123,14 @@ def configuration(model: Model, overrides: dict[str, Any]) -> Any:
             f"model.config.{arguments[0]}: expected values of the model's configuration; how a"
             " model is loaded is fixed: safetensors only, and no code that comes with a model"
         )
-    try:
-        with quiet():
-            if model.source == "config":
-                config = AutoConfig.for_model(model.config["architecture"], **overrides | own)
-            else:
-                place = location(model.source)
-                check_folder(Path(place), where(model))
-                config = AutoConfig.from_pretrained(
-                    place, trust_remote_code=False, **overrides | own
-                )
-    except ModelError:
-        raise
-    except Exception as error:  # configurations raise errors of many types
-        raise ModelError(f"{where(model)}: {one_line(error)}") from error
+    values = overrides | own
+    with attributed(where(model)):
+        if model.source == "config":
+            config = AutoConfig.for_model(model.config["architecture"], **values)
+        else:
+            place = location(model.source)
+            check_folder(Path(place), where(model))
+            config = AutoConfig.from_pretrained(place, trust_remote_code=False, **values)
     _check_keys(list(own), config)
     return config
 
@@ -161,18 +170,20 @@ def skeleton(model: Model, config: Any) -> nn.Module:
     Raises:
         ModelError: transformers has no such model for the task.
     """
-    try:
-        with quiet(), torch.device("meta"):
+    with attributed(where(model)):
+        with torch.device("meta"):
             net = auto_class(model).from_config(config)
         # Some models ignore torch's default device for a few tensors.
         return net.to("meta")  # type: ignore[no-any-return]
-    except Exception as error:  # values that a configuration accepts may still fit no model
-        raise ModelError(f"{where(model)}: {one_line(error)}") from error
 
 
 def randomly_initialised(model: Model, config: Any) -> nn.Module:
-    """Return the model in float32 with random weights, whatever its source has."""
-    with quiet():
+    """Return the model in float32 with random weights, whatever its source has.
+
+    Raises:
+        ModelError: the model cannot be built.
+    """
+    with attributed(where(model)):
         return auto_class(model).from_config(config).float()  # type: ignore[no-any-return]
 
 
@@ -197,16 +208,12 @@ def weights(net: nn.Module) -> dict[str, npt.NDArray[Any]]:
 def assembled(
     model: Model, config: Any, arrays: Mapping[str, npt.NDArray[Any]]
 ) -> nn.Module | None:
-    """Return the model on the given weights; parameters are not copied.
+    """Return the model on the arrays that `weights` of the same model returned.
 
-    Args:
-        model: the recipe's section.
-        config: from `configuration`.
-        arrays: from `weights` of the same model. They may be read-only: the caller must never
-            write to the parameters.
+    Parameters are not copied. The arrays may be read-only: never write to the parameters.
 
     Returns:
-        The model, or None where it has tensors that are neither parameters nor buffers.
+        None where the model has tensors that are neither parameters nor buffers.
     """
     net = skeleton(model, config)
     # One parameter per address, so that tied weights are tied.

@@ -54,7 +54,7 @@ def choose_targets(
     """Return the modules that a recipe's `adapter.target_modules` selects.
 
     Args:
-        net: a plain model, with or without values.
+        net: a plain model, real or on the meta device.
         targets: the recipe's value.
         head: names of the modules that make up the head.
         rank: the largest rank that is trained; `all-linear` leaves smaller layers out.
@@ -130,11 +130,9 @@ class _Layers:
         raise ModelError(f"{_KEY}: auto finds no query and value projections; {self.offer()}")
 
     def usable(self, names: Sequence[str], small: Mapping[str, str] | None = None) -> Targets:
-        """Return the modules among `names` that can get factors, with notes on the others.
+        """Return those of some linear layers that can get factors, with notes on the others.
 
-        Args:
-            names: of linear layers.
-            small: further layers that cannot, each with the reason.
+        Layers in `small` cannot, for the reason given there.
 
         Raises:
             ModelError: none can.

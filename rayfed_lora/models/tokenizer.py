@@ -15,7 +15,6 @@ from transformers import AutoTokenizer
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import sources
 from rayfed_lora.models.tokens import Tokens
-from rayfed_lora.models.wording import one_line
 from rayfed_lora.recipe.recipe import Model
 
 # Characters of a text that a message shows.
@@ -38,22 +37,15 @@ def read_tokenizer(model: Model) -> Any:
             "model.tokenizer: expected a package, folder or hub id, since model.source 'config'"
             " has no tokenizer of its own"
         )
-    place = sources.location(source)
-    try:
-        with sources.quiet():
-            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except Exception as error:  # tokenizers raise errors of many types
-        raise ModelError(f"tokenizer of {source!r}: {one_line(error)}") from error
+    with sources.attributed(f"tokenizer of {source!r}"):
+        return AutoTokenizer.from_pretrained(sources.location(source), trust_remote_code=False)
 
 
 def give_padding_token(tokenizer: Any) -> str | None:
     """Let a tokenizer without a padding token pad with its end token, or the unknown one.
 
-    Args:
-        tokenizer: a transformers tokenizer, changed in place.
-
     Returns:
-        The token it pads with from now on; None where it had one, or has no other to use.
+        The new padding token; None where the tokenizer had one, or has no other to use.
     """
     if tokenizer.pad_token is not None:
         return None
@@ -66,9 +58,7 @@ def give_padding_token(tokenizer: Any) -> str | None:
 def token_facts(tokenizer: Any, *, padding: bool) -> dict[str, Any]:
     """Return the configuration entries that a model with random weights takes from its tokenizer.
 
-    Args:
-        tokenizer: a transformers tokenizer.
-        padding: whether to include the padding token; its embedding is then all zeros.
+    With `padding`, they include the padding token, whose embedding is then all zeros.
     """
     largest = max(tokenizer.get_vocab().values(), default=0)
     names = ["bos_token_id", "eos_token_id", *(["pad_token_id"] if padding else [])]
@@ -80,17 +70,11 @@ def token_facts(tokenizer: Any, *, padding: bool) -> dict[str, Any]:
 
 
 def settle_padding(config: Any, net: nn.Module, tokenizer: Any, model: Model) -> None:
-    """Set the configuration's padding token to the tokenizer's.
+    """Set the padding token of a model's configuration, in place, to the tokenizer's.
 
     A decoder's classifier reads the last token that is not `config.pad_token_id`. Where positions
     are counted from that token (RoBERTa's kind) the pre-trained value stays, since another value
     would shift every position. A value in the recipe stays, too.
-
-    Args:
-        config: of the model, changed in place.
-        net: the model, real or on the meta device.
-        tokenizer: a transformers tokenizer.
-        model: the recipe's section.
     """
     text = config.get_text_config()
     counted = model.source != "config" and any(
@@ -120,10 +104,7 @@ def check_vocabulary(net: nn.Module, tokenizer: Any, config: Any | None) -> None
     Tokens that were added to a tokenizer (for images, for unused roles) may exceed the table:
     `check_tokens` rejects texts in which they occur.
 
-    Args:
-        net: the model, real or on the meta device.
-        tokenizer: a transformers tokenizer.
-        config: the model's configuration, whose padding token is checked too; None: skip that.
+    The padding token is that of the model's configuration; without one, it is not checked.
 
     Raises:
         ModelError: the largest token, or the padding token, exceeds the table.
@@ -151,12 +132,6 @@ def check_vocabulary(net: nn.Module, tokenizer: Any, config: Any | None) -> None
 def check_tokens(net: nn.Module, tokenizer: Any, tokens: Tokens, texts: Sequence[str]) -> None:
     """Reject texts with a token that the model has no embedding for.
 
-    Args:
-        net: the model, real or on the meta device.
-        tokenizer: a transformers tokenizer.
-        tokens: `input_ids`, (n, length).
-        texts: the n texts.
-
     Raises:
         ModelError: names the token and the text.
     """
@@ -174,12 +149,7 @@ def check_tokens(net: nn.Module, tokenizer: Any, tokens: Tokens, texts: Sequence
 
 
 def check_length(model: Model, config: Any, longest: int) -> None:
-    """Reject texts that are longer than the model's table of positions, where it has one.
-
-    Args:
-        model: the recipe's section.
-        config: from `sources.configuration`.
-        longest: tokens of the longest text.
+    """Reject texts of `longest` tokens if the model has a table of fewer positions.
 
     Raises:
         ModelError: the model has fewer positions.

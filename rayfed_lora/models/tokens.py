@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,14 @@ from torch import nn
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models.sources import quiet
 
-Tokens = dict[str, npt.NDArray[np.int32]]
+_Array = npt.NDArray[np.int32]
+Tokens = dict[str, _Array]
 # A tokenizer's results take up to some 200 bytes a character.
 _BATCH_CHARACTERS = 2_000_000
 
 
 def tokenize(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
-    """Return the tokenised texts, padded on the right to the longest of them.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        texts: n texts.
-        max_length: maximum tokens of a text; longer texts are truncated.
+    """Return n texts, truncated to `max_length` tokens and padded on the right to the longest.
 
     Returns:
         The tokenizer's own outputs (`input_ids`, `attention_mask`, ...), each (n, length) int32.
@@ -36,52 +33,44 @@ def tokenize(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
         raise ModelError(
             "model.tokenizer: expected one with a padding, an end or an unknown token, it has none"
         )
-    parts: list[Tokens] = []
+    rows: dict[str, list[_Array]] = defaultdict(list)
     with quiet():
         for batch in _batches(texts):
             encoded = tokenizer(
-                batch,
-                truncation=True,
-                max_length=max_length,
-                padding="longest",
-                padding_side="right",
-                return_attention_mask=True,
-                return_tensors="np",
+                batch, truncation=True, max_length=max_length, return_attention_mask=True
             )
-            parts.append({n: np.asarray(values, dtype=np.int32) for n, values in encoded.items()})
-    longest = max(part["input_ids"].shape[1] for part in parts)
+            for name, values in encoded.items():
+                rows[name] += [np.array(row, np.int32) for row in values]
     fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-
-    def padded(name: str, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        behind = ((0, 0), (0, longest - rows.shape[1]))
-        return np.pad(rows, behind, constant_values=fill.get(name, 0))
-
-    return {name: np.concatenate([padded(name, part[name]) for part in parts]) for name in parts[0]}
+    return {name: _padded(values, fill.get(name, 0)) for name, values in rows.items()}
 
 
 def tokenize_whole(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
-    """Return texts for a language model: each ends in the tokenizer's end token, unless truncated.
+    """Return n texts for a language model, each with the tokenizer's end token, if it has one.
 
-    Args:
-        tokenizer: a transformers tokenizer; it needs no padding token.
-        texts: n texts.
-        max_length: maximum tokens of a text, its end included; longer texts are truncated.
+    They are truncated to `max_length` tokens, and may lose the end token by that. The tokenizer
+    needs no padding token.
 
     Returns:
         `input_ids` and `attention_mask`, each (n, length) int32; padding is 0.
     """
     end = tokenizer.eos_token_id
-    rows: list[list[int]] = []
+    rows: list[_Array] = []
     with quiet():
         for batch in _batches(texts):
             whole = tokenizer(batch)["input_ids"]
             ended = [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in whole]
-            rows += [ids[:max_length] for ids in ended]
-    length = max(1, *(len(ids) for ids in rows))
-    tokens, mask = (np.zeros((len(rows), length), np.int32) for _ in range(2))
-    for i, ids in enumerate(rows):
-        tokens[i, : len(ids)], mask[i, : len(ids)] = ids, 1
-    return {"input_ids": tokens, "attention_mask": mask}
+            rows += [np.array(ids[:max_length], np.int32) for ids in ended]
+    masks = [np.ones_like(ids) for ids in rows]
+    return {"input_ids": _padded(rows, least=1), "attention_mask": _padded(masks, least=1)}
+
+
+def _padded(rows: Sequence[_Array], fill: int = 0, *, least: int = 0) -> _Array:
+    """Return rows padded on the right to the longest of them, and to `least` values."""
+    padded = np.full((len(rows), max([least, *map(len, rows)])), fill, np.int32)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = row
+    return padded
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:
@@ -98,14 +87,11 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
 
 
 def pad_with(tokens: Tokens, pad: int | None) -> Tokens:
-    """Replace all padding by one token; a text without tokens becomes that one token.
+    """Replace all padding by the token `pad`, or 0; a text without tokens becomes that one token.
 
     Args:
-        tokens: `input_ids` and `attention_mask`, (n, length), and others.
+        tokens: `input_ids` and `attention_mask`, (n, length), and others, which stay.
         pad: the padding token; None: 0.
-
-    Returns:
-        The same inputs, whose padding does not depend on the tokenizer.
     """
     if tokens["input_ids"].shape[1] == 0:
         # No text has a token.

@@ -40,11 +40,7 @@ def trace_forward(net: nn.Module, recipe: Recipe) -> ForwardTrace:
     """Return the results of a forward pass of a model on the meta device.
 
     A pass that raises is an obstacle: a model may keep its examples in another dimension than the
-    first, and clients would be mixed up silently.
-
-    Args:
-        net: on the meta device; a real model is not traced.
-        recipe: the run, for the length of texts.
+    first, and clients would be mixed up silently. A real model is not traced.
     """
     if any(p.device.type != "meta" for p in net.parameters()):
         return ForwardTrace()

@@ -58,24 +58,17 @@ def class_notes(
     config: Any,
     label_names: Sequence[str],
     match: HeadMatch,
-    head_names: Sequence[str],
     report: LoadReport,
 ) -> list[str]:
     """Return a note for the user on how the source's trained head is used.
 
-    Args:
-        recipe: the run.
-        config: of the model.
-        label_names: classes of the data, in the order of the head.
-        match: how they relate to the head's.
-        head_names: classes of the source's head.
-        report: how the source's weights fit; there is no note where the head is new.
+    There is none where the head is new. `label_names` are in the order of the head.
     """
     tensors = class_tensors(recipe.model, config)
     if not tensors or tensors & {*report.missing, *report.mismatched}:
         return []
     source = where(recipe.model)
-    known, wanted = (listed(names, _NAMED) for names in (head_names, label_names))
+    known, wanted = (listed(names, _NAMED) for names in (match.names, label_names))
     if match.kind == "other":
         return [
             f"{source}: its head is for other classes ({known}) than the data's ({wanted}):"

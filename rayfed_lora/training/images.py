@@ -27,11 +27,6 @@ def fit_images(
 ) -> tuple[ImageProcessor | None, Sequence[str]]:
     """Return the image processor to apply to a data set, and notes for the user.
 
-    Args:
-        recipe: the run.
-        config: of the model.
-        dataset: with images.
-
     Returns:
         The processor is None where the source has none, or the pixels are floats: these are kept.
 

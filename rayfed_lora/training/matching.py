@@ -65,7 +65,7 @@ def match(recipe: Recipe, dataset: Dataset, *, local_only: bool) -> Match:
     """
     model, notes = recipe.model, []
     language, images = model.task == LANGUAGE_TASK, model.task == IMAGE_TASK
-    head, head_names = (None, ()) if language else match_head(model, dataset.label_names)
+    head = None if language else match_head(model, dataset.label_names)
     if head is not None:
         dataset = order_as_head(dataset, head)
     tokenizer = None if images else read_tokenizer(model)
@@ -95,7 +95,7 @@ def match(recipe: Recipe, dataset: Dataset, *, local_only: bool) -> Match:
     if report is not None:
         notes += fit_notes(net, report, recipe)
     if report is not None and head is not None:
-        notes += class_notes(recipe, config, dataset.label_names, head, head_names, report)
+        notes += class_notes(recipe, config, dataset.label_names, head, report)
     return Match(dataset, config, net, tokenizer, image_processor, tuple(notes))
 
 

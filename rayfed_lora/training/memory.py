@@ -51,11 +51,8 @@ def memory_watched(clients: Sequence[int]) -> Iterator[None]:
 
     GPU memory that torch has cached is released then.
 
-    Args:
-        clients: of the block, for the message.
-
     Raises:
-        BlockMemoryError: the block does not fit into memory.
+        BlockMemoryError: the block of these clients does not fit into memory.
     """
     try:
         yield

@@ -55,7 +55,7 @@ def outline(recipe: Recipe) -> Outline:
         DataError: the data cannot be read, or not be partitioned as the recipe says.
         ModelError: the model or its adapter does not fit.
     """
-    matched = match(recipe, _dataset(recipe), local_only=True)
+    matched = _match(recipe, local_only=True)
     dataset = matched.dataset
     clients, held_out = _partition(recipe, dataset)
     shape = model_shape(matched.net, recipe)
@@ -76,7 +76,7 @@ def prepare(recipe: Recipe) -> Workload:
         DataError: the data cannot be read, or not be partitioned as the recipe says.
         ModelError: the model's configuration or tokenizer cannot be read, or does not fit the data.
     """
-    matched = match(recipe, _dataset(recipe), local_only=False)
+    matched = _match(recipe, local_only=False)
     dataset, config = matched.dataset, matched.config
     clients, held_out = _partition(recipe, dataset)
     device_columns, trace = _devices(recipe, dataset, clients)
@@ -104,14 +104,10 @@ def prepare(recipe: Recipe) -> Workload:
     return with_fingerprint(workload)
 
 
-def _dataset(recipe: Recipe) -> Dataset:
-    return load(
-        recipe.data,
-        recipe.model.task,
-        recipe.seed,
-        recipe.validation_fraction,
-        recipe.device_columns,
-    )
+def _match(recipe: Recipe, *, local_only: bool) -> Match:
+    validated, columns = recipe.validation_fraction, recipe.device_columns
+    dataset = load(recipe.data, recipe.model.task, recipe.seed, validated, columns)
+    return match(recipe, dataset, local_only=local_only)
 
 
 def _devices(

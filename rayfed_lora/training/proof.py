@@ -19,7 +19,7 @@ from rayfed_lora.data.examples import PIXELS, Batch, Examples
 from rayfed_lora.data.tables import IMAGE_TASK
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import loading
-from rayfed_lora.models.mixing import Trial, Verdict, verdict_on
+from rayfed_lora.models.mixing import Verdict, verdict_on
 from rayfed_lora.models.tracing import image_shape
 from rayfed_lora.models.wording import one_line
 from rayfed_lora.recipe.recipe import Recipe
@@ -64,7 +64,7 @@ def examined(net: nn.Module, examples: Examples) -> Verdict:
     chosen = Examples.of(few.inputs, few.labels)
     alone = [tensors(chosen.rows(np.array([i])))[0] for i in range(len(rows))]
     try:
-        return verdict_on(net, Trial(tensors(few)[0], alone))
+        return verdict_on(net, tensors(few)[0], alone)
     except Exception as error:  # models raise errors of many types
         raise ModelError(
             f"model: {type(net).__name__} cannot compute an example of the data:"
@@ -88,13 +88,7 @@ def _shortened(texts: Batch, lengths: npt.NDArray[np.int64]) -> Batch:
 
 
 def judged(shape: ModelShape, verdict: Verdict, recipe: Recipe) -> ModelShape:
-    """Return the shape with the obstacle and the note of a verdict, if it has any.
-
-    Args:
-        shape: of the model.
-        verdict: from `examined`.
-        recipe: the run.
-    """
+    """Return the shape with the obstacle and the note of a verdict, if it has any."""
     notes, obstacle = shape.notes, shape.obstacle
     if verdict.testing is not None:
         notes += (
@@ -109,15 +103,9 @@ def judged(shape: ModelShape, verdict: Verdict, recipe: Recipe) -> ModelShape:
 
 
 def judged_without_weights(shape: ModelShape, config: Any, recipe: Recipe) -> ModelShape:
-    """Return what `judged` would return, predicted with random weights and random examples.
+    """Return the result of `judged` for a planned run, predicted on random weights and examples.
 
-    Args:
-        shape: of the model.
-        config: of the model.
-        recipe: the run that is planned.
-
-    Returns:
-        The shape with a note where the test is left to the run.
+    Where the test is left to the run, the shape has a note that says so.
     """
     reason = f"it has {shape.total_params:,} parameters"
     if shape.total_params <= _MOST_RANDOM:
