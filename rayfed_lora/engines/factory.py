@@ -57,7 +57,7 @@ class TorchFactory:
     def workload(self, recipe: Recipe) -> Workload:
         """Read and prepare the data."""
         self.load(recipe)
-        from rayfed_lora.training.workload import prepare
+        from rayfed_lora.training.preparing import prepare
 
         return prepare(recipe)
 

@@ -20,7 +20,7 @@ from rayfed_lora.federation.transitions import planned
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.notes import unused
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.training.workload import Outline, outline
+from rayfed_lora.training.preparing import Outline, outline
 from rayfed_lora.types import Device, Frozen, ModelShape, RoundPlan, Stage, Trainable
 
 # Resident memory of a Python process with torch, peft and transformers loaded, measured.

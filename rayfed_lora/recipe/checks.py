@@ -11,11 +11,7 @@ from rayfed_lora.locations import holds_secret, repeated_option
 from rayfed_lora.recipe.conflict import Conflict
 from rayfed_lora.recipe.devices import Spread
 from rayfed_lora.recipe.runtime import Runtime
-from rayfed_lora.recipe.schedule_checks import (
-    acceptance_conflicts,
-    rule_conflicts,
-    stage_conflicts,
-)
+from rayfed_lora.recipe.schedule_checks import acceptance_conflicts, rule_conflicts, stage_conflicts
 from rayfed_lora.recipe.settings import Settings
 
 

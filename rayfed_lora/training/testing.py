@@ -15,7 +15,7 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.messages import Evaluate, TestClients
 from rayfed_lora.tasks.training import Starts
 from rayfed_lora.training.drawing import tensors
-from rayfed_lora.training.tokens import token_losses
+from rayfed_lora.training.losses import token_losses
 from rayfed_lora.types import ClientScore, Predictions
 
 # With more classes, probabilities are not worth what they would take to send.

@@ -42,6 +42,7 @@ from rayfed_lora.tasks.training import BlockUpdate, attributed, trained
 from rayfed_lora.training.drawing import Drawing, GroupWork, tensors
 from rayfed_lora.training.dropout import ClientDropout
 from rayfed_lora.training.finished import Finished, joined
+from rayfed_lora.training.losses import token_losses
 from rayfed_lora.training.memory import keep_freed_memory, memory_watched, return_freed_memory
 from rayfed_lora.training.optimizing import (
     add_proximal_gradient,
@@ -51,7 +52,6 @@ from rayfed_lora.training.optimizing import (
 )
 from rayfed_lora.training.proof import examined, judged
 from rayfed_lora.training.testing import Testing, know_threads
-from rayfed_lora.training.tokens import token_losses
 from rayfed_lora.types import AdapterState, Base, GlobalModel, LocalPlan, ModelShape
 
 R = TypeVar("R")

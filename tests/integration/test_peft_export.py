@@ -36,8 +36,8 @@ from rayfed_lora.launching import launch
 from rayfed_lora.launching.planning import plan
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.training.preparing import prepare
 from rayfed_lora.training.trainer import LocalTrainer
-from rayfed_lora.training.workload import prepare
 from rayfed_lora.types import AdapterState, Base, Factors
 
 # PEFT asks transformers 5 for a property that it is about to rename.

@@ -29,7 +29,7 @@ from rayfed_lora.runs.reading import read_run
 from rayfed_lora.runs.session import sitting
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.training.workload import outline, prepare
+from rayfed_lora.training.preparing import outline, prepare
 from tests.fakes import Behaviour, FakeFactory, every_round, make_recipe
 
 NAMES = ("mia", "bob", "<b>eve</b>", "7", "é", "zoë")

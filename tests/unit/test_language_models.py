@@ -27,8 +27,8 @@ from rayfed_lora.models.tokens import tokenize_whole
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
+from rayfed_lora.training.preparing import prepare
 from rayfed_lora.training.trainer import LocalTrainer, built_weights
-from rayfed_lora.training.workload import prepare
 from rayfed_lora.types import AdapterState, Base, Factors, LocalPlan
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")

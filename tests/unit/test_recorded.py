@@ -11,8 +11,8 @@ import torch
 
 from rayfed_lora.models import recorded
 from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.training.preparing import prepare
 from rayfed_lora.training.trainer import LocalTrainer
-from rayfed_lora.training.workload import prepare
 from rayfed_lora.types import AdapterState, Base, ClientUpdate, Predictions
 from tests.unit.test_trainer import (
     adapter_state,

@@ -19,7 +19,15 @@ from rayfed_lora.runs.claiming import claim
 from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
-from tests.fakes import RECIPE, FakeFactory, Killed, KilledEngine, local_engine, make_recipe
+from tests.fakes import (
+    RECIPE,
+    FakeFactory,
+    FakeTrainer,
+    Killed,
+    KilledEngine,
+    local_engine,
+    make_recipe,
+)
 
 
 def run(
@@ -129,8 +137,8 @@ def test_what_is_not_a_finished_run_is_not_exported(bucket, tmp_path):
 @pytest.mark.parametrize("files", [{"../../escaped": b"x"}, {"/tmp/escaped": b"x"}])
 def test_an_export_cannot_write_outside_the_run_folder(tmp_path, files, monkeypatch):
     recipe = make_recipe()
-    executor = local_engine(recipe)
-    monkeypatch.setattr(executor, "export", lambda *args: files)
+    engine = local_engine(recipe)
+    monkeypatch.setattr(FakeTrainer, "_export", lambda *args: files)
     with pytest.raises(RunFolderError, match="expected a name inside the folder"):
-        run(recipe, str(tmp_path / "deep" / "run"), executor)
+        run(recipe, str(tmp_path / "deep" / "run"), engine)
     assert not list(tmp_path.rglob("escaped"))

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.training.preparing import outline, prepare
 from rayfed_lora.training.trainer import LocalTrainer, built_weights
-from rayfed_lora.training.workload import outline, prepare
 from rayfed_lora.types import AdapterState, Base
 from tests.fakes import make_recipe
 from tests.small_sources import (
@@ -205,7 +205,7 @@ def test_names_are_compared_without_case_where_they_differ_by_it(
     )
     recipe = on_texts(saved(net, tmp_path), words)
     assert prepare(recipe).label_names == ("c2", "c0", "c1")
-    assert not any("drawn" in note for note in outline(recipe).notes)
+    assert not any("initialised" in note for note in outline(recipe).notes)
 
 
 @pytest.mark.parametrize("names", [["a", "b", "c"], {"0": "a", "2": "b", "3": "c"}])

@@ -1,4 +1,4 @@
-"""A recipe's data and model, made ready: what every executor starts from.
+"""Prepare a recipe's data for its model: the workload that every engine starts from.
 
 Source: this project.
 """
@@ -19,12 +19,13 @@ from rayfed_lora.data.tables import LANGUAGE_TASK, Dataset, load, number_column
 from rayfed_lora.data.traces import read_trace
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import DataError
-from rayfed_lora.models.padding import check_tokens, known_inputs, pad_with
 from rayfed_lora.models.shapes import model_shape
-from rayfed_lora.models.tokens import check_length, tokenize, tokenize_whole
+from rayfed_lora.models.tokenizer import check_length, check_tokens
+from rayfed_lora.models.tokens import known_inputs, pad_with, tokenize, tokenize_whole
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.training.matching import Match, match, prepared_images
-from rayfed_lora.training.proof import foreseen
+from rayfed_lora.training.images import image_inputs
+from rayfed_lora.training.matching import Match, match
+from rayfed_lora.training.proof import judged_without_weights
 from rayfed_lora.types import DeviceFacts, ModelShape, Trace
 
 
@@ -34,17 +35,15 @@ class Outline:
 
     Attributes:
         shape: the model's sizes.
-        devices: number of training examples of each client, and what its device is like.
+        devices: number of training examples and device of each client.
         test_examples: number of test examples.
-        validation_examples: number of validation examples.
-        label_names: name of class i at place i.
-        notes: what the user should know of data and model, one line each.
+        label_names: name of class i at index i.
+        notes: on data and model, for the user, one line each.
     """
 
     shape: ModelShape
     devices: DeviceFacts
     test_examples: int
-    validation_examples: int
     label_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
@@ -53,18 +52,18 @@ def outline(recipe: Recipe) -> Outline:
     """Return the sizes of a recipe's workload; reads the data, but no weights.
 
     Raises:
-        DataError: the data cannot be read or dealt as asked.
+        DataError: the data cannot be read, or not be partitioned as the recipe says.
         ModelError: the model or its adapter does not fit.
     """
-    matched = match(recipe, _dataset(recipe), here_only=True)
+    matched = _match(recipe, local_only=True)
     dataset = matched.dataset
-    clients, held_out = _deal(recipe, dataset)
-    shape = foreseen(matched.config, model_shape(matched.net, recipe), recipe)
+    clients, held_out = _partition(recipe, dataset)
+    shape = model_shape(matched.net, recipe)
+    shape = judged_without_weights(shape, matched.config, recipe)
     return Outline(
         shape=shape,
         devices=DeviceFacts(clients.counts, *_devices(recipe, dataset, clients)),
         test_examples=dataset.test.num_rows,
-        validation_examples=0 if dataset.validation is None else dataset.validation.num_rows,
         label_names=dataset.label_names,
         notes=(*dataset.notes, *_notes(recipe, dataset, held_out), *matched.notes, *shape.notes),
     )
@@ -74,21 +73,21 @@ def prepare(recipe: Recipe) -> Workload:
     """Return a recipe's workload, texts tokenised.
 
     Raises:
-        DataError: the data cannot be read or dealt as asked.
+        DataError: the data cannot be read, or not be partitioned as the recipe says.
         ModelError: the model's configuration or tokenizer cannot be read, or does not fit the data.
     """
-    matched = match(recipe, _dataset(recipe), here_only=False)
+    matched = _match(recipe, local_only=False)
     dataset, config = matched.dataset, matched.config
-    clients, held_out = _deal(recipe, dataset)
+    clients, held_out = _partition(recipe, dataset)
     device_columns, trace = _devices(recipe, dataset, clients)
     names = _client_names(dataset)
-    held_back = dataset.test.slice(0, 0) if dataset.validation is None else dataset.validation
-    train, test, validation = (
-        _examples(table, matched, recipe) for table in (dataset.train, dataset.test, held_back)
-    )
+    validated = dataset.test.slice(0, 0) if dataset.validation is None else dataset.validation
+    splits = [
+        _examples(table, matched, recipe) for table in (dataset.train, dataset.test, validated)
+    ]
     if matched.tokenizer is not None:
-        tables = (train, test, validation)
-        check_length(recipe.model, config, max(t.inputs["input_ids"].shape[1] for t in tables))
+        check_length(recipe.model, config, max(s.inputs["input_ids"].shape[1] for s in splits))
+    train, test, validation = splits
     workload = Workload(
         train=train,
         validation=_by_length(validation),
@@ -105,48 +104,44 @@ def prepare(recipe: Recipe) -> Workload:
     return with_fingerprint(workload)
 
 
-def _dataset(recipe: Recipe) -> Dataset:
-    return load(
-        recipe.data,
-        recipe.model.task,
-        recipe.seed,
-        recipe.validation_fraction,
-        recipe.device_columns,
-    )
+def _match(recipe: Recipe, *, local_only: bool) -> Match:
+    validated, columns = recipe.validation_fraction, recipe.device_columns
+    dataset = load(recipe.data, recipe.model.task, recipe.seed, validated, columns)
+    return match(recipe, dataset, local_only=local_only)
 
 
 def _devices(
     recipe: Recipe, dataset: Dataset, clients: ClientTable
 ) -> tuple[Mapping[str, npt.NDArray[np.float64]], Trace | None]:
-    """Return the numbers of each client by column, and when clients can be reached.
+    """Return the device figures of clients by column, and the trace of their availability.
 
     Raises:
-        DataError: a client has no example to take a number from, or the trace cannot be read.
+        DataError: a client has no example to take a figure from, or the trace cannot be read.
     """
-    found = {}
+    figures = {}
     for name in recipe.device_columns:
         values = dataset.train[number_column(name)].to_numpy()
         if (clients.counts == 0).any():
             raise DataError(f"column {name!r}: expected an example of each client, some have none")
         sums = np.add.reduceat(values[clients.order], clients.offsets[:-1])
-        found[name] = sums / clients.counts
-    path = recipe.clients.availability.trace
-    period_s = recipe.clients.availability.period_s
-    if path is None:
-        return found, None
+        figures[name] = sums / clients.counts
+    availability = recipe.clients.availability
+    if availability.trace is None:
+        return figures, None
     names, known = _client_names(dataset), dataset.clients or ()
-    return found, read_trace(path, clients.clients, period_s, names, known)
+    trace = read_trace(availability.trace, clients.clients, availability.period_s, names, known)
+    return figures, trace
 
 
 def _client_names(dataset: Dataset) -> list[str] | None:
-    """Return what the data call the clients, in order; None where they do not."""
+    """Return the clients' names in the data, in order; None where the data have none."""
     if "client" not in dataset.train.column_names:
         return None
     return client_names(dataset.train["client"].to_pylist())
 
 
-def _deal(recipe: Recipe, dataset: Dataset) -> tuple[ClientTable, ClientTable | None]:
-    """Return what each client trains on, and what it is tested on."""
+def _partition(recipe: Recipe, dataset: Dataset) -> tuple[ClientTable, ClientTable | None]:
+    """Return the training examples and the held-out examples of each client."""
     table = dataset.train
     column = table["client"].to_pylist() if "client" in table.column_names else None
     labels = table["label"].to_numpy()
@@ -167,7 +162,7 @@ def _deal(recipe: Recipe, dataset: Dataset) -> tuple[ClientTable, ClientTable | 
 
 
 def _notes(recipe: Recipe, dataset: Dataset, held_out: ClientTable | None) -> tuple[str, ...]:
-    """Return what the recipe asks for and these data do not allow."""
+    """Return notes on settings of the recipe that these data do not allow."""
     notes = []
     without = 0 if held_out is None else int((held_out.counts == 0).sum())
     if held_out is not None and without > 0:
@@ -192,25 +187,24 @@ def _notes(recipe: Recipe, dataset: Dataset, held_out: ClientTable | None) -> tu
 def _examples(table: pa.Table, matched: Match, recipe: Recipe) -> Examples:
     labels = np.ascontiguousarray(table["label"].to_numpy(), dtype=np.int64)
     if matched.tokenizer is None:
-        return Examples.of({PIXELS: prepared_images(table, matched.pixels)}, labels)
+        return Examples.of({PIXELS: image_inputs(table, matched.image_processor)}, labels)
     texts = table["text"].to_pylist()
     if not texts:
         return Examples.of({"input_ids": np.zeros((0, 1), np.int32)}, labels)
-    config = matched.config
-    if recipe.model.task == LANGUAGE_TASK:
+    config, language = matched.config, recipe.model.task == LANGUAGE_TASK
+    if language:
         tokens = tokenize_whole(matched.tokenizer, texts, recipe.data.max_length)
         if tokens["attention_mask"][:, 1:].sum() == 0:
             raise DataError(f"data.source {recipe.data.source!r}: need texts of two tokens or more")
     else:
         tokens = tokenize(matched.tokenizer, texts, recipe.data.max_length)
-    language = recipe.model.task == LANGUAGE_TASK
     tokens = pad_with(tokens, None if language else config.get_text_config().pad_token_id)
     check_tokens(matched.net, matched.tokenizer, tokens, texts)
     return Examples.of(known_inputs(matched.net, config, tokens), labels)
 
 
 def _by_length(examples: Examples) -> Examples:
-    """Sort texts by length, so that a batch of an evaluation is padded little."""
+    """Sort texts by length, so that batches of an evaluation need little padding."""
     mask = examples.inputs.get("attention_mask")
     if mask is None:
         return examples
