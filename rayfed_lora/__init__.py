@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from rayfed_lora.doctor.doctor import doctor as doctor
     from rayfed_lora.jobs.jobs import Jobs as Jobs
     from rayfed_lora.launching.comparison import compare as compare
+    from rayfed_lora.launching.launch import Result as Result
     from rayfed_lora.launching.launch import run as run
     from rayfed_lora.launching.planning import plan as plan
-    from rayfed_lora.launching.result import Result as Result
     from rayfed_lora.pages.comparison import Comparison as Comparison
     from rayfed_lora.pages.report import report as report
     from rayfed_lora.recipe.loading import load_recipe as load_recipe
@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Comparison": "rayfed_lora.pages.comparison",
     "Jobs": "rayfed_lora.jobs.jobs",
-    "Result": "rayfed_lora.launching.result",
+    "Result": "rayfed_lora.launching.launch",
     "SearchResult": "rayfed_lora.tuning.results",
     "compare": "rayfed_lora.launching.comparison",
     "doctor": "rayfed_lora.doctor.doctor",

@@ -55,8 +55,8 @@ def resume(job: JobArgument, address: DashboardOption = None, follow: FollowOpti
 
 
 def _submitted(jobs: Jobs, submitted: Submitted, follow: bool) -> None:
+    from rayfed_lora.cli.cluster_display import show_submitted
     from rayfed_lora.cli.console import PlainConsole
-    from rayfed_lora.cli.job_display import show_submitted
 
     show_submitted(PlainConsole(), submitted.id, submitted.location, submitted.notes)
     if follow:
@@ -75,8 +75,8 @@ def status(
     address: DashboardOption = None,
 ) -> None:
     """Show the progress of jobs: stage, round, metrics, time left."""
+    from rayfed_lora.cli.cluster_display import show_job, show_jobs
     from rayfed_lora.cli.console import PlainConsole
-    from rayfed_lora.cli.job_display import show_job, show_jobs
     from rayfed_lora.jobs.jobs import Jobs
 
     jobs, console = Jobs(address), PlainConsole()
@@ -100,8 +100,8 @@ def logs(job: JobArgument, address: DashboardOption = None, follow: FollowOption
 @app.command()
 def stop(job: JobArgument, address: DashboardOption = None) -> None:
     """Stop a job; its finished rounds are kept."""
+    from rayfed_lora.cli.cluster_display import show_stopped
     from rayfed_lora.cli.console import PlainConsole
-    from rayfed_lora.cli.job_display import show_stopped
     from rayfed_lora.jobs.jobs import Jobs
 
     show_stopped(PlainConsole(), Jobs(address).stop(job))
@@ -127,8 +127,8 @@ def doctor(
     ] = False,
 ) -> None:
     """Check this machine or a cluster, and print what is wrong and how to fix it."""
+    from rayfed_lora.cli.cluster_display import show_diagnosis
     from rayfed_lora.cli.console import PlainConsole
-    from rayfed_lora.cli.diagnosis_display import show_diagnosis
     from rayfed_lora.doctor.findings import diagnosis_status
     from rayfed_lora.jobs.dashboard import is_dashboard
     from rayfed_lora.recipe.loading import load_recipe

@@ -9,14 +9,15 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from rayfed_lora.cli.bill import bill
 from rayfed_lora.cli.console import PlainConsole
+from rayfed_lora.cli.run_display import bill
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.units import duration, megabytes
 
 if TYPE_CHECKING:
     from rayfed_lora.launching.planning import Plan, PlannedRound
 
+# Rows of the schedule, without those of omitted rounds.
 MOST_ROWS = 60
 # Rounds shown at each end of a stage.
 _AT_AN_END = 3
@@ -84,18 +85,14 @@ def _schedule(rounds: Sequence[PlannedRound], rows: Sequence[int | range]) -> Ta
     return table
 
 
-def shown_rounds(rounds: Sequence[PlannedRound], most: int = MOST_ROWS) -> list[int | range]:
+def shown_rounds(rounds: Sequence[PlannedRound]) -> list[int | range]:
     """Return the rounds to show: an index is a row, a range stands for omitted rounds.
 
-    Up to `most` rounds, all of them. Otherwise the first and last rounds of each stage, and as many
-    of the rounds in which the rank changes as there is room for, evenly spaced.
-
-    Args:
-        rounds: every round, in order.
-        most: number of rows, without those of omitted rounds; at least 24.
+    Up to `MOST_ROWS` rounds, all of them. Otherwise the first and last rounds of each stage, and as
+    many of the rounds in which the rank changes as there is room for, evenly spaced.
     """
     count = len(rounds)
-    if count <= most:
+    if count <= MOST_ROWS:
         return list(range(count))
     stages = [i for i in range(1, count) if rounds[i].stage != rounds[i - 1].stage]
     kept: set[int] = set()
@@ -103,7 +100,7 @@ def shown_rounds(rounds: Sequence[PlannedRound], most: int = MOST_ROWS) -> list[
         kept.update(range(start, min(start + _AT_AN_END, end)))
         kept.update(range(max(end - _AT_AN_END, start), end))
     changes = [i for i in range(1, count) if rounds[i].rank != rounds[i - 1].rank and i not in kept]
-    room = most - len(kept)
+    room = MOST_ROWS - len(kept)
     if len(changes) > room:
         places = np.linspace(0, len(changes) - 1, room).astype(int)
         changes = [changes[i] for i in places.tolist()]

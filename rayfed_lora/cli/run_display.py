@@ -13,11 +13,10 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from rayfed_lora.cli.bill import bill
 from rayfed_lora.cli.console import PlainConsole
 from rayfed_lora.runs.status import Status, headline
 from rayfed_lora.types import RoundRecord
-from rayfed_lora.units import duration, megabytes
+from rayfed_lora.units import duration, megabytes, percent
 
 
 @contextmanager
@@ -127,3 +126,28 @@ def show_summary(console: PlainConsole, summary: Mapping[str, Any], location: st
 def _metric(value: float | None) -> str:
     """Return a metric as text; summary.json has null for numbers that are not finite."""
     return "not finite" if value is None else f"{value:.4f}"
+
+
+def bill(communication: Mapping[str, Any]) -> Table:
+    """Return the table of a run's traffic.
+
+    Args:
+        communication: of summary.json, or of the ledger's totals.
+    """
+    table = Table("communication", "whole run", "after initiating")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for text, key in (
+        ("sent up", "bytes_up"),
+        ("sent down", "bytes_down"),
+        ("frozen base, sent as needed", "bytes_base"),
+        ("FedAvg would send", "fedavg_total_bytes"),
+    ):
+        table.add_row(text, megabytes(communication[key]), "")
+    for text, key in (
+        ("reduction against FedAvg", "reduction_vs_fedavg"),
+        ("the same with the base counted", "reduction_vs_fedavg_with_base"),
+    ):
+        later = communication[f"{key}_after_initiating"]
+        table.add_row(text, percent(communication[key]), percent(later))
+    return table

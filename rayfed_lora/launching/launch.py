@@ -1,4 +1,4 @@
-"""Runs one recipe, in this process or on Ray. Source: this project."""
+"""Runs one recipe, in this process or on Ray, and returns its result. Source: this project."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayfed_lora.engines.factory import Factory, TorchFactory
 from rayfed_lora.errors import BadInputError
@@ -14,13 +14,44 @@ from rayfed_lora.jobs.reporting import reporting
 from rayfed_lora.launching.local import refuse_address, run_here
 from rayfed_lora.launching.ray_session import ray_session
 from rayfed_lora.launching.request import RunRequest
-from rayfed_lora.launching.result import Result
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.claiming import claim, claimed, complete
 from rayfed_lora.runs.location import run_location, with_absolute_paths
 from rayfed_lora.runs.status import Status
 from rayfed_lora.storage import RunFolder
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        location: its run folder.
+        summary: content of summary.json.
+    """
+
+    location: str
+    summary: Mapping[str, Any]
+
+    @property
+    def rounds(self) -> pd.DataFrame:
+        """rounds.parquet, a row per round; raises RunFolderError if the file is damaged."""
+        return self._table("rounds.parquet")
+
+    @property
+    def clients(self) -> pd.DataFrame:
+        """clients.parquet, a row per client and round; raises as `rounds` does."""
+        return self._table("clients.parquet")
+
+    def _table(self, name: str) -> pd.DataFrame:
+        from rayfed_lora.runs.checked import table
+
+        frame: pd.DataFrame = table(RunFolder(self.location), name).to_pandas()
+        return frame
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.launching.exporting import export_run
-from rayfed_lora.launching.result import Result
+from rayfed_lora.launching.launch import Result
 from rayfed_lora.runs import checksums, seals, trackers
 from rayfed_lora.runs.claiming import complete, kept_recipe
 from rayfed_lora.runs.reading import read_run

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from rayfed_lora.cli.cluster_display import show_diagnosis
 from rayfed_lora.cli.console import PlainConsole
-from rayfed_lora.cli.diagnosis_display import show_diagnosis
 from rayfed_lora.doctor.dashboard_check import judge_dashboard
 from rayfed_lora.doctor.findings import Finding, diagnosis_status
 from rayfed_lora.doctor.node_report import (

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from rayfed_lora.cli.cluster_display import show_job, show_jobs, show_stopped, show_submitted
 from rayfed_lora.cli.console import PlainConsole
-from rayfed_lora.cli.job_display import show_job, show_jobs, show_stopped, show_submitted
 from rayfed_lora.errors import BadInputError, InterruptedRunError, ResourceError, RunError
 from rayfed_lora.jobs import dashboard
 from rayfed_lora.jobs.dashboard import dashboard_url, is_dashboard, translated_errors

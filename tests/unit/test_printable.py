@@ -13,8 +13,8 @@ from rich.progress import Progress, TextColumn
 from rich.table import Table
 
 from rayfed_lora.cli import commands as cli
+from rayfed_lora.cli.cluster_display import show_job, show_jobs, show_submitted
 from rayfed_lora.cli.console import PlainConsole
-from rayfed_lora.cli.job_display import show_job, show_jobs, show_submitted
 from rayfed_lora.cli.run_display import watching
 from rayfed_lora.errors import RunError
 from rayfed_lora.jobs.views import JobView

@@ -1,8 +1,9 @@
-"""Jobs in the terminal. Source: this project, on rich."""
+"""Jobs and findings about a cluster in the terminal. Source: this project, on rich."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from rich import box
@@ -10,7 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from rayfed_lora.cli.console import PlainConsole
+from rayfed_lora.doctor.findings import Finding, Level
 from rayfed_lora.jobs.views import JobView
+
+_STYLES: dict[Level, str] = {"ok": "green", "warning": "yellow", "fault": "red", "skipped": "dim"}
 
 
 def show_submitted(console: PlainConsole, job: str, location: str, notes: Sequence[str]) -> None:
@@ -69,3 +73,16 @@ def show_jobs(console: PlainConsole, jobs: Sequence[JobView]) -> None:
         # As Text, never markup: anyone who may submit jobs to the cluster writes these.
         table.add_row(*map(Text, cells))
     console.print(table)
+
+
+def show_diagnosis(console: PlainConsole, findings: Sequence[Finding]) -> None:
+    """Print the findings, each with its fix, and the number of each level."""
+    for finding in findings:
+        console.print(f"{finding.level:<8}", style=_STYLES[finding.level], end="")
+        console.print_line(f"{finding.subject}: {finding.text}")
+        if finding.fix:
+            console.print_line(f"{'':8}fix: {finding.fix}")
+    counts = Counter(finding.level for finding in findings)
+    console.print_line(
+        f"{counts['fault']} faults, {counts['warning']} warnings, {counts['skipped']} skipped"
+    )
