@@ -106,7 +106,7 @@ class Jobs:
         loaded = with_absolute_paths(loaded).model_copy(update={"storage": storage})
         command = f"{COMMAND} --resume" if resume else COMMAND
         files = {RECIPE_FILE: recipe_yaml(loaded)}
-        # An endpoint in a recipe file is not trusted by itself: the job gets them beside the file.
+        # A job does not trust the endpoints in its recipe file: their names travel beside it.
         endpoints = named_in(loaded.model_dump())
         self._start(job, command, files, run_metadata(loaded, where), endpoints)
         return Submitted(job, where, notes)

@@ -23,7 +23,10 @@ PROGRESS_JSON = "rayfed_lora.progress"
 
 State = Literal["pending", "running", "stopped", "succeeded", "failed", "unknown"]
 ENDED: tuple[State, ...] = ("stopped", "succeeded", "failed")
+# Exit status of a shell that does not find its command.
 _NO_COMMAND = 127
+# Fields of a job's progress that are those of a `Status`.
+_FROM_STATUS = ("phase", "rounds_done", "rounds", "running", "stage", "rank", "loss", "accuracy")
 
 
 def run_metadata(recipe: Recipe, location: str) -> dict[str, str]:
@@ -60,18 +63,8 @@ class JobProgress(BaseModel):
     @classmethod
     def of(cls, status: Status, now: float) -> JobProgress:
         """Return the progress that a status describes at the time `now`."""
-        return cls(
-            phase=status.phase,
-            rounds_done=status.rounds_done,
-            rounds=status.rounds,
-            running=status.running,
-            stage=status.stage,
-            rank=status.rank,
-            loss=status.loss,
-            accuracy=status.accuracy,
-            eta_s=status.eta_s(now),
-            told_at=now,
-        )
+        values = {name: getattr(status, name) for name in _FROM_STATUS}
+        return cls(**values, eta_s=status.eta_s(now), told_at=now)
 
     @classmethod
     def read(cls, text: str | None) -> JobProgress | None:
@@ -87,14 +80,7 @@ class JobProgress(BaseModel):
         Args:
             ended: the job has ended: name only the finished rounds.
         """
-        status = Status(
-            phase=self.phase,
-            rounds_done=self.rounds_done,
-            rounds=self.rounds,
-            running=self.running,
-            stage=self.stage,
-            rank=self.rank,
-        )
+        status = Status(**{name: getattr(self, name) for name in _FROM_STATUS})
         parts = [f"{self.rounds_done} of {self.rounds} rounds done" if ended else headline(status)]
         if self.loss is not None:
             parts.append(f"loss {self.loss:.3f}")

@@ -32,12 +32,7 @@ def cells_of(
     Methods of the same seed share their data: where `data.validation_fraction` is auto, all hold
     out the largest fraction that one of them needs.
 
-    Args:
-        recipe: common to all cells.
-        methods: names of presets, or overrides by a name of the user's own.
-        seeds: of the runs.
-        out: folder or URI of the comparison.
-        settings: further overrides, as for `--set`.
+    Args: as for `compare`.
 
     Raises:
         BadInputError: no method or seed, a duplicate, or a recipe that is rejected.

@@ -21,13 +21,7 @@ class ComparisonServer:
     """A driver actor that runs the cells of a comparison on one crew of client actors."""
 
     def __init__(self, cells: Sequence[Cell], factory: Factory, ticket: Ticket) -> None:
-        """Keep the cells.
-
-        Args:
-            cells: the runs.
-            factory: builds workloads and trainers in the workers.
-            ticket: of the process that has claimed the comparison.
-        """
+        """Keep the cells; the factory builds workloads and trainers in the workers."""
         self._factory = factory
         self._crew: Crew | None = None
         self._queue = RunQueue(cells, self._executor, ticket)

@@ -26,10 +26,6 @@ def driver_class(kind: type, **options: Any) -> Any:
 
     The actor starts on this node if possible: it writes folders that were claimed here, and a local
     path may be another folder on another node.
-
-    Args:
-        kind: plain class.
-        options: further options of the actor.
     """
     node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     driver = ray.remote(kind)

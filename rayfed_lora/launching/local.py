@@ -19,13 +19,7 @@ from rayfed_lora.storage import RunFolder
 
 
 def run_here(request: RunRequest, watch: Callable[[Status], None]) -> dict[str, Any]:
-    """Run a recipe in this process and return its summary.
-
-    Raises:
-        InterruptedRunError: stopped by a signal.
-        ResourceError: the recipe asks for a GPU that torch does not find.
-        RayfedError: the run failed.
-    """
+    """Run a recipe in this process and return its summary; raises as `run` does."""
     recipe = request.recipe
     stop = threading.Event()
     with interruptible(stop.set):
