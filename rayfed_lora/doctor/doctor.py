@@ -54,9 +54,9 @@ def doctor(
 def _findings(
     recipes: Sequence[Recipe], shipped: bool, storage: str | None, probe: bool, own: bool
 ) -> list[Finding]:
+    # After `ray_session`: Ray reads its settings at import.
     import ray
 
-    # After `ray_session`: Ray reads its settings at import.
     from rayfed_lora.doctor import node_checks, node_report
     from rayfed_lora.doctor.dashboard_check import check_dashboard
     from rayfed_lora.doctor.probe import check_gpu_memory
