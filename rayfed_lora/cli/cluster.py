@@ -1,8 +1,9 @@
-"""The commands about a cluster: jobs, and what is wrong with it. No logic, as in `cli`."""
+"""The commands for a cluster: jobs and diagnosis. No logic."""
 
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,9 +20,9 @@ DashboardOption = Annotated[
     str | None,
     typer.Option("--address", help="The cluster's dashboard, e.g. http://127.0.0.1:8265."),
 ]
-JobArgument = Annotated[str, typer.Argument(metavar="ID", help="As submit printed it.")]
+JobArgument = Annotated[str, typer.Argument(metavar="ID", help="As printed by submit.")]
 FollowOption = Annotated[
-    bool, typer.Option("--follow", help="Show what the job prints until it ends.")
+    bool, typer.Option("--follow", help="Show the job's output until it ends.")
 ]
 
 
@@ -31,7 +32,7 @@ def submit(
     address: DashboardOption = None,
     set_: SetOption = None,
     out: OutOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     follow: FollowOption = False,
 ) -> None:
     """Run a recipe as a Ray job of a cluster."""
@@ -46,7 +47,7 @@ def submit(
 
 @app.command()
 def resume(job: JobArgument, address: DashboardOption = None, follow: FollowOption = False) -> None:
-    """Go on with the run of a job that was stopped or has failed."""
+    """Continue the run of a stopped or failed job."""
     from rayfed_lora.jobs.jobs import Jobs
 
     jobs = Jobs(address)
@@ -54,8 +55,8 @@ def resume(job: JobArgument, address: DashboardOption = None, follow: FollowOpti
 
 
 def _submitted(jobs: Jobs, submitted: Submitted, follow: bool) -> None:
+    from rayfed_lora.cli.cluster_display import show_submitted
     from rayfed_lora.cli.console import PlainConsole
-    from rayfed_lora.jobs.views import show_submitted
 
     show_submitted(PlainConsole(), submitted.id, submitted.location, submitted.notes)
     if follow:
@@ -65,11 +66,7 @@ def _submitted(jobs: Jobs, submitted: Submitted, follow: bool) -> None:
 def _follow(jobs: Jobs, job: str) -> int:
     from rayfed_lora.jobs.views import exit_status
 
-    return exit_status(jobs.follow(job, _echo))
-
-
-def _echo(text: str) -> None:
-    echo(text, end="")
+    return exit_status(jobs.follow(job, partial(echo, end="")))
 
 
 @app.command()
@@ -77,22 +74,21 @@ def status(
     job: Annotated[str | None, typer.Argument(metavar="ID", help="One job; default all.")] = None,
     address: DashboardOption = None,
 ) -> None:
-    """Show where jobs stand: stage, round, metrics, time left."""
+    """Show the progress of jobs: stage, round, metrics, time left."""
+    from rayfed_lora.cli.cluster_display import show_job, show_jobs
     from rayfed_lora.cli.console import PlainConsole
     from rayfed_lora.jobs.jobs import Jobs
-    from rayfed_lora.jobs.views import show_job, show_jobs
 
     jobs, console = Jobs(address), PlainConsole()
     if job is None:
-        wide = console if console.is_terminal else PlainConsole(width=160)
-        show_jobs(wide, jobs.all())
+        show_jobs(console.widened(160), jobs.all())
     else:
         show_job(console, jobs.status(job), time.time())
 
 
 @app.command()
 def logs(job: JobArgument, address: DashboardOption = None, follow: FollowOption = False) -> None:
-    """Print what a job has printed."""
+    """Print the output of a job."""
     from rayfed_lora.jobs.jobs import Jobs
 
     jobs = Jobs(address)
@@ -104,9 +100,9 @@ def logs(job: JobArgument, address: DashboardOption = None, follow: FollowOption
 @app.command()
 def stop(job: JobArgument, address: DashboardOption = None) -> None:
     """Stop a job; its finished rounds are kept."""
+    from rayfed_lora.cli.cluster_display import show_stopped
     from rayfed_lora.cli.console import PlainConsole
     from rayfed_lora.jobs.jobs import Jobs
-    from rayfed_lora.jobs.views import show_stopped
 
     show_stopped(PlainConsole(), Jobs(address).stop(job))
 
@@ -119,7 +115,9 @@ def doctor(
     ] = None,
     recipe: Annotated[
         list[str] | None,
-        typer.Option(metavar="RECIPE", help="To be fitted in; repeatable; default the shipped."),
+        typer.Option(
+            metavar="RECIPE", help="Recipe to check; repeatable; default the shipped ones."
+        ),
     ] = None,
     storage: Annotated[
         str | None, typer.Option(help="Folder or URI that every node must be able to write.")
@@ -128,9 +126,10 @@ def doctor(
         bool, typer.Option("--probe", help="Measure the recipes' GPU memory by short runs.")
     ] = False,
 ) -> None:
-    """Say what this machine or a cluster offers, what is wrong, and how to fix it."""
+    """Check this machine or a cluster, and print what is wrong and how to fix it."""
+    from rayfed_lora.cli.cluster_display import show_diagnosis
     from rayfed_lora.cli.console import PlainConsole
-    from rayfed_lora.doctor.findings import diagnosis_status, show_diagnosis
+    from rayfed_lora.doctor.findings import diagnosis_status
     from rayfed_lora.jobs.dashboard import is_dashboard
     from rayfed_lora.recipe.loading import load_recipe
 
@@ -139,12 +138,12 @@ def doctor(
         from rayfed_lora.doctor.remote import examine
         from rayfed_lora.jobs.views import JobView, exit_status
 
-        found = examine(address, recipes, storage=storage, probe=probe, show=_echo)
+        found = examine(address, recipes, storage=storage, probe=probe, show=partial(echo, end=""))
         if isinstance(found, JobView):
             raise typer.Exit(exit_status(found))
     else:
-        from rayfed_lora.doctor.doctor import doctor as look
+        from rayfed_lora.doctor.doctor import doctor as diagnose
 
-        found = look(address, recipes, storage=storage, probe=probe)
+        found = diagnose(address, recipes, storage=storage, probe=probe)
     show_diagnosis(PlainConsole(), found)
     raise typer.Exit(diagnosis_status(found))

@@ -1,4 +1,4 @@
-"""The commands. No logic; heavy imports stand inside the commands that need them."""
+"""The commands. No logic; each command itself imports the heavy modules that it needs."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ def run(
     recipe: RecipeArgument,
     set_: SetOption = None,
     out: OutOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Start in a cluster, return.")] = False,
     address: AddressOption = None,
 ) -> None:
     """Run a recipe."""
-    from rayfed_lora.cli.console import PlainConsole
     from rayfed_lora.recipe.loading import load_recipe
 
+    # Before heavy imports: most mistakes are in the recipe.
     loaded = load_recipe(recipe, set_ or ())
-    console = PlainConsole()
-    from rayfed_lora.cli.progress import watching
-    from rayfed_lora.cli.terminal import show_summary
+    from rayfed_lora.cli.console import PlainConsole
+    from rayfed_lora.cli.run_display import show_summary, watching
     from rayfed_lora.launching import launch
 
     if resume and out is None and loaded.storage.path is None:
         raise typer.BadParameter(
-            "give --out, the folder of the run to go on with", param_hint="--resume"
+            "give --out, the folder of the run to continue", param_hint="--resume"
         )
+    console = PlainConsole()
     if detach:
         started = launch.start(loaded, out, resume=resume, address=address)
-        console.print(f"started as actor '{started.actor}'; run folder: {started.location}")
+        console.print_line(f"started as actor '{started.actor}'; run folder: {started.location}")
         return
     with watching(console) as watch:
         result = launch.run(loaded, out, resume=resume, address=address, watch=watch)
@@ -69,9 +69,9 @@ def compare(
     set_: SetOption = None,
     address: AddressOption = None,
 ) -> None:
-    """Run a recipe under several methods and seeds; called again, it goes on."""
+    """Run a recipe under several methods and seeds; rerunning resumes."""
+    from rayfed_lora.cli.comparison_display import show_comparison, watching_comparison
     from rayfed_lora.cli.console import PlainConsole
-    from rayfed_lora.cli.terminal import show_comparison, watching_comparison
     from rayfed_lora.launching.comparison import compare as run_all
 
     console = PlainConsole()
@@ -86,8 +86,7 @@ def compare(
             address=address,
             watch=watch,
         )
-    wide = console if console.is_terminal else PlainConsole(width=120)
-    show_comparison(wide, comparison, out)
+    show_comparison(console.widened(120), comparison, out)
     if comparison.runs["error"].notna().any():
         raise typer.Exit(1)
 
@@ -95,31 +94,31 @@ def compare(
 @app.command()
 def tune(  # noqa: PLR0913, PLR0917 - options
     space: Annotated[str, typer.Argument(metavar="SPACE", help="A shipped name or a path.")],
-    recipe: Annotated[str, typer.Option(help="What is not searched: a shipped name or a path.")],
+    recipe: Annotated[
+        str, typer.Option(help="Values outside the space: a shipped name or a path.")
+    ],
     samples: Annotated[int | None, typer.Option(help="Number of trials.")] = None,
     scheduler: Annotated[
-        str | None, typer.Option(help="Ends trials early: asha, pbt, median or none.")
+        str | None, typer.Option(help="Stops trials early: asha, pbt, median or none.")
     ] = None,
     search: Annotated[
-        str | None, typer.Option(help="Draws values: random, optuna or grid.")
+        str | None, typer.Option(help="Chooses values: random, optuna or grid.")
     ] = None,
     objectives: Annotated[
         str | None, typer.Option(help="E.g. eval_accuracy:max,total_bytes:min.")
     ] = None,
-    max_concurrent: Annotated[int | None, typer.Option(help="Most trials at once.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(help="Maximum concurrent trials.")] = None,
     out: OutOption = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the search in --out.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the search in --out.")] = False,
     set_: SetOption = None,
     address: AddressOption = None,
 ) -> None:
     """Search a space of recipes with Ray Tune, one run a trial.
 
-    Each option that a space has too goes before what the space says.
+    An option overrides the same key of the space.
     """
     from rayfed_lora.cli.console import PlainConsole
-    from rayfed_lora.cli.terminal import show_search, watching_search
+    from rayfed_lora.cli.search_display import show_search, watching_search
     from rayfed_lora.tuning.search import tune as search_all
 
     if resume and out is None:
@@ -167,28 +166,26 @@ def _seed(text: str) -> int:
 
 @app.command()
 def plan(recipe: RecipeArgument, set_: SetOption = None) -> None:
-    """Print the schedule with ranks, bytes and needs, before anything runs."""
-    from rayfed_lora.cli.console import PlainConsole
+    """Print the schedule with ranks, traffic and resources, without running it."""
     from rayfed_lora.recipe.loading import load_recipe
 
     loaded = load_recipe(recipe, set_ or ())
-    from rayfed_lora.cli.terminal import show_plan
+    from rayfed_lora.cli.console import PlainConsole
+    from rayfed_lora.cli.plan_table import show_plan
     from rayfed_lora.launching import planning
 
-    console = PlainConsole()
-    # Without a terminal rich takes 80 columns, too few for the table of rounds.
-    wide = console if console.is_terminal else PlainConsole(width=110)
-    show_plan(wide, loaded, planning.plan(loaded))
+    show_plan(PlainConsole().widened(110), loaded, planning.plan(loaded))
 
 
 @app.command()
 def report(
     folders: Annotated[
         list[str],
-        typer.Argument(metavar="DIR...", help="Folders of runs, comparisons or of one search."),
+        typer.Argument(metavar="DIR...", help="Folders of runs or comparisons, or of one search."),
     ],
     out: Annotated[
-        str | None, typer.Option(help="The file; default report.html in DIR, or here for several.")
+        str | None,
+        typer.Option(help="Output file; default report.html in DIR, or here for several folders."),
     ] = None,
 ) -> None:
     """Write one HTML file with interactive plots and tables of runs."""
@@ -214,7 +211,7 @@ def export(
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Print this one.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema.")] = False,
 ) -> None:
     """List the shipped recipes, or print one."""
@@ -232,7 +229,7 @@ def recipes(
 
 
 def _repeated(arguments: list[str]) -> list[str]:
-    """Let one `--set` take several values: repeat the option before each further key=value."""
+    """Repeat `--set` before each further key=value, so that one `--set` takes several."""
     result: list[str] = []
     setting = False
     for argument in arguments:
@@ -248,15 +245,15 @@ def _repeated(arguments: list[str]) -> list[str]:
 
 
 def main() -> None:
-    """Run the command line; a failure is one clear message and an exit status."""
+    """Run the command line; an error becomes one message and an exit status."""
     try:
         app(_repeated(sys.argv[1:]))
     except RayfedError as error:
         echo(f"rayfed-lora: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
-        print("rayfed-lora: ended at once; go on with --resume --out", file=sys.stderr)
+        print("rayfed-lora: ended at once; resume with --resume --out", file=sys.stderr)
         sys.exit(130)
-    except Exception:  # a fault of ours; the text of it may still be others'
+    except Exception:  # a bug; its text may still come from a stranger's file
         echo(traceback.format_exc(), end="", file=sys.stderr)
         sys.exit(1)

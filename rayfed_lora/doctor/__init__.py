@@ -1,1 +1,1 @@
-"""What a machine or a cluster offers, and what is wrong with it."""
+"""The diagnosis of a machine or a cluster."""

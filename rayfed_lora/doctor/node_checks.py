@@ -1,4 +1,4 @@
-"""Questions that a doctor asks on the nodes of a running Ray. Source: this project."""
+"""Checks that run on the nodes of a cluster. Source: this project."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from rayfed_lora.errors import RayfedError
 from rayfed_lora.storage import RunFolder
 
 _ANSWER_S = 60.0
-# Above what Ray sends inside a call: it goes from node to node through their object stores.
+# More than Ray sends inside a call: a parcel travels between the nodes' object stores.
 _PARCEL_BYTES = 2_000_000
 
 
 class Unanswered:
-    """What is there in place of a node's answer.
+    """The missing answer of a node.
 
     Attributes:
-        reason: one line.
+        reason: why it is missing, in one line.
     """
 
     def __init__(self, error: Exception) -> None:
-        """Keep the reason in short."""
+        """Keep the reason."""
         if isinstance(error, GetTimeoutError):
             self.reason = "no answer in time"
         elif isinstance(error, RayTaskError) and error.cause is not None:
@@ -42,16 +42,16 @@ class Unanswered:
 
 
 def on_node(node_id: str, ask: Callable[..., Any], *arguments: Any) -> ray.ObjectRef:
-    """Start a function on one node; it takes no share of it."""
+    """Start a function on one node, without a share of its resources."""
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
     options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": strategy}
     return ray.remote(ask).options(**options).remote(*arguments)
 
 
 def answers(asked: Sequence[ray.ObjectRef], timeout_s: float = _ANSWER_S) -> list[Any]:
-    """Wait for all answers together; an `Unanswered` for each that does not come.
+    """Wait for all answers together; return an `Unanswered` for each missing one.
 
-    Whatever takes too long is ended, with the worker process it is in.
+    A task that takes too long is killed with its worker process.
     """
     if not asked:
         return []
@@ -70,32 +70,32 @@ def _answer(asked: ray.ObjectRef) -> Any:
 
 
 def reports(nodes: Sequence[Mapping[str, Any]]) -> list[NodeReport]:
-    """Return what each live node says of itself.
+    """Return the report of each live node.
 
     Args:
-        nodes: of `ray.nodes()`.
+        nodes: entries of `ray.nodes()`.
     """
     asked = [
         (node_name(node), float(node["Resources"].get("GPU", 0.0)), node["NodeID"])
         for node in nodes
     ]
     inspect = node_report.inspect
-    said = answers([on_node(node_id, inspect, name, gpus) for name, gpus, node_id in asked])
+    answered = answers([on_node(node_id, inspect, name, gpus) for name, gpus, node_id in asked])
     return [
         NodeReport(name, {}, ray_gpus=gpus, error=answer.reason)
         if isinstance(answer, Unanswered)
         else answer
-        for (name, gpus, _), answer in zip(asked, said, strict=True)
+        for (name, gpus, _), answer in zip(asked, answered, strict=True)
     ]
 
 
 def node_name(node: Mapping[str, Any]) -> str:
-    """Return a name for people: the address, and a few letters of Ray's id."""
+    """Return a name for people: the address and the start of Ray's id."""
     return f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})"
 
 
 def check_network(nodes: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Let each node fetch an object from the next one."""
+    """Check that each node can fetch an object from the next one."""
     if len(nodes) < 2:
         return []
     names = [node_name(node) for node in nodes]
@@ -107,11 +107,11 @@ def check_network(nodes: Sequence[Mapping[str, Any]]) -> list[Finding]:
         if answer != _PARCEL_BYTES:
             reason = answer.reason if isinstance(answer, Unanswered) else repr(answer)
             fix = (
-                "open all TCP ports between the nodes of the cluster to each other (security group,"
+                "open all TCP ports between the nodes of the cluster (security group,"
                 " firewall); Ray's object manager, raylets and workers talk directly"
             )
             found.append(
-                Finding("fault", "ports", f"{name} gets nothing of {other}: {reason}", fix)
+                Finding("fault", "ports", f"{name} gets no object of {other}: {reason}", fix)
             )
     return found or [Finding("ok", "ports", "each node gets objects of the next one")]
 
@@ -125,27 +125,31 @@ def _size(parcel: bytes) -> int:
 
 
 def check_storage(location: str, nodes: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Let each node write a file into a folder and read the files of the others."""
+    """Check that each node can write into a folder and read the files of the others."""
     subject, names = f"storage {location}", [node_name(node) for node in nodes]
     ids = [node["NodeID"] for node in nodes]
     marks = [f".doctor-{uuid4().hex}" for _ in nodes]
     written = answers([on_node(n, _write, location, m) for n, m in zip(ids, marks, strict=True)])
     found = [
-        Finding("fault", subject, f"{name} cannot write it: {_reason(answer)}", _WRITABLE)
+        Finding("fault", subject, f"{name} cannot write to it: {_reason(answer)}", _WRITABLE)
         for name, answer in zip(names, written, strict=True)
         if not isinstance(answer, list)
     ]
     if not found:
         seen = answers([on_node(n, _unseen, location, marks) for n in ids])
         found = [
-            Finding("fault", subject, f"{name} does not see what other nodes wrote there", _SHARED)
+            Finding(
+                "fault", subject, f"{name} does not see files that other nodes wrote there", _SHARED
+            )
             for name, answer in zip(names, seen, strict=True)
             if answer != 0
         ]
     answers([on_node(n, _remove, location, m) for n, m in zip(ids, marks, strict=True)])
     made = [folders if isinstance(folders, list) else [] for folders in written]
     answers([on_node(n, _remove_folders, each) for n, each in zip(ids, made, strict=True)])
-    return found or [Finding("ok", subject, "every node writes it and reads what others wrote")]
+    return found or [
+        Finding("ok", subject, "every node can write to it and read files of the others")
+    ]
 
 
 _WRITABLE = "give every node the right to write there (its user, or its role for a bucket)"
@@ -157,7 +161,7 @@ def _reason(answer: Any) -> str:
 
 
 def _write(location: str, mark: str) -> list[str] | str:
-    """Return the folders that had to be made, or why it cannot be written."""
+    """Return the folders that were created, or why the write failed."""
     try:
         folder = RunFolder(location)
         above = [] if folder.local is None else [folder.local, *folder.local.parents]

@@ -1,4 +1,4 @@
-"""What a machine of a cluster has: software, GPUs, and what follows of it. Source: this project."""
+"""Software and GPUs of a node, and the findings about them. Source: this project."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SMI = (
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card: its name, and its memory in MB (10^6)."""
+    """A graphics card: its name, and its memory in MB (10^6 bytes)."""
 
     name: str
     total_mb: float
@@ -33,15 +33,15 @@ class Gpu:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What a node says of itself.
+    """Software and GPUs of a node.
 
     Attributes:
         node: its address.
-        versions: by package, and of `python`.
-        gpus: cards that its driver knows.
-        torch_gpus: how many of them torch can use; None where there was nothing to ask.
-        ray_gpus: how many Ray hands out there.
-        error: why it said nothing, else "".
+        versions: of packages and of `python`, by name.
+        gpus: cards that nvidia-smi lists.
+        torch_gpus: number of cards that torch can use; None if the node has none.
+        ray_gpus: number of GPUs that Ray assigns there.
+        error: why the node gave no report, else "".
     """
 
     node: str
@@ -53,23 +53,23 @@ class NodeReport:
 
 
 def inspect(node: str, ray_gpus: float) -> NodeReport:
-    """Look at the machine that this is called on.
+    """Return the report of this machine.
 
     Args:
         node: its address.
-        ray_gpus: how many GPUs Ray hands out there.
+        ray_gpus: number of GPUs that Ray assigns there.
     """
     gpus = cards()
-    sees = None
+    usable = None
     if gpus or ray_gpus:
         from rayfed_lora.training.device import seen_gpus
 
-        sees = seen_gpus()
-    return NodeReport(node, versions(), gpus, sees, ray_gpus)
+        usable = seen_gpus()
+    return NodeReport(node, versions(), gpus, usable, ray_gpus)
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that must be the same everywhere."""
+    """Return the versions of Python and of the packages that must be equal on all nodes."""
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
@@ -81,21 +81,21 @@ def _version(package: str) -> str:
 
 
 def cards(run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run) -> tuple[Gpu, ...]:
-    """Return this machine's NVIDIA cards; none where there is no driver.
+    """Return this machine's NVIDIA cards; none without a driver.
 
     Args:
-        run: in place of `subprocess.run`, for tests.
+        run: replaces `subprocess.run`, for tests.
     """
     try:
-        said = run(_SMI, capture_output=True, text=True, timeout=30, check=True).stdout
+        output = run(_SMI, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ()
-    rows = csv.reader(said.splitlines(), skipinitialspace=True)
+    rows = csv.reader(output.splitlines(), skipinitialspace=True)
     return tuple(Gpu(row[0], _bytes(row[1]), _bytes(row[2])) for row in rows)
 
 
 def _bytes(mebibytes: str) -> float:
-    # Cards that share the host's memory say [N/A].
+    # [N/A] for a card that shares the host's memory.
     try:
         return float(mebibytes) * _MIB
     except ValueError:
@@ -103,14 +103,14 @@ def _bytes(mebibytes: str) -> float:
 
 
 def check_nodes(reports: Sequence[NodeReport]) -> list[Finding]:
-    """Say which nodes did not answer."""
+    """Return which nodes did not answer."""
     found = [
         Finding(
             "fault",
             f"node {report.node}",
             report.error,
-            "look at `ray status` and at the logs of that node; install rayfed_lora and all it"
-            " needs in the environment that its Ray was started from",
+            "see `ray status` and the logs of that node; install rayfed_lora and its dependencies"
+            " in the environment that its Ray was started from",
         )
         for report in reports
         if report.error
@@ -120,7 +120,7 @@ def check_nodes(reports: Sequence[NodeReport]) -> list[Finding]:
 
 
 def check_versions(reports: Sequence[NodeReport]) -> list[Finding]:
-    """Compare the versions of all nodes that answered; the first one is the measure."""
+    """Compare the versions of all nodes that answered."""
     reports = [report for report in reports if not report.error]
     found = []
     for package in ("python", *PACKAGES):
@@ -128,12 +128,12 @@ def check_versions(reports: Sequence[NodeReport]) -> list[Finding]:
         for report in reports:
             by_version[report.versions.get(package, MISSING)].append(report.node)
         if len(by_version) > 1 or MISSING in by_version:
-            said = "; ".join(f"{v} on {', '.join(nodes)}" for v, nodes in by_version.items())
+            text = "; ".join(f"{v} on {', '.join(nodes)}" for v, nodes in by_version.items())
             fix = (
                 f"install the same {package} on every node, from the same lock (constraints.txt),"
-                " then start their Ray again"
+                " then restart their Ray"
             )
-            found.append(Finding("fault", f"version of {package}", said, fix))
+            found.append(Finding("fault", f"version of {package}", text, fix))
     if found or not reports:
         return found
     same = ", ".join(f"{name} {version}" for name, version in reports[0].versions.items())
@@ -141,7 +141,7 @@ def check_versions(reports: Sequence[NodeReport]) -> list[Finding]:
 
 
 def check_gpus(reports: Sequence[NodeReport]) -> list[Finding]:
-    """Compare the cards of each node with what Ray hands out and torch can use."""
+    """Compare the cards of each node with those that Ray assigns and torch can use."""
     reports = [report for report in reports if not report.error]
     found = [finding for report in reports for finding in _gpus_of(report)]
     return found or [Finding("ok", "GPUs", "none in the cluster: recipes run on CPUs")]
@@ -156,13 +156,13 @@ def _gpus_of(report: NodeReport) -> list[Finding]:
         for gpu in report.gpus
     )
     if not count:
-        text = f"Ray hands out {report.ray_gpus:g}, nvidia-smi knows none"
+        text = f"Ray assigns {report.ray_gpus:g}, nvidia-smi lists none"
         fix = "start Ray there without --num-gpus, or install the driver; actors fall back to CPUs"
         return [Finding("warning", subject, text, fix)]
     if not report.torch_gpus:
-        fix = "install a torch with CUDA there that the driver is new enough for (nvidia-smi)"
+        fix = "install a torch there whose CUDA version the driver supports (nvidia-smi)"
         return [Finding("fault", subject, f"{cards}; torch can use none of them", fix)]
     if report.ray_gpus != count:
-        text = f"{cards}; Ray hands out {report.ray_gpus:g} of {count}"
+        text = f"{cards}; Ray assigns {report.ray_gpus:g} of {count}"
         return [Finding("warning", subject, text, f"start Ray there with --num-gpus={count}")]
     return [Finding("ok", subject, cards)]

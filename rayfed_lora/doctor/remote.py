@@ -1,4 +1,4 @@
-"""The doctor of a cluster that is reached by its dashboard only: a job. Source: this project."""
+"""The diagnosis of a cluster that only its dashboard reaches: a Ray job. Source: this project."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def examine(
     probe: bool,
     show: Callable[[str], None],
 ) -> list[Finding] | JobView:
-    """Let a job be the doctor of a cluster that is reached by its dashboard only.
+    """Run `rayfed-lora doctor` as a job of a cluster and follow it.
 
     Args:
-        address: the dashboard's.
-        recipes: as for `doctor`, likewise the next two.
+        address: of the dashboard.
+        recipes: as for `doctor`; so are the next two.
         storage: folder or URI.
         probe: measure GPU memory.
-        show: called with what the job prints.
+        show: called with the output of the job.
 
     Returns:
-        How the job ended, or what is wrong where no job can be started.
+        How the job ended, or the reason why no job can be started.
 
     Raises:
-        BadInputError: a folder is named by a relative path.
+        BadInputError: the path of a folder is relative.
     """
     if storage is not None:
         refuse_secrets(storage)

@@ -1,4 +1,4 @@
-"""The way to a cluster's jobs: the HTTP port of its dashboard, with a token where it wants one.
+"""The client of a cluster's dashboard, whose HTTP port serves jobs.
 
 Source: this project.
 """
@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 from rayfed_lora.errors import BadInputError, ResourceError, RunError
 from rayfed_lora.jobs.ports import unreachable
 
-# Ray prefers these to the address that it is given.
+# Ray prefers these to the address in its arguments.
 _OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-_TALKATIVE = (
+_VERBOSE_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
@@ -35,14 +35,14 @@ def dashboard_url(address: str | None) -> str:
         address: URL, or host and port; default $RAY_API_SERVER_ADDRESS or $RAY_ADDRESS.
 
     Raises:
-        BadInputError: no address, or one of another kind.
+        BadInputError: no address, or one that is not a dashboard's.
     """
     found = address or next((os.environ[n] for n in _OVERRIDES if os.environ.get(n)), None)
     url = found if found is None or "://" in found else f"http://{found}"
     if not _is_http(url or ""):
         raise BadInputError(
             "--address: expected the address of a cluster's dashboard, e.g. http://127.0.0.1:8265"
-            f" (ray dashboard cluster.yaml opens the way to it), got {found!r}"
+            f" (ray dashboard cluster.yaml opens a tunnel to it), got {found!r}"
         )
     return str(url).rstrip("/")
 
@@ -50,16 +50,15 @@ def dashboard_url(address: str | None) -> str:
 def _is_http(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        # A port that is none is found out when it is asked for.
+        # urlsplit checks the port only when it is read.
         _ = parts.port
     except ValueError:
         return False
-    named = bool(parts.hostname) and parts.hostname != "auto"
-    return parts.scheme in ("http", "https") and named
+    return parts.scheme in ("http", "https") and parts.hostname not in (None, "", "auto")
 
 
 def is_dashboard(address: str | None) -> bool:
-    """Return whether an address, or $RAY_ADDRESS without one, is a dashboard's URL."""
+    """Return whether an address, by default $RAY_ADDRESS, is the URL of a dashboard."""
     found = address or os.environ.get("RAY_ADDRESS") or ""
     return found.startswith(("http://", "https://"))
 
@@ -68,20 +67,20 @@ def client_of(address: str | None) -> Any:
     """Return Ray's client for jobs.
 
     Raises:
-        ResourceError: nothing answers there, or it wants a token.
+        ResourceError: nothing answers there, or the dashboard rejects the token.
     """
     url = dashboard_url(address)
     _check_port(url)
-    with refused(), _only(url):
+    with translated_errors(), _only(url):
         from ray.job_submission import JobSubmissionClient
 
-        for name in _TALKATIVE:
+        for name in _VERBOSE_LOGGERS:
             logging.getLogger(name).setLevel(logging.WARNING)
         return JobSubmissionClient(url)
 
 
 def _check_port(url: str) -> None:
-    """Try the port first: Ray's client would wait for minutes."""
+    """Check that the port accepts connections: Ray's client would wait for minutes."""
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     reason = unreachable(parts.hostname or "", port)
@@ -94,7 +93,7 @@ def _check_port(url: str) -> None:
 
 @contextmanager
 def _only(url: str) -> Iterator[None]:
-    """Let Ray use this address, whatever the environment says."""
+    """Make Ray use this address, whatever the environment says."""
     before = {name: os.environ.pop(name) for name in _OVERRIDES if name in os.environ}
     os.environ[_OVERRIDES[0]] = url
     try:
@@ -105,16 +104,16 @@ def _only(url: str) -> Iterator[None]:
 
 
 @contextmanager
-def refused(job: str | None = None) -> Iterator[None]:
-    """Say what Ray's client ran into; a token is never part of it.
+def translated_errors(job: str | None = None) -> Iterator[None]:
+    """Raise errors of Ray's client as errors of this package, without any token in them.
 
     Args:
-        job: that was asked for.
+        job: id in the request, if there is one.
 
     Raises:
         BadInputError: there is no such job.
-        ResourceError: the dashboard does not answer, or not to us.
-        RunError: anything else.
+        ResourceError: the dashboard does not answer, or rejects the token.
+        RunError: any other error.
     """
     import requests
     from ray.exceptions import AuthenticationError
@@ -129,4 +128,4 @@ def refused(job: str | None = None) -> Iterator[None]:
     except RuntimeError as error:
         if job is not None and "status code 404" in str(error):
             raise BadInputError(f"no job {job!r} in this cluster") from None
-        raise RunError(f"the cluster refused: {error}") from None
+        raise RunError(f"the cluster rejected the request: {error}") from None

@@ -1,6 +1,6 @@
-"""Runs as Ray jobs: submitted, watched, stopped and gone on with through a cluster's dashboard.
+"""Runs as Ray jobs: submit, follow, stop and resume them through a cluster's dashboard.
 
-A recipe travels as a file; what a job's shell reads is fixed text. Source: this project.
+A recipe travels as a file; the job's shell command is fixed text. Source: this project.
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ from rayfed_lora.errors import (
     RecipeError,
     RunError,
 )
-from rayfed_lora.jobs import progress as job_progress
-from rayfed_lora.jobs.dashboard import client_of, refused
-from rayfed_lora.jobs.files import notes_on
-from rayfed_lora.jobs.records import is_ours, view_of
-from rayfed_lora.jobs.views import JobView
+from rayfed_lora.jobs.dashboard import client_of, translated_errors
+from rayfed_lora.jobs.files import travel_notes
+from rayfed_lora.jobs.views import JobView, run_metadata, runs_recipe
 from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
 from rayfed_lora.recipe.notes import unused
 from rayfed_lora.recipe.recipe import Recipe
@@ -37,7 +35,7 @@ from rayfed_lora.storage import refuse_secrets
 
 RECIPE_FILE = "recipe.yaml"
 COMMAND = f"rayfed-lora run {RECIPE_FILE}"
-# How long Ray waits for a stopped job to save its run before it kills it; its own default is 3 s.
+# How long Ray lets a stopped job save its run before it kills the job; Ray's default is 3 s.
 STOP_WAIT_S = 120
 _ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
 _POLL_S = 0.5
@@ -47,12 +45,12 @@ _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job that was handed to a cluster.
+    """A submitted job.
 
     Attributes:
         id: Ray's submission id.
         location: run folder, as the cluster's nodes see it.
-        notes: what the user should know of it, one line each.
+        notes: warnings for the user, one line each.
     """
 
     id: str
@@ -67,12 +65,12 @@ class Jobs:
         """Connect.
 
         Args:
-            address: the dashboard's, e.g. http://127.0.0.1:8265; default
+            address: of the dashboard, e.g. http://127.0.0.1:8265; default
                 $RAY_API_SERVER_ADDRESS or $RAY_ADDRESS.
-            client: in place of Ray's JobSubmissionClient, for tests.
+            client: replaces Ray's JobSubmissionClient, for tests.
 
         Raises:
-            ResourceError: nothing answers there, or it wants a token.
+            ResourceError: nothing answers there, or the dashboard rejects the token.
         """
         self._client = client or client_of(address)
 
@@ -84,34 +82,34 @@ class Jobs:
         settings: Sequence[str] | Mapping[str, Any] = (),
         resume: bool = False,
     ) -> Submitted:
-        """Hand a run to the cluster and return at once.
+        """Submit a run to the cluster and return at once.
 
         Args:
             recipe: as for `run`.
-            out: run folder that the cluster's nodes see, or URI; default `storage.path`, or a new
-                one under `JOB_RUNS` on the head node.
+            out: run folder as the cluster's nodes see it, or URI; default `storage.path`, or a new
+                folder under `JOB_RUNS` on the head node.
             settings: overrides of the recipe, as for `--set`.
-            resume: go on with the run in `out`.
+            resume: continue the run in `out`.
 
         Raises:
-            BadInputError: refused; nothing was started.
+            BadInputError: rejected; nothing was started.
         """
         loaded = load_recipe(recipe, settings)
         job = _new_id(loaded.name)
         location = out or loaded.storage.path
         if resume and location is None:
-            raise BadInputError("--resume: give --out, the folder of the run to go on with")
+            raise BadInputError("--resume: give --out, the folder of the run to continue")
         where = location or f"{JOB_RUNS}/{job}"
         refuse_relative(where)
         refuse_secrets(where)
-        notes = (*notes_on(loaded, where, given=location is not None), *unused(loaded))
+        notes = (*travel_notes(loaded, where, given=location is not None), *unused(loaded))
         storage = loaded.storage.model_copy(update={"path": where})
         loaded = with_absolute_paths(loaded).model_copy(update={"storage": storage})
         command = f"{COMMAND} --resume" if resume else COMMAND
         files = {RECIPE_FILE: recipe_yaml(loaded)}
-        # The job reads them from a file, which alone names no endpoint as the user's own.
+        # A job does not trust the endpoints in its recipe file: their names travel beside it.
         endpoints = named_in(loaded.model_dump())
-        self._start(job, command, files, job_progress.facts(loaded, where), endpoints)
+        self._start(job, command, files, run_metadata(loaded, where), endpoints)
         return Submitted(job, where, notes)
 
     def start(
@@ -120,10 +118,10 @@ class Jobs:
         """Start a job that is not a run; return its id.
 
         Args:
-            name: what its id begins with.
-            command: for the shell, quoted.
-            files: texts by name, in its working folder.
-            endpoints: of object stores that the user has named: they get the job's credentials.
+            name: prefix of its id.
+            command: shell command, quoted.
+            files: texts by name, written into its working folder.
+            endpoints: of object stores that the user has named: the job may send credentials there.
         """
         job = _new_id(name)
         self._start(job, command, files, {}, endpoints)
@@ -140,7 +138,7 @@ class Jobs:
         environment = dict(_ENVIRONMENT)
         if endpoints:
             environment[OWN_ENDPOINTS] = ",".join(sorted(endpoints))
-        with tempfile.TemporaryDirectory() as folder, refused():
+        with tempfile.TemporaryDirectory() as folder, translated_errors():
             for name, text in files.items():
                 Path(folder, name).write_text(text, "utf-8")
             self._client.submit_job(
@@ -151,40 +149,37 @@ class Jobs:
             )
 
     def all(self) -> list[JobView]:
-        """Return the jobs that run recipes, also those of plain `ray job submit`."""
-        with refused():
+        """Return the jobs that run recipes, including those of plain `ray job submit`."""
+        with translated_errors():
             found = self._client.list_jobs()
-        return [view_of(job) for job in found if is_ours(job)]
+        return [JobView.of(job) for job in found if runs_recipe(job)]
 
     def status(self, job: str) -> JobView:
-        """Return where a job stands.
+        """Return the state and progress of a job.
 
         Raises:
             BadInputError: there is no such job.
         """
-        return view_of(self._info(job))
-
-    def _info(self, job: str) -> Any:
         _check_id(job)
-        with refused(job):
-            return self._client.get_job_info(job)
+        with translated_errors(job):
+            return JobView.of(self._client.get_job_info(job))
 
     def logs(self, job: str) -> str:
-        """Return all that a job has printed.
+        """Return the whole output of a job.
 
         Raises:
             BadInputError: there is no such job.
         """
         _check_id(job)
-        with refused(job):
+        with translated_errors(job):
             return str(self._client.get_job_logs(job))
 
     def follow(self, job: str, show: Callable[[str], None]) -> JobView:
-        """Show what a job prints until it ends; return how it ended.
+        """Show the output of a job until it ends; return how the job ended.
 
         Raises:
             BadInputError: there is no such job.
-            InterruptedRunError: SIGINT; the job goes on.
+            InterruptedRunError: SIGINT; the job continues.
         """
         view = self.status(job)
         shown = 0
@@ -212,50 +207,50 @@ class Jobs:
                 time.sleep(_POLL_S)
         except KeyboardInterrupt:
             raise InterruptedRunError(
-                f"not following any more; job {job} goes on: rayfed-lora stop {job} ends it"
+                f"no longer following; job {job} continues: rayfed-lora stop {job} ends it"
             ) from None
 
     def stop(self, job: str) -> JobView:
-        """Let a job save its run and end; wait for it.
+        """Stop a job, whose run saves its finished rounds, and wait for its end.
 
         Raises:
             BadInputError: there is no such job, or it has ended.
-            RunError: it has not ended in time.
+            RunError: the job has not ended in time.
         """
         view = self.status(job)
         if view.ended:
             raise BadInputError(f"job {job} has ended already ({view.state}); nothing was stopped")
-        with refused(job):
+        with translated_errors(job):
             self._client.stop_job(job)
         deadline = time.monotonic() + STOP_WAIT_S + 10
         while not view.ended:
             if time.monotonic() > deadline:
-                raise RunError(f"job {job} has not ended {STOP_WAIT_S + 10} s after it was told to")
+                raise RunError(f"job {job} has not ended {STOP_WAIT_S + 10} s after its stop")
             time.sleep(_POLL_S)
             view = self.status(job)
         return view
 
     def resume(self, job: str) -> Submitted:
-        """Go on with the run of a job that was stopped or has failed, as a new job.
+        """Continue the run of a stopped or failed job, as a new job.
 
         Raises:
-            BadInputError: there is no such job, it is still running or is done, or it has not told
-                of its recipe.
+            BadInputError: there is no such job, it is still running, its run has finished, or its
+                record lacks the recipe.
         """
         view = self.status(job)
         if not view.ended:
-            raise BadInputError(f"job {job} is still {view.state}: there is nothing to go on with")
+            raise BadInputError(f"job {job} is still {view.state}: nothing to resume")
         if view.run_finished:
-            raise BadInputError(f"job {job} is done; its run folder: {view.location}")
+            raise BadInputError(f"job {job} has finished; its run folder: {view.location}")
         if view.recipe_yaml is None or view.location is None:
             raise BadInputError(
-                f"job {job} did not get as far as telling of its recipe; submit it again by"
+                f"job {job} ended before it reported its recipe; submit it again by"
                 " rayfed-lora submit RECIPE --out DIR --resume"
             )
         try:
-            told = parse_yaml(job, view.recipe_yaml)
-            # What the job got credentials for was the user's to name when it was submitted.
-            recipe = load_recipe(told, endpoints=named_in(told))
+            reported = parse_yaml(job, view.recipe_yaml)
+            # The user named these endpoints when the job was submitted.
+            recipe = load_recipe(reported, endpoints=named_in(reported))
         except (RecipeError, TypeError, AttributeError) as error:
             raise BadInputError(f"the recipe of job {job} cannot be read: {error}") from None
         return self.submit(recipe, view.location, resume=True)
@@ -266,6 +261,6 @@ def _new_id(name: str) -> str:
 
 
 def _check_id(job: str) -> None:
-    # It becomes a part of a URL.
+    # The id becomes a part of a URL.
     if not _JOB_ID.fullmatch(job):
         raise BadInputError(f"job: expected an id as rayfed-lora status lists them, got {job!r}")

@@ -1,7 +1,4 @@
-"""Whether somebody listens: asked before Ray is, which would wait for minutes.
-
-Source: this project.
-"""
+"""TCP ports: a quick check before Ray, which would wait for minutes. Source: this project."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ _CONNECT_S = 10.0
 
 
 def unreachable(host: str, port: int) -> str | None:
-    """Return why nothing answers at a TCP port, None where something does."""
+    """Return why a TCP port accepts no connection, None if it does."""
     try:
         socket.create_connection((host, port), _CONNECT_S).close()
     except (OSError, UnicodeError) as error:
@@ -20,7 +17,7 @@ def unreachable(host: str, port: int) -> str | None:
 
 
 def unreachable_cluster(address: str) -> str | None:
-    """Return why nothing answers at `host:port`; None for other kinds of address too."""
+    """Return why `host:port` accepts no connection, None if it does or is another address."""
     host, colon, port = address.rpartition(":")
     if not colon or "/" in address or not port.isdecimal():
         return None

@@ -1,40 +1,50 @@
-"""Ray jobs that run recipes: what they tell of themselves, and how it is shown.
-
-Source: this project.
-"""
+"""Ray jobs that run recipes, as their records describe them. Source: this project."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from rayfed_lora.recipe.loading import recipe_yaml
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.status import Status, headline
 from rayfed_lora.types import Stage
 from rayfed_lora.units import duration
 
+# Keys of a job's metadata.
+RECIPE_NAME = "recipe"
+RUN_FOLDER = "run folder"
+PROGRESS = "progress"
+RECIPE_YAML = "rayfed_lora.recipe"
+PROGRESS_JSON = "rayfed_lora.progress"
+
 State = Literal["pending", "running", "stopped", "succeeded", "failed", "unknown"]
 ENDED: tuple[State, ...] = ("stopped", "succeeded", "failed")
+# Exit status of a shell that does not find its command.
+_NO_COMMAND = 127
+# Fields of a job's progress that are those of a `Status`.
+_FROM_STATUS = ("phase", "rounds_done", "rounds", "running", "stage", "rank", "loss", "accuracy")
+
+
+def run_metadata(recipe: Recipe, location: str) -> dict[str, str]:
+    """Return the metadata of a job that runs a recipe: it marks the job, and `resume` needs it."""
+    return {RECIPE_NAME: recipe.name, RUN_FOLDER: location, RECIPE_YAML: recipe_yaml(recipe)}
 
 
 class JobProgress(BaseModel):
-    """Where a run stood when its job told of it last.
+    """The progress of a run at its job's newest report.
 
     Attributes:
         phase: as in `Status`.
-        rounds_done, rounds: finished and all rounds.
-        running: number of the round that was running, from 1.
-        stage, rank: of the round that was running; no rank in a full-model round.
-        loss, accuracy: newest training loss and test accuracy, None before there is one.
-        eta_s: seconds that were left, None before the first round.
-        told_at: `time.time()`.
+        rounds_done, rounds: number of finished and of all rounds.
+        running: number of the current round, from 1.
+        stage, rank: of the current round; no rank in a full-model round.
+        loss, accuracy: newest training loss and test accuracy, None before the first.
+        eta_s: estimated seconds to the end, None before the first round.
+        told_at: `time.time()` of the report.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -52,23 +62,13 @@ class JobProgress(BaseModel):
 
     @classmethod
     def of(cls, status: Status, now: float) -> JobProgress:
-        """Return what a status says, in short."""
-        return cls(
-            phase=status.phase,
-            rounds_done=status.rounds_done,
-            rounds=status.rounds,
-            running=status.running,
-            stage=status.stage,
-            rank=status.rank,
-            loss=status.loss,
-            accuracy=status.accuracy,
-            eta_s=status.eta_s(now),
-            told_at=now,
-        )
+        """Return the progress that a status describes at the time `now`."""
+        values = {name: getattr(status, name) for name in _FROM_STATUS}
+        return cls(**values, eta_s=status.eta_s(now), told_at=now)
 
     @classmethod
     def read(cls, text: str | None) -> JobProgress | None:
-        """Return what `model_dump_json` gave, None where it is nothing of the kind."""
+        """Return what `model_dump_json` wrote, None for any other text."""
         try:
             return None if text is None else cls.model_validate_json(text)
         except ValidationError:
@@ -78,16 +78,9 @@ class JobProgress(BaseModel):
         """Return one line for people.
 
         Args:
-            ended: the job does nothing any more: tell of the finished rounds only.
+            ended: the job has ended: name only the finished rounds.
         """
-        status = Status(
-            phase=self.phase,
-            rounds_done=self.rounds_done,
-            rounds=self.rounds,
-            running=self.running,
-            stage=self.stage,
-            rank=self.rank,
-        )
+        status = Status(**{name: getattr(self, name) for name in _FROM_STATUS})
         parts = [f"{self.rounds_done} of {self.rounds} rounds done" if ended else headline(status)]
         if self.loss is not None:
             parts.append(f"loss {self.loss:.3f}")
@@ -104,14 +97,14 @@ class JobView:
 
     Attributes:
         id: Ray's submission id.
-        recipe: name of the recipe, "" before the job has told of it.
-        state: Ray's own, in small letters.
-        location: run folder as the cluster's nodes see it, None where it is not known.
-        progress: what the job told of itself last.
-        started_at: `time.time()` of its start, None where it is not known.
+        recipe: name of the recipe, "" before the job's first report.
+        state: Ray's own, in lower case.
+        location: run folder as the cluster's nodes see it, None if unknown.
+        progress: the job's newest report.
+        started_at: `time.time()` of its start, None if unknown.
         exit_status: of its command, None before its end.
-        message: why it failed, "" where it has not.
-        recipe_yaml: the resolved recipe, None where it is not known.
+        message: why the job failed, "" if it did not.
+        recipe_yaml: the resolved recipe, None if unknown.
     """
 
     id: str
@@ -124,23 +117,62 @@ class JobView:
     message: str = ""
     recipe_yaml: str | None = None
 
+    @classmethod
+    def of(cls, job: Any) -> JobView:
+        """Return the view of a job's record, Ray's `JobDetails`."""
+        metadata = job.metadata or {}
+        state = str(job.status).lower()
+        return cls(
+            id=job.submission_id,
+            recipe=metadata.get(RECIPE_NAME, ""),
+            state=state if state in (*ENDED, "pending", "running") else "unknown",
+            location=metadata.get(RUN_FOLDER),
+            progress=JobProgress.read(metadata.get(PROGRESS_JSON)),
+            started_at=None if job.start_time is None else job.start_time / 1000,
+            exit_status=job.driver_exit_code,
+            message=_failure(job) if state == "failed" else "",
+            recipe_yaml=metadata.get(RECIPE_YAML),
+        )
+
     @property
     def ended(self) -> bool:
-        """Whether it does nothing any more."""
+        """Whether the job has ended."""
         return self.state in ENDED
 
     @property
     def run_finished(self) -> bool:
-        """Whether its run is known to have finished, whatever became of its command."""
+        """Whether the run is known to have finished, even if the command failed later."""
         finished = self.progress is not None and self.progress.phase == "done"
         return finished or self.state == "succeeded"
 
     @property
     def standing(self) -> str:
-        """Where its run stands, in one line."""
+        """The progress of the run, in one line."""
         if self.progress is None:
             return "-" if self.ended else "starting"
         return self.progress.line(self.ended)
+
+
+def runs_recipe(job: Any) -> bool:
+    """Return whether a job, Ray's `JobDetails`, runs a recipe."""
+    if job.submission_id is None:
+        return False
+    if RECIPE_YAML in (job.metadata or {}):
+        return True
+    # A job of plain `ray job submit` has no metadata before its first report.
+    return re.match(r"(\S*/)?rayfed-lora\s+run\s", job.entrypoint) is not None
+
+
+def _failure(job: Any) -> str:
+    """Return the error message of the command, or the last lines of Ray's message."""
+    if job.driver_exit_code == _NO_COMMAND:
+        return (
+            "the command rayfed-lora is not on the PATH of the head node's Ray: start Ray there"
+            " from the environment that rayfed-lora is installed in"
+        )
+    text = job.message or ""
+    found = text.rfind("\nrayfed-lora: ")
+    return text[found + 1 :].strip() if found >= 0 else "\n".join(text.splitlines()[-10:])
 
 
 def exit_status(job: JobView) -> int:
@@ -150,65 +182,3 @@ def exit_status(job: JobView) -> int:
     if job.state == "stopped":
         return 130
     return 1 if job.exit_status in (None, 0) else job.exit_status
-
-
-def show_submitted(console: Console, job: str, location: str, notes: Sequence[str]) -> None:
-    """Print a job's id, its run folder, and what the user should know of it."""
-    for note in notes:
-        said = f"note: {note}"
-        console.print(said, style="yellow", highlight=False, markup=False, soft_wrap=True)
-    for line in (f"job: {job}", f"run folder: {location}"):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def show_stopped(console: Console, job: JobView) -> None:
-    """Print how a job ended that was told to stop, and how to go on with it."""
-    if job.run_finished:
-        text = f"job {job.id} had finished; run folder: {job.location}"
-    elif job.progress is None:
-        text = (
-            f"job {job.id} {job.state}; it had not told how far its run was; run folder:"
-            f" {job.location or 'not known'}"
-        )
-    elif job.progress.rounds_done == 0:
-        text = f"job {job.id} {job.state} before its first round was done"
-    else:
-        text = (
-            f"job {job.id} {job.state}: {job.standing}; its checkpoint is kept in {job.location};"
-            f" rayfed-lora resume {job.id} goes on"
-        )
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def show_job(console: Console, job: JobView, now: float) -> None:
-    """Print one job: where its run stands, where its folder is, and why it failed."""
-    age = "" if job.progress is None or job.ended else f" ({now - job.progress.told_at:.0f} s ago)"
-    lines = [
-        ("job", job.id),
-        ("recipe", job.recipe or "-"),
-        ("state", job.state),
-        ("progress", job.standing + age),
-        ("run folder", job.location or "-"),
-    ]
-    for name, text in lines:
-        console.print(f"{name:<12}{text}", highlight=False, markup=False, soft_wrap=True)
-    if job.message:
-        console.print(job.message, highlight=False, markup=False, soft_wrap=True)
-
-
-def show_jobs(console: Console, jobs: Sequence[JobView]) -> None:
-    """Print a table of jobs, the newest first."""
-    if not jobs:
-        console.print("no job of rayfed-lora in this cluster")
-        return
-    table = Table("job", "recipe", "state", "started", "progress", box=box.SIMPLE)
-    for job in sorted(jobs, key=lambda each: -(each.started_at or 0.0)):
-        began = (
-            "-"
-            if job.started_at is None
-            else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.started_at))
-        )
-        cells = (job.id, job.recipe or "-", job.state, began, job.standing)
-        # As text: whoever may submit jobs to the cluster may write anything.
-        table.add_row(*map(Text, cells))
-    console.print(table)

@@ -1,1 +1,1 @@
-"""Starts runs: one, several side by side, in this process or on a cluster."""
+"""Runs recipes, one or several, in this process or on Ray; plans and exports them."""

@@ -1,4 +1,4 @@
-"""Take a finished run home: its adapter, or one merged model. Source: this project."""
+"""Export of a finished run: its adapter, or one merged model. Source: this project."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from rayfed_lora.runs.checksums import SUMMARY_FILE, listed, read_summary
 from rayfed_lora.runs.claiming import kept_recipe
 from rayfed_lora.storage import RunFolder
 
-# A base is larger than what fits into memory twice.
+# Copied in pieces: a base may not fit into memory.
 _CHUNK = 1 << 22
 
 
 def export_run(location: str, to: Path, *, merge: bool) -> Iterator[str]:
-    """Write a run's adapter (and its base where that changed), or the merged model.
+    """Write a run's adapter (and its base if training changed it), or the merged model.
 
     Args:
         location: run folder or URI.
         to: a new or empty folder.
-        merge: write one model with the adapter in its weights.
+        merge: write one model with the adapter merged into its weights.
 
     Yields:
-        A line about each thing written.
+        A line for each part written.
 
     Raises:
-        BadInputError: the folder holds no finished run, `to` has files or cannot be written, or a
-            full-model run is to be exported as an adapter.
+        BadInputError: the folder holds no finished run, `to` has files or cannot be written, or
+            the run has no adapter and `merge` is false.
     """
     run = RunFolder(location).confined()
     recipe = _finished_recipe(run)
@@ -50,7 +50,7 @@ def export_run(location: str, to: Path, *, merge: bool) -> Iterator[str]:
         if "adapter" not in contents:
             raise BadInputError(
                 f"{location}: this run has no adapter, it trained the full model or no module has"
-                " factors; export it by --merge"
+                " factors; export it with --merge"
             )
         for part, files in contents.items():
             _write(files, to / part)
@@ -70,14 +70,14 @@ def _finished_recipe(run: RunFolder) -> Recipe:
 
 @contextmanager
 def _contents(run: RunFolder) -> Iterator[dict[str, dict[str, IO[bytes]]]]:
-    """Open the exported model by sub-folder and name, all of it checked before any is written."""
+    """Open the files of the exported model by sub-folder and name, and check all of them."""
     checked = CheckedFolder(run)
     found: dict[str, dict[str, IO[bytes]]] = {}
     with ExitStack() as files:
         for part in ("adapter", "base"):
             for name in checked.names(part):
                 try:
-                    # Names come from whoever wrote the folder.
+                    # A stranger may have written the folder.
                     check_name(name)
                     content = files.enter_context(checked.open(f"{part}/{name}"))
                 except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
-"""A run's figures in Ray's metrics, for Prometheus and Grafana. Source: this project.
+"""Ray metrics of a run, for Prometheus and Grafana. Source: this project.
 
-They are kept in the process of the round loop: a client actor that is started again would begin a
-new series. Prometheus knows them as `ray_rayfed_lora_<name>`, counters with `_total` after it.
+The process of the round loop sets all of them: a restarted client actor would begin a new series.
+Prometheus calls them `ray_rayfed_lora_<name>`, and counters `ray_rayfed_lora_<name>_total`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from rayfed_lora.runs.tables import round_row
 from rayfed_lora.runs.tracking import Outcome
 from rayfed_lora.types import Stage
 
-# Of the newest finished round, as in rounds.parquet; the rank of a full-model round is 0.
-_OF_ROW = {
+# Columns of rounds.parquet, of the newest finished round; the rank of a full-model round is 0.
+_ROUND_COLUMNS = {
     "round": "index of the newest finished round",
     "rank": "LoRA rank, mean over modules",
     "trainable_params": "values that a client trains",
@@ -44,7 +44,7 @@ _OF_ROW = {
     "simulated_s": "length of the round by the simulated clock",
 }
 _GAUGES = {
-    **_OF_ROW,
+    **_ROUND_COLUMNS,
     "rounds": "rounds of the run",
     "client_updates_per_second": "usable client updates a second",
     "round_seconds": "wall time of the round",
@@ -67,20 +67,20 @@ _COUNTERS = {
     "actor_restarts": "client actors lost",
 }
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-# Ray forgets a gauge that is not set again within two of its reports, by default 20 s.
+# Ray drops a gauge that is not set within two of its reports, by default 20 s.
 _REFRESH_S = 1.0
-# An observation costs some 10 us: of a large cohort only so many clients are observed.
+# Clients of a cohort that are observed, at most: an observation costs about 10 us.
 _MOST_OBSERVED = 500
 
 
 def run_metrics(name: str, rounds: int, usage: Callable[[], Usage]) -> RunMetrics | None:
-    """Return what follows a run, as `RunMetrics`; None where this Ray does not collect metrics."""
+    """Return the tracker of a run, as `RunMetrics`; None if this Ray does not collect metrics."""
     collects = os.environ.get("RAY_enable_metrics_collection", "1").lower() in ("1", "true")
     return RunMetrics(name, rounds, usage) if collects else None
 
 
 class RunMetrics:
-    """Follows a run; its metrics are tagged with the run's name, and seen until it is closed."""
+    """A tracker that sets metrics with the run's name as tag; they stay visible until `close`."""
 
     def __init__(self, name: str, rounds: int, usage: Callable[[], Usage]) -> None:
         """Declare the metrics.
@@ -88,10 +88,10 @@ class RunMetrics:
         Args:
             name: of the run.
             rounds: number of its rounds.
-            usage: asked after each round.
+            usage: returns the executor's usage; called after each round.
         """
         self._usage = usage
-        self._seen, self._seen_at = Usage(0, 0.0, 0, 0), time.perf_counter()
+        self._used, self._used_at = Usage(0, 0.0, 0, 0), time.perf_counter()
         run = {"run": name}
         self._gauges = {
             key: Gauge(f"rayfed_lora_{key}", text, ("run",)).set_default_tags(run)
@@ -112,49 +112,49 @@ class RunMetrics:
         self._closed = threading.Event()
 
     def resumed(self, rounds: pa.Table) -> None:
-        """Let the counters begin with what earlier sittings counted."""
+        """Start the counters at the sums over the rounds of earlier sittings."""
         threading.Thread(target=self._refresh, name="metrics", daemon=True).start()
         sums = {key: pc.sum(rounds[key]).as_py() or 0 for key in ("clients", *_SUMMED)}
         self._count_round(sums)
-        self._seen_at = time.perf_counter()
+        self._used_at = time.perf_counter()
 
     def round_done(
         self, record: RoundRecord, clients: Sequence[ClientRecord], aggregation_s: float
     ) -> None:
-        """Set everything to a finished round."""
+        """Set the metrics to a finished round."""
         row = round_row(record) | {"rank": record.rank or 0.0}
         updates = self._count_round(row)
         times = [client.seconds for client in clients if client.status == "ok"]
         for seconds in times[:: len(times) // _MOST_OBSERVED + 1]:
             self._client_seconds.observe(seconds)
         self._stages = {stage: int(stage == record.stage) for stage in self._stages}
-        # What was not measured this time, such as a test, stays as it was.
+        # A value that this round did not measure, e.g. a test score, stays as it was.
         self._values = {
             **self._values,
-            **{key: row[key] for key in _OF_ROW if row[key] is not None},
+            **{key: row[key] for key in _ROUND_COLUMNS if row[key] is not None},
             "client_updates_per_second": updates / record.seconds,
             "round_seconds": record.seconds,
             "aggregation_seconds": aggregation_s,
-            **self._used(record.seconds),
+            **self._utilisation(record.seconds),
         }
         self._show()
 
-    def _used(self, seconds: float) -> dict[str, float]:
-        before, now = self._seen, self._usage()
+    def _utilisation(self, seconds: float) -> dict[str, float]:
+        before, now = self._used, self._usage()
         self._count("actor_restarts", now.losses - before.losses)
         self._count("retried_clients", now.retried_clients - before.retried_clients)
-        passed_s = time.perf_counter() - self._seen_at
+        passed_s = time.perf_counter() - self._used_at
         if passed_s < seconds / 2:
-            # The last rounds are finished one right after the other.
-            self._seen = replace(now, busy_s=before.busy_s)
+            # The last rounds finish right after one another.
+            self._used = replace(now, busy_s=before.busy_s)
             return {"actors": now.actors}
-        self._seen, self._seen_at = now, self._seen_at + passed_s
+        self._used, self._used_at = now, self._used_at + passed_s
         busy = (now.busy_s - before.busy_s) / (now.actors * now.at_once * passed_s)
-        # What was begun before may have been done since.
+        # Negative if a call that began before this round ended in it.
         return {"actors": now.actors, "actor_idle_share": max(0.0, 1.0 - busy)}
 
     def _show(self) -> None:
-        # Never changed, only replaced: another thread may be reading them.
+        # Both mappings are replaced, never mutated: another thread may be reading them.
         for key, value in self._values.items():
             self._gauges[key].set(value)
         if "round" in self._values:
@@ -166,7 +166,7 @@ class RunMetrics:
             self._show()
 
     def _count_round(self, row: Mapping[str, Any]) -> int:
-        """Count a row, or the sums over several; return the number of usable updates."""
+        """Count a row, or the sums over several rows; return the number of usable updates."""
         for key in _SUMMED:
             self._count(key, row[key])
         updates: int = row["clients"] - row["failed_clients"] - row["dropped_clients"]
@@ -178,6 +178,6 @@ class RunMetrics:
             self._counters[key].inc(more)
 
     def close(self, outcome: Outcome) -> None:
-        """Let Ray forget the gauges."""
+        """Stop setting the gauges, so that Ray drops them."""
         del outcome
         self._closed.set()

@@ -16,7 +16,7 @@ from rayfed_lora.pages.page import Rows, even, page, shown
 from rayfed_lora.pages.search import TRIALS_FILE, read_search, search_html
 from rayfed_lora.runs.client_rows import CLIENT_NAME
 from rayfed_lora.runs.labelled_runs import FailedRun, read_failed, read_runs
-from rayfed_lora.runs.reading import REPORT_FILE, RunData, read_run
+from rayfed_lora.runs.reading import REPORT_FILE, RunData
 from rayfed_lora.runs.summary import client_summary
 from rayfed_lora.runs.tables import PROPOSAL_COLUMNS
 from rayfed_lora.storage import RunFolder
@@ -68,16 +68,6 @@ def _content(locations: Sequence[str]) -> str:
             " trials are run folders as well"
         )
     return search_html(read_search(RunFolder(locations[0]).confined()))
-
-
-def run_page(folder: RunFolder, summary: Mapping[str, Any]) -> str:
-    """Return the page of a run that is about to end.
-
-    Args:
-        folder: of the run.
-        summary: the content that summary.json is about to get.
-    """
-    return report_html([read_run(folder, summary)])
 
 
 def report_html(runs: Sequence[RunData], failed: Sequence[FailedRun] = ()) -> str:

@@ -23,7 +23,8 @@ from rayfed_lora.errors import (
     RunError,
     RunFolderError,
 )
-from rayfed_lora.launching import launch
+from rayfed_lora.launching.ray_session import ray_session
+from rayfed_lora.launching.signals import interruptible
 from rayfed_lora.locations import child
 from rayfed_lora.pages.search import SEARCH_FILE, SearchNews, Watch
 from rayfed_lora.recipe.layers import override_pairs
@@ -116,7 +117,7 @@ def tune(  # noqa: PLR0913 - a user names them
     # One command at a time: another one would write the same state and tables.
     with owned(folder, Ticket.of_this_process(), wait=resume, tell=say) as (folder, lease):
         _claim(folder, space, base, max_concurrent, resume)
-        with launch.ray_session(address), _quiet_tune():
+        with ray_session(address), _quiet_tune():
             watch = watch or (lambda news: None)
             idle = (*unused(whole), *given_way_in_search(whole), *_drawn_anyway(space, settings))
             for note in idle:
@@ -257,7 +258,7 @@ class _Job:
             stopped.set()
             _stop_tune()
 
-        with launch.interruptible(stop):
+        with interruptible(stop):
             tried = self._fit(trainable, slots, resume)
         if not stopped.is_set():
             if len(tried) < trials:

@@ -51,7 +51,7 @@ def test_a_folder_that_cannot_be_written_and_one_that_is_not_shared_are_faults(
     assert (odd.level, "nosuch" in odd.text) == ("fault", True)
     monkeypatch.setattr(node_checks, "_unseen", ailing.sees_nothing)
     (found,) = node_checks.check_storage(str(tmp_path), nodes)
-    assert "does not see what other nodes wrote there" in found.text
+    assert "does not see files that other nodes wrote there" in found.text
     assert "s3://bucket/runs" in found.fix
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

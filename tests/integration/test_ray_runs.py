@@ -22,7 +22,11 @@ import pytest
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.errors import InterruptedRunError, ResourceError, RunError, RunFolderError
 from rayfed_lora.launching import launch
+from rayfed_lora.launching.drivers import start_server, wait_for_handover
+from rayfed_lora.launching.following import StatusFeed, follow
+from rayfed_lora.launching.request import RunRequest
 from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs.claiming import claim, claimed
 from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import Status, StatusBoard
 from rayfed_lora.storage import RunFolder
@@ -302,12 +306,14 @@ def test_a_detached_run_that_failed_says_why_and_makes_way_for_the_next_one(tmp_
     recipe = on_ray()
     raising = FakeFactory(Behaviour(raising=frozenset((client, 2) for client in range(6))))
     folder = RunFolder(tmp_path / "run")
-    launch.claim(folder, recipe, resume=False)
-    server, name = launch._start_server(recipe, folder, False, raising, "detached")
+    claim(folder, recipe, resume=False)
+    request = RunRequest(recipe, folder.location, factory=raising)
+    server, name = start_server(request, detached=True)
     status = over(server)
     assert status.phase == "failed"
     assert "was told to raise" in status.notes[-1]
-    server, again = launch._start_server(recipe, folder, True, FakeFactory(), "detached")
+    request = RunRequest(recipe, folder.location, resume=True, factory=FakeFactory())
+    server, again = start_server(request, detached=True)
     try:
         assert again == name
         assert (over(server).phase, over(server).rounds_before) == ("done", 2)
@@ -347,7 +353,8 @@ def test_notes_of_a_server_that_was_started_again_are_all_seen():
             return self._boards[0].status(records_seen, notes_seen)
 
     seen: list[str] = []
-    launch._follow(Server.remote(), lambda status: seen.extend(status.notes))
+    server = Server.remote()
+    follow(server, StatusFeed(server, lambda status: seen.extend(status.notes)).poll)
     assert seen == ["first", "second", "third"]
 
 
@@ -639,7 +646,7 @@ def server_of(recipe: Recipe, location: Path, resume: bool, factory: FakeFactory
 
     options = {"num_cpus": 0, "max_concurrency": 2, "max_restarts": -1, "max_task_retries": -1}
     remote = ray.remote(SimulationServer).options(**options)
-    server = remote.remote(recipe, str(location), resume, factory)
+    server = remote.remote(RunRequest(recipe, str(location), resume, factory))
     try:
         yield server
     finally:
@@ -752,11 +759,12 @@ def test_a_detached_run_owns_its_folder_and_a_second_one_is_told_so(tmp_path, mo
     import ray
 
     recipe, folder = on_ray(), RunFolder(tmp_path / "run")
-    with launch.claimed(folder, recipe, False) as lease:
+    with claimed(folder, recipe, False) as lease:
         ticket = lease.ticket.detached()
         slow = FakeFactory(SLOW)
-        server, _ = launch._start_server(recipe, folder, False, slow, "detached", ticket)
-        launch._wait_for_handover(server, lease)
+        request = RunRequest(recipe, folder.location, factory=slow, ticket=ticket)
+        server, _ = start_server(request, detached=True)
+        wait_for_handover(server, lease)
     try:
         with pytest.raises(RunFolderError, match=r"owned by process \d+ on host"):
             launch.run(recipe, folder.location, factory=FakeFactory())

@@ -16,13 +16,13 @@ from typing import Any
 
 import jsonschema
 import pytest
-from rich.console import Console
 from ruamel.yaml import YAML
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rayfed_lora.cli import commands as cli
-from rayfed_lora.cli.progress import watching
+from rayfed_lora.cli.console import PlainConsole
+from rayfed_lora.cli.run_display import watching
 from rayfed_lora.federation.records import RoundRecord
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
@@ -570,7 +570,7 @@ ROUND_LINE = (
 @pytest.mark.parametrize("terminal", [False, True], ids=["plain", "live"])
 def test_a_watched_run_keeps_a_line_for_each_round_and_warning(terminal: bool) -> None:
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=terminal, width=160, color_system=None)
+    console = PlainConsole(file=screen, force_terminal=terminal, width=160, color_system=None)
     with watching(console) as watch:
         for status in STATUSES:
             watch(status)
@@ -582,7 +582,7 @@ def test_a_watched_run_keeps_a_line_for_each_round_and_warning(terminal: bool) -
 
 def test_without_a_terminal_each_phase_is_said_once() -> None:
     screen = io.StringIO()
-    with watching(Console(file=screen, width=160)) as watch:
+    with watching(PlainConsole(file=screen, width=160)) as watch:
         for status in (*STATUSES[:2], STATUSES[1], *STATUSES[2:]):
             watch(status)
     lines = screen.getvalue().splitlines()
@@ -594,7 +594,7 @@ def test_the_live_display_survives_a_whole_run(recipe: Path) -> None:
 
     screen = io.StringIO()
     loaded: Recipe = load_recipe(recipe)
-    with watching(Console(file=screen, force_terminal=True, width=120)) as watch:
+    with watching(PlainConsole(file=screen, force_terminal=True, width=120)) as watch:
         launch.run(loaded, "out", watch=watch)
     assert [f"{i}/3" in screen.getvalue() for i in (1, 2, 3)] == [True] * 3
 

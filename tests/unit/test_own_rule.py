@@ -13,7 +13,7 @@ from rayfed_lora.recipe.loading import load_recipe, recipe_schema, recipe_yaml
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.recipe.yaml_text import parse_yaml
 from tests import half_way
-from tests.fakes import FakeFactory, initial, local_executor, make_recipe
+from tests.fakes import FakeFactory, initial, local_engine, make_recipe
 from tests.unit.test_methods import Silent
 
 
@@ -63,7 +63,7 @@ def test_settings_that_the_facts_of_the_rule_exclude_are_conflicts():
 @pytest.mark.usefixtures("rule")
 def test_the_rule_aggregates_each_round_of_a_run():
     recipe = own_recipe()
-    executor = local_executor(recipe)
+    executor = local_engine(recipe)
     server = Server(recipe, executor, executor.open(), Silent(), lambda: False)
     fresh = server.fresh()
     first, second = server.rounds(fresh)

@@ -13,10 +13,11 @@ from rich.progress import Progress, TextColumn
 from rich.table import Table
 
 from rayfed_lora.cli import commands as cli
+from rayfed_lora.cli.cluster_display import show_job, show_jobs, show_submitted
 from rayfed_lora.cli.console import PlainConsole
-from rayfed_lora.cli.progress import watching
+from rayfed_lora.cli.run_display import watching
 from rayfed_lora.errors import RunError
-from rayfed_lora.jobs import views as jobs
+from rayfed_lora.jobs.views import JobView
 from rayfed_lora.pages.comparison import Comparison
 from rayfed_lora.pages.csv_text import csv_bytes
 from rayfed_lora.printable import cell, echo, printable
@@ -76,11 +77,11 @@ def test_notes_of_a_run_are_harmless_and_their_lines_are_theirs(terminal):
 
 def test_job_records_are_harmless():
     stream = io.StringIO()
-    job = jobs.JobView(EVIL, EVIL, "failed", EVIL, message=EVIL)
+    job = JobView(EVIL, EVIL, "failed", EVIL, message=EVIL)
     console = PlainConsole(file=stream, width=400)
-    jobs.show_job(console, job, 0.0)
-    jobs.show_jobs(console, [job])
-    jobs.show_submitted(console, "id", EVIL, [EVIL])
+    show_job(console, job, 0.0)
+    show_jobs(console, [job])
+    show_submitted(console, "id", EVIL, [EVIL])
     assert_harmless(stream.getvalue())
 
 

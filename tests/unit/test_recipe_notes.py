@@ -12,7 +12,7 @@ from rayfed_lora.annealing import stages
 from rayfed_lora.data import tables
 from rayfed_lora.data.sources import RawData
 from rayfed_lora.errors import BadInputError, DataError
-from rayfed_lora.launching.comparison import cells_of
+from rayfed_lora.launching.cells import cells_of
 from rayfed_lora.launching.planning import plan
 from rayfed_lora.recipe.annealing import Annealing
 from rayfed_lora.recipe.loading import load_recipe, recipe_yaml

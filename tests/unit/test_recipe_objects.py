@@ -14,7 +14,7 @@ import rayfed_lora
 from rayfed_lora.doctor.doctor import doctor
 from rayfed_lora.errors import RecipeError
 from rayfed_lora.jobs.jobs import Jobs
-from rayfed_lora.launching.comparison import cells_of
+from rayfed_lora.launching.cells import cells_of
 from rayfed_lora.launching.launch import start
 from rayfed_lora.recipe.aggregation import Aggregation, ServerOptimizer
 from rayfed_lora.recipe.annealing import Annealing, Heating

@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pytest
-from rich.console import Console
 
-from rayfed_lora.cli.terminal import show_search, watching_search
+from rayfed_lora.cli.console import PlainConsole
+from rayfed_lora.cli.search_display import show_search, watching_search
 from rayfed_lora.engines.on_ray.placement import Layout, Node
 from rayfed_lora.errors import ResourceError, RunError, RunFolderError
 from rayfed_lora.pages.report import report
@@ -216,7 +216,7 @@ def test_a_trial_that_cannot_fit_is_refused():
 
 
 def test_a_search_is_shown_in_the_terminal(found):
-    console = Console(file=io.StringIO(), width=120)
+    console = PlainConsole(file=io.StringIO(), width=120)
     with watching_search(console) as watch:
         watch(SearchNews(warning="draws are refused"))
         watch(SearchNews(2, {"b": 3}, ("a", "accuracy 0.6 after 6 rounds")))

@@ -1,7 +1,7 @@
-"""The token of a Ray of our own, in a file that nobody else can read.
+"""The token of an own Ray, in a file that only the user can read.
 
-Ray writes `~/.ray/auth_token` when the first local run needs it, readable for everybody on the
-machine: with the token, commands can be run as the user.
+At the first local run Ray itself writes `~/.ray/auth_token` readable for every user of the machine,
+and the token lets its holder run commands as the user.
 
 Source: this project.
 """
@@ -15,14 +15,14 @@ from contextlib import suppress
 from pathlib import Path
 
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
-# Where a user says otherwise, the token is the user's to keep.
+# Set by users who keep the token elsewhere.
 _ELSEWHERE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 def keep_token_private() -> None:
-    """Make Ray's token before Ray does, with mode 0600; take others' rights from one that is there.
+    """Create Ray's token file with mode 0600, or restrict an existing one to its owner.
 
-    A file that is another user's, or a link, stays as it is.
+    Another user's file, or a link, stays as it is.
     """
     if any(os.environ.get(name) for name in _ELSEWHERE):
         return
@@ -35,7 +35,7 @@ def keep_token_private() -> None:
     except FileExistsError:
         pass
     except (OSError, RuntimeError):
-        # No home that can be written: Ray says so where it needs one.
+        # No writable home folder: Ray raises if it needs one.
         return
     with suppress(OSError):
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -48,16 +48,16 @@ def keep_token_private() -> None:
 
 
 def _make(path: Path) -> None:
-    """Make the file at once with its content: another run may be looking for it.
+    """Create the file with its content in one step: another run may be reading it.
 
     Raises:
-        FileExistsError: it is there.
+        FileExistsError: the file exists.
     """
     if os.path.lexists(path):
         raise FileExistsError(path)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    # As Ray's own: 256 bits.
+    # 256 bits, as Ray's own.
     token = secrets.token_hex(32)
     try:
         _write(scratch, token)
@@ -78,6 +78,6 @@ def _write(path: Path, token: str) -> None:
         with os.fdopen(handle, "w") as file:
             file.write(token)
     except OSError:
-        # An empty file would be taken for a token.
+        # Ray would read an empty file as a token.
         path.unlink(missing_ok=True)
         raise

@@ -1,0 +1,73 @@
+"""A run in this process, without Ray. Source: this project."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from rayfed_lora.engines.factory import Factory, in_process
+from rayfed_lora.engines.local import LocalEngine
+from rayfed_lora.errors import BadInputError, ResourceError
+from rayfed_lora.launching.request import RunRequest
+from rayfed_lora.launching.signals import interruptible
+from rayfed_lora.pages.run_page import run_page
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs.session import simulate
+from rayfed_lora.runs.status import Status, StatusBoard
+from rayfed_lora.storage import RunFolder
+
+
+def run_here(request: RunRequest, watch: Callable[[Status], None]) -> dict[str, Any]:
+    """Run a recipe in this process and return its summary; raises as `run` does."""
+    recipe = request.recipe
+    stop = threading.Event()
+    with interruptible(stop.set):
+        return simulate(
+            recipe,
+            local_engine(recipe, request.factory),
+            RunFolder(request.location),
+            StatusBoard(recipe.annealing.total_rounds, watch),
+            stop.is_set,
+            resume=request.resume,
+            page=run_page,
+            ticket=request.ticket,
+        )
+
+
+def local_engine(recipe: Recipe, factory: Factory, device: str | None = None) -> LocalEngine:
+    """Return the executor of a run in this process.
+
+    Args:
+        recipe: the run.
+        factory: builds workload and trainers.
+        device: of torch; default as `runtime.device` asks.
+
+    Raises:
+        ResourceError: the recipe asks for a GPU that torch does not find.
+    """
+    where = _device(recipe) if device is None else device
+    return LocalEngine(lambda: in_process(recipe, factory, where))
+
+
+def _device(recipe: Recipe) -> str:
+    if recipe.runtime.device != "cuda":
+        return "cpu"
+    from rayfed_lora.training.device import has_gpu
+
+    if not has_gpu():
+        raise ResourceError("runtime.device 'cuda': torch finds no GPU on this machine")
+    return "cuda:0"
+
+
+def refuse_address(recipe: Recipe, address: str | None) -> None:
+    """Check that no cluster is named for a run in this process.
+
+    Raises:
+        BadInputError: `address` names one.
+    """
+    if address is not None and recipe.runtime.executor == "local":
+        raise BadInputError(
+            f"--address: expected none with runtime.executor local, which runs in this process; got"
+            f" {address!r}; runtime.executor ray runs on a cluster"
+        )
