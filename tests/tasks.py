@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -45,6 +45,11 @@ class _Kept:
 
     def pack(self) -> None:
         """Keep the states as they are."""
+
+
+def local_plan(**values: Any) -> LocalPlan:
+    """Return the plan of a second round; its fields may be others."""
+    return replace(LocalPlan(round=1, trainable="adapter", lr=0.1, proximal_weight=0.0), **values)
 
 
 def train(

@@ -14,11 +14,10 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.trainer import LocalTrainer
 from rayfed_lora.training.workload import prepare
 from rayfed_lora.types import AdapterState, Base, Predictions
-from tests.tasks import Update, initial_tensors, predict, train
+from tests.tasks import Update, initial_tensors, local_plan, predict, train
 from tests.unit.test_trainer import (
     adapter_state,
     image_trainer,
-    local_plan,
     make_recipe,
     questions,
     text_recipe,

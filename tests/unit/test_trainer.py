@@ -45,11 +45,10 @@ from rayfed_lora.types import (
     Base,
     Factors,
     GlobalModel,
-    LocalPlan,
     Predictions,
 )
 from tests.fakes import spoilt
-from tests.tasks import Update, initial_tensors, predict, train
+from tests.tasks import Update, initial_tensors, local_plan, predict, train
 
 # PEFT asks transformers 5 for a property that it is about to rename.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
@@ -170,10 +169,6 @@ def adapter_state(trainer: LocalTrainer, rank: int = 4, scale: float = 2.0) -> A
         for name, shape in trainer.shape().modules.items()
     }
     return AdapterState(factors, initial_tensors(trainer, "adapter"))
-
-
-def local_plan(**values: Any) -> LocalPlan:
-    return replace(LocalPlan(round=1, trainable="adapter", lr=0.1, proximal_weight=0.0), **values)
 
 
 def plain_net(recipe: Recipe, workload: Workload) -> nn.Module:
