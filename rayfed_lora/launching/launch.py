@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 from rayfed_lora.engines.factory import Factory, TorchFactory
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.jobs.reporting import reporting
-from rayfed_lora.launching.local import refuse_address, run_here
+from rayfed_lora.launching.local import local_engine, refuse_address
 from rayfed_lora.launching.ray_session import ray_session
 from rayfed_lora.launching.request import RunRequest
+from rayfed_lora.launching.signals import interruptible
+from rayfed_lora.pages.run_page import run_page
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.claiming import claim, claimed, complete
 from rayfed_lora.runs.location import run_location, with_absolute_paths
-from rayfed_lora.runs.status import Status
+from rayfed_lora.runs.session import simulate
+from rayfed_lora.runs.status import Status, StatusBoard
 from rayfed_lora.storage import RunFolder
 
 if TYPE_CHECKING:
@@ -101,7 +105,20 @@ def run(
     with claimed(folder, recipe, resume) as lease:
         request = RunRequest(recipe, location, resume, factory or TorchFactory(), lease.ticket)
         if recipe.runtime.executor == "local":
-            return Result(location, run_here(request, watch))
+            board, stop = StatusBoard(recipe.annealing.total_rounds, watch), threading.Event()
+            engine = local_engine(recipe, request.factory)
+            with interruptible(stop.set):
+                summary = simulate(
+                    recipe,
+                    engine,
+                    folder,
+                    board,
+                    stop.is_set,
+                    resume=resume,
+                    page=run_page,
+                    ticket=request.ticket,
+                )
+            return Result(location, summary)
         with ray_session(address), reporting(recipe, request.absolute_location, watch) as report:
             # After `ray_session`: Ray reads its settings at import.
             from rayfed_lora.launching.drivers import start_server

@@ -2,37 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from typing import Any
-
 from rayfed_lora.engines.factory import Factory, in_process
 from rayfed_lora.engines.local import LocalEngine
 from rayfed_lora.errors import BadInputError, ResourceError
-from rayfed_lora.launching.request import RunRequest
-from rayfed_lora.launching.signals import interruptible
-from rayfed_lora.pages.run_page import run_page
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.runs.session import simulate
-from rayfed_lora.runs.status import Status, StatusBoard
-from rayfed_lora.storage import RunFolder
-
-
-def run_here(request: RunRequest, watch: Callable[[Status], None]) -> dict[str, Any]:
-    """Run a recipe in this process and return its summary; raises as `run` does."""
-    recipe = request.recipe
-    stop = threading.Event()
-    with interruptible(stop.set):
-        return simulate(
-            recipe,
-            local_engine(recipe, request.factory),
-            RunFolder(request.location),
-            StatusBoard(recipe.annealing.total_rounds, watch),
-            stop.is_set,
-            resume=request.resume,
-            page=run_page,
-            ticket=request.ticket,
-        )
 
 
 def local_engine(recipe: Recipe, factory: Factory, device: str | None = None) -> LocalEngine:

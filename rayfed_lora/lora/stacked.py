@@ -55,7 +55,7 @@ class StackedStates(Sequence[AdapterState]):
 
     @property
     def alike(self) -> bool:
-        """Whether all clients have the same ranks and scales: no row has padding then."""
+        """Whether all clients have the same ranks and scales."""
         return all(like.version == self.likes[0].version for like in self.likes)
 
     def taken(self, places: Sequence[int]) -> StackedStates:

@@ -55,7 +55,11 @@ def trained(task: Train, train_block: TrainBlock) -> Trained:
             try:
                 update = train_block(left, [starts.of(client) for client in left])
             except ClientError as error:
-                failure = error
+                if not task.plan.tolerant:
+                    raise
+                # Without the traceback, which would hold the tensors of the failed step.
+                failure = error.with_traceback(None)
+                failure.__cause__ = failure.__context__ = None
             except BlockMemoryError as error:
                 if any(len(each) > 1 for each in task.blocks):
                     raise

@@ -197,7 +197,7 @@ def test_clients_of_one_stack_taken_in_at_once_give_the_rule_on_each(rule, left_
     each, at_once = rule.entry.means(), rule.entry.means()
     for k in kept:
         each.add(*updates[k])
-    at_once.add_all([of_a_stack[k] for k in kept])
+    at_once.add_all([updates[k][0] for k in kept], of_a_stack.taken(kept))
     got, expected = (rule.entry.aggregate(start, m, rule.step(0.5)) for m in (at_once, each))
     assert_same_update(got, {m: update_of(expected, m) for m in SHAPES}, atol=1e-6)
     for name, tensor in expected.state.dense.items():
@@ -211,13 +211,14 @@ def test_clients_of_one_stack_may_have_ranks_of_their_own(mixed_rule):
     updates = clients(6, ranks=(3, 0, 2))
     expected = mixed_rule(start, updates, 0.5)
     means = mixed_rule.entry.means()
-    means.add_all(stacked(updates, [update for _, update in updates]))
+    weights, states = zip(*updates, strict=True)
+    means.add_all(weights, stacked(updates, states))
     got = mixed_rule.entry.aggregate(start, means, mixed_rule.step(0.5))
     assert_same_update(got, {m: update_of(expected, m) for m in SHAPES}, atol=1e-6)
 
 
-def stacked(updates: Updates, likes: list[AdapterState]) -> Updates:
-    """Return the same updates as parts of one array, padded to the largest rank."""
+def stacked(updates: Updates, likes: Sequence[AdapterState]) -> StackedStates:
+    """Return the same states as parts of one array, padded to the largest rank."""
     rank = max(f.rank for like in likes for f in like.factors.values())
 
     def padded(update: AdapterState) -> AdapterState:
@@ -231,8 +232,7 @@ def stacked(updates: Updates, likes: list[AdapterState]) -> Updates:
 
     tensors = [named(padded(update)) for _, update in updates]
     rows = np.stack([np.concatenate([t.ravel() for t in each.values()]) for each in tensors])
-    stack = StackedStates(rows, likes, {name: t.shape for name, t in tensors[0].items()})
-    return [(weight, stack.state(k)) for k, (weight, _) in enumerate(updates)]
+    return StackedStates(rows, likes, {name: t.shape for name, t in tensors[0].items()})
 
 
 def test_joining_changes_nothing_in_what_is_joined(rule):

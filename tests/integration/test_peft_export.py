@@ -36,9 +36,11 @@ from rayfed_lora.launching import launch
 from rayfed_lora.launching.planning import plan
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.tasks.messages import Export
 from rayfed_lora.training.preparing import prepare
 from rayfed_lora.training.trainer import LocalTrainer
-from rayfed_lora.types import AdapterState, Base, Factors
+from rayfed_lora.types import AdapterState, Base, Factors, GlobalModel
+from tests.tasks import initial_tensors, predict
 
 # PEFT asks transformers 5 for a property that it is about to rename.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
@@ -283,13 +285,13 @@ def test_modules_of_rank_zero_are_left_out_and_the_rest_computes_the_same(
         name: Factors(normal(rank, shape.d_in), normal(shape.d_out, rank), 1.7)
         for (name, shape), rank in zip(trainer.shape().modules.items(), ranks, strict=True)
     }
-    head = {n: normal(*t.shape) for n, t in trainer.initial_tensors("adapter").items()}
+    head = {n: normal(*t.shape) for n, t in initial_tensors(trainer, "adapter").items()}
     state = AdapterState(factors, head)
-    for name, content in trainer.export(state, Base(), "adapter").items():
+    for name, content in trainer.run(Export(GlobalModel(state, Base(), "adapter"))).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     rows = len(workload.test)
-    said = trainer.evaluate("test", slice(0, rows), state, Base(), "adapter")
+    said = predict(trainer, slice(0, rows), state)
     found = metrics(plain_peft(tmp_path), workload)
     assert found["eval_accuracy"] == said.correct.sum() / rows
     assert found["eval_loss"] == pytest.approx(said.losses.mean(), abs=1e-5)

@@ -118,7 +118,7 @@ def test_logits_and_a_step_of_training_are_plain_pefts(clients: int) -> None:
         functional.cross_entropy(expected, labels).backward()
         weights = trained(reference, each.factors)
         torch.optim.SGD(list(weights.values()), lr=0.1).step()
-        read = model.read(each, i)
+        (read,) = model.read_from([each], i)
         for name, f in read.factors.items():
             for part, found in (("A", f.a), ("B", f.b)):
                 wanted = weights[f"{name}.lora_{part}"].detach().numpy()
