@@ -295,7 +295,7 @@ class _Job:
         import ray
         from ray import tune as ray_tune
 
-        from rayfed_lora.engines.on_ray.pool import result
+        from rayfed_lora.engines.on_ray.calls import result
         from rayfed_lora.engines.on_ray.shelf import Shelf
         from rayfed_lora.tuning import drawing
         from rayfed_lora.tuning.trial import Shared, Trial

@@ -152,8 +152,8 @@ def test_each_state_is_put_into_the_store_once(tmp_path, monkeypatch):
 
 
 def test_parts_of_a_join_that_are_lost_are_computed_again(tmp_path, monkeypatch):
+    from rayfed_lora.engines.on_ray.calls import PartsLostError
     from rayfed_lora.engines.on_ray.engine import RayEngine
-    from rayfed_lora.engines.on_ray.pool import PartsLostError
 
     expected_summary(tmp_path / "local", clients__per_round=1.0)
     monkeypatch.setattr("rayfed_lora.tasks.engine._MOST_ALONE", 3)
@@ -181,7 +181,8 @@ def test_a_pool_ends_only_the_call_whose_parts_were_lost():
     import ray
     from ray.exceptions import ObjectLostError
 
-    from rayfed_lora.engines.on_ray.pool import ActorPool, PartsLostError, Revival, Work
+    from rayfed_lora.engines.on_ray.calls import PartsLostError, Work
+    from rayfed_lora.engines.on_ray.pool import ActorPool, Revival
 
     @ray.remote(num_cpus=0)
     class Joining:
@@ -206,7 +207,8 @@ def test_a_pool_goes_on_with_another_actor_where_one_cannot_come_back():
     import ray
 
     from rayfed_lora.engines.on_ray.actors import NotOpenError
-    from rayfed_lora.engines.on_ray.pool import ActorPool, Revival, Work
+    from rayfed_lora.engines.on_ray.calls import Work
+    from rayfed_lora.engines.on_ray.pool import ActorPool, Revival
 
     @ray.remote(num_cpus=0)
     class Sometimes:
@@ -233,7 +235,8 @@ def test_a_pool_does_not_wait_for_ever_for_an_actor_that_keeps_being_refused():
     import ray
 
     from rayfed_lora.engines.on_ray.actors import NotOpenError
-    from rayfed_lora.engines.on_ray.pool import ActorPool, Revival, Work
+    from rayfed_lora.engines.on_ray.calls import Work
+    from rayfed_lora.engines.on_ray.pool import ActorPool, Revival
 
     @ray.remote(num_cpus=0)
     class Ill:
@@ -249,7 +252,8 @@ def test_a_pool_does_not_wait_for_ever_for_an_actor_that_keeps_being_refused():
 def test_a_pool_sends_work_to_the_actor_with_the_fewest_calls_and_the_rest_waits():
     import ray
 
-    from rayfed_lora.engines.on_ray.pool import ActorPool, Revival, Work
+    from rayfed_lora.engines.on_ray.calls import Work
+    from rayfed_lora.engines.on_ray.pool import ActorPool, Revival
 
     @ray.remote(num_cpus=0)
     class Numbered:

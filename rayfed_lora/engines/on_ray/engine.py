@@ -14,17 +14,9 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from rayfed_lora.engines.factory import Factory
+from rayfed_lora.engines.on_ray.calls import LOST, Job, PartsLostError, Work, result
 from rayfed_lora.engines.on_ray.crew import Crew
-from rayfed_lora.engines.on_ray.pool import (
-    ATTEMPTS,
-    LOST,
-    ActorPool,
-    Job,
-    PartsLostError,
-    Revival,
-    Work,
-    result,
-)
+from rayfed_lora.engines.on_ray.pool import ATTEMPTS, ActorPool, Revival
 from rayfed_lora.engines.usage import Usage
 from rayfed_lora.errors import RunError
 from rayfed_lora.recipe.recipe import Recipe

@@ -7,121 +7,21 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    ObjectLostError,
-    OutOfMemoryError,
-    RayTaskError,
-)
+from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError
 
-from rayfed_lora.engines.on_ray.actors import NotOpenError
+from rayfed_lora.engines.on_ray.calls import LOST, Job, PartsLostError, Work, Worker, result
 from rayfed_lora.errors import RayfedError, RunError
 
 ATTEMPTS = 4
 _RESTART_POLL_S = 0.5
-LOST = (ActorDiedError, ActorUnavailableError, OutOfMemoryError, NotOpenError)
 # Ray does not say of an actor that it restarts whether its memory was to blame (tried with 2.60):
 # work that has lost so many is done in smaller blocks from then on.
 _LOST_BEFORE_HALVING = 2
-
-
-class PartsLostError(RunError):
-    """What a call was to work on, other calls' results, was lost with the node that held it."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """A call of an actor's method.
-
-    Attributes:
-        name: what a message to the user calls it.
-        method: of the actor; takes `halvings` too, the times to halve blocks, memory being short.
-        args: of the call.
-        options: Ray's own, of the call.
-        limited: whether `block_timeout_s` holds for it.
-        clients: that it trains.
-    """
-
-    name: str
-    method: str
-    args: tuple[Any, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
-    limited: bool = False
-    clients: int = 0
-
-
-@dataclass(eq=False)
-class Job:
-    """A call that some actor makes.
-
-    Attributes:
-        work: the call.
-        attempts: how often it was lost in its turn.
-        begun: how often an actor began it, as far as is known.
-        halvings: how often its blocks are to be halved, memory being short.
-        since: `time.monotonic()` at which an actor began it.
-        value: its first result, once `done`.
-        rest: references of its other results, which stay where they are.
-        error: why it has no result and never will.
-        done: whether it is over.
-    """
-
-    work: Work
-    attempts: int = 0
-    begun: int = 0
-    halvings: int = 0
-    since: float = 0.0
-    value: Any = None
-    rest: list[ray.ObjectRef] = field(default_factory=list)
-    error: RayfedError | None = None
-    done: bool = False
-
-
-@dataclass(eq=False)
-class _Worker:
-    """An actor and what it has been sent, in the order in which it does it.
-
-    Attributes:
-        actor: its handle.
-        at_once: how many calls it does at once.
-        jobs: the first of them are being done.
-    """
-
-    actor: Any
-    at_once: int
-    jobs: list[Job] = field(default_factory=list)
-
-    @property
-    def doing(self) -> list[Job]:
-        """What it does now."""
-        return self.jobs[: self.at_once]
-
-    @property
-    def limited(self) -> list[Job]:
-        """What it does now and may not take for ever."""
-        return [job for job in self.doing if job.work.limited]
-
-    def late(self, limit_s: float) -> list[Job]:
-        """Return what has taken too long."""
-        now = time.monotonic()
-        return [job for job in self.limited if now - job.since >= limit_s]
-
-    def add(self, job: Job) -> None:
-        """Note that it was sent a job."""
-        self.jobs.append(job)
-        job.since = time.monotonic()
-
-    def remove(self, job: Job) -> None:
-        """Note that a job is over: the next one that waited is begun."""
-        self.jobs.remove(job)
-        for next_one in self.jobs[self.at_once - 1 : self.at_once]:
-            next_one.since = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -164,7 +64,7 @@ class ActorPool:
             block_timeout_s: an actor that takes longer for a job is ended; None: no limit.
             at_once: how many jobs an actor does at the same time.
         """
-        self._workers = [_Worker(actor, at_once) for actor in actors]
+        self._workers = [Worker(actor, at_once) for actor in actors]
         self._revival = revival
         self._note = note
         self._start_timeout_s = start_timeout_s
@@ -175,9 +75,9 @@ class ActorPool:
         # `time.monotonic()` since which no actor is left that works.
         self._alone_since = 0.0
         self._waiting: deque[Job] = deque()
-        self._running: dict[ray.ObjectRef, tuple[Job, list[ray.ObjectRef], _Worker]] = {}
+        self._running: dict[ray.ObjectRef, tuple[Job, list[ray.ObjectRef], Worker]] = {}
         # Workers that Ray is restarting, by the call that tells when they are back.
-        self._returning: dict[ray.ObjectRef, _Worker] = {}
+        self._returning: dict[ray.ObjectRef, Worker] = {}
 
     def submit(self, works: Sequence[Work], urgent: bool = False) -> list[Job]:
         """Queue some calls, urgent ones before all that wait, and start what can start."""
@@ -304,7 +204,7 @@ class ActorPool:
             error = TimeoutError(f"{names} took longer than {limit:g} s (runtime.block_timeout_s)")
             self._lost(worker, error, late)
 
-    def _lost(self, worker: _Worker, error: Exception, blamed: Sequence[Job] | None = None) -> None:
+    def _lost(self, worker: Worker, error: Exception, blamed: Sequence[Job] | None = None) -> None:
         """Take back all that a lost actor had been sent.
 
         Args:
@@ -339,7 +239,7 @@ class ActorPool:
             self._alone_since = time.monotonic()
         self._revive(worker, error)
 
-    def _revive(self, worker: _Worker, error: Exception) -> None:
+    def _revive(self, worker: Worker, error: Exception) -> None:
         """Wait in the background for an actor that Ray restarts; forget one it does not."""
         if not isinstance(error, ActorDiedError):
             self._returning[self._revival.reopen(worker.actor)] = worker
@@ -376,16 +276,3 @@ class ActorPool:
 
 def _named(jobs: Sequence[Job]) -> str:
     return " and ".join(job.work.name for job in jobs)
-
-
-def result(reference: ray.ObjectRef) -> Any:
-    """Return a call's result; raise the user's errors as they were, without Ray's wrapping."""
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, (RayfedError, NotOpenError)):
-            raise cause from None
-        if isinstance(cause, ObjectLostError):
-            raise PartsLostError(str(cause)) from error
-        raise RunError(f"a worker failed:\n{error}") from error
