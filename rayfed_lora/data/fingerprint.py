@@ -1,4 +1,4 @@
-"""What tells two workloads apart: a run goes on only with the data that it began with.
+"""Digests of a workload's data: a run resumes only with the data that it started with.
 
 Source: this project.
 """
@@ -48,7 +48,7 @@ def _examples(examples: Examples) -> str:
 
 
 def _sha256(parts: Iterable[Any]) -> str:
-    """Return the digest of texts and arrays, each behind its size."""
+    """Return the digest of texts and arrays, each preceded by its size."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, str):
