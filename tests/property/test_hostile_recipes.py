@@ -19,7 +19,7 @@ from rayfed_lora.recipe.loading import (
     shipped_text,
 )
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.tuning.space import load_space
+from rayfed_lora.tuning.space_files import load_space
 from tests.fakes import RECIPE
 
 QUICK = settings(
