@@ -157,23 +157,24 @@ def _read_idx_file(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
             " another folder that holds fashion-mnist/"
         )
     try:
-        content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
+        return _parse_idx(gzip.decompress(path.read_bytes()), dimensions)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise DataError(f"data.source 'fashion-mnist': {path} is corrupt: {error}") from error
+
+
+def _parse_idx(content: bytes, dimensions: int) -> npt.NDArray[np.uint8]:
     header = 4 + 4 * dimensions
     magic = bytes([0, 0, _IDX_UINT8, dimensions])
     if len(content) < header or content[:4] != magic:
-        raise DataError(
-            f"data.source 'fashion-mnist': {path} is corrupt: need the IDX magic {magic.hex()},"
-            f" got {content[:4].hex()} and {len(content)} bytes in all"
+        raise ValueError(
+            f"need the IDX magic {magic.hex()}, got {content[:4].hex()} and {len(content)} bytes in"
+            " all"
         )
     sizes = np.frombuffer(content[4:header], dtype=">i4").tolist()
-    if len(content) != header + math.prod(sizes):
-        raise DataError(
-            f"data.source 'fashion-mnist': {path} is corrupt: need {math.prod(sizes)} values as"
-            f" its header says, got {len(content) - header}"
-        )
-    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(sizes)
+    values = np.frombuffer(content, dtype=np.uint8, offset=header)
+    if len(values) != math.prod(sizes):
+        raise ValueError(f"need {math.prod(sizes)} values as its header says, got {len(values)}")
+    return values.reshape(sizes)
 
 
 def _image_table(images: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> pa.Table:

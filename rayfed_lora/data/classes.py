@@ -1,7 +1,4 @@
-"""The classes of a data set: found among its labels, named and numbered.
-
-Source: this project.
-"""
+"""The classes of a data set: found among its labels, named and numbered. Source: this project."""
 
 from __future__ import annotations
 

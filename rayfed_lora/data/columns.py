@@ -1,7 +1,4 @@
-"""Columns of a raw table: found by name, checked and converted to one type.
-
-Source: this project.
-"""
+"""Columns of a raw table: found by name, checked and cast. Source: this project."""
 
 from __future__ import annotations
 

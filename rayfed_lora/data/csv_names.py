@@ -1,7 +1,4 @@
-"""Names in CSV columns, whose cells are read as texts: numbers, booleans or words.
-
-Source: this project.
-"""
+"""Names in CSV columns: numbers, booleans or words. Source: this project."""
 
 from __future__ import annotations
 

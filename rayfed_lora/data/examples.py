@@ -1,7 +1,4 @@
-"""Model-ready examples in one Arrow table, which processes of a machine share without copying.
-
-Source: this project.
-"""
+"""Model-ready examples in an Arrow table that processes share. Source: this project."""
 
 from __future__ import annotations
 

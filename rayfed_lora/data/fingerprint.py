@@ -1,7 +1,4 @@
-"""Digests of a workload's data: a run resumes only with the data that it started with.
-
-Source: this project.
-"""
+"""Digests of a workload, which decide whether a run may resume. Source: this project."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Raw tables from the Hugging Face hub.
-
-Source: this project, on the package `datasets`.
-"""
+"""Raw tables from the Hugging Face hub. Source: this project, on the package `datasets`."""
 
 from __future__ import annotations
 

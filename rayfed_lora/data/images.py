@@ -1,7 +1,4 @@
-"""Image columns of every form, converted to float tensors (channels, height, width).
-
-Source: this project.
-"""
+"""Image columns of every form, converted to float tensors. Source: this project."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Raw tables from files and URIs; every failure names the file and the format.
-
-Source: this project.
-"""
+"""Raw tables from files and URIs, with clear errors. Source: this project."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Random splits and subsets of a table of examples, keyed by the run's seed.
-
-Source: this project.
-"""
+"""Random splits and subsets, keyed by the run's seed. Source: this project."""
 
 from __future__ import annotations
 

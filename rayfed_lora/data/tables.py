@@ -1,7 +1,4 @@
-"""The data set that a recipe names: loaded, its labels numbered, split into tables.
-
-Source: this project.
-"""
+"""The data set of a recipe: loaded, labels numbered, rows split. Source: this project."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The distributions of a search space in Ray Tune's terms, and draws from them.
-
-Source: this project, on ray.tune.
-"""
+"""A space's distributions in Ray Tune, and draws from them. Source: ray.tune."""
 
 from __future__ import annotations
 

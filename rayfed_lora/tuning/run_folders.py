@@ -1,7 +1,4 @@
-"""Run folders of trials: metrics, copies, and draws that change the rest of a run.
-
-Source: this project.
-"""
+"""Run folders of trials: metrics, copies, changes of draws. Source: this project."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Ray Tune's searchers and schedulers for a search space.
-
-Source: this project, on ray.tune.
-"""
+"""Ray Tune's searchers and schedulers for a search space. Source: this project, on ray.tune."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The folder of a search: claimed by a new search or by one that resumes.
-
-Source: this project.
-"""
+"""The folder of a search: claimed by a new search or by one that resumes. Source: this project."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The result of a search: its table of trials, the Pareto front and the best recipes.
-
-Source: this project.
-"""
+"""Table of trials, Pareto front and best recipes of a search. Source: this project."""
 
 from __future__ import annotations
 

@@ -1,33 +1,39 @@
-"""A search that owns its folder: checked, run by Ray Tune, its tables written.
-
-Source: this project.
-"""
+"""A search in its folder: checked, run by Tune, written. Source: this project."""
 
 from __future__ import annotations
 
 import shlex
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from rayfed_lora.errors import InterruptedRunError, RayfedError, RunError
 from rayfed_lora.launching import launch
+from rayfed_lora.pages.search import SearchNews, Watch
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning import tuner
 from rayfed_lora.tuning.distributions import grid
 from rayfed_lora.tuning.schedulers import scheduler, searcher
 from rayfed_lora.tuning.search_folder import write_search
 from rayfed_lora.tuning.search_result import SearchResult
+from rayfed_lora.tuning.space import Space
 from rayfed_lora.tuning.space_checks import invalid_draws, without_effect
+from rayfed_lora.tuning.trial import Search
 from rayfed_lora.tuning.trial_rows import TrialOutcome
 from rayfed_lora.tuning.tune_signals import stop_tune
-from rayfed_lora.tuning.tuner import Search
 
 
-def run(search: Search, resume: bool) -> SearchResult:
+def run(
+    search: Search, folder: RunFolder, watch: Watch, max_concurrent: int | None, resume: bool
+) -> SearchResult:
     """Run all trials and write the tables.
 
     Args:
         search: the search.
+        folder: the search's folder, guarded by the lease of this process.
+        watch: called with news of the search.
+        max_concurrent: maximum number of concurrent trials; None: as many as fit.
         resume: continue from Tune's saved state, if present.
 
     Raises:
@@ -36,10 +42,14 @@ def run(search: Search, resume: bool) -> SearchResult:
         RunError: no trial has finished, or Tune ended early.
     """
     space, recipe = search.space, search.recipe
-    _check(search)
+    for text in _warnings(space, recipe):
+        watch(SearchNews(warning=text))
+    # Both raise BadInputError; here this happens before the data are read.
+    scheduler(space, recipe)
+    searcher(space, recipe, 1)
     trials = len(grid(space, recipe)) if space.search == "grid" else space.samples
-    trainable, slots = tuner.trainable(search, min(search.max_concurrent or trials, trials))
-    write_search(search.folder, space, recipe, search.max_concurrent)
+    trainable, slots = tuner.trainable(search, min(max_concurrent or trials, trials))
+    write_search(folder, space, recipe, max_concurrent)
     stopped = threading.Event()
 
     def stop() -> None:
@@ -47,38 +57,34 @@ def run(search: Search, resume: bool) -> SearchResult:
         stop_tune()
 
     with launch.interruptible(stop):
-        outcomes = tuner.fit(search, trainable, slots, resume)
+        outcomes = tuner.fit(search, watch, trainable, slots, resume)
     if not stopped.is_set():
         if len(outcomes) < trials:
             raise RunError(f"Tune ended after {len(outcomes)} of {trials} trials; try --resume")
-        return _written(search, outcomes)
+        return _written(search, folder, outcomes)
     with suppress(RayfedError):
         # The tables so far; there are none before the first trial has finished.
-        _written(search, outcomes)
+        _written(search, folder, outcomes)
     raise InterruptedRunError(
         "stopped; finished trials and the rounds of others are kept; resume with --resume"
         f" --out {shlex.quote(search.location)}"
     )
 
 
-def _check(search: Search) -> None:
-    """Warn of draws without effect or validity, and reject a space that Tune cannot search."""
-    space, recipe = search.space, search.recipe
+def _warnings(space: Space, recipe: Recipe) -> Iterator[str]:
+    """Yield warnings on invalid draws and draws without effect."""
     invalid = invalid_draws(space, recipe)
     if invalid:
-        search.warn(f"about {invalid} of 1,000 draws are not valid recipes; their trials fail")
+        yield f"about {invalid} of 1,000 draws are not valid recipes; their trials fail"
     ignored = without_effect(space, recipe)
     if ignored:
-        search.warn(
+        yield (
             f"drawn without effect with annealing.mode {recipe.annealing.mode} and the conditions"
             f" of the space: {', '.join(ignored)}"
         )
-    # Both raise BadInputError; here this happens before the data are read.
-    scheduler(space, recipe)
-    searcher(space, recipe, 1)
 
 
-def _written(search: Search, outcomes: Sequence[TrialOutcome]) -> SearchResult:
+def _written(search: Search, folder: RunFolder, outcomes: Sequence[TrialOutcome]) -> SearchResult:
     result = SearchResult.of(search.location, search.space, search.recipe, outcomes)
-    result.write(search.space, search.folder)
+    result.write(search.space, folder)
     return result

@@ -1,7 +1,4 @@
-"""Search spaces: which recipe values are drawn, and from which distributions.
-
-Source: this project.
-"""
+"""Search spaces: recipe values and their distributions. Source: this project."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Checks of a search space against the recipe, before any trial runs.
-
-Source: this project.
-"""
+"""Checks of a search space against the recipe, before any trial runs. Source: this project."""
 
 from __future__ import annotations
 

@@ -32,16 +32,14 @@ from rayfed_lora.tuning.space import Space
 
 
 @dataclass(frozen=True)
-class Shared:
-    """Arguments of all trials of a search.
+class Search:
+    """The facts that all trials of a search share.
 
     Attributes:
         space: the distributions.
         recipe: supplies the values that are not drawn.
         location: of the search's folder.
         ticket: of the process that owns the search's folder.
-        layout: client actors of a trial.
-        shelf: actor handle of the `Shelf` with data and bases.
         factory: makes workloads and trainers in the workers.
     """
 
@@ -49,8 +47,6 @@ class Shared:
     recipe: Recipe
     location: str
     ticket: Ticket
-    layout: Layout
-    shelf: Any
     factory: Factory
 
 
@@ -61,9 +57,20 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     group, are kept for the next trial where Tune reuses this one.
     """
 
-    def setup(self, config: dict[str, Any], shared: Any = None) -> None:
-        """Set the draw; nothing starts before the first step."""
-        self._shared: Shared = shared
+    def setup(
+        self, config: dict[str, Any], search: Any = None, layout: Any = None, shelf: Any = None
+    ) -> None:
+        """Set the draw; nothing starts before the first step.
+
+        Args:
+            config: of Tune, with the draw.
+            search: the `Search`.
+            layout: the `Layout` of a trial's client actors.
+            shelf: actor handle of the `Shelf` with data and base models.
+        """
+        self._search: Search = search
+        self._layout: Layout = layout
+        self._shelf = shelf
         self._crew: Crew | None = None
         self._set_draw(config)
 
@@ -80,19 +87,19 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
 
     @property
     def _folder(self) -> RunFolder:
-        return RunFolder(child(self._shared.location, "trials", self.trial_id))
+        return RunFolder(child(self._search.location, "trials", self.trial_id))
 
     @property
     def _ticket(self) -> Ticket:
         """A ticket for each trial: after a restart the newest process owns the folder."""
-        shared = self._shared.ticket
-        return replace(shared, run=f"{shared.run} {self.trial_id}")
+        ticket = self._search.ticket
+        return replace(ticket, run=f"{ticket.run} {self.trial_id}")
 
     def step(self) -> dict[str, Any]:
         """Run a round, or up to the first tested round where objectives need tests."""
         if self._rounds is None:
             self._rounds = self._start()
-        tests = any(name.startswith("eval_") for name in self._shared.space.objectives)
+        tests = any(name.startswith("eval_") for name in self._search.space.objectives)
         for tables in self._rounds:
             report = measured(tables.rounds)
             known = report["eval_loss"] is not None or not tests
@@ -102,34 +109,34 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
 
     def _reported(self, report: Mapping[str, Any]) -> dict[str, Any]:
         """Return a report in which every objective is a number, for the schedulers."""
-        unknown = {name for name in self._shared.space.objectives if report[name] is None}
+        unknown = {name for name in self._search.space.objectives if report[name] is None}
         notes = len(self._board.status().notes)
         return {**report, **dict.fromkeys(unknown, math.nan), "warnings": notes}
 
     def _start(self) -> Generator[Tables, None, dict[str, Any]]:
-        folder, shared = self._folder, self._shared
-        if not RunFolder(shared.location).exists(SEARCH_FILE):
+        folder, search = self._folder, self._search
+        if not RunFolder(search.location).exists(SEARCH_FILE):
             raise RunFolderError(
-                f"{shared.location}: expected --out on storage that all nodes share; the node of a"
+                f"{search.location}: expected --out on storage that all nodes share; the node of a"
                 " trial cannot read it"
             )
-        recipe = current_recipe(folder, shared.space, shared.recipe, self._draw)
+        recipe = current_recipe(folder, search.space, search.recipe, self._draw)
         if self._crew is not None and not self._crew.wait(recipe.runtime.start_timeout_s):
             self._crew = None
         if self._crew is None:
             group = ray.util.get_current_placement_group()
-            places = [(group, i) for i in range(shared.layout.actors)]
-            self._crew = Crew(recipe, shared.layout, places, shared.shelf)
+            places = [(group, i) for i in range(self._layout.actors)]
+            self._crew = Crew(recipe, self._layout, places, self._shelf)
         self._total = recipe.annealing.total_rounds
         self._board = StatusBoard(self._total)
         executor = RayExecutor(
             recipe,
-            shared.factory,
+            search.factory,
             self._board.note,
             crew=self._crew,
-            concurrent=shared.space.scheduler == "none",
+            concurrent=search.space.scheduler == "none",
         )
-        name = f"{RunFolder(shared.location).name}/{self.trial_id}"
+        name = f"{RunFolder(search.location).name}/{self.trial_id}"
         return sitting(
             recipe,
             executor,
@@ -155,7 +162,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
                 if not is_lease_file(name):
                     folder.remove(name)
             copy_run(source, folder)
-            apply_draw(folder, self._shared.space, self._shared.recipe, self._draw)
+            apply_draw(folder, self._search.space, self._search.recipe, self._draw)
 
     def _end(self) -> None:
         if self._rounds is not None:

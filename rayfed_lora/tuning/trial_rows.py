@@ -1,7 +1,4 @@
-"""One row for each trial of a search, from its run folder and its last report to Tune.
-
-Source: this project.
-"""
+"""A row for each trial: its run folder and last report. Source: this project."""
 
 from __future__ import annotations
 

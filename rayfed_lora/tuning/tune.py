@@ -94,15 +94,15 @@ def tune(  # noqa: PLR0913 - options of a command
         with launch.ray_session(address), quiet_tune():
             # Imports Ray, which reads the session's environment as it is imported.
             from rayfed_lora.tuning.search_run import run
-            from rayfed_lora.tuning.tuner import Search
+            from rayfed_lora.tuning.trial import Search
 
             watch = watch or (lambda news: None)
             ignored = _ignored_settings(space, settings)
             for note in (*unused(given), *given_way_in_search(given), *ignored):
                 watch(SearchNews(warning=note))
             factory = factory or TorchFactory()
-            found = Search(space, shared, location, folder, lease.ticket, limit, factory, watch)
-            return run(found, resume)
+            found = Search(space, shared, location, lease.ticket, factory)
+            return run(found, folder, watch, limit, resume)
 
 
 def _ignored_settings(space: Space, settings: Sequence[str] | Mapping[str, Any]) -> Iterator[str]:

@@ -1,32 +1,26 @@
-"""A search in Ray Tune: the trainable with its resources, and the Tuner.
-
-Source: this project, on ray.tune.
-"""
+"""A search in Ray Tune: trainable, resources, Tuner. Source: this project, on ray.tune."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
 import ray
 from ray import tune
 
-from rayfed_lora.engines.factory import Factory
 from rayfed_lora.engines.on_ray.placement import Layout, Node, layout, nodes_of
 from rayfed_lora.engines.on_ray.pool import result
 from rayfed_lora.engines.on_ray.shelf import Shelf
 from rayfed_lora.locations import child
-from rayfed_lora.pages.search import SearchNews, Watch
+from rayfed_lora.pages.search import Watch
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.runs.ownership import Ticket
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.distributions import param_space
 from rayfed_lora.tuning.schedulers import scheduler, searcher
-from rayfed_lora.tuning.space import Space
-from rayfed_lora.tuning.trial import Shared, Trial
+from rayfed_lora.tuning.trial import Search, Trial
 from rayfed_lora.tuning.trial_rows import TrialOutcome
 from rayfed_lora.tuning.watching import WATCH, Watcher, outcomes_of
 
@@ -36,35 +30,6 @@ _FOLDER = "tune"
 _RETRIES = 2
 # Copies of each run in searches that copy runs; with fewer, Tune may delete one before its use.
 _COPIES = 4
-
-
-@dataclass(frozen=True)
-class Search:
-    """A search in a running Ray.
-
-    Attributes:
-        space: the distributions.
-        recipe: supplies the values that are not drawn.
-        location: of the search's folder.
-        folder: that folder, guarded by the lease of this process.
-        ticket: of the process that owns the folder.
-        max_concurrent: maximum number of concurrent trials; None: as many as fit.
-        factory: makes workloads and trainers in the workers.
-        watch: called with news of the search.
-    """
-
-    space: Space
-    recipe: Recipe
-    location: str
-    folder: RunFolder
-    ticket: Ticket
-    max_concurrent: int | None
-    factory: Factory
-    watch: Watch
-
-    def warn(self, text: str) -> None:
-        """Tell the user something that does not stop the search."""
-        self.watch(SearchNews(warning=text))
 
 
 def trial_layout(recipe: Recipe, nodes: Sequence[Node], at_once: int) -> tuple[Layout, int]:
@@ -104,25 +69,25 @@ def trainable(search: Search, at_once: int) -> tuple[Any, int]:
         ResourceError: not even one trial fits the cluster.
         DataError, ModelError: data or model cannot be read.
     """
-    recipe = search.recipe
-    actors, slots = trial_layout(recipe, nodes_of(ray.nodes()), at_once)
+    actors, slots = trial_layout(search.recipe, nodes_of(ray.nodes()), at_once)
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
     shelf = ray.remote(Shelf).options(**options).remote()
     # A fault in data or model ends the search here, not in each trial.
-    result(ray.get(shelf.prepared.remote(recipe, search.factory))[0])
-    shared = Shared(
-        search.space, recipe, search.location, search.ticket, actors, shelf, search.factory
-    )
+    result(ray.get(shelf.prepared.remote(search.recipe, search.factory))[0])
+    trial = tune.with_parameters(Trial, search=search, layout=actors, shelf=shelf)
     # The trial's own process computes little, so it reserves nothing.
     group = tune.PlacementGroupFactory([{}, *[actors.bundle] * actors.actors], strategy="PACK")
-    return tune.with_resources(tune.with_parameters(Trial, shared=shared), group), slots
+    return tune.with_resources(trial, group), slots
 
 
-def fit(search: Search, trainable: Any, slots: int, resume: bool) -> list[TrialOutcome]:
+def fit(
+    search: Search, watch: Watch, trainable: Any, slots: int, resume: bool
+) -> list[TrialOutcome]:
     """Run Tune to its end, or to a signal (`stop_tune`).
 
     Args:
         search: the search.
+        watch: called with news of the search.
         trainable: the result of `trainable`.
         slots: number of trials that can run at once.
         resume: continue from Tune's saved state, if present.
@@ -168,7 +133,7 @@ def fit(search: Search, trainable: Any, slots: int, resume: bool) -> list[TrialO
                 callbacks=[Watcher()],
             ),
         )
-    token = WATCH.set(search.watch)
+    token = WATCH.set(watch)
     try:
         return outcomes_of(tuner.fit(), location)
     finally:

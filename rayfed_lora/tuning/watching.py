@@ -1,7 +1,4 @@
-"""News of trials from Ray Tune's callbacks, and their outcomes from its result.
-
-Source: this project, on ray.tune's callbacks.
-"""
+"""News of trials from Ray Tune's callbacks, and their outcomes. Source: ray.tune."""
 
 from __future__ import annotations
 
