@@ -55,12 +55,7 @@ def find_classes(
 
 
 def notes_on(classes: Classes, class_names: Sequence[str] | None) -> tuple[str, ...]:
-    """Return notes for the user on similar and on unnamed classes.
-
-    Args:
-        classes: from `find_classes`.
-        class_names: as for `find_classes`.
-    """
+    """Return notes for the user on similar and on unnamed classes."""
     similar = naming.alike(classes.names, "labels")
     notes = () if similar is None else (similar,)
     if class_names is None:

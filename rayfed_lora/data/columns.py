@@ -23,24 +23,13 @@ _USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
 
 
 def candidates(data: recipe.Data, option: str) -> tuple[str, ...]:
-    """Return the column names an option stands for, in the order of the search.
-
-    Args:
-        data: the recipe's section.
-        option: `text_column`, `image_column` or `label_column`.
-    """
+    """Return the column names that an option such as `text_column` stands for, in order."""
     name = getattr(data, option)
     return _USUAL_NAMES[option] if name == AUTO else (name,)
 
 
 def pick(table: pa.Table, names: Sequence[str], option: str, source: str) -> str:
-    """Return the first of `names` that is a column.
-
-    Args:
-        table: the raw table.
-        names: column names, in the order of the search.
-        option: the recipe's option under `data` that names this column, for messages.
-        source: the recipe's `data.source`, for messages.
+    """Return the first of `names` that is a column of the table; `option` and `source` are shown.
 
     Raises:
         DataError: no such column (the message lists the columns of the table), or several.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +15,6 @@ from rayfed_lora.data.workload import Workload
 
 def with_fingerprint(workload: Workload) -> Workload:
     """Return the workload with its fingerprint, a SHA-256 of each part that a run depends on."""
-    return replace(workload, fingerprint=_fingerprint(workload))
-
-
-def _fingerprint(workload: Workload) -> Mapping[str, str]:
     names, held_out, trace = workload.client_names, workload.held_out, workload.trace
     tables = [workload.clients, *([] if held_out is None else [held_out])]
     devices: list[Any] = [
@@ -26,7 +22,7 @@ def _fingerprint(workload: Workload) -> Mapping[str, str]:
     ]
     if trace is not None:
         devices += [trace.client, trace.start_s, trace.end_s]
-    return {
+    fingerprint = {
         "training examples": _examples(workload.train),
         "validation examples": _examples(workload.validation),
         "test examples": _examples(workload.test),
@@ -35,6 +31,7 @@ def _fingerprint(workload: Workload) -> Mapping[str, str]:
         "examples of each client": _sha256(part for t in tables for part in (t.order, t.offsets)),
         "devices of clients": _sha256(devices),
     }
+    return replace(workload, fingerprint=fingerprint)
 
 
 def _examples(examples: Examples) -> str:

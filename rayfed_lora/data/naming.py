@@ -22,8 +22,11 @@ from rayfed_lora.errors import DataError
 
 # float64 is not exact for larger whole numbers: two of them may have been read as one.
 _MOST_EXACT = 2**53
-WHOLE = re.compile(r"(?!-0)-?(?:0|[1-9][0-9]*)")
-DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
+_WHOLE = re.compile(r"(?!-0)-?(?:0|[1-9][0-9]*)")
+_DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
+_WHOLE_OR_POINT_ZERO = re.compile(rf"(?:{_WHOLE.pattern})(?:\.0*)?")
+_NUMBER = re.compile(rf"{_DECIMAL.pattern}(?:[eE][+-]?[0-9]+)?|[+-]?(?i:inf|infinity|nan)")
+_MOST_DIGITS = 18  # every number of so many digits fits int64
 # Advice for labels that are fractions.
 NO_CLASSES = (
     ": labels look like regression targets, and only classes can be trained; write each class as a"
@@ -38,7 +41,7 @@ def in_order(names: Iterable[str]) -> list[str]:
     (['-1', '9', '10'], ['09', '10', '9'])
     """
     found = list(names)
-    return sorted(found, key=int if all(map(WHOLE.fullmatch, found)) else None)
+    return sorted(found, key=int if all(map(_WHOLE.fullmatch, found)) else None)
 
 
 def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -64,10 +67,7 @@ def as_names(column: pa.ChunkedArray, where: str, advice: str = "") -> pa.Chunke
 
     Booleans become `false` and `true`, dates and times ISO texts.
 
-    Args:
-        column: without nulls and without a dictionary.
-        where: source and column, for messages.
-        advice: the end of the message on fractions.
+    The column has neither nulls nor a dictionary; `advice` ends the message on fractions.
 
     Raises:
         DataError: fractions, or values of a type that cannot be names.
@@ -112,6 +112,55 @@ def _whole(column: pa.ChunkedArray, where: str, advice: str) -> pa.ChunkedArray:
     return pa.chunked_array([pa.array(values.astype(np.int64))])
 
 
+def csv_names(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return the texts of a CSV column of names, or the whole numbers they stand for.
+
+    The result is numeric where every text is a whole number in its usual form (`7`, `7.0`, ` 7`)
+    and no two texts are the same number; one `07` makes all of them texts. Nulls stay.
+    """
+    texts = _distinct(column)
+    stripped = [text.strip() for text in texts]
+    wholes = [text.partition(".")[0] for text in stripped]
+    if (
+        all(map(_WHOLE_OR_POINT_ZERO.fullmatch, stripped))
+        and len(set(wholes)) == len(texts)
+        and all(len(whole) <= _MOST_DIGITS for whole in wholes)
+    ):
+        places = pc.index_in(column, value_set=pa.array(texts, column.type))
+        return pc.take(pa.array([int(whole) for whole in wholes], pa.int64()), places)
+    return column
+
+
+def csv_labels(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """Return a CSV column of labels as `csv_names` does; booleans become `false` and `true`.
+
+    Labels are booleans where every text is `false` or `true`, in any case. Nulls stay.
+
+    Raises:
+        DataError: all texts are numbers, and some are fractions or not finite.
+    """
+    names = csv_names(column)
+    if not is_text(names.type):
+        return names
+    texts = _distinct(column)
+    stripped = [text.strip() for text in texts]
+    if {text.lower() for text in stripped} <= {"false", "true"}:
+        return pc.utf8_lower(pc.utf8_trim_whitespace(names))
+    if all(map(_NUMBER.fullmatch, stripped)):
+        odd = next((t for t in stripped if not float(t).is_integer()), None)
+        if odd is not None:
+            row = pc.index(column, texts[stripped.index(odd)]).as_py()
+            raise DataError(
+                f"{where}: need whole numbers or text, got {odd} in row {row + 1}{NO_CLASSES}"
+            )
+    return names
+
+
+def _distinct(column: pa.ChunkedArray) -> list[str]:
+    texts: list[str] = column.drop_null().unique().to_pylist()
+    return texts
+
+
 def alike(names: Iterable[str], what: str) -> str | None:
     """Return a note on names that differ only in spelling, None without any."""
     groups: dict[str | Decimal, list[str]] = defaultdict(list)
@@ -133,7 +182,7 @@ def _folded(name: str) -> str | Decimal:
     # Case folding may leave text that composes further, and the reverse.
     text = normalize("NFKC", normalize("NFKC", name).casefold()).strip()
     # Decimal is exact for any number of digits.
-    return Decimal(text) if DECIMAL.fullmatch(text) else text
+    return Decimal(text) if _DECIMAL.fullmatch(text) else text
 
 
 def _quoted(name: str) -> str:

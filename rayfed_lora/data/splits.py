@@ -23,14 +23,8 @@ def split(
 ) -> tuple[pa.Table, pa.Table]:
     """Split off ceil(fraction * rows) random rows; both parts keep the order of rows.
 
-    The split is stratified by label where every class has enough members.
-
-    Args:
-        table: rows with the column `label` (int64).
-        fraction: share of the rows to split off, in (0, 1).
-        seed: the run's seed.
-        name: the split to make; each name has random numbers of its own.
-        where: the source, for messages.
+    The split is stratified by `label` where every class has enough members. Each split name has
+    its own random numbers.
 
     Returns:
         The remaining rows, and those split off.

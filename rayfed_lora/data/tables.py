@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 
 from rayfed_lora.data import builtin, classes, columns, hub, images, naming, sources
-from rayfed_lora.data.csv_names import csv_labels, csv_names
 from rayfed_lora.data.splits import split, subset
 from rayfed_lora.errors import DataError
 from rayfed_lora.recipe import recipe
@@ -162,12 +161,12 @@ def _select(
     if task != LANGUAGE_TASK or _uses_labels(data):
         column, where = usual("label_column")
         if not typed and naming.is_text(column.type):
-            column = csv_labels(column, where)
+            column = naming.csv_labels(column, where)
         selected["label"] = columns.as_labels(column, where)
     if with_client and data.partition.column is not None:
         column, where = find("partition.column", (data.partition.column,))
         if not typed and naming.is_text(column.type):
-            column = csv_names(column)
+            column = naming.csv_names(column)
         selected["client"] = columns.as_client_names(column, where)
     return pa.table(selected)
 

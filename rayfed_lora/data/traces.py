@@ -10,8 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rayfed_lora.data import columns, sources
-from rayfed_lora.data.csv_names import csv_names
+from rayfed_lora.data import columns, naming, sources
 from rayfed_lora.errors import DataError
 from rayfed_lora.types import TRACE_DIGITS, Trace
 
@@ -87,7 +86,7 @@ def _numbered(
     named, every = columns.as_client_names(column, place), pa.array({*names, *known}, pa.string())
     if not typed and not pc.all(pc.is_in(named, value_set=every)).as_py():
         # As in a CSV source of data, 7.0 is client 7.
-        named = columns.as_client_names(csv_names(column), place)
+        named = columns.as_client_names(naming.csv_names(column), place)
     is_known = pc.is_in(named, value_set=every)
     if not pc.all(is_known).as_py():
         row = pc.index(is_known, False).as_py()

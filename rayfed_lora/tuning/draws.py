@@ -25,12 +25,7 @@ from rayfed_lora.types import Stage
 
 
 def trial_recipe(space: Space, recipe: Recipe, draw: Mapping[str, Any]) -> Recipe:
-    """Return the recipe of a draw.
-
-    Args:
-        space: the distributions.
-        recipe: supplies the values that are not drawn.
-        draw: a value for each key of `space.drawn`.
+    """Return the recipe with the values of a draw, which has a value for each key of the space.
 
     Raises:
         RecipeError: the values do not fit together.
@@ -41,7 +36,7 @@ def trial_recipe(space: Space, recipe: Recipe, draw: Mapping[str, Any]) -> Recip
 
 
 def recipe_values(space: Space, draw: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe values of a draw, by key; arguments as for `trial_recipe`.
+    """Return the recipe values of a draw, by key.
 
     Raises:
         BadInputError: a share (`of`) of a value that is not a number.

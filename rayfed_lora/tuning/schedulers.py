@@ -42,11 +42,8 @@ _REDUCTION = 3
 def searcher(space: Space, recipe: Recipe, max_concurrent: int) -> SearchAlgorithm | Searcher:
     """Return the search algorithm, seeded by the recipe's seed.
 
-    Args:
-        space: the distributions.
-        recipe: supplies the seed.
-        max_concurrent: maximum number of concurrent trials; ignored with pbt, which draws the
-            whole population at once and lets its trials take turns.
+    `max_concurrent` is ignored with pbt, which draws the whole population at once and lets its
+    trials take turns.
 
     Raises:
         BadInputError: optuna is not installed.

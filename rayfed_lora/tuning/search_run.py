@@ -27,14 +27,7 @@ from rayfed_lora.tuning.tune_signals import stop_tune
 def run(
     search: Search, folder: RunFolder, watch: Watch, max_concurrent: int | None, resume: bool
 ) -> SearchResult:
-    """Run all trials and write the tables.
-
-    Args:
-        search: the search.
-        folder: the search's folder, guarded by the lease of this process.
-        watch: called with news of the search.
-        max_concurrent: maximum number of concurrent trials; None: as many as fit.
-        resume: continue from Tune's saved state, if present.
+    """Run all trials and write the tables into `folder`, which the lease guards.
 
     Raises:
         BadInputError: the space does not fit the recipe, the cluster or the installed packages.

@@ -62,11 +62,8 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     ) -> None:
         """Set the draw; nothing starts before the first step.
 
-        Args:
-            config: of Tune, with the draw.
-            search: the `Search`.
-            layout: the `Layout` of a trial's client actors.
-            shelf: actor handle of the `Shelf` with data and base models.
+        `layout` places a trial's client actors; `shelf` is the actor of the `Shelf` with data and
+        base models.
         """
         self._search: Search = search
         self._layout: Layout = layout

@@ -38,14 +38,7 @@ class TrialOutcome:
 
 
 def trial_row(location: str, space: Space, recipe: Recipe, outcome: TrialOutcome) -> dict[str, Any]:
-    """Return a row of trials.parquet; a trial whose folder is damaged counts as failed.
-
-    Args:
-        location: of the trial's run folder.
-        space: of the search.
-        recipe: of the search.
-        outcome: of the trial.
-    """
+    """Return a row of trials.parquet; a trial with a damaged folder at `location` has failed."""
     summary: Mapping[str, Any] | None = None
     final: Mapping[str, Any] = {}
     error = outcome.error

@@ -58,12 +58,8 @@ def trial_layout(recipe: Recipe, nodes: Sequence[Node], at_once: int) -> tuple[L
 def trainable(search: Search, at_once: int) -> tuple[Any, int]:
     """Read data and base model once for all trials, and return Tune's trainable.
 
-    Args:
-        search: the search.
-        at_once: maximum number of concurrent trials.
-
     Returns:
-        The trainable, and the number of trials that can run at once.
+        The trainable, and the number of trials that can run at once, up to `at_once`.
 
     Raises:
         ResourceError: not even one trial fits the cluster.
@@ -83,14 +79,9 @@ def trainable(search: Search, at_once: int) -> tuple[Any, int]:
 def fit(
     search: Search, watch: Watch, trainable: Any, slots: int, resume: bool
 ) -> list[TrialOutcome]:
-    """Run Tune to its end, or to a signal (`stop_tune`).
+    """Run `slots` trials at a time until Tune ends or `stop_tune` ends it.
 
-    Args:
-        search: the search.
-        watch: called with news of the search.
-        trainable: the result of `trainable`.
-        slots: number of trials that can run at once.
-        resume: continue from Tune's saved state, if present.
+    With `resume`, Tune continues from its saved state, if present.
     """
     space, recipe = search.space, search.recipe
     location = child(search.location, _FOLDER)
