@@ -23,8 +23,8 @@ import torch
 import rayfed_lora
 from rayfed_lora import load_recipe
 from rayfed_lora.annealing.stages import Feedback, plan_round
+from rayfed_lora.data.client_table import ClientTable
 from rayfed_lora.data.examples import Examples
-from rayfed_lora.data.partition import ClientTable
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.engines.factory import TorchFactory
 from rayfed_lora.errors import BlockMemoryError, ClientError

@@ -91,8 +91,8 @@ class AddingFactory:
         """Import nothing."""
 
     def workload(self, recipe: Recipe) -> Workload:
+        from rayfed_lora.data.client_table import ClientTable
         from rayfed_lora.data.examples import Examples
-        from rayfed_lora.data.partition import ClientTable
         from rayfed_lora.data.workload import Workload
 
         clients = recipe.data.partition.clients

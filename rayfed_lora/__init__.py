@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rayfed_lora.pages.comparison import Comparison as Comparison
     from rayfed_lora.pages.report import report as report
     from rayfed_lora.recipe.loading import load_recipe as load_recipe
-    from rayfed_lora.tuning.results import SearchResult as SearchResult
-    from rayfed_lora.tuning.search import tune as tune
+    from rayfed_lora.tuning.search_result import SearchResult as SearchResult
+    from rayfed_lora.tuning.tune import tune as tune
 
 __version__ = "0.1.0"
 
@@ -27,14 +27,14 @@ _HOMES = {
     "Comparison": "rayfed_lora.pages.comparison",
     "Jobs": "rayfed_lora.jobs.jobs",
     "Result": "rayfed_lora.launching.launch",
-    "SearchResult": "rayfed_lora.tuning.results",
+    "SearchResult": "rayfed_lora.tuning.search_result",
     "compare": "rayfed_lora.launching.comparison",
     "doctor": "rayfed_lora.doctor.doctor",
     "load_recipe": "rayfed_lora.recipe.loading",
     "plan": "rayfed_lora.launching.planning",
     "report": "rayfed_lora.pages.report",
     "run": "rayfed_lora.launching.launch",
-    "tune": "rayfed_lora.tuning.search",
+    "tune": "rayfed_lora.tuning.tune",
 }
 __all__ = [
     "Comparison",

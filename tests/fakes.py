@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rayfed_lora.data.client_table import ClientTable
 from rayfed_lora.data.examples import Examples
-from rayfed_lora.data.partition import ClientTable
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.engines.factory import in_process
 from rayfed_lora.engines.local import LocalEngine

@@ -119,7 +119,7 @@ def tune(  # noqa: PLR0913, PLR0917 - options
     """
     from rayfed_lora.cli.console import PlainConsole
     from rayfed_lora.cli.search_display import show_search, watching_search
-    from rayfed_lora.tuning.search import tune as search_all
+    from rayfed_lora.tuning.tune import tune as search_all
 
     if resume and out is None:
         raise typer.BadParameter("give --out, the folder of the search", param_hint="--resume")

@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from rayfed_lora.data.client_table import ClientTable, hold_out
 from rayfed_lora.data.examples import PIXELS, Examples
 from rayfed_lora.data.fingerprint import with_fingerprint
-from rayfed_lora.data.partition import ClientTable, client_names, deal, hold_out
+from rayfed_lora.data.partition import client_names, deal
 from rayfed_lora.data.tables import LANGUAGE_TASK, Dataset, load, number_column
 from rayfed_lora.data.traces import read_trace
 from rayfed_lora.data.workload import Workload

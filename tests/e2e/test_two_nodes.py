@@ -28,7 +28,7 @@ from ray.cluster_utils import Cluster
 import ray
 import rayfed_lora
 from rayfed_lora.errors import RayfedError
-from rayfed_lora.tuning.search import tune
+from rayfed_lora.tuning.tune import tune
 
 recipe, space, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})

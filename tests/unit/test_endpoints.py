@@ -22,8 +22,9 @@ from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.runs import seals
 from rayfed_lora.runs.claiming import differences
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.tuning.run_folders import begun_or_drawn
-from rayfed_lora.tuning.space import Space, trial_recipe
+from rayfed_lora.tuning.draws import trial_recipe
+from rayfed_lora.tuning.run_folders import current_recipe
+from rayfed_lora.tuning.space import Space
 from tests.fake_jobs import FakeClient
 from tests.fakes import RECIPE, FakeFactory
 
@@ -278,9 +279,9 @@ def test_a_trial_that_goes_on_has_the_credentials_that_its_search_was_given(tmp_
     )
     draw = {"annealing.cooling.rank": 1}
     folder = RunFolder(tmp_path)
-    drawn = begun_or_drawn(folder, space, recipe, draw)
+    drawn = current_recipe(folder, space, recipe, draw)
     folder.write("recipe.yaml", seals.sealed_text(recipe_yaml(drawn)))
-    kept = begun_or_drawn(folder, space, recipe, draw)
+    kept = current_recipe(folder, space, recipe, draw)
     assert kept.data.source == drawn.data.source == source
 
 

@@ -236,8 +236,8 @@ def test_a_trials_ticket_is_its_own():
     trials = []
     for name in ("one", "other"):
         trial = object.__new__(Trial)
-        shared = type("Shared", (), {"ticket": Ticket("search", this_process())})()
-        trial._shared, trial._trial_info = shared, type("Info", (), {"trial_id": name})()
+        search = type("Search", (), {"ticket": Ticket("search", this_process())})()
+        trial._search, trial._trial_info = search, type("Info", (), {"trial_id": name})()
         trials.append(trial._ticket)
     assert trials == [
         replace(Ticket("search x", this_process()), run=f"search {n}") for n in ("one", "other")

@@ -21,8 +21,10 @@ from rayfed_lora.recipe.presets import PRESETS
 from rayfed_lora.recipe.shipped_recipes import shipped_names
 from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.tuning import drawing, search
-from rayfed_lora.tuning.space import Space, load_space
+from rayfed_lora.tuning.space import Space
+from rayfed_lora.tuning.space_checks import without_effect
+from rayfed_lora.tuning.space_files import load_space
+from rayfed_lora.tuning.tune import _ignored_settings
 from rayfed_lora.types import RoundPlan
 from tests.fakes import RECIPE, FakeFactory, make_recipe
 
@@ -344,7 +346,7 @@ def test_a_search_tells_what_it_has_values_of_its_own_for():
     ]
     space = load_space("learning_rate")
     drawn = next(iter(space.parameters))
-    (note,) = search._drawn_anyway(space, [f"{drawn}=1", "seed=2"])
+    (note,) = _ignored_settings(space, [f"{drawn}=1", "seed=2"])
     assert note.startswith(f"{drawn}: the value of --set has no effect")
 
 
@@ -365,7 +367,7 @@ def test_a_value_drawn_for_a_condition_that_never_holds_is_told():
             "search": "random",
         }
     )
-    assert drawing.without_effect(space, make_recipe()) == ["clients.optimizer.momentum"]
+    assert without_effect(space, make_recipe()) == ["clients.optimizer.momentum"]
 
 
 def test_client_tests_without_examples_are_refused_or_noted(tmp_path):

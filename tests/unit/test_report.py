@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 import rayfed_lora
-from rayfed_lora.data.partition import ClientTable
+from rayfed_lora.data.client_table import ClientTable
 from rayfed_lora.errors import BadInputError, RunFolderError
 from rayfed_lora.launching.comparison import compare
 from rayfed_lora.pages.curves import curves

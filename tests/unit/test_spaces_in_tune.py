@@ -12,9 +12,10 @@ from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, PopulationBas
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.tuning import drawing
-from rayfed_lora.tuning.drawing import DRAW
-from rayfed_lora.tuning.space import load_space, trial_recipe
+from rayfed_lora.tuning import distributions, schedulers, space_checks
+from rayfed_lora.tuning.distributions import DRAW
+from rayfed_lora.tuning.draws import recipe_values, trial_recipe
+from rayfed_lora.tuning.space_files import load_space
 from tests import fakes
 from tests.fakes import make_recipe
 
@@ -32,7 +33,7 @@ def test_values_are_drawn_from_the_distributions_of_the_space():
             }
         }
     )
-    domains = drawing.param_space(space, make_recipe())[DRAW]
+    domains = distributions.param_space(space, make_recipe())[DRAW]
     random = np.random.RandomState(0)
     draws = {key: [domains[key].sample(random_state=random) for _ in range(50)] for key in domains}
     assert set(draws["seed"]) == {3, 4}
@@ -57,18 +58,20 @@ def test_a_grid_has_each_recipe_once():
         }
     )
     recipe = make_recipe()
-    draws = drawing.grid(space, recipe)
+    draws = distributions.grid(space, recipe)
     # Without metropolis the three temperatures are the same recipe: (1 + 3) x 2.
     assert len(draws) == 8
-    settings = [space.settings(draw, recipe) for draw in draws]
+    settings = [recipe_values(space, draw, recipe) for draw in draws]
     assert len({str(s) for s in settings}) == 8
-    assert drawing.param_space(space, recipe) == {DRAW: {"grid_search": draws}}
+    assert distributions.param_space(space, recipe) == {DRAW: {"grid_search": draws}}
 
 
 def test_a_space_of_recipes_that_cannot_run_is_refused_with_the_reason():
     space = load_space({"parameters": {"annealing.cooling.shape": {"choice": ["sine", "tan"]}}})
-    with pytest.raises(BadInputError, match=r"(?s)no draw of it .*annealing\.cooling\.shape"):
-        drawing.check(space, make_recipe())
+    with pytest.raises(
+        BadInputError, match=r"(?s)no draw is a valid recipe.*annealing\.cooling\.shape"
+    ):
+        space_checks.invalid_draws(space, make_recipe())
 
 
 def test_a_space_of_which_some_draws_cannot_run_says_how_many():
@@ -80,8 +83,8 @@ def test_a_space_of_which_some_draws_cannot_run_says_how_many():
         }
     )
     # There are six clients.
-    assert drawing.check(space, make_recipe()) == 250
-    assert drawing.check(load_space({"parameters": RATE}), make_recipe()) == 0
+    assert space_checks.invalid_draws(space, make_recipe()) == 250
+    assert space_checks.invalid_draws(load_space({"parameters": RATE}), make_recipe()) == 0
 
 
 @pytest.mark.parametrize("recipe", ["trec-minilm", "digits-vit"])
@@ -89,14 +92,16 @@ def test_a_space_of_which_some_draws_cannot_run_says_how_many():
     "space", ["quick", "heating_cooling", "learning_rate", "allocation_and_rule"]
 )
 def test_every_draw_of_a_shipped_space_can_run(space, recipe):
-    assert drawing.check(load_space(space), load_recipe(recipe)) == 0
+    assert space_checks.invalid_draws(load_space(space), load_recipe(recipe)) == 0
 
 
 RECIPE = make_recipe()
 
 
 def scheduler(name: str, **others: Any) -> Any:
-    return drawing.scheduler(load_space({"parameters": RATE, "scheduler": name, **others}), RECIPE)
+    return schedulers.scheduler(
+        load_space({"parameters": RATE, "scheduler": name, **others}), RECIPE
+    )
 
 
 def test_schedulers_look_at_the_first_objective_by_round():
@@ -119,18 +124,18 @@ def test_a_population_changes_what_a_run_may_change_within_the_limits():
             "scheduler": "pbt",
         }
     )
-    assert isinstance(drawing.scheduler(space, RECIPE), PopulationBasedTraining)
-    assert set(drawing.mutations(space)) == {"clients.optimizer.lr", "annealing.cooling.shape"}
+    assert isinstance(schedulers.scheduler(space, RECIPE), PopulationBasedTraining)
+    assert set(schedulers.mutations(space)) == {"clients.optimizer.lr", "annealing.cooling.shape"}
     config = {DRAW: {"clients.optimizer.lr": 0.12, "annealing.cooling.shape": "linear"}}
-    assert drawing.within(space)(config)[DRAW]["clients.optimizer.lr"] == 0.1
+    assert schedulers.clipping(space)(config)[DRAW]["clients.optimizer.lr"] == 0.1
     fixed = load_space({"parameters": {"seed": {"choice": [1, 2]}}, "scheduler": "pbt"})
-    with pytest.raises(BadInputError, match="a key that can change while a run goes on"):
-        drawing.scheduler(fixed, RECIPE)
+    with pytest.raises(BadInputError, match="a key that can change during a run"):
+        schedulers.scheduler(fixed, RECIPE)
 
 
 def test_optuna_is_asked_for_by_name_where_it_is_missing(monkeypatch):
     space = load_space({"parameters": RATE, "search": "optuna"})
-    drawing.searcher(space, RECIPE, 2)
+    schedulers.searcher(space, RECIPE, 2)
     real = builtins.__import__
 
     def without(name: str, *args: Any, **others: Any) -> Any:
@@ -140,7 +145,7 @@ def test_optuna_is_asked_for_by_name_where_it_is_missing(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(BadInputError, match="pip install optuna"):
-        drawing.searcher(space, RECIPE, 2)
+        schedulers.searcher(space, RECIPE, 2)
 
 
 @pytest.mark.parametrize(
@@ -165,9 +170,9 @@ def test_keys_that_a_mode_does_not_look_at_are_named(method, idle):
             "rounds": {"annealing.holding.rounds": {"uniform": [0.0, 1.0]}},
         }
     )
-    assert drawing.without_effect(space, make_recipe(method=method)) == idle
+    assert space_checks.without_effect(space, make_recipe(method=method)) == idle
     drawn_too = {"parameters": {**RATE, "method": {"choice": ["fedavg", "fedlora"]}}}
-    assert drawing.without_effect(load_space(drawn_too), make_recipe(method=method)) == []
+    assert space_checks.without_effect(load_space(drawn_too), make_recipe(method=method)) == []
 
 
 def test_a_drawn_optimiser_has_its_usual_values_unless_they_were_changed():
@@ -202,13 +207,13 @@ def test_a_schedulers_end_is_that_of_the_longest_trial():
     lengths = {"parameters": {"annealing.cooling.rounds": {"choice": [2, 20]}}}
     recipe = make_recipe()
     longest = recipe.annealing.total_rounds - recipe.annealing.cooling.rounds + 20
-    made = drawing.scheduler(load_space({**lengths, "scheduler": "asha"}), recipe)
+    made = schedulers.scheduler(load_space({**lengths, "scheduler": "asha"}), recipe)
     assert made._max_t == longest
 
 
 def test_a_population_does_not_change_ranks_that_clients_hold():
     ranks = {"parameters": {**RATE, "annealing.heating.rank": {"choice": [2, 3]}}}
     space = load_space({**ranks, "scheduler": "pbt"})
-    assert drawing.scheduler(space, make_recipe()) is not None
+    assert schedulers.scheduler(space, make_recipe()) is not None
     with pytest.raises(BadInputError, match=r"no annealing\.heating\.rank .* rule 'share-a'"):
-        drawing.scheduler(space, make_recipe(method="fedsa-lora"))
+        schedulers.scheduler(space, make_recipe(method="fedsa-lora"))
