@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayfed_lora.engines.factory import Factory, TorchFactory
 from rayfed_lora.errors import BadInputError
+from rayfed_lora.launching.ray_session import ray_session
 from rayfed_lora.pages.search import SearchNews, Watch
 from rayfed_lora.recipe.layers import override_pairs
 from rayfed_lora.recipe.loading import load_recipe

@@ -8,6 +8,7 @@ import pytest
 import rayfed_lora
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.errors import RecipeError
+from rayfed_lora.federation.run import fresh
 from rayfed_lora.federation.server import Server
 from rayfed_lora.recipe.loading import load_recipe, recipe_schema, recipe_yaml
 from rayfed_lora.recipe.recipe import Recipe
@@ -63,10 +64,9 @@ def test_settings_that_the_facts_of_the_rule_exclude_are_conflicts():
 @pytest.mark.usefixtures("rule")
 def test_the_rule_aggregates_each_round_of_a_run():
     recipe = own_recipe()
-    executor = local_engine(recipe)
-    server = Server(recipe, executor, executor.open(), Silent(), lambda: False)
-    fresh = server.fresh()
-    first, second = server.rounds(fresh)
+    engine = local_engine(recipe)
+    server = Server(recipe, engine, engine.open(), Silent(), lambda: False)
+    first, second = server.rounds(fresh(recipe, engine))
     # Client k has weight k + 1 and adds k + t to every value: sum (k + 1) (k + t) / 21 = 70/21 + t.
     moves = (70 / 21 / 2, (70 / 21 + 1) / 2)
     head = initial("head")
