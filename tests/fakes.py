@@ -28,7 +28,7 @@ from rayfed_lora.engines.local import LocalEngine
 from rayfed_lora.errors import BlockMemoryError
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.tasks.engine import Population, Running
+from rayfed_lora.tasks.engine import Population, Running, answer, runs
 from rayfed_lora.tasks.messages import Evaluate, Export, TestClients, Train
 from rayfed_lora.tasks.training import BlockUpdate, Starts, attributed, trained
 from rayfed_lora.types import (
@@ -316,6 +316,34 @@ def local_engine(recipe: Recipe, behaviour: Behaviour | None = None) -> LocalEng
     """Return an engine in this process, not yet opened."""
     factory = FakeFactory(behaviour or Behaviour())
     return LocalEngine(lambda: in_process(recipe, factory, "cpu"))
+
+
+class FakeEngine:
+    """All that an engine has to do: parts are answered in order, when they are asked for."""
+
+    def __init__(self, recipe: Recipe, behaviour: Behaviour | None = None) -> None:
+        self._recipe, self._factory = recipe, FakeFactory(behaviour or Behaviour())
+
+    def open(self) -> Population:
+        (self._trainer,), population = in_process(self._recipe, self._factory, "cpu")
+        return population
+
+    def submit(self, task: Any) -> Running[Any]:
+        return Running(task, deque(_Asked(self._trainer, task, run) for run in runs(task.parts())))
+
+    def close(self) -> None:
+        """Nothing was taken."""
+
+
+class _Asked:
+    def __init__(self, trainer: Any, task: Any, parts: Sequence[Any]) -> None:
+        self._trainer, self._task, self._parts = trainer, task, parts
+
+    def result(self) -> Any:
+        return self._task.joined([answer(self._trainer, part) for part in self._parts])
+
+    def cancel(self) -> None:
+        """It begins when it is asked for."""
 
 
 class Killed(BaseException):

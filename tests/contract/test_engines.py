@@ -1,4 +1,4 @@
-"""What every engine owes the round loop: in this process, on one Ray actor, and on two."""
+"""What every engine owes the round loop: a fake, one thread, threads, one Ray actor, and two."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from tests.fakes import (
     SHAPE,
     WEIGHTS,
     Behaviour,
+    FakeEngine,
     FakeFactory,
     energy,
     initial,
@@ -65,7 +66,8 @@ ONE_STAGE: dict[str, Any] = {
     "clients__per_round": 3,
 }
 BRIEFLY_S = 4.0
-EXECUTORS = [
+ENGINES = [
+    pytest.param(None, id="fake"),
     pytest.param(0, id="local"),
     pytest.param(-2, id="local-2"),
     pytest.param(1, id="ray-1", marks=pytest.mark.ray),
@@ -88,10 +90,12 @@ class Lent:
         """Leave it open."""
 
 
-@pytest.fixture(params=EXECUTORS, scope="module")
+@pytest.fixture(params=ENGINES, scope="module")
 def engine(request: pytest.FixtureRequest) -> Make:
     """Return a function that makes an engine by that name, not yet opened."""
     actors = request.param
+    if actors is None:
+        return lambda name, behaviour: FakeEngine(make_recipe(name=name), behaviour)
     if actors <= 0:
         count = {"runtime__client_actors": -actors} if actors else {}
 
