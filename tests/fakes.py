@@ -329,18 +329,20 @@ class FakeEngine:
         return population
 
     def submit(self, task: Any) -> Running[Any]:
-        return Running(task, deque(_Asked(self._trainer, task, run) for run in runs(task.parts())))
+        pending = [_Asked(self._trainer, run) for run in runs(task)]
+        return Running(task, deque(pending))
 
     def close(self) -> None:
         """Nothing was taken."""
 
 
 class _Asked:
-    def __init__(self, trainer: Any, task: Any, parts: Sequence[Any]) -> None:
-        self._trainer, self._task, self._parts = trainer, task, parts
+    def __init__(self, trainer: Any, parts: Sequence[Any]) -> None:
+        self._trainer, self._parts = trainer, parts
 
     def result(self) -> Any:
-        return self._task.joined([answer(self._trainer, part) for part in self._parts])
+        results = [answer(self._trainer, part) for part in self._parts]
+        return self._parts[0].joined(results)
 
     def cancel(self) -> None:
         """It begins when it is asked for."""

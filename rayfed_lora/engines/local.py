@@ -6,10 +6,18 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rayfed_lora.engines.threads import Answer, TrainerThreads
-from rayfed_lora.tasks.engine import Pending, Population, Running, Task, Trainer, answer, runs
+from rayfed_lora.tasks.engine import (
+    Pending,
+    Population,
+    Running,
+    Task,
+    Trainer,
+    answer,
+    runs,
+)
 
 R = TypeVar("R")
 
@@ -61,11 +69,11 @@ class LocalEngine:
         """Start a task: with several trainers at once, with one when its result is asked for."""
         if not self._trainers:
             raise RuntimeError("the engine is not open: call open() first")
-        return Running(task, deque(self._run_of(task, run) for run in runs(task.parts())))
-
-    def _run_of(self, task: Task[R], parts: Sequence[Task[R]]) -> Pending[R]:
-        pending = [self._started(part) for part in parts]
-        return pending[0] if len(pending) == 1 else _Joined(task, pending)
+        pending: deque[Pending[R]] = deque()
+        for run in runs(task):
+            started = [self._started(part) for part in run]
+            pending += started if len(run) == 1 else _in_run(task, started)
+        return Running(task, pending)
 
     def _started(self, part: Task[R]) -> Pending[R]:
         if self._threads is None:
@@ -79,15 +87,23 @@ class LocalEngine:
         self._trainers, self._threads = (), None
 
 
-class _Joined(Generic[R]):
-    """The joined result of a run of parts."""
+class _InRun(Generic[R]):
+    """A part of a run of several, whose results are joined once the last one is there."""
 
-    def __init__(self, task: Task[R], parts: Sequence[Pending[R]]) -> None:
-        self._task, self._parts = task, parts
+    def __init__(self, task: Any, part: Pending[R], kept: list[R], *, last: bool) -> None:
+        self._task, self._part, self._kept, self._last = task, part, kept, last
+        self.cancel = part.cancel
 
     def result(self) -> R:
-        return self._task.joined([part.result() for part in self._parts])
+        told: R
+        told, kept = self._task.told_and_kept(self._part.result())
+        self._kept.append(kept)
+        if self._last:
+            told = self._task.joined([told, self._task.joined(self._kept)])
+        return told
 
-    def cancel(self) -> None:
-        for part in self._parts:
-            part.cancel()
+
+def _in_run(task: Any, parts: Sequence[Pending[R]]) -> list[_InRun[R]]:
+    kept: list[R] = []
+    last = len(parts) - 1
+    return [_InRun(task, part, kept, last=i == last) for i, part in enumerate(parts)]

@@ -67,7 +67,7 @@ class Clients:
         """
         self._recipe = recipe
         self._sizes = population.devices.sizes
-        self._limits = {} if limits is None else dict(enumerate(limits.tolist()))
+        self._limits = limits
         self._should_stop = should_stop
         self._tell = tell
         cohort = recipe.cohort_size(population.clients)
@@ -96,14 +96,15 @@ class Clients:
         """
         full = local.trainable == "full"
         size = BlockSize(1, even=True) if full else self.block_size
+        limits = None if full else self._limits
         protected(start.model.state)
         return Train(
             start.model,
             local,
             self._recipe.aggregation.rule,
             tuple(sampling.blocks(cohort.present, size)),
-            {} if full else self._limits,
-            {} if full else personal,
+            {} if limits is None else {k: int(limits[k]) for k in cohort.present},
+            {} if full else {k: personal[k] for k in cohort.present if k in personal},
         )
 
     def collect(self, training: Running[Trained], cohort: Cohort, t: int) -> Updates:

@@ -294,8 +294,14 @@ class Ledger:
         return facts, {kind: held.copy() for kind, held in self._held.items()}
 
     def restore(self, facts: Mapping[str, Any], held: Mapping[str, Counts]) -> None:
-        """Go back to a snapshot."""
+        """Go back to a snapshot.
+
+        Args:
+            facts: of the snapshot; `totals` may be a `Totals` already.
+            held: of the snapshot.
+        """
         self._steps, self._factors = list(facts["steps"]), dict(facts["factors"])
         self._behind = [0, *accumulate(self._steps)]
-        self.totals = Totals(**facts["totals"])
+        totals = facts["totals"]
+        self.totals = totals if isinstance(totals, Totals) else Totals(**totals)
         self._held = {kind: versions.copy() for kind, versions in held.items()}

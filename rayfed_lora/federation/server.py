@@ -113,4 +113,6 @@ class Server:
                 )
                 self._recorder.round_done(done)
                 began = now
+                # None of it stays in memory while the next round is trained.
+                del start, cohort, task, training, updates, step, new, tests, tested, done
                 yield run

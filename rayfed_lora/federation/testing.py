@@ -116,7 +116,8 @@ class Tester:
         blocks = tuple(block for block in kept if block)
         if not blocks:
             return shared, None
-        limits = {} if self._limits is None else dict(enumerate(self._limits.tolist()))
+        tested = [client for block in blocks for client in block]
+        limits = {} if self._limits is None else {k: int(self._limits[k]) for k in tested}
         own = TestClients(run.model, blocks, limits, run.personal)
         return shared, self._engine.submit(own)
 
@@ -166,4 +167,6 @@ class Tester:
             return best
         metric = validation[target.metric]
         better = max if target.metric == "accuracy" else min
-        return metric if best is None or metric is None else better(best, metric)
+        if metric is None or best is None:
+            return best if metric is None else metric
+        return better(best, metric)

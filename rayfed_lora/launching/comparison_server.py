@@ -24,21 +24,21 @@ class ComparisonServer:
         """Keep the cells; the factory builds workloads and trainers in the workers."""
         self._factory = factory
         self._crew: Crew | None = None
-        self._queue = RunQueue(cells, self._executor, ticket)
+        self._queue = RunQueue(cells, self._engine, ticket)
 
     def __repr__(self) -> str:
         return "server of a comparison"
 
-    def _executor(self, cell: Cell, board: StatusBoard) -> tuple[Engine, Tracker | None]:
+    def _engine(self, cell: Cell, board: StatusBoard) -> tuple[Engine, Tracker | None]:
         recipe = cell.recipe
         if self._crew is not None and not self._crew.wait(recipe.runtime.start_timeout_s):
             self._crew.close()
             self._crew = None
         if self._crew is None:
             self._crew = Crew.reserved(recipe, f"clients of a comparison {uuid4().hex}")
-        executor = RayEngine(recipe, self._factory, board.note, crew=self._crew)
+        engine = RayEngine(recipe, self._factory, board.note, crew=self._crew)
         rounds = recipe.annealing.total_rounds
-        return executor, run_metrics(run_name(cell), rounds, executor.usage)
+        return engine, run_metrics(run_name(cell), rounds, engine.usage)
 
     def run(self) -> tuple[Ended, ...]:
         """Run all cells; raises InterruptedRunError after `stop`."""

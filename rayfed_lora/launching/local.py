@@ -9,7 +9,7 @@ from rayfed_lora.recipe.recipe import Recipe
 
 
 def local_engine(recipe: Recipe, factory: Factory, device: str | None = None) -> LocalEngine:
-    """Return the executor of a run in this process.
+    """Return the engine of a run in this process.
 
     Args:
         recipe: the run.

@@ -34,7 +34,7 @@ class RunQueue:
 
         Args:
             cells: the runs.
-            make: builds a cell's executor, and a tracker of its rounds if there is one.
+            make: builds a cell's engine, and a tracker of its rounds if there is one.
             ticket: of the process that has claimed the comparison.
         """
         self._cells = tuple(cells)
@@ -71,10 +71,10 @@ class RunQueue:
             summary = complete(folder)
             if summary is not None:
                 return Ended(cell, summary["final"]["eval_accuracy"], 0.0)
-            executor, metrics = self._make(cell, board)
+            engine, metrics = self._make(cell, board)
             summary = simulate(
                 cell.recipe,
-                executor,
+                engine,
                 folder,
                 board,
                 self._stop.is_set,

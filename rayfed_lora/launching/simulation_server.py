@@ -64,18 +64,18 @@ class SimulationServer:
     def run(self) -> dict[str, Any]:
         """Run to the end and return the summary; raises what `simulate` raises."""
         recipe, folder = self._request.recipe, RunFolder(self._request.location)
-        executor = RayEngine(
+        engine = RayEngine(
             recipe, self._request.factory, self._board.note, self._run_id, again=self._restarted
         )
         return simulate(
             recipe,
-            executor,
+            engine,
             folder,
             self._board,
             self._stop.is_set,
             resume=self._request.resume or self._restarted,
             page=run_page,
-            metrics=run_metrics(folder.name, recipe.annealing.total_rounds, executor.usage),
+            metrics=run_metrics(folder.name, recipe.annealing.total_rounds, engine.usage),
             ticket=self._request.ticket,
         )
 

@@ -19,7 +19,13 @@ from rayfed_lora.runs import seals
 from rayfed_lora.runs.damage import damaged
 from rayfed_lora.storage import RunFolder
 
-_ARROW = {int: pa.int64(), float: pa.float64(), str: pa.string(), Count: pa.int32()}
+_ARROW = {
+    bool: pa.bool_(),
+    int: pa.int64(),
+    float: pa.float64(),
+    str: pa.string(),
+    Count: pa.int32(),
+}
 
 
 def columns(record: type) -> dict[str, pa.DataType | None]:

@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.errors import RunFolderError
+from rayfed_lora.federation.evaluation import METRICS
 from rayfed_lora.federation.ledger import Ledger, Totals
 from rayfed_lora.federation.run import Run, Timing
 from rayfed_lora.recipe.recipe import Recipe
@@ -111,7 +112,7 @@ def accepted(
 def run_of(snapshot: Snapshot, ledger: Ledger) -> Run:
     """Return the run that a checked checkpoint holds, and set the ledger back to it."""
     facts = _FACTS.validate_json(json.dumps(dict(snapshot.facts)))
-    ledger.restore(snapshot.facts["ledger"], snapshot.held)
+    ledger.restore(facts["ledger"], snapshot.held)
     return Run(
         rounds=snapshot.rounds,
         model=GlobalModel(snapshot.state, snapshot.base, facts["trainable"]),
@@ -132,9 +133,9 @@ def changed_data(snapshot: Snapshot, population: Population) -> str | None:
     of classes and clients, and prepared images and texts otherwise, for many sources.
     """
     before, now = snapshot.facts.get("data"), population.fingerprint
-    if not now:
+    if not now and "tables" in snapshot.facts:
         return None
-    if not isinstance(before, Mapping) or not before:
+    if not isinstance(before, Mapping) or not before or "tables" not in snapshot.facts:
         return (
             "an earlier version wrote it, which may have numbered classes and clients and prepared"
             " images and texts otherwise, and did not keep how"
@@ -154,6 +155,11 @@ def check(snapshot: Snapshot, recipe: Recipe, population: Population) -> None:
         ValueError: something is missing, or of another kind or shape.
     """
     _FACTS.validate_json(json.dumps(dict(snapshot.facts)), strict=True)
+    if "base" not in snapshot.held:
+        raise ValueError("held: expected the base among what clients hold, got none")
+    scores = snapshot.facts["validation"]
+    if scores is not None and not set(METRICS) <= set(scores):
+        raise ValueError(f"validation: expected {', '.join(METRICS)}, got {', '.join(scores)}")
     for kind, versions in snapshot.held.items():
         _expect(f"held {kind}", versions, (population.clients,), "i")
     adapter = snapshot.facts["trainable"] == "adapter"

@@ -8,8 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from rayfed_lora.errors import InterruptedRunError
 from rayfed_lora.federation.learning_rate import doubt
@@ -30,9 +29,6 @@ from rayfed_lora.runs.trackers import trackers
 from rayfed_lora.runs.tracking import Outcome, Tracker, Tracking, check_tracking
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tasks.engine import Engine, Population
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 def sitting(  # noqa: PLR0913 - the callers name them
@@ -90,10 +86,12 @@ def sitting(  # noqa: PLR0913 - the callers name them
             )
         population = engine.open()
         found = accepted(own, recipe, population, board.note) if resume else None
+        tables = Tables(own, list(population.shape.modules), population.client_names)
+        if found is not None:
+            tables.check(found.rounds)
         _begin(own, recipe, population, board, found)
         for tracker in trackers(recipe, own, name or own.name):
             tracking.add(tracker)
-        tables = Tables(own, list(population.shape.modules), population.client_names)
         recorder = RunRecorder(tables, board, tracking, population.client_names)
         server = Server(recipe, engine, population, recorder, lease.or_lost(should_stop))
         for note in _notes(recipe, population, server, lease):
@@ -186,21 +184,40 @@ def _notes(recipe: Recipe, population: Population, server: Server, lease: Lease)
     return found if doubtful is None else [*found, doubtful]
 
 
-def _drained(rounds: Callable[P, Generator[Any, None, R]]) -> Callable[P, R]:
-    """Return a function that goes through all rounds and returns what the generator returns."""
+def simulate(  # noqa: PLR0913 - the callers name them
+    recipe: Recipe,
+    engine: Engine,
+    folder: RunFolder,
+    board: StatusBoard,
+    should_stop: Callable[[], bool],
+    *,
+    resume: bool,
+    page: PageWriter | None = None,
+    name: str | None = None,
+    metrics: Tracker | None = None,
+    ticket: Ticket | None = None,
+) -> dict[str, Any]:
+    """Run a recipe to its end, or go on with it, and return its summary; arguments as `sitting`.
 
-    @wraps(rounds)
-    def simulate(*args: P.args, **named: P.kwargs) -> R:
-        left = rounds(*args, **named)
-        while True:
-            try:
-                next(left)
-            except StopIteration as end:
-                result: R = end.value
-                return result
-
-    return simulate
-
-
-# Runs a recipe to its end, or goes on with it, and returns its summary; else as `sitting`.
-simulate = _drained(sitting)
+    Raises:
+        InterruptedRunError: `should_stop` said so; the finished rounds are saved.
+        RayfedError: whatever else ends a run; the last checkpoint is kept.
+    """
+    left = sitting(
+        recipe,
+        engine,
+        folder,
+        board,
+        should_stop,
+        resume=resume,
+        page=page,
+        name=name,
+        metrics=metrics,
+        ticket=ticket,
+    )
+    while True:
+        try:
+            next(left)
+        except StopIteration as end:
+            summary: dict[str, Any] = end.value
+            return summary

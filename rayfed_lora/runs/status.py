@@ -23,7 +23,7 @@ class Status:
         phase: `starting`, `training`, `exporting` or `done`; of a detached run also `failed` and
             `stopped`, for which the newest note gives the reason.
         rounds_done, rounds: finished and all rounds.
-        running: number of the running round, from 1; the two rounds before it may still be tested.
+        running: number of the running round, from 1.
         stage, rank: of the running round; None as rank of a full-model round.
         clients_done, clients: collected updates, and cohort size, of the running round.
         updates: client updates since the start of this process.
@@ -67,7 +67,7 @@ class Status:
 
     @property
     def rounds_trained(self) -> float:
-        """Rounds trained so far, tested or not, and the trained share of the running round."""
+        """Rounds finished so far, and the trained share of the running round."""
         if self.running == 0:
             return self.rounds_done
         return self.running - 1 + self.clients_done / max(self.clients, 1)

@@ -61,6 +61,8 @@ def round_schema(modules: Sequence[str]) -> pa.Schema:
             found += [(f"eval_{metric}", pa.float64()) for metric in _FIRST_METRICS]
         elif name == "proposal":
             found += [(column, kind) for column, (_, kind) in PROPOSAL_COLUMNS.items()]
+        elif kind is None:
+            raise TypeError(f"RoundRecord.{name}: no type of a column stands for this type")
         else:
             found.append((name, kind))
     others = [metric for metric in METRICS if metric not in _FIRST_METRICS]
@@ -169,6 +171,10 @@ class Tables:
                 found[rows.name] = rows.rows_before(rounds)
         return found
 
+    def check(self, rounds: int) -> None:
+        """Check that the first `rounds` rounds can be read; raises as `restore`, writes nothing."""
+        self._first(rounds)
+
     def restore(self, rounds: int, saved: Mapping[str, int]) -> None:
         """Go back to the first `rounds` rounds; later ones will be run again.
 
@@ -197,7 +203,11 @@ class Tables:
             if table.num_rows < rounds:
                 reason = f"it has {table.num_rows} rounds, the checkpoint knows of {rounds}"
                 raise damaged(self._folder, ROUNDS_FILE, reason)
-            return table.cast(self._schema)
+            # Columns that an earlier version did not have are null, and orders may differ.
+            missing = [field for field in self._schema if field.name not in table.column_names]
+            for field in missing:
+                table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+            return table.select(self._schema.names).cast(self._schema)
 
 
 def write_partition(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ class Task(Protocol[R]):
         name: what a message to the user calls it.
         kind: the same for all tasks that do the same.
         limited: whether `runtime.block_timeout_s` holds for it.
+        units: number of pieces that a count of repeated work counts, such as blocks.
         size: number of clients that it trains.
         model: the global model that it is about.
     """
@@ -40,6 +41,8 @@ class Task(Protocol[R]):
     def kind(self) -> str: ...  # noqa: D102
     @property
     def limited(self) -> bool: ...  # noqa: D102
+    @property
+    def units(self) -> int: ...  # noqa: D102
     @property
     def size(self) -> int: ...  # noqa: D102
     @property
@@ -53,16 +56,28 @@ class Task(Protocol[R]):
         """Return tasks for any trainers whose results, joined in order, are this one's."""
         ...
 
-    def halves(self, reason: str) -> Sequence[Task[R]]:
-        """Return two smaller tasks that need less memory at once; none where there are none.
+    def halves(self, reason: str | None) -> Sequence[Task[R]]:
+        """Return smaller tasks that need less memory at once; none where there are none.
 
         Args:
-            reason: why, for the user.
+            reason: why, for the user; None: the user knows.
         """
         ...
 
     def joined(self, results: Sequence[R]) -> R:
         """Return the result of this task from those of its parts or halves, in order."""
+        ...
+
+
+@runtime_checkable
+class Reduces(Protocol[R]):
+    """A task whose joined results are smaller than the results of its parts: a sum, a mean."""
+
+    def told_and_kept(self, result: R) -> tuple[R, R]:
+        """Return the result of a part in two: what is told at once, and what is to be joined.
+
+        Both are joined as whole results are.
+        """
         ...
 
 
@@ -101,9 +116,9 @@ class Running(Generic[R]):
 
     Attributes:
         task: what was submitted.
-        pending: results of its parts, or of runs of them, in order; to be taken from the left, so
-            that no result stays in memory longer than it is used.
-        reruns: returns how often a part was run again, because a worker or a result was lost.
+        pending: results of its parts, in order; to be taken from the left, so that no result stays
+            in memory longer than it is used. Of a run of parts, what is joined comes with the last.
+        reruns: returns how many units were run again, because a worker or a result was lost.
     """
 
     task: Task[R]
@@ -172,16 +187,14 @@ class Population:
     fingerprint: Mapping[str, str] = field(default_factory=dict)
 
 
-def runs(parts: Sequence[R]) -> list[Sequence[R]]:
-    """Cut the parts of a task into runs, each joined before the caller gets it.
+def runs(task: Task[R]) -> list[Sequence[Task[R]]]:
+    """Cut the parts of a task into runs, the results of each of which are joined by a worker.
 
-    With few parts each is a run of its own. Never a matter of the engine: sums of floating-point
-    numbers depend on how they are joined.
-
-    >>> [len(run) for run in runs(range(3))], [len(run) for run in runs(range(70))]
-    ([1, 1, 1], [32, 32, 6])
+    A part is a run of its own where there are few, or where joining reduces nothing. Never a matter
+    of the engine: sums of floating-point numbers depend on how they are joined.
     """
-    step = 1 if len(parts) <= _MOST_ALONE else _JOINED
+    parts = task.parts()
+    step = 1 if len(parts) <= _MOST_ALONE or not isinstance(task, Reduces) else _JOINED
     return [parts[i : i + step] for i in range(0, len(parts), step)]
 
 
@@ -199,7 +212,7 @@ def answer(trainer: Trainer, task: Task[R], halvings: int = 0) -> R:
     """
     halves: Sequence[Task[R]] = ()
     if halvings > 0:
-        halves = task.halves("memory may have been short")
+        halves = task.halves(None)
     if not halves:
         try:
             return trainer.run(task)

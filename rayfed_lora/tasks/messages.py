@@ -71,6 +71,11 @@ class Train:
     limited = True
 
     @property
+    def units(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    @property
     def size(self) -> int:
         """Number of clients."""
         return sum(map(len, self.blocks))
@@ -107,16 +112,23 @@ class Train:
         cuts = enumerate(pairwise(edges))
         return [replace(self._of(self.blocks[low:high]), place=i) for i, (low, high) in cuts]
 
-    def halves(self, reason: str) -> tuple[Train, ...]:
-        """Return the trainings of each block's first and second half; none of single clients."""
-        if all(len(block) == 1 for block in self.blocks):
+    def halves(self, reason: str | None) -> tuple[Train, ...]:
+        """Return trainings of each block, or of the halves of the only one; none of one client."""
+        if len(self.blocks) > 1:
+            return tuple(self._of([block]) for block in self.blocks)
+        (block,) = self.blocks
+        if len(block) == 1:
             return ()
-        cut = [(block[: len(block) // 2], block[len(block) // 2 :]) for block in self.blocks]
-        blocks = [part for pair in cut for part in pair if part]
-        middle = len(blocks) // 2
-        note = f"{reason}; trained in halves"
-        first = replace(self._of(blocks[:middle]), note=_joined_notes(self.note, note))
-        return first, replace(self._of(blocks[middle:]), note=None)
+        middle = len(block) // 2
+        first, second = self._of([block[:middle]]), self._of([block[middle:]])
+        if reason is not None:
+            first = replace(first, note=_joined_notes(self.note, f"{reason}; trained in halves"))
+        return first, replace(second, note=None)
+
+    def told_and_kept(self, result: Trained) -> tuple[Trained, Trained]:
+        """Return the reports, and the means."""
+        none = RULES[self.rule].means()
+        return replace(result, means=none), replace(result, reports=())
 
     def joined(self, results: Sequence[Trained]) -> Trained:
         """Return all reports, and the means joined in order."""
@@ -147,6 +159,7 @@ class Evaluate:
     split: Split
     shards: tuple[slice, ...]
     limited = True
+    units = 1
     size = 0
 
     @property
@@ -167,7 +180,7 @@ class Evaluate:
         """Return an evaluation of each shard."""
         return [replace(self, shards=(shard,)) for shard in self.shards]
 
-    def halves(self, reason: str) -> tuple[Evaluate, ...]:
+    def halves(self, reason: str | None) -> tuple[Evaluate, ...]:
         """Return none: `evaluation.batch_size` decides."""
         del reason
         return ()
@@ -197,6 +210,7 @@ class TestClients:
     kind = "test clients"
     name = "test clients"
     limited = True
+    units = 1
     size = 0
 
     @property
@@ -220,7 +234,7 @@ class TestClients:
             for block in self.blocks
         ]
 
-    def halves(self, reason: str) -> tuple[TestClients, ...]:
+    def halves(self, reason: str | None) -> tuple[TestClients, ...]:
         """Return none: `evaluation.batch_size` decides."""
         del reason
         return ()
@@ -238,6 +252,7 @@ class Export:
     kind = "export"
     name = "the export"
     limited = False
+    units = 1
     size = 0
 
     def on(self, model: GlobalModel) -> Export:
@@ -248,7 +263,7 @@ class Export:
         """Return itself: one trainer answers."""
         return [self]
 
-    def halves(self, reason: str) -> tuple[Export, ...]:
+    def halves(self, reason: str | None) -> tuple[Export, ...]:
         """Return none."""
         del reason
         return ()
@@ -270,6 +285,7 @@ class Initial:
     kind = "initial tensors"
     name = "the first tensors"
     limited = False
+    units = 1
     size = 0
 
     @property
@@ -286,7 +302,7 @@ class Initial:
         """Return itself: one trainer answers."""
         return [self]
 
-    def halves(self, reason: str) -> tuple[Initial, ...]:
+    def halves(self, reason: str | None) -> tuple[Initial, ...]:
         """Return none."""
         del reason
         return ()

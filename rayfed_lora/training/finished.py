@@ -31,15 +31,17 @@ class Finished:
         """
         self._model, self._starts = model, starts
         self._training = len(starts)
-        # Clients that left together: the place of the first of them, and their states.
-        self._left: list[tuple[int, StackedStates]] = []
+        # Clients that left together: the place of the first of them, their states, and whether all
+        # of these are finite.
+        self._left: list[tuple[int, StackedStates, bool]] = []
 
     def leave(self, staying: int) -> bool:
         """Read out the clients from place `staying` on; return whether there are any."""
         leaving = self._starts[staying : self._training]
         if not leaving:
             return False
-        self._left.append((staying, self._model.read_from(leaving, staying)))
+        states = self._model.read_from(leaving, staying)
+        self._left.append((staying, states, all_finite(states.rows)))
         self._training = staying
         if staying > 0:
             self._model.keep(staying)
@@ -62,22 +64,17 @@ class Finished:
         """
         numbers = [step.cpu().tolist() for step in losses]
         place = {task.client: i for i, task in enumerate(tasks)}
-        finite = {id(stack): all_finite(stack.rows) for _, stack in self._left}
-        reports = []
+        reports, usable = [], []
         for client in clients:
             i = place[client]
-            first, stack = next(each for each in self._left if each[0] <= i)
+            first, stack, finite = next(each for each in self._left if each[0] <= i)
             own = [step[i] for step in numbers if i < len(step)]
-            state = None if finite[id(stack)] else stack[i - first]
-            reports.append(_report(tasks[i], own, state, seconds))
-        usable = [place[report.client] for report in reports if report.usable]
-        if len(self._left) == 1:
-            return BlockUpdate(tuple(reports), self._left[0][1].taken(usable))
-        states = []
-        for i in usable:
-            first, stack = next(each for each in self._left if each[0] <= i)
-            states.append(stack[i - first])
-        return BlockUpdate(tuple(reports), states)
+            report = _report(tasks[i], own, None if finite else stack[i - first], seconds)
+            reports.append(report)
+            usable += [(stack, i - first)] if report.usable else []
+        if usable and all(stack is usable[0][0] for stack, _ in usable):
+            return BlockUpdate(tuple(reports), usable[0][0].taken([row for _, row in usable]))
+        return BlockUpdate(tuple(reports), [stack[row] for stack, row in usable])
 
 
 def joined(updates: Sequence[BlockUpdate]) -> BlockUpdate:

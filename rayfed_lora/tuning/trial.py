@@ -126,7 +126,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             self._crew = Crew(recipe, self._layout, places, self._shelf)
         self._total = recipe.annealing.total_rounds
         self._board = StatusBoard(self._total)
-        executor = RayEngine(
+        engine = RayEngine(
             recipe,
             search.factory,
             self._board.note,
@@ -135,13 +135,13 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         name = f"{RunFolder(search.location).name}/{self.trial_id}"
         return sitting(
             recipe,
-            executor,
+            engine,
             folder,
             self._board,
             lambda: False,
             resume=True,
             name=name,
-            metrics=run_metrics(name, self._total, executor.usage),
+            metrics=run_metrics(name, self._total, engine.usage),
             ticket=self._ticket,
         )
 

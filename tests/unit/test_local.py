@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rayfed_lora.engines.local import LocalEngine
-from rayfed_lora.engines.on_ray.actors import ClientActor
+from rayfed_lora.engines.on_ray.actors import ClientActor, NotOpenError
 from rayfed_lora.engines.threads import TrainerThreads
 from rayfed_lora.errors import BlockMemoryError, ClientError
 from rayfed_lora.launching.simulation_server import SimulationServer
@@ -103,7 +105,8 @@ def test_a_block_that_does_not_fit_is_answered_in_halves_and_that_is_said(togeth
     found = answer(trainer, training((4, 3, 2, 1, 0)), halvings)
     assert [report.client for report in found.reports] == [4, 3, 2, 1, 0]
     notes = [report.note for report in found.reports]
-    halved = together < 5 or halvings > 0
+    # Who lost an actor over the block has been told already.
+    halved = together < 5
     assert ("trained in halves" in str(notes[0])) == halved
     assert any(notes) == halved
     whole = answer(FakeTrainer(Fake(), "cpu"), training((4, 3, 2, 1, 0)))
@@ -145,7 +148,8 @@ def test_very_many_blocks_are_trained_in_1024_parts():
     parts = task.parts()
     assert len(parts) == 1024
     assert [k for part in parts for k in part.clients] == [*range(3000)]
-    assert len(runs(parts)) == 32
+    assert len(runs(task)) == 32
+    assert len(runs(evaluation(3000))) == 3000
 
 
 def test_a_round_without_clients_has_no_parts():
@@ -175,8 +179,37 @@ def test_an_actor_answers_with_the_seconds_and_keeps_a_result_apart_where_it_is_
     actor = actor_of(Telling())
     seconds, value = actor.run(evaluation(1), state, Base(7), apart=False)
     assert value == ({"w": 0}, 7) and 0.01 <= seconds < 5
-    (_, none), value = actor.run(evaluation(1), state, Base(7), apart=True)
-    assert none is None and value == ({"w": 0}, 7)
+
+
+def test_an_actor_tells_reports_at_once_and_keeps_means_apart_where_they_are_joined():
+    actor = actor_of(FakeTrainer(Fake(), "cpu"))
+    model = replace(MODEL, state=AdapterState({}, {"w": np.zeros(2, np.float32)}))
+    task = training((3,), (1,)).on(MODEL)
+    (_, told), kept = actor.run(task, model.state, Base(), apart=True)
+    assert [report.client for report in told.reports] == [3, 1] and kept.reports == ()
+    # Client k has k + 1 examples and moves by k: (4 * 3 + 2 * 1) / 6.
+    np.testing.assert_allclose(kept.means.tensors()["w"], [14 / 6] * 2)
+    assert not told.means.tensors()
+    whole = actor.join(task, told, kept)
+    assert [report.client for report in whole.reports] == [3, 1]
+    np.testing.assert_allclose(whole.means.tensors()["w"], [14 / 6] * 2)
+
+
+def test_an_actor_that_was_restarted_while_idle_says_so():
+    actor = ClientActor(0.0, "client-actor-00")
+    with pytest.raises(NotOpenError, match="was restarted while it was idle"):
+        actor.run(evaluation(1), MODEL.state, Base(), apart=False)
+    with pytest.raises(NotOpenError, match="was restarted while it was idle"):
+        actor.join(training((0,)))
+
+
+def test_of_joined_parts_each_tells_its_reports_when_it_is_done():
+    engine = opened(FakeTrainer(Fake(), "cpu"), 1)
+    state = AdapterState({}, {"w": np.zeros(2, np.float32)})
+    running = engine.submit(training(*((k,) for k in range(70))).on(replace(MODEL, state=state)))
+    first = running.pending.popleft().result()
+    assert [report.client for report in first.reports] == [0]
+    assert not first.means.tensors()
 
 
 def test_an_actor_of_two_trainers_answers_two_calls_at_once():

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from rayfed_lora.errors import ClientError, InterruptedRunError, RunError, RunFolderError
@@ -749,3 +750,27 @@ def test_a_plan_foretells_the_simulated_clock(tmp_path):
     ).tolist()
     assert [r.bytes_up for r in planned.rounds] == rounds["bytes_up"].tolist()
     assert rounds["dropped_clients"].sum() > 0
+
+
+def test_tables_of_another_order_of_columns_or_without_a_new_one_go_on(undisturbed, tmp_path):
+    with pytest.raises(InterruptedRunError):
+        run(make_recipe(), tmp_path, should_stop=StopAfter(7))
+    folder = RunFolder(tmp_path)
+    table = pq.read_table(BytesIO(folder.read("rounds.parquet")))
+    names = [name for name in reversed(table.column_names) if name != "eval_perplexity"]
+    seals.write_table(folder, "rounds.parquet", table.select(names))
+    run(make_recipe(), tmp_path, resume=True)
+    found = pd.read_parquet(tmp_path / "rounds.parquet")
+    expected = pd.read_parquet(undisturbed("plain") / "rounds.parquet")
+    assert list(found) == list(expected)
+    pd.testing.assert_frame_equal(found.drop(columns="seconds"), expected.drop(columns="seconds"))
+
+
+def test_a_rejected_resume_leaves_a_finished_runs_summary(tmp_path):
+    run(make_recipe(), tmp_path)
+    (tmp_path / "adapter" / "fake.json").unlink()
+    content = (tmp_path / "rounds.parquet").read_bytes()
+    (tmp_path / "rounds.parquet").write_bytes(content[:-40] + bytes(40))
+    with pytest.raises(RunFolderError, match=r"rounds\.parquet"):
+        run(make_recipe(), tmp_path, resume=True)
+    assert (tmp_path / "summary.json").exists() and (tmp_path / "SHA256SUMS").exists()

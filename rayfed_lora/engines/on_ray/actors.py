@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from rayfed_lora.engines.factory import Factory, population, prepared
 from rayfed_lora.engines.threads import TrainerThreads
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.tasks.engine import Population, Task
+from rayfed_lora.tasks.engine import Population, Reduces, Task
 from rayfed_lora.types import AdapterState, Base
 
 if TYPE_CHECKING:
@@ -110,12 +110,13 @@ class ClientActor:
             task: without its model.
             state: the global state.
             base: what is frozen.
-            apart: whether the result is to stay in the object store, as a second one.
+            apart: whether what is joined of the result is to stay in the object store, as a second
+                result.
             halvings: how often to halve it, memory being short.
 
         Returns:
-            Seconds that it took and the result, as a pair; the result is None in it and follows
-            where it is kept apart.
+            Seconds that it took and the result, as a pair; where a part of the result is kept
+            apart, it follows.
 
         Raises:
             NotOpenError: the process is a new one.
@@ -124,9 +125,15 @@ class ClientActor:
             raise NotOpenError(f"{self._name} was restarted while it was idle")
         whole = task.on(replace(task.model, state=state, base=base))
         answer = self._threads.submit(whole, halvings).result()
-        return ((answer.seconds, None), answer.value) if apart else (answer.seconds, answer.value)
+        if apart and isinstance(whole, Reduces):
+            told, kept = whole.told_and_kept(answer.value)
+            return (answer.seconds, told), kept
+        return answer.seconds, answer.value
 
     def join(self, task: Task[R], *results: R, halvings: int = 0) -> R:
-        """Join results of consecutive parts of a task, in order."""
+        """Join results of consecutive parts of a task, in order; raises NotOpenError as `run`."""
         del halvings
-        return task.joined(results)
+        if self._threads is None:
+            raise NotOpenError(f"{self._name} was restarted while it was idle")
+        with threadpool_limits(limits=1, user_api="blas"):
+            return task.joined(results)

@@ -36,7 +36,8 @@ class Work:
         args: of the call.
         options: Ray's own, of the call.
         limited: whether `block_timeout_s` holds for it.
-        clients: that it trains.
+        clients: number of clients that it trains.
+        units: number of pieces that a count of repeated work counts.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Work:
     options: Mapping[str, Any] = field(default_factory=dict)
     limited: bool = False
     clients: int = 0
+    units: int = 1
 
 
 @dataclass(eq=False)
@@ -72,6 +74,11 @@ class Job:
     rest: list[ray.ObjectRef] = field(default_factory=list)
     error: RayfedError | None = None
     done: bool = False
+
+    @property
+    def reruns(self) -> int:
+        """How often it was begun again."""
+        return max(self.begun - 1, 0)
 
 
 @dataclass(eq=False)

@@ -115,7 +115,7 @@ class Crew:
             "num_gpus": self._plan.gpus,
             "max_concurrency": calls_at_once(self._plan.trainers),
             "max_restarts": -1,
-            # The same work on another actor gives the same result: the executor decides.
+            # The same work on another actor gives the same result: the pool decides.
             "max_task_retries": 0,
             "scheduling_strategy": strategy,
         }

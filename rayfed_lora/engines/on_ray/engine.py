@@ -128,16 +128,14 @@ class RayEngine:
     def submit(self, task: Task[R]) -> Running[R]:
         """Start a task's parts on the actors; results of many are joined there."""
         pool, sent = self._opened(), self._models.sent(task.model)
-        cut = runs(task.parts())
-        apart = any(len(run) > 1 for run in cut)
-        works = [self._work(part, sent, apart) for run in cut for part in run]
-        jobs = pool.submit(works)
-        queue = iter(jobs)
         pending: deque[Pending[R]] = deque()
-        for run in cut:
-            own = [next(queue) for _ in run]
-            pending.append(_Joined(self, task, own) if apart else _Result(self, own[0]))
-        return Running(task, pending, lambda: sum(max(job.begun - 1, 0) for job in jobs))
+        jobs: list[Job] = []
+        for run in runs(task):
+            apart = len(run) > 1
+            own = pool.submit([self._work(part, sent, apart) for part in run])
+            jobs += own
+            pending += [_Result(self, task, own, i) for i in range(len(own))]
+        return Running(task, pending, lambda: sum(job.reruns * job.work.units for job in jobs))
 
     def _work(self, part: Task[R], sent: tuple[ray.ObjectRef, ...], apart: bool) -> Work:
         """Return the call that answers a part.
@@ -159,30 +157,27 @@ class RayEngine:
             {"name": name, "num_returns": 2 if apart else 1},
             limited=part.limited,
             clients=part.size,
+            units=part.units,
         )
 
     def taken(self, job: Job) -> Any:
         """Wait for a job; return its result, and book the time that it took."""
         seconds, value = self._opened().result(job)
         self._busy_s += seconds
-        self._retried += max(job.begun - 1, 0) * job.work.clients
         # It has been told: it need not stay until the round is over.
         job.value = None
         return value
 
-    def joined(self, task: Task[R], jobs: Sequence[Job]) -> R:
-        """Have an actor join the results of jobs, which stay where they are until then.
+    def joined(self, jobs: Sequence[Job]) -> Any:
+        """Have an actor join what jobs keep in the object store.
 
         What was lost with the machine that held it is computed again.
         """
         pool = self._opened()
-        for job in jobs:
-            self.taken(job)
-        hollow = task.on(GlobalModel(AdapterState({}, {}), Base(), task.model.trainable))
+        hollow = jobs[0].work.args[0]
         for _ in range(ATTEMPTS):
             try:
-                parts = [reference for job in jobs for reference in job.rest]
-                return self._fetched(hollow, parts)
+                return self._fetched(hollow, [job.rest[0] for job in jobs])
             except (ObjectLostError, PartsLostError) as error:
                 self._note(f"results were lost and are computed again: {error}")
                 for job in jobs:
@@ -190,6 +185,12 @@ class RayEngine:
                 for job in jobs:
                     pool.result(job)
         raise RunError(f"the same results were lost {ATTEMPTS} times one after another")
+
+    def over(self, jobs: Sequence[Job]) -> None:
+        """Let go of what jobs keep, and count the clients whose training was begun again."""
+        self._retried += sum(job.reruns * job.work.clients for job in jobs)
+        for job in jobs:
+            job.rest = []
 
     def _fetched(self, task: Task[R], parts: list[ray.ObjectRef]) -> R:
         work = Work("joining results", "join", (task, *parts), {"name": "join results"})
@@ -216,32 +217,22 @@ class RayEngine:
 
 
 class _Result:
-    """The result of one job."""
+    """The result of one of the jobs of a run; with the last one comes what they keep, joined."""
 
-    def __init__(self, engine: RayEngine, job: Job) -> None:
-        self._engine, self._job = engine, job
-
-    def result(self) -> Any:
-        return self._engine.taken(self._job)
-
-    def cancel(self) -> None:
-        self._engine.drop([self._job])
-
-
-class _Joined:
-    """The joined result of several jobs."""
-
-    def __init__(self, engine: RayEngine, task: Task[Any], jobs: Sequence[Job]) -> None:
-        self._engine, self._task, self._jobs = engine, task, jobs
+    def __init__(self, engine: RayEngine, task: Task[Any], jobs: Sequence[Job], place: int) -> None:
+        self._engine, self._task, self._jobs, self._place = engine, task, jobs, place
 
     def result(self) -> Any:
-        found = self._engine.joined(self._task, self._jobs)
-        for job in self._jobs:
-            job.rest = []
-        return found
+        told = self._engine.taken(self._jobs[self._place])
+        if self._place + 1 < len(self._jobs):
+            return told
+        if len(self._jobs) > 1:
+            told = self._task.joined([told, self._engine.joined(self._jobs)])
+        self._engine.over(self._jobs)
+        return told
 
     def cancel(self) -> None:
-        self._engine.drop(self._jobs)
+        self._engine.drop([self._jobs[self._place]])
 
 
 class SentModels:
