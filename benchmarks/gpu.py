@@ -23,16 +23,16 @@ import torch
 import rayfed_lora
 from rayfed_lora import load_recipe
 from rayfed_lora.annealing.stages import Feedback, plan_round
+from rayfed_lora.data.client_table import ClientTable
 from rayfed_lora.data.examples import Examples
-from rayfed_lora.data.partition import ClientTable
 from rayfed_lora.data.workload import Workload
+from rayfed_lora.engines.factory import TorchFactory
 from rayfed_lora.errors import BlockMemoryError, ClientError
 from rayfed_lora.federation import transitions
-from rayfed_lora.federation.transitions import GlobalModel
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.runtime.factory import TorchFactory
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.tasks.messages import Initial, Train
 from rayfed_lora.training.trainer import LocalTrainer
-from rayfed_lora.types import AdapterState, Base, LocalPlan
+from rayfed_lora.types import AdapterState, Base, GlobalModel, LocalPlan
 
 BATCH, STEPS, CLIENTS, CLASSES = 16, 2, 64, 10
 VIT_B = {
@@ -122,7 +122,7 @@ class RandomFactory(TorchFactory):
 
 def first_state(of: Recipe, trainer: LocalTrainer) -> AdapterState:
     """Return the state that round 0 starts from."""
-    fresh = GlobalModel(AdapterState({}, trainer.initial_tensors("adapter")), Base(), "adapter")
+    fresh = GlobalModel(AdapterState({}, trainer.run(Initial("adapter"))), Base(), "adapter")
     plan = plan_round(of.annealing, 0, Feedback())
     return transitions.enter(of, trainer.shape(), fresh, plan).model.state
 
@@ -136,7 +136,8 @@ def wait(device: str) -> None:
 def blocks(of: Recipe, workload: Workload, device: str, sizes: list[int]) -> list[dict[str, Any]]:
     """Time blocks of several sizes in this process, three times each, interleaved."""
     trainer = LocalTrainer(of, workload, device)
-    state, plan = first_state(of, trainer), LocalPlan(0, "adapter", 0.01, 0.0)
+    model = GlobalModel(first_state(of, trainer), Base(), "adapter")
+    plan = LocalPlan(0, "adapter", 0.01, 0.0)
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
     peaks: dict[int, int] = {}
     for repeat in range(4):
@@ -146,7 +147,7 @@ def blocks(of: Recipe, workload: Workload, device: str, sizes: list[int]) -> lis
             try:
                 wait(device)
                 began = time.perf_counter()
-                list(trainer.train(list(range(size)), [state] * size, Base(), plan))
+                trainer.run(Train(model, plan, of.aggregation.rule, (tuple(range(size)),)))
                 wait(device)
             except (BlockMemoryError, ClientError) as error:
                 print(f"a block of {size} does not run: {str(error).splitlines()[-1]}")

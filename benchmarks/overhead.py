@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ import workloads
 from side_by_side import HERE, processor, versions
 
 import rayfed_lora
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.training.protocol import Trainer
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.tasks.engine import Trainer
 
 WORKERS = 2
 LONG = 20
@@ -72,6 +73,8 @@ class TracingFactory(workloads.BenchmarkFactory):
 
     def trainer(self, recipe: Recipe, *made_from: Any) -> Trainer:
         """Build the trainer and time what it has torch compute."""
+        import torch
+
         from rayfed_lora.training import trainer as training
 
         trainer = super().trainer(recipe, *made_from)
@@ -89,8 +92,8 @@ class TracingFactory(workloads.BenchmarkFactory):
 
             return measured
 
-        # Forward, loss, backward and the end of the graph; of an evaluation all but loading.
-        trainer._pass = timed(trainer._pass)
+        # Forward and loss; of an evaluation all but loading.
+        trainer._losses = timed(trainer._losses)
         if not self.times_steps:
             # Once a run in a process, for all its trainers.
             make = getattr(training.fresh_optimizer, "untimed", training.fresh_optimizer)
@@ -102,6 +105,8 @@ class TracingFactory(workloads.BenchmarkFactory):
 
             optimizer.untimed = make
             training.fresh_optimizer = optimizer
+            backward = getattr(torch.Tensor.backward, "__wrapped__", torch.Tensor.backward)
+            torch.Tensor.backward = wraps(backward)(timed(backward))
             self.times_steps = True
         trainer._testing.predictions = timed(trainer._testing.predictions)
         return trainer

@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import ViTConfig, ViTForImageClassification
 
-from rayfed_lora import data, recipe, seeds
+from rayfed_lora import data, seeds
+from rayfed_lora.recipe.data import Data
 
 SEED = 0
 LABELS = [0, 1, 2, 5, 8]
@@ -91,7 +92,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     torch.manual_seed(seeds.torch_seed(SEED, seeds.Purpose.MODEL_INIT))
-    source = recipe.Data(source="fashion-mnist", labels=LABELS)
+    source = Data(source="fashion-mnist", labels=LABELS)
     dataset = data.load(source, "image-classification", SEED, validation_fraction=0.0)
     model = ViTForImageClassification(ViTConfig(**CONFIG, num_labels=len(LABELS)))
     started = time.process_time()

@@ -12,7 +12,8 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +21,16 @@ import numpy as np
 import psutil
 
 import rayfed_lora
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.tasks.messages import Evaluate, Export, Initial, TestClients, Train
+from rayfed_lora.tasks.training import BlockUpdate, trained
 from rayfed_lora.types import (
     AdapterState,
-    Base,
-    ClientScore,
-    ClientUpdate,
+    ClientReport,
     Factors,
-    LocalPlan,
     ModelShape,
     ModuleShape,
     Predictions,
-    Split,
-    Trainable,
 )
 
 if TYPE_CHECKING:
@@ -56,43 +54,34 @@ class AddingTrainer:
     def shape(self) -> ModelShape:
         return SHAPE
 
-    def initial_tensors(self, trainable: Trainable) -> dict[str, np.ndarray]:
-        return {"head": np.zeros((10, 65), np.float32)}
+    def run(self, task: Any) -> Any:
+        if isinstance(task, Train):
+            return trained(task, partial(self._train_block, task))
+        if isinstance(task, Evaluate):
+            return tuple(self._predict(rows) for rows in task.shards)
+        if isinstance(task, TestClients):
+            return ()
+        if isinstance(task, Export):
+            return {}
+        if isinstance(task, Initial):
+            return {"head": np.zeros((10, 65), np.float32)}
+        raise TypeError(f"expected a task of rayfed_lora.tasks, got {type(task).__name__}")
 
-    def draw(self, clients: Sequence[int], plan: LocalPlan) -> None:
-        """Nothing: no batches."""
-
-    def train(
-        self,
-        clients: Sequence[int],
-        starts: Sequence[AdapterState],
-        base: Base,
-        plan: LocalPlan,
-        drawn: object = None,
-    ) -> Iterator[ClientUpdate]:
+    def _train_block(
+        self, task: Train, clients: Sequence[int], starts: Sequence[AdapterState]
+    ) -> BlockUpdate:
+        reports, states = [], []
         for client, state in zip(clients, starts, strict=True):
             move = np.float32(client % 7)
             moved = {n: Factors(f.a + move, f.b + move, f.scale) for n, f in state.factors.items()}
             dense = {name: tensor + move for name, tensor in state.dense.items()}
-            yield ClientUpdate(client, EXAMPLES, AdapterState(moved, dense), 1.0, 0.0)
+            reports.append(ClientReport(client, EXAMPLES, train_loss=1.0, seconds=0.0))
+            states.append(AdapterState(moved, dense))
+        return BlockUpdate(tuple(reports), states)
 
-    def evaluate(
-        self, split: Split, rows: slice, state: AdapterState, base: Base, trainable: Trainable
-    ) -> Predictions:
+    def _predict(self, rows: slice) -> Predictions:
         ones = np.ones(rows.stop - rows.start, np.int64)
         return Predictions(ones, ones.astype(np.float32), ones, ones, ones)
-
-    def test_clients(
-        self,
-        clients: Sequence[int],
-        starts: Sequence[AdapterState],
-        base: Base,
-        trainable: Trainable,
-    ) -> list[ClientScore]:
-        return []
-
-    def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
-        return {}
 
 
 class AddingFactory:
@@ -102,8 +91,8 @@ class AddingFactory:
         """Import nothing."""
 
     def workload(self, recipe: Recipe) -> Workload:
+        from rayfed_lora.data.client_table import ClientTable
         from rayfed_lora.data.examples import Examples
-        from rayfed_lora.data.partition import ClientTable
         from rayfed_lora.data.workload import Workload
 
         clients = recipe.data.partition.clients

@@ -17,14 +17,14 @@ import numpy as np
 from rayfed_lora import load_recipe
 from rayfed_lora.annealing.stages import Feedback, plan_round
 from rayfed_lora.data.batches import batch_indices
+from rayfed_lora.data.client_table import ClientTable
 from rayfed_lora.data.examples import Examples
-from rayfed_lora.data.partition import ClientTable
+from rayfed_lora.engines.factory import TorchFactory
 from rayfed_lora.federation import sampling, transitions
-from rayfed_lora.federation.transitions import GlobalModel
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.runtime.factory import TorchFactory
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
-from rayfed_lora.types import AdapterState, Base
+from rayfed_lora.tasks.messages import Initial
+from rayfed_lora.types import AdapterState, Base, GlobalModel
 
 if TYPE_CHECKING:
     # Not at run time: a driver has no need of torch.
@@ -196,7 +196,7 @@ def write(name: str, path: str) -> None:
     base = factory.weights(of, data)
     trainer = factory.trainer(of, data, base, "cpu")
     plan = plan_round(of.annealing, 0, Feedback())
-    fresh = GlobalModel(AdapterState({}, trainer.initial_tensors("adapter")), Base(), "adapter")
+    fresh = GlobalModel(AdapterState({}, trainer.run(Initial("adapter"))), Base(), "adapter")
     state = transitions.enter(of, trainer.shape(), fresh, plan).model.state
     spec = SPECS[name]
     cohorts = np.array([sampling.cohort(of, spec.clients, t) for t in range(spec.rounds)])

@@ -9,32 +9,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayfed_lora.planning import plan as plan
-    from rayfed_lora.recipe_loading import load_recipe as load_recipe
-    from rayfed_lora.reporting.comparison import Comparison as Comparison
-    from rayfed_lora.reporting.report import report as report
-    from rayfed_lora.runtime.comparison import compare as compare
-    from rayfed_lora.runtime.doctor import doctor as doctor
-    from rayfed_lora.runtime.jobs import Jobs as Jobs
-    from rayfed_lora.runtime.launch import Result as Result
-    from rayfed_lora.runtime.launch import run as run
-    from rayfed_lora.tuning.results import SearchResult as SearchResult
-    from rayfed_lora.tuning.search import tune as tune
+    from rayfed_lora.doctor.doctor import doctor as doctor
+    from rayfed_lora.jobs.jobs import Jobs as Jobs
+    from rayfed_lora.launching.comparison import compare as compare
+    from rayfed_lora.launching.launch import Result as Result
+    from rayfed_lora.launching.launch import run as run
+    from rayfed_lora.launching.planning import plan as plan
+    from rayfed_lora.pages.comparison import Comparison as Comparison
+    from rayfed_lora.pages.report import report as report
+    from rayfed_lora.recipe.loading import load_recipe as load_recipe
+    from rayfed_lora.tuning.search_result import SearchResult as SearchResult
+    from rayfed_lora.tuning.tune import tune as tune
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Comparison": "rayfed_lora.reporting.comparison",
-    "Jobs": "rayfed_lora.runtime.jobs",
-    "Result": "rayfed_lora.runtime.launch",
-    "SearchResult": "rayfed_lora.tuning.results",
-    "compare": "rayfed_lora.runtime.comparison",
-    "doctor": "rayfed_lora.runtime.doctor",
-    "load_recipe": "rayfed_lora.recipe_loading",
-    "plan": "rayfed_lora.planning",
-    "report": "rayfed_lora.reporting.report",
-    "run": "rayfed_lora.runtime.launch",
-    "tune": "rayfed_lora.tuning.search",
+    "Comparison": "rayfed_lora.pages.comparison",
+    "Jobs": "rayfed_lora.jobs.jobs",
+    "Result": "rayfed_lora.launching.launch",
+    "SearchResult": "rayfed_lora.tuning.search_result",
+    "compare": "rayfed_lora.launching.comparison",
+    "doctor": "rayfed_lora.doctor.doctor",
+    "load_recipe": "rayfed_lora.recipe.loading",
+    "plan": "rayfed_lora.launching.planning",
+    "report": "rayfed_lora.pages.report",
+    "run": "rayfed_lora.launching.launch",
+    "tune": "rayfed_lora.tuning.tune",
 }
 __all__ = [
     "Comparison",

@@ -1,14 +1,14 @@
-"""What a client is called in messages. Source: this project."""
+"""Labels of clients in messages. Source: this project."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 
-def called(client: int, names: Sequence[str] | Mapping[int, str] | None) -> str:
-    """Return how a message names a client: its number, and its name where that says more.
+def client_label(client: int, names: Sequence[str] | Mapping[int, str] | None) -> str:
+    """Return a client's number, and its name where the two differ.
 
-    >>> called(3, None), called(1, ["0", "1"]), called(1, ["mia", "bob"])
+    >>> client_label(3, None), client_label(1, ["0", "1"]), client_label(1, ["mia", "bob"])
     ('client 3', 'client 1', "client 1 ('bob')")
     """
     name = str(client) if names is None else names[client]

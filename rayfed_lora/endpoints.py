@@ -1,10 +1,10 @@
-"""Which servers get the user's credentials: object stores that URIs name by their options.
+"""Which object stores get the user's credentials, among those that URIs name by their options.
 
 A URI such as `s3://bucket/a?endpoint_override=host:9000` sends requests, signed with the user's
-credentials, to any host. A recipe from a stranger could collect them that way. So requests to an
-endpoint that only a recipe names are anonymous; `guarded` writes that into the URI, which then says
-it wherever it travels. The environment, the command line and Python's `out=` name
-endpoints as the user's own.
+credentials, to any host. A recipe of unknown origin could collect credentials that way. Requests to
+an endpoint that only a recipe names are therefore anonymous; `guarded` adds this as an option to
+the URI, so that every process obeys it. Endpoints named by the environment, the command line or
+Python's `out=` are the user's own.
 
 Source: this project.
 """
@@ -18,18 +18,18 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from rayfed_lora.locations import is_uri
 
-# Further endpoints that get the user's credentials, separated by commas: host:port or URLs.
+# Further endpoints that get the user's credentials: host:port or URLs, separated by commas.
 OWN_ENDPOINTS = "RAYFED_LORA_ENDPOINTS"
 _ENVIRONMENT = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT")
 _DEFAULT_PORTS = {"https": ":443", "http": ":80"}
 _AZURE_OPTIONS = ("blob_storage_authority", "dfs_storage_authority")
 _AZURE = ".core.windows.net"
-# Keys of a recipe whose URIs are opened.
+# Keys of a recipe whose values may be URIs to open.
 LOCATION_KEYS = ("data.source", "clients.availability.trace", "storage.path")
 
 
 def endpoint(location: str) -> str | None:
-    """Return the server that a URI's options name, None where the store's own is asked.
+    """Return the server that a URI's options name, None for the store's own server.
 
     >>> endpoint("s3://bucket/a?endpoint_override=Host:9000&scheme=http")
     'http://host:9000'
@@ -40,15 +40,15 @@ def endpoint(location: str) -> str | None:
     try:
         parts = urlsplit(location)
     except ValueError:
-        # Nothing opens it.
+        # Not a valid URI: it cannot be opened.
         return None
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     if parts.scheme in ("s3", "gs", "gcs"):
         host, scheme = options.get("endpoint_override", ""), options.get("scheme", "https")
         if parts.scheme == "s3" and not host and s3_endpoint() is not None:
-            # The environment's, scheme and all.
+            # The environment gives host and scheme.
             return None
-        # Without encryption anybody on the way can read what is sent.
+        # Without encryption the network can read what is sent.
         return _normal(host or parts.scheme, scheme) if host or scheme != "https" else None
     if parts.scheme in ("abfs", "abfss"):
         host = parts.netloc.rpartition("@")[2].lower()
@@ -61,12 +61,12 @@ def endpoint(location: str) -> str | None:
 
 
 def s3_endpoint() -> str | None:
-    """Return the URL that the environment names for S3, None where it names none."""
+    """Return the URL of S3 in the environment, or None."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
 
 
 def _normal(host: str, scheme: str) -> str:
-    """Return scheme and host in one spelling, without the scheme's own port."""
+    """Return scheme and host in lower case, without the scheme's default port."""
     if "://" in host:
         scheme, _, host = host.partition("://")
     scheme, host = scheme.lower(), host.lower().rstrip("/")
@@ -115,7 +115,7 @@ def guarded(location: str, named: Collection[str]) -> str:
 
     Args:
         location: path or URI, as a recipe has it.
-        named: endpoints that the user has named, beside those of the environment.
+        named: endpoints that the user has named, in addition to those of the environment.
     """
     server = endpoint(location)
     if server is None or server in named or server in own_endpoints():
@@ -124,7 +124,7 @@ def guarded(location: str, named: Collection[str]) -> str:
 
 
 def unguarded(location: str) -> str:
-    """Return a location without what `guarded` adds: two that are equal then are one place."""
+    """Return a location without what `guarded` adds, for comparisons of locations."""
     if not is_uri(location) or endpoint(location) is None:
         return location
     plain, _, options = location.partition("?")
@@ -135,7 +135,7 @@ def unguarded(location: str) -> str:
 
 
 def named_in(recipe: Mapping[str, Any]) -> frozenset[str]:
-    """Return the endpoints that a recipe's values name and that get credentials.
+    """Return the endpoints in a recipe's values that get credentials.
 
     Args:
         recipe: nested values, any part of a recipe.
@@ -155,7 +155,7 @@ def guarded_in(recipe: Mapping[str, Any], named: Collection[str]) -> dict[str, A
 
 
 def strangers_in(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield key and endpoint of each location whose requests carry no credentials."""
+    """Yield key and endpoint of each location whose requests are anonymous."""
     for path, value in _locations(recipe):
         server = endpoint(value)
         if server is not None and anonymous(value):
@@ -170,7 +170,7 @@ def _locations(recipe: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str
             if not isinstance(found, Mapping) or part not in found:
                 break
             found, path = found[part], (*path, part)
-        # A trace may be written as a plain text in place of its section.
+        # A trace may be a plain text in place of a section.
         if isinstance(found, str):
             yield path, found
 

@@ -1,15 +1,15 @@
-"""The tree of errors a user can meet, each with the exit status of the command line.
+"""The errors that a user may see, each with the exit status of the command line.
 
     RayfedError                  1
-    |-- BadInputError            2   refused before anything started
+    |-- BadInputError            2   rejected before anything started
     |   |-- RecipeError          2   the recipe is faulty; lists every fault
     |   |-- DataError            2   a data set cannot be read or partitioned
     |   |-- ModelError           2   a model, target module or rank does not fit
     |   |-- ResourceError        2   the cluster lacks what the recipe asks for
     |   `-- RunFolderError       2   the run folder cannot be written or holds another run
     |-- ClientError              1   a client's training raised
-    |-- RunError                 1   the run cannot go on
-    |   `-- BlockMemoryError     1   clients do not fit into memory together; halved by the executor
+    |-- RunError                 1   the run cannot continue
+    |   `-- BlockMemoryError     1   a block does not fit into memory; the executor halves it
     `-- InterruptedRunError    130   stopped by the user; the last checkpoint is kept
 
 Source: this project.
@@ -25,7 +25,7 @@ from rayfed_lora.locations import without_secrets
 
 
 class RayfedError(Exception):
-    """Any failure that has a message for the user; credentials of URIs in it are blotted out."""
+    """A failure with a message for the user; credentials of URIs in it are masked."""
 
     exit_status = 1
 
@@ -35,19 +35,19 @@ class RayfedError(Exception):
 
 
 class BadInputError(RayfedError):
-    """What the user gave cannot be run; nothing was started."""
+    """The input cannot be run; nothing was started."""
 
     exit_status = 2
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing wrong with a recipe.
+    """One fault of a recipe.
 
     Attributes:
         path: dotted key, e.g. `clients.per_round`.
-        expected: what would be accepted.
-        came: the value as given (its repr), or None where the key itself is the fault.
+        expected: the accepted values.
+        came: the given value (its repr), or None where the key itself is the fault.
         nearest: the nearest known key or value, or None.
     """
 
@@ -66,7 +66,7 @@ class RecipeError(BadInputError):
     """A recipe with faults; `faults` lists all of them."""
 
     def __init__(self, source: str, faults: Sequence[Fault]) -> None:
-        """Keep the faults and word one message that lists every one of them."""
+        """Keep the faults; the message lists all of them."""
         self.source = source
         self.faults = tuple(faults)
         count = f"{len(self.faults)} fault{'s' if len(self.faults) != 1 else ''}"
@@ -74,12 +74,12 @@ class RecipeError(BadInputError):
         super().__init__(f"{source}: {count} in the recipe; nothing was started\n{lines}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by the arguments, as errors cross process borders."""
+        """Pickle the arguments: errors are sent between processes."""
         return type(self), (self.source, self.faults)
 
 
 class DataError(BadInputError):
-    """A data set cannot be found, read or partitioned as asked."""
+    """A data set cannot be found, read or partitioned."""
 
 
 class ModelError(BadInputError):
@@ -95,34 +95,32 @@ class RunFolderError(BadInputError):
 
 
 class RunError(RayfedError):
-    """The run cannot go on; the last checkpoint is kept."""
+    """The run cannot continue; the last checkpoint is kept."""
 
 
 class ClientError(RunError):
     """A client's local training raised an exception."""
 
-    def __init__(
-        self, client: int, round_index: int, trace: str, called: str | None = None
-    ) -> None:
-        """Keep whose training failed, when, the client's own traceback, and what to call it."""
+    def __init__(self, client: int, round_index: int, trace: str, label: str | None = None) -> None:
+        """Keep client and round, the client's own traceback, and the client's label."""
         self.client = client
         self.round_index = round_index
         self.trace = trace
-        self.called = f"client {client}" if called is None else called
-        super().__init__(f"{self.called} failed in round {round_index}:\n{trace.rstrip()}")
+        self.label = f"client {client}" if label is None else label
+        super().__init__(f"{self.label} failed in round {round_index}:\n{trace.rstrip()}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by the arguments, as errors cross process borders."""
-        return type(self), (self.client, self.round_index, self.trace, self.called)
+        """Pickle the arguments: errors are sent between processes."""
+        return type(self), (self.client, self.round_index, self.trace, self.label)
 
     @property
     def reason(self) -> str:
-        """The last line of the traceback: what was raised."""
+        """The last line of the traceback: the raised error."""
         return self.trace.rstrip().rpartition("\n")[2]
 
 
 class BlockMemoryError(RunError):
-    """Clients do not fit into memory together; an executor trains smaller blocks then."""
+    """A block of clients does not fit into memory; executors then train smaller blocks."""
 
 
 class InterruptedRunError(RayfedError):

@@ -1,6 +1,6 @@
-"""Names of folders and files, as paths or URIs: joined, checked, and shown without secrets.
+"""Paths and URIs of folders and files: joined, checked, and shown without secrets.
 
-Text only: `storage` opens what is named here.
+Only text is handled here: `storage` opens files.
 
 Source: this project.
 """
@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from urllib.parse import parse_qsl, quote, urlsplit
 
-# Parameters of URIs that carry a secret, in any object store's words.
+# Names of URI parameters with a secret, for all object stores.
 _SECRET = r"[\w-]*(?:secret|passw|token|credential|signature|key)[\w-]*|sig"
 _SECRETS = (
-    # Up to the last @: a secret may have slashes in it that should have been quoted.
+    # Up to the last @: a secret may contain slashes that should have been quoted.
     re.compile(r"\b(s3://)[^\s'\"]*@", re.IGNORECASE),
     re.compile(r"\b([a-z][a-z0-9+.-]*://)[^\s'\"/@]*:[^\s'\"@]*@", re.IGNORECASE),
     re.compile(rf"([?&](?:{_SECRET})=)[^\s'\"&]+", re.IGNORECASE),
@@ -30,7 +30,7 @@ def is_uri(location: str) -> bool:
 
 
 def child(location: str, *names: str) -> str:
-    """Return the location of something in a folder; the options of a URI stay at its end.
+    """Return the location of a file or folder inside a folder; URI options stay at the end.
 
     >>> child("runs/a/", "trials", "7")
     'runs/a/trials/7'
@@ -66,10 +66,10 @@ def parent(location: str) -> tuple[str, str]:
 
 
 def check_name(name: str) -> None:
-    r"""Check that a name stays in the folder that it is in.
+    r"""Check that a name does not lead out of its folder.
 
     Raises:
-        ValueError: it is absolute, goes up, or has a character that no file of a run has.
+        ValueError: it is absolute, goes up, or has a character that is not allowed.
 
     >>> check_name("checkpoints/round-000003/state.json")
     >>> check_name("adapter/../../.bashrc")
@@ -82,9 +82,9 @@ def check_name(name: str) -> None:
 
 
 def repeated_option(location: str) -> str | None:
-    """Return an option that a URI has more than once; None: it has none such.
+    """Return an option that a URI has more than once, or None.
 
-    Readers of URIs differ in which of the two counts.
+    Readers of URIs differ in which of the two they use.
 
     >>> repeated_option("gs://bucket/a?scheme=http&%73cheme=https")
     'scheme'
@@ -93,14 +93,14 @@ def repeated_option(location: str) -> str | None:
     try:
         query = urlsplit(location).query if is_uri(location) else ""
     except ValueError:
-        # Nothing opens it.
+        # Not a valid URI: it cannot be opened.
         return None
     names = [name for name, _ in parse_qsl(query, keep_blank_values=True)]
     return next((name for name in names if names.count(name) > 1), None)
 
 
 def holds_secret(location: str) -> bool:
-    """Return whether a location has credentials in it.
+    """Return whether a location contains credentials.
 
     >>> holds_secret("s3://bucket/runs?region=eu-central-1")
     False
@@ -112,7 +112,7 @@ def holds_secret(location: str) -> bool:
     scheme, _, rest = location.partition("://")
     authority = rest.partition("?")[0].partition("/")[0]
     user, at, _ = authority.rpartition("@")
-    # A bucket has neither; in other stores what stands before the @ may be a container or a user.
+    # An S3 bucket has neither; in other stores a container or a user may precede the @.
     if scheme.lower() == "s3" and (at or ":" in authority):
         return True
     if ":" in user:
@@ -122,7 +122,7 @@ def holds_secret(location: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text with the credentials of all URIs in it blotted out.
+    """Return a text with the credentials of all URIs in it masked.
 
     >>> without_secrets("cannot open s3://AKIA:se/cret@bucket/runs?x_token=abc&region=eu")
     'cannot open s3://***@bucket/runs?x_token=***&region=eu'

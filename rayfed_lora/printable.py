@@ -1,8 +1,8 @@
-"""Texts of others, made safe to look at: on a terminal, and as cells of a spreadsheet.
+"""Untrusted texts made safe for a terminal and for the cells of a spreadsheet.
 
-Names of clients and classes, notes, errors and logs may hold what a terminal obeys (escape
-sequences move the cursor, retitle the window, or answer for the user) or what turns the order of
-letters around; a spreadsheet runs cells that begin like a formula.
+Names of clients and classes, notes, errors and logs may contain escape sequences, which move a
+terminal's cursor, change its title or type answers, and characters that reverse the reading order.
+A spreadsheet evaluates cells that begin like a formula.
 
 Source: this project; cells: OWASP, "CSV Injection".
 """
@@ -13,7 +13,7 @@ import re
 import sys
 from typing import Any, TextIO
 
-# C0 and C1 controls but tab and line feed, marks of direction, other line ends, lone surrogates.
+# C0 and C1 controls but tab and line feed, direction marks, other line ends, lone surrogates.
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)")
 
 
 def printable(text: str, *, lines: bool = True) -> str:
-    r"""Return a text with every control character written out.
+    r"""Return a text with every control character escaped.
 
     >>> printable("a\x1b[31mb\r\nc")
     'a\\x1b[31mb\nc'
@@ -31,29 +31,29 @@ def printable(text: str, *, lines: bool = True) -> str:
     'a\\nb'
 
     Args:
-        text: anybody's.
-        lines: whether line breaks and tabs stay.
+        text: untrusted.
+        lines: keep line breaks and tabs.
     """
-    found = _CONTROL.sub(_written_out, text.replace("\r\n", "\n"))
-    return found if lines else _BREAKS.sub(_written_out, found)
+    found = _CONTROL.sub(_escaped, text.replace("\r\n", "\n"))
+    return found if lines else _BREAKS.sub(_escaped, found)
 
 
-def _written_out(found: re.Match[str]) -> str:
+def _escaped(found: re.Match[str]) -> str:
     return found[0].encode("unicode_escape").decode()
 
 
 def one_note(text: str) -> str:
-    """Return a note as it is printed; lines after the first are indented, as parts of it."""
+    """Return a note for printing; its lines after the first are indented."""
     return printable(text).replace("\n", "\n  ")
 
 
 def echo(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:
-    """Print a text to stdout, or to `file`, at once and without control characters."""
+    """Print a text without control characters to stdout or `file`, and flush."""
     print(printable(text), end=end, file=sys.stdout if file is None else file, flush=True)
 
 
 def cell(value: Any) -> Any:
-    """Return a value as a spreadsheet shows it: texts that begin like a formula get a quote.
+    """Return a value as a spreadsheet cell: a quote precedes texts that begin like a formula.
 
     >>> cell("=1+1"), cell("-0.5"), cell(-0.5)
     ("'=1+1", '-0.5', -0.5)

@@ -1,6 +1,6 @@
-"""Random streams keyed by what they are for, never by who draws or in which order.
+"""Random streams keyed by their purpose, independent of the order of draws and of the process.
 
-Source: this project (method.md, "Randomness"), on numpy's SeedSequence.
+Source: this project (docs/method.md, "Randomness"), on numpy's SeedSequence.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Purpose(IntEnum):
-    """What a random stream is for; the numbers are part of every result, never renumber."""
+    """Purposes of random streams; renumbering them would change every result."""
 
     SPLIT = 0
     PARTITION = 1
@@ -33,7 +33,7 @@ def sequence(seed: int, purpose: Purpose, *key: int) -> np.random.SeedSequence:
 
     Args:
         seed: the run's seed, >= 0.
-        purpose: what the stream is for.
+        purpose: of the stream.
         key: further non-negative counters, e.g. round and client.
     """
     return np.random.SeedSequence(entropy=seed, spawn_key=(int(purpose), *key))

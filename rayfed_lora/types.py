@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +54,9 @@ class AdapterState:
 
     factors: Mapping[str, Factors]
     dense: Mapping[str, FloatArray]
+    # Unique to this value and its copies in other processes: what is sent or loaded once is known
+    # by that. Arrays of a state are never written to.
+    version: str = field(init=False, compare=False, repr=False, default_factory=lambda: uuid4().hex)
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,21 @@ class Base:
     def version(self) -> tuple[int, int]:
         """What tells two bases of a run apart."""
         return self.root, self.merges
+
+
+@dataclass(frozen=True)
+class GlobalModel:
+    """The global model between rounds.
+
+    Attributes:
+        state: what is trained and sent.
+        base: what is frozen; not looked at while `trainable` is `full`.
+        trainable: the kind of round that the state belongs to.
+    """
+
+    state: AdapterState
+    base: Base
+    trainable: Trainable
 
 
 @dataclass(frozen=True)
@@ -186,13 +205,12 @@ class LocalPlan:
 
 
 @dataclass(frozen=True)
-class ClientUpdate:
-    """What one client sends back.
+class ClientReport:
+    """What is known of one client's training, beside the state that it sends back.
 
     Attributes:
         client: client id, from 0.
         examples: number of training examples the client holds.
-        state: the trained state, or None where the client failed.
         train_loss: mean loss over its local steps (nan where it failed).
         seconds: its local training time.
         error: why it failed, or None.
@@ -206,7 +224,6 @@ class ClientUpdate:
 
     client: int
     examples: int
-    state: AdapterState | None
     train_loss: float
     seconds: float
     error: str | None = None
@@ -257,124 +274,6 @@ class ClientScore:
     examples: int
     accuracy: float
     loss: float
-
-
-@dataclass(frozen=True)
-class ClientTest:
-    """A row of client_metrics.parquet: one client's own examples after one round.
-
-    Attributes:
-        round: index from 0.
-        client: client id.
-        examples: number of its held-out examples.
-        accuracy, loss: of the global model.
-        personal_accuracy, personal_loss: of the client's own model, where it has one.
-    """
-
-    round: int
-    client: int
-    examples: int
-    accuracy: float
-    loss: float
-    personal_accuracy: float | None = None
-    personal_loss: float | None = None
-
-
-@dataclass(frozen=True)
-class Note:
-    """A row of notes.parquet: what the user should know of a round, e.g. a lost actor."""
-
-    round: int
-    text: str
-
-
-@dataclass(frozen=True)
-class ClientRecord:
-    """A row of clients.parquet: one client in one round.
-
-    Attributes:
-        round: index from 0.
-        client: client id.
-        examples: number of its training examples.
-        train_loss: mean loss over its local steps, None where it failed.
-        status: `ok`, `failed`, or by the simulated clock `dropped` or `late`.
-        error: why it failed, or None.
-        bytes_up, bytes_down: what was sent of its messages, base not included.
-        seconds: its local training time.
-        simulated_s: by the simulated clock, from the start of the round until its update was there
-            or nobody waited for it any more; None where no time is simulated.
-    """
-
-    round: int
-    client: int
-    examples: int
-    train_loss: float | None
-    status: Literal["ok", "failed", "dropped", "late"]
-    error: str | None
-    bytes_up: int
-    bytes_down: int
-    seconds: float
-    simulated_s: float | None = None
-
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """A row of rounds.parquet.
-
-    Attributes:
-        round: index from 0.
-        stage: stage of the schedule.
-        rank: uniform rank, or the mean over modules; None in a full-model round.
-        ranks: rank by module; None in a full-model round.
-        trainable_params: number of values that a client trains.
-        proximal_weight: mu.
-        clients: size of the cohort.
-        failed_clients: how many of them sent nothing usable.
-        train_loss: mean over clients, weighted by examples; nan where no update came.
-        eval_accuracy, eval_loss, eval_macro_f1, eval_auc, eval_perplexity: of the new global model
-            on the test split, None where not tested or not defined.
-        validation_accuracy, validation_loss: likewise on the server's validation split.
-        aggregation_error: ||D_used - D_exact||_F / ||D_exact||_F, None without factors.
-        params_up, params_down: values sent by and to the cohort, base not included.
-        bytes_up, bytes_down: the same in bytes.
-        bytes_base: bytes of frozen base sent to participants that did not hold the current one.
-        learning_rate: local learning rate.
-        proposal: the annealing's proposal and verdict, None where there was none.
-        seconds: wall time of the round, evaluation included.
-        dropped_clients: how many left or came too late, by the simulated clock.
-        retried_blocks: how often a block was trained again, its actor or its result being lost.
-        simulated_s: length of the round by the simulated clock, waiting for clients included; None
-            where no time is simulated.
-    """
-
-    round: int
-    stage: Stage
-    rank: float | None
-    ranks: Mapping[str, int] | None
-    trainable_params: int
-    proximal_weight: float
-    clients: int
-    failed_clients: int
-    train_loss: float
-    eval_accuracy: float | None
-    eval_loss: float | None
-    eval_macro_f1: float | None
-    eval_auc: float | None
-    eval_perplexity: float | None
-    validation_accuracy: float | None
-    validation_loss: float | None
-    aggregation_error: float | None
-    params_up: int
-    params_down: int
-    bytes_up: int
-    bytes_down: int
-    bytes_base: int
-    learning_rate: float
-    proposal: Proposal | None
-    seconds: float
-    dropped_clients: int = 0
-    retried_blocks: int = 0
-    simulated_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -11,31 +11,35 @@ import math
 import os
 import signal
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from rayfed_lora.data.client_table import ClientTable
 from rayfed_lora.data.examples import Examples
-from rayfed_lora.data.partition import ClientTable
 from rayfed_lora.data.workload import Workload
+from rayfed_lora.engines.factory import in_process
+from rayfed_lora.engines.local import LocalEngine
 from rayfed_lora.errors import BlockMemoryError
-from rayfed_lora.federation.executor import Call, Pending, Population, Trained
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe
-from rayfed_lora.runtime.factory import in_process
-from rayfed_lora.runtime.local import LocalExecutor
-from rayfed_lora.training.protocol import attributed
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.tasks.engine import Population, Running, answer, runs
+from rayfed_lora.tasks.messages import Evaluate, Export, TestClients, Train
+from rayfed_lora.tasks.training import BlockUpdate, Starts, attributed, trained
 from rayfed_lora.types import (
     AdapterState,
     Base,
+    ClientReport,
     ClientScore,
-    ClientUpdate,
     Factors,
     FloatArray,
     Frozen,
+    GlobalModel,
     LocalPlan,
     ModelShape,
     ModuleShape,
@@ -130,30 +134,34 @@ class FakeTrainer:
     def shape(self) -> ModelShape:
         return SHAPE
 
-    def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
-        names = WEIGHTS if trainable == "full" else SHAPE.head
+    def run(self, task: Any) -> Any:
+        if isinstance(task, Train):
+            return trained(task, partial(self._train_block, task))
+        if isinstance(task, Evaluate):
+            return tuple(self._evaluate(task.split, rows, task.model) for rows in task.shards)
+        if isinstance(task, TestClients):
+            return self._test_clients(task)
+        if isinstance(task, Export):
+            return self._export(task.model)
+        names = WEIGHTS if task.trainable == "full" else SHAPE.head
         return {name: initial(name) for name in names}
 
-    def draw(self, clients: Sequence[int], plan: LocalPlan) -> None:
-        """Nothing: no batches."""
-
-    def train(
-        self,
-        clients: Sequence[int],
-        starts: Sequence[AdapterState],
-        base: Base,
-        plan: LocalPlan,
-        drawn: object = None,
-    ) -> Iterator[ClientUpdate]:
+    def _train_block(
+        self, task: Train, clients: Sequence[int], starts: Sequence[AdapterState]
+    ) -> BlockUpdate:
         if self._behaviour.together is not None and len(clients) > self._behaviour.together:
             raise BlockMemoryError(f"{len(clients)} clients do not fit")
+        reports, states = [], []
         for client, start in zip(clients, starts, strict=True):
-            with attributed(client, plan.round):
-                yield self._train_client(client, start, base, plan)
+            with attributed(client, task.plan.round):
+                report, state = self._train_client(client, start, task.model.base, task.plan)
+            reports.append(report)
+            states += [] if state is None else [state]
+        return BlockUpdate(tuple(reports), states)
 
     def _train_client(
         self, client: int, start: AdapterState, base: Base, plan: LocalPlan
-    ) -> ClientUpdate:
+    ) -> tuple[ClientReport, AdapterState | None]:
         b, t = self._behaviour, plan.round
         time.sleep(b.sleep_s.get(client, 0.0))
         if (client, t) in b.dying_always or ((client, t) in b.dying and _taken(b.marker)):
@@ -164,15 +172,13 @@ class FakeTrainer:
             raise ValueError(f"the fake client {client} was told to raise")
         if (client, t) in b.failing:
             reason = "loss is nan in local step 1 of 1"
-            return ClientUpdate(client, client + 1, None, math.nan, 0.0, reason)
-        trained = moved(start, step(client, t, base), plan.frozen)
-        return ClientUpdate(client, client + 1, trained, float(client), b.sleep_s.get(client, 0.0))
+            return ClientReport(client, client + 1, math.nan, 0.0, reason), None
+        state = moved(start, step(client, t, base), plan.frozen)
+        return ClientReport(client, client + 1, float(client), b.sleep_s.get(client, 0.0)), state
 
-    def evaluate(
-        self, split: Split, rows: slice, state: AdapterState, base: Base, trainable: Trainable
-    ) -> Predictions:
+    def _evaluate(self, split: Split, rows: slice, model: GlobalModel) -> Predictions:
         size = TEST_ROWS if split == "test" else VALIDATION_ROWS
-        wave = np.sin(energy(state, base, trainable) + np.arange(size)[rows])
+        wave = np.sin(energy(model.state, model.base, model.trainable) + np.arange(size)[rows])
         right = (wave < 0).astype(np.int64)
         labels = np.ones(len(wave), np.int64)
         if self._behaviour.tests == "texts":
@@ -190,21 +196,17 @@ class FakeTrainer:
             probabilities=probabilities,
         )
 
-    def test_clients(
-        self,
-        clients: Sequence[int],
-        starts: Sequence[AdapterState],
-        base: Base,
-        trainable: Trainable,
-    ) -> list[ClientScore]:
-        energies = [energy(start, base, trainable) for start in starts]
-        return [
+    def _test_clients(self, task: TestClients) -> tuple[ClientScore, ...]:
+        starts, model = Starts(task), task.model
+        energies = [energy(starts.of(k), model.base, model.trainable) for k in task.clients]
+        return tuple(
             ClientScore(client, client + 1, abs(float(np.sin(e + client))), e)
-            for client, e in zip(clients, energies, strict=True)
-        ]
+            for client, e in zip(task.clients, energies, strict=True)
+        )
 
-    def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
-        facts = {"device": self._device, "energy": energy(state, base, trainable)}
+    def _export(self, model: GlobalModel) -> dict[str, bytes]:
+        found = energy(model.state, model.base, model.trainable)
+        facts = {"device": self._device, "energy": found}
         facts["gpus"] = os.environ.get("CUDA_VISIBLE_DEVICES")
         return {"adapter/fake.json": json.dumps(facts).encode()}
 
@@ -310,68 +312,76 @@ def spoilt(examples: Examples, column: str, place: Any, value: float) -> Example
     return Examples.of(arrays, labels)
 
 
-def local_executor(recipe: Recipe, behaviour: Behaviour | None = None) -> LocalExecutor:
-    """Return an executor in this process, not yet opened."""
+def local_engine(recipe: Recipe, behaviour: Behaviour | None = None) -> LocalEngine:
+    """Return an engine in this process, not yet opened."""
     factory = FakeFactory(behaviour or Behaviour())
-    return LocalExecutor(recipe.aggregation.rule, lambda: in_process(recipe, factory, "cpu"))
+    return LocalEngine(lambda: in_process(recipe, factory, "cpu"))
+
+
+class FakeEngine:
+    """All that an engine has to do: parts are answered in order, when they are asked for."""
+
+    def __init__(self, recipe: Recipe, behaviour: Behaviour | None = None) -> None:
+        self._recipe, self._factory = recipe, FakeFactory(behaviour or Behaviour())
+
+    def open(self) -> Population:
+        (self._trainer,), population = in_process(self._recipe, self._factory, "cpu")
+        return population
+
+    def submit(self, task: Any) -> Running[Any]:
+        pending = [_Asked(self._trainer, run) for run in runs(task)]
+        return Running(task, deque(pending))
+
+    def close(self) -> None:
+        """Nothing was taken."""
+
+
+class _Asked:
+    def __init__(self, trainer: Any, parts: Sequence[Any]) -> None:
+        self._trainer, self._parts = trainer, parts
+
+    def result(self) -> Any:
+        results = [answer(self._trainer, part) for part in self._parts]
+        return self._parts[0].joined(results)
+
+    def cancel(self) -> None:
+        """It begins when it is asked for."""
 
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing in the code under test catches it."""
 
 
-class KilledExecutor:
-    """A local executor whose process 'is killed' when one client's update of a round is due."""
+class KilledEngine:
+    """A local engine whose process 'is killed' when one client's update of a round is due."""
 
-    def __init__(
-        self, recipe: Recipe, round_index: int, position: int, *, concurrent: bool = False
-    ) -> None:
+    def __init__(self, recipe: Recipe, round_index: int, position: int) -> None:
         """Kill in round `round_index` before the update at `position` of the cohort comes."""
-        self._inner = local_executor(recipe)
-        self.concurrent, self.patience = concurrent, 0
+        self._inner = local_engine(recipe)
         self._at = (round_index, position)
         self.closed = False
 
     def open(self) -> Population:
         return self._inner.open()
 
-    def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
-        return self._inner.initial_tensors(trainable)
-
-    def train(
-        self, state: AdapterState, base: Base, plan: LocalPlan, calls: Sequence[Call]
-    ) -> Generator[Trained, None, None]:
-        taken = 0
-        for part in self._inner.train(state, base, plan, calls):
-            taken += len(part.clients)
-            if plan.round == self._at[0] and taken > self._at[1]:
-                raise Killed
-            yield part
-
-    def evaluate(
-        self,
-        split: Split,
-        shards: Sequence[slice],
-        state: AdapterState,
-        base: Base,
-        trainable: Trainable,
-        before: int = 0,
-    ) -> Pending[list[Predictions]]:
-        return self._inner.evaluate(split, shards, state, base, trainable)
-
-    def test_clients(
-        self,
-        calls: Sequence[Call],
-        state: AdapterState,
-        base: Base,
-        trainable: Trainable,
-        before: int = 0,
-    ) -> Pending[list[ClientScore]]:
-        return self._inner.test_clients(calls, state, base, trainable)
-
-    def export(self, state: AdapterState, base: Base, trainable: Trainable) -> dict[str, bytes]:
-        return self._inner.export(state, base, trainable)
+    def submit(self, task: Any) -> Running[Any]:
+        running = self._inner.submit(task)
+        if not isinstance(task, Train) or task.plan.round != self._at[0]:
+            return running
+        taken, parts = 0, []
+        for part, pending in zip(task.parts(), running.pending, strict=True):
+            taken += part.size
+            parts.append(_Killing() if taken > self._at[1] else pending)
+        return Running(task, deque(parts))
 
     def close(self) -> None:
         self.closed = True
         self._inner.close()
+
+
+class _Killing:
+    def result(self) -> Any:
+        raise Killed
+
+    def cancel(self) -> None:
+        """It never began."""

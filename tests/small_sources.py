@@ -22,8 +22,8 @@ from transformers import (
 
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models.sources import quiet
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.training.workload import outline, prepare
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.training.preparing import outline, prepare
 from tests.fakes import make_recipe
 
 CLASSES = 3

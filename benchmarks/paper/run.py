@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.console import Console
 
 import rayfed_lora
-from rayfed_lora.reporting.terminal import watching_comparison
+from rayfed_lora.cli.comparison_display import watching_comparison
+from rayfed_lora.cli.console import PlainConsole
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "paper"
@@ -118,7 +118,7 @@ METROPOLIS: Mapping[str, Variant] = {
 
 def compare(name: str, out: Path, variants: Mapping[str, Variant], seeds: Any, **settings: Any):
     """Run what is left of some variants on a set; return the comparison."""
-    with watching_comparison(Console()) as watch:
+    with watching_comparison(PlainConsole()) as watch:
         return rayfed_lora.compare(
             str(HERE / f"{name}.yaml"), variants, str(out), seeds, settings=settings, watch=watch
         )

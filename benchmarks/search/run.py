@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.console import Console
 
 import rayfed_lora
-from rayfed_lora.reporting.terminal import watching_comparison, watching_search
+from rayfed_lora.cli.comparison_display import watching_comparison
+from rayfed_lora.cli.console import PlainConsole
+from rayfed_lora.cli.search_display import watching_search
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "paper" / "trec.yaml"
@@ -32,7 +33,7 @@ SETTINGS = {"annealing.initiating.lr": 3e-4}
 
 def search(out: Path) -> None:
     """Search, or go on with it."""
-    with watching_search(Console()) as watch:
+    with watching_search(PlainConsole()) as watch:
         rayfed_lora.tune(
             SPACE,
             RECIPE,
@@ -74,7 +75,7 @@ def seeds(out: Path) -> None:
             # Rounds and ranks come back from tables with missing values as floats.
             **{k: int(v) if k.endswith(("rounds", "rank")) else v for k, v in drawn.items()},
         }
-    with watching_comparison(Console()) as watch:
+    with watching_comparison(PlainConsole()) as watch:
         result = rayfed_lora.compare(str(RECIPE), variants, f"{out}-seeds", SEEDS, watch=watch)
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name, table in (

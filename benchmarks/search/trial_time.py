@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from rayfed_lora.reporting.summary import versions
+from rayfed_lora.runs.summary import versions
 
 RESULTS = Path(__file__).parents[1] / "results" / "search"
 RECIPE = "digits-vit"
-PROGRAM = "from rayfed_lora.cli import main; main()"
+PROGRAM = "from rayfed_lora.cli.commands import main; main()"
 
 
 def seconds(*arguments: str) -> float:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from rayfed_lora.aggregation.factor_average import averaged, stepped_mean
+from rayfed_lora.aggregation.averaging import averaged, stepped_mean
 from rayfed_lora.aggregation.means import Means
+from rayfed_lora.aggregation.rule import Rule
 from rayfed_lora.aggregation.step import Aggregate, Product, ServerStep, error_of
 from rayfed_lora.types import AdapterState, Factors, FloatArray
 
@@ -43,3 +44,13 @@ def _corrected(mean: Factors, exact: Product) -> Factors:
     delta = np.linalg.solve(gram + ridge * np.eye(mean.rank), missing.T).T
     moved: FloatArray = (b + delta).astype(np.float32)
     return Factors(mean.a, moved, mean.scale)
+
+
+RULE = Rule(
+    name="correct",
+    source="2411.14961",
+    summary="factor-average with B moved towards the exact mean (LoRA-FAIR)",
+    method="lora-fair",
+    aggregate=correct,
+    kept=frozenset({"factors"}),
+)

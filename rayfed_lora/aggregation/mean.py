@@ -1,6 +1,7 @@
-"""Weighted means of tensors and updates, in float64, in the order they come; two can be joined.
+"""Running weighted means of tensors and updates, in float64 and in order; two can be joined.
 
-Source: this project (method.md, "Randomness": reductions in client order, float64 accumulators).
+Source: this project (docs/method.md, "Randomness": reductions in client order, float64
+accumulators).
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ _PART = 1 << 16
 class TensorMean:
     """The weighted mean of equally named tensors.
 
-    Holds a first client's tensors as they came, and one float64 sum of all values from the second
-    one on.
+    Holds the first client's tensors unchanged, and from the second client on one float64 sum.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class TensorMean:
         """Add one client's tensors with its weight, > 0 (any unit, e.g. examples).
 
         Raises:
-            ValueError: their names or shapes are not those of the first client.
+            ValueError: names or shapes differ from those of the first client.
         """
         flat = [tensor.ravel() for tensor in tensors.values()]
         row = np.concatenate(flat) if flat else np.zeros(0, np.float32)
@@ -45,18 +45,18 @@ class TensorMean:
     def add_rows(
         self, weights: Float64Array, rows: FloatArray, shapes: dict[str, tuple[int, ...]]
     ) -> None:
-        """Add clients, one after the other; raises as `add` does.
+        """Add several clients in order; raises as `add` does.
 
         Args:
             weights: (clients,), each > 0.
-            rows: (clients, values), all of a client's tensors.
-            shapes: of the tensors, by name, in the order in which they are in a row.
+            rows: (clients, values), a client's tensors side by side.
+            shapes: of the tensors, by name, in the order of a row.
         """
         self._check(shapes)
         self._add(weights, rows)
 
     def join(self, other: TensorMean) -> None:
-        """Add what another mean has taken in; raises as `add` does."""
+        """Add the clients of another mean; raises as `add` does."""
         if other._weight > 0.0:
             self._check(other._shapes)
         if other._first is not None:
@@ -64,7 +64,7 @@ class TensorMean:
             self._add(np.array([weight]), flat[None])
         if other._sum is not None:
             own = self._summed()
-            # What came may be read-only.
+            # The other sum may be read-only, e.g. from Ray's object store.
             self._sum = other._sum.copy() if own is None else np.add(own, other._sum, out=own)
             self._weight += other._weight
 
@@ -84,17 +84,17 @@ class TensorMean:
             self._first = float(weights[0]), rows[0]
             return
         total = self._sum = np.empty(rows.shape[1]) if own is None else own
-        # In parts that stay in a processor's cache: all products are as large as the clients.
+        # In parts that fit a processor's cache: all products together are as large as the clients.
         step = max(_PART // len(rows), 2)
         for i in range(0, len(total), step):
             products = np.multiply(rows[:, i : i + step], weights[:, None], dtype=np.float64)
             if own is not None:
                 products[0] += own[i : i + step]
-            # Row by row, as if they had come one by one.
+            # Row by row: the same bits as one client at a time.
             np.add.reduce(products, axis=0, out=total[i : i + step])
 
     def _summed(self) -> Float64Array | None:
-        """Return the sum, with the first client in it; None where there is no client."""
+        """Return the sum, the first client included; None without clients."""
         if self._first is not None:
             weight, flat = self._first
             self._sum, self._first = np.multiply(flat, weight, dtype=np.float64), None
@@ -115,12 +115,12 @@ class TensorMean:
 class ProductMean:
     """The weighted mean of one module's effective updates, exactly.
 
-    Held as the clients' factors while these are smaller than two d_out x d_in matrices, and as
-    one such matrix from there on: memory does not grow with the number of clients.
+    Holds the clients' factors while these are smaller than two d_out x d_in matrices, and one such
+    matrix from then on: memory is bounded, whatever the number of clients.
     """
 
     def __init__(self) -> None:
-        # Weighted factors, in the order in which they came; `_rank` is that of all together.
+        # Weighted factors in order of arrival; `_rank` is the sum of their ranks.
         self._terms: list[tuple[float, Factors] | WeightedProduct] = []
         self._rank = 0
         self._dense: Float64Array | None = None
@@ -132,7 +132,7 @@ class ProductMean:
         self._take((weight, factors))
 
     def add_total(self, weight: float, total: WeightedProduct) -> None:
-        """Add several clients.
+        """Add several clients at once.
 
         Args:
             weight: the sum of their weights.
@@ -142,7 +142,7 @@ class ProductMean:
         self._take(total)
 
     def join(self, other: ProductMean) -> None:
-        """Add what another mean has taken in."""
+        """Add the clients of another mean."""
         self._weight += other._weight
         if other._dense is not None:
             self._dense = other._dense if self._dense is None else self._dense + other._dense
@@ -151,7 +151,7 @@ class ProductMean:
 
     def _take(self, term: tuple[float, Factors] | WeightedProduct) -> None:
         product = term if isinstance(term, WeightedProduct) else term[1]
-        # Of products of rank 0 one is enough, for its shape.
+        # One product of rank 0 is kept, for its shape.
         if product.rank == 0 and (self._terms or self._dense is not None):
             return
         self._terms.append(term)
@@ -174,7 +174,7 @@ class ProductMean:
         return matrix if self._dense is None else self._dense + matrix
 
     def pack(self) -> None:
-        """Hold the same in as few arrays as there can be: each costs time where it is sent."""
+        """Reduce the number of arrays held, each of which costs time when it is sent."""
         if self._dense is None:
             self._terms = [self._sum()] if self._terms else []
         elif self._terms:

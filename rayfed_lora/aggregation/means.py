@@ -1,4 +1,4 @@
-"""What a rule keeps of the updates it has taken in. Source: this project."""
+"""The weighted means that rules aggregate from. Source: this project."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy as np
 from rayfed_lora.aggregation.mean import ProductMean, TensorMean
 from rayfed_lora.aggregation.step import Float64Array, Product
 from rayfed_lora.lora.products import norm
-from rayfed_lora.lora.stacked import named, together
+from rayfed_lora.lora.stacked import StackedStates, named
 from rayfed_lora.types import AdapterState, Factors
 
 Kept = Literal["factors", "padded"]
 
 
 class Means:
-    """Weighted means over clients; picklable, and no larger for more of them.
+    """Weighted means over clients; picklable, of a size that does not grow with their number.
 
-    A block of clients is reduced where it was trained; the means are joined in block order. Kept
-    are always the dense tensors and the exact mean update of each module, and as the rule asks:
+    A block of clients is reduced where it was trained; the means are joined in block order. They
+    always hold the dense tensors and the exact mean update of each module; a rule asks for more:
     `factors`, the means of A and of B; `padded`, the sums of HetLoRA.
     """
 
@@ -29,7 +29,7 @@ class Means:
         """Start with no client.
 
         Args:
-            kept: what the rule needs beside the dense tensors and the exact updates.
+            kept: means that the rule needs beside the dense tensors and the exact updates.
         """
         self._kept = kept
         self._tensors = TensorMean()
@@ -37,7 +37,7 @@ class Means:
         self._padded = PaddedMean()
 
     def add(self, weight: float, state: AdapterState) -> None:
-        """Take one client in.
+        """Add one client.
 
         Args:
             weight: > 0, in any unit, e.g. examples.
@@ -49,39 +49,38 @@ class Means:
         if "padded" in self._kept:
             self._padded.add(state.factors)
 
-    def add_all(self, updates: Sequence[tuple[float, AdapterState]]) -> None:
+    def add_all(self, weights: Sequence[float], states: Sequence[AdapterState]) -> None:
         """Take clients in, as `add` does one: at once where they were trained together.
 
-        Sums of tensors are the same to the last bit; exact updates are summed by a matrix product,
-        which may order a module's sum in another way.
+        Sums of tensors are the same bit for bit; exact updates are summed by a matrix product,
+        whose order of summation may differ.
 
         Args:
-            updates: weight and trained state of each, in order.
+            weights: one a client, each > 0.
+            states: trained, in the same order.
         """
-        found = together([state for _, state in updates])
-        if found is None or len(updates) == 1:
-            for weight, state in updates:
+        if not (isinstance(states, StackedStates) and len(states) > 1 and states.alike):
+            for weight, state in zip(weights, states, strict=True):
                 self.add(weight, state)
             return
-        stack, clients = found
-        weights = np.array([weight for weight, _ in updates])
-        rows, shapes = stack.values(clients, dense="factors" not in self._kept)
-        self._tensors.add_rows(weights, rows, shapes)
-        for name, total in stack.products(clients, weights).items():
-            self._products.setdefault(name, ProductMean()).add_total(float(weights.sum()), total)
+        each = np.array(weights)
+        rows, shapes = states.values(dense="factors" not in self._kept)
+        self._tensors.add_rows(each, rows, shapes)
+        for name, total in states.products(each).items():
+            self._products.setdefault(name, ProductMean()).add_total(float(each.sum()), total)
         if "padded" in self._kept:
-            for _, state in updates:
+            for state in states:
                 self._padded.add(state.factors)
 
     def join(self, other: Means) -> None:
-        """Take in what another one of the same rule has, whose clients come after."""
+        """Add the clients of other means of the same rule, after those held so far."""
         self._tensors.join(other._tensors)
         for name, mean in other._products.items():
             self._products.setdefault(name, ProductMean()).join(mean)
         self._padded.join(other._padded)
 
     def pack(self) -> None:
-        """Hold the same in as few arrays as there can be, to be sent."""
+        """Reduce the number of arrays held, before they are sent."""
         for mean in self._products.values():
             mean.pack()
 
@@ -116,7 +115,7 @@ class PaddedMean:
             self._take(weight, sums)
 
     def join(self, other: PaddedMean) -> None:
-        """Add what another one has taken in."""
+        """Add the clients of another mean."""
         self._take(other._weight, other._sums)
 
     def _take(self, weight: float, sums: Mapping[str, Product]) -> None:

@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from rayfed_lora.aggregation.factor_average import stepped_mean
+from rayfed_lora.aggregation.averaging import stepped_mean
 from rayfed_lora.aggregation.means import Means
-from rayfed_lora.aggregation.step import (
-    Aggregate,
-    Product,
-    ServerStep,
-    error_of,
-)
+from rayfed_lora.aggregation.rule import Rule
+from rayfed_lora.aggregation.step import Aggregate, Product, ServerStep, error_of
 from rayfed_lora.lora.products import product_svd as svd_of_product
 from rayfed_lora.lora.resize import from_svd
 from rayfed_lora.types import AdapterState, Factors
@@ -40,9 +36,19 @@ def _cut(start: Factors, target: Product) -> Factors:
     missing = start.rank - cut.rank
     if missing == 0:
         return cut
-    # The start's rank is above what D can have: its surplus rows stay, with nothing in B.
+    # The start's rank is above what D can have: its surplus rows stay, with zeros in B.
     columns = np.zeros((cut.b.shape[0], missing), np.float32)
     rows = start.a[start.rank - missing :]
     return Factors(
         np.concatenate([cut.a, rows]), np.concatenate([cut.b, columns], axis=1), cut.scale
     )
+
+
+RULE = Rule(
+    name="product-svd",
+    source="2402.11505",
+    summary="the exact mean of the products, cut back to the rank (FlexLoRA)",
+    method="flexlora",
+    aggregate=product_svd,
+    mixed_ranks=True,
+)

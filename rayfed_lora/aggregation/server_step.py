@@ -7,15 +7,43 @@ Algorithms 1 and 2; momentum: Hsu et al., arXiv:1909.06335 (FedAvgM).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 
 from rayfed_lora.aggregation.step import Float64Array
-from rayfed_lora.recipe import ServerOptimizer
 from rayfed_lora.types import FloatArray, Frozen
 
-# Of a tensor: its mean update and, for adam and yogi, the mean of its square.
+# By tensor: its mean update and, for adam and yogi, the mean of its square.
 Moments = Mapping[str, tuple[Float64Array, ...]]
+
+
+class Optimizer(Protocol):
+    """The settings of a server optimiser; the recipe's `aggregation.server_optimizer`."""
+
+    @property
+    def name(self) -> str:
+        """`sgd`, `momentum`, `adam` or `yogi`."""
+
+    @property
+    def lr(self) -> float:
+        """Server learning rate, > 0."""
+
+    @property
+    def momentum(self) -> float:
+        """Share of the earlier updates that is kept (momentum)."""
+
+    @property
+    def beta1(self) -> float:
+        """Decay of the mean update (adam, yogi)."""
+
+    @property
+    def beta2(self) -> float:
+        """Decay of the mean squared update (adam, yogi)."""
+
+    @property
+    def tau(self) -> float:
+        """Added to the root of the mean square (adam, yogi)."""
 
 
 class OptimizerStep:
@@ -28,22 +56,22 @@ class OptimizerStep:
 
     def __init__(
         self,
-        settings: ServerOptimizer,
+        settings: Optimizer,
         moments: Moments | None = None,
         frozen: Frozen | None = None,
     ) -> None:
-        """Take up the optimiser where an earlier round left it.
+        """Continue from the moments of the step before.
 
         Args:
-            settings: the recipe's section.
-            moments: what the step before this one left; a tensor that it lacks, or has in another
-                shape, starts anew.
+            settings: of the optimiser.
+            moments: of the step before; a tensor that is missing there, or has another shape,
+                starts anew.
             frozen: the factor that no client trains in this round.
         """
         self.lr = settings.lr
         self.linear = settings.name == "sgd"
         self.frozen = frozen
-        # After the step: what the next one takes up.
+        # After the step: the moments that the next one continues from.
         self.moments: dict[str, tuple[Float64Array, ...]] = dict(moments or {})
         self._settings = settings
 

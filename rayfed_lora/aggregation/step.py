@@ -1,4 +1,4 @@
-"""What every rule shares: its result, the step of the server, and the error it makes.
+"""The result of a rule, the server's step, and the distance from the exact mean.
 
 Source: this project; the server's step: `server_step`.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -30,29 +29,22 @@ class Aggregate:
         state: same modules, scales and tensor names as the state the clients started from; no
             factors where the rule lets LoRA start anew.
         merged: update by module that goes into the frozen base; empty for most rules.
-        measure: computes `error`.
+        measure: computes ||D_used - D_exact||_F / ||D_exact||_F over all modules. D_exact is the
+            same step towards the exact mean; None without factors, and where the step is not
+            linear.
     """
 
     state: AdapterState
     merged: Mapping[str, Product]
     measure: Callable[[], float | None]
 
-    @cached_property
-    def error(self) -> float | None:
-        """||D_used - D_exact||_F / ||D_exact||_F over all modules, computed when it is asked for.
-
-        D_exact is the same step towards the exact mean; None without factors, and where the step
-        is not linear.
-        """
-        return self.measure()
-
 
 class ServerStep(Protocol):
-    """The server's step from where the clients started towards their mean.
+    """The server's step from the state that the clients started from towards their mean.
 
     Attributes:
         lr: server learning rate, 1 for plain averaging.
-        linear: whether the step is lr times the way to the mean: so it is for sgd.
+        linear: whether the step is lr * (mean - start), as for sgd.
         frozen: the factor that no client trained in this round, if any.
     """
 
@@ -93,8 +85,7 @@ def relative_error(used: Mapping[str, Product], exact: Mapping[str, Product]) ->
         exact: likewise.
 
     Returns:
-        The ratio, 0 where both vanish, inf where only the exact one does, None where there are
-        no modules.
+        The ratio; 0 where both vanish, inf where only the exact one does, None without modules.
     """
     if not exact:
         return None

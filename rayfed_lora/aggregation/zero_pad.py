@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from rayfed_lora.aggregation.factor_average import step_error
+from rayfed_lora.aggregation.averaging import step_error
 from rayfed_lora.aggregation.means import Means
+from rayfed_lora.aggregation.rule import Rule
 from rayfed_lora.aggregation.step import Aggregate, ServerStep
 from rayfed_lora.lora.stacked import A, B, named
 from rayfed_lora.types import AdapterState, Factors
@@ -37,3 +38,15 @@ def zero_pad(start: AdapterState, means: Means, step: ServerStep) -> Aggregate:
     }
     state = AdapterState(factors, {name: stepped[name] for name in start.dense})
     return Aggregate(state, {}, lambda: step_error(start, state, means, step))
+
+
+RULE = Rule(
+    name="zero-pad",
+    source="2401.06432",
+    summary="padded to the largest rank, weighted by update size (HetLoRA)",
+    method="hetlora",
+    aggregate=zero_pad,
+    kept=frozenset({"padded"}),
+    mixed_ranks=True,
+    optimizers=True,
+)

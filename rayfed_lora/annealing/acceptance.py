@@ -1,6 +1,6 @@
-"""Whether a proposed lower rank is taken.
+"""Acceptance of a proposed lower rank.
 
-Source: this project (method.md, "Feedback"); the paper's own acceptance rule is not public.
+Source: this project (docs/method.md, "Feedback"); the paper's own acceptance rule is not public.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-# 0.90 - 0.89 is above 0.01 in floats; a metric at the tolerance still holds.
+# 0.90 - 0.89 is above 0.01 in floating point; a metric at the tolerance still holds.
 _ROUNDING = 1e-9
 
 Verdict = Literal["accepted", "rejected", "reheated"]
@@ -53,7 +53,7 @@ def metropolis_probability(current: float, proposed: float, tau: float) -> float
 def target_holds(metric: float, value: float, tolerance: float, higher_is_better: bool) -> bool:
     """Return whether `metric` is within `tolerance` of `value`, or better than it.
 
-    A metric that is not finite never holds.
+    False for a metric that is not finite.
 
     >>> target_holds(0.90, 0.905, 0.01, higher_is_better=True)
     True

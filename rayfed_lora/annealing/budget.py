@@ -1,6 +1,6 @@
-"""How a round's parameter budget is spread over the adapted modules.
+"""The allocation of a round's parameter budget to the adapted modules.
 
-The budget is what the round's uniform rank would cost. Source: this project (method.md,
+The budget is the cost of the round's uniform rank. Source: this project (docs/method.md,
 "Per-module allocation"); the idea that singular directions compete for a budget is AdaLoRA's,
 arXiv:2303.10512.
 """
@@ -13,7 +13,7 @@ from rayfed_lora.types import ModuleShape
 
 
 def uniform(shapes: Mapping[str, ModuleShape], rank: int) -> dict[str, int]:
-    """Return the same rank for every module, at most its largest possible one.
+    """Return the same rank for every module, at most the largest that the module can have.
 
     Args:
         shapes: adapted modules.
@@ -37,11 +37,11 @@ def cost(shapes: Mapping[str, ModuleShape], ranks: Mapping[str, int]) -> int:
 def spectral(
     shapes: Mapping[str, ModuleShape], spectra: Mapping[str, Sequence[float]], rank: int
 ) -> dict[str, int]:
-    """Spend the budget of uniform `rank` on the singular directions with most energy a value.
+    """Spend the budget of uniform `rank` on the directions with most energy per value.
 
-    All directions of all modules are sorted by sigma ** 2 / (d_in + d_out); each is taken if it
-    still fits. Directions beyond a module's spectrum count as energy 0, so that a budget above
-    what is there (re-heating) is spread evenly. A module may end at rank 0.
+    All singular directions of all modules are sorted by sigma ** 2 / (d_in + d_out); each is taken
+    if it still fits. Directions beyond a module's spectrum have energy 0, so that a surplus
+    (re-heating) is spread evenly. A module may end at rank 0.
 
     Args:
         shapes: adapted modules.

@@ -1,8 +1,8 @@
 """Cooling curves: pure functions of the round inside the cooling stage.
 
-Every curve goes from `start` to `end` in `rounds` rounds; with u = (i + 1) / rounds for the i-th
-round (i from 0) the first round has already moved and the last one is exactly at `end`. Source of
-the convention: this project; the paper's own formula is not public.
+Every curve but `constant` goes from `start` to `end` in `rounds` rounds, with u = (i + 1) / rounds
+in round i (from 0): the first round is already past `start`, the last one exactly at `end`. Source
+of the convention: this project; the paper's own formula is not public.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def cooling(shape: str, start: float, end: float, rounds: int, steps: int = 4) -
         known = ", ".join([*CURVES, "step"])
         raise ValueError(f"need a cooling shape of {known}, got {shape!r}")
     curve = CURVES[shape]
-    # The last round is at `end` itself, which the curves meet only up to rounding.
+    # The last round is at `end` exactly; the curves reach it only up to rounding.
     last = start if shape == "constant" else end
     return lambda i: last if i + 1 == rounds else curve(start, end, (i + 1) / rounds)
 
@@ -142,7 +142,7 @@ def ramp(start: float, end: float, rounds: int) -> Schedule:
 def to_rank(value: float, start: int, end: int) -> int:
     """Return floor(value + 0.5), clipped to the range between `start` and `end`.
 
-    A value within 1e-9 of a half counts as one: curves land beside it by rounding.
+    A value within 1e-9 of a half counts as a half: curves miss it by rounding.
 
     >>> to_rank(8.5, 16, 2), to_rank(1.4, 16, 2)
     (9, 2)

@@ -1,7 +1,7 @@
-"""SA-FedLoRA's schedule: which stage a round is in, what it trains, and at which rank.
+"""SA-FedLoRA's schedule: the stage of a round, what is trained, and at which rank.
 
 Source: arXiv:2405.09394 v1 for the stages (initiating, then annealing by heating and cooling); the
-formulas are this project's (method.md), the paper's own are not public.
+formulas are this project's (docs/method.md), the paper's own are not public.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from rayfed_lora.annealing import acceptance, schedules
-from rayfed_lora.recipe_annealing import Annealing
+from rayfed_lora.recipe.annealing import Annealing
 from rayfed_lora.types import Proposal, RoundPlan, Stage
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """What the server has seen so far; the schedule's only input beside the recipe.
+    """The server's measurements so far; the schedule's only input beside the recipe.
 
     Attributes:
         rank: uniform rank in use, None before the first adapter round.
@@ -83,8 +83,8 @@ def adapter_rounds_before(annealing: Annealing, t: int) -> int:
 def scheduled_rank(annealing: Annealing, t: int) -> int:
     """Return the uniform rank that the schedule gives round `t`, before any feedback.
 
-    0 in a full-model round; the heating rank in an adapter initiating round. Holding stays at
-    the last cooling round's rank, which is `cooling.rank` for all shapes but `constant`.
+    0 in a full-model round; the heating rank in an adapter initiating round. Holding keeps the rank
+    of the last cooling round, which is `cooling.rank` for all shapes but `constant`.
     """
     stage, i = locate(annealing, t)
     high, low = annealing.heating.rank, annealing.cooling.rank
@@ -106,7 +106,7 @@ def ladder(annealing: Annealing) -> list[int]:
     return list(_ladder(annealing))
 
 
-@lru_cache(maxsize=16)  # asked for in every round, and made of all of them
+@lru_cache(maxsize=16)  # every round needs it, and it looks at all rounds
 def _ladder(annealing: Annealing) -> tuple[int, ...]:
     start = stage_lengths(annealing)["initiating"] + stage_lengths(annealing)["heating"]
     rounds = range(start, annealing.total_rounds)
@@ -130,7 +130,7 @@ def temperature(annealing: Annealing, t: int) -> float:
 
 
 def plan_round(annealing: Annealing, t: int, feedback: Feedback) -> RoundPlan:
-    """Return what round `t` does. Pure: the same feedback gives the same plan.
+    """Return the plan of round `t`. Pure: the same feedback gives the same plan.
 
     Raises:
         ValueError: `t` is out of range, or the acceptance rule lacks its feedback.
@@ -145,7 +145,7 @@ def plan_round(annealing: Annealing, t: int, feedback: Feedback) -> RoundPlan:
 
 
 def _decide(annealing: Annealing, t: int, feedback: Feedback) -> tuple[int, Proposal | None]:
-    """Return the rank of an adapter round and the proposal behind it, if there was one."""
+    """Return the rank of an adapter round, and the proposal that decided it, if any."""
     proposed = proposed_rank(annealing, t, feedback.rank)
     if annealing.acceptance == "target" and feedback.rank is not None:
         return _hold_target(annealing, t, feedback.rank, feedback)

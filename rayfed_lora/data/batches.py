@@ -1,7 +1,4 @@
-"""One client's examples, cut into the batches of one round.
-
-Source: this project.
-"""
+"""One client's examples, cut into the batches of one round. Source: this project."""
 
 from __future__ import annotations
 

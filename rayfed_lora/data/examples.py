@@ -1,7 +1,4 @@
-"""Model-ready examples: one Arrow table that processes of a machine share without copying.
-
-Source: this project.
-"""
+"""Model-ready examples in an Arrow table that processes share. Source: this project."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ import pyarrow as pa
 
 Array = npt.NDArray[Any]
 LABELS = "labels"
-# What an image model calls its input.
+# The input of image models.
 PIXELS = "pixel_values"
 
 
@@ -37,8 +34,8 @@ class Batch:
 class Examples:
     """Inputs and labels of n examples.
 
-    Ray keeps an Arrow table in its memory-mapped object store: what an actor reads of it is the
-    same memory for all.
+    Ray keeps an Arrow table in its memory-mapped object store, so that all actors read the same
+    memory.
 
     Attributes:
         table: a column of fixed-shape tensors for each of the model's own input names
@@ -59,18 +56,18 @@ class Examples:
         return int(self.table.num_rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the views behind: each would travel as a copy."""
+        """Pickle without the views, which would be copied."""
         return {"table": self.table}
 
     @cached_property
     def inputs(self) -> Mapping[str, Array]:
-        """The columns of inputs as arrays of n rows: views, not to be written to."""
+        """The input columns as arrays of n rows: read-only views."""
         names = [name for name in self.table.column_names if name != LABELS]
         return {name: self.table[name].chunk(0).to_numpy_ndarray() for name in names}
 
     @cached_property
     def labels(self) -> npt.NDArray[np.int64]:
-        """The labels as an array: a view, not to be written to."""
+        """The labels as an array: a read-only view."""
         view: npt.NDArray[np.int64] = self.table[LABELS].chunk(0).to_numpy()
         return view
 
@@ -85,7 +82,7 @@ class Examples:
 
 
 def _column(values: Array) -> pa.FixedShapeTensorArray:
-    # pyarrow's own from_numpy_ndarray refuses arrays without rows.
+    # pyarrow's from_numpy_ndarray rejects arrays without rows.
     kind = pa.fixed_shape_tensor(pa.from_numpy_dtype(values.dtype), values.shape[1:])
     flat = pa.array(np.ascontiguousarray(values).reshape(-1))
     size = kind.storage_type.list_size

@@ -1,12 +1,9 @@
-"""What tells two workloads apart: a run goes on only with the data that it began with.
-
-Source: this project.
-"""
+"""Digests of a workload, which decide whether a run may resume. Source: this project."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +15,6 @@ from rayfed_lora.data.workload import Workload
 
 def with_fingerprint(workload: Workload) -> Workload:
     """Return the workload with its fingerprint, a SHA-256 of each part that a run depends on."""
-    return replace(workload, fingerprint=_fingerprint(workload))
-
-
-def _fingerprint(workload: Workload) -> Mapping[str, str]:
     names, held_out, trace = workload.client_names, workload.held_out, workload.trace
     tables = [workload.clients, *([] if held_out is None else [held_out])]
     devices: list[Any] = [
@@ -29,7 +22,7 @@ def _fingerprint(workload: Workload) -> Mapping[str, str]:
     ]
     if trace is not None:
         devices += [trace.client, trace.start_s, trace.end_s]
-    return {
+    fingerprint = {
         "training examples": _examples(workload.train),
         "validation examples": _examples(workload.validation),
         "test examples": _examples(workload.test),
@@ -38,6 +31,7 @@ def _fingerprint(workload: Workload) -> Mapping[str, str]:
         "examples of each client": _sha256(part for t in tables for part in (t.order, t.offsets)),
         "devices of clients": _sha256(devices),
     }
+    return replace(workload, fingerprint=fingerprint)
 
 
 def _examples(examples: Examples) -> str:
@@ -48,7 +42,7 @@ def _examples(examples: Examples) -> str:
 
 
 def _sha256(parts: Iterable[Any]) -> str:
-    """Return the digest of texts and arrays, each behind its size."""
+    """Return the digest of texts and arrays, each preceded by its size."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, str):

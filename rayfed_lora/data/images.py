@@ -1,7 +1,4 @@
-"""Image columns as files hold them, made into float tensors (channels, height, width).
-
-Source: this project.
-"""
+"""Image columns of every form, converted to float tensors. Source: this project."""
 
 from __future__ import annotations
 
@@ -15,18 +12,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayfed_lora.data.columns import reject_nulls
+from rayfed_lora.data.naming import is_number
 from rayfed_lora.errors import DataError
 
-CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
-# Pillow's modes of at most 8 bits a channel; it clips the others where it converts them.
+_CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+# Pillow's modes of at most 8 bits a channel; converting other modes clips their values.
 _EIGHT_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
-LISTS = (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)
+_LISTS = (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)
 
 
 def as_tensors(column: pa.ChunkedArray, where: str) -> pa.FixedShapeTensorArray:
     """Return images as float32 tensors (channels, height, width), all of one size.
 
-    Whole numbers 0 .. 255 become x / 127.5 - 1; floats are kept as they are.
+    Whole numbers 0 .. 255 become x / 127.5 - 1; floats are kept unscaled.
 
     Args:
         column: tensors or nested lists H x W, H x W x C or C x H x W with 1, 3 or 4 channels, or
@@ -34,8 +32,8 @@ def as_tensors(column: pa.ChunkedArray, where: str) -> pa.FixedShapeTensorArray:
         where: source and column, for messages.
 
     Raises:
-        DataError: something else, images of several sizes, a missing or undecodable image, one
-            of more than 8 bits a channel, or encoded images without Pillow.
+        DataError: another type, images of several sizes, a missing or undecodable image, more
+            than 8 bits a channel, or encoded images without Pillow.
     """
     reject_nulls(column, where)
     array = column.combine_chunks()
@@ -50,7 +48,7 @@ def as_tensors(column: pa.ChunkedArray, where: str) -> pa.FixedShapeTensorArray:
 
 
 def are_floats(kind: pa.DataType) -> bool:
-    """Return whether a column holds images whose pixels are floats, which nothing rescales."""
+    """Return whether the pixels of an image column are floats, which stay unscaled."""
     while True:
         if isinstance(kind, pa.FixedShapeTensorType):
             kind = kind.value_type
@@ -74,7 +72,7 @@ def _encoded(array: pa.Array, where: str) -> pa.Array | None:
 def _stack(array: pa.Array, where: str) -> npt.NDArray[Any]:
     """Turn nested lists of equal lengths into one array, level by level."""
     shape = [len(array)]
-    while len(array) > 0 and isinstance(array, LISTS):
+    while len(array) > 0 and isinstance(array, _LISTS):
         if array.null_count > 0:
             raise DataError(f"{where}: need pixels, got null inside an image")
         lengths = pc.list_value_length(array).to_numpy()
@@ -87,7 +85,7 @@ def _stack(array: pa.Array, where: str) -> npt.NDArray[Any]:
             )
         shape.append(int(lengths[0]))
         array = array.flatten()
-    if not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type)):
+    if not is_number(array.type):
         raise DataError(
             f"{where}: need an image as nested lists of numbers or as encoded bytes,"
             f" got {array.type} after {len(shape) - 1} levels of lists"
@@ -134,12 +132,13 @@ def _channels_first(pixels: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
     if 0 not in shape and len(shape) == 2:
         return pixels[:, np.newaxis]
     if 0 not in shape and len(shape) == 3:
-        first, last = shape[0] in CHANNELS, shape[-1] in CHANNELS
+        first, last = shape[0] in _CHANNELS, shape[-1] in _CHANNELS
         if first != last:
             return pixels if first else np.moveaxis(pixels, -1, 1)
+    got = " x ".join(map(str, shape)) or "single numbers"
     raise DataError(
-        f"{where}: need images H x W, H x W x C or C x H x W with C one of {CHANNELS} and no"
-        f" doubt which is which, got {' x '.join(map(str, shape)) or 'single numbers'}"
+        f"{where}: need images H x W, H x W x C or C x H x W, where exactly one of the first and"
+        f" the last size is a number of channels {_CHANNELS}, got {got}"
     )
 
 

@@ -1,7 +1,7 @@
-"""Values of a column as names: of classes and of clients.
+"""Values of a column as names of classes and of clients.
 
-A name is what the file says: `07` and `7` are two names, and so are `NA` and an empty cell. Numbers
-stay numbers where they sort as such.
+A name is spelled as in the file: `07` and `7` are two names, and so are `NA` and an empty cell.
+Columns of whole numbers stay numeric, so that they sort by value.
 
 Source: this project.
 """
@@ -20,14 +20,14 @@ import pyarrow.compute as pc
 
 from rayfed_lora.errors import DataError
 
-# Of larger whole numbers float64 has not every one: two of them may have been read as one.
+# float64 is not exact for larger whole numbers: two of them may have been read as one.
 _MOST_EXACT = 2**53
 _WHOLE = re.compile(r"(?!-0)-?(?:0|[1-9][0-9]*)")
-_WHOLE_OR_POINT_ZERO = re.compile(rf"(?:{_WHOLE.pattern})(?:\.0*)?")
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
+_WHOLE_OR_POINT_ZERO = re.compile(rf"(?:{_WHOLE.pattern})(?:\.0*)?")
 _NUMBER = re.compile(rf"{_DECIMAL.pattern}(?:[eE][+-]?[0-9]+)?|[+-]?(?i:inf|infinity|nan)")
-_MOST_DIGITS = 18  # any number of so many digits fits int64
-# What to say of labels that are fractions.
+_MOST_DIGITS = 18  # every number of so many digits fits int64
+# Advice for labels that are fractions.
 NO_CLASSES = (
     ": labels look like regression targets, and only classes can be trained; write each class as a"
     " word or a whole number"
@@ -35,7 +35,7 @@ NO_CLASSES = (
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Return names sorted: as numbers where all of them are whole numbers, else as texts.
+    """Return names sorted: by value where all of them are whole numbers, else as texts.
 
     >>> in_order(["10", "9", "-1"]), in_order(["10", "9", "09"])
     (['-1', '9', '10'], ['09', '10', '9'])
@@ -45,7 +45,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a column without its dictionary, which may hide nulls."""
+    """Return a column decoded from its dictionary, which may hide nulls."""
     kind = column.type
     return pc.cast(column, kind.value_type) if pa.types.is_dictionary(kind) else column
 
@@ -57,18 +57,20 @@ def is_text(kind: pa.DataType) -> bool:
     )
 
 
+def is_number(kind: pa.DataType) -> bool:
+    """Return whether a type is one of Arrow's integers or floats."""
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
 def as_names(column: pa.ChunkedArray, where: str, advice: str = "") -> pa.ChunkedArray:
-    """Return a column of whole numbers as it is, or as int64 where floats hold them, else as texts.
+    """Return integers as they are, whole floats and decimals as int64, other values as texts.
 
-    Booleans become `false` and `true`, dates and times their ISO texts.
+    Booleans become `false` and `true`, dates and times ISO texts.
 
-    Args:
-        column: without nulls and without a dictionary.
-        where: source and column, for messages.
-        advice: what to say where they are fractions.
+    The column has neither nulls nor a dictionary; `advice` ends the message on fractions.
 
     Raises:
-        DataError: it holds fractions, or something that is no name.
+        DataError: fractions, or values of a type that cannot be names.
     """
     kind = column.type
     if pa.types.is_integer(kind):
@@ -111,15 +113,12 @@ def _whole(column: pa.ChunkedArray, where: str, advice: str) -> pa.ChunkedArray:
 
 
 def csv_names(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return the texts of a CSV column of names, or the whole numbers that they are.
+    """Return the texts of a CSV column of names, or the whole numbers they stand for.
 
-    Numbers where each text is one as usually written (`7`, `7.0`, ` 7`), and no two texts are the
-    same number; `07` makes all of them texts.
-
-    Args:
-        column: texts, which may have nulls.
+    The result is numeric where every text is a whole number in its usual form (`7`, `7.0`, ` 7`)
+    and no two texts are the same number; one `07` makes all of them texts. Nulls stay.
     """
-    texts = _texts_of(column)
+    texts = _distinct(column)
     stripped = [text.strip() for text in texts]
     wholes = [text.partition(".")[0] for text in stripped]
     if (
@@ -133,21 +132,17 @@ def csv_names(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def csv_labels(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
-    """Return the names of a CSV column of labels: as `csv_names`, and `false` and `true`.
+    """Return a CSV column of labels as `csv_names` does; booleans become `false` and `true`.
 
-    Booleans are those where all texts are `false` or `true`, in whatever case.
-
-    Args:
-        column: texts, which may have nulls.
-        where: source and column, for messages.
+    Labels are booleans where every text is `false` or `true`, in any case. Nulls stay.
 
     Raises:
-        DataError: all are numbers, and some have fractions or are not finite.
+        DataError: all texts are numbers, and some are fractions or not finite.
     """
     names = csv_names(column)
     if not is_text(names.type):
         return names
-    texts = _texts_of(column)
+    texts = _distinct(column)
     stripped = [text.strip() for text in texts]
     if {text.lower() for text in stripped} <= {"false", "true"}:
         return pc.utf8_lower(pc.utf8_trim_whitespace(names))
@@ -161,34 +156,35 @@ def csv_labels(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     return names
 
 
-def _texts_of(column: pa.ChunkedArray) -> list[str]:
-    return [text for text in column.unique().to_pylist() if text is not None]
+def _distinct(column: pa.ChunkedArray) -> list[str]:
+    texts: list[str] = column.drop_null().unique().to_pylist()
+    return texts
 
 
 def alike(names: Iterable[str], what: str) -> str | None:
-    """Return a note on names that differ only in how they are written, None without any."""
+    """Return a note on names that differ only in spelling, None without any."""
     groups: dict[str | Decimal, list[str]] = defaultdict(list)
     for name in names:
-        groups[_meant(name)].append(name)
+        groups[_folded(name)].append(name)
     similar = [group for group in groups.values() if len(group) > 1]
     if not similar:
         return None
     more = f" and {len(similar) - 3} more" if len(similar) > 3 else ""
-    shown = ", ".join(" / ".join(map(_shown, group)) for group in similar[:3])
+    shown = ", ".join(" / ".join(map(_quoted, group)) for group in similar[:3])
     return (
         f"{what} that differ only in case, in surrounding spaces, or in how a number or a character"
         f" is written stay apart: {shown}{more}"
     )
 
 
-def _meant(name: str) -> str | Decimal:
-    """Return a number, or a text that is the same for names that a reader takes for one."""
-    # Folding may leave what is to be composed again, and the other way round.
+def _folded(name: str) -> str | Decimal:
+    """Return one value for all spellings that a reader takes for the same name."""
+    # Case folding may leave text that composes further, and the reverse.
     text = normalize("NFKC", normalize("NFKC", name).casefold()).strip()
-    # Any number of digits is exact.
+    # Decimal is exact for any number of digits.
     return Decimal(text) if _DECIMAL.fullmatch(text) else text
 
 
-def _shown(name: str) -> str:
-    """Return a name in quotes; characters beyond ASCII by their numbers where they are composed."""
+def _quoted(name: str) -> str:
+    """Return a name in quotes; composed characters beyond ASCII as escapes."""
     return repr(name) if is_normalized("NFC", name) else ascii(name)

@@ -1,7 +1,4 @@
-"""Raw tables from files, URIs and the Hugging Face hub, with every failure named.
-
-Source: this project.
-"""
+"""Raw tables from files and URIs, with clear errors. Source: this project."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -22,23 +18,21 @@ from rayfed_lora.endpoints import anonymous
 from rayfed_lora.errors import DataError
 from rayfed_lora.locations import is_uri
 
-HUB_PREFIX = "hf:"
 BLOCK_BYTES = 1 << 26  # the longest CSV or JSON record, such as an image written out in numbers
 _MOST_LEVELS = 100
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
-_OPENING, _CLOSING = (list(signs) for signs in (b"[{", b"]}"))
-HIDDEN_LABEL = -1  # the hub's mark in a test split whose labels are kept secret
+_OPENING, _CLOSING = list(b"[{"), list(b"]}")
 
 
 @dataclass(frozen=True)
 class RawData:
-    """What a source holds, in its own columns.
+    """The tables of a source, in its own columns.
 
     Attributes:
         train: the training rows, or all rows where there is no official test split.
         test: the official test rows, or None.
-        class_names: the name of integer label i at place i, or None where labels name themselves.
-        typed: whether the source says which columns are texts and which numbers; CSV does not.
+        class_names: the name of integer label i at place i, or None where labels are the names.
+        typed: whether the source declares which columns are texts and which numbers; CSV does not.
     """
 
     train: pa.Table
@@ -52,18 +46,21 @@ def read_file(source: str, string_columns: Sequence[str], option: str = "data.so
 
     Args:
         source: a path or URI that ends in one of `READERS`.
-        string_columns: CSV columns never to be read as numbers or dates.
-        option: the recipe's key that names it, for messages.
+        string_columns: CSV columns to read as texts, never as numbers or dates.
+        option: the recipe's key that names the file, for messages.
 
     Raises:
-        DataError: no such file, or content that is not of this format.
+        DataError: no such file, or content of another format.
     """
     suffix = suffix_of(source)
-    # An endpoint that only the recipe names; see `endpoints`.
+    # Endpoints that only the recipe names get no credentials; see `endpoints`.
     how = " (asked without credentials: docs/security.md)" if anonymous(source) else ""
-    with _named(f"{option} {source!r}{how}", f"a readable {suffix} file"), _open(source) as stream:
+    with (
+        _naming_failures(f"{option} {source!r}{how}", f"a readable {suffix} file"),
+        _open(source) as stream,
+    ):
         table = READERS[suffix](stream, string_columns)
-        # Names and texts may be no UTF-8, lengths may lie: else noticed where it is too late.
+        # Invalid UTF-8 and wrong lengths would otherwise surface far from the file's name.
         _ = table.column_names
         table.validate(full=True)
         return RawData(table, typed=suffix != ".csv")
@@ -75,74 +72,28 @@ def suffix_of(source: str) -> str:
     return PurePosixPath(path).suffix.lower()
 
 
-def read_hub(source: str, label_columns: Sequence[str]) -> RawData:
-    """Read the `train` and, where there is one, `test` split of `hf:<id>`.
-
-    Labels get the names of the data set's own ClassLabel feature. A test split whose labels are
-    all -1, the hub's mark for hidden ones, counts as absent.
-
-    Args:
-        source: `hf:` and the id of a public or cached data set.
-        label_columns: names under which the label is looked for, in this order.
-
-    Raises:
-        DataError: `datasets` is not installed, it cannot load the id, or there is no train split.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            f"data.source {source!r}: need the package `datasets`, which is not installed;"
-            " pip install 'rayfed-lora[hub]'"
-        ) from error
-    try:
-        splits = datasets.load_dataset(source.removeprefix(HUB_PREFIX))
-    except Exception as error:  # the hub's client has no common error
-        raise DataError(
-            f"data.source {source!r}: need a data set that `datasets` can load, got"
-            f" {type(error).__name__}: {_first_line(error)}"
-        ) from error
-    if "train" not in splits:
-        raise DataError(
-            f"data.source {source!r}: need a split `train`, got {', '.join(sorted(splits))}"
-        )
-    train = _hub_table(splits["train"])
-    test = _hub_table(splits["test"]) if "test" in splits else None
-    label = next((name for name in label_columns if name in train.column_names), None)
-    if test is not None and _labels_are_hidden(test, label):
-        test = None
-    names = getattr(splits["train"].features.get(label), "names", None)
-    return RawData(train, test, None if names is None else tuple(names))
-
-
-def _hub_table(split: Any) -> pa.Table:
-    return split.with_format("arrow")[:]
-
-
-def _labels_are_hidden(table: pa.Table, label: str | None) -> bool:
-    there = label in table.column_names
-    return there and table[label].unique().to_pylist() == [HIDDEN_LABEL]
-
-
 @contextmanager
-def _named(what: str, expected: str) -> Iterator[None]:
+def _naming_failures(what: str, expected: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
         raise DataError(f"{what}: need {expected}, there is no such file") from error
     except (OSError, ValueError, OverflowError, RecursionError, pa.ArrowException) as error:
-        said = _first_line(error)
-        if "straddling object" in said:
-            said = f"a row of more than {BLOCK_BYTES:,} bytes"
-        raise DataError(f"{what}: need {expected}, got {said}") from error
+        reason = first_line(error)
+        if "straddling object" in reason:
+            reason = f"a row of more than {BLOCK_BYTES:,} bytes"
+        raise DataError(f"{what}: need {expected}, got {reason}") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _open(source: str) -> pa.NativeFile:
-    filesystem, path = storage.opened(source if is_uri(source) else str(Path(source).expanduser()))
+    filesystem, path = storage.open_filesystem(
+        source if is_uri(source) else str(Path(source).expanduser())
+    )
     return filesystem.open_input_file(path)
 
 
@@ -161,7 +112,7 @@ def _read_csv(stream: pa.NativeFile, string_columns: Sequence[str]) -> pa.Table:
         csv.ParseOptions(newlines_in_values=True),
         csv.ConvertOptions(
             column_types={name: pa.string() for name in string_columns},
-            null_values=[""],  # a text may well be the word "null" or "NA"
+            null_values=[""],  # the words "null" and "NA" are texts
             strings_can_be_null=True,
             quoted_strings_can_be_null=False,
         ),
@@ -181,7 +132,7 @@ def _read_json(stream: pa.NativeFile, string_columns: Sequence[str]) -> pa.Table
     lines.detach().seek(0)
     options = arrow_json.ReadOptions(block_size=BLOCK_BYTES)
     table = arrow_json.read_json(stream, options)
-    # Arrow takes texts that look like one for a date, which JSON does not have.
+    # JSON has no dates, but Arrow reads texts that look like dates as timestamps.
     dates = [field.name for field in table.schema if pa.types.is_timestamp(field.type)]
     if not dates:
         return table
@@ -204,18 +155,18 @@ def _read_json_array(stream: pa.NativeFile) -> pa.Table:
 
 
 def _check_depth(content: bytes) -> None:
-    """Refuse JSON so deep that Arrow's reader would end the process."""
+    """Reject JSON nested so deeply that Arrow's reader would crash the process."""
     if content.count(b"[") + content.count(b"{") <= _MOST_LEVELS:
         return
-    signs = np.frombuffer(_STRING.sub(b"", content), np.uint8)
-    opened, closed = np.isin(signs, _OPENING), np.isin(signs, _CLOSING)
+    characters = np.frombuffer(_STRING.sub(b"", content), np.uint8)
+    opened, closed = np.isin(characters, _OPENING), np.isin(characters, _CLOSING)
     depth = int(np.max(np.cumsum(opened.astype(np.int64) - closed), initial=0))
     if depth > _MOST_LEVELS:
         raise ValueError(f"JSON nested in {depth} levels, more than {_MOST_LEVELS}")
 
 
 def _read_arrow(stream: pa.NativeFile, string_columns: Sequence[str]) -> pa.Table:
-    """Read the file format, or the stream format that `datasets` gives the same extension."""
+    """Read the file format, or the stream format, to which `datasets` gives the same extension."""
     is_file = stream.read(6) == b"ARROW1"
     stream.seek(0)
     reader = pa.ipc.open_file(stream) if is_file else pa.ipc.open_stream(stream)

@@ -1,4 +1,4 @@
-"""Traces: when each client can be reached. Source: this project."""
+"""Availability traces: when each client can be reached. Source: this project."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -27,16 +28,15 @@ def read_trace(
     """Read a table with a row for each time in which a client can be reached.
 
     Args:
-        source: a path or URI with columns client (its name, else its number from 0), start_s and
-            end_s (seconds).
-        clients: number of clients there are.
-        period_s: the trace begins anew after so long; None: never.
-        names: (clients,) what the data call each client; None where they do not.
-        known: every client that the data name; rows of those that have no training example are
-            passed over.
+        source: a path or URI of a table with the columns client (its name, or its number from 0
+            where clients have no names), start_s and end_s (seconds).
+        clients: number of clients.
+        period_s: the period after which the trace repeats; None: it does not.
+        names: (clients,) the clients' names in the data; None where they have none.
+        known: every client in the data; rows of clients without training examples are skipped.
 
     Raises:
-        DataError: it cannot be read, or a row makes no sense; names the first one.
+        DataError: the table cannot be read, or has a wrong row; the message names the first one.
     """
     where = f"{_OPTION} {source!r}"
     if sources.suffix_of(source) not in sources.READERS:
@@ -53,24 +53,24 @@ def read_trace(
         raise DataError(f"{where}: need rows, got an empty table")
     if names is not None:
         table = _numbered(table, where, names, known, typed=raw.typed)
-    client, start, end = (_numbers(table[name], f"{where}, column {name!r}") for name in _COLUMNS)
-    start, end = start.round(TRACE_DIGITS), end.round(TRACE_DIGITS)
+    rows = pd.DataFrame({name: _numbers(table[name], where, name) for name in _COLUMNS})
+    rows = rows.round({"start_s": TRACE_DIGITS, "end_s": TRACE_DIGITS})
     limit = np.inf if period_s is None else round(period_s, TRACE_DIGITS)
-    faults = {
-        f"a whole number from 0 to {clients - 1} as client": (client % 1 != 0)
-        | (client < 0)
-        | (client >= clients),
-        "0 <= start_s < end_s": ~((start >= 0) & (start < end)),
-        f"end_s up to period_s ({limit:g})": end > limit,
+    client, start, end = (rows[name] for name in _COLUMNS)
+    rules = {
+        f"a whole number from 0 to {clients - 1} as client": (client % 1 == 0)
+        & client.between(0, clients - 1),
+        "0 <= start_s < end_s": (start >= 0) & (start < end),
+        f"end_s up to period_s ({limit:g})": end <= limit,
     }
-    for expected, wrong in faults.items():
-        if wrong.any():
-            row = int(np.flatnonzero(wrong)[0])
+    for expected, right in rules.items():
+        if not right.all():
+            row = int(right.argmin())
             raise DataError(
                 f"{where}: need {expected}, got client {client[row]:g} from {start[row]:g} to"
                 f" {end[row]:g} in row {row + 1}"
             )
-    return _joined(client.astype(np.int64), start, end)
+    return _joined(rows)
 
 
 def _numbered(
@@ -85,11 +85,11 @@ def _numbered(
     column, place = table["client"], f"{where}, column 'client'"
     named, every = columns.as_client_names(column, place), pa.array({*names, *known}, pa.string())
     if not typed and not pc.all(pc.is_in(named, value_set=every)).as_py():
-        # As the data's own column of a CSV file: 7.0 is client 7.
+        # As in a CSV source of data, 7.0 is client 7.
         named = columns.as_client_names(naming.csv_names(column), place)
-    strange = pc.invert(pc.is_in(named, value_set=every))
-    if pc.any(strange).as_py():
-        row = pc.index(strange, True).as_py()
+    is_known = pc.is_in(named, value_set=every)
+    if not pc.all(is_known).as_py():
+        row = pc.index(is_known, False).as_py()
         raise DataError(
             f"{where}: need clients as data.partition.column names them (such as"
             f" {', '.join(map(repr, names[:3]))}), got {named[row].as_py()!r} in row {row + 1}"
@@ -102,29 +102,21 @@ def _numbered(
     return rows
 
 
-def _joined(
-    client: npt.NDArray[np.int64], start: npt.NDArray[np.float64], end: npt.NDArray[np.float64]
-) -> Trace:
-    """Return the rows by client and time, those that touch or overlap as one."""
-    rows: list[tuple[int, float, float]] = []
-    order = np.lexsort((start, client))
-    for row in zip(*(part[order].tolist() for part in (client, start, end)), strict=True):
-        k, begins, ends = row
-        if rows and rows[-1][0] == k and begins <= rows[-1][2]:
-            rows[-1] = (k, rows[-1][1], max(rows[-1][2], ends))
-        else:
-            rows.append((k, begins, ends))
-    clients, starts, stops = zip(*rows, strict=True)
-    return Trace(np.array(clients, np.int64), np.array(starts), np.array(stops))
+def _joined(rows: pd.DataFrame) -> Trace:
+    """Return the rows sorted by client and time; intervals that touch or overlap become one."""
+    rows = rows.astype({"client": np.int64}).sort_values(["client", "start_s"], ignore_index=True)
+    latest_end = rows.groupby("client")["end_s"].cummax().groupby(rows["client"]).shift()
+    # The first row of a client compares with NaN, so it starts an interval.
+    interval = (~(rows["start_s"] <= latest_end)).cumsum()
+    joined = rows.groupby(interval).agg({"client": "first", "start_s": "first", "end_s": "max"})
+    return Trace(*(joined[name].to_numpy() for name in _COLUMNS))
 
 
-def _numbers(column: pa.ChunkedArray, where: str) -> np.ndarray:
-    kind = column.type
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        raise DataError(f"{where}: need numbers, got {kind}")
-    values = np.asarray(column.to_numpy(), np.float64)
+def _numbers(column: pa.ChunkedArray, where: str, name: str) -> npt.NDArray[np.float64]:
+    where = f"{where}, column {name!r}"
+    values: npt.NDArray[np.float64] = columns.as_numbers(column, where).to_numpy()
     if not np.isfinite(values).all():
-        row = int(np.flatnonzero(~np.isfinite(values))[0])
+        row = int(np.isfinite(values).argmin())
         raise DataError(
             f"{where}: need a number in every row, got {values[row]:g} in row {row + 1}"
         )

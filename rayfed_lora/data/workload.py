@@ -1,4 +1,4 @@
-"""A recipe's data, made ready: what client actors share. Source: this project."""
+"""The data of a recipe in the form that client actors share. Source: this project."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from rayfed_lora.data.client_table import ClientTable
 from rayfed_lora.data.examples import Examples
-from rayfed_lora.data.partition import ClientTable
 from rayfed_lora.types import DeviceFacts, Trace
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Everything an actor needs beside the model; arrays only, so that it is shared, not copied.
+    """All that an actor needs beside the model; arrays, so that actors share their memory.
 
     Attributes:
-        train, validation, test: model-ready examples; validation is empty where none is kept.
+        train, validation, test: model-ready examples; validation may be empty.
         clients: which rows of `train` each client trains on.
         label_names: name of class i at place i.
         config: transformers' configuration of the model, as a dictionary.
-        held_out: which rows of `train` each client is tested on; None where none are kept.
-        columns: (clients,) numbers that say what clients' devices are like, by data column.
-        trace: when clients can be reached; None: always.
-        notes: what the user should know of how the data were read, one line each.
-        client_names: (clients,) texts: what the data call each client; None where they do not.
-        fingerprint: digest by part of the data, empty where none was made.
+        held_out: which rows of `train` each client is tested on; None where there are none.
+        columns: (clients,) properties of clients' devices, by data column.
+        trace: when clients are available; None: always.
+        notes: messages for the user on how the data were read, one line each.
+        client_names: (clients,) the clients' names in the data; None where they have none.
+        fingerprint: digest by part of the data; empty where none was computed.
     """
 
     train: Examples
@@ -47,5 +47,5 @@ class Workload:
 
     @property
     def devices(self) -> DeviceFacts:
-        """What the simulated clock needs to know of clients."""
+        """The facts about clients that the simulated clock uses."""
         return DeviceFacts(self.clients.counts, self.columns, self.trace)

@@ -1,5 +1,7 @@
 """Testing a model: fixed shards of rows, and metrics over them in their order.
 
+A metric is one function below; each is a column `eval_<name>` of rounds.parquet.
+
 Source: macro F1 and one-vs-rest AUC as in scikit-learn (which the tests compare with; importing it
 here would cost the server 90 MB): Hand and Till 2001, Machine Learning 45:171, for the latter.
 """
@@ -7,8 +9,8 @@ here would cost the server 90 MB): Hand and Till 2001, Machine Learning 45:171, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -20,69 +22,119 @@ from rayfed_lora.types import Predictions
 _SHARDS_TO_SHARE = 4
 _FEW_ROWS = 64
 
-
-@dataclass(frozen=True)
-class Scores:
-    """Metrics of one model on one split.
-
-    Attributes:
-        accuracy: share predicted correctly.
-        loss: mean cross entropy, nats.
-        macro_f1: mean F1 over the classes that occur or are predicted; None without classes.
-        auc: mean area under the ROC curve of each class against the rest, over the classes that
-            occur beside others; None where there is none, or without probabilities.
-        perplexity: exp(loss), of language models only.
-    """
-
-    accuracy: float
-    loss: float
-    macro_f1: float | None = None
-    auc: float | None = None
-    perplexity: float | None = None
+# Metrics of one model on one split, by name; None where one is not defined.
+Scores = Mapping[str, float | None]
 
 
-def shards(rows: int, size: int) -> list[slice]:
-    """Cut a split into shards of at most `size` rows, as large as each other, to one.
+def shards(rows: int, size: int) -> tuple[slice, ...]:
+    """Cut a split into shards of at most `size` rows, of equal size give or take one row.
 
-    There are a few even if one would do: for who is done with a round before the others.
+    There are a few even if one would do, so that several workers share a test.
 
     >>> shards(5, 2)
-    [slice(0, 1, None), slice(1, 3, None), slice(3, 5, None)]
+    (slice(0, 1, None), slice(1, 3, None), slice(3, 5, None))
     >>> shards(200, 256)
-    [slice(0, 66, None), slice(66, 133, None), slice(133, 200, None)]
+    (slice(0, 66, None), slice(66, 133, None), slice(133, 200, None))
     """
     count = max(math.ceil(rows / size), min(_SHARDS_TO_SHARE, rows // _FEW_ROWS))
     edges = [i * rows // count for i in range(count + 1)]
-    return [slice(low, high) for low, high in pairwise(edges)]
+    return tuple(slice(low, high) for low, high in pairwise(edges))
 
 
-def scores(parts: Sequence[Predictions]) -> Scores:
-    """Return the metrics over all shards, in order."""
-    predicted = int(sum(part.predicted.sum() for part in parts))
-    loss = math.fsum(math.fsum(part.losses.tolist()) for part in parts) / predicted
-    accuracy = int(sum(part.correct.sum() for part in parts)) / predicted
-    labels = np.concatenate([part.labels for part in parts])
-    if np.any(labels < 0):
-        return Scores(accuracy, loss, perplexity=_exp(loss))
-    classes = np.concatenate([part.classes for part in parts])
-    held = [part.probabilities for part in parts if part.probabilities is not None]
-    complete = len(held) == len(parts)
-    return Scores(
-        accuracy,
-        loss,
-        macro_f1=macro_f1(labels, classes),
-        auc=auc(labels, np.concatenate(held)) if complete else None,
-    )
+class Outcome:
+    """The predictions of a model on all shards of a split.
+
+    Attributes:
+        shards: in order.
+    """
+
+    def __init__(self, shards: Sequence[Predictions]) -> None:
+        """Take the shards."""
+        self.shards = shards
+
+    @cached_property
+    def predicted(self) -> int:
+        """Number of predictions: examples, or tokens of texts."""
+        return int(sum(shard.predicted.sum() for shard in self.shards))
+
+    @cached_property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        """(n,) true classes; None of texts that are continued."""
+        labels = np.concatenate([shard.labels for shard in self.shards])
+        return None if np.any(labels < 0) else labels
+
+    @cached_property
+    def classes(self) -> npt.NDArray[np.int64]:
+        """(n,) predicted classes."""
+        return np.concatenate([shard.classes for shard in self.shards])
+
+    @cached_property
+    def probabilities(self) -> npt.NDArray[np.floating] | None:
+        """(n, classes); None where a shard has none."""
+        found = [s.probabilities for s in self.shards if s.probabilities is not None]
+        return np.concatenate(found) if len(found) == len(self.shards) else None
 
 
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700.0 else math.inf
+METRICS: dict[str, Callable[[Outcome], float | None]] = {}
 
 
-def macro_f1(labels: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64]) -> float:
+def metric(function: Callable[[Outcome], float | None]) -> Callable[[Outcome], float | None]:
+    """Register a metric under its function's name."""
+    METRICS[function.__name__] = function
+    return function
+
+
+def scores(shards: Sequence[Predictions]) -> Scores:
+    """Return all metrics over all shards, in order."""
+    outcome = Outcome(shards)
+    return {name: function(outcome) for name, function in METRICS.items()}
+
+
+@metric
+def accuracy(outcome: Outcome) -> float:
+    """Return the share that is predicted correctly."""
+    return int(sum(shard.correct.sum() for shard in outcome.shards)) / outcome.predicted
+
+
+@metric
+def loss(outcome: Outcome) -> float:
+    """Return the mean cross entropy, nats."""
+    total = math.fsum(math.fsum(shard.losses.tolist()) for shard in outcome.shards)
+    return total / outcome.predicted
+
+
+@metric
+def macro_f1(outcome: Outcome) -> float | None:
+    """Return the mean F1 over the classes that occur or are predicted; None without classes."""
+    labels = outcome.labels
+    return None if labels is None else mean_f1(labels, outcome.classes)
+
+
+@metric
+def auc(outcome: Outcome) -> float | None:
+    """Return the mean area under the ROC curve of each class against the rest.
+
+    None where no class occurs beside others, and without probabilities.
+    """
+    labels, probabilities = outcome.labels, outcome.probabilities
+    if labels is None or probabilities is None:
+        return None
+    return one_vs_rest_auc(labels, probabilities)
+
+
+@metric
+def perplexity(outcome: Outcome) -> float | None:
+    """Return exp(loss), of language models only."""
+    if outcome.labels is not None:
+        return None
+    nats = loss(outcome)
+    return None if nats is None else math.exp(nats) if nats < 700.0 else math.inf
+
+
+def mean_f1(labels: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64]) -> float:
     """Return the mean over classes of 2 TP / (2 TP + FP + FN).
 
-    >>> round(macro_f1(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])), 4)
+    >>> round(mean_f1(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])), 4)
     0.7333
     """
     size = int(max(labels.max(), predicted.max())) + 1
@@ -92,14 +144,16 @@ def macro_f1(labels: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64]) ->
     return float(np.mean(2.0 * hits[occurs] / sums[occurs]))
 
 
-def auc(labels: npt.NDArray[np.int64], probabilities: npt.NDArray[np.floating]) -> float | None:
+def one_vs_rest_auc(
+    labels: npt.NDArray[np.int64], probabilities: npt.NDArray[np.floating]
+) -> float | None:
     """Return the mean one-vs-rest AUC; None where no class has others beside it, or a nan.
 
     Args:
         labels: (n,).
         probabilities: (n, classes).
 
-    >>> auc(np.array([0, 0, 1]), np.array([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6]]))
+    >>> one_vs_rest_auc(np.array([0, 0, 1]), np.array([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6]]))
     0.5
     """
     if not np.isfinite(probabilities).all():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from rayfed_lora.annealing.stages import is_full, locate
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_clients import LrSchedule
+from rayfed_lora.recipe.clients import LrSchedule
+from rayfed_lora.recipe.recipe import Recipe
 
 
 def factor(schedule: LrSchedule, t: int, rounds: int) -> float:

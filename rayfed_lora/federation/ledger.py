@@ -1,6 +1,6 @@
 """The communication ledger: what a real network would carry, not what Ray moves.
 
-Source: this project (method.md, "The communication ledger").
+Source: this project (docs/method.md, "The communication ledger").
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rayfed_lora.federation.traffic import Counts, RoundFacts, Traffic, traffic
-from rayfed_lora.rule_facts import RuleFacts
+from rayfed_lora.aggregation.messages import Counts, Traffic
+from rayfed_lora.aggregation.rule import Rule
+from rayfed_lora.aggregation.rules import RULES
+from rayfed_lora.federation.traffic import RoundFacts, traffic
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.types import ModelShape
 
 BYTES_A_VALUE = 4
@@ -140,7 +143,7 @@ class Ledger:
     nothing.
     """
 
-    def __init__(self, shape: ModelShape, clients: int, rule: RuleFacts) -> None:
+    def __init__(self, shape: ModelShape, clients: int, rule: Rule) -> None:
         """Start with no client holding any base.
 
         Args:
@@ -159,13 +162,18 @@ class Ledger:
         self._factors: dict[str, int] = {}
         self.totals = Totals()
 
-    def quote(self, *facts: RoundFacts) -> Bill:
-        """Return the bill of the last of some consecutive rounds without booking any of them."""
+    @classmethod
+    def of(cls, recipe: Recipe, shape: ModelShape, clients: int) -> Ledger:
+        """Return the ledger of a run before its first round."""
+        return cls(shape, clients, RULES[recipe.aggregation.rule])
+
+    def quote(self, facts: RoundFacts) -> Bill:
+        """Return the bill of a round without booking it."""
         kept = dict(self._factors), self._held, self.totals
         steps = len(self._steps)
         self._held = {kind: versions.copy() for kind, versions in self._held.items()}
         try:
-            return [self.book(each) for each in facts][-1]
+            return self.book(facts)
         finally:
             self._factors, self._held, self.totals = kept
             # Booking only adds steps: taking them off again does not copy all the earlier ones.
@@ -286,8 +294,14 @@ class Ledger:
         return facts, {kind: held.copy() for kind, held in self._held.items()}
 
     def restore(self, facts: Mapping[str, Any], held: Mapping[str, Counts]) -> None:
-        """Go back to a snapshot."""
+        """Go back to a snapshot.
+
+        Args:
+            facts: of the snapshot; `totals` may be a `Totals` already.
+            held: of the snapshot.
+        """
         self._steps, self._factors = list(facts["steps"]), dict(facts["factors"])
         self._behind = [0, *accumulate(self._steps)]
-        self.totals = Totals(**facts["totals"])
+        totals = facts["totals"]
+        self.totals = totals if isinstance(totals, Totals) else Totals(**totals)
         self._held = {kind: versions.copy() for kind, versions in held.items()}

@@ -1,142 +1,260 @@
-"""Rows of a run's tables. Source: this project (design.md, "The run folder")."""
+"""Rows of a run's tables. A column of rounds.parquet is one field of `RoundRecord`.
+
+Source: this project (docs/design.md, "The run folder").
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal
 
-from rayfed_lora.federation.devices import Turnout
+from rayfed_lora.federation.clients import Updates
+from rayfed_lora.federation.cohorts import Cohort
 from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.ledger import BYTES_A_VALUE, Bill
-from rayfed_lora.federation.transitions import Entry
+from rayfed_lora.federation.run import Aggregated
+from rayfed_lora.federation.testing import Tested
+from rayfed_lora.federation.transitions import Start
 from rayfed_lora.lora.counting import dense_params, factor_params
-from rayfed_lora.types import (
-    ClientRecord,
-    ClientScore,
-    ClientTest,
-    ClientUpdate,
-    Frozen,
-    RoundPlan,
-    RoundRecord,
-)
+from rayfed_lora.types import ClientReport, LocalPlan, Proposal, RoundPlan, Stage
+
+# Kept as 32 bits in the tables; a plain int has 64.
+Count = Annotated[int, 32]
 
 
-def round_record(
-    plan: RoundPlan,
-    entry: Entry,
-    frozen: Frozen | None,
-    lr: float,
-    updates: list[ClientUpdate],
-) -> RoundRecord:
-    """Return a round's row, without the aggregate's error, bill, scores, seconds and retries.
+@dataclass(frozen=True)
+class Round:
+    """A finished round: everything that its rows are made of.
 
-    Args:
-    plan: the round.
-    entry: the model that its clients started from.
-    frozen: the factor that they did not train.
-    lr: their learning rate.
-    updates: what came of them.
-    """
-    usable = [update for update in updates if update.usable]
-    failed = sum(update.error is not None for update in updates)
-    examples = sum(update.examples for update in usable)
-    loss = math.fsum(update.train_loss * update.examples for update in usable)
-    ranks = dict(entry.ranks) if plan.trainable == "adapter" else None
-    state = entry.model.state
-    return RoundRecord(
-        round=plan.round,
-        stage=plan.stage,
-        rank=None if ranks is None else math.fsum(ranks.values()) / max(len(ranks), 1),
-        ranks=ranks,
-        trainable_params=factor_params(state, frozen) + dense_params(state),
-        proximal_weight=plan.proximal_weight,
-        clients=len(updates),
-        failed_clients=failed,
-        train_loss=loss / examples if usable else math.nan,
-        eval_accuracy=None,
-        eval_loss=None,
-        eval_macro_f1=None,
-        eval_auc=None,
-        eval_perplexity=None,
-        validation_accuracy=None,
-        validation_loss=None,
-        aggregation_error=None,
-        params_up=0,
-        params_down=0,
-        bytes_up=0,
-        bytes_down=0,
-        bytes_base=0,
-        learning_rate=lr,
-        proposal=plan.proposal,
-        dropped_clients=sum(update.absent is not None for update in updates),
-        seconds=0.0,
-    )
-
-
-def finished(
-    record: RoundRecord,
-    bill: Bill,
-    tested: Scores | None,
-    validation: Scores | None,
-    seconds: float,
-) -> RoundRecord:
-    """Return the row with what was sent, the scores of its model and the seconds that it took."""
-    return replace(
-        record,
-        params_up=bill.params_up,
-        params_down=bill.params_down,
-        bytes_up=bill.params_up * BYTES_A_VALUE,
-        bytes_down=bill.params_down * BYTES_A_VALUE,
-        bytes_base=bill.base_params * BYTES_A_VALUE,
-        eval_accuracy=None if tested is None else tested.accuracy,
-        eval_loss=None if tested is None else tested.loss,
-        eval_macro_f1=None if tested is None else tested.macro_f1,
-        eval_auc=None if tested is None else tested.auc,
-        eval_perplexity=None if tested is None else tested.perplexity,
-        validation_accuracy=None if validation is None else validation.accuracy,
-        validation_loss=None if validation is None else validation.loss,
-        seconds=seconds,
-    )
-
-
-def client_test(t: int, score: ClientScore, own: ClientScore | None) -> ClientTest:
-    """Return how the global model, and the client's own, do on its examples."""
-    return ClientTest(
-        round=t,
-        client=score.client,
-        examples=score.examples,
-        accuracy=score.accuracy,
-        loss=score.loss,
-        personal_accuracy=None if own is None else own.accuracy,
-        personal_loss=None if own is None else own.loss,
-    )
-
-
-def client_records(
-    t: int, updates: list[ClientUpdate], bill: Bill, turnout: Turnout | None = None
-) -> list[ClientRecord]:
-    """Return the row of every client of a round.
-
-    Args:
-        t: index of the round.
-        updates: a report of each client of the cohort.
+    Attributes:
+        plan: what was planned.
+        local: what its clients were told.
+        start: what they started from.
+        cohort: the clients.
+        updates: what they sent back.
+        aggregated: the server's step.
         bill: what was sent.
-        turnout: by the simulated clock; None where there is none.
+        error: relative error of the aggregate, None without factors.
+        tested: how the new global model does.
+        seconds: wall time, tests included.
     """
-    times = [None] * len(updates) if turnout is None else turnout.seconds.tolist()
+
+    plan: RoundPlan
+    local: LocalPlan
+    start: Start
+    cohort: Cohort
+    updates: Updates
+    aggregated: Aggregated
+    bill: Bill
+    error: float | None
+    tested: Tested
+    seconds: float
+
+    @property
+    def reports(self) -> Sequence[ClientReport]:
+        """One a client, in the order of the cohort."""
+        return self.updates.reports
+
+    @property
+    def ranks(self) -> Mapping[str, int] | None:
+        """Rank by module; None in a full-model round."""
+        return None if self.plan.trainable == "full" else self.start.resizing.ranks
+
+    @property
+    def train_loss(self) -> float:
+        """Mean over clients, weighted by examples; nan where no update came."""
+        usable = [report for report in self.reports if report.usable]
+        examples = sum(report.examples for report in usable)
+        loss = math.fsum(report.train_loss * report.examples for report in usable)
+        return loss / examples if usable else math.nan
+
+    @property
+    def trainable_params(self) -> int:
+        """Number of values that a client trains."""
+        state = self.start.model.state
+        return factor_params(state, self.local.frozen) + dense_params(state)
+
+
+def column(of: Callable[[Round], Any], **default: Any) -> Any:
+    """Return a field of `RoundRecord`: a column, and how it follows from the round."""
+    return field(metadata={"of": of}, **default)
+
+
+def _mean_rank(r: Round) -> float | None:
+    return None if r.ranks is None else math.fsum(r.ranks.values()) / max(len(r.ranks), 1)
+
+
+def _score(scores: Scores | None, name: str) -> float | None:
+    return None if scores is None else scores[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRecord:
+    """A row of rounds.parquet; each field is a column, and `evaluation` one for each metric.
+
+    Attributes:
+        round: index from 0.
+        stage: stage of the schedule.
+        rank: uniform rank, or the mean over modules; None in a full-model round.
+        ranks: rank by module; None in a full-model round.
+        trainable_params: number of values that a client trains.
+        proximal_weight: mu.
+        clients: size of the cohort.
+        failed_clients: how many of them sent nothing usable.
+        train_loss: mean over clients, weighted by examples; nan where no update came.
+        evaluation: metrics of the new global model on the test split, `eval_<name>` in the table;
+            None where not tested or not defined.
+        validation_accuracy, validation_loss: on the server's validation split.
+        aggregation_error: ||D_used - D_exact||_F / ||D_exact||_F, None without factors.
+        params_up, params_down: values sent by and to the cohort, base not included.
+        bytes_up, bytes_down: the same in bytes.
+        bytes_base: bytes of frozen base sent to participants that did not hold the current one.
+        learning_rate: local learning rate.
+        proposal: the annealing's proposal and verdict, None where there was none; columns of its
+            own in the table.
+        seconds: wall time of the round, evaluation included.
+        dropped_clients: how many left or came too late, by the simulated clock.
+        retried_blocks: how often a block was trained again, its actor or its result being lost.
+        simulated_s: length of the round by the simulated clock, waiting for clients included; None
+            where no time is simulated.
+    """
+
+    round: Count = column(lambda r: r.plan.round)
+    stage: Stage = column(lambda r: r.plan.stage)
+    rank: float | None = column(_mean_rank)
+    ranks: Mapping[str, int] | None = column(lambda r: r.ranks)
+    trainable_params: int = column(lambda r: r.trainable_params)
+    proximal_weight: float = column(lambda r: r.plan.proximal_weight)
+    clients: Count = column(lambda r: len(r.reports))
+    failed_clients: Count = column(lambda r: sum(c.error is not None for c in r.reports))
+    train_loss: float = column(lambda r: r.train_loss)
+    evaluation: Scores = column(lambda r: r.tested.test or {})
+    aggregation_error: float | None = column(lambda r: r.error)
+    params_up: int = column(lambda r: r.bill.params_up)
+    params_down: int = column(lambda r: r.bill.params_down)
+    bytes_up: int = column(lambda r: r.bill.params_up * BYTES_A_VALUE)
+    bytes_down: int = column(lambda r: r.bill.params_down * BYTES_A_VALUE)
+    bytes_base: int = column(lambda r: r.bill.base_params * BYTES_A_VALUE)
+    seconds: float = column(lambda r: r.seconds)
+    learning_rate: float = column(lambda r: r.local.lr)
+    validation_accuracy: float | None = column(
+        lambda r: _score(r.tested.validation, "accuracy"), default=None
+    )
+    validation_loss: float | None = column(
+        lambda r: _score(r.tested.validation, "loss"), default=None
+    )
+    proposal: Proposal | None = column(lambda r: r.plan.proposal, default=None)
+    dropped_clients: Count = column(
+        lambda r: sum(c.absent is not None for c in r.reports), default=0
+    )
+    retried_blocks: Count = column(lambda r: r.updates.reruns, default=0)
+    simulated_s: float | None = column(lambda r: r.cohort.lasted_s, default=None)
+
+    @classmethod
+    def of(cls, finished: Round) -> RoundRecord:
+        """Return the row of a round."""
+        return cls(**{each.name: each.metadata["of"](finished) for each in fields(cls)})
+
+    @property
+    def accuracy(self) -> float | None:
+        """Accuracy on the test split, None where not tested."""
+        return self.evaluation.get("accuracy")
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """A row of clients.parquet: one client in one round.
+
+    Attributes:
+        round: index from 0.
+        client: client id.
+        examples: number of its training examples.
+        train_loss: mean loss over its local steps, None where it failed.
+        status: `ok`, `failed`, or by the simulated clock `dropped` or `late`.
+        error: why it failed, or None.
+        bytes_up, bytes_down: what was sent of its messages, base not included.
+        seconds: its local training time.
+        simulated_s: by the simulated clock, from the start of the round until its update was there
+            or nobody waited for it any more; None where no time is simulated.
+    """
+
+    round: Count
+    client: int
+    examples: int
+    train_loss: float | None
+    status: Literal["ok", "failed", "dropped", "late"]
+    error: str | None
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    simulated_s: float | None = None
+
+
+def client_records(finished: Round) -> list[ClientRecord]:
+    """Return the row of every client of a round."""
+    reports, bill, turnout = finished.reports, finished.bill, finished.cohort.turnout
+    times = [None] * len(reports) if turnout is None else turnout.seconds.tolist()
     sent = zip(bill.up.tolist(), bill.down.tolist(), times, strict=True)
     return [
         ClientRecord(
-            round=t,
-            client=update.client,
-            examples=update.examples,
-            train_loss=update.train_loss if update.usable else None,
-            status=update.absent or ("ok" if update.error is None else "failed"),
-            error=update.error,
+            round=finished.plan.round,
+            client=report.client,
+            examples=report.examples,
+            train_loss=report.train_loss if report.usable else None,
+            status=report.absent or ("ok" if report.error is None else "failed"),
+            error=report.error,
             bytes_up=up * BYTES_A_VALUE,
             bytes_down=down * BYTES_A_VALUE,
-            seconds=update.seconds,
+            seconds=report.seconds,
             simulated_s=simulated_s,
         )
-        for update, (up, down, simulated_s) in zip(updates, sent, strict=True)
+        for report, (up, down, simulated_s) in zip(reports, sent, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class ClientTest:
+    """A row of client_metrics.parquet: one client's own examples after one round.
+
+    Attributes:
+        round: index from 0.
+        client: client id.
+        examples: number of its held-out examples.
+        accuracy, loss: of the global model.
+        personal_accuracy, personal_loss: of the client's own model, where it has one.
+    """
+
+    round: Count
+    client: int
+    examples: int
+    accuracy: float
+    loss: float
+    personal_accuracy: float | None = None
+    personal_loss: float | None = None
+
+
+def client_tests(finished: Round) -> list[ClientTest]:
+    """Return the row of every client that was tested after a round."""
+    own = {score.client: score for score in finished.tested.own}
+    return [
+        ClientTest(
+            round=finished.plan.round,
+            client=score.client,
+            examples=score.examples,
+            accuracy=score.accuracy,
+            loss=score.loss,
+            personal_accuracy=own[score.client].accuracy if score.client in own else None,
+            personal_loss=own[score.client].loss if score.client in own else None,
+        )
+        for score in finished.tested.clients
+    ]
+
+
+@dataclass(frozen=True)
+class Note:
+    """A row of notes.parquet: what the user should know of a round, e.g. a lost actor."""
+
+    round: Count
+    text: str

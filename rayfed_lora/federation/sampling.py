@@ -1,21 +1,20 @@
-"""Who takes part in a round, and in which blocks. Source: this project (method.md)."""
+"""Who takes part in a round, and in which blocks. Source: this project (docs/method.md)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.types import Device, ModelShape
 
 Block = tuple[int, ...]
-_CALLS_A_ROUND = 1024
 _TESTED_TOGETHER = 50
 # Blocks that a round has at least, where it has the clients.
 _BLOCKS_TO_SHARE = 4
@@ -127,26 +126,14 @@ def blocks(cohort: tuple[int, ...], size: BlockSize) -> list[Block]:
     >>> blocks((1, 4, 5, 9), BlockSize(3, even=True))
     [(1, 4), (5, 9)]
     """
+    if not cohort:
+        return []
     count = math.ceil(len(cohort) / size.clients)
     if size.even:
         edges = [i * len(cohort) // count for i in range(count + 1)]
     else:
         edges = [min(i * size.clients, len(cohort)) for i in range(count + 1)]
     return [cohort[low:high] for low, high in pairwise(edges)]
-
-
-def calls(blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
-    """Cut the blocks of a round into the runs that an actor gets in one call.
-
-    A call is one block, until there are so many that the messages would cost more than they
-    balance. Never a matter of how many actors there are, so that no result depends on that.
-
-    >>> calls([(0, 1), (2,)])
-    [((0, 1),), ((2,),)]
-    """
-    count = min(len(blocks), _CALLS_A_ROUND)
-    edges = [i * len(blocks) // count for i in range(count + 1)]
-    return [tuple(blocks[low:high]) for low, high in pairwise(edges)]
 
 
 def block_size(recipe: Recipe, shape: ModelShape, clients: int, device: Device) -> BlockSize:

@@ -1,58 +1,72 @@
 """Tests of global models: those that a recipe asks for, and those that the annealing looks at.
 
-Source: this project; the annealing's feedback as in method.md.
+Source: this project; the annealing's feedback as in docs/method.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rayfed_lora.annealing.stages import Feedback, proposed_rank
-from rayfed_lora.federation import evaluation, records, sampling, transitions
+from rayfed_lora.federation import evaluation, sampling, transitions
 from rayfed_lora.federation.evaluation import Scores
-from rayfed_lora.federation.executor import (
-    Call,
-    Executor,
-    IndexArray,
-    Pending,
-    Population,
-)
-from rayfed_lora.federation.progress import Progress
-from rayfed_lora.federation.transitions import GlobalModel
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.federation.run import Run
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
-from rayfed_lora.types import ClientTest, RoundPlan, Split
+from rayfed_lora.tasks.engine import Engine, IndexArray, Population, Running
+from rayfed_lora.tasks.messages import Evaluate, TestClients
+from rayfed_lora.types import ClientScore, GlobalModel, Predictions, RoundPlan, Split
 
-_Wait = Pending[Scores]
+_Evaluation = Running[tuple[Predictions, ...]]
 
 
 @dataclass(frozen=True)
-class RoundTests:
-    """The tests of one round that were started; each waits for its result.
+class Tested:
+    """How the model of a round does.
 
     Attributes:
-        test: on the test split, where it is due.
+        test: on the test split, where that was due.
         validation: on the validation split, where the annealing looks at it.
-        on_clients: on clients' own examples.
+        clients: on clients' own examples, where that was due.
+        own: the same clients with their own factors, by client, where they have some.
     """
 
-    test: _Wait | None
-    validation: _Wait | None
-    on_clients: Pending[list[ClientTest]]
+    test: Scores | None
+    validation: Scores | None
+    clients: Sequence[ClientScore] = ()
+    own: Sequence[ClientScore] = ()
 
-    def done(self) -> bool:
-        """Return whether all results are there, as far as is known."""
-        tests = (self.test, self.validation, self.on_clients)
-        return all(test is None or test.done() for test in tests)
+
+@dataclass(frozen=True)
+class Tests:
+    """The tests of one round that were started."""
+
+    # Not one of pytest's, whatever its name begins with.
+    __test__ = False
+
+    test: _Evaluation | None
+    validation: _Evaluation | None
+    clients: Running[tuple[ClientScore, ...]] | None
+    own: Running[tuple[ClientScore, ...]] | None
+
+    def result(self) -> Tested:
+        """Wait for all tests."""
+        return Tested(
+            None if self.test is None else evaluation.scores(self.test.result()),
+            None if self.validation is None else evaluation.scores(self.validation.result()),
+            () if self.clients is None else self.clients.result(),
+            () if self.own is None else self.own.result(),
+        )
 
 
 class Tester:
-    """Has an executor test global models."""
+    """Has an engine test global models."""
 
     def __init__(
         self,
         recipe: Recipe,
-        executor: Executor,
+        engine: Engine,
         population: Population,
         limits: IndexArray | None,
     ) -> None:
@@ -60,99 +74,99 @@ class Tester:
 
         Args:
             recipe: the run.
-            executor: opened.
+            engine: opened.
             population: what its `open` said.
             limits: largest rank of each client, where any is limited.
         """
         self._recipe = recipe
-        self._executor = executor
+        self._engine = engine
         self._population = population
         self._limits = limits
 
-    def started(self, after: Progress, before: int = 0) -> RoundTests:
+    def start(self, run: Run) -> Tests:
         """Start the tests that are due after a round.
 
         Args:
-            after: the run after it, without its scores.
-            before: the first round whose training may not be begun before them.
+            run: the run after it, without its scores.
         """
-        last = after.rounds == self._recipe.annealing.total_rounds
-        due = last or after.rounds % self._recipe.evaluation.every == 0
+        settings = self._recipe.evaluation
+        last = run.rounds == self._recipe.annealing.total_rounds
+        due = last or run.rounds % settings.every == 0
         watched = self._recipe.annealing.feedback == "target"
-        return RoundTests(
-            test=self._evaluation("test", after.model, before) if due else None,
-            validation=self._evaluation("validation", after.model, before) if watched else None,
-            on_clients=self._on_clients(after, before),
+        every = settings.clients_every
+        clients, own = None, None
+        if settings.client_fraction > 0.0 and (
+            last or (every is not None and run.rounds % every == 0)
+        ):
+            clients, own = self._start_on_clients(run)
+        return Tests(
+            test=self._evaluation("test", run.model) if due else None,
+            validation=self._evaluation("validation", run.model) if watched else None,
+            clients=clients,
+            own=own,
         )
 
-    def _on_clients(self, after: Progress, before: int) -> Pending[list[ClientTest]]:
-        """Start the tests on clients' own examples that are due after a round."""
-        settings, t = self._recipe.evaluation, after.rounds - 1
-        last = after.rounds == self._recipe.annealing.total_rounds
-        every = settings.clients_every
-        if settings.client_fraction == 0.0 or not (
-            last or (every is not None and after.rounds % every == 0)
-        ):
-            return Pending(list, lambda: True)
-        blocks = sampling.tested_clients(self._recipe, self._population.clients, t)
-        model, kept = after.model, after.personal
-        calls = [Call((block,)) for block in blocks]
-        model_parts = model.state, model.base, model.trainable
-        wait = self._executor.test_clients(calls, *model_parts, before)
-        own = [
-            Call.of((block,), self._limits, kept)
-            for block in blocks
-            if any(client in kept for client in block)
-        ]
-        wait_own = self._executor.test_clients(own, *model_parts, before)
+    def _start_on_clients(
+        self, run: Run
+    ) -> tuple[Running[tuple[ClientScore, ...]], Running[tuple[ClientScore, ...]] | None]:
+        """Start the tests on clients' own examples, with the global model and with their own."""
+        clients = sampling.tested_clients(self._recipe, self._population.clients, run.rounds - 1)
+        shared = self._engine.submit(TestClients(run.model, tuple(clients)))
+        kept = [tuple(k for k in block if k in run.personal) for block in clients]
+        blocks = tuple(block for block in kept if block)
+        if not blocks:
+            return shared, None
+        tested = [client for block in blocks for client in block]
+        limits = {} if self._limits is None else {k: int(self._limits[k]) for k in tested}
+        own = TestClients(run.model, blocks, limits, run.personal)
+        return shared, self._engine.submit(own)
 
-        def tests() -> list[ClientTest]:
-            scores = {s.client: s for s in wait_own() if s.client in kept}
-            return [records.client_test(t, score, scores.get(score.client)) for score in wait()]
-
-        return Pending(tests, lambda: wait.done() and wait_own.done())
-
-    def _evaluation(self, split: Split, model: GlobalModel, before: int = 0) -> _Wait:
+    def _evaluation(self, split: Split, model: GlobalModel) -> _Evaluation:
         rows, size = self._population.examples[split], self._recipe.evaluation.batch_size
-        shards, base = evaluation.shards(rows, size), model.base
-        wait = self._executor.evaluate(split, shards, model.state, base, model.trainable, before)
-        return wait.then(evaluation.scores)
+        return self._engine.submit(Evaluate(model, split, evaluation.shards(rows, size)))
 
-    def feedback(self, t: int, before: Progress) -> Feedback:
+    def _energy(self, model: GlobalModel) -> float | None:
+        return evaluation.scores(self._evaluation("validation", model).result())["loss"]
+
+    def feedback(self, t: int, run: Run) -> Feedback:
         """Return what the schedule may look at, computing the energies that a proposal needs.
 
         Args:
             t: the round that is to be planned.
-            before: the run before it.
+            run: the run before it.
         """
         annealing = self._recipe.annealing
-        feedback = Feedback(rank=before.rank, best_at_heating=before.best_at_heating)
-        if annealing.feedback == "target" and before.validation is not None:
-            return replace(feedback, metric=getattr(before.validation, annealing.target.metric))
-        proposed = proposed_rank(annealing, t, before.rank)
+        feedback = Feedback(rank=run.rank, best_at_heating=run.best_at_heating)
+        if annealing.feedback == "target" and run.validation is not None:
+            return replace(feedback, metric=run.validation[annealing.target.metric])
+        proposed = proposed_rank(annealing, t, run.rank)
         if annealing.feedback != "metropolis" or proposed is None:
             return feedback
-        model, shape = before.model, self._population.shape
+        model, shape = run.model, self._population.shape
         ranks = transitions.allocate(self._recipe, shape, model.state, t, proposed)
         smaller = transitions.resized(self._recipe, model.state, ranks, t)
         return replace(
             feedback,
-            energy_current=self._evaluation("validation", model)().loss,
-            energy_proposed=self._evaluation("validation", replace(model, state=smaller))().loss,
+            energy_current=self._energy(model),
+            energy_proposed=self._energy(replace(model, state=smaller)),
             draw=float(generator(self._recipe.seed, Purpose.ACCEPTANCE, t).random()),
         )
 
-    def noted(self, after: Progress, plan: RoundPlan) -> Progress:
-        """Note the best validation metric reached at the heating rank.
+    def best_at_heating(self, run: Run, plan: RoundPlan, validation: Scores | None) -> float | None:
+        """Return the best validation metric reached at the heating rank so far.
 
         Args:
-            after: the run after a round, with its scores.
+            run: the run before a round.
             plan: that round.
+            validation: its scores, None where the annealing does not look at them.
         """
-        target, scores = self._recipe.annealing.target, after.validation
+        target, best = self._recipe.annealing.target, run.best_at_heating
         rank = self._recipe.annealing.heating.rank
-        if scores is None or plan.rank != rank or plan.stage not in ("initiating", "heating"):
-            return after
-        metric, best = getattr(scores, target.metric), after.best_at_heating
+        early = plan.stage in ("initiating", "heating")
+        if validation is None or plan.trainable == "full" or plan.rank != rank or not early:
+            return best
+        metric = validation[target.metric]
         better = max if target.metric == "accuracy" else min
-        return replace(after, best_at_heating=metric if best is None else better(best, metric))
+        if metric is None or best is None:
+            return best if metric is None else metric
+        return better(best, metric)

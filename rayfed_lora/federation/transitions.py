@@ -1,12 +1,12 @@
 """How the global state enters a round: a new adapter, another rank, another base.
 
-Source: this project (method.md, "Stages" and "Resizing the rank").
+Source: this project (docs/method.md, "Stages" and "Resizing the rank").
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -15,55 +15,84 @@ from rayfed_lora.annealing import budget
 from rayfed_lora.annealing.stages import locate
 from rayfed_lora.lora import resize
 from rayfed_lora.lora.products import spectrum
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
-from rayfed_lora.types import AdapterState, Base, Factors, ModelShape, RoundPlan, Trainable
+from rayfed_lora.types import AdapterState, Base, Factors, GlobalModel, ModelShape, RoundPlan
 
 
 @dataclass(frozen=True)
-class GlobalModel:
-    """The global model between rounds.
+class Resizing:
+    """What a change of ranks means for the messages of a round.
 
     Attributes:
-        state: what is trained and sent.
-        base: what is frozen; not looked at while `trainable` is `full`.
-        trainable: the kind of round that the state belongs to.
+        ranks: rank by module; empty in a full-model round.
+        cut: rank by module before a shrink whose rest was folded into the base, else None.
+        folded_params: number of values in what was folded.
+        shrunk: whether the server has cut some module's factors.
     """
 
-    state: AdapterState
-    base: Base
-    trainable: Trainable
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    cut: Mapping[str, int] | None = None
+    folded_params: int = 0
+    shrunk: bool = False
 
 
 @dataclass(frozen=True)
-class Entry:
+class Start:
     """The global model as a round starts from it.
 
     Attributes:
         model: resized, on its base.
-        ranks: rank by module; empty in a full-model round.
-        cut: rank by module before a shrink whose rest was folded into the base, else None.
-        folded_params: number of values in what was folded.
+        resizing: what the round's ranks mean for its messages.
+        unchanged: whether its factors are those that the round before has left.
     """
 
     model: GlobalModel
-    ranks: Mapping[str, int]
-    cut: Mapping[str, int] | None = None
-    folded_params: int = 0
+    resizing: Resizing
+    unchanged: bool = False
 
 
-def enter(recipe: Recipe, shape: ModelShape, model: GlobalModel, plan: RoundPlan) -> Entry:
+def enter(recipe: Recipe, shape: ModelShape, model: GlobalModel, plan: RoundPlan) -> Start:
     """Return the model as round `plan` starts from it. The given model is not changed."""
     if plan.trainable == "full":
-        return Entry(model, {})
+        return Start(model, Resizing(), unchanged=True)
     if model.trainable == "full":
         model = _on_new_base(shape, model)
     if not model.state.factors:
         ranks = budget.uniform(shape.modules, plan.rank)
         factors = _fresh(recipe, shape, ranks, plan.round)
         state = replace(model.state, factors=factors)
-        return Entry(replace(model, state=state), ranks)
+        return Start(replace(model, state=state), Resizing(ranks))
     return _resized(recipe, shape, model, plan)
+
+
+def planned(
+    recipe: Recipe, shape: ModelShape, rank_before: int | None, plan: RoundPlan
+) -> Resizing:
+    """Return the resizing of a round whose model is not known: with the uniform rank.
+
+    Args:
+        recipe: the run.
+        shape: the model's sizes.
+        rank_before: uniform rank of the factors before the round, None where there are none.
+        plan: the round.
+    """
+    if plan.trainable == "full":
+        return Resizing()
+    ranks = budget.uniform(shape.modules, plan.rank)
+    if rank_before is None:
+        return Resizing(ranks)
+    return _resizing(recipe, shape, budget.uniform(shape.modules, rank_before), ranks)
+
+
+def _resizing(
+    recipe: Recipe, shape: ModelShape, before: Mapping[str, int], ranks: Mapping[str, int]
+) -> Resizing:
+    lost = {name: rank - ranks[name] for name, rank in before.items() if rank > ranks[name]}
+    if not lost or recipe.annealing.cooling.residual == "drop":
+        return Resizing(ranks, shrunk=bool(lost))
+    folded = budget.cost({name: shape.modules[name] for name in lost}, lost)
+    return Resizing(ranks, before, folded, shrunk=True)
 
 
 def _on_new_base(shape: ModelShape, model: GlobalModel) -> GlobalModel:
@@ -112,33 +141,35 @@ def resized(
     recipe: Recipe, state: AdapterState, ranks: Mapping[str, int], round_index: int
 ) -> AdapterState:
     """Return the state with each module at its new rank and scale; the same one if none changes."""
+    scales = {name: _scale(recipe, ranks[name]) for name in state.factors}
+    if all(f.rank == ranks[n] and f.scale == scales[n] for n, f in state.factors.items()):
+        return state
     factors = {}
     for index, (name, f) in enumerate(state.factors.items()):
         rng = generator(recipe.seed, Purpose.FACTOR_INIT, round_index, index)
-        factors[name] = resize.resize(f, ranks[name], _scale(recipe, ranks[name]), rng)
-    unchanged = all(factors[name] is f for name, f in state.factors.items())
-    return state if unchanged else replace(state, factors=factors)
+        factors[name] = resize.resize(f, ranks[name], scales[name], rng)
+    return replace(state, factors=factors)
 
 
-def _resized(recipe: Recipe, shape: ModelShape, model: GlobalModel, plan: RoundPlan) -> Entry:
+def _resized(recipe: Recipe, shape: ModelShape, model: GlobalModel, plan: RoundPlan) -> Start:
     old = model.state
     ranks = allocate(recipe, shape, old, plan.round, plan.rank)
     state = resized(recipe, old, ranks, plan.round)
-    shrunk = {name: f for name, f in old.factors.items() if ranks[name] < f.rank}
-    if recipe.annealing.cooling.residual == "drop" or not shrunk:
-        return Entry(replace(model, state=state), ranks)
-    fold = {name: resize.cut_off(f, ranks[name]) for name, f in shrunk.items()}
-    base = merged(model.base, {name: product(f) for name, f in fold.items()})
-    cut = {name: f.rank for name, f in old.factors.items()}
-    params = sum(f.a.size + f.b.size for f in fold.values())
-    return Entry(GlobalModel(state, base, "adapter"), ranks, cut, params)
+    resizing = _resizing(recipe, shape, {name: f.rank for name, f in old.factors.items()}, ranks)
+    base = model.base
+    if resizing.cut is not None:
+        shrunk = {name: f for name, f in old.factors.items() if ranks[name] < f.rank}
+        rest = {name: product(resize.cut_off(f, ranks[name])) for name, f in shrunk.items()}
+        base = merged(base, rest)
+    same = state.version == old.version
+    return Start(GlobalModel(state, base, "adapter"), resizing, unchanged=same)
 
 
 def protected(state: AdapterState) -> AdapterState:
     """Make the arrays of a global state read-only, and return the same state.
 
-    Executors keep by identity what they have sent. Code that changes a state in place would
-    otherwise train the next round from the old values on Ray and from the new ones locally.
+    Engines send a state once. Code that changes a state in place would otherwise train the next
+    round from the old values on Ray and from the new ones locally.
     """
     arrays = [array for f in state.factors.values() for array in (f.a, f.b)]
     for array in (*arrays, *state.dense.values()):

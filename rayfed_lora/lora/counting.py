@@ -1,4 +1,7 @@
-"""Counting the values of states. Source: this project (method.md, "The ledger")."""
+"""Numbers of values in states.
+
+Source: this project (docs/method.md, "The communication ledger").
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checksum of a trained state, equal exactly where every bit of it is. Source: this project."""
+"""A checksum of a trained state, equal only for equal bits. Source: this project."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def sha256(state: AdapterState, base: Base | None = None) -> str:
 
     Args:
         state: the trained state.
-        base: what has been merged into it counts too.
+        base: its merged updates are part of the checksum.
 
     >>> len(sha256(AdapterState({}, {"head": np.zeros(3, np.float32)})))
     64

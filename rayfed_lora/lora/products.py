@@ -3,7 +3,8 @@
 For b (d_out x r) and a (r x d_in), with b = Qb Rb and a^T = Qa Ra, the singular values of b @ a are
 those of the r x r core Rb Ra^T. Cost O((d_in + d_out) r^2). All arithmetic is float64.
 
-Source: standard linear algebra; used for rank changes by this project (method.md, "Resizing").
+Source: standard linear algebra; used for rank changes by this project (docs/method.md, "Resizing
+the rank").
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def spectrum(factors: Factors) -> Float64Array:
 
 @dataclass(frozen=True)
 class WeightedProduct:
-    """A sum of weighted products of columns and rows: b @ diag(weights) @ a.
+    """A weighted sum of products of columns and rows: b @ diag(weights) @ a.
 
     Attributes:
         weights: (r,).
@@ -95,7 +96,7 @@ class WeightedProduct:
 
     @classmethod
     def sum(cls, terms: Sequence[WeightedProduct]) -> WeightedProduct:
-        """Return the sum of at least one product of one module, side by side."""
+        """Return the sum of one or more products of one module, their columns side by side."""
         if len(terms) == 1:
             return terms[0]
         return cls(

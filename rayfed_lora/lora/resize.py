@@ -1,6 +1,7 @@
-"""Changing an adapter's rank without changing, or as little as possible, its effective update.
+"""Changes of an adapter's rank that keep its effective update, or change it least.
 
-Source: method.md, "Resizing the rank"; truncation by Eckart and Young 1936, Psychometrika 1:211.
+Source: docs/method.md, "Resizing the rank"; truncation by Eckart and Young 1936, Psychometrika
+1:211.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ def initial_rows(rank: int, d_in: int, rng: np.random.Generator) -> FloatArray:
 def from_svd(svd: ProductSvd, rank: int, scale: float) -> Factors:
     """Return the best approximation of u s vt with at most `rank`, split as sqrt(s).
 
-    A direction without energy gets a zero column of B and a row of A of the usual initial size:
-    the update is the same, and the direction can still be trained (two zero factors could not).
+    A direction without energy gets a zero column of B and a row of A of initial size: the update is
+    the same, and the direction can still be trained (two zero factors could not).
 
     Args:
         svd: of the effective update D.
-        rank: number of directions to keep, >= 0; min(rank, k) are there to keep.
+        rank: number of directions to keep, >= 0; min(rank, k) are kept.
         scale: s of the new factors, > 0.
     """
     u, s, vt = svd.u[:, :rank], svd.s[:rank] / scale, svd.vt[:rank]
@@ -85,7 +86,7 @@ def truncate(factors: Factors, rank: int, scale: float) -> Factors:
 
 
 def cut_off(factors: Factors, rank: int) -> Factors:
-    """Return what `truncate` to `rank` drops: D minus its best approximation, at scale 1.
+    """Return the part that `truncate` drops: D minus its best approximation, at scale 1.
 
     The result has rank k - min(rank, k), k = min(r, d_in, d_out).
     """
@@ -95,7 +96,7 @@ def cut_off(factors: Factors, rank: int) -> Factors:
 
 
 def pad(factors: Factors, rank: int) -> Factors:
-    """Return factors of a rank >= theirs with the same D: zeros behind the rows and the columns."""
+    """Return the same D at a higher or equal rank, with zero rows of A and zero columns of B."""
     more = rank - factors.rank
     if more == 0:
         return factors
@@ -123,7 +124,7 @@ def resize(factors: Factors, rank: int, scale: float, rng: np.random.Generator) 
     """Return factors of exactly the given rank and scale.
 
     Down: Eckart-Young truncation of D. Up: D unchanged. Same rank: D unchanged, B rescaled where
-    the scale changes; the very same object where nothing does.
+    the scale changes; the same object where neither changes.
 
     Args:
         factors: of one module.
@@ -138,7 +139,7 @@ def resize(factors: Factors, rank: int, scale: float, rng: np.random.Generator) 
         raise ValueError(f"need rank >= 0 and scale > 0, got {rank} and {scale}")
     if rank < factors.rank:
         cut = truncate(factors, rank, scale)
-        # D has at most min(d_in, d_out) directions; a rank above that is filled up as in `grow`.
+        # D has at most min(d_in, d_out) directions; `grow` fills up a higher rank.
         return cut if cut.rank == rank else grow(cut, rank, scale, rng)
     if rank == factors.rank and scale == factors.scale:
         return factors

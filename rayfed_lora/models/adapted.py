@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,35 +19,18 @@ from rayfed_lora.models.heads import head_parameters
 from rayfed_lora.models.layers import AdaptedLinear, ClientLinear, GroupFactors
 from rayfed_lora.models.resident import ResidentBase, to_numpy
 from rayfed_lora.models.shapes import adapted_modules, fusion_obstacle
-from rayfed_lora.recipe import Adapter
-from rayfed_lora.types import AdapterState, Base, Factors, FloatArray, Frozen, Trainable
+from rayfed_lora.recipe.model import Adapter
+from rayfed_lora.types import (
+    AdapterState,
+    Base,
+    Factors,
+    FloatArray,
+    Frozen,
+    GlobalModel,
+    Trainable,
+)
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
-# What decides the tensors of a group that starts from one state: clients, what is frozen, modules
-# with ranks and scales, dense names.
-_Kind = tuple[int, Frozen | None, tuple[tuple[str, int, float], ...], tuple[str, ...]]
-_KINDS_KEPT = 2
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Where the weights of a group are, for the next group of its kind.
-
-    Attributes:
-        factors: of each layer that has some.
-        copies: of each densely trained layer, by parameter.
-        held: all of them, (group, values) each: of the dense names, then A and B of each module.
-        arrays: the same memory, where it is the host's.
-        shapes: of each, without the group.
-        trained: those that are trained.
-    """
-
-    factors: dict[str, GroupFactors]
-    copies: dict[str, dict[str, torch.Tensor]]
-    held: list[torch.Tensor]
-    arrays: list[FloatArray]
-    shapes: dict[str, tuple[int, ...]]
-    trained: list[torch.Tensor]
 
 
 class AdaptedModel:
@@ -98,8 +80,7 @@ class AdaptedModel:
         plain = all(type(module).train is nn.Module.train for module in every)
         # What `train` of plain modules sets, a tenth of a millisecond sooner for 60 of them.
         self._switch = [module.__dict__ for module in every] if plain else None
-        # What is trained of the loaded states, in the order of `parameters`: the same list for
-        # groups whose tensors are the same.
+        # What is trained of the loaded states, in the order of `parameters`.
         self.trained: list[torch.Tensor] = []
         # Clients that are loaded.
         self._group = 0
@@ -107,19 +88,10 @@ class AdaptedModel:
         # Weights of the loaded states, (group, values) each, and their shapes in a stack.
         self._held: list[torch.Tensor] = []
         self._shapes: dict[str, tuple[int, ...]] = {}
-        # Of the last groups, the newest one last. Two: a group is trained, then a state tested.
-        self._places: dict[_Kind, _Places] = {}
-        # The one of them that is in the layers now, if any is.
-        self._current: _Places | None = None
         # The scales of the last module that was loaded.
         self._scales: dict[tuple[float, ...], torch.Tensor] = {}
         # What is loaded and was not trained since.
-        self._shown: tuple[AdapterState, tuple[int, int], Trainable] | None = None
-
-    @property
-    def kept(self) -> bool:
-        """Whether the next group of the kind that is loaded gets the same tensors."""
-        return self._current is not None
+        self._shown: tuple[str, tuple[int, int], Trainable] | None = None
 
     def own_tensors(self) -> dict[str, torch.Tensor] | None:
         """Return what the loaded clients have of their own; None where the whole model is.
@@ -194,68 +166,31 @@ class AdaptedModel:
         alone = trainable == "full" or self.obstacle is not None
         if alone and len(states) != 1:
             raise ValueError(f"need one client at a time, got {len(states)}: {self.obstacle}")
-        before = self.trained
-        for parameter in before:
+        for parameter in self.trained:
             # Those of a full-model round are as large as the model.
             parameter.grad = None
+            parameter.requires_grad_(False)
         self._held = []
         self.resident.load(None if trainable == "full" else base)
         self._group = len(states)
         self._frozen = frozen
-        if not alone and all(state is states[0] for state in states):
-            self._load_for_all(states[0])
-        else:
-            self._make(states, trainable)
-        if self.trained is not before:
-            for parameter in before:
-                parameter.requires_grad_(False)
-            for parameter in self.trained:
-                parameter.requires_grad_(True)
-
-    def _make(self, states: Sequence[AdapterState], trainable: Trainable) -> None:
-        """Make tensors of a group's states, or of one for all."""
-        self._current = None
+        if not alone and all(state.version == states[0].version for state in states):
+            # One state for all: each tensor is copied from it at once.
+            states = states[:1]
         for name, layer in self._layers.items():
             layer.factors = self._stacked([state.factors.get(name) for state in states])
         self._load_dense([state.dense for state in states], trainable)
         self._hold(states[0])
         self.trained = list(self.parameters(states[0]).values())
+        for parameter in self.trained:
+            parameter.requires_grad_(True)
 
-    def _load_for_all(self, state: AdapterState) -> None:
-        """Load what all clients of the group start from, into tensors that are there if they are.
-
-        Making them takes several times as long as filling them.
-        """
-        ranks = tuple((name, f.rank, f.scale) for name, f in state.factors.items())
-        kind = (self._group, self._frozen, ranks, tuple(state.dense))
-        places = self._places.pop(kind, None)
-        if places is None:
-            self._make([state], "adapter")
-            factors = {n: each.factors for n, each in self._layers.items() if each.factors}
-            copies = {n: each.copies for n, each in self._copied.items()}
-            arrays = [held.numpy() for held in self._held] if self.device.type == "cpu" else []
-            places = _Places(factors, copies, self._held, arrays, self._shapes, self.trained)
-            self._current = places
-        else:
-            # A module takes ten times as long to set something as another object.
-            if places is not self._current:
-                for name, layer in self._layers.items():
-                    layer.factors = places.factors.get(name)
-                for name, copied in self._copied.items():
-                    copied.copies = places.copies[name]
-            self._current = places
-            self._held, self._shapes = places.held, places.shapes
-            self.trained = places.trained
-            _fill(places, state)
-        self._places = {**dict([*self._places.items()][1 - _KINDS_KEPT :]), kind: places}
-
-    def show(self, state: AdapterState, base: Base, trainable: Trainable) -> None:
-        """Load a state that will not be trained, unless it is there already: the same object."""
-        shown, *under = self._shown or (None,)
-        if shown is state and under == [base.version, trainable]:
-            return
-        self.load([state], base, trainable)
-        self._shown = (state, base.version, trainable)
+    def show(self, model: GlobalModel) -> None:
+        """Load a model that will not be trained, unless it is loaded already."""
+        shown = model.state.version, model.base.version, model.trainable
+        if self._shown != shown:
+            self.load([model.state], model.base, model.trainable)
+            self._shown = shown
 
     def train(self, mode: bool) -> None:
         """Switch between training and evaluation."""
@@ -286,17 +221,8 @@ class AdaptedModel:
                 found[f"{name}.lora_B"] = factors.b
         return found
 
-    def read(self, like: AdapterState, client: int = 0) -> AdapterState:
-        """Return a client's current weights as a state with the modules and ranks of `like`.
-
-        Args:
-            like: the state that it was loaded with.
-            client: its place in the group.
-        """
-        return self.read_from([like], client).state(0)
-
     def read_from(self, likes: Sequence[AdapterState], client: int) -> StackedStates:
-        """Return the current weights of some neighbouring clients, as `read` does of one.
+        """Return the current weights of some neighbouring clients, as states like theirs.
 
         Args:
             likes: the states that they were loaded with.
@@ -324,7 +250,7 @@ class AdaptedModel:
 
     def keep(self, clients: int) -> None:
         """Go on with the first clients of the group only."""
-        self._places, self._current, self._group = {}, None, clients
+        self._group = clients
         for name, layer in self._layers.items():
             if layer.factors is not None:
                 a, b, scale = layer.factors.a, layer.factors.b, layer.factors.scale
@@ -386,15 +312,3 @@ def _replaced(net: nn.Module, name: str, make: Callable[[Any], _Layer]) -> _Laye
     layer = make(getattr(parent, attribute))
     setattr(parent, attribute, layer)
     return layer
-
-
-def _fill(places: _Places, state: AdapterState) -> None:
-    """Set the weights of all clients to those of a state."""
-    factors = [f for f in state.factors.values() if f.rank > 0]
-    values = [*state.dense.values(), *(part for f in factors for part in (f.a, f.b))]
-    if places.arrays:
-        for array, value in zip(places.arrays, values, strict=True):
-            array[...] = value.ravel()
-        return
-    for held, value in zip(places.held, values, strict=True):
-        held.copy_(torch.tensor(value.ravel(), device=held.device))

@@ -1,7 +1,7 @@
-"""Whether a language model looks back only: computed, not read off its name.
+"""Whether a language model attends to earlier tokens only, tested by a computation.
 
-transformers has language-model heads for encoders too (BERT, RoBERTa, XLM). Trained to predict the
-next token they see it in their input: the loss falls to nothing, and nothing is learned.
+transformers has language-model heads for encoders too (BERT, RoBERTa, XLM). These see the token
+that they are to predict in their input: the loss falls to zero, and nothing is learned.
 
 Source: this project.
 """
@@ -16,13 +16,13 @@ from torch import nn
 
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import sources
-from rayfed_lora.recipe import Model
+from rayfed_lora.recipe.model import Model
 
-# What configurations call it that a model looks back only (XLM's kind: `causal`).
+# Names of the switch that makes a model causal (XLM's kind: `causal`).
 _SWITCHES = ("is_decoder", "causal")
 _TOKENS = 8
 _CHANGED = 5
-# Sizes of the copy that is built for this, each tried with those before it until the copy is small.
+# Sizes of the tested copy; each is applied on top of those before it until the copy is small.
 _CUTS: tuple[dict[str, int], ...] = (
     {},
     {"num_hidden_layers": 1},
@@ -30,32 +30,32 @@ _CUTS: tuple[dict[str, int], ...] = (
     {"intermediate_size": 64},
 )
 _SMALL = 10_000_000
-# A layer of a model with ten billion parameters.
+# Parameters of one layer of a model with ten billion.
 _MOST_PARAMETERS = 100_000_000
-# Of the largest logit; a model that sees the future differs by more than a thousandth of it.
+# Largest rounding error, relative to the largest logit; later tokens change more than 1e-3 of it.
 _ROUNDING = 1e-5
 
 
 def check_causal(model: Model, config: Any) -> None:
     """Check that the logits of a position do not depend on later tokens.
 
-    What a model sees is its architecture's: a copy with random weights shows it, of one layer and a
-    small vocabulary where the model is large. A layer too large for that is not looked at, nor is
-    a model that does not take plain tokens.
+    This depends on the architecture alone, so a copy with random weights is tested; of a large
+    model, a copy with one layer and a small vocabulary. A model whose copy is still too large, or
+    that does not take plain tokens, passes untested.
 
     Args:
         model: the recipe's section, of task causal-lm.
         config: its configuration.
 
     Raises:
-        ModelError: they do; names what to write where the model has a switch for it.
+        ModelError: they do; names the switch to set where the model has one.
     """
-    if not _sees_the_future(model, config):
+    if not _sees_later_tokens(model, config):
         return
-    works = [name for name in _SWITCHES if _helps(model, config, name)]
+    switches = [name for name in _SWITCHES if _switch_makes_causal(model, config, name)]
     advice = (
-        f"write model.config: {{{works[0]}: true}}, with which it looks back only"
-        if works
+        f"write model.config: {{{switches[0]}: true}}, with which it attends to no later one"
+        if switches
         else "choose a decoder such as gpt2 or llama"
     )
     raise ModelError(
@@ -64,44 +64,39 @@ def check_causal(model: Model, config: Any) -> None:
     )
 
 
-def _helps(model: Model, config: Any, switch: str) -> bool:
-    """Return whether the model looks back only once the switch is set."""
+def _switch_makes_causal(model: Model, config: Any, switch: str) -> bool:
     if not hasattr(config, switch):
         return False
     decoder = copy.deepcopy(config)
     setattr(decoder, switch, True)
-    return _sees_the_future(model, decoder) is False
+    return _sees_later_tokens(model, decoder) is False
 
 
-def _sees_the_future(model: Model, config: Any) -> bool | None:
+def _sees_later_tokens(model: Model, config: Any) -> bool | None:
     """Return whether later tokens change earlier logits; None where that cannot be computed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            net = _small(model, config)
-            return None if net is None else _depends(net)
-        except Exception:  # it is not this check that says what else is wrong with a model
+            net = _small_copy(model, config)
+            return None if net is None else _later_tokens_matter(net)
+        except Exception:  # other faults of a model are reported by other checks
             return None
 
 
-def _small(model: Model, config: Any) -> nn.Module | None:
-    """Return the model with random weights, cut down where it is large; None if it stays so."""
+def _small_copy(model: Model, config: Any) -> nn.Module | None:
+    """Return a copy with random weights, reduced where it is large; None if it is still large."""
     smaller = copy.deepcopy(config)
     for cut in _CUTS:
         for name, value in cut.items():
             if hasattr(smaller, name):
                 setattr(smaller, name, value)
-        size = _size(model, smaller)
+        size = sum(p.numel() for p in sources.skeleton(model, smaller).parameters())
         if size <= _SMALL:
             break
-    return sources.drawn(model, smaller) if size <= _MOST_PARAMETERS else None
+    return sources.randomly_initialised(model, smaller) if size <= _MOST_PARAMETERS else None
 
 
-def _size(model: Model, config: Any) -> int:
-    return sum(parameter.numel() for parameter in sources.skeleton(model, config).parameters())
-
-
-def _depends(net: nn.Module) -> bool:
+def _later_tokens_matter(net: nn.Module) -> bool:
     vocabulary = net.get_input_embeddings().num_embeddings  # type: ignore[operator]
     # Low numbers are often special tokens.
     first, last = min(5, vocabulary - 2), vocabulary - 1

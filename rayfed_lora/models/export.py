@@ -1,7 +1,7 @@
-"""Adapters in PEFT's format, base models in transformers', and merged models.
+"""Adapters in PEFT's format, base models in transformers' format, and merged models.
 
-Source: PEFT's checkpoint format (adapter_config.json, adapter_model.safetensors with rank_pattern
-and alpha_pattern).
+Source: PEFT's checkpoint format (adapter_config.json with rank_pattern and alpha_pattern, and
+adapter_model.safetensors).
 """
 
 from __future__ import annotations
@@ -23,24 +23,15 @@ from rayfed_lora.errors import BadInputError
 from rayfed_lora.models import loading, sources
 from rayfed_lora.models.heads import head_modules
 from rayfed_lora.models.linear import is_transposed
-from rayfed_lora.models.padding import give_padding_token, settle_padding
-from rayfed_lora.recipe import Adapter, Model, Recipe
+from rayfed_lora.models.tokenizer import give_padding_token, read_tokenizer, settle_padding
+from rayfed_lora.recipe.model import Adapter, Model
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.types import AdapterState, Base, Factors, FloatArray, Trainable
 
-PREFIX = "base_model.model."
+_PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
-# Values of a configuration that no logit depends on.
+# Entries of a configuration that do not affect logits.
 _NAMING = frozenset({"id2label", "label2id", "problem_type"})
-
-
-def peft_tensors(state: AdapterState) -> dict[str, FloatArray]:
-    """Return the state under the names of a PEFT checkpoint; modules of rank 0 have none."""
-    tensors = {f"{PREFIX}{name}": np.ascontiguousarray(t) for name, t in state.dense.items()}
-    for name, factors in state.factors.items():
-        if factors.rank > 0:
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(factors.a)
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(factors.b)
-    return tensors
 
 
 def trained_files(
@@ -51,37 +42,44 @@ def trained_files(
     trainable: Trainable,
     everything: Mapping[str, FloatArray],
 ) -> dict[str, bytes]:
-    """Return `adapter/...` and, where a user could not get the base elsewhere, `base/...`.
+    """Return the files `adapter/...` and, where the source does not provide the base, `base/...`.
 
-    PEFT has no adapter without modules: where no module is adapted, `base/` is the trained model.
+    A PEFT adapter needs modules: where none are adapted, `base/` alone is the trained model.
 
     Args:
         recipe: the run.
-        facts: of the model's configuration, as of a `Workload`.
-        state: what was trained.
-        base: what it is trained on.
+        facts: the model's configuration, as in a `Workload`.
+        state: the trained state.
+        base: the base that the state was trained on.
         trainable: `full` or `adapter`.
         everything: every parameter of the plain model, without factors, by name.
     """
-    changed = base.version > (0, 0) or trainable == "full"
-    biases, own_config = recipe.adapter.train_biases, _configured(recipe.model, facts)
-    net, drawn = loading.built(recipe.model, sources.restored(facts), recipe.seed)
-    # What the run has drawn and the adapter does not hold is nowhere else.
     no_adapter = trainable == "full" or not state.factors
-    keep_base = changed or biases or own_config or no_adapter or not drawn <= set(state.dense)
+    net, random = loading.build_and_list_random(recipe.model, sources.restored(facts), recipe.seed)
+    keep_base = (
+        no_adapter
+        or base.version > (0, 0)
+        or recipe.adapter.train_biases
+        or _is_configured(recipe.model, facts)
+        # Random tensors outside of the adapter exist nowhere else.
+        or not random <= set(state.dense)
+    )
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if not no_adapter:
             name = "base" if keep_base else sources.location(recipe.model.source)
             write_adapter(folder / "adapter", state, net, recipe.adapter, name)
         if keep_base:
-            write_base(folder / "base", net, everything)
+            with torch.no_grad(), sources.quiet():
+                for name, parameter in net.named_parameters():
+                    parameter.copy_(torch.tensor(everything[name]))
+                net.save_pretrained(str(folder / "base"))  # type: ignore[operator]
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def _configured(model: Model, facts: Mapping[str, Any]) -> bool:
-    """Return whether the run's configuration computes other things than the source's own."""
+def _is_configured(model: Model, facts: Mapping[str, Any]) -> bool:
+    """Return whether the run's configuration may give other logits than the source's own."""
     if model.config:
         return True
     own = sources.configuration(model, {}).to_dict()
@@ -93,57 +91,44 @@ def write_adapter(
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`.
 
-    A module of rank 0 is left out; where there is no other, the first gets one direction of zeros,
-    since PEFT has no adapter without modules. Dense tensors outside of the head belong to the base.
+    A module of rank 0 is left out; if all have rank 0, the first gets rank 1 with zeros, since a
+    PEFT adapter needs modules. Dense tensors outside of the head belong to the base.
 
     Args:
-        folder: made if it is missing.
-        state: factors and head.
+        folder: created if it is missing.
+        state: factors and dense tensors.
         net: the plain model, for its module names.
         adapter: the recipe's section.
-        base_name: where the base model is to be loaded from.
+        base_name: folder or hub id of the base model.
     """
     factors = {name: f for name, f in state.factors.items() if f.rank > 0} or _zeros(state)
-    top = max(f.rank for f in factors.values())
+    heads = head_modules(net, adapter)
     config = LoraConfig(
         base_model_name_or_path=base_name,
         inference_mode=True,
-        r=top,
+        r=max(f.rank for f in factors.values()),
         lora_alpha=adapter.alpha,
         target_modules=sorted(factors),
         rank_pattern={name: f.rank for name, f in factors.items()},
         alpha_pattern={name: f.scale * f.rank for name, f in factors.items()},
         lora_dropout=adapter.dropout,
         fan_in_fan_out=any(is_transposed(net.get_submodule(name)) for name in factors),
-        modules_to_save=head_modules(net, adapter) if adapter.train_head else None,
+        modules_to_save=heads if adapter.train_head else None,
     )
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    heads = tuple(f"{module}." for module in head_modules(net, adapter))
-    dense = {name: tensor for name, tensor in state.dense.items() if name.startswith(heads)}
-    tensors = peft_tensors(AdapterState(factors, dense))
-    save_file(tensors, str(folder / _WEIGHTS), metadata={"format": "pt"})
+    inside = tuple(f"{module}." for module in heads)
+    tensors = {name: tensor for name, tensor in state.dense.items() if name.startswith(inside)}
+    for name, f in factors.items():
+        tensors |= {f"{name}.lora_A.weight": f.a, f"{name}.lora_B.weight": f.b}
+    named = {f"{_PREFIX}{name}": np.ascontiguousarray(t) for name, t in tensors.items()}
+    save_file(named, str(folder / _WEIGHTS), metadata={"format": "pt"})
 
 
 def _zeros(state: AdapterState) -> Mapping[str, Factors]:
     name, f = next(iter(state.factors.items()))
     d_in, d_out = f.a.shape[1], f.b.shape[0]
     return {name: Factors(np.zeros((1, d_in), np.float32), np.zeros((d_out, 1), np.float32), 1.0)}
-
-
-def write_base(folder: Path, net: nn.Module, tensors: Mapping[str, FloatArray]) -> None:
-    """Write a plain model with the given parameters in transformers' format.
-
-    Args:
-        folder: made if it is missing.
-        net: a plain transformers model; its parameters are overwritten.
-        tensors: every parameter by name.
-    """
-    with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            parameter.copy_(torch.tensor(tensors[name]))
-    with sources.quiet():
-        net.save_pretrained(str(folder))  # type: ignore[operator]
 
 
 def merge(
@@ -161,26 +146,31 @@ def merge(
         BadInputError: the adapter's weights are not safetensors.
     """
     if adapter_folder is not None and not (adapter_folder / _WEIGHTS).is_file():
-        # PEFT would look for a pickle.
+        # PEFT would load a pickle instead.
         raise BadInputError(f"expected {_WEIGHTS} in {adapter_folder.name}/")
     plain = model.model_copy(update={"source": base_folder, "config": {}})
     facts = {} if model.task == "causal-lm" else sources.label_facts(labels)
     config = sources.configuration(plain, facts)
     if model.task == "text-classification":
-        tokenizer = sources.tokenizer(model)
+        tokenizer = read_tokenizer(model)
         give_padding_token(tokenizer)
         settle_padding(config, sources.skeleton(plain, config), tokenizer, model)
     net = loading.build(plain, config, seed=0, keep_head=True)
     if adapter_folder is None:
         return net
     with warnings.catch_warnings():
-        # PEFT reads a property that transformers has renamed; nothing a user could do about it.
+        # PEFT reads a property that transformers has renamed; the user cannot change that.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return PeftModel.from_pretrained(net, str(adapter_folder)).merge_and_unload()
 
 
 def write_model(folder: Path, net: Any, tokenizer_source: str | None) -> None:
-    """Write a whole model, and its tokenizer where there is one, in transformers' format.
+    """Write a whole model, and its tokenizer if it has one, in transformers' format.
+
+    Args:
+        folder: created if it is missing.
+        net: the model.
+        tokenizer_source: folder or hub id of its tokenizer; None: it has none.
 
     Raises:
         BadInputError: the folder exists and is not empty.

@@ -5,97 +5,103 @@ Source: this project, on the loading report of transformers.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from torch import nn
 
 from rayfed_lora.errors import ModelError
-from rayfed_lora.models.loading import Loading, listed
-from rayfed_lora.models.shapes import head_modules, head_parameters
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.models.heads import head_modules, head_parameters
+from rayfed_lora.models.loading import LoadReport
+from rayfed_lora.models.wording import listed, where
+from rayfed_lora.recipe.recipe import Recipe
 
-# Counters and positions that are the same in every model; a mask token is for pre-training only.
+# Counters and positions are the same in every model; a mask token serves pre-training only.
 _HARMLESS = ("num_batches_tracked", "position_ids", "mask_token")
 
 
-def fit_notes(net: nn.Module, loading: Loading, recipe: Recipe) -> tuple[str, ...]:
-    """Return what the user should know of how the source's weights fit the model.
+def fit_notes(net: nn.Module, report: LoadReport, recipe: Recipe) -> tuple[str, ...]:
+    """Return notes for the user on how the source's weights fit the model.
 
-    New weights are accepted for the head and for poolers, which many sources lack; a language
-    model has no such parts.
+    Random weights are accepted in the head and in poolers, which many sources lack. A language
+    model has neither.
 
     Args:
         net: the model, real or on the meta device.
-        loading: what transformers reports of the source.
+        report: from `loading.load_report`.
         recipe: the run.
 
     Raises:
-        ModelError: tensors are missing elsewhere, or have another size.
+        ModelError: tensors are missing elsewhere, or have another shape.
     """
-    where = f"model.source {recipe.model.source!r}"
-    fresh = _may_be_new(net, recipe)
-    missing = [name for name in loading.missing if not name.endswith(_HARMLESS)]
-    lost = [name for name in missing if not fresh(name)]
+    source = where(recipe.model)
+    heads = _automatic_head(net, recipe)
+    language = recipe.model.task == "causal-lm"
+    own = [] if language else head_modules(net, recipe.adapter)
+    may_be_random = (*heads, *(f"{name}." for name in own))
+
+    def required(name: str) -> bool:
+        return language or not (name.startswith(may_be_random) or "pooler" in name)
+
+    missing = [name for name in report.missing if not name.endswith(_HARMLESS)]
+    lost = [name for name in missing if required(name)]
     if lost:
-        hint = f"; not used are {_grouped(loading.unexpected)}" if loading.unexpected else ""
+        unused = f"; unused are {_grouped(report.unexpected)}" if report.unexpected else ""
         raise ModelError(
-            f"{where}: expected the weights of a {type(net).__name__}, {_count(lost)} missing:"
-            f" {listed(lost)}{hint}; is it a model of this architecture, and are its tensors named"
-            " as transformers names them?"
+            f"{source}: expected the weights of a {type(net).__name__}, {_count(lost)} missing:"
+            f" {listed(lost)}{unused}; is it a model of this architecture, and are its tensors"
+            " named as transformers names them?"
         )
-    wrong = {name: sizes for name, sizes in loading.mismatched.items() if not fresh(name)}
+    wrong = [
+        f"{name} ({had}, expected {needed})"
+        for name, (had, needed) in report.mismatched.items()
+        if required(name)
+    ]
     if wrong:
-        told = [f"{name} ({had}, expected {needed})" for name, (had, needed) in wrong.items()]
         raise ModelError(
-            f"{where}: expected tensors of the configuration's sizes, {_count(told)} of another"
-            f" size: {listed(told)}; check model.config"
+            f"{source}: expected tensors of the configuration's sizes, {_count(wrong)} of another"
+            f" size: {listed(wrong)}; check model.config"
         )
-    return tuple(_notes(net, loading, missing, recipe))
+    return tuple(_notes(report, missing, heads, set(head_parameters(net, recipe.adapter)), recipe))
 
 
 def _notes(
-    net: nn.Module, loading: Loading, missing: Sequence[str], recipe: Recipe
+    report: LoadReport,
+    missing: Sequence[str],
+    heads: tuple[str, ...],
+    trained: set[str],
+    recipe: Recipe,
 ) -> Iterable[str]:
-    where = f"model.source {recipe.model.source!r}"
-    trained = set(head_parameters(net, recipe.adapter))
-    unused = [name for name in loading.unexpected if not name.endswith(_HARMLESS)]
-    # A source without a head is as usual; one whose head is not recognised is not.
-    usual = trained & {name for name in missing if name.startswith(_heads(net, recipe))}
-    told = missing if unused else [name for name in missing if name not in usual]
-    if told:
-        yield f"{where} has no weights for {_grouped(told)}: drawn at random"
-    if loading.mismatched:
-        first, (had, needed) = next(iter(loading.mismatched.items()))
+    """Yield the notes, given prefixes of names in the head and the densely trained parameters."""
+    source = where(recipe.model)
+    unused = [name for name in report.unexpected if not name.endswith(_HARMLESS)]
+    # A source without a head is common; one with a head that is not recognised is not.
+    expected = set() if unused else {n for n in missing if n in trained and n.startswith(heads)}
+    noted = [name for name in missing if name not in expected]
+    if noted:
+        yield f"{source} has no weights for {_grouped(noted)}: initialised at random"
+    if report.mismatched:
+        first, (had, needed) = next(iter(report.mismatched.items()))
         yield (
-            f"{where}: {_grouped(loading.mismatched)} of another size ({first}: {had}, here"
-            f" {needed}): drawn at random"
+            f"{source}: {_grouped(report.mismatched)} of another size ({first}: {had}, here"
+            f" {needed}): initialised at random"
         )
     annealing = recipe.annealing
-    everything = annealing.mode == "full" or (
+    full_rounds = annealing.mode == "full" or (
         annealing.initiating_rounds > 0 and annealing.initiating.trainable == "full"
     )
-    frozen = [name for name in (*missing, *loading.mismatched) if name not in trained]
-    if frozen and not everything:
+    frozen = [name for name in (*missing, *report.mismatched) if name not in trained]
+    if frozen and not full_rounds:
         yield (
             f"{_grouped(frozen)}: random weights that no client trains; name the module in"
             " adapter.head_modules to train it"
         )
     if unused:
-        yield f"{where}: tensors that the model does not know are not used: {_grouped(unused)}"
+        yield f"{source}: tensors unknown to the model are not used: {_grouped(unused)}"
 
 
-def _may_be_new(net: nn.Module, recipe: Recipe) -> Any:
-    """Return whether a tensor's weights may be new ones."""
-    if recipe.model.task == "causal-lm":
-        return lambda name: False
-    own = tuple(f"{name}." for name in head_modules(net, recipe.adapter))
-    prefixes = (*_heads(net, recipe), *own)
-    return lambda name: name.startswith(prefixes) or "pooler" in name
-
-
-def _heads(net: nn.Module, recipe: Recipe) -> tuple[str, ...]:
-    """Return how names begin of tensors beside the encoder; a language model has no head."""
+def _automatic_head(net: nn.Module, recipe: Recipe) -> tuple[str, ...]:
+    """Return the prefixes of names beside the encoder; a language model has no head."""
     if recipe.model.task == "causal-lm":
         return ()
     automatic = recipe.adapter.model_copy(update={"head_modules": "auto"})
@@ -108,9 +114,8 @@ def _count(names: Sequence[str]) -> str:
 
 def _grouped(names: Iterable[str]) -> str:
     """Return modules with the number of their tensors: `classifier (2), bert.pooler (2)`."""
-    groups: dict[str, int] = {}
+    groups: Counter[str] = Counter()
     for name in names:
         parts = name.split(".")
-        group = ".".join(parts[: min(2, max(1, len(parts) - 1))])
-        groups[group] = groups.get(group, 0) + 1
+        groups[".".join((parts[:-1] or parts)[:2])] += 1
     return listed([f"{group} ({count})" for group, count in groups.items()])

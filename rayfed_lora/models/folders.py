@@ -1,4 +1,4 @@
-"""What a model's folder must hold, told before transformers looks into it. Source: this project."""
+"""Checks of a local model folder, made before transformers reads it. Source: this project."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from pathlib import Path
 
 from rayfed_lora.errors import ModelError
 
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+
 
 def check_folder(folder: Path, where: str) -> None:
-    """Reject a local folder that is no model in safetensors; other places are left alone.
+    """Reject a folder that holds a PEFT adapter, or a model without safetensors.
+
+    A path that is no folder, or has no config.json, passes: transformers reports these itself.
 
     Args:
         folder: from `sources.location`.
@@ -17,26 +21,17 @@ def check_folder(folder: Path, where: str) -> None:
     Raises:
         ModelError: the folder is an adapter, or its weights are in another format.
     """
-    if _has(folder, "adapter_config.json"):
+    if (folder / "adapter_config.json").is_file():
         raise ModelError(
             f"{where}: expected a whole model, the folder holds a PEFT adapter"
             " (adapter_config.json); merge it into its base first (PeftModel.merge_and_unload,"
             " then save_pretrained), or name the base"
         )
-    if any(folder.glob("*.safetensors")) or not _has(folder, "config.json"):
-        return  # transformers says what it needs of a configuration
-    other = sorted(
-        path.name
-        for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
-        for path in folder.glob(kind)
-    )
-    found = f"found {', '.join(other[:3])}" if other else "found none"
+    if any(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
+        return
+    other = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_FORMATS)
     raise ModelError(
-        f"{where}: expected weights as *.safetensors, {found}; other formats are not read, since"
-        " they can run code: load the model with transformers where you trust it, and write it"
-        " with save_pretrained"
+        f"{where}: expected weights as *.safetensors, found {', '.join(other[:3]) or 'none'};"
+        " other formats are not read, since they can run code: load the model with transformers"
+        " where you trust it, and write it with save_pretrained"
     )
-
-
-def _has(folder: Path, name: str) -> bool:
-    return (folder / name).is_file()

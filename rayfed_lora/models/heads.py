@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from rayfed_lora.errors import ModelError
-from rayfed_lora.recipe import Adapter
+from rayfed_lora.recipe.model import Adapter
 
 
 def head_modules(net: nn.Module, adapter: Adapter) -> list[str]:
@@ -15,21 +15,21 @@ def head_modules(net: nn.Module, adapter: Adapter) -> list[str]:
 
     `auto`: every direct child with parameters beside the encoder, which transformers names in
     `base_model_prefix`. Where no child has that name, the encoder is the child with the most
-    parameters, and the head is what the model registers after it.
+    parameters, and the head consists of the children registered after it.
 
     Raises:
-        ModelError: a named module is not there or part of another one, or nothing is beside the
-            encoder and the head is to be trained.
+        ModelError: a named module does not exist or is part of another named one, or the head is
+            to be trained and the model has none.
     """
-    with_parameters = [n for n, m in net.named_modules() if n and any(True for _ in m.parameters())]
     if adapter.head_modules != "auto":
-        return _named(list(dict.fromkeys(adapter.head_modules)), with_parameters)
-    children = [name for name, _ in net.named_children() if name in with_parameters]
-    encoder = getattr(net, "base_model_prefix", "")
-    found = [name for name in children if name != encoder]
-    if encoder not in children and len(children) > 1:
-        found = _after(net, children)
-    elif encoder not in children:
+        return _named(net, list(dict.fromkeys(adapter.head_modules)))
+    children, encoder = _children(net), getattr(net, "base_model_prefix", "")
+    if encoder in children:
+        found = [name for name in children if name != encoder]
+    elif len(children) > 1:
+        place = children.index(_largest(net, children))
+        found = children[place + 1 :] or children[:place]
+    else:
         found = []
     if not found and adapter.train_head:
         only = (children or [encoder])[0]
@@ -41,9 +41,8 @@ def head_modules(net: nn.Module, adapter: Adapter) -> list[str]:
 
 
 def head_notes(net: nn.Module, adapter: Adapter) -> tuple[str, ...]:
-    """Return what the user should know of how the head was found, one line each."""
-    prefix = getattr(net, "base_model_prefix", "")
-    children = [n for n, m in net.named_children() if any(True for _ in m.parameters())]
+    """Return a note for the user where the encoder was chosen by its size."""
+    prefix, children = getattr(net, "base_model_prefix", ""), _children(net)
     if adapter.head_modules != "auto" or prefix in children or len(children) < 2:
         return ()
     head = ", ".join(head_modules(net, adapter))
@@ -75,11 +74,13 @@ def head_parameters(net: nn.Module, adapter: Adapter) -> list[str]:
     ]
 
 
-def _named(names: list[str], with_parameters: Sequence[str]) -> list[str]:
-    absent = [name for name in names if name not in with_parameters]
+def _named(net: nn.Module, names: list[str]) -> list[str]:
+    """Return the recipe's names, checked."""
+    known = _with_parameters(net)
+    absent = [name for name in names if name not in known]
     if absent:
-        children = ", ".join(n for n in with_parameters if n.count(".") <= 1)
-        raise ModelError(f"adapter.head_modules: no module {absent[0]!r}; there are {children}")
+        shallow = ", ".join(name for name in known if name.count(".") <= 1)
+        raise ModelError(f"adapter.head_modules: no module {absent[0]!r}; there are {shallow}")
     for name in names:
         above = [other for other in names if name.startswith(f"{other}.")]
         if above:
@@ -89,9 +90,13 @@ def _named(names: list[str], with_parameters: Sequence[str]) -> list[str]:
     return names
 
 
-def _after(net: nn.Module, children: Sequence[str]) -> list[str]:
-    place = children.index(_largest(net, children))
-    return [*children[place + 1 :]] or [*children[:place]]
+def _with_parameters(net: nn.Module) -> list[str]:
+    return [n for n, m in net.named_modules() if n and any(True for _ in m.parameters())]
+
+
+def _children(net: nn.Module) -> list[str]:
+    """Return the names of the direct children that have parameters."""
+    return [name for name in _with_parameters(net) if "." not in name]
 
 
 def _largest(net: nn.Module, children: Sequence[str]) -> str:

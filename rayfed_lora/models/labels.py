@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rayfed_lora.errors import ModelError
+from rayfed_lora.models import sources
+from rayfed_lora.models.wording import listed
+from rayfed_lora.recipe.model import Model
 
-# Names that say nothing of a class: its number, as written by transformers or by the data.
+# Names that only number a class, as written by transformers or by the data.
 _NUMBER = re.compile(r"(?:LABEL_)?(\d+)")
 
 
@@ -23,21 +26,51 @@ class HeadMatch:
     Attributes:
         kind: `unknown`: the source names no classes | `same`: the names are equal, in any order |
             `numbers`: the data number the classes 0 .. n - 1 | `other`: other classes.
-        order: the data's class for each output of the head; of the data's own order unless `same`.
+        order: index of the data's class for each output of the head; 0 .. n - 1 unless `same`.
+        names: of the head's classes; none where it names none.
     """
 
     kind: Literal["unknown", "same", "numbers", "other"]
     order: tuple[int, ...]
+    names: tuple[str, ...] = ()
+
+    @property
+    def reorders(self) -> bool:
+        """Whether the head numbers the classes in another order than the data."""
+        return self.order != tuple(range(len(self.order)))
 
 
-def names_in(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Return the name of each class of the head that a configuration describes.
+def match_head(model: Model, labels: Sequence[str]) -> HeadMatch:
+    """Return how the classes of the source's head relate to the data's.
 
-    Args:
-        config: of a source, as a dictionary: `id2label`, and `architectures` where it is known.
+    Names that the recipe gives in `model.config.id2label` take precedence over the source's own.
+    `labels` are the names of the data's classes.
 
-    Returns:
-        None where the architecture has no classes.
+    Raises:
+        ModelError: the source's configuration cannot be read, or the recipe names other classes
+            than the data's.
+    """
+    given = model.config.get("id2label")
+    if given:
+        match = match_classes(class_names({"id2label": given}), labels)
+        # transformers' defaults carry no information about the classes.
+        generic = all(name.startswith("LABEL_") for name in match.names)
+        if match.kind == "other" or (match.kind == "unknown" and not generic):
+            raise ModelError(
+                f"model.config.id2label: expected the data's classes, {listed(labels)}, got"
+                f" {listed(match.names)}"
+            )
+        return match
+    if model.source == "config":
+        return match_classes((), labels)
+    plain = model.model_copy(update={"config": {}})
+    return match_classes(class_names(sources.configuration(plain, {}).to_dict()), labels)
+
+
+def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the name of each class of the head that a configuration, as a dictionary, describes.
+
+    There are none where the architecture is not known to have classes.
 
     Raises:
         ModelError: `id2label` is no mapping, or its classes are not numbered 0 .. n - 1.
@@ -45,49 +78,41 @@ def names_in(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     architectures = config.get("architectures") or []
     named = config.get("id2label")
     if not named or (architectures and "Classification" not in str(architectures)):
-        return None
+        return ()
     if not isinstance(named, Mapping):
         raise ModelError(
             f"model.config.id2label: expected {{0: name, 1: name, ...}}, got {named!r}"
         )
-    numbers = [str(key) for key in named]
-    if sorted(numbers) != sorted(str(i) for i in range(len(numbers))):
+    by_number = {str(key): str(name) for key, name in named.items()}
+    expected = [str(i) for i in range(len(named))]
+    if by_number.keys() != set(expected):
         raise ModelError(
-            f"model.config.id2label: expected classes 0 .. {len(numbers) - 1},"
-            f" got {', '.join(numbers[:10])}"
+            f"model.config.id2label: expected classes 0 .. {len(named) - 1},"
+            f" got {', '.join(map(str, [*named][:10]))}"
         )
-    texts = {int(key): str(name) for key, name in named.items()}
-    return tuple(texts[i] for i in range(len(texts)))
+    return tuple(by_number[number] for number in expected)
 
 
-def matched(source: Sequence[str] | None, data: Sequence[str]) -> HeadMatch:
-    """Return how the classes of a head relate to those of the data.
+def match_classes(head: Sequence[str], data: Sequence[str]) -> HeadMatch:
+    """Return how the named classes of a head relate to those of the data.
 
-    Names are compared exactly; where that fails, without regard to case and outer blanks.
+    Names are compared exactly, then ignoring case and outer blanks.
 
-    Args:
-        source: name of each class of the head, or None.
-        data: name of each class of the data.
-
-    >>> matched(["POSITIVE", "NEGATIVE"], ["negative", "positive"])
-    HeadMatch(kind='same', order=(1, 0))
-    >>> matched(["cat", "dog"], ["0", "1"]).kind
+    >>> match_classes(["POSITIVE", "NEGATIVE"], ["negative", "positive"]).order
+    (1, 0)
+    >>> match_classes(["cat", "dog"], ["0", "1"]).kind
     'numbers'
     """
-    own = tuple(range(len(data)))
-    if source is None:
-        return HeadMatch("unknown", own)
-    for known, wanted in ((list(source), list(data)), (_folded(source), _folded(data))):
+    names, as_given = tuple(head), tuple(range(len(data)))
+    for known, wanted in ((list(head), list(data)), (_folded(head), _folded(data))):
         if len(set(wanted)) == len(wanted) and sorted(known) == sorted(wanted):
-            return HeadMatch("same", tuple(wanted.index(name) for name in known))
-    if all(_NUMBER.fullmatch(name) for name in source):
-        return HeadMatch("unknown", own)
+            return HeadMatch("same", tuple(wanted.index(name) for name in known), names)
+    if all(_NUMBER.fullmatch(name) for name in head):
+        return HeadMatch("unknown", as_given, names)
     numbers = [_NUMBER.fullmatch(name) for name in data]
-    if len(source) == len(data) and all(
-        found is not None and int(found[1]) == i for i, found in enumerate(numbers)
-    ):
-        return HeadMatch("numbers", own)
-    return HeadMatch("other", own)
+    if [number and int(number[1]) for number in numbers] == [*range(len(head))]:
+        return HeadMatch("numbers", as_given, names)
+    return HeadMatch("other", as_given, names)
 
 
 def _folded(names: Sequence[str]) -> list[str]:

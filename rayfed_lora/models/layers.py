@@ -1,7 +1,7 @@
-"""Linear layers that serve a group of clients at once, each client with weights of its own.
+"""Linear layers that compute a group of clients at once, each client with weights of its own.
 
-The rows of a group's clients stand one after the other in the first dimension, equally many a
-client; what is frozen sees them all as one batch, what is trained sees each client's apart.
+The first dimension holds the rows of the group's clients one after the other, equally many for
+each client. Frozen weights act on all rows as one batch, trained weights on each client's rows.
 
 Source: this project; a layer with factors computes what `peft.tuners.lora.Linear` does,
 LoRA, arXiv:2106.09685.
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from rayfed_lora.models.linear import is_transposed, sides
 
-# Weights of a layer for which merging was measured to be the quicker way (benchmarks/README.md).
+# Weights of a layer up to which merging was measured to be faster (benchmarks/README.md).
 _SMALL = 1 << 13
 
 
@@ -27,9 +27,9 @@ class GroupFactors:
 
     Attributes:
         a: (group, rank, d_in).
-        b: (group, d_out, rank); clients of a lower rank have zeros behind it, in `a` too: their
-            gradients there are zero as well, so that they stay.
-        scale: (group, 1, 1), or (1, 1, 1) where it is that of all; not trained.
+        b: (group, d_out, rank). Clients of a lower rank are padded with zeros, here and in `a`;
+            the gradients there are zero too, so that the padding stays zero.
+        scale: (group, 1, 1), or (1, 1, 1) where all clients have the same; not trained.
     """
 
     a: torch.Tensor
@@ -38,14 +38,12 @@ class GroupFactors:
 
 
 class AdaptedLinear(nn.Linear):
-    """A frozen linear layer with LoRA factors for each client of a group, or with none."""
+    """A frozen linear layer with LoRA factors for each client of a group, or without factors."""
 
     def __init__(self, plain: nn.Module, dropout: float) -> None:
-        """Take over a plain layer's parameters, under the same names.
+        """Take over the parameters of an nn.Linear or a Conv1D, under the same names.
 
-        Args:
-            plain: an nn.Linear or a Conv1D.
-            dropout: probability of a zero in what the factors see.
+        `dropout` is the probability of a zero in the input of the factors.
         """
         nn.Module.__init__(self)
         shape = sides(plain)
@@ -67,20 +65,21 @@ class AdaptedLinear(nn.Linear):
             y = torch.bmm(rows, weights)
             y = y if self.bias is None else y.add_(self.bias)
         else:
-            seen = functional.dropout(x, self.dropout, self.training) if self.dropout > 0 else x
-            low = torch.bmm(_by_client(seen, len(a)), a.transpose(1, 2))
-            # In place: nobody else has seen it, and a copy takes longer than the product.
+            dropped = functional.dropout(x, self.dropout, self.training) if self.dropout > 0 else x
+            low = torch.bmm(_by_client(dropped, len(a)), a.transpose(1, 2))
+            # In place, since y has no other user and a copy takes longer than the product.
             y = functional.linear(rows, weight, self.bias)
             y = y.baddbmm_(low, scaled.transpose(1, 2).to(y.dtype))
         return y.view(*x.shape[:-1], self.out_features)
 
     def _merges(self, rows: torch.Tensor) -> bool:
-        """Return whether x_g (W + scale_g B_g A_g)^T takes less time than the factors apart.
+        """Return whether x_g (W + scale_g B_g A_g)^T is faster than separate factors.
 
-        Its gradient is as large as W for each client: that pays for small layers only.
+        The gradient of a merged weight is as large as W for each client, which pays for small
+        layers only.
         """
         drops = self.dropout > 0 and self.training
-        # A weight rounded to bf16 would lose a small update.
+        # Rounding the merged weight to bf16 would lose a small update.
         if drops or torch.is_autocast_enabled(rows.device.type):
             return False
         small = self.weight.numel() <= _SMALL or not torch.is_grad_enabled()
@@ -95,7 +94,7 @@ class ClientLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = plain.in_features, plain.out_features
         self.weight, self.bias = plain.weight, plain.bias
-        # By parameter name, (group, d_out, d_in) and (group, d_out); none: the plain layer's own.
+        # By parameter name, (group, d_out, d_in) and (group, d_out); empty: the plain layer's own.
         self.copies: dict[str, torch.Tensor] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

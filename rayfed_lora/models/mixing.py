@@ -1,14 +1,15 @@
-"""Whether what a model says of an example depends on what it is computed with.
+"""Whether a model's result for an example depends on the rest of its batch, or on padding.
 
-Clients are trained together on the ground that a frozen layer sees their rows as one batch and
-gives each the same as alone. That holds for attention with a mask; it does not for what mixes
-examples or padding in (batch statistics, a Fourier transform over the tokens, attention between
-examples, experts of a limited capacity). Source: this project.
+Clients are trained in one batch on the assumption that a frozen layer computes each client's rows
+as if they were alone. Attention with a mask satisfies it. Models that mix examples or padding do
+not: batch statistics, a Fourier transform over the tokens, attention between examples, experts of
+limited capacity. Source: this project.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -16,48 +17,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from rayfed_lora.models.linear import is_linear
+from rayfed_lora.models.linear import is_linear, nearly_equal
+from rayfed_lora.models.tracing import FIRST_DIMENSION
 
 Inputs = Mapping[str, torch.Tensor]
-# What a layer sees in each of its calls, by its name.
-_Seen = dict[str, list[torch.Tensor]]
-# Largest difference that is rounding, as a share of the largest value. In float32 sums of another
-# order differ by some 1e-6 of it, behind two dozen layers by some 1e-5; padding that is mixed in
-# changes it by 1e-2 and more.
-_ROUNDING = 1e-4
+# Digests of the inputs of linear layers, call by call, by layer name.
+_Calls = dict[str, list[torch.Tensor]]
+# Random sums that an input is reduced to.
 _SUMS = 4
+# Entries of a configuration whose keys or values are names of classes.
+_CLASS_ENTRIES = ("id2label", "label2id")
 
-
-_FIRST = "the model does not keep a batch's examples in the first dimension"
 _ORDER = "the model does not keep a batch's examples in the order of the batch"
-_EXAMPLES = "the model mixes the examples of a batch: alone, one has other logits"
+_EXAMPLES = "the model mixes the examples of a batch: alone, an example has other logits"
 _PADDING = "the model mixes padding into its result: without it, a text has other logits"
 
 
 @dataclass(frozen=True)
-class Trial:
-    """Examples to try a model on.
-
-    Attributes:
-        together: the examples, padded as in training.
-        alone: each of them, as long as it is itself.
-    """
-
-    together: Inputs
-    alone: Sequence[Inputs]
-
-
-@dataclass(frozen=True)
 class Verdict:
-    """Why examples cannot be computed together, as far as they cannot.
+    """Reasons why examples cannot be computed in one batch, where there are any.
 
     Attributes:
-        testing: the reason in evaluation mode; None: each gets what it gets alone.
+        testing: the reason in evaluation mode; None: each example has the result it has alone.
         training: the reason in training mode.
-        layers: the reason by linear layer in which each client has factors or weights of its own:
-            there the rows of an example must stand one after the other, in the order of examples.
-        heads: the same for layers that make the logits: what these read must not depend on padding
-            either, since their weights may be zero at first.
+        layers: reasons by linear layer. They count for layers in which each client has factors or
+            weights of its own: their rows must stand in the order of the examples.
+        heads: reasons by linear layer that count for layers whose outputs are the logits. Their
+            input must not depend on padding, which the logits do not show while weights are zero.
     """
 
     testing: str | None = None
@@ -66,15 +52,15 @@ class Verdict:
     heads: Mapping[str, str] = field(default_factory=dict)
 
 
-def tried(net: nn.Module, trial: Trial) -> Verdict:
-    """Return whether a model computes examples together as it does alone.
+def verdict_on(net: nn.Module, together: Inputs, alone: Sequence[Inputs]) -> Verdict:
+    """Return whether a plain model in float32 computes examples in one batch as it does alone.
 
-    Weights, buffers and mode stay as they are. A model that draws in training (dropout) is tried in
-    evaluation mode only.
+    Weights, buffers and mode are restored. A model with dropout is tested in evaluation mode only.
 
     Args:
-        net: a plain model in float32.
-        trial: the examples.
+        net: the model.
+        together: the examples as one batch, padded as in training.
+        alone: each example as a batch of its own, without padding.
 
     Raises:
         Exception: whatever the model raises on one padded example in evaluation mode.
@@ -84,14 +70,14 @@ def tried(net: nn.Module, trial: Trial) -> Verdict:
     try:
         with torch.no_grad():
             net.eval()
-            found = _compared(net, trial)
-            if found.testing is not None or drops(net):
-                return found
+            verdict = _compare(net, together, alone)
+            if verdict.testing is not None or drops(net):
+                return verdict
             net.train()
             try:
-                return replace(_compared(net, trial), testing=None)
-            except Exception as error:  # a model may raise anything; a client alone is told of it
-                return Verdict(training=_failed(error))
+                return replace(_compare(net, together, alone), testing=None)
+            except Exception as error:  # of any type; training of a single client reports it
+                return Verdict(training=_failure(error))
     finally:
         net.train(mode)
         for buffer, before in buffers:
@@ -99,114 +85,97 @@ def tried(net: nn.Module, trial: Trial) -> Verdict:
 
 
 def drops(net: nn.Module) -> bool:
-    """Return whether a module draws in training, by its own rate or its model's configuration."""
+    """Return whether a module, or the model's configuration, has a dropout rate above zero."""
     config = getattr(net, "config", None)
-    modules = (m.p for m in net.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
-    return any(rate > 0 for rate in modules) or (config is not None and _rated(config.to_dict()))
+    rates = (m.p for m in net.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
+    return any(rate > 0 for rate in rates) or (
+        config is not None and _has_dropout(config.to_dict())
+    )
 
 
-# What a configuration says of classes, whose names are the data's.
-_OF_CLASSES = ("id2label", "label2id")
+def _has_dropout(value: Any, *, named: bool = False) -> bool:
+    """Return whether a part of a configuration has a dropout rate above zero.
 
-
-def _rated(value: Any, *, named: bool = False) -> bool:
-    """Return whether a rate of dropout is above 0 in a configuration, or in a part of it.
-
-    Args:
-        value: of the configuration: a dictionary, a list or a single value.
-        named: whether it is under a name of dropout.
+    `named`: a key above the part contains "drop".
     """
     if isinstance(value, Mapping):
         return any(
-            _rated(part, named=named or "drop" in str(key))
+            _has_dropout(part, named=named or "drop" in str(key))
             for key, part in value.items()
-            if key not in _OF_CLASSES
+            if key not in _CLASS_ENTRIES
         )
     if isinstance(value, (list, tuple)):
-        return any(_rated(part, named=named) for part in value)
+        return any(_has_dropout(part, named=named) for part in value)
     return named and isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
-def _compared(net: nn.Module, trial: Trial) -> Verdict:
-    """Return the verdict in the net's present mode."""
-    padded = [
-        {name: values[i : i + 1] for name, values in trial.together.items()}
-        for i in range(len(trial.alone))
-    ]
-    singles = [_pass(net, inputs) for inputs in padded]
+def _compare(net: nn.Module, together: Inputs, alone: Sequence[Inputs]) -> Verdict:
+    """Return the verdict on the model in its present mode."""
+    examples = len(alone)
+    padded = [{n: x[i : i + 1] for n, x in together.items()} for i in range(examples)]
+    singles = [_forward(net, inputs) for inputs in padded]
     try:
-        logits, seen = _pass(net, trial.together)
-    except Exception as error:  # a model may raise anything; a client alone is told of it
-        return Verdict(_failed(error), _failed(error))
-    examples = len(trial.alone)
-    layers = {n: _FIRST for n, calls in seen.items() if any(len(x) % examples for x in calls)}
+        logits, calls = _forward(net, together)
+    except Exception as error:  # of any type; training of a single client reports it
+        return Verdict(_failure(error), _failure(error))
+    layers = {n: FIRST_DIMENSION for n, xs in calls.items() if any(len(x) % examples for x in xs)}
     heads: dict[str, str] = {}
-    for i, (said, found) in enumerate(singles):
-        if not _alike(logits[i : i + 1], said):
+    for i, (own_logits, own_calls) in enumerate(singles):
+        if not nearly_equal(logits[i : i + 1], own_logits):
             return Verdict(_EXAMPLES, _EXAMPLES)
-        mine = {name: [x.tensor_split(examples)[i] for x in xs] for name, xs in seen.items()}
-        for name in seen.keys() | found.keys():
-            if not _same_calls(mine.get(name, ()), found.get(name, ())):
+        parts = {name: [x.tensor_split(examples)[i] for x in xs] for name, xs in calls.items()}
+        for name in parts.keys() | own_calls.keys():
+            if not _same_calls(parts.get(name, ()), own_calls.get(name, ())):
                 layers.setdefault(name, _ORDER)
-    for inputs, own, (said, found) in zip(padded, trial.alone, singles, strict=True):
-        if all(inputs[name].shape == values.shape for name, values in own.items()):
+    for inputs, short, (own_logits, own_calls) in zip(padded, alone, singles, strict=True):
+        if all(inputs[name].shape == values.shape for name, values in short.items()):
             continue
         try:
-            short, parts = _pass(net, own)
-        except Exception:  # too short for the model: it is computed with padding only
+            short_logits, short_calls = _forward(net, short)
+        except Exception:  # too short for the model, which always computes it with padding
             continue
-        if not _alike(_cut(said, short), short):
+        if not _equal_without_padding(own_logits, short_logits):
             return Verdict(_PADDING, _PADDING)
-        for name, calls in found.items():
-            pairs = zip(calls, parts.get(name, ()), strict=False)
-            if not all(_alike(_cut(whole, part), part) for whole, part in pairs):
+        for name, xs in own_calls.items():
+            pairs = zip(xs, short_calls.get(name, ()), strict=False)
+            if not all(_equal_without_padding(x, part) for x, part in pairs):
                 heads[name] = _PADDING
     return Verdict(layers=layers, heads=heads)
 
 
-def _failed(error: Exception) -> str:
-    said = str(error).strip().partition("\n")[0]
-    return f"a few examples cannot be computed together ({type(error).__name__}: {said})"
+def _failure(error: Exception) -> str:
+    reason = str(error).strip().partition("\n")[0]
+    return f"a few examples cannot be computed together ({type(error).__name__}: {reason})"
 
 
-def _pass(net: nn.Module, inputs: Inputs) -> tuple[torch.Tensor, _Seen]:
-    """Return the logits and what the linear layers see, call by call."""
-    seen: _Seen = {}
+def _forward(net: nn.Module, inputs: Inputs) -> tuple[torch.Tensor, _Calls]:
+    """Return the logits, and digests of the inputs of linear layers."""
+    calls: _Calls = {}
 
-    def look(
-        name: str, _: nn.Module, given: tuple[torch.Tensor, ...], named: Mapping[str, torch.Tensor]
+    def record(
+        name: str, _: nn.Module, args: tuple[torch.Tensor, ...], named: Mapping[str, torch.Tensor]
     ) -> None:
-        seen.setdefault(name, []).append(_digest(next(iter((*given, *named.values())))))
+        calls.setdefault(name, []).append(_digest(next(iter((*args, *named.values())))))
 
-    hooks = [
-        module.register_forward_pre_hook(partial(look, name), with_kwargs=True)
-        for name, module in net.named_modules()
-        if is_linear(module)
-    ]
-    try:
-        logits: torch.Tensor = net(**inputs).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return logits, seen
+    with ExitStack() as stack:
+        for name, module in net.named_modules():
+            if is_linear(module):
+                hook = partial(record, name)
+                stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+        return net(**inputs).logits, calls
 
 
 def _digest(x: torch.Tensor) -> torch.Tensor:
-    """Return a few random sums over the last dimension: what is seen is as large as a batch's."""
+    """Return a few random sums over the last dimension, since inputs themselves are large."""
     generator = torch.Generator().manual_seed(x.shape[-1])
     return x @ torch.randn(x.shape[-1], _SUMS, generator=generator, dtype=x.dtype)
 
 
-def _cut(whole: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """Return the part of a padded example that is the example: (1, tokens, d) has more tokens."""
-    return whole[:, : part.shape[1]] if whole.dim() == part.dim() == 3 else whole
+def _same_calls(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
+    return len(found) == len(expected) and all(map(nearly_equal, found, expected))
 
 
-def _same_calls(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
-    return len(one) == len(other) and all(map(_alike, one, other))
-
-
-def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.shape != other.shape:
-        return False
-    return bool((one - other).abs().max() <= _ROUNDING * other.abs().max())
+def _equal_without_padding(whole: torch.Tensor, part: torch.Tensor) -> bool:
+    """Compare a padded example, (1, tokens, d) or (1, d), with the example alone."""
+    cut = whole[:, : part.shape[1]] if whole.dim() == part.dim() == 3 else whole
+    return nearly_equal(cut, part)

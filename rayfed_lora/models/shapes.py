@@ -1,4 +1,4 @@
-"""Which modules of a model are adapted, which make up its head, and how large all are.
+"""The sizes of a model under an adapter, and whether its clients can be fused.
 
 Source: this project.
 """
@@ -11,21 +11,20 @@ from rayfed_lora.errors import ModelError
 from rayfed_lora.models.heads import head_modules, head_notes, head_parameters
 from rayfed_lora.models.linear import sides
 from rayfed_lora.models.targets import Targets, choose_targets
-from rayfed_lora.models.tracing import traced
-from rayfed_lora.recipe import Adapter, Recipe
+from rayfed_lora.models.tracing import trace_forward
+from rayfed_lora.recipe.model import Adapter
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.types import ModelShape, ModuleShape
-
-__all__ = ["adapted_modules", "fusion_obstacle", "head_modules", "head_parameters", "model_shape"]
 
 
 def model_shape(net: nn.Module, recipe: Recipe) -> ModelShape:
     """Return the sizes of a model (real or on the meta device) under the recipe's adapter.
 
     Raises:
-        ModelError: no module matches, one is not a plain linear layer, or heating.rank does not
-            fit the smallest one.
+        ModelError: no module matches, a match is not a plain linear layer, or heating.rank
+            exceeds the smallest side of a module.
     """
-    trace = traced(net, recipe)
+    trace = trace_forward(net, recipe)
     targets = _targets(net, recipe, trace.unused)
     modules = {name: sides(net.get_submodule(name)) for name in targets.names}
     if recipe.annealing.mode != "full":
@@ -45,7 +44,7 @@ def model_shape(net: nn.Module, recipe: Recipe) -> ModelShape:
 
 
 def _targets(net: nn.Module, recipe: Recipe, unused: frozenset[str]) -> Targets:
-    """Return the adapted modules; none where the method trains no factors and none are found."""
+    """Return the adapted modules; they may be none where the method trains no factors."""
     rank = 0 if recipe.annealing.mode == "full" else recipe.annealing.heating.rank
     adapter = recipe.adapter
     head = head_modules(net, adapter)
@@ -55,15 +54,15 @@ def _targets(net: nn.Module, recipe: Recipe, unused: frozenset[str]) -> Targets:
         if rank > 0 or adapter.target_modules not in ("auto", "all-linear"):
             raise
         return Targets([])
-    # What gets no factors is of no interest where nothing gets any.
+    # Without factors, notes on modules that get none are irrelevant.
     return found if rank > 0 else Targets(found.names)
 
 
 def adapted_modules(net: nn.Module, adapter: Adapter) -> list[str]:
-    """Return the full names of the modules that get factors, in model order, of whatever rank.
+    """Return the full names of the modules that can get factors of any rank, in model order.
 
     Raises:
-        ModelError: nothing matches, or what matches is not a plain linear layer.
+        ModelError: nothing matches, or a match is not a plain linear layer.
     """
     return choose_targets(net, adapter.target_modules, head_modules(net, adapter)).names
 
@@ -71,8 +70,8 @@ def adapted_modules(net: nn.Module, adapter: Adapter) -> list[str]:
 def fusion_obstacle(net: nn.Module, adapter: Adapter) -> str | None:
     """Return why this model cannot compute several clients in one batch; None where it can.
 
-    Clients would meet in a normalisation over the batch; and a trained head is copied for each
-    client, which is possible for linear layers.
+    Batch normalisation would mix the clients. A trained head is copied for each client, which is
+    implemented for linear layers only.
     """
     for name, module in net.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

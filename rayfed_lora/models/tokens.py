@@ -1,8 +1,10 @@
-"""Texts to token arrays. Source: this project, on transformers' tokenizers."""
+"""Texts to arrays of tokens, as a model takes them. Source: transformers' tokenizers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,120 +12,109 @@ import numpy.typing as npt
 from torch import nn
 
 from rayfed_lora.errors import ModelError
-from rayfed_lora.models import sources
-from rayfed_lora.models.padding import POSITIONS, Tokens
 from rayfed_lora.models.sources import quiet
-from rayfed_lora.recipe import Model
 
-# Of a character a tokenizer keeps up to some 200 bytes.
+_Array = npt.NDArray[np.int32]
+Tokens = dict[str, _Array]
+# A tokenizer's results take up to some 200 bytes a character.
 _BATCH_CHARACTERS = 2_000_000
 
 
 def tokenize(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
-    """Return the tokenised texts, padded on the right to the longest of them.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        texts: n texts.
-        max_length: longest text in tokens; the rest is cut.
+    """Return n texts, truncated to `max_length` tokens and padded on the right to the longest.
 
     Returns:
         The tokenizer's own outputs (`input_ids`, `attention_mask`, ...), each (n, length) int32.
 
     Raises:
-        ModelError: the tokenizer has no padding token, and none to take for it.
+        ModelError: the tokenizer has no padding token.
     """
     if tokenizer.pad_token is None:
         raise ModelError(
             "model.tokenizer: expected one with a padding, an end or an unknown token, it has none"
         )
-    parts: list[Tokens] = []
+    rows: dict[str, list[_Array]] = defaultdict(list)
     with quiet():
         for batch in _batches(texts):
             encoded = tokenizer(
-                batch,
-                truncation=True,
-                max_length=max_length,
-                padding="longest",
-                padding_side="right",
-                return_attention_mask=True,
-                return_tensors="np",
+                batch, truncation=True, max_length=max_length, return_attention_mask=True
             )
-            parts.append({n: np.asarray(values, dtype=np.int32) for n, values in encoded.items()})
-    longest = max(part["input_ids"].shape[1] for part in parts)
-    padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-    return {
-        name: np.concatenate([_padded(part[name], longest, padding.get(name, 0)) for part in parts])
-        for name in parts[0]
-    }
-
-
-def _padded(tokens: npt.NDArray[np.int32], length: int, value: int) -> npt.NDArray[np.int32]:
-    """Return tokens padded on the right."""
-    return np.pad(tokens, ((0, 0), (0, length - tokens.shape[1])), constant_values=value)
-
-
-def _batches(texts: list[str]) -> Iterator[list[str]]:
-    """Cut texts into runs of so many characters: a tokenizer keeps all tokens, the cut ones too."""
-    batch: list[str] = []
-    signs = 0
-    for text in texts:
-        if batch and signs + len(text) > _BATCH_CHARACTERS:
-            yield batch
-            batch, signs = [], 0
-        batch.append(text)
-        signs += len(text)
-    yield batch
+            for name, values in encoded.items():
+                rows[name] += [np.array(row, np.int32) for row in values]
+    fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+    return {name: _padded(values, fill.get(name, 0)) for name, values in rows.items()}
 
 
 def tokenize_whole(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
-    """Return texts to be continued: what is not cut ends in the tokenizer's end token, if any.
+    """Return n texts for a language model, each with the tokenizer's end token, if it has one.
 
-    Args:
-        tokenizer: a transformers tokenizer; it needs no padding token.
-        texts: n texts.
-        max_length: longest text in tokens, its end included; the rest is cut.
+    They are truncated to `max_length` tokens, and may lose the end token by that. The tokenizer
+    needs no padding token.
 
     Returns:
-        `input_ids` and `attention_mask`, each (n, length) int32; 0 stands in padding.
+        `input_ids` and `attention_mask`, each (n, length) int32; padding is 0.
     """
     end = tokenizer.eos_token_id
-    rows: list[list[int]] = []
+    rows: list[_Array] = []
     with quiet():
         for batch in _batches(texts):
             whole = tokenizer(batch)["input_ids"]
             ended = [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in whole]
-            rows += [ids[:max_length] for ids in ended]
-    length = max(1, *(len(ids) for ids in rows))
-    tokens, mask = (np.zeros((len(rows), length), np.int32) for _ in range(2))
-    for i, ids in enumerate(rows):
-        tokens[i, : len(ids)], mask[i, : len(ids)] = ids, 1
-    return {"input_ids": tokens, "attention_mask": mask}
+            rows += [np.array(ids[:max_length], np.int32) for ids in ended]
+    masks = [np.ones_like(ids) for ids in rows]
+    return {"input_ids": _padded(rows, least=1), "attention_mask": _padded(masks, least=1)}
 
 
-# What RoBERTa's kind keeps of the positions that its configuration names is a little less.
-_SPARE = 8
+def _padded(rows: Sequence[_Array], fill: int = 0, *, least: int = 0) -> _Array:
+    """Return rows padded on the right to the longest of them, and to `least` values."""
+    padded = np.full((len(rows), max([least, *map(len, rows)])), fill, np.int32)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = row
+    return padded
 
 
-def check_length(model: Model, config: Any, longest: int) -> None:
-    """Refuse texts that are longer than the table of positions of a model that has one.
+def _batches(texts: list[str]) -> Iterator[list[str]]:
+    """Cut texts into batches of limited size: a tokenizer returns truncated tokens as well."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        if batch and characters + len(text) > _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+        batch.append(text)
+        characters += len(text)
+    yield batch
+
+
+def pad_with(tokens: Tokens, pad: int | None) -> Tokens:
+    """Replace all padding by the token `pad`, or 0; a text without tokens becomes that one token.
 
     Args:
-        model: the recipe's section.
-        config: from `sources.configuration`.
-        longest: tokens of the longest text.
+        tokens: `input_ids` and `attention_mask`, (n, length), and others, which stay.
+        pad: the padding token; None: 0.
+    """
+    if tokens["input_ids"].shape[1] == 0:
+        # No text has a token.
+        tokens = {name: np.zeros((len(ids), 1), np.int32) for name, ids in tokens.items()}
+    mask = tokens["attention_mask"].copy()
+    mask[mask.sum(axis=1) == 0, 0] = 1
+    padding = tokens["attention_mask"] == 0
+    ids = np.where(padding, np.int32(0 if pad is None else pad), tokens["input_ids"])
+    return {**tokens, "input_ids": ids, "attention_mask": mask}
+
+
+def known_inputs(net: nn.Module, config: Any, tokens: Tokens) -> Tokens:
+    """Return the inputs that the model's forward pass takes.
 
     Raises:
-        ModelError: there are fewer positions.
+        ModelError: the texts have more token types than the model.
     """
-    named = getattr(config, "max_position_embeddings", None)
-    if not isinstance(named, int) or longest <= named - _SPARE:
-        return
-    for name, module in sources.skeleton(model, config).named_modules():
-        if isinstance(module, nn.Embedding) and name.endswith(POSITIONS):
-            first = 0 if module.padding_idx is None else module.padding_idx + 1
-            if longest > module.num_embeddings - first:
-                raise ModelError(
-                    f"data.max_length: expected at most {module.num_embeddings - first}, the"
-                    f" positions of the model, the longest text has {longest} tokens"
-                )
+    parameters = inspect.signature(net.forward).parameters
+    kept = {name: values for name, values in tokens.items() if name in parameters}
+    types, known = kept.get("token_type_ids"), getattr(config, "type_vocab_size", None)
+    if types is not None and isinstance(known, int) and known > 0 and types.max() >= known:
+        raise ModelError(
+            f"model.tokenizer: expected token types below {known} (type_vocab_size), got"
+            f" {types.max()}"
+        )
+    return kept

@@ -1,9 +1,9 @@
-"""What a forward pass without values shows of a model. Source: this project."""
+"""A forward pass on the meta device, and its results. Source: this project."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +11,22 @@ import torch
 from torch import nn
 
 from rayfed_lora.models.linear import is_linear
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
+
+# No text is traced at a length that is a multiple of it, to tell a sequence from a batch.
+_EXAMPLES = 7
+_WARNING = "warn_if_padding_and_no_attention_mask"
+FIRST_DIMENSION = "the model does not keep a batch's examples in the first dimension"
 
 
 @dataclass(frozen=True)
-class Trace:
-    """What one forward pass without values shows of a model.
+class ForwardTrace:
+    """The results of a forward pass on the meta device.
 
     Attributes:
-        obstacle: as of `fusion_obstacle`.
-        linear_flops: mean work of a linear layer for one example, forward, 0 where unknown.
-        activation_bytes: what the linear layers give out for one example, in float32.
+        obstacle: why several clients cannot be computed in one batch; None: they can.
+        linear_flops: mean forward FLOPs of a linear layer for one example, 0 where unknown.
+        activation_bytes: size of the linear layers' outputs for one example, in float32.
         unused: linear layers that the pass does not call.
     """
 
@@ -31,56 +36,45 @@ class Trace:
     unused: frozenset[str] = frozenset()
 
 
-# No text is traced at a length that is a multiple of it: a sequence is told from a batch.
-_EXAMPLES = 7
-_WARNING = "warn_if_padding_and_no_attention_mask"
+def trace_forward(net: nn.Module, recipe: Recipe) -> ForwardTrace:
+    """Return the results of a forward pass of a model on the meta device.
 
-
-def traced(net: nn.Module, recipe: Recipe) -> Trace:
-    """Return what a forward pass of a model on the meta device shows; nothing for a real one.
-
-    Without that proof clients are not computed together: a model may keep its examples elsewhere
-    than in the first dimension, and would mix them up silently.
+    A pass that raises is an obstacle: a model may keep its examples in another dimension than the
+    first, and clients would be mixed up silently. A real model is not traced.
     """
     if any(p.device.type != "meta" for p in net.parameters()):
-        return Trace()
+        return ForwardTrace()
     rows: list[int] = []
     flops: list[float] = []
-    given: list[int] = []
-
+    outputs: list[int] = []
     called: set[nn.Module] = set()
 
-    def look(module: nn.Module, seen: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+    def record(module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         called.add(module)
-        if not isinstance(out, torch.Tensor):
-            # A layer with a forward of its own.
-            return
-        rows.append(seen[0].shape[0])
-        flops.append(2.0 * seen[0].numel() * out.shape[-1])
-        given.append(out.numel())
+        if isinstance(out, torch.Tensor):  # a subclass may return something else
+            rows.append(args[0].shape[0])
+            flops.append(2.0 * args[0].numel() * out.shape[-1])
+            outputs.append(out.numel())
 
     linear = {name: module for name, module in net.named_modules() if is_linear(module)}
-    hooks = [module.register_forward_hook(look) for module in linear.values()]
-    try:
-        with torch.no_grad(), _no_look_at_padding(net):
-            net.eval()(**_inputs(net, recipe))
-    except Exception as error:  # some models look at values, which there are none of
-        return Trace(f"its forward pass cannot be traced ({type(error).__name__})")
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as stack:
+        for module in linear.values():
+            stack.enter_context(module.register_forward_hook(record))
+        try:
+            with torch.no_grad(), _no_padding_warning(net):
+                net.eval()(**_inputs(net, recipe))
+        except Exception as error:  # some models read values, which do not exist here
+            return ForwardTrace(f"its forward pass cannot be traced ({type(error).__name__})")
     unused = frozenset(name for name, module in linear.items() if module not in called)
     if any(count % _EXAMPLES != 0 for count in rows):
-        return Trace(
-            "the model does not keep a batch's examples in the first dimension", unused=unused
-        )
+        return ForwardTrace(FIRST_DIMENSION, unused=unused)
     mean = sum(flops) / max(len(flops), 1) / _EXAMPLES
-    return Trace(None, mean, 4 * sum(given) // _EXAMPLES, unused)
+    return ForwardTrace(None, mean, 4 * sum(outputs) // _EXAMPLES, unused)
 
 
 @contextmanager
-def _no_look_at_padding(net: nn.Module) -> Iterator[None]:
-    """Keep transformers from a warning for which it looks at tokens, which have no values here."""
+def _no_padding_warning(net: nn.Module) -> Iterator[None]:
+    """Disable a check of transformers that reads the values of tokens."""
     own = [module for module in net.modules() if hasattr(module, _WARNING)]
     for module in own:
         setattr(module, _WARNING, lambda *_, **__: None)
@@ -88,15 +82,15 @@ def _no_look_at_padding(net: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module in own:
-            # Behind it is that of the class.
+            # The class's own method is visible again.
             delattr(module, _WARNING)
 
 
 def image_shape(config: Any) -> tuple[int, int, int]:
-    """Return (channels, height, width) of the images that a configuration is for.
+    """Return the (channels, height, width) of the images that a configuration describes.
 
     Raises:
-        AttributeError: it names no size.
+        AttributeError: the configuration has no image size.
     """
     if not hasattr(config, "image_size") and hasattr(config, "vision_config"):
         config = config.vision_config
@@ -106,7 +100,7 @@ def image_shape(config: Any) -> tuple[int, int, int]:
 
 
 def _inputs(net: nn.Module, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """Return inputs without values, as long as a text can be."""
+    """Return inputs on the meta device; texts have the greatest length possible."""
     config: Any = net.config
     if recipe.model.task != "image-classification":
         positions = getattr(config, "max_position_embeddings", None) or 0

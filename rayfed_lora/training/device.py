@@ -1,10 +1,10 @@
-"""Choosing the torch device. Source: this project."""
+"""The torch device of a process, and its memory. Source: this project."""
 
 from __future__ import annotations
 
 import torch
 
-# Share of its GPU fraction that an actor may allocate; the rest is the driver's own.
+# Part of its GPU share that an actor may allocate; the GPU driver needs the rest.
 _MEMORY_SHARE = 0.95
 
 
@@ -14,10 +14,10 @@ def has_gpu() -> bool:
 
 
 def device_of_share(gpus: float) -> str:
-    """Return the device of a worker with this GPU share, and bound its share of the memory.
+    """Return the torch device of a worker with this GPU share, and limit its GPU memory.
 
-    A worker without GPUs sees all of them on a GPU node: it must take the CPU on purpose. A
-    logical GPU without a card behind it counts as none.
+    On a GPU node, a worker without a GPU share sees all GPUs and must still use the CPU. A logical
+    GPU without hardware counts as none.
 
     Args:
         gpus: the worker's share, in GPUs.
@@ -30,12 +30,12 @@ def device_of_share(gpus: float) -> str:
 
 
 def seen_gpus() -> int:
-    """Return how many GPUs torch can use in this process."""
+    """Return the number of GPUs that torch can use in this process."""
     return torch.cuda.device_count() if has_gpu() else 0
 
 
 def peak_mb() -> float:
-    """Return the most GPU memory that torch has held at a time in this process, in MB (10^6)."""
+    """Return the peak of the GPU memory reserved by torch in this process, in MB (10^6)."""
     return torch.cuda.max_memory_reserved() / 1e6
 
 

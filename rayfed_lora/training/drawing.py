@@ -1,4 +1,4 @@
-"""What a group of clients needs that takes no model, drawn ahead of its turn.
+"""What a group of clients needs that takes no model: its batches and seeds.
 
 Source: this project.
 """
@@ -6,7 +6,6 @@ Source: this project.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -14,10 +13,10 @@ import torch
 
 from rayfed_lora.data.examples import PIXELS, Batch
 from rayfed_lora.data.workload import Workload
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, torch_seed
+from rayfed_lora.tasks.training import attributed
 from rayfed_lora.training.groups import ClientTask, GroupTask
-from rayfed_lora.training.protocol import attributed
 from rayfed_lora.types import LocalPlan
 
 # Inputs by argument name, and labels.
@@ -33,17 +32,14 @@ class GroupWork(NamedTuple):
         group: the clients and their batches.
         seeds: of what the model draws, one a client; of the first client only where it draws
             nothing that is known of.
-        read: the examples of all batches, one batch after the other, in the host's memory; None:
-            they are read in their turn.
     """
 
     group: GroupTask
     seeds: Sequence[int]
-    read: Tensors | None
 
 
 class Drawing:
-    """Draws what groups of clients need, in any thread."""
+    """Draws what groups of clients need."""
 
     def __init__(self, recipe: Recipe, workload: Workload, *, drops: bool) -> None:
         """Draw nothing yet.
@@ -59,13 +55,12 @@ class Drawing:
         row_bytes = workload.train.inputs[PIXELS][:1].nbytes if images else 0
         self._row_bytes = row_bytes if row_bytes % _ALIGNED == 0 else 0
 
-    def group(self, clients: Sequence[int], plan: LocalPlan, *, ahead: bool) -> GroupWork:
-        """Draw the work of clients that are trained together.
+    def group(self, clients: Sequence[int], plan: LocalPlan) -> GroupWork:
+        """Draw the batches and seeds of clients that are trained together.
 
         Args:
             clients: of the group.
             plan: the round.
-            ahead: whether to read small images too, up to 4 MB of them.
 
         Raises:
             ClientError: a client's cannot be drawn; names the client and the round.
@@ -78,31 +73,19 @@ class Drawing:
         group = GroupTask.of(tasks)
         drawing = group.tasks if self._drops else group.tasks[:1]
         seeds = [torch_seed(seed, Purpose.DROPOUT, plan.round, task.client) for task in drawing]
-        read = None
-        if ahead:
-            # What goes wrong is for its turn, which knows what to do.
-            with suppress(Exception):
-                read = self._read(group)
-        return GroupWork(group, seeds, read)
-
-    def _read(self, group: GroupTask) -> Tensors | None:
-        """Read the images of all batches, if they are small; else None."""
-        indices = [batch.indices for batch in group.batches]
-        small = 0 < sum(map(len, indices)) * self._row_bytes <= _READ_AT_ONCE
-        return tensors(self._workload.train.rows(np.concatenate(indices))) if small else None
+        return GroupWork(group, seeds)
 
     def batches(self, work: GroupWork, device: torch.device) -> Iterator[Tensors]:
-        """Yield inputs and labels of each batch, on a device."""
+        """Yield inputs and labels of each batch, on a device; small images are read at once."""
         batches = [batch.indices for batch in work.group.batches]
-        read = self._read(work.group) if work.read is None else work.read
-        if read is None:
+        sizes = [len(indices) for indices in batches]
+        if not 0 < sum(sizes) * self._row_bytes <= _READ_AT_ONCE:
             for indices in batches:
                 yield tensors(self._workload.train.rows(indices), device)
             return
-        inputs, labels = read
-        sizes = [len(indices) for indices in batches]
-        parts = {n: torch.split(tensor.to(device), sizes) for n, tensor in inputs.items()}
-        for step, of in enumerate(torch.split(labels.to(device), sizes)):
+        inputs, labels = tensors(self._workload.train.rows(np.concatenate(batches)), device)
+        parts = {name: torch.split(tensor, sizes) for name, tensor in inputs.items()}
+        for step, of in enumerate(torch.split(labels, sizes)):
             yield {name: each[step] for name, each in parts.items()}, of
 
 

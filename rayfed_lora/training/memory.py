@@ -1,4 +1,7 @@
-"""The memory that training takes and gives back. Source: this project."""
+"""Memory of a training process: what glibc's allocator keeps, and shortages.
+
+Source: this project; mallopt(3).
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,21 @@ import torch
 
 from rayfed_lora.errors import BlockMemoryError
 
-# torch raises a plain RuntimeError when the CPU's allocator finds none.
+# Part of the plain RuntimeError that torch raises when the host is out of memory.
 _CPU_ALLOCATOR = "DefaultCPUAllocator"
-# mallopt(3): parameters of glibc's allocator, and the most that it takes for the second.
+# Parameters of glibc's allocator, and their values in bytes: the second is the maximum.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES, _MOST_MMAP_THRESHOLD = 1 << 28, 1 << 25
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep up to 256 MB that it frees, instead of handing them to the system.
+    """Let this process keep up to 256 MB of freed memory instead of returning it to the system.
 
-    A training step frees at its end what the next one needs again; fetching it from the system,
-    page by page, takes 2 to 4 % of the step (benchmarks/README.md).
+    Each training step allocates what the last one has freed. Page faults would take 2 to 4 % of
+    the step (benchmarks/README.md).
 
     Returns:
-        Whether it does: not with another C library than glibc.
+        Whether the setting took effect; it needs glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -37,7 +40,7 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Hand to the system what this process has kept of what it freed: other work needs the room."""
+    """Return the freed memory that this process has kept to the system."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -46,25 +49,25 @@ def return_freed_memory() -> None:
 def memory_watched(clients: Sequence[int]) -> Iterator[None]:
     """Turn a shortage of memory, of a GPU or the host, into a BlockMemoryError.
 
-    What torch keeps of a GPU's memory for later is given back.
+    GPU memory that torch has cached is released then.
 
-    Args:
-        clients: of the block, for the message.
+    Raises:
+        BlockMemoryError: the block of these clients does not fit into memory.
     """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _is_shortage(error):
             raise
-        # What the failed step has made lives in its frames: the next, smaller one needs the room.
+        # The frames of the failed step hold its tensors, whose memory a smaller block needs.
         traceback.clear_frames(error.__traceback__)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise BlockMemoryError(
             f"{len(clients)} clients ({clients[0]} to {clients[-1]}) do not fit into memory"
-            f" together: {said}"
+            f" together: {reason}"
         ) from error
 
 

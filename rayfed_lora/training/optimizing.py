@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rayfed_lora.recipe_clients import Clients
+from rayfed_lora.recipe.clients import Clients
 
 
 def fresh_optimizer(

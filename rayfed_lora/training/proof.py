@@ -1,7 +1,7 @@
-"""The proof that clients trained together get the results of each alone.
+"""The test that clients trained in one batch get the results that each would get alone.
 
-A run computes a few of its own examples with its own weights. A plan has neither tokens nor
-weights: it draws both, for small models. Source: this project.
+A run tests a few of its examples with its weights. A plan has neither: it uses random examples and
+random weights, for small models only. Source: this project.
 """
 
 from __future__ import annotations
@@ -18,30 +18,31 @@ from torch import nn
 from rayfed_lora.data.examples import PIXELS, Batch, Examples
 from rayfed_lora.data.tables import IMAGE_TASK
 from rayfed_lora.errors import ModelError
-from rayfed_lora.models import loading, sources
-from rayfed_lora.models.mixing import Trial, Verdict, tried
+from rayfed_lora.models import loading
+from rayfed_lora.models.mixing import Verdict, verdict_on
 from rayfed_lora.models.tracing import image_shape
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.models.wording import one_line
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.drawing import tensors
 from rayfed_lora.types import ModelShape
 
-# Examples that are compared: the shortest, the longest and one between.
+# Number of tested examples: the shortest, the longest and one between.
 _EXAMPLES = 3
-# Tokens of the longest of them, and how many a text keeps at least.
+# Maximum tokens of a tested text, and the tokens that truncation leaves to each text.
 _LONGEST, _SHORTEST = 64, 8
-# What BigBird's kind calls attention of which the pattern depends on the length.
+# Attention of BigBird's kind, whose pattern depends on the length.
 _BLOCKS = "block_sparse"
-# Values of a model that a plan draws in half a second.
-_MOST_DRAWN = 30_000_000
+# Parameters of a model that can be initialised in half a second.
+_MOST_RANDOM = 30_000_000
 _SPECIAL = ("pad", "bos", "eos", "cls", "sep", "mask", "unk")
 
 
 def examined(net: nn.Module, examples: Examples) -> Verdict:
-    """Return what a few examples show of a model.
+    """Return whether a model computes a few examples in one batch as it does alone.
 
-    Long texts are cut, each by the same share and to its first tokens and its last one, but for
-    models that attend to blocks of tokens: those switch to full attention for short texts. All of
-    it is computed on the CPU in float32, whatever the run computes with.
+    Long texts are shortened by the same factor, to their first tokens and the last one; except for
+    models that attend to blocks of tokens, which use full attention on short texts. All is
+    computed on the CPU in float32, whatever the run uses.
 
     Args:
         net: the plain model on the CPU, with its source's weights.
@@ -59,50 +60,41 @@ def examined(net: nn.Module, examples: Examples) -> Verdict:
     few = examples.rows(rows)
     config = getattr(net, "config", None)
     if mask is not None and getattr(config, "attention_type", None) != _BLOCKS:
-        few = _cut(few, lengths[rows])
+        few = _shortened(few, lengths[rows])
     chosen = Examples.of(few.inputs, few.labels)
     alone = [tensors(chosen.rows(np.array([i])))[0] for i in range(len(rows))]
     try:
-        return tried(net, Trial(tensors(few)[0], alone))
-    except Exception as error:  # a model may raise anything
+        return verdict_on(net, tensors(few)[0], alone)
+    except Exception as error:  # models raise errors of many types
         raise ModelError(
             f"model: {type(net).__name__} cannot compute an example of the data:"
-            f" {sources.message(error).rstrip('.')}; check model.tokenizer and the data"
+            f" {one_line(error).rstrip('.')}; check model.tokenizer and the data"
         ) from error
 
 
-def _cut(texts: Batch, lengths: npt.NDArray[np.int64]) -> Batch:
-    """Return texts of at most `_LONGEST` tokens; which of two is the longer one stays so."""
+def _shortened(texts: Batch, lengths: npt.NDArray[np.int64]) -> Batch:
+    """Return texts of at most `_LONGEST` tokens, in the same order of lengths."""
     longest = int(lengths.max())
     if longest <= _LONGEST:
         return texts
-    kept = np.maximum(lengths * _LONGEST // longest, np.minimum(lengths, _SHORTEST))
-    # The first ones, the last one, and padding behind it.
-    places = np.minimum(np.arange(_LONGEST), kept[:, None] - 1)
-    places = np.where(places == kept[:, None] - 1, lengths[:, None] - 1, places)
-    behind = np.arange(_LONGEST) >= kept[:, None]
-    places = np.where(behind, np.minimum(lengths[:, None], longest - 1), places)
-    inputs = {n: np.take_along_axis(values, places, axis=1) for n, values in texts.inputs.items()}
+    kept = np.maximum(lengths * _LONGEST // longest, np.minimum(lengths, _SHORTEST))[:, None]
+    lengths = lengths[:, None]
+    # Columns to take: the first tokens, the last one, then padding, which follows the last one.
+    columns = np.broadcast_to(np.arange(_LONGEST), (len(kept), _LONGEST))
+    padding = np.minimum(lengths, longest - 1)
+    columns = np.select([columns < kept - 1, columns == kept - 1], [columns, lengths - 1], padding)
+    inputs = {n: np.take_along_axis(values, columns, axis=1) for n, values in texts.inputs.items()}
     return Batch(inputs, texts.labels)
 
 
 def judged(shape: ModelShape, verdict: Verdict, recipe: Recipe) -> ModelShape:
-    """Return the shape with the obstacle of a verdict, if it has any.
-
-    Where clients are not computed together anyhow, batches of an evaluation still are: then it is
-    a note.
-
-    Args:
-        shape: of the model.
-        verdict: from `examined`.
-        recipe: the run.
-    """
+    """Return the shape with the obstacle and the note of a verdict, if it has any."""
     notes, obstacle = shape.notes, shape.obstacle
     if verdict.testing is not None:
         notes += (
             f"evaluation.batch_size may change the results of evaluations: {verdict.testing}",
         )
-    if _in_question(shape, recipe):
+    if _would_fuse(shape, recipe):
         head = [name.rpartition(".")[0] for name in shape.head]
         reasons = [verdict.layers.get(name) for name in (*shape.modules, *head)]
         reasons += [verdict.heads.get(name) for name in head]
@@ -110,43 +102,39 @@ def judged(shape: ModelShape, verdict: Verdict, recipe: Recipe) -> ModelShape:
     return replace(shape, obstacle=obstacle, notes=notes)
 
 
-def foreseen(config: Any, shape: ModelShape, recipe: Recipe) -> ModelShape:
-    """Return the shape with the obstacle that drawn examples show on drawn weights.
+def judged_without_weights(shape: ModelShape, config: Any, recipe: Recipe) -> ModelShape:
+    """Return the result of `judged` for a planned run, predicted on random weights and examples.
 
-    Args:
-        config: of the model.
-        shape: of the model.
-        recipe: the run that is planned.
+    Where the test is left to the run, the shape has a note that says so.
     """
-    why = f"it has {shape.total_params:,} values"
-    if shape.total_params <= _MOST_DRAWN:
-        drawn, config = recipe.model.model_copy(update={"source": "config"}), copy.deepcopy(config)
+    reason = f"it has {shape.total_params:,} parameters"
+    if shape.total_params <= _MOST_RANDOM:
+        random, config = recipe.model.model_copy(update={"source": "config"}), copy.deepcopy(config)
         for part in (config, config.get_text_config()):
             if getattr(part, "pad_token_id", None) is None:
-                # A run takes the tokenizer's.
+                # A run uses the tokenizer's.
                 part.pad_token_id = 0
         with torch.random.fork_rng(devices=[]):
-            net, _ = loading.built(drawn, config, recipe.seed)
+            net = loading.build(random, config, recipe.seed)
         try:
-            return judged(shape, examined(net, _drawn(config, recipe)), recipe)
-        except ModelError as error:  # drawn tokens may be no text that the model accepts
-            why = f"it takes no text of drawn tokens ({type(error.__cause__).__name__})"
-    if not _in_question(shape, recipe):
+            return judged(shape, examined(net, _random_examples(config, recipe)), recipe)
+        except ModelError as error:  # random tokens may be no text that the model accepts
+            reason = f"it rejects texts of random tokens ({type(error.__cause__).__name__})"
+    if not _would_fuse(shape, recipe):
         return shape
     note = (
-        "whether clients computed together get the results of each alone is tried when the run"
-        f" starts: a plan does not draw the model, {why}"
+        "whether clients computed together get the results of each alone is tested when the run"
+        f" starts: a plan does not build the model, {reason}"
     )
     return replace(shape, notes=(*shape.notes, note))
 
 
-def _in_question(shape: ModelShape, recipe: Recipe) -> bool:
-    """Return whether clients would be trained together."""
+def _would_fuse(shape: ModelShape, recipe: Recipe) -> bool:
     return shape.obstacle is None and recipe.annealing.mode != "full"
 
 
-def _drawn(config: Any, recipe: Recipe) -> Examples:
-    """Return examples of different lengths that no tokenizer has made."""
+def _random_examples(config: Any, recipe: Recipe) -> Examples:
+    """Return random examples; texts have different lengths."""
     rng, labels = np.random.default_rng(recipe.seed), np.zeros(_EXAMPLES, np.int64)
     if recipe.model.task == IMAGE_TASK:
         shape = (_EXAMPLES, *image_shape(config))

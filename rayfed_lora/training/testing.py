@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch.nn import functional
@@ -13,11 +11,12 @@ from rayfed_lora.data.tables import LANGUAGE_TASK
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.recorded import RecordedPasses
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.training import python_lock
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.tasks.messages import Evaluate, TestClients
+from rayfed_lora.tasks.training import Starts
 from rayfed_lora.training.drawing import tensors
-from rayfed_lora.training.tokens import token_losses
-from rayfed_lora.types import AdapterState, Base, ClientScore, Predictions, Split, Trainable
+from rayfed_lora.training.losses import token_losses
+from rayfed_lora.types import ClientScore, Predictions
 
 # With more classes, probabilities are not worth what they would take to send.
 _MOST_CLASSES = 200
@@ -45,22 +44,20 @@ class Testing:
         self._language = recipe.model.task == LANGUAGE_TASK
 
     @torch.no_grad()
-    def evaluate(
-        self, split: Split, rows: slice, state: AdapterState, base: Base, trainable: Trainable
-    ) -> Predictions:
-        """Return the predictions on some rows of a split: as of `LocalTrainer.evaluate`."""
-        held = self._workload.test if split == "test" else self._workload.validation
-        with python_lock.needed():
-            examples = held.rows(np.arange(len(held))[rows])
-            self._model.show(state, base, trainable)
+    def evaluate(self, task: Evaluate) -> list[Predictions]:
+        """Return the predictions on some shards of a split, one after the other."""
+        held = self._workload.test if task.split == "test" else self._workload.validation
+        found = []
+        for rows in task.shards:
+            self._model.show(task.model)
             self._model.train(False)
-            return self.predictions(examples)
+            found.append(self.predictions(held.rows(np.arange(len(held))[rows])))
+        return found
 
     def predictions(self, examples: Batch) -> Predictions:
         """Return what the loaded model, in evaluation mode, says of some examples."""
         know_threads()
         inputs, labels = tensors(examples, self._model.device)
-        python_lock.rarely_needed()
         logits = self._passes.logits(inputs).float()
         if self._language:
             each, tokens, correct = (part.cpu().numpy() for part in token_losses(logits, inputs))
@@ -79,24 +76,23 @@ class Testing:
         )
 
     @torch.no_grad()
-    def test_clients(
-        self,
-        clients: Sequence[int],
-        starts: Sequence[AdapterState],
-        base: Base,
-        trainable: Trainable,
-    ) -> list[ClientScore]:
-        """Return how clients' states do: as of `LocalTrainer.test_clients`."""
+    def test_clients(self, task: TestClients) -> tuple[ClientScore, ...]:
+        """Return how each client's state does on the client's own held-out examples.
+
+        Clients without any, or without a token to predict in them, are left out. Clients of the
+        same state are computed together.
+        """
         table = self._workload.held_out
         if table is None:
-            return []
+            return ()
+        starts = Starts(task)
         found: dict[int, ClientScore] = {}
-        mine = [(k, s) for k, s in zip(clients, starts, strict=True) if table.counts[k] > 0]
-        states = {id(state): state for _, state in mine}
+        mine = [(k, starts.of(k)) for k in task.clients if table.counts[k] > 0]
+        states = {state.version: state for _, state in mine}
         self._model.train(False)
-        for key, state in states.items():
-            group = [client for client, own in mine if id(own) == key]
-            self._model.load([state], base, trainable)
+        for version, state in states.items():
+            group = [client for client, own in mine if own.version == version]
+            self._model.load([state], task.model.base, task.model.trainable)
             rows = np.concatenate([table.examples(client) for client in group])
             size = self._recipe.evaluation.batch_size
             parts = [
@@ -114,7 +110,7 @@ class Testing:
                 loss = float(losses[low:high].sum()) / predicted
                 accuracy = int(right[low:high].sum()) / predicted
                 found[client] = ClientScore(client, int(high - low), accuracy, loss)
-        return [found[client] for client, _ in mine if client in found]
+        return tuple(found[client] for client, _ in mine if client in found)
 
 
 def know_threads() -> None:

@@ -1,4 +1,4 @@
-"""Trials that no other beats in every objective, and the balanced one among them.
+"""The Pareto front of trials, the best one by an objective, and the knee of the front.
 
 Source: this project; the knee as the point nearest to the ideal one is compromise programming,
 Zeleny 1973.
@@ -24,11 +24,11 @@ def _losses(values: Values, modes: Sequence[Mode]) -> Values:
 
 
 def on_front(values: Values, modes: Sequence[Mode]) -> npt.NDArray[np.bool_]:
-    """Return which rows no other row dominates: as good in all objectives, better in one.
+    """Return which rows no other row dominates: as good in all objectives and better in one.
 
     Args:
         values: (trials, objectives), finite.
-        modes: whether the largest or the smallest value of each objective is the best.
+        modes: whether the largest or the smallest value of each objective is best.
 
     Returns:
         (trials,); equal rows are all on the front.
@@ -41,10 +41,10 @@ def on_front(values: Values, modes: Sequence[Mode]) -> npt.NDArray[np.bool_]:
 
 
 def best(values: Values, modes: Sequence[Mode], objective: int) -> int:
-    """Return the row that is the best in one objective; the others settle ties, in order."""
+    """Return the row that is best in one objective; the others break ties, in order."""
     losses = _losses(values, modes)
     others = [i for i in range(len(modes)) if i != objective]
-    # The last key of lexsort is the first to be looked at.
+    # The last key of lexsort is the primary one.
     return int(np.lexsort([losses[:, i] for i in (*reversed(others), objective)])[0])
 
 
@@ -52,7 +52,7 @@ def knee(values: Values, modes: Sequence[Mode]) -> int:
     """Return the row of the front that is nearest to the ideal point.
 
     Each objective is scaled so that the best of the front is 0 and its worst 1; the distance is
-    Euclidean. Of equal ones the first.
+    Euclidean. The first of equal rows is returned.
     """
     losses = _losses(values, modes)
     front = np.flatnonzero(on_front(values, modes))

@@ -1,7 +1,4 @@
-"""Run folders of trials: what they report, copies, and a draw that changes the rest of a run.
-
-Source: this project.
-"""
+"""Run folders of trials: metrics, copies, changes of draws. Source: this project."""
 
 from __future__ import annotations
 
@@ -12,32 +9,32 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rayfed_lora import checksums, seals
 from rayfed_lora.endpoints import named_in
-from rayfed_lora.federation import checkpoints
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe, recipe_yaml
-from rayfed_lora.reporting.summary import TESTED
-from rayfed_lora.reporting.trackers import EVENTS_FOLDER, TRACKING_FILE
-from rayfed_lora.runtime.claiming import kept_recipe
+from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs import checkpoints, checksums, seals
+from rayfed_lora.runs.claiming import kept_recipe
+from rayfed_lora.runs.summary import TESTED
+from rayfed_lora.runs.trackers import EVENTS_FOLDER, TRACKING_FILE
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.tuning.space import Space, continued, trial_recipe
+from rayfed_lora.tuning.draws import continued, recipe_values, trial_recipe
+from rayfed_lora.tuning.space import Space
 
 CHANGES_FILE = "changes.json"
 _NOT_COPIED = {TRACKING_FILE, EVENTS_FOLDER, "wandb"}
-# Summed over rounds: what has been sent, or has passed, so far.
+# Summed over rounds.
 _SUMMED = ("bytes_up", "bytes_down", "bytes_base", "seconds")
 
 
 def measured(rounds: pa.Table) -> dict[str, Any]:
-    """Return what a trial reports of a run so far.
+    """Return the metrics that a trial reports.
 
     Args:
         rounds: rows of rounds.parquet, at least one.
 
     Returns:
-        round (finished ones), stage, rank and train_loss of the newest round, test metrics of the
-        newest tested one, and bytes and seconds so far.
+        The number of finished rounds (`round`), stage, rank and train_loss of the newest round,
+        metrics of the newest test, and the sums of bytes and seconds.
     """
     newest = rounds.slice(rounds.num_rows - 1).to_pylist()[0]
     found = {name: newest[name] for name in ("stage", "rank", "train_loss")}
@@ -49,44 +46,44 @@ def measured(rounds: pa.Table) -> dict[str, Any]:
     return {"round": rounds.num_rows, **found}
 
 
-def copied(source: RunFolder, to: RunFolder, folder: str = "") -> None:
-    """Copy a run folder, but for what it keeps of programs that are told of the run."""
+def copy_run(source: RunFolder, to: RunFolder, folder: str = "") -> None:
+    """Copy a run folder without the files of its trackers."""
     for name in source.names(folder):
         if name in _NOT_COPIED:
             continue
         path = f"{folder}/{name}" if folder else name
         if source.is_folder(path):
-            copied(source, to, path)
+            copy_run(source, to, path)
         elif not name.startswith("."):
             to.write(path, source.read(path))
 
 
-def begun_or_drawn(
+def current_recipe(
     folder: RunFolder, space: Space, recipe: Recipe, draw: Mapping[str, Any]
 ) -> Recipe:
-    """Return the recipe of the run that a trial's folder holds, or of its draw where there is none.
+    """Return the recipe of the run in a trial's folder, or that of its draw if there is none.
 
     Raises:
         RunFolderError: the folder's recipe cannot be read.
-        RecipeError: the drawn values do not go together.
+        RecipeError: the drawn values do not fit together.
     """
-    # Endpoints that the search's user has named are the trials' own, too.
+    # Endpoints of the search's recipe count as named by the user in its trials, too.
     kept = kept_recipe(folder, named_in(recipe.model_dump()))
     return trial_recipe(space, recipe, draw) if kept is None else kept
 
 
-def adopt(folder: RunFolder, space: Space, recipe: Recipe, draw: Mapping[str, Any]) -> None:
-    """Let a draw change the rest of a run; its rounds so far, and their number, stay.
+def apply_draw(folder: RunFolder, space: Space, recipe: Recipe, draw: Mapping[str, Any]) -> None:
+    """Apply a draw to the remaining rounds of a run; its past and number of rounds stay.
 
-    What has changed and after which round is added to changes.json.
+    The changed values and the round after which they hold are added to changes.json.
     """
     named = named_in(recipe.model_dump())
     before = kept_recipe(folder, named)
     snapshot = checkpoints.newest(folder, lambda text: None)
-    # Of a finished run there is no rest, and its files are listed with their checksums.
+    # A finished run has no remaining rounds, and its files are sealed by checksums.
     if before is None or snapshot is None or folder.exists(checksums.SUMMARY_FILE):
         return
-    settings = space.settings(draw, recipe)
+    settings = recipe_values(space, draw, recipe)
     drawn = load_recipe(recipe, settings, endpoints=named)
     settings |= continued(before, drawn, snapshot.rounds)
     after = load_recipe(recipe, settings, endpoints=named)

@@ -1,4 +1,4 @@
-"""One Tune trial: one run, a round a step. Source: this project, on ray.tune's class API."""
+"""One Tune trial is one run; a step is a round. Source: this project, on ray.tune's class API."""
 
 from __future__ import annotations
 
@@ -10,89 +10,93 @@ from typing import Any
 import ray
 from ray import tune
 
+from rayfed_lora.engines.factory import Factory
+from rayfed_lora.engines.on_ray.crew import Crew
+from rayfed_lora.engines.on_ray.engine import RayEngine
+from rayfed_lora.engines.on_ray.placement import Layout
 from rayfed_lora.errors import RunFolderError
+from rayfed_lora.launching.metrics import run_metrics
 from rayfed_lora.locations import child
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.reporting.checked import table
-from rayfed_lora.reporting.search import SEARCH_FILE
-from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.reporting.tables import ROUNDS_FILE, Tables
-from rayfed_lora.runtime.crew import Crew
-from rayfed_lora.runtime.factory import Factory
-from rayfed_lora.runtime.lease_files import is_lease_file
-from rayfed_lora.runtime.metrics import run_metrics
-from rayfed_lora.runtime.ownership import Ticket, owned
-from rayfed_lora.runtime.placement import Layout
-from rayfed_lora.runtime.ray_executor import RayExecutor
-from rayfed_lora.runtime.session import sitting
+from rayfed_lora.pages.search import SEARCH_FILE
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs.checked import table
+from rayfed_lora.runs.leases.files import is_lease_file
+from rayfed_lora.runs.ownership import Ticket, owned
+from rayfed_lora.runs.session import sitting
+from rayfed_lora.runs.status import StatusBoard
+from rayfed_lora.runs.tables import ROUNDS_FILE, Tables
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.tuning.drawing import DRAW
-from rayfed_lora.tuning.run_folders import adopt, begun_or_drawn, copied, measured
+from rayfed_lora.tuning.distributions import DRAW
+from rayfed_lora.tuning.run_folders import apply_draw, copy_run, current_recipe, measured
 from rayfed_lora.tuning.space import Space
 
 
 @dataclass(frozen=True)
-class Shared:
-    """What all trials of a search have in common.
+class Search:
+    """The facts that all trials of a search share.
 
     Attributes:
-        space: what is drawn.
-        recipe: what is not.
-        location: of the search.
-        ticket: of the process that has claimed the search.
-        layout: client actors of a trial.
-        shelf: actor handle of the `Shelf` with data and bases.
-        factory: makes workloads and trainers inside the workers.
+        space: the distributions.
+        recipe: supplies the values that are not drawn.
+        location: of the search's folder.
+        ticket: of the process that owns the search's folder.
+        factory: makes workloads and trainers in the workers.
     """
 
     space: Space
     recipe: Recipe
     location: str
     ticket: Ticket
-    layout: Layout
-    shelf: Any
     factory: Factory
 
 
 class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
-    """Runs the recipe that its draw stands for; the run folder is the checkpoint.
+    """Runs the recipe of its draw; the run folder is the checkpoint.
 
-    A trial that Ray starts again goes on with its run folder. Its client actors, in the trial's
-    placement group, serve the next trial too where Tune reuses this one.
+    A restarted trial resumes from its run folder. Its client actors, in the trial's placement
+    group, are kept for the next trial where Tune reuses this one.
     """
 
-    def setup(self, config: dict[str, Any], shared: Any = None) -> None:
-        """Take a draw; nothing is started before the first step."""
-        self._shared: Shared = shared
-        self._crew: Crew | None = None
-        self._take(config)
+    def setup(
+        self, config: dict[str, Any], search: Any = None, layout: Any = None, shelf: Any = None
+    ) -> None:
+        """Set the draw; nothing starts before the first step.
 
-    def _take(self, config: Mapping[str, Any]) -> None:
+        `layout` places a trial's client actors; `shelf` is the actor of the `Shelf` with data and
+        base models.
+        """
+        self._search: Search = search
+        self._layout: Layout = layout
+        self._shelf = shelf
+        self._crew: Crew | None = None
+        self._set_draw(config)
+
+    def _set_draw(self, config: Mapping[str, Any]) -> None:
         self._draw: Mapping[str, Any] = config[DRAW]
         self._rounds: Generator[Tables, None, dict[str, Any]] | None = None
         self._board = StatusBoard(0)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take another draw; the client actors stay."""
+        """Set another draw and keep the client actors."""
         self._end()
-        self._take(new_config)
+        self._set_draw(new_config)
         return True
 
     @property
     def _folder(self) -> RunFolder:
-        return RunFolder(child(self._shared.location, "trials", self.trial_id))
+        return RunFolder(child(self._search.location, "trials", self.trial_id))
 
     @property
     def _ticket(self) -> Ticket:
-        """One for each trial: where Tune starts it again, the newest process owns its folder."""
-        shared = self._shared.ticket
-        return replace(shared, run=f"{shared.run} {self.trial_id}")
+        """A ticket for each trial: after a restart the newest process owns the folder."""
+        ticket = self._search.ticket
+        return replace(ticket, run=f"{ticket.run} {self.trial_id}")
 
     def step(self) -> dict[str, Any]:
-        """Run a round, or up to the first one that is tested where objectives need that."""
+        """Run a round, or up to the first tested round where objectives need tests."""
         if self._rounds is None:
-            self._rounds = self._started()
-        tests = any(name.startswith("eval_") for name in self._shared.space.objectives)
+            self._rounds = self._start()
+        tests = any(name.startswith("eval_") for name in self._search.space.objectives)
         for tables in self._rounds:
             report = measured(tables.rounds)
             known = report["eval_loss"] is not None or not tests
@@ -102,61 +106,59 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
 
     def _reported(self, report: Mapping[str, Any]) -> dict[str, Any]:
         """Return a report in which every objective is a number, for the schedulers."""
-        unknown = {name for name in self._shared.space.objectives if report[name] is None}
+        unknown = {name for name in self._search.space.objectives if report[name] is None}
         notes = len(self._board.status().notes)
         return {**report, **dict.fromkeys(unknown, math.nan), "warnings": notes}
 
-    def _started(self) -> Generator[Tables, None, dict[str, Any]]:
-        folder, shared = self._folder, self._shared
-        if not RunFolder(shared.location).exists(SEARCH_FILE):
+    def _start(self) -> Generator[Tables, None, dict[str, Any]]:
+        folder, search = self._folder, self._search
+        if not RunFolder(search.location).exists(SEARCH_FILE):
             raise RunFolderError(
-                f"{shared.location}: expected --out on storage that all nodes share; a trial does"
-                " not see it"
+                f"{search.location}: expected --out on storage that all nodes share; the node of a"
+                " trial cannot read it"
             )
-        recipe = begun_or_drawn(folder, shared.space, shared.recipe, self._draw)
+        recipe = current_recipe(folder, search.space, search.recipe, self._draw)
         if self._crew is not None and not self._crew.wait(recipe.runtime.start_timeout_s):
             self._crew = None
         if self._crew is None:
             group = ray.util.get_current_placement_group()
-            places = [(group, i) for i in range(shared.layout.actors)]
-            self._crew = Crew(recipe, shared.layout, places, shared.shelf)
+            places = [(group, i) for i in range(self._layout.actors)]
+            self._crew = Crew(recipe, self._layout, places, self._shelf)
         self._total = recipe.annealing.total_rounds
         self._board = StatusBoard(self._total)
-        executor = RayExecutor(
+        engine = RayEngine(
             recipe,
-            shared.factory,
+            search.factory,
             self._board.note,
             crew=self._crew,
-            concurrent=shared.space.scheduler == "none",
         )
-        name = f"{RunFolder(shared.location).name}/{self.trial_id}"
+        name = f"{RunFolder(search.location).name}/{self.trial_id}"
         return sitting(
             recipe,
-            executor,
+            engine,
             folder,
             self._board,
             lambda: False,
             resume=True,
-            page=False,
             name=name,
-            metrics=run_metrics(name, self._total, executor.usage),
+            metrics=run_metrics(name, self._total, engine.usage),
             ticket=self._ticket,
         )
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Copy the run so far: another trial may go on with it."""
-        copied(self._folder, RunFolder(checkpoint_dir))
+        """Copy the run so far, for another trial to continue."""
+        copy_run(self._folder, RunFolder(checkpoint_dir))
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
-        """Go on with a copied run; where this trial's draw differs from it, the rest changes."""
+        """Continue a copied run, with this trial's draw in the remaining rounds."""
         self._end()
         source = RunFolder(checkpoint_dir)
         with owned(self._folder, self._ticket, wait=True) as (folder, _):
             for name in folder.names():
                 if not is_lease_file(name):
                     folder.remove(name)
-            copied(source, folder)
-            adopt(folder, self._shared.space, self._shared.recipe, self._draw)
+            copy_run(source, folder)
+            apply_draw(folder, self._search.space, self._search.recipe, self._draw)
 
     def _end(self) -> None:
         if self._rounds is not None:
@@ -164,6 +166,6 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             self._rounds = None
 
     def cleanup(self) -> None:
-        """Save the finished rounds and let the client actors go."""
+        """Save the finished rounds and release the client actors."""
         self._end()
         self._crew = None

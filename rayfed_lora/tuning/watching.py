@@ -1,7 +1,4 @@
-"""What Tune knows of trials, told to the user while it searches and in the end.
-
-Source: this project, on ray.tune's callbacks.
-"""
+"""News of trials from Ray Tune's callbacks, and their outcomes. Source: ray.tune."""
 
 from __future__ import annotations
 
@@ -18,43 +15,42 @@ from ray.exceptions import RayTaskError
 
 from rayfed_lora.errors import RayfedError
 from rayfed_lora.locations import child
-from rayfed_lora.reporting.search import SearchNews, Watch
+from rayfed_lora.pages.search import SearchNews, Watch
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.tuning.drawing import DRAW
-from rayfed_lora.tuning.results import Tried
+from rayfed_lora.tuning.distributions import DRAW
+from rayfed_lora.tuning.trial_rows import TrialOutcome
 
-# Tune pickles its callbacks and brings them back from there when it goes on with a search: whom to
-# tell is known by who asks for the search.
 _FAILURE = re.compile(r"^Failure # \d+ .*\n", re.MULTILINE)
-# The last line of a traceback; what it calls from is indented.
+# The last line of a traceback, the first that is not indented.
 _RAISED = re.compile(r"^(?P<ours>rayfed_lora\.errors\.)?(?:\w+\.)*(?P<kind>\w+): ", re.MULTILINE)
+# Not an attribute of Watcher, since Tune pickles its callbacks and restores them on resume.
 WATCH: ContextVar[Watch] = ContextVar("watch")
 
 
 class Watcher(tune.Callback):  # type: ignore[misc]  # Ray has no types
-    """Tells of every report and end of a trial."""
+    """Passes every report and end of a trial on to `WATCH`."""
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Tell how far the trials are."""
-        _tell(trials, newest={trial.trial_id: int(result["round"])})
+        """Report the progress of the trials."""
+        _notify(trials, newest={trial.trial_id: int(result["round"])})
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tell what came of a trial."""
+        """Report the result of a trial."""
         metrics = trial.last_result
         accuracy = metrics.get("eval_accuracy")
         how = "" if accuracy is None else f"accuracy {accuracy:.4f} "
-        _tell(trials, (trial.trial_id, f"{how}after {metrics.get('round', 0)} rounds"))
+        _notify(trials, (trial.trial_id, f"{how}after {metrics.get('round', 0)} rounds"))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tell why a trial failed."""
-        # Not by `get_error`: that reads a copy which is made later; and no pickle is read here.
+        """Report the reason of a failure."""
+        # `get_error` would unpickle a copy that does not exist yet.
         text = Path(trial.error_file).read_text("utf-8", errors="replace")
-        _tell(trials, (trial.trial_id, f"failed: {reason_in(text)}"))
+        _notify(trials, (trial.trial_id, f"failed: {reason_in(text)}"))
 
 
-def _tell(
+def _notify(
     trials: list[Any],
     ended: tuple[str, str] | None = None,
     newest: Mapping[str, int] = MappingProxyType({}),
@@ -67,12 +63,12 @@ def _tell(
     WATCH.get()(SearchNews(len(trials), {**running, **newest}, ended))
 
 
-def tried_of(grid: tune.ResultGrid, location: str) -> list[Tried]:
+def outcomes_of(grid: tune.ResultGrid, location: str) -> list[TrialOutcome]:
     """Return the trials of Tune's result.
 
     Args:
         grid: of `Tuner.fit`.
-        location: of Tune's own files: a folder a trial, named by its id.
+        location: of Tune's own files, in a folder for each trial named by its id.
     """
     found = []
     for result in grid:
@@ -80,7 +76,7 @@ def tried_of(grid: tune.ResultGrid, location: str) -> list[Tried]:
         metrics: Mapping[str, Any] = result.metrics or {}
         config = metrics.get("config") or _config(RunFolder(child(location, trial)))
         reason = None if result.error is None else _reason(result.error)
-        found.append(Tried(trial, config.get(DRAW, {}), metrics, reason))
+        found.append(TrialOutcome(trial, config.get(DRAW, {}), metrics, reason))
     return found
 
 
@@ -92,10 +88,10 @@ def _config(folder: RunFolder) -> Mapping[str, Any]:
 
 
 def reason_in(text: str) -> str:
-    """Return the newest error in the text that Tune keeps of a trial's failures.
+    """Return the newest error in Tune's file of a trial's failures.
 
     Args:
-        text: headings `Failure # 1 (...)`, each with a traceback under it.
+        text: headings `Failure # 1 (...)`, each followed by a traceback.
     """
     newest = _FAILURE.split(text)[-1]
     last = newest.rpartition("direct cause of the following exception:")[2]
@@ -107,7 +103,7 @@ def reason_in(text: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Return what a user should know of an error that Ray has wrapped."""
+    """Return the message of an error, unwrapped where it comes from a Ray task."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, RayfedError):
         return str(cause)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pickle
-import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,11 +13,12 @@ from hypothesis import strategies as st
 
 from rayfed_lora.aggregation.correct import RIDGE
 from rayfed_lora.aggregation.mean import ProductMean, TensorMean
-from rayfed_lora.aggregation.rules import RULES, RuleEntry
+from rayfed_lora.aggregation.rule import Rule
+from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.aggregation.step import Aggregate, relative_error
 from rayfed_lora.lora.stacked import StackedStates, named
-from rayfed_lora.recipe import Aggregation, ServerOptimizer
+from rayfed_lora.recipe.aggregation import Aggregation, ServerOptimizer
 from rayfed_lora.types import AdapterState, Factors, Frozen
 
 SHAPES = {"q": (6, 5), "v": (4, 7)}  # (d_out, d_in)
@@ -26,16 +26,29 @@ SCALES = {"q": 2.0, "v": 0.5}
 Updates = list[tuple[float, AdapterState]]
 
 
+def aggregated(
+    rule: Rule,
+    start: AdapterState,
+    updates: Iterable[tuple[float, AdapterState]],
+    step: OptimizerStep | None = None,
+) -> Aggregate:
+    """Return the next global state from (weight, state) of each client."""
+    means = rule.means()
+    for weight, update in updates:
+        means.add(weight, update)
+    return rule.aggregate(start, means, step or OptimizerStep(ServerOptimizer()))
+
+
 @dataclass(frozen=True)
 class Named:
     """A rule, in a round in which it freezes a factor or not."""
 
     name: str
-    entry: RuleEntry
+    entry: Rule
     frozen: Frozen | None = None
 
     def __call__(self, start: AdapterState, updates: Updates, lr: float = 1.0) -> Aggregate:
-        return self.entry.aggregate(start, updates, self.step(lr))
+        return aggregated(self.entry, start, updates, self.step(lr))
 
     def step(self, lr: float) -> OptimizerStep:
         return OptimizerStep(ServerOptimizer(lr=lr), frozen=self.frozen)
@@ -131,10 +144,12 @@ def assert_same_update(got: Aggregate, expected: dict[str, np.ndarray], atol: fl
 # What every rule owes.
 
 
-def test_the_rules_are_those_that_a_recipe_can_name():
-    named = typing.get_args(Aggregation.model_fields["rule"].annotation)
-    assert set(RULES) == set(named)
-    assert len(named) == len(set(named))
+def test_a_recipe_can_name_every_rule_and_describes_it():
+    schema = Aggregation.model_json_schema()["properties"]["rule"]
+    assert schema["enum"] == [rule.name for rule in RULES.values()] == list(RULES)
+    for name, entry in RULES.items():
+        assert Aggregation(rule=name).rule == name
+        assert f"{name}: {entry.summary}" in schema["description"]
 
 
 def test_every_rule_names_its_paper(rule):
@@ -151,7 +166,7 @@ def test_equal_clients_give_their_update_back(rule):
     assert_same_update(got, {m: dense(f) for m, f in trained.factors.items()})
     for name, tensor in trained.dense.items():
         np.testing.assert_allclose(got.state.dense[name], tensor, rtol=1e-6)
-    assert got.error == pytest.approx(0, abs=1e-6)
+    assert got.measure() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("cuts", [(1,), (3,), (2, 5), (1, 2, 3, 4, 5, 6, 7)])
@@ -166,11 +181,11 @@ def test_blocks_reduced_apart_and_joined_give_the_rule_on_all_clients(rule, cuts
             part.add(weight, update)
         # as it comes out of Ray's object store
         joined.join(pickle.loads(pickle.dumps(part)))
-    got = rule.entry.rule(start, joined, rule.step(0.5))
+    got = rule.entry.aggregate(start, joined, rule.step(0.5))
     assert_same_update(got, {m: update_of(whole, m) for m in SHAPES})
     for name, tensor in whole.state.dense.items():
         np.testing.assert_allclose(got.state.dense[name], tensor, rtol=1e-6)
-    assert got.error == pytest.approx(whole.error, abs=1e-9)
+    assert got.measure() == pytest.approx(whole.measure(), abs=1e-9)
 
 
 @pytest.mark.parametrize("left_out", [[], [0], [2, 5]])
@@ -182,8 +197,8 @@ def test_clients_of_one_stack_taken_in_at_once_give_the_rule_on_each(rule, left_
     each, at_once = rule.entry.means(), rule.entry.means()
     for k in kept:
         each.add(*updates[k])
-    at_once.add_all([of_a_stack[k] for k in kept])
-    got, expected = (rule.entry.rule(start, m, rule.step(0.5)) for m in (at_once, each))
+    at_once.add_all([updates[k][0] for k in kept], of_a_stack.taken(kept))
+    got, expected = (rule.entry.aggregate(start, m, rule.step(0.5)) for m in (at_once, each))
     assert_same_update(got, {m: update_of(expected, m) for m in SHAPES}, atol=1e-6)
     for name, tensor in expected.state.dense.items():
         np.testing.assert_array_equal(got.state.dense[name], tensor)
@@ -196,13 +211,14 @@ def test_clients_of_one_stack_may_have_ranks_of_their_own(mixed_rule):
     updates = clients(6, ranks=(3, 0, 2))
     expected = mixed_rule(start, updates, 0.5)
     means = mixed_rule.entry.means()
-    means.add_all(stacked(updates, [update for _, update in updates]))
-    got = mixed_rule.entry.rule(start, means, mixed_rule.step(0.5))
+    weights, states = zip(*updates, strict=True)
+    means.add_all(weights, stacked(updates, states))
+    got = mixed_rule.entry.aggregate(start, means, mixed_rule.step(0.5))
     assert_same_update(got, {m: update_of(expected, m) for m in SHAPES}, atol=1e-6)
 
 
-def stacked(updates: Updates, likes: list[AdapterState]) -> Updates:
-    """Return the same updates as parts of one array, padded to the largest rank."""
+def stacked(updates: Updates, likes: Sequence[AdapterState]) -> StackedStates:
+    """Return the same states as parts of one array, padded to the largest rank."""
     rank = max(f.rank for like in likes for f in like.factors.values())
 
     def padded(update: AdapterState) -> AdapterState:
@@ -216,8 +232,7 @@ def stacked(updates: Updates, likes: list[AdapterState]) -> Updates:
 
     tensors = [named(padded(update)) for _, update in updates]
     rows = np.stack([np.concatenate([t.ravel() for t in each.values()]) for each in tensors])
-    stack = StackedStates(rows, likes, {name: t.shape for name, t in tensors[0].items()})
-    return [(weight, stack.state(k)) for k, (weight, _) in enumerate(updates)]
+    return StackedStates(rows, likes, {name: t.shape for name, t in tensors[0].items()})
 
 
 def test_joining_changes_nothing_in_what_is_joined(rule):
@@ -236,7 +251,7 @@ def test_one_client_is_taken_as_it_is(rule):
     updates = rule.received(start, [(13.0, state(8))])
     got = rule(start, updates)
     assert_same_update(got, {m: dense(f) for m, f in updates[0][1].factors.items()})
-    assert got.error == pytest.approx(0, abs=1e-6)
+    assert got.measure() == pytest.approx(0, abs=1e-6)
 
 
 def test_dense_tensors_are_averaged_by_weight(rule):
@@ -256,7 +271,7 @@ def test_dense_tensors_are_averaged_by_weight(rule):
 def test_a_state_without_factors_is_plain_fedavg_and_has_no_aggregation_error(rule):
     updates = [(w, AdapterState({}, s.dense)) for w, s in clients(4)]
     got = rule(AdapterState({}, state(1).dense), updates)
-    assert (got.error, got.merged, got.state.factors) == (None, {}, {})
+    assert (got.measure(), got.merged, got.state.factors) == (None, {}, {})
     for name in ("head.weight", "head.bias"):
         expected = plain_mean(updates, lambda s, name=name: s.dense[name])
         np.testing.assert_allclose(got.state.dense[name], expected, atol=1e-6)
@@ -295,7 +310,7 @@ def test_the_order_of_arrival_changes_nothing_but_rounding(rule, lr):
     assert_same_update(turned, {m: update_of(got, m) for m in SHAPES})
     for name, tensor in got.state.dense.items():
         np.testing.assert_allclose(turned.state.dense[name], tensor, atol=1e-6)
-    assert turned.error == pytest.approx(got.error, abs=1e-6)
+    assert turned.measure() == pytest.approx(got.measure(), abs=1e-6)
 
 
 def test_the_unit_of_the_weights_does_not_matter(rule):
@@ -304,7 +319,7 @@ def test_the_unit_of_the_weights_does_not_matter(rule):
     got = rule(start, updates)
     scaled = rule(start, [(w * 1000, s) for w, s in updates])
     assert_same_update(scaled, {m: update_of(got, m) for m in SHAPES})
-    assert scaled.error == pytest.approx(got.error, abs=1e-6)
+    assert scaled.measure() == pytest.approx(got.measure(), abs=1e-6)
 
 
 @pytest.mark.parametrize("lr", [0.5, 1.0])
@@ -335,7 +350,7 @@ def test_rules_that_claim_to_be_exact_give_the_dense_mean(rule, lr):
         m: (1 - lr) * dense(f) + lr * dense_mean(updates, m) for m, f in start.factors.items()
     }
     assert_same_update(got, expected)
-    assert got.error == pytest.approx(0, abs=1e-6)
+    assert got.measure() == pytest.approx(0, abs=1e-6)
 
 
 def test_the_error_is_the_distance_from_the_exact_mean_of_the_updates(rule):
@@ -345,10 +360,10 @@ def test_the_error_is_the_distance_from_the_exact_mean_of_the_updates(rule):
     exact = {m: dense_mean(updates, m) for m in SHAPES}
     apart = sum(np.linalg.norm(update_of(got, m) - exact[m]) ** 2 for m in SHAPES)
     size = sum(np.linalg.norm(exact[m]) ** 2 for m in SHAPES)
-    assert got.error == pytest.approx(np.sqrt(apart / size), rel=1e-5, abs=1e-6)
+    assert got.measure() == pytest.approx(np.sqrt(apart / size), rel=1e-5, abs=1e-6)
     # five clients of rank 3 are no update of rank 3
-    assert (got.error < 1e-6) == (rule.name in EXACT)
-    assert rule.name in EXACT or got.error > 0.1
+    assert (got.measure() < 1e-6) == (rule.name in EXACT)
+    assert rule.name in EXACT or got.measure() > 0.1
 
 
 def test_an_adapter_of_rank_zero_has_nothing_to_average(rule):
@@ -358,7 +373,7 @@ def test_an_adapter_of_rank_zero_has_nothing_to_average(rule):
             assert got.state.factors[module].a.shape == (0, d_in)
             assert got.state.factors[module].b.shape == (d_out, 0)
     assert got.merged == {}
-    assert got.error == 0.0
+    assert got.measure() == 0.0
 
 
 def test_a_rank_above_what_a_matrix_can_have_is_kept(rule):
@@ -387,7 +402,7 @@ def test_the_error_of_clients_of_different_ranks_is_measured(mixed_rule):
     exact = {m: dense_mean(updates, m) for m in SHAPES}
     apart = sum(np.linalg.norm(update_of(got, m) - exact[m]) ** 2 for m in SHAPES)
     size = sum(np.linalg.norm(exact[m]) ** 2 for m in SHAPES)
-    assert got.error == pytest.approx(np.sqrt(apart / size), rel=1e-5, abs=1e-6)
+    assert got.measure() == pytest.approx(np.sqrt(apart / size), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["product-svd", "stacking"])
@@ -396,7 +411,7 @@ def test_clients_of_different_ranks_and_scales_are_averaged_exactly(name):
     # room for the 1 + 4 + 0 + 2 directions there are
     got = Named(name, RULES[name])(state(1, rank=7), updates)
     assert_same_update(got, {m: dense_mean(updates, m) for m in SHAPES})
-    assert got.error == pytest.approx(0, abs=1e-6)
+    assert got.measure() == pytest.approx(0, abs=1e-6)
 
 
 # factor-average: the means of A and of B apart.
@@ -432,7 +447,7 @@ def test_factor_average_is_biased_by_the_covariance_of_a_and_b():
     # clients (A, B) = (1, 1) and (3, 3): means 2 * 2 = 4, mean of products (1 + 9) / 2 = 5
     got = factor_average(scalar(0, 0), [(1.0, scalar(1, 1)), (1.0, scalar(3, 3))])
     assert dense(got.state.factors["q"]).item() == 4.0
-    assert got.error == pytest.approx(1 / 5)
+    assert got.measure() == pytest.approx(1 / 5)
 
 
 def test_factor_average_does_not_average_factors_of_different_ranks():
@@ -481,13 +496,13 @@ def two_axes() -> tuple[AdapterState, Updates]:
 def test_the_error_of_product_svd_is_what_it_cuts_off():
     start, updates = two_axes()
     # diag(2, 1) without its 1: 1 / sqrt(4 + 1)
-    assert product_svd(start, updates).error == pytest.approx(1 / np.sqrt(5))
+    assert product_svd(start, updates).measure() == pytest.approx(1 / np.sqrt(5))
 
 
 def test_the_error_of_product_svd_is_what_it_cuts_off_with_a_server_step_too():
     start, updates = two_axes()
     # half a step from 0: diag(1, 0.5) without its 0.5 is the same share
-    assert product_svd(start, updates, 0.5).error == pytest.approx(1 / np.sqrt(5))
+    assert product_svd(start, updates, 0.5).measure() == pytest.approx(1 / np.sqrt(5))
 
 
 # freeze-a and alternate: a factor that nobody trained stays bit for bit.
@@ -514,7 +529,7 @@ def test_alternate_begins_with_b_since_a_has_no_gradient_while_b_is_zero():
 
 def test_residual_keeps_the_averages_and_merges_what_they_lack():
     start, updates = state(1), clients(3)
-    got = RULES["residual"].aggregate(start, stream(updates))
+    got = aggregated(RULES["residual"], start, stream(updates))
     averages = factor_average(start, updates).state
     for m, f in averages.factors.items():
         np.testing.assert_array_equal(got.state.factors[m].a, f.a)
@@ -525,7 +540,7 @@ def test_residual_keeps_the_averages_and_merges_what_they_lack():
 
 def test_stacking_merges_all_of_the_mean_and_leaves_no_adapter():
     updates = clients(4, ranks=[1, 3])
-    got = RULES["stacking"].aggregate(state(1), stream(updates))
+    got = aggregated(RULES["stacking"], state(1), stream(updates))
     assert got.state.factors == {}
     for m in SHAPES:
         b, a = got.merged[m]
@@ -537,7 +552,7 @@ def test_stacking_merges_all_of_the_mean_and_leaves_no_adapter():
 
 def test_zero_pad_pads_to_the_largest_rank_and_weights_by_update_size():
     start, updates = state(1, rank=4), clients(3, ranks=[2, 3])
-    got = RULES["zero-pad"].aggregate(start, stream(updates)).state
+    got = aggregated(RULES["zero-pad"], start, stream(updates)).state
     sizes = [np.sqrt(sum(np.sum(dense(f) ** 2) for f in s.factors.values())) for _, s in updates]
     for m, old in start.factors.items():
         a, b = np.zeros((3, old.a.shape[1])), np.zeros((old.b.shape[0], 3))
@@ -556,7 +571,7 @@ def test_zero_pad_leaves_the_factors_where_nobody_has_moved_from_zero():
     start = state(1)
     still = {m: Factors(f.a, np.zeros_like(f.b), f.scale) for m, f in start.factors.items()}
     start = AdapterState(still, start.dense)
-    got = RULES["zero-pad"].aggregate(start, stream([(1.0, start), (2.0, start)])).state
+    got = aggregated(RULES["zero-pad"], start, stream([(1.0, start), (2.0, start)])).state
     for m, f in start.factors.items():
         np.testing.assert_array_equal(got.factors[m].a, f.a)
 
@@ -566,7 +581,7 @@ def test_zero_pad_leaves_the_factors_where_nobody_has_moved_from_zero():
 
 def test_correct_keeps_the_mean_of_a_and_solves_the_ridge_for_b():
     start, updates = state(1), clients(4)
-    got = RULES["correct"].aggregate(start, stream(updates)).state
+    got = aggregated(RULES["correct"], start, stream(updates)).state
     for m, old in factor_average(start, updates).state.factors.items():
         a, b, s = old.a.astype(float), old.b.astype(float), old.scale
         ridge = RIDGE * np.trace(a @ a.T) / len(a)
@@ -581,8 +596,8 @@ def test_correct_keeps_the_mean_of_a_and_solves_the_ridge_for_b():
 
 def test_correct_is_nearer_to_the_exact_mean_than_the_average_of_factors():
     start, updates = state(1), clients(6)
-    corrected = RULES["correct"].aggregate(start, stream(updates)).error
-    assert corrected < 0.9 * factor_average(start, updates).error
+    corrected = aggregated(RULES["correct"], start, stream(updates)).measure()
+    assert corrected < 0.9 * factor_average(start, updates).measure()
 
 
 # The server's optimisers: arXiv:2003.00295, Algorithm 2, and FedAvgM.
@@ -598,7 +613,7 @@ def played(deltas: Sequence[float], **settings: object) -> list[float]:
     entry, moments, x, path = RULES["factor-average"], {}, 1.0, []
     for delta in deltas:
         step = OptimizerStep(optimizer, moments)
-        got = entry.aggregate(one(x), stream([(2.0, one(x + delta))]), step)
+        got = aggregated(entry, one(x), stream([(2.0, one(x + delta))]), step)
         moments, x = step.moments, float(got.state.dense["x"][0])
         path.append(x)
     return path
@@ -632,9 +647,9 @@ def test_server_optimisers_leave_a_frozen_factor_alone_whatever_they_remember(na
     start, entry = state(1), RULES["alternate"]
     optimizer = ServerOptimizer(name=name, lr=0.1)
     first = OptimizerStep(optimizer, frozen="a")
-    after = entry.aggregate(start, stream(clients(3)), first).state
+    after = aggregated(entry, start, stream(clients(3)), first).state
     second = OptimizerStep(optimizer, first.moments, frozen="b")
-    again = entry.aggregate(after, stream(clients(3)), second).state
+    again = aggregated(entry, after, stream(clients(3)), second).state
     for m, f in after.factors.items():
         np.testing.assert_array_equal(f.a, start.factors[m].a)
         np.testing.assert_array_equal(again.factors[m].b, f.b)
@@ -644,7 +659,7 @@ def test_server_optimisers_leave_a_frozen_factor_alone_whatever_they_remember(na
 def test_moments_of_another_shape_are_not_taken_up():
     optimizer = ServerOptimizer(name="momentum", lr=1.0)
     step = OptimizerStep(optimizer, {"x": (np.full(3, 9.0),)})
-    got = RULES["factor-average"].aggregate(one(1.0), stream([(1.0, one(3.0))]), step)
+    got = aggregated(RULES["factor-average"], one(1.0), stream([(1.0, one(3.0))]), step)
     assert got.state.dense["x"].tolist() == [3.0]
 
 
@@ -661,7 +676,7 @@ def test_an_update_where_the_exact_mean_vanishes_is_not_called_exact():
     updates = [(1.0, scalar(1, 1)), (1.0, scalar(2, -0.5))]
     got = factor_average(scalar(0, 0), updates)
     assert dense(got.state.factors["q"]).item() == 0.375
-    assert got.error != 0.0
+    assert got.measure() != 0.0
 
 
 def test_the_error_is_taken_over_all_modules_together():
@@ -760,5 +775,5 @@ def test_what_averages_lack_has_the_rank_that_is_billed(lr, clients, times):
     for _ in range(clients):
         means.add(1.0, state())
     step = OptimizerStep(ServerOptimizer(lr=lr), {}, None)
-    b, a = RULES["residual"].rule(start, means, step).merged["q"]
+    b, a = RULES["residual"].aggregate(start, means, step).merged["q"]
     assert np.linalg.matrix_rank(b @ a, tol=1e-5) == times * rank

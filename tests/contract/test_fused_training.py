@@ -24,20 +24,24 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.data.batches import batch_indices
+from rayfed_lora.data.client_table import ClientTable
 from rayfed_lora.data.examples import Examples
-from rayfed_lora.data.partition import ClientTable
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import ClientError
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.linear import sides
 from rayfed_lora.models.shapes import adapted_modules, fusion_obstacle
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
+from rayfed_lora.tasks.engine import answer
+from rayfed_lora.tasks.messages import Train
 from rayfed_lora.training.trainer import LocalTrainer
-from rayfed_lora.types import AdapterState, Base, ClientUpdate, Factors, LocalPlan
+from rayfed_lora.types import AdapterState, Base, Factors, GlobalModel, LocalPlan
 from tests.fakes import spoilt
+from tests.tasks import Update, initial_tensors, train
 
 CLASSES, WORDS, LONGEST = 3, 24, 9
 # Client 0 has less than a batch of 5. Two passes are 2, 6, 4, 4 and 4 steps, and the last batch of
@@ -165,7 +169,7 @@ def random_factors(shape: Sequence[int], rank: int, scale: float, seed: int) -> 
 def received_state(trainer: LocalTrainer) -> AdapterState:
     modules = trainer.shape().modules.items()
     factors = {n: random_factors((s.d_out, s.d_in), 4, 1.5, i) for i, (n, s) in enumerate(modules)}
-    return AdapterState(factors, trainer.initial_tensors("adapter"))
+    return AdapterState(factors, initial_tensors(trainer, "adapter"))
 
 
 def make_plan(recipe: Recipe, **values: Any) -> LocalPlan:
@@ -255,7 +259,7 @@ def distance(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> 
     return max(float(np.abs(one[name] - other[name]).max(initial=0.0)) for name in one)
 
 
-def trained_by(update: ClientUpdate) -> dict[str, np.ndarray]:
+def trained_by(update: Update) -> dict[str, np.ndarray]:
     assert update.error is None
     assert update.state is not None
     return flat(update.state)
@@ -263,15 +267,15 @@ def trained_by(update: ClientUpdate) -> dict[str, np.ndarray]:
 
 def block_of(
     trainer: LocalTrainer, clients: Sequence[int], state: AdapterState, plan: LocalPlan
-) -> dict[int, ClientUpdate]:
-    updates = list(trainer.train(clients, [state] * len(clients), Base(), plan))
+) -> dict[int, Update]:
+    updates = train(trainer, clients, state, plan)
     assert [update.client for update in updates] == list(clients)
     return {update.client: update for update in updates}
 
 
 def each_alone(
     trainer: LocalTrainer, clients: Sequence[int], state: AdapterState, plan: LocalPlan
-) -> dict[int, ClientUpdate]:
+) -> dict[int, Update]:
     return {client: block_of(trainer, [client], state, plan)[client] for client in clients}
 
 
@@ -279,7 +283,7 @@ def check_block(recipe: Recipe, same_bits: bool = False, **values: Any) -> list[
     """Compare the updates of a block with those of the plain loop and of blocks of one."""
     workload, plan = make_workload(recipe), make_plan(recipe, **values)
     trainer = LocalTrainer(recipe, workload)
-    initial = trainer.initial_tensors("full")
+    initial = initial_tensors(trainer, "full")
     state = AdapterState({}, initial) if plan.trainable == "full" else received_state(trainer)
     block, single = (of(trainer, BLOCK, state, plan) for of in (block_of, each_alone))
     found = {c: plain_loop(recipe, workload, initial, c, state, plan) for c in BLOCK}
@@ -474,18 +478,94 @@ def test_a_client_that_raises_is_named_and_the_others_are_as_alone(model: str) -
     wrong = replace(workload, train=labels)
     trainer, unharmed = LocalTrainer(recipe, wrong), LocalTrainer(recipe, workload)
     state, plan = received_state(trainer), make_plan(recipe, round=6)
-    updates = trainer.train(BLOCK, [state] * len(BLOCK), Base(), plan)
-    before = [next(updates), next(updates)]
-    assert [update.client for update in before] == BLOCK[:2]
     with pytest.raises(ClientError, match="client 1 failed in round 6") as raised:
-        next(updates)
+        train(trainer, BLOCK, state, plan)
     assert (raised.value.client, raised.value.round_index) == (1, 6)
     assert "Target 7 is out of bounds" in raised.value.trace
     # The trainer can go on: nothing of the failed block is left in it.
-    after = block_of(trainer, [4, 2, 0], state, plan).values()
+    after = block_of(trainer, [4, 2, 0], state, plan)
     expected = each_alone(unharmed, [2, 0, 4], state, plan)
-    for update in (*before, *after):
-        assert_close(trained_by(update), trained_by(expected[update.client]))
+    # A tolerant round goes on without the client.
+    tolerated = block_of(trainer, BLOCK, state, replace(plan, tolerant=True))
+    assert tolerated[1].state is None
+    assert "Target 7 is out of bounds" in (tolerated[1].trace or "")
+    for client in (2, 0, 4):
+        assert_close(trained_by(after[client]), trained_by(expected[client]))
+        assert_close(trained_by(tolerated[client]), trained_by(expected[client]))
+
+
+@pytest.mark.parametrize("model", FUSED)
+def test_clients_of_limited_ranks_train_together_as_each_would_from_its_cut_state(
+    model: str,
+) -> None:
+    recipe = make_recipe(model, adapter__target_modules="all-linear")
+    trainer, plan = LocalTrainer(recipe, make_workload(recipe)), make_plan(recipe)
+    # Client 0 has the fewest steps: it leaves first, alone; 1, with the most, stays to the end.
+    state, limits = received_state(trainer), {0: 2, 1: 1, 4: 3}
+    found = train(trainer, BLOCK, state, plan, limits=limits)
+    for client, update in zip(BLOCK, found, strict=True):
+        rank = limits.get(client, 4)
+        factors = {n: replace(f, a=f.a[:rank], b=f.b[:, :rank]) for n, f in state.factors.items()}
+        cut = replace(state, factors=factors)
+        (alone,) = train(trainer, [client], cut, plan)
+        assert {f.rank for f in update.state.factors.values()} == {rank}
+        assert_close(trained_by(update), trained_by(alone))
+        assert distance(trained_by(alone), flat(cut)) > 0.005
+
+
+def test_clients_with_factors_b_of_their_own_train_together_as_each_would_alone() -> None:
+    recipe = make_recipe("vit")
+    trainer, plan = LocalTrainer(recipe, make_workload(recipe)), make_plan(recipe)
+    state = received_state(trainer)
+    own = {n: f.b + np.float32(0.2) for n, f in state.factors.items()}
+    found = train(trainer, BLOCK, state, plan, personal={0: own})
+    changed = {n: replace(f, b=own[n]) for n, f in state.factors.items()}
+    for client, update in zip(BLOCK, found, strict=True):
+        start = replace(state, factors=changed) if client == 0 else state
+        (alone,) = train(trainer, [client], start, plan)
+        assert_close(trained_by(update), trained_by(alone))
+
+
+@pytest.mark.parametrize("rule", ["factor-average", "product-svd", "zero-pad", "share-a"])
+def test_a_block_sends_the_means_of_its_usable_clients(rule: str) -> None:
+    recipe = make_recipe("vit")
+    clean = make_workload(recipe)
+    place = (clean.clients.examples(1)[3], 0, 2, 2)
+    wrong = replace(clean, train=spoilt(clean.train, "pixel_values", place, np.nan))
+    trainer, plan = LocalTrainer(recipe, wrong), make_plan(recipe)
+    state = received_state(trainer)
+    if RULES[rule].personal:
+        # Of a client that has no B yet, B is 0.
+        zero = {n: replace(f, b=np.zeros_like(f.b)) for n, f in state.factors.items()}
+        state = replace(state, factors=zero)
+    model = GlobalModel(state, Base(), "adapter")
+    found = trainer.run(Train(model, plan, rule, (tuple(BLOCK),)))
+    expected = RULES[rule].means()
+    for update in train(trainer, BLOCK, state, plan):
+        if update.state is not None:
+            expected.add(update.examples, update.state)
+    assert [report.usable for report in found.reports] == [True, True, False, True]
+    assert [report.personal is not None for report in found.reports] == [
+        RULES[rule].personal and report.usable for report in found.reports
+    ]
+    for name, tensor in expected.tensors().items():
+        np.testing.assert_array_equal(found.means.tensors()[name], tensor)
+    for name in state.factors:
+        (b, a), (wanted_b, wanted_a) = found.means.product(name), expected.product(name)
+        np.testing.assert_allclose(b @ a, wanted_b @ wanted_a, rtol=1e-4, atol=1e-6)
+
+
+def test_halves_of_a_block_are_joined_to_the_reports_and_means_of_the_whole() -> None:
+    recipe = make_recipe("vit")
+    trainer, plan = LocalTrainer(recipe, make_workload(recipe)), make_plan(recipe)
+    state = received_state(trainer)
+    task = Train(GlobalModel(state, Base(), "adapter"), plan, "product-svd", (tuple(BLOCK),))
+    whole, halved = trainer.run(task), answer(trainer, task, halvings=1)
+    assert [r.client for r in halved.reports] == [r.client for r in whole.reports] == BLOCK
+    assert halved.reports[0].note == "memory may have been short; trained in halves"
+    for name in state.factors:
+        (b, a), (wanted_b, wanted_a) = halved.means.product(name), whole.means.product(name)
+        np.testing.assert_allclose(b @ a, wanted_b @ wanted_a, rtol=1e-4, atol=1e-6)
 
 
 # Clients of the rank and scale, each with as many examples.
@@ -551,8 +631,8 @@ def test_clients_of_different_ranks_and_scales_compute_and_train_in_one_group(mo
         alone, _ = stepped(lone, [state], inputs, labels[own])
         np.testing.assert_allclose(logits[own], expected, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(logits[own], alone, rtol=1e-4, atol=1e-5)
-        read = group.read(state, i)
-        assert_close(flat(read), flat(lone.read(state)))
+        (read,), (own_read,) = group.read_from([state], i), lone.read_from([state], 0)
+        assert_close(flat(read), flat(own_read))
         assert distance(flat(read), tensors) > 0.005
         for name, f in state.factors.items():
             assert (read.factors[name].rank, read.factors[name].scale) == (f.rank, f.scale)

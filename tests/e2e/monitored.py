@@ -15,8 +15,9 @@ from typing import Any
 import ray
 from ray.util.state import list_actors, list_tasks
 
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.runtime.simulation_server import SimulationServer
+from rayfed_lora.launching.request import RunRequest
+from rayfed_lora.launching.simulation_server import SimulationServer
+from rayfed_lora.recipe.recipe import Recipe
 from tests.fakes import Behaviour, FakeFactory, make_recipe
 
 # Long enough to be scraped in its middle: 24 rounds of 6 clients on two actors, or 3 on one.
@@ -47,7 +48,7 @@ def on_ray(settings: dict[str, Any]) -> Recipe:
 def server_of(recipe: Recipe, out: Path, behaviour: Behaviour) -> Any:
     options = {"name": f"rayfed-lora {out}", "num_cpus": 0, "max_concurrency": 2}
     remote = ray.remote(SimulationServer).options(**options)
-    return remote.remote(recipe, str(out), False, FakeFactory(behaviour))
+    return remote.remote(RunRequest(recipe, str(out), factory=FakeFactory(behaviour)))
 
 
 def main(out: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-PROGRAM = "from rayfed_lora.cli import main; main()"
+PROGRAM = "from rayfed_lora.cli.commands import main; main()"
 WAIT_S = 240.0
 
 

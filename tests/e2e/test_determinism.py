@@ -31,7 +31,7 @@ clients: {per_round: 5, local_steps: 6, batch_size: 8, optimizer: {name: adamw, 
 evaluation: {batch_size: 100}
 runtime: {device: cpu}
 """
-PROGRAM = "from rayfed_lora.cli import main; main()"
+PROGRAM = "from rayfed_lora.cli.commands import main; main()"
 # Every rule, and every feedback that looks at the trained weights.
 VARIANTS = {
     "factor-average": ["annealing.allocation=spectral"],

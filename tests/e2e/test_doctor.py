@@ -17,8 +17,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.e2e, pytest.mark.timeout(600)]
 PROGRAM = """
 import os, sys
 from ray.cluster_utils import Cluster
-from rayfed_lora import cli
-from rayfed_lora.runtime import node_report
+from rayfed_lora.cli import commands as cli
+from rayfed_lora.doctor import node_report
 from tests import ailing
 
 port, storage, ail = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "ailing"
@@ -56,7 +56,7 @@ def test_two_healthy_nodes_have_no_fault(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ok      nodes: 2 of 2 answered" in done.stdout
     assert "ok      ports: each node gets objects of the next one" in done.stdout
-    assert "every node writes it and reads what others wrote" in done.stdout
+    assert "every node can write to it and read files of the others" in done.stdout
     # By the only GPU: one actor.
     assert "recipe digits-vit: 1 client actors of 1 CPU and 1 GPU fit" in done.stdout
     assert "0 faults" in done.stdout
@@ -72,4 +72,4 @@ def test_another_torch_and_a_folder_that_cannot_be_written_end_with_status_1(
     assert "fault   version of torch: " in done.stdout
     assert "1.0.0 on " in done.stdout
     assert "fix: install the same torch on every node" in done.stdout
-    assert done.stdout.count("cannot write it") == 2
+    assert done.stdout.count("cannot write to it") == 2

@@ -144,7 +144,7 @@ def test_a_second_command_beside_a_live_run_is_refused_with_and_without_resume(
     assert fresh.returncode == resumed.returncode == 2
     assert re.search(OWNER, fresh.stderr)
     assert "waiting up to 20 s" in resumed.stderr
-    assert re.search(OWNER + r".*, whose run goes on", resumed.stderr)
+    assert re.search(OWNER + r".*, whose run is still active", resumed.stderr)
     assert_whole(out, undisturbed)
 
 

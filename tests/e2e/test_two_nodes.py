@@ -28,7 +28,7 @@ from ray.cluster_utils import Cluster
 import ray
 import rayfed_lora
 from rayfed_lora.errors import RayfedError
-from rayfed_lora.tuning.search import tune
+from rayfed_lora.tuning.tune import tune
 
 recipe, space, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
@@ -76,7 +76,13 @@ def test_nodes_share_a_folder_and_one_that_dies_costs_no_round(tmp_path: Path) -
     shared = tmp_path / "shared"
     alone = subprocess.run(
         [
-            *(sys.executable, "-c", "from rayfed_lora.cli import main; main()", "run", str(recipe)),
+            *(
+                sys.executable,
+                "-c",
+                "from rayfed_lora.cli.commands import main; main()",
+                "run",
+                str(recipe),
+            ),
             *("--out", str(tmp_path / "alone"), "--set", "runtime.executor=local"),
         ],
         capture_output=True,

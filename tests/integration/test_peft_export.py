@@ -29,16 +29,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rayfed_lora import cli
+from rayfed_lora.cli import commands as cli
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import ModelError
-from rayfed_lora.planning import plan
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe
-from rayfed_lora.runtime import launch
+from rayfed_lora.launching import launch
+from rayfed_lora.launching.planning import plan
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.tasks.messages import Export
+from rayfed_lora.training.preparing import prepare
 from rayfed_lora.training.trainer import LocalTrainer
-from rayfed_lora.training.workload import prepare
-from rayfed_lora.types import AdapterState, Base, Factors
+from rayfed_lora.types import AdapterState, Base, Factors, GlobalModel
+from tests.tasks import initial_tensors, predict
 
 # PEFT asks transformers 5 for a property that it is about to rename.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
@@ -225,7 +227,7 @@ def test_the_merged_model_reaches_the_final_metrics(
 
 @pytest.mark.parametrize("lora_run", ["adapter only"], indirect=True)
 def test_a_merged_export_says_where_it_is_and_nothing_else(lora_run: Run, tmp_path: Path) -> None:
-    program = "from rayfed_lora.cli import main; main()"
+    program = "from rayfed_lora.cli.commands import main; main()"
     folder, target = str(lora_run.folder), str(tmp_path / "merged")
     done = subprocess.run(
         [sys.executable, "-c", program, "export", folder, "--to", target, "--merge"],
@@ -283,13 +285,13 @@ def test_modules_of_rank_zero_are_left_out_and_the_rest_computes_the_same(
         name: Factors(normal(rank, shape.d_in), normal(shape.d_out, rank), 1.7)
         for (name, shape), rank in zip(trainer.shape().modules.items(), ranks, strict=True)
     }
-    head = {n: normal(*t.shape) for n, t in trainer.initial_tensors("adapter").items()}
+    head = {n: normal(*t.shape) for n, t in initial_tensors(trainer, "adapter").items()}
     state = AdapterState(factors, head)
-    for name, content in trainer.export(state, Base(), "adapter").items():
+    for name, content in trainer.run(Export(GlobalModel(state, Base(), "adapter"))).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     rows = len(workload.test)
-    said = trainer.evaluate("test", slice(0, rows), state, Base(), "adapter")
+    said = predict(trainer, slice(0, rows), state)
     found = metrics(plain_peft(tmp_path), workload)
     assert found["eval_accuracy"] == said.correct.sum() / rows
     assert found["eval_loss"] == pytest.approx(said.losses.mean(), abs=1e-5)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rayfed_lora.runtime import doctor, node_report
+from rayfed_lora.doctor import doctor, node_report
 from tests import ailing
 from tests.fakes import make_recipe
 
@@ -41,7 +41,7 @@ def test_a_folder_that_cannot_be_written_and_one_that_is_not_shared_are_faults(
 ) -> None:
     import ray
 
-    from rayfed_lora.runtime import node_checks
+    from rayfed_lora.doctor import node_checks
 
     nodes = ray.nodes()
     (tmp_path / "file").touch()
@@ -51,7 +51,7 @@ def test_a_folder_that_cannot_be_written_and_one_that_is_not_shared_are_faults(
     assert (odd.level, "nosuch" in odd.text) == ("fault", True)
     monkeypatch.setattr(node_checks, "_unseen", ailing.sees_nothing)
     (found,) = node_checks.check_storage(str(tmp_path), nodes)
-    assert "does not see what other nodes wrote there" in found.text
+    assert "does not see files that other nodes wrote there" in found.text
     assert "s3://bucket/runs" in found.fix
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -59,7 +59,7 @@ def test_a_folder_that_cannot_be_written_and_one_that_is_not_shared_are_faults(
 def test_a_question_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     import ray
 
-    from rayfed_lora.runtime.node_checks import Unanswered, answers, on_node
+    from rayfed_lora.doctor.node_checks import Unanswered, answers, on_node
 
     mark, node = tmp_path / "awake", ray.nodes()[0]["NodeID"]
     asked = on_node(node, ailing.marks_late, str(mark), 6.0)
@@ -74,7 +74,7 @@ def test_a_question_that_takes_too_long_is_ended(tmp_path: Path) -> None:
 def test_a_node_that_is_gone_or_lacks_a_package_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    from rayfed_lora.runtime import node_checks
+    from rayfed_lora.doctor import node_checks
 
     (node,) = ray.nodes()
     gone = {**node, "NodeID": "0" * 56}

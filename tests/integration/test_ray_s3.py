@@ -9,10 +9,10 @@ import pytest
 
 import rayfed_lora
 from rayfed_lora.errors import InterruptedRunError
-from rayfed_lora.recipe_loading import parse_yaml
-from rayfed_lora.reporting.search import SearchNews
+from rayfed_lora.pages.search import SearchNews
+from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.tuning.search import tune
+from rayfed_lora.tuning.tune import tune
 from tests.fakes import RECIPE, Behaviour, FakeFactory
 from tests.integration.test_ray_tune import ON_RAY, POPULATION, RANKS
 

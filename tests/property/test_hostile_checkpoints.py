@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayfed_lora.errors import RayfedError, RunFolderError
-from rayfed_lora.federation import checkpoints
-from rayfed_lora.reporting.report import report
-from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.runtime.claiming import finished, kept_recipe
-from rayfed_lora.runtime.session import sitting
+from rayfed_lora.pages.report import report
+from rayfed_lora.runs import checkpoints
+from rayfed_lora.runs.checksums import read_summary
+from rayfed_lora.runs.claiming import kept_recipe
+from rayfed_lora.runs.session import sitting
+from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
-from tests.fakes import local_executor, make_recipe
+from tests.fakes import local_engine, make_recipe
 
 REPORTED = (
     "recipe.yaml",
@@ -48,7 +49,7 @@ def run_of_two_rounds() -> dict[str, bytes]:
     with TemporaryDirectory() as path:
         folder, recipe = RunFolder(path), make_recipe()
         going = sitting(
-            recipe, local_executor(recipe), folder, StatusBoard(6), lambda: False, resume=False
+            recipe, local_engine(recipe), folder, StatusBoard(6), lambda: False, resume=False
         )
         for tables in going:
             if tables.rounds.num_rows == 2:
@@ -79,7 +80,7 @@ def go_on(folder: RunFolder) -> dict[str, Any]:
     recipe = make_recipe()
     going = sitting(
         recipe,
-        local_executor(recipe),
+        local_engine(recipe),
         folder,
         StatusBoard(6),
         lambda: False,
@@ -234,5 +235,5 @@ def test_a_run_with_any_damage_is_reported_or_refused(data: st.DataObject, name:
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
 def test_a_summary_that_is_no_summary_is_refused(content: bytes) -> None:
-    found = after(lambda folder: folder.write("summary.json", content), finished)
+    found = after(lambda folder: folder.write("summary.json", content), read_summary)
     assert isinstance(found, RunFolderError)

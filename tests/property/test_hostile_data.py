@@ -19,7 +19,7 @@ from pyarrow import csv, parquet
 from rayfed_lora.data import tables
 from rayfed_lora.data.traces import read_trace
 from rayfed_lora.errors import DataError
-from rayfed_lora.recipe import Data
+from rayfed_lora.recipe.data import Data
 from rayfed_lora.types import Trace
 from tests.property.test_hostile_checkpoints import damage
 

@@ -18,17 +18,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayfed_lora import checksums, seals
 from rayfed_lora.errors import RunFolderError
-from rayfed_lora.exporting import export_run
-from rayfed_lora.reporting import trackers
-from rayfed_lora.reporting.run_data import read_run
-from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.runtime.claiming import complete, kept_recipe
-from rayfed_lora.runtime.launch import Result
-from rayfed_lora.runtime.session import sitting
+from rayfed_lora.launching.exporting import export_run
+from rayfed_lora.launching.launch import Result
+from rayfed_lora.runs import checksums, seals, trackers
+from rayfed_lora.runs.claiming import complete, kept_recipe
+from rayfed_lora.runs.reading import read_run
+from rayfed_lora.runs.session import sitting
+from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
-from tests.fakes import Behaviour, local_executor, make_recipe
+from tests.fakes import Behaviour, local_engine, make_recipe
 from tests.property.test_hostile_checkpoints import damage
 
 QUICK = settings(max_examples=60, deadline=None)
@@ -47,8 +46,8 @@ def go_on(folder: RunFolder, rounds: int | None = None) -> tuple[dict[str, Any],
     """Run some rounds, or to the end; return the summary and the notes."""
     recipe = kept_recipe(folder) or RECIPE
     board = StatusBoard(6)
-    executor = local_executor(recipe, FAILING)
-    going = sitting(recipe, executor, folder, board, lambda: False, resume=True, page=False)
+    executor = local_engine(recipe, FAILING)
+    going = sitting(recipe, executor, folder, board, lambda: False, resume=True)
     while True:
         try:
             tables = next(going)
@@ -134,12 +133,12 @@ def test_every_flipped_bit_of_a_table_is_noticed(name: str, tmp_path: Path) -> N
     files = files_of(3)
     folder = unpacked(files, tmp_path)
     content = files[name]
-    assert seals.check(folder, name, sealed=True) is None
+    assert seals.check(folder, name) is None
     for place in range(0, len(content), 3):
         flipped = bytearray(content)
         flipped[place] ^= 1 << place % 8
         (tmp_path / name).write_bytes(bytes(flipped))
-        assert f"{name} is damaged" in (seals.check(folder, name, sealed=True) or "")
+        assert f"{name} is damaged" in (seals.check(folder, name) or "")
     with pytest.raises(RunFolderError, match=f"{name} is damaged"):
         read_run(folder)
 
@@ -266,7 +265,7 @@ def test_a_run_killed_between_any_two_writes_is_not_taken_for_damage(
     class Killed(BaseException):
         """Stands for SIGKILL."""
 
-    writes, opened = 0, RunFolder.opened
+    writes, opened = 0, RunFolder.open_to_write
 
     def dying(self: RunFolder, name: str) -> Any:
         nonlocal writes
@@ -276,7 +275,7 @@ def test_a_run_killed_between_any_two_writes_is_not_taken_for_damage(
         return opened(self, name)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(RunFolder, "opened", dying)
+        patch.setattr(RunFolder, "open_to_write", dying)
         go_on(folder, 5)
     read_run(folder)
     go_on(folder)
@@ -301,7 +300,7 @@ def test_tables_cut_back_to_an_older_checkpoint_are_not_taken_for_damage(tmp_pat
     def stop() -> bool:
         raise Killed
 
-    going = sitting(recipe, local_executor(recipe, FAILING), folder, board, stop, resume=True)
+    going = sitting(recipe, local_engine(recipe, FAILING), folder, board, stop, resume=True)
     with pytest.raises(Killed):
         next(going)
     rows = pq.read_metadata(tmp_path / "clients.parquet").num_rows
@@ -335,47 +334,16 @@ def test_a_run_read_between_the_writes_of_list_and_summary_is_an_unfinished_one(
 
 
 def as_older_versions_wrote(folder: RunFolder) -> None:
-    """Take all checksums away but those of the checkpoints."""
+    """Take all checksums away."""
     for name in (*TABLES, "partition.parquet"):
         table = pq.read_table(folder.local / name)
         pq.write_table(table, folder.local / name)
     folder.write("recipe.yaml", seals.text(folder, "recipe.yaml").encode())
     folder.remove("SHA256SUMS")
-    if folder.exists("summary.json"):
-        summary = json.loads(folder.read("summary.json"))
-        del summary["checksums"]
-        folder.write("summary.json", json.dumps(summary).encode())
-    for name in folder.names("checkpoints"):
-        at = f"checkpoints/{name}"
-        if name.startswith("round"):
-            facts = json.loads(folder.read(f"{at}/state.json"))
-            del facts["tables"]
-            content = json.dumps(facts).encode()
-            folder.write(f"{at}/state.json", content)
-            manifest = json.loads(folder.read(f"{at}/manifest.json"))
-            manifest["files"]["state.json"] = checksums.sha256(content)
-            folder.write(f"{at}/manifest.json", json.dumps(manifest).encode())
-
-
-def test_a_run_of_an_older_version_goes_on_with_a_note_and_ends_with_checksums(
-    tmp_path: Path,
-) -> None:
-    folder = unpacked(files_of(3), tmp_path)
-    as_older_versions_wrote(folder)
-    assert "older version" in read_run(folder).notes["text"][0]
-    _, notes = go_on(folder)
-    assert any("its tables have no checksums" in note for note in notes)
-    assert checksums.faults(folder) == {}
-    assert same(outcome(folder), undamaged())
-
-
-def test_an_older_versions_run_that_only_lacks_its_end_gets_checksums_too(tmp_path: Path) -> None:
-    folder = unpacked(files_of(None), tmp_path)
-    as_older_versions_wrote(folder)
-    folder.remove("summary.json")
-    go_on(folder)
-    assert checksums.faults(folder) == {}
-    assert same(outcome(folder), undamaged())
+    folder.remove("checkpoints")
+    summary = json.loads(folder.read("summary.json"))
+    del summary["checksums"]
+    folder.write("summary.json", json.dumps(summary).encode())
 
 
 def test_a_finished_run_of_an_older_version_is_read_as_it_is(tmp_path: Path) -> None:
@@ -399,11 +367,12 @@ def test_a_tracked_runs_id_with_another_character_is_not_taken_for_another_run(
     tmp_path: Path,
 ) -> None:
     folder = RunFolder(tmp_path)
-    trackers._keep(folder, "mlflow", "abc123")
-    trackers._keep(folder, "wandb", "x")
-    assert trackers._kept(folder) == {"mlflow": "abc123", "wandb": "x"}
+    trackers._store_run_id(folder, "mlflow", "abc123")
+    trackers._store_run_id(folder, "wandb", "x")
+    assert trackers._run_ids(folder) == {"mlflow": "abc123", "wandb": "x"}
     folder.write("tracking.json", folder.read("tracking.json").replace(b"abc123", b"abc124"))
     with pytest.raises(RunFolderError, match=r"tracking\.json is damaged"):
-        trackers._kept(folder)
-    folder.write("tracking.json", b'{"wandb": "of an older version"}')
-    assert trackers._kept(folder) == {"wandb": "of an older version"}
+        trackers._run_ids(folder)
+    folder.write("tracking.json", b'{"wandb": "without a checksum"}')
+    with pytest.raises(RunFolderError, match=r"tracking\.json is damaged"):
+        trackers._run_ids(folder)

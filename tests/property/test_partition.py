@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayfed_lora.data.partition import _levelled, _sizes, _top_up, deal
-from rayfed_lora.recipe import Partition
+from rayfed_lora.recipe.data import Partition
 
 KINDS = st.sampled_from(["iid", "dirichlet", "shards", "quantity"])
 

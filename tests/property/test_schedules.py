@@ -1,4 +1,4 @@
-"""Cooling curves for any ranks and lengths, against method.md's formulas written anew."""
+"""Cooling curves for any ranks and lengths, against docs/method.md's formulas written anew."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ cheap = settings(max_examples=60, deadline=None)
 
 
 def curve_from_the_method(shape: str, r0: int, r1: int, n: int, steps: int) -> np.ndarray:
-    """All n values of a shape, vectorised, as method.md words them."""
+    """All n values of a shape, vectorised, as docs/method.md words them."""
     u = np.arange(1, n + 1) / n
     if shape == "linear":
         return r0 + (r1 - r0) * u

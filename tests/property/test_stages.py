@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rayfed_lora.annealing import stages
 from rayfed_lora.annealing.stages import Feedback
-from rayfed_lora.recipe import Annealing
+from rayfed_lora.recipe.annealing import Annealing
 
 cheap = settings(max_examples=60, deadline=None)
 SHAPES = st.sampled_from(

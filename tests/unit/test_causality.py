@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from rayfed_lora.errors import ModelError
+from rayfed_lora.launching.planning import plan
 from rayfed_lora.models import sources
 from rayfed_lora.models.causality import check_causal
-from rayfed_lora.planning import plan
-from rayfed_lora.recipe import Model
+from rayfed_lora.recipe.model import Model
 from tests.unit.test_language_models import RECIPE, texts
 
 __all__ = ["texts"]

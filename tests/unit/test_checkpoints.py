@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from rayfed_lora.errors import RunError, RunFolderError
-from rayfed_lora.federation import checkpoints
-from rayfed_lora.federation.checkpoints import Snapshot
+from rayfed_lora.runs import checkpoints
+from rayfed_lora.runs.checkpoints import Snapshot
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import AdapterState, Base, Factors
 

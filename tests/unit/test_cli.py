@@ -16,17 +16,19 @@ from typing import Any
 
 import jsonschema
 import pytest
-from rich.console import Console
 from ruamel.yaml import YAML
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rayfed_lora import cli
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe, shipped_names, shipped_text
-from rayfed_lora.reporting.progress import watching
-from rayfed_lora.reporting.status import Status
-from rayfed_lora.types import Proposal, RoundRecord
+from rayfed_lora.cli import commands as cli
+from rayfed_lora.cli.console import PlainConsole
+from rayfed_lora.cli.run_display import watching
+from rayfed_lora.federation.records import RoundRecord
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.recipe.shipped_recipes import shipped_names, shipped_text
+from rayfed_lora.runs.status import Status
+from rayfed_lora.types import Proposal
 
 HEAVY = ("ray", "torch", "transformers", "pandas", "peft", "sklearn")
 TINY = """\
@@ -98,7 +100,7 @@ def fresh(arguments: Sequence[str | Path], loaded: Sequence[str] = ()) -> Outcom
         "import atexit, json, sys\n"
         f"names = {list(loaded)!r}\n"
         "atexit.register(lambda: print(json.dumps([n for n in names if n in sys.modules])))\n"
-        "from rayfed_lora.cli import main\n"
+        "from rayfed_lora.cli.commands import main\n"
         "main()\n"
     )
     done = subprocess.run(
@@ -498,7 +500,7 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 # Shells start what runs in the background with the signal ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from rayfed_lora.cli import main
+from rayfed_lora.cli.commands import main
 main()
 """
 
@@ -521,11 +523,7 @@ def record(**values: Any) -> RoundRecord:
         "clients": 4,
         "failed_clients": 1,
         "train_loss": 1.25,
-        "eval_accuracy": 0.5,
-        "eval_loss": 1.0,
-        "eval_macro_f1": 0.5,
-        "eval_auc": None,
-        "eval_perplexity": None,
+        "evaluation": {"accuracy": 0.5, "loss": 1.0, "macro_f1": 0.5},
         "validation_accuracy": None,
         "validation_loss": None,
         "aggregation_error": None,
@@ -572,7 +570,7 @@ ROUND_LINE = (
 @pytest.mark.parametrize("terminal", [False, True], ids=["plain", "live"])
 def test_a_watched_run_keeps_a_line_for_each_round_and_warning(terminal: bool) -> None:
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=terminal, width=160, color_system=None)
+    console = PlainConsole(file=screen, force_terminal=terminal, width=160, color_system=None)
     with watching(console) as watch:
         for status in STATUSES:
             watch(status)
@@ -584,7 +582,7 @@ def test_a_watched_run_keeps_a_line_for_each_round_and_warning(terminal: bool) -
 
 def test_without_a_terminal_each_phase_is_said_once() -> None:
     screen = io.StringIO()
-    with watching(Console(file=screen, width=160)) as watch:
+    with watching(PlainConsole(file=screen, width=160)) as watch:
         for status in (*STATUSES[:2], STATUSES[1], *STATUSES[2:]):
             watch(status)
     lines = screen.getvalue().splitlines()
@@ -592,11 +590,11 @@ def test_without_a_terminal_each_phase_is_said_once() -> None:
 
 
 def test_the_live_display_survives_a_whole_run(recipe: Path) -> None:
-    from rayfed_lora.runtime import launch
+    from rayfed_lora.launching import launch
 
     screen = io.StringIO()
     loaded: Recipe = load_recipe(recipe)
-    with watching(Console(file=screen, force_terminal=True, width=120)) as watch:
+    with watching(PlainConsole(file=screen, force_terminal=True, width=120)) as watch:
         launch.run(loaded, "out", watch=watch)
     assert [f"{i}/3" in screen.getvalue() for i in (1, 2, 3)] == [True] * 3
 

@@ -14,22 +14,22 @@ import pytest
 from pyarrow import parquet
 
 import rayfed_lora
-from rayfed_lora.client_names import called
+from rayfed_lora.client_names import client_label
 from rayfed_lora.data.fingerprint import with_fingerprint
 from rayfed_lora.data.traces import read_trace
 from rayfed_lora.data.workload import Workload
+from rayfed_lora.engines.factory import in_process
+from rayfed_lora.engines.local import LocalEngine
 from rayfed_lora.errors import ClientError, DataError, RunFolderError
-from rayfed_lora.federation import checkpoints, restored
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe
-from rayfed_lora.reporting.report import report_html
-from rayfed_lora.reporting.run_data import read_run
-from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.runtime.factory import in_process
-from rayfed_lora.runtime.local import LocalExecutor
-from rayfed_lora.runtime.session import sitting
+from rayfed_lora.pages.report import report_html
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs import checkpoints, restored
+from rayfed_lora.runs.reading import read_run
+from rayfed_lora.runs.session import sitting
+from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.training.workload import outline, prepare
+from rayfed_lora.training.preparing import outline, prepare
 from tests.fakes import Behaviour, FakeFactory, every_round, make_recipe
 
 NAMES = ("mia", "bob", "<b>eve</b>", "7", "é", "zoë")
@@ -49,8 +49,8 @@ class NamedFactory(FakeFactory):
         return with_fingerprint(workload) if self.fingerprint else workload
 
 
-def executor(recipe: Recipe, factory: FakeFactory) -> LocalExecutor:
-    return LocalExecutor(recipe.aggregation.rule, lambda: in_process(recipe, factory, "cpu"))
+def executor(recipe: Recipe, factory: FakeFactory) -> LocalEngine:
+    return LocalEngine(lambda: in_process(recipe, factory, "cpu"))
 
 
 def stopped(folder: Path, factory: FakeFactory, rounds: int) -> None:
@@ -111,7 +111,7 @@ def test_a_client_that_raises_is_named_by_its_value(tmp_path):
 
 
 def test_control_characters_of_a_name_are_written_out():
-    assert called(0, ["\x1b[31mred"]) == "client 0 ('\\x1b[31mred')"
+    assert client_label(0, ["\x1b[31mred"]) == "client 0 ('\\x1b[31mred')"
 
 
 def test_a_run_goes_on_with_the_same_data(tmp_path):

@@ -13,9 +13,10 @@ import pytest
 
 import rayfed_lora
 from rayfed_lora.errors import BadInputError, InterruptedRunError, RecipeError, RunError
-from rayfed_lora.reporting.comparison import Comparison, Standing
-from rayfed_lora.runtime import comparison as module
-from rayfed_lora.runtime.comparison import cells_of, compare
+from rayfed_lora.launching import run_queue
+from rayfed_lora.launching.cells import cells_of
+from rayfed_lora.launching.comparison import compare
+from rayfed_lora.pages.comparison import Comparison, Standing
 from tests.fakes import RECIPE, Behaviour, FakeFactory, every_round
 
 METHODS = ["sa-fedlora", "fedavg", "flora"]
@@ -134,7 +135,7 @@ def test_called_again_it_runs_nothing_twice(whole, monkeypatch):
     def run(*arguments: object) -> None:
         raise AssertionError("ran again")
 
-    monkeypatch.setattr(module, "simulate", run)
+    monkeypatch.setattr(run_queue, "simulate", run)
     again = compared(out)
     pd.testing.assert_frame_equal(again.runs, comparison.runs)
 

@@ -9,10 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-from rayfed_lora.data import load
 from rayfed_lora.data.builtin import BUILTIN, FASHION_NAMES, VADER_DOMAINS
+from rayfed_lora.data.tables import load
 from rayfed_lora.errors import DataError
-from rayfed_lora.recipe import Data, Partition
+from rayfed_lora.recipe.data import Data, Partition
 
 IMAGES, TEXTS = "image-classification", "text-classification"
 

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import csv, feather, parquet
 
-from rayfed_lora.data import load
+from rayfed_lora.data.tables import load
 from rayfed_lora.errors import DataError
-from rayfed_lora.recipe import Data, Partition
+from rayfed_lora.recipe.data import Data, Partition
 
 TASK = "text-classification"
 ROWS = pa.table(

@@ -9,9 +9,9 @@ from types import ModuleType, SimpleNamespace
 import pyarrow as pa
 import pytest
 
-from rayfed_lora.data import load
+from rayfed_lora.data.tables import load
 from rayfed_lora.errors import DataError
-from rayfed_lora.recipe import Data, Partition
+from rayfed_lora.recipe.data import Data, Partition
 
 TASK = "text-classification"
 TEXTS = [f"text {i}" for i in range(20)]

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from rayfed_lora.data import load
 from rayfed_lora.data.images import as_tensors
+from rayfed_lora.data.tables import load
 from rayfed_lora.errors import DataError
-from rayfed_lora.recipe import Data
+from rayfed_lora.recipe.data import Data
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (4, 5, 6))
@@ -157,7 +157,7 @@ def test_image_files_load_with_their_labels(tmp_path, suffix):
         ([[1, 2, 3, 4]], "H x W .* got 4"),
         ([1, 2], "got single numbers"),
         (np.zeros((1, 5, 6, 7), int).tolist(), "got 5 x 6 x 7"),
-        (np.zeros((1, 3, 6, 3), int).tolist(), "no doubt which is which, got 3 x 6 x 3"),
+        (np.zeros((1, 3, 6, 3), int).tolist(), "number of channels .* got 3 x 6 x 3"),
     ],
 )
 def test_images_that_cannot_be_used_are_an_error_that_says_why(images, message):

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import feather, parquet
 
-from rayfed_lora.data import load, naming, sources
+from rayfed_lora.data import naming, sources
 from rayfed_lora.data.columns import MOST_CHARACTERS
+from rayfed_lora.data.tables import load
 from rayfed_lora.errors import DataError
-from rayfed_lora.recipe import Data, Partition
+from rayfed_lora.recipe.data import Data, Partition
 
 TASK = "text-classification"
 DAY = datetime.date(2024, 1, 31)

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayfed_lora.data import ClientTable, deal
-from rayfed_lora.data.partition import hold_out
+from rayfed_lora.data.client_table import ClientTable, hold_out
+from rayfed_lora.data.partition import deal
 from rayfed_lora.errors import DataError
-from rayfed_lora.recipe import Partition
+from rayfed_lora.recipe.data import Partition
 
 LABELS = np.random.default_rng(0).integers(0, 10, 2000)
 

@@ -6,10 +6,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from rayfed_lora.data import load
-from rayfed_lora.data.tables import number_column
+from rayfed_lora.data.tables import load, number_column
 from rayfed_lora.errors import DataError
-from rayfed_lora.recipe import Data, Partition
+from rayfed_lora.recipe.data import Data, Partition
 
 TASK = "text-classification"
 
@@ -90,8 +89,8 @@ def test_chosen_labels_are_kept_and_renumbered_in_their_order(save):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (["a", "z"], "got 'z'; there are a, b, c"),
-        ([1, 2], "got 1; there are a, b, c"),
+        (["a", "z"], "got 'z'; its labels are a, b, c"),
+        ([1, 2], "got 1; its labels are a, b, c"),
         (["a", "a"], r"once, got \['a', 'a'\]"),
         (["a"], "at least 2 classes, got 1"),
         ([], "at least 2 classes, got 0"),

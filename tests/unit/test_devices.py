@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rayfed_lora.errors import RunError
 from rayfed_lora.federation.devices import Devices, Turnout
 from rayfed_lora.federation.ledger import Bill
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.types import DeviceFacts, Trace
 from tests.fakes import make_recipe
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from rayfed_lora.recipe_loading import load_recipe
-from rayfed_lora.reporting.diagnosis import Finding, diagnosis_status, show_diagnosis
-from rayfed_lora.runtime.doctor import check_recipes, judge_dashboard
-from rayfed_lora.runtime.node_report import (
+from rayfed_lora.cli.cluster_display import show_diagnosis
+from rayfed_lora.cli.console import PlainConsole
+from rayfed_lora.doctor.dashboard_check import judge_dashboard
+from rayfed_lora.doctor.findings import Finding, diagnosis_status
+from rayfed_lora.doctor.node_report import (
     MISSING,
     PACKAGES,
     Gpu,
@@ -25,9 +25,11 @@ from rayfed_lora.runtime.node_report import (
     inspect,
     versions,
 )
-from rayfed_lora.runtime.placement import Node
-from rayfed_lora.runtime.probe import Probe, check_gpu_memory, judge, probe, shortened
-from rayfed_lora.runtime.remote_doctor import examine
+from rayfed_lora.doctor.probe import Probe, check_gpu_memory, judge, probe, shortened
+from rayfed_lora.doctor.recipe_check import check_recipes
+from rayfed_lora.doctor.remote import examine
+from rayfed_lora.engines.on_ray.placement import Node
+from rayfed_lora.recipe.loading import load_recipe
 from tests.fakes import Behaviour, FakeFactory, every_round, make_recipe
 
 SAME = {"python": "3.11.7", **dict.fromkeys(PACKAGES, "1.0")}
@@ -76,8 +78,8 @@ def test_a_node_that_says_nothing_is_a_fault_and_is_not_compared() -> None:
     [
         ((CARD,), 1, 1.0, "ok", "H100, 79.0 of 80.0 GB free"),
         ((CARD,), 0, 1.0, "fault", "torch can use none of them"),
-        ((CARD, CARD), 2, 1.0, "warning", "Ray hands out 1 of 2"),
-        ((), 0, 2.0, "warning", "Ray hands out 2, nvidia-smi knows none"),
+        ((CARD, CARD), 2, 1.0, "warning", "Ray assigns 1 of 2"),
+        ((), 0, 2.0, "warning", "Ray assigns 2, nvidia-smi lists none"),
     ],
 )
 def test_cards_are_compared_with_what_ray_and_torch_make_of_them(
@@ -122,7 +124,7 @@ def test_recipes_are_fitted_into_the_cluster() -> None:
     # Four actors of 0.3 GB are more than 1 GB.
     tight = one(check_recipes([recipe], False, [ray_node(memory=1e9)]))
     assert tight.level == "warning"
-    assert tight.text.endswith("; 4 on one node want more than its 1.0 GB")
+    assert tight.text.endswith("; 4 on one node need more than its 1.0 GB")
     many = load_recipe("digits-vit", {"runtime.client_actors": 9})
     fault = one(check_recipes([many], True, [ray_node()]))
     assert fault.level == "fault"
@@ -145,7 +147,7 @@ def test_data_that_are_not_there_are_a_fault_where_the_recipe_was_asked_for(
         ("http://127.0.0.1:8265", 401, "ok", "asks for the token"),
         ("http://10.0.0.1:8265", 403, "ok", "asks for the token"),
         ("http://127.0.0.1:8265", 200, "warning", "every user of the head node can run code"),
-        ("http://10.0.0.1:8265", 200, "fault", "whoever reaches that port can run code"),
+        ("http://10.0.0.1:8265", 200, "fault", "anyone who reaches that port can run code"),
         ("http://10.0.0.1:8265", None, "warning", "none answers at http://10.0.0.1:8265"),
     ],
 )
@@ -210,16 +212,16 @@ def test_without_a_gpu_nothing_is_probed_and_that_is_said() -> None:
     found = one(check_gpu_memory([make_recipe()], [Node(4, 0)]))
     assert (found.level, found.text) == ("skipped", "no GPU in the cluster, nothing was probed")
     on_cpu = one(check_gpu_memory([make_recipe()], [Node(4, 1)]))
-    assert on_cpu.text == "its actors take no GPU share"
+    assert on_cpu.text == "its actors use no GPU"
 
 
-def test_findings_are_shown_with_how_to_mend_them_and_counted() -> None:
+def test_findings_are_shown_with_how_to_fix_them_and_counted() -> None:
     findings = [
         Finding("ok", "Ray", "2.0, 1 nodes"),
         Finding("fault", "ports", "[closed]", "open them"),
         Finding("skipped", "GPU memory", "no GPU"),
     ]
-    console = Console(width=100)
+    console = PlainConsole(width=100)
     with console.capture() as capture:
         show_diagnosis(console, findings)
     assert capture.get().splitlines() == [
@@ -241,7 +243,7 @@ def test_a_dashboard_that_nobody_answers_at_is_a_fault() -> None:
 
 
 def test_a_cluster_that_nobody_answers_at_is_a_fault() -> None:
-    from rayfed_lora.runtime.doctor import doctor
+    from rayfed_lora.doctor.doctor import doctor
 
     found = one(doctor("127.0.0.1:1"))
     assert (found.level, found.subject) == ("fault", "Ray")

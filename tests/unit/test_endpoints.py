@@ -10,18 +10,21 @@ import pyarrow.parquet as pq
 import pytest
 
 import rayfed_lora
-from rayfed_lora import seals, storage
+from rayfed_lora import storage
 from rayfed_lora.data.sources import read_file
 from rayfed_lora.endpoints import endpoint, guarded, own_endpoints, unguarded
 from rayfed_lora.errors import DataError, RecipeError, RunFolderError
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
-from rayfed_lora.recipe_notes import unused
-from rayfed_lora.runtime.claiming import differences
-from rayfed_lora.runtime.jobs import Jobs
+from rayfed_lora.jobs.jobs import Jobs
+from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
+from rayfed_lora.recipe.notes import unused
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.recipe.yaml_text import parse_yaml
+from rayfed_lora.runs import seals
+from rayfed_lora.runs.claiming import differences
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.tuning.run_folders import begun_or_drawn
-from rayfed_lora.tuning.space import Space, trial_recipe
+from rayfed_lora.tuning.draws import trial_recipe
+from rayfed_lora.tuning.run_folders import current_recipe
+from rayfed_lora.tuning.space import Space
 from tests.fake_jobs import FakeClient
 from tests.fakes import RECIPE, FakeFactory
 
@@ -276,9 +279,9 @@ def test_a_trial_that_goes_on_has_the_credentials_that_its_search_was_given(tmp_
     )
     draw = {"annealing.cooling.rank": 1}
     folder = RunFolder(tmp_path)
-    drawn = begun_or_drawn(folder, space, recipe, draw)
+    drawn = current_recipe(folder, space, recipe, draw)
     folder.write("recipe.yaml", seals.sealed_text(recipe_yaml(drawn)))
-    kept = begun_or_drawn(folder, space, recipe, draw)
+    kept = current_recipe(folder, space, recipe, draw)
     assert kept.data.source == drawn.data.source == source
 
 
@@ -288,6 +291,6 @@ def test_an_empty_option_names_no_server_and_leaves_the_environments(monkeypatch
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://minio:9000")
     # What is opened is the environment's server, with its scheme.
     assert guarded(location, ()) == location
-    filesystem, _ = storage.opened(location)
+    filesystem, _ = storage.open_filesystem(location)
     options = filesystem.__reduce__()[1][0]
     assert (options["endpoint_override"], options["scheme"]) == ("minio:9000", "https")

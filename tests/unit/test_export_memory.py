@@ -7,8 +7,8 @@ import tracemalloc
 from pathlib import Path
 
 import rayfed_lora
-from rayfed_lora import checksums
-from rayfed_lora.exporting import export_run
+from rayfed_lora.launching.exporting import export_run
+from rayfed_lora.runs import checksums
 from rayfed_lora.storage import RunFolder
 from tests.fakes import FakeFactory, make_recipe
 

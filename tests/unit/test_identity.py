@@ -1,36 +1,57 @@
-"""States are judged by their values: whether code makes a copy changes no result."""
+"""States are known by their version and judged by their ranks: a copy changes no result."""
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from rayfed_lora.federation.progress import Progress, kept_moments
-from rayfed_lora.federation.transitions import Entry, GlobalModel, protected
-from rayfed_lora.types import AdapterState, Base, Factors
+from rayfed_lora.federation.run import Run, kept_moments
+from rayfed_lora.federation.transitions import enter, protected
+from rayfed_lora.types import AdapterState, Base, Factors, GlobalModel, RoundPlan
+from tests.fakes import SHAPE, make_recipe
 
 
-def state(first: float = 1.0) -> AdapterState:
-    a, b = np.full((2, 3), first, np.float32), np.ones((4, 2), np.float32)
-    return AdapterState({"q": Factors(a, b, 0.5)}, {"head": np.ones(2, np.float32)})
+def state(rank: int = 2, scale: float = 3.0) -> AdapterState:
+    def factors(d_out: int, d_in: int) -> Factors:
+        a, b = np.full((rank, d_in), 1.0, np.float32), np.ones((d_out, rank), np.float32)
+        return Factors(a, b, scale)
+
+    return AdapterState(
+        {"q": factors(6, 4), "v": factors(4, 3)}, {"head": np.ones((2, 3), np.float32)}
+    )
 
 
-MOMENTS = {name: (np.ones(2),) for name in ("A of q", "B of q", "head")}
+NAMES = {"head", "A of q", "B of q", "A of v", "B of v"}
 
 
-def kept(after: AdapterState) -> set[str]:
-    before = Progress(1, GlobalModel(state(), Base(0), "adapter"), moments=MOMENTS)
-    return {*kept_moments(before, Entry(GlobalModel(after, Base(0), "adapter"), {"q": 2}))}
+def kept(before: AdapterState, rank: int = 2) -> set[str]:
+    """Return the moments that are left in a round of a rank after one that left a state."""
+    run = Run(3, GlobalModel(before, Base(), "adapter"), moments=dict.fromkeys(NAMES, ()))
+    # Scale alpha / heating rank = 6 / 2.
+    recipe = make_recipe(adapter__scaling="constant", annealing__heating__rank=2)
+    plan = RoundPlan(3, "heating", "adapter", rank, 0.0)
+    return {*kept_moments(run, enter(recipe, SHAPE, run.model, plan))}
 
 
-def test_moments_survive_a_copy_of_the_factors_and_not_a_change() -> None:
-    other_scale = {"q": replace(state().factors["q"], scale=1.0)}
-    assert kept(state()) == {"A of q", "B of q", "head"}
-    assert kept(state(first=2.0)) == {"head"}
-    assert kept(replace(state(), factors=other_scale)) == {"head"}
+def test_moments_survive_a_round_of_the_same_rank_and_scale_and_no_other() -> None:
+    assert kept(state()) == NAMES
+    assert kept(replace(state())) == NAMES
+    assert kept(state(), rank=1) == {"head"}
+    assert kept(state(), rank=3) == {"head"}
+    assert kept(state(scale=1.0)) == {"head"}
     assert kept(replace(state(), factors={})) == {"head"}
+
+
+def test_a_version_is_that_of_one_value_wherever_it_goes() -> None:
+    one = state()
+    assert pickle.loads(pickle.dumps(one)).version == one.version
+    versions = {one.version, state().version, replace(one).version, replace(one, dense={}).version}
+    assert len(versions) == 4
+    # Nothing else depends on it.
+    assert AdapterState({}, {}) == AdapterState({}, {})
 
 
 def test_a_global_state_cannot_be_changed_in_place() -> None:

@@ -16,10 +16,10 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from rayfed_lora.errors import ModelError
-from rayfed_lora.models.pixels import Pixels
+from rayfed_lora.models.image_processor import ImageProcessor
 from rayfed_lora.models.sources import quiet
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.training.workload import outline, prepare
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.training.preparing import outline, prepare
 from tests.fakes import make_recipe
 
 pytest.importorskip("PIL")
@@ -188,7 +188,7 @@ def test_images_are_prepared_in_chunks_without_a_second_copy_of_the_result() -> 
 
     given = np.random.default_rng(0).integers(0, 256, (2100, 1, 4, 4)).astype(np.float32)
     tracemalloc.start()
-    found = Pixels(Enlarging(), 1, "model.source", "file")(given / 127.5 - 1)
+    found = ImageProcessor(Enlarging(), 1, "its image processor")(given / 127.5 - 1)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     np.testing.assert_array_equal(found[:, :, ::16, ::16], given)
@@ -202,13 +202,13 @@ def test_one_image_is_prepared_to_learn_the_size(
     data = images(tmp_path / "data.jsonl", (16, 16, 3))
     recipe = make(data, source(tmp_path / "m", RESIZING))
     asked: list[int] = []
-    of = Pixels.__call__
+    of = ImageProcessor.__call__
 
-    def counted(pixels: Pixels, given: np.ndarray) -> np.ndarray:
+    def counted(pixels: ImageProcessor, given: np.ndarray) -> np.ndarray:
         asked.append(len(given))
         return of(pixels, given)
 
-    monkeypatch.setattr(Pixels, "__call__", counted)
+    monkeypatch.setattr(ImageProcessor, "__call__", counted)
     outline(recipe)
     assert asked == [1]
 

@@ -8,8 +8,8 @@ import sys
 # What an actor does: one thread prepares the data, another one loads code.
 PROGRAM = """
 import threading
-from rayfed_lora.recipe_loading import load_recipe
-from rayfed_lora.runtime.factory import TorchFactory
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.engines.factory import TorchFactory
 recipe, go, failed = load_recipe("digits-vit"), threading.Barrier(2), []
 def call(method):
     go.wait()

@@ -12,12 +12,13 @@ import pytest
 from ray.exceptions import RaySystemError
 
 from rayfed_lora.errors import BadInputError
-from rayfed_lora.reporting.status import Status
-from rayfed_lora.runtime import job_progress, launch
-from rayfed_lora.runtime.comparison import compare
-from rayfed_lora.runtime.job_progress import job_id, told
-from rayfed_lora.runtime.launch import interruptible
-from rayfed_lora.runtime.location import run_location
+from rayfed_lora.jobs import reporting as module
+from rayfed_lora.jobs.reporting import reporting
+from rayfed_lora.launching import launch
+from rayfed_lora.launching.comparison import compare
+from rayfed_lora.launching.signals import interruptible
+from rayfed_lora.runs.location import job_id, run_location
+from rayfed_lora.runs.status import Status
 from tests.fakes import make_recipe
 
 KEY = "_ray_internal_job_info_job-1"
@@ -60,7 +61,7 @@ def test_a_process_that_is_no_jobs_command_is_none(
         monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", text)
     assert job_id() is None
     seen: list[Status] = []
-    with told(make_recipe(), "/out", seen.append) as tell:
+    with reporting(make_recipe(), "/out", seen.append) as tell:
         tell(Status())
     assert seen == [Status()]
 
@@ -70,7 +71,7 @@ def test_a_job_tells_in_its_own_record_where_it_stands(records: dict[str, Any]) 
     seen: list[Status] = []
     first = Status(phase="training", rounds=6, running=1, stage="heating", rank=3)
     last = Status(phase="done", rounds_done=6, rounds=6, loss=0.5)
-    with told(make_recipe(), "/out", seen.append) as tell:
+    with reporting(make_recipe(), "/out", seen.append) as tell:
         tell(first)
         assert records[KEY]["message"] == "round 1/6 heating rank 3, ETA -:--"
         # Within two seconds of the first: told at the end.
@@ -89,7 +90,7 @@ def test_a_job_tells_in_its_own_record_where_it_stands(records: dict[str, Any]) 
 @pytest.mark.parametrize("record", [None, [], {"status": "STOPPED"}])
 def test_a_record_that_is_another_is_left_alone(record: Any, records: dict[str, Any]) -> None:
     records[KEY] = record
-    with told(make_recipe(), "/out", lambda status: None) as tell:
+    with reporting(make_recipe(), "/out", lambda status: None) as tell:
         tell(Status())
     assert records[KEY] == record
 
@@ -99,9 +100,9 @@ def test_a_run_that_cannot_tell_of_itself_goes_on(monkeypatch: pytest.MonkeyPatc
     def fail(*given: Any) -> None:
         raise RaySystemError("no GCS")
 
-    monkeypatch.setattr(job_progress, "_record", fail)
+    monkeypatch.setattr(module, "_update_record", fail)
     seen: list[Status] = []
-    with told(make_recipe(), "/out", seen.append) as tell:
+    with reporting(make_recipe(), "/out", seen.append) as tell:
         tell(Status())
     assert seen == [Status()]
 

@@ -8,26 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
+from rayfed_lora.cli.cluster_display import show_job, show_jobs, show_stopped, show_submitted
+from rayfed_lora.cli.console import PlainConsole
 from rayfed_lora.errors import BadInputError, InterruptedRunError, ResourceError, RunError
-from rayfed_lora.recipe_loading import load_recipe, parse_yaml
-from rayfed_lora.reporting.jobs import (
+from rayfed_lora.jobs import dashboard
+from rayfed_lora.jobs.dashboard import dashboard_url, is_dashboard, translated_errors
+from rayfed_lora.jobs.files import files_named
+from rayfed_lora.jobs.jobs import Jobs
+from rayfed_lora.jobs.ports import unreachable_cluster
+from rayfed_lora.jobs.views import (
     JobProgress,
     JobView,
     exit_status,
-    show_job,
-    show_jobs,
-    show_stopped,
-    show_submitted,
+    run_metadata,
 )
-from rayfed_lora.reporting.status import Status
-from rayfed_lora.runtime import dashboard
-from rayfed_lora.runtime.dashboard import dashboard_url, is_dashboard, refused
-from rayfed_lora.runtime.job_files import files_named
-from rayfed_lora.runtime.job_progress import facts
-from rayfed_lora.runtime.jobs import Jobs
-from rayfed_lora.runtime.ports import unreachable_cluster
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.yaml_text import parse_yaml
+from rayfed_lora.runs.status import Status
 from tests.fake_jobs import Details, FakeClient
 from tests.fakes import make_recipe
 
@@ -54,7 +52,7 @@ def told(job: Details, **changes: Any) -> None:
 
 
 def shown(show: Callable[..., None], *arguments: Any) -> str:
-    console = Console(width=160)
+    console = PlainConsole(width=160)
     with console.capture() as capture:
         show(console, *arguments)
     return capture.get()
@@ -84,7 +82,7 @@ def test_a_job_without_a_folder_gets_one_that_outlives_it_and_says_where_it_is()
     submitted = Jobs(client=client).submit(make_recipe())
     assert submitted.location == f"~/rayfed-lora-runs/{submitted.id}"
     assert submitted.id.startswith("fake-")
-    assert "is on the head node's disk and goes with it" in submitted.notes[0]
+    assert "is on the head node's disk and is lost with it" in submitted.notes[0]
     text = shown(show_submitted, submitted.id, submitted.location, submitted.notes)
     assert f"job: {submitted.id}" in text
     assert f"run folder: {submitted.location}" in text
@@ -241,7 +239,7 @@ def test_stop_waits_for_the_end_and_says_how_to_go_on() -> None:
     view = Jobs(client=client).stop(job)
     text = shown(show_stopped, view)
     assert text.startswith(f"job {job} stopped: 6 of 30 rounds done, loss 0.300, accuracy 0.800;")
-    assert f"its checkpoint is kept in /out; rayfed-lora resume {job} goes on" in text
+    assert f"its checkpoint is kept in /out; to resume: rayfed-lora resume {job}" in text
     with pytest.raises(BadInputError, match="has ended already"):
         Jobs(client=client).stop(job)
 
@@ -264,13 +262,13 @@ def test_a_stop_of_a_job_whose_run_has_finished_says_that_and_not_that_it_can_go
 
 def test_a_stop_after_the_last_round_and_before_the_export_can_go_on() -> None:
     last = JobView("a", "fake", "stopped", "/out", progress(phase="exporting", rounds_done=30))
-    assert "rayfed-lora resume a goes on" in shown(show_stopped, last)
+    assert "to resume: rayfed-lora resume a" in shown(show_stopped, last)
 
 
 def test_a_stop_of_a_job_that_had_told_nothing_claims_nothing() -> None:
     silent = JobView("a", "fake", "stopped", "/out")
     text = shown(show_stopped, silent)
-    assert text == "job a stopped; it had not told how far its run was; run folder: /out\n"
+    assert text == "job a stopped; it had reported no progress of its run; run folder: /out\n"
 
 
 def test_a_stopped_job_whose_run_has_finished_is_not_gone_on_with() -> None:
@@ -278,12 +276,12 @@ def test_a_stopped_job_whose_run_has_finished_is_not_gone_on_with() -> None:
     job = Jobs(client=client).submit(make_recipe(), "/out").id
     told(client.jobs[job], phase="done", rounds_done=30)
     client.jobs[job].status = "STOPPED"
-    with pytest.raises(BadInputError, match="is done; its run folder: /out"):
+    with pytest.raises(BadInputError, match="has finished; its run folder: /out"):
         Jobs(client=client).resume(job)
 
 
 def test_a_job_that_does_not_end_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rayfed_lora.runtime.jobs.STOP_WAIT_S", -10)
+    monkeypatch.setattr("rayfed_lora.jobs.jobs.STOP_WAIT_S", -10)
     client = FakeClient()
     job = Jobs(client=client).submit(make_recipe(), "/out").id
     monkeypatch.setattr(client, "stop_job", lambda job: True)
@@ -310,13 +308,13 @@ def test_resume_refuses_what_runs_is_done_or_unknown() -> None:
     with pytest.raises(BadInputError, match="is still pending"):
         jobs.resume(job)
     client.jobs[job].status = "SUCCEEDED"
-    with pytest.raises(BadInputError, match="is done; its run folder: /out"):
+    with pytest.raises(BadInputError, match="has finished; its run folder: /out"):
         jobs.resume(job)
     client.jobs[job] = Details(job, "rayfed-lora run x", {}, "FAILED")
-    with pytest.raises(BadInputError, match="did not get as far as telling of its recipe"):
+    with pytest.raises(BadInputError, match="ended before it reported its recipe"):
         jobs.resume(job)
     for text in ("[1]", "{", "name: 3"):
-        broken = {**facts(make_recipe(), "/out"), "rayfed_lora.recipe": text}
+        broken = {**run_metadata(make_recipe(), "/out"), "rayfed_lora.recipe": text}
         client.jobs[job] = Details(job, "rayfed-lora run x", broken, "FAILED")
         with pytest.raises(BadInputError, match="cannot be read"):
             jobs.resume(job)
@@ -325,7 +323,7 @@ def test_resume_refuses_what_runs_is_done_or_unknown() -> None:
 def test_a_log_is_followed_over_a_broken_connection_without_repeats(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("rayfed_lora.runtime.jobs._POLL_S", 0.0)
+    monkeypatch.setattr("rayfed_lora.jobs.jobs._POLL_S", 0.0)
     client = FakeClient(tail=["one\ntwo\n", "broken", "three\n"])
     job = Jobs(client=client).submit(make_recipe(), "/out").id
     seen: list[str] = []
@@ -342,7 +340,7 @@ def test_who_stops_following_does_not_stop_the_job() -> None:
     def interrupt(text: str) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(InterruptedRunError, match=f"job {job} goes on: rayfed-lora stop {job}"):
+    with pytest.raises(InterruptedRunError, match=f"job {job} continues: rayfed-lora stop {job}"):
         Jobs(client=client).follow(job, interrupt)
     assert client.jobs[job].status == "PENDING"
 
@@ -407,11 +405,14 @@ def test_a_dashboard_that_nobody_answers_at_is_said_at_once() -> None:
 def test_a_refused_token_is_told_with_how_to_give_one_and_without_itself() -> None:
     from ray.exceptions import AuthenticationError
 
-    with pytest.raises(ResourceError, match="RAY_AUTH_TOKEN_PATH"), refused():
+    with pytest.raises(ResourceError, match="RAY_AUTH_TOKEN_PATH"), translated_errors():
         raise AuthenticationError("Authentication failed: Forbidden. See the documents.")
-    with pytest.raises(ResourceError, match="does not answer as expected"), refused():
+    with pytest.raises(ResourceError, match="does not answer as expected"), translated_errors():
         raise ConnectionError("gone")
-    with pytest.raises(RunError, match="the cluster refused: status code 500"), refused("a"):
+    with (
+        pytest.raises(RunError, match="the cluster rejected the request: status code 500"),
+        translated_errors("a"),
+    ):
         raise RuntimeError("status code 500")
 
 

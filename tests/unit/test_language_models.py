@@ -24,12 +24,13 @@ import rayfed_lora
 from rayfed_lora.data.batches import batch_indices
 from rayfed_lora.errors import DataError, RecipeError
 from rayfed_lora.models.tokens import tokenize_whole
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
+from rayfed_lora.training.preparing import prepare
 from rayfed_lora.training.trainer import LocalTrainer, built_weights
-from rayfed_lora.training.workload import prepare
-from rayfed_lora.types import AdapterState, Base, Factors, LocalPlan
+from rayfed_lora.types import AdapterState, Factors, LocalPlan
+from tests.tasks import initial_tensors, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 
@@ -101,7 +102,7 @@ def start(trainer: LocalTrainer) -> AdapterState:
         )
         for name, m in trainer.shape().modules.items()
     }
-    return AdapterState(factors, trainer.initial_tensors("adapter"))
+    return AdapterState(factors, initial_tensors(trainer, "adapter"))
 
 
 def plain_loss(net: Any, inputs: dict[str, np.ndarray]) -> Any:
@@ -111,10 +112,10 @@ def plain_loss(net: Any, inputs: dict[str, np.ndarray]) -> Any:
 
 
 def test_a_text_ends_in_its_token_unless_it_is_cut(texts: Path) -> None:
-    train = prepare(make_recipe(texts)).train
-    lengths = train.inputs["attention_mask"].sum(axis=1)
+    rows = prepare(make_recipe(texts)).train
+    lengths = rows.inputs["attention_mask"].sum(axis=1)
     assert lengths.max() == 8
-    last = train.inputs["input_ids"][np.arange(len(train)), lengths - 1]
+    last = rows.inputs["input_ids"][np.arange(len(rows)), lengths - 1]
     assert np.all(last[lengths < 8] == 1)
     assert np.any(last[lengths == 8] != 1)
 
@@ -124,7 +125,7 @@ def test_a_client_trains_as_a_plain_loop_on_transformers_loss_does(texts: Path) 
     workload = prepare(recipe)
     trainer = LocalTrainer(recipe, workload)
     state, plan = start(trainer), LocalPlan(1, "adapter", 10.0, 0.0)
-    updates = list(trainer.train([2, 0], [state, state], Base(), plan))
+    updates = train(trainer, [2, 0], state, plan)
     for client, update in zip([2, 0], updates, strict=True):
         torch.manual_seed(0)
         # In float64: of the two computations in float32 this was the less exact one.
@@ -220,10 +221,10 @@ def test_tied_weights_stay_tied_where_they_travel(texts: Path) -> None:
     # Each buffer by itself, as an object store hands them out.
     arrived = pickle.loads(sent, buffers=[bytes(buffer) for buffer in buffers])
     here, there = LocalTrainer(recipe, workload), LocalTrainer(recipe, workload, weights=arrived)
-    tensors = here.initial_tensors("full")
+    tensors = initial_tensors(here, "full")
     full = set(tensors)
     assert "lm_head.weight" not in full
-    assert set(there.initial_tensors("full")) == full
+    assert set(initial_tensors(there, "full")) == full
     # What a checkpoint is checked against.
     assert sum(tensor.size for tensor in tensors.values()) == here.shape().total_params
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray
 
-from rayfed_lora.runtime.launch import ray_session
+from rayfed_lora.launching.ray_session import ray_session
 
 SWITCHED_OFF = ("RAY_USAGE_STATS_ENABLED", "RAY_SCHEDULER_EVENTS", "RAY_enable_metrics_collection")
 SETTINGS = ("RAY_AUTH_MODE", *SWITCHED_OFF, "RAY_max_direct_call_object_size")
@@ -70,7 +70,7 @@ def test_the_token_of_a_ray_of_our_own_is_there_before_it_and_the_users_alone(
 ) -> None:
     token = tmp_path / ".ray" / "auth_token"
     modes: list[int | None] = []
-    monkeypatch.setattr("rayfed_lora.runtime.launch.unreachable_cluster", lambda where: None)
+    monkeypatch.setattr("rayfed_lora.launching.ray_session.unreachable_cluster", lambda where: None)
     monkeypatch.setattr(
         ray,
         "init",

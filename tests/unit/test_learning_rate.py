@@ -7,7 +7,7 @@ import math
 import pytest
 
 from rayfed_lora.federation.learning_rate import doubt, factor, learning_rate
-from rayfed_lora.recipe_clients import LrSchedule
+from rayfed_lora.recipe.clients import LrSchedule
 from tests.fakes import make_recipe
 
 

@@ -568,14 +568,14 @@ def test_a_quote_is_the_bill_and_books_nothing(ledger, rounds_before):
         RoundFacts("adapter", (t, 2), np.ones(2, bool), RANKS, folded=3)
         for t in range(rounds_before)
     ]
+    for each in earlier:
+        ledger.book(each)
     before = ledger.snapshot()
-    quote = ledger.quote(*earlier, facts)
+    quote = ledger.quote(facts)
     facts_before, held_before = before
     facts_now, held_now = ledger.snapshot()
     assert facts_now == facts_before
     assert all((held_now[kind] == held).all() for kind, held in held_before.items())
-    for each in earlier:
-        ledger.book(each)
     bill = ledger.book(facts)
     for kind in ("up", "down", "base"):
         assert (getattr(quote, kind) == getattr(bill, kind)).all()

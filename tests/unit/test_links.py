@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import rayfed_lora
-from rayfed_lora import seals
 from rayfed_lora.errors import BadInputError, RunFolderError
-from rayfed_lora.exporting import export_run
+from rayfed_lora.launching.exporting import export_run
+from rayfed_lora.runs.damage import damaged
 from rayfed_lora.storage import RunFolder
 from tests.fakes import RECIPE, FakeFactory, make_recipe
 
@@ -131,5 +131,5 @@ def test_damage_is_told_as_damage_where_checkpoints_are_on_another_disk(
 ) -> None:
     shutil.move(run / "checkpoints", tmp_path / "disk")
     (run / "checkpoints").symlink_to(tmp_path / "disk")
-    said = str(seals.damaged(RunFolder(run).confined(), "summary.json", "it is missing"))
+    said = str(damaged(RunFolder(run).confined(), "summary.json", "it is missing"))
     assert "summary.json is damaged: it is missing; restore it from a copy" in said

@@ -1,154 +1,232 @@
-"""Trainers in threads of one process: who does what, and when."""
+"""Engines in one process: which trainer answers what, and when; halves and joined runs."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rayfed_lora.federation.calls import Training
-from rayfed_lora.federation.executor import Call
-from rayfed_lora.runtime.local import LocalExecutor
-from rayfed_lora.types import AdapterState, Base, ClientUpdate, LocalPlan
+from rayfed_lora.engines.local import LocalEngine
+from rayfed_lora.engines.on_ray.actors import ClientActor, NotOpenError
+from rayfed_lora.engines.threads import TrainerThreads
+from rayfed_lora.errors import BlockMemoryError, ClientError
+from rayfed_lora.launching.simulation_server import SimulationServer
+from rayfed_lora.tasks.engine import answer, runs
+from rayfed_lora.tasks.messages import Evaluate, Train
+from rayfed_lora.types import AdapterState, Base, GlobalModel, LocalPlan
+from tests.fakes import Behaviour as Fake
+from tests.fakes import FakeTrainer
 
+MODEL = GlobalModel(AdapterState({}, {}), Base(), "adapter")
 PLAN = LocalPlan(0, "adapter", 0.1, 0.0, None, False)
-STATE = AdapterState({}, {})
 
 
 class Watched:
-    """A trainer of which several share what they write down."""
+    """Writes down what several trainers answer; rows that begin at one of `held` wait."""
 
-    def __init__(self, shared: Shared) -> None:
-        self.shared = shared
+    def __init__(self, *held: int) -> None:
+        self.seen: list[int] = []
+        self.threads: set[int] = set()
+        self.held, self.go_on = held, threading.Event()
 
-    def draw(self, clients: Sequence[int], plan: LocalPlan) -> list[int]:
-        self.shared.ask(clients[0])
-        return [*clients]
-
-    def train(
-        self, clients: Sequence[int], starts: Any, base: Base, plan: LocalPlan, drawn: object = None
-    ) -> Iterator[ClientUpdate]:
-        assert drawn == [*clients]
-        self.shared.compute(clients[0])
-        for client in clients:
-            state = AdapterState({}, {"w": np.full(2, 2, np.float32)})
-            yield ClientUpdate(client, 1 + client, state, 0.5, 0.1)
-
-
-class Shared:
-    """What the trainers do; who computes a client that `held` names waits for `go_on`."""
-
-    def __init__(self, held: frozenset[int] = frozenset(), ill: int | None = None) -> None:
-        self.asked: list[int] = []
-        self.computed: list[int] = []
-        self.held, self.ill, self.go_on = held, ill, threading.Event()
-
-    def ask(self, client: int) -> None:
-        self.asked.append(client)
-        if client == self.ill:
-            raise RuntimeError("no batches")
-
-    def compute(self, client: int) -> None:
-        self.computed.append(client)
-        if client in self.held:
+    def run(self, task: Any) -> Any:
+        self.threads.add(threading.get_ident())
+        first = task.shards[0].start
+        if first in self.held:
             assert self.go_on.wait(10)
+        self.seen.append(first)
+        return (first,)
 
 
-def opened(shared: Shared, threads: int) -> LocalExecutor:
-    trainers: Any = [Watched(shared) for _ in range(threads)]
-    executor = LocalExecutor("product-svd", lambda: (trainers, None))  # type: ignore[arg-type,return-value]
-    executor.open()
-    return executor
+def evaluation(count: int) -> Evaluate:
+    return Evaluate(MODEL, "test", tuple(slice(k, k + 1) for k in range(count)))
 
 
-def calls(count: int) -> list[Call]:
-    return [Call(((k,),)) for k in range(count)]
+def opened(trainer: Any, count: int) -> LocalEngine:
+    engine = LocalEngine(lambda: ([trainer] * count, None))  # type: ignore[arg-type, return-value]
+    engine.open()
+    return engine
 
 
-def until(condition: Any) -> None:
+def until(true: Any) -> None:
     deadline = time.monotonic() + 10
-    while not condition():
+    while not true():
         assert time.monotonic() < deadline
-        time.sleep(0.001)
+        time.sleep(0.005)
 
 
-def test_batches_of_a_call_are_drawn_while_the_one_before_it_is_computed():
-    shared = Shared(held=frozenset(range(5)))
-    executor = opened(shared, 2)
-    parts = executor.train(STATE, Base(), PLAN, calls(5))
-    # Two are computed, and one more for each of them has been asked for; the fifth has not.
-    until(lambda: len(shared.asked) == 4 and len(shared.computed) == 2)
-    time.sleep(0.05)
-    assert sorted(shared.asked) == [0, 1, 2, 3]
-    assert len(shared.computed) == 2
-    shared.go_on.set()
-    reports = [report.client for part in parts for report in part.clients]
-    assert reports == [0, 1, 2, 3, 4]
-    assert sorted(shared.computed) == [0, 1, 2, 3, 4]
-    executor.close()
+def test_one_trainer_answers_when_it_is_asked_in_the_callers_thread():
+    trainer = Watched()
+    running = opened(trainer, 1).submit(evaluation(3))
+    assert trainer.seen == []
+    assert running.result() == (0, 1, 2)
+    assert trainer.threads == {threading.get_ident()}
 
 
-def test_only_the_first_blocks_of_a_large_call_are_drawn_ahead():
-    class Trainer(Watched):
-        def train(self, clients: Any, *args: Any) -> Iterator[ClientUpdate]:
-            trained.append((clients[0], args[-1] is not None))
-            return super().train(clients, *args[:-1], [*clients])
-
-    trained: list[tuple[int, bool]] = []
-    shared = Shared()
-    trainer = Trainer(shared)
-    call = Call(tuple((k,) for k in range(6)))
-    training = Training(call, STATE, Base(), PLAN, "product-svd")
-    training.draw(trainer)
-    assert shared.asked == [0, 1, 2, 3]
-    training.train(trainer)
-    assert shared.asked == [0, 1, 2, 3]
-    # The others are drawn by the trainer in their turn.
-    assert trained == [(k, k < 4) for k in range(6)]
-    assert [report.client for report in training.reduced()[0]] == [*range(6)]
+def test_what_one_trainer_is_at_keeps_no_part_from_another_one():
+    trainer = Watched(0)
+    engine = opened(trainer, 2)
+    running = engine.submit(evaluation(5))
+    until(lambda: sorted(trainer.seen) == [1, 2, 3, 4])
+    trainer.go_on.set()
+    assert running.result() == (0, 1, 2, 3, 4)
+    assert len(trainer.threads) == 2
+    engine.close()
 
 
-def test_what_one_trainer_is_at_keeps_no_call_from_another():
-    # The call after the long one was drawn beside it, and is the other trainer's.
-    shared = Shared(held=frozenset([0]))
-    executor = opened(shared, 2)
-    parts = executor.train(STATE, Base(), PLAN, calls(5))
-    until(lambda: sorted(shared.computed) == [0, 1, 2, 3, 4])
-    shared.go_on.set()
-    assert [report.client for part in parts for report in part.clients] == [0, 1, 2, 3, 4]
-    assert sorted(shared.asked) == [0, 1, 2, 3, 4]
-    executor.close()
-
-
-def test_one_trainer_does_all_when_it_is_asked_for():
-    shared = Shared()
-    executor = opened(shared, 1)
-    parts = executor.train(STATE, Base(), PLAN, calls(3))
-    assert shared.asked == []
-    assert [report.client for part in parts for report in part.clients] == [0, 1, 2]
-    executor.close()
-
-
-def test_what_goes_wrong_before_its_turn_is_raised_to_who_asks_for_it():
-    shared = Shared(ill=3)
-    executor = opened(shared, 2)
-    parts = executor.train(STATE, Base(), PLAN, calls(5))
-    with pytest.raises(RuntimeError, match="no batches"):
-        list(parts)
-    executor.close()
-
-
-def test_once_it_is_closed_no_more_calls_are_computed():
-    shared = Shared(held=frozenset(range(6)))
-    executor = opened(shared, 2)
-    executor.train(STATE, Base(), PLAN, calls(6))
-    until(lambda: len(shared.asked) == 4)
-    executor.close()
-    shared.go_on.set()
+def test_once_an_engine_is_closed_no_more_parts_are_begun():
+    trainer = Watched(*range(6))
+    engine = opened(trainer, 2)
+    engine.submit(evaluation(6))
+    until(lambda: len(trainer.threads) == 2)
+    engine.close()
+    trainer.go_on.set()
     time.sleep(0.1)
-    # What was reserved may still have begun.
-    assert set(shared.computed) <= {0, 1, 2, 3}
+    assert set(trainer.seen) == {0, 1}
+
+
+def test_an_engine_that_is_not_open_says_so():
+    engine = LocalEngine(lambda: ([], None))  # type: ignore[arg-type, return-value]
+    with pytest.raises(RuntimeError, match="call open"):
+        engine.submit(evaluation(1))
+
+
+def training(*blocks: tuple[int, ...], **settings: Any) -> Train:
+    return Train(MODEL, PLAN, "factor-average", blocks, **settings)
+
+
+@pytest.mark.parametrize(("together", "halvings"), [(1, 0), (2, 0), (3, 0), (5, 0), (5, 1), (5, 3)])
+def test_a_block_that_does_not_fit_is_answered_in_halves_and_that_is_said(together, halvings):
+    trainer = FakeTrainer(Fake(together=together), "cpu")
+    found = answer(trainer, training((4, 3, 2, 1, 0)), halvings)
+    assert [report.client for report in found.reports] == [4, 3, 2, 1, 0]
+    notes = [report.note for report in found.reports]
+    # Who lost an actor over the block has been told already.
+    halved = together < 5
+    assert ("trained in halves" in str(notes[0])) == halved
+    assert any(notes) == halved
+    whole = answer(FakeTrainer(Fake(), "cpu"), training((4, 3, 2, 1, 0)))
+    assert found.means.tensors().keys() == whole.means.tensors().keys()
+
+
+def test_a_client_that_does_not_even_fit_alone_is_named():
+    trainer = FakeTrainer(Fake(together=0), "cpu")
+    with pytest.raises(ClientError, match="1 clients do not fit") as raised:
+        answer(trainer, training((4, 3)))
+    assert raised.value.client == 4
+
+
+def test_what_has_no_halves_raises_what_the_trainer_raised():
+    class Full:
+        def run(self, task: Any) -> Any:
+            raise BlockMemoryError("no room")
+
+    with pytest.raises(BlockMemoryError, match="no room"):
+        answer(Full(), evaluation(1))  # type: ignore[arg-type]
+
+
+def test_parts_are_blocks_with_what_sets_their_clients_apart():
+    own = {1: {}, 2: {}, 9: {}}
+    task = training((0, 1), (2,), limits={0: 3, 2: 1}, personal=own)
+    first, second = task.parts()
+    assert (first.blocks, first.limits, first.personal) == (((0, 1),), {0: 3}, {1: {}})
+    assert (second.blocks, second.limits, second.personal) == (((2,),), {2: 1}, {2: {}})
+    assert [part.name for part in (task, first, second)] == [
+        "round 0",
+        "round 0 block 0",
+        "round 0 block 1",
+    ]
+    assert [part.size for part in (task, first, second)] == [3, 2, 1]
+
+
+def test_very_many_blocks_are_trained_in_1024_parts():
+    task = training(*((k,) for k in range(3000)))
+    parts = task.parts()
+    assert len(parts) == 1024
+    assert [k for part in parts for k in part.clients] == [*range(3000)]
+    assert len(runs(task)) == 32
+    assert len(runs(evaluation(3000))) == 3000
+
+
+def test_a_round_without_clients_has_no_parts():
+    assert training().parts() == []
+
+
+@pytest.mark.parametrize("kind", [ClientActor, SimulationServer])
+def test_an_actor_that_could_not_be_made_says_who_it_is(kind: type) -> None:
+    # Ray asks for it when it tells why; if that raised, it would start the actor again for ever.
+    assert isinstance(repr(object.__new__(kind)), str)
+
+
+def actor_of(*trainers: Any) -> ClientActor:
+    actor = ClientActor(0.0, "client-actor-00", len(trainers))
+    actor._threads = TrainerThreads(trainers)
+    return actor
+
+
+def test_an_actor_answers_with_the_seconds_and_keeps_a_result_apart_where_it_is_to():
+    state = AdapterState({}, {"w": 0})  # type: ignore[dict-item]
+
+    class Telling:
+        def run(self, task: Any) -> Any:
+            time.sleep(0.01)
+            return task.model.state.dense, task.model.base.root
+
+    actor = actor_of(Telling())
+    seconds, value = actor.run(evaluation(1), state, Base(7), apart=False)
+    assert value == ({"w": 0}, 7) and 0.01 <= seconds < 5
+
+
+def test_an_actor_tells_reports_at_once_and_keeps_means_apart_where_they_are_joined():
+    actor = actor_of(FakeTrainer(Fake(), "cpu"))
+    model = replace(MODEL, state=AdapterState({}, {"w": np.zeros(2, np.float32)}))
+    task = training((3,), (1,)).on(MODEL)
+    (_, told), kept = actor.run(task, model.state, Base(), apart=True)
+    assert [report.client for report in told.reports] == [3, 1] and kept.reports == ()
+    # Client k has k + 1 examples and moves by k: (4 * 3 + 2 * 1) / 6.
+    np.testing.assert_allclose(kept.means.tensors()["w"], [14 / 6] * 2)
+    assert not told.means.tensors()
+    whole = actor.join(task, told, kept)
+    assert [report.client for report in whole.reports] == [3, 1]
+    np.testing.assert_allclose(whole.means.tensors()["w"], [14 / 6] * 2)
+
+
+def test_an_actor_that_was_restarted_while_idle_says_so():
+    actor = ClientActor(0.0, "client-actor-00")
+    with pytest.raises(NotOpenError, match="was restarted while it was idle"):
+        actor.run(evaluation(1), MODEL.state, Base(), apart=False)
+    with pytest.raises(NotOpenError, match="was restarted while it was idle"):
+        actor.join(training((0,)))
+
+
+def test_of_joined_parts_each_tells_its_reports_when_it_is_done():
+    engine = opened(FakeTrainer(Fake(), "cpu"), 1)
+    state = AdapterState({}, {"w": np.zeros(2, np.float32)})
+    running = engine.submit(training(*((k,) for k in range(70))).on(replace(MODEL, state=state)))
+    first = running.pending.popleft().result()
+    assert [report.client for report in first.reports] == [0]
+    assert not first.means.tensors()
+
+
+def test_an_actor_of_two_trainers_answers_two_calls_at_once():
+    meeting = threading.Barrier(2, timeout=10)
+
+    class Meeting:
+        def run(self, task: Any) -> Any:
+            meeting.wait()
+            return ()
+
+    actor = actor_of(Meeting(), Meeting())
+    calls = [
+        threading.Thread(target=actor.run, args=(evaluation(1), MODEL.state, Base(), False))
+        for _ in range(2)
+    ]
+    for call in calls:
+        call.start()
+    for call in calls:
+        call.join(10)
+    assert not meeting.broken and not any(call.is_alive() for call in calls)

@@ -13,13 +13,14 @@ import rayfed_lora
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.errors import RecipeError
 from rayfed_lora.federation import sampling
-from rayfed_lora.federation.calls import Starts
-from rayfed_lora.federation.executor import Call, Population
-from rayfed_lora.federation.progress import Progress
+from rayfed_lora.federation.run import Run, fresh
 from rayfed_lora.federation.server import Server
-from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml
-from rayfed_lora.types import AdapterState, Base, Factors
-from tests.fakes import SHAPE, FakeFactory, effective, local_executor, make_recipe
+from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
+from rayfed_lora.recipe.yaml_text import parse_yaml
+from rayfed_lora.tasks.messages import TestClients
+from rayfed_lora.tasks.training import Starts
+from rayfed_lora.types import AdapterState, Base, Factors, GlobalModel
+from tests.fakes import SHAPE, FakeFactory, effective, local_engine, make_recipe
 
 
 class Silent:
@@ -29,19 +30,16 @@ class Silent:
 
     def clients_done(self, *args: Any) -> None: ...
 
-    def clients_tested(self, *args: Any) -> None: ...
-
     def round_done(self, *args: Any) -> None: ...
 
 
-def progresses(**overrides: Any) -> list[Progress]:
+def progresses(**overrides: Any) -> list[Run]:
     """Return a run after each of its rounds."""
     recipe = make_recipe(**overrides)
-    executor = local_executor(recipe)
-    population: Population = executor.open()
-    server = Server(recipe, executor, population, Silent(), lambda: False)
-    fresh = server.fresh()
-    return [fresh, *server.rounds(fresh)]
+    engine = local_engine(recipe)
+    server = Server(recipe, engine, engine.open(), Silent(), lambda: False)
+    begun = fresh(recipe, engine)
+    return [begun, *server.rounds(begun)]
 
 
 def adapters(**overrides: Any) -> list[AdapterState]:
@@ -187,7 +185,8 @@ def state_of_rank(rank: int) -> AdapterState:
 
 def test_a_limited_client_starts_from_the_first_directions():
     state = state_of_rank(3)
-    starts = Starts(state, Call(((0, 1, 2, 3),), limits={0: 1, 1: 5, 2: 1, 3: 3}))
+    model = GlobalModel(state, Base(), "adapter")
+    starts = Starts(TestClients(model, ((0, 1, 2, 3),), limits={0: 1, 1: 5, 2: 1, 3: 3}))
     assert [starts.of(k).factors["q"].rank for k in range(4)] == [1, 3, 1, 3]
     np.testing.assert_array_equal(starts.of(0).factors["v"].a, state.factors["v"].a[:1])
     np.testing.assert_array_equal(starts.of(0).factors["v"].b, state.factors["v"].b[:, :1])
@@ -197,7 +196,8 @@ def test_a_limited_client_starts_from_the_first_directions():
 def test_a_client_with_a_b_of_its_own_has_that_and_the_global_a():
     state = state_of_rank(2)
     own = {m: np.full((s.d_out, 2), 7, np.float32) for m, s in SHAPE.modules.items()}
-    starts = Starts(state, Call(((0, 1),), personal={1: own}))
+    model = GlobalModel(state, Base(), "adapter")
+    starts = Starts(TestClients(model, ((0, 1),), personal={1: own}))
     assert starts.of(0) is state
     np.testing.assert_array_equal(starts.of(1).factors["q"].b, own["q"])
     np.testing.assert_array_equal(starts.of(1).factors["q"].a, state.factors["q"].a)

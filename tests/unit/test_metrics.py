@@ -11,15 +11,16 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from rayfed_lora.engines.usage import Usage
 from rayfed_lora.errors import InterruptedRunError
-from rayfed_lora.reporting.checked import table
-from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.runtime import metrics
-from rayfed_lora.runtime.metrics import RunMetrics, Usage, run_metrics
-from rayfed_lora.runtime.session import simulate
+from rayfed_lora.federation.records import ClientRecord, RoundRecord
+from rayfed_lora.launching import metrics
+from rayfed_lora.launching.metrics import RunMetrics, run_metrics
+from rayfed_lora.runs.checked import table
+from rayfed_lora.runs.session import simulate
+from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.types import ClientRecord, RoundRecord
-from tests.fakes import Behaviour, local_executor, make_recipe
+from tests.fakes import Behaviour, local_engine, make_recipe
 
 Tags = tuple[tuple[str, str], ...]
 
@@ -72,7 +73,7 @@ def run(
     board, folder = StatusBoard(6), RunFolder(location)
     simulate(
         recipe,
-        local_executor(recipe, behaviour),
+        local_engine(recipe, behaviour),
         folder,
         board,
         lambda: board.status().rounds_done >= stop_after,
@@ -126,7 +127,9 @@ def test_of_a_large_cohort_some_clients_are_observed(kept):
     follower = RunMetrics("a", 6, lambda: Usage(1, 0.0, 0, 0))
     clients = [ClientRecord(0, k, 1, 0.5, "ok", None, 1, 1, float(k)) for k in range(100_000)]
     numbers: dict[str, Any] = {column.name: 1 for column in fields(RoundRecord)}
-    record = RoundRecord(**{**numbers, "stage": "heating", "ranks": None, "proposal": None})
+    record = RoundRecord(
+        **{**numbers, "stage": "heating", "ranks": None, "proposal": None, "evaluation": {}}
+    )
     began = time.perf_counter()
     follower.round_done(record, clients, 0.0)
     assert time.perf_counter() - began < 1.0

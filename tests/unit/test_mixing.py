@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from rayfed_lora.models.mixing import Trial, drops
-from rayfed_lora.models.mixing import tried as verdict
+from rayfed_lora.models.mixing import Inputs, drops, verdict_on
 
 LENGTHS, WIDTH = (2, 3, 5), 4
 Part = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -33,7 +32,7 @@ class Net(nn.Module):
         return SimpleNamespace(logits=self.head(pooled))
 
 
-def trial() -> Trial:
+def trial() -> tuple[Inputs, list[Inputs]]:
     torch.manual_seed(0)
     rows = [torch.randn(1, length, WIDTH) for length in LENGTHS]
     alone = [{"x": row, "mask": torch.ones(row.shape[:2])} for row in rows]
@@ -46,7 +45,7 @@ def trial() -> Trial:
         )
         for name in ("x", "mask")
     }
-    return Trial(padded, alone)
+    return padded, alone
 
 
 def tried(part: Part, training: bool = True) -> str | None:
@@ -56,7 +55,7 @@ def tried(part: Part, training: bool = True) -> str | None:
 
 def found(net: nn.Module, training: bool = True) -> str | None:
     """Return the reason that a run would be told of."""
-    told = verdict(net, trial())
+    told = verdict_on(net, *trial())
     of_layers = [told.layers.get("first"), told.layers.get("head"), told.heads.get("head")]
     return next(filter(None, (told.training, *of_layers)), None) if training else told.testing
 

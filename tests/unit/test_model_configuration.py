@@ -4,7 +4,7 @@ import pytest
 
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import sources
-from rayfed_lora.recipe import Model
+from rayfed_lora.recipe.model import Model
 
 
 def test_a_misspelt_configuration_key_is_refused_with_the_nearest():

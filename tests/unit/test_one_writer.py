@@ -14,14 +14,14 @@ import pytest
 
 import rayfed_lora
 from rayfed_lora.errors import DataError, RunError, RunFolderError
-from rayfed_lora.reporting.status import Status, StatusBoard
-from rayfed_lora.runtime import location, ownership
-from rayfed_lora.runtime.comparison import compare
-from rayfed_lora.runtime.ownership import Pace, Ticket, take
-from rayfed_lora.runtime.processes import Process, this_process
-from rayfed_lora.runtime.session import simulate
+from rayfed_lora.launching.comparison import compare
+from rayfed_lora.runs import location, ownership
+from rayfed_lora.runs.leases.processes import Process, this_process
+from rayfed_lora.runs.ownership import Pace, Ticket, take
+from rayfed_lora.runs.session import simulate
+from rayfed_lora.runs.status import Status, StatusBoard
 from rayfed_lora.storage import RunFolder
-from tests.fakes import RECIPE, Behaviour, FakeFactory, local_executor, make_recipe
+from tests.fakes import RECIPE, Behaviour, FakeFactory, local_engine, make_recipe
 
 SLOW = FakeFactory(Behaviour(sleep_s=dict.fromkeys(range(6), 0.05)))
 # Six rounds of three clients each.
@@ -126,7 +126,7 @@ def test_a_run_that_comes_after_the_first_one_has_ended_is_refused_though_it_had
     tmp_path, monkeypatch
 ):
     out = str(tmp_path / "run")
-    real = rayfed_lora.runtime.launch.claimed
+    real = rayfed_lora.launching.launch.claimed
 
     def late(*args: Any) -> Any:
         # What a command that had seen an empty folder may find by the time that it takes it.
@@ -134,7 +134,7 @@ def test_a_run_that_comes_after_the_first_one_has_ended_is_refused_though_it_had
         run(out)
         return real(*args)
 
-    monkeypatch.setattr("rayfed_lora.runtime.launch.claimed", late)
+    monkeypatch.setattr("rayfed_lora.launching.launch.claimed", late)
     with pytest.raises(RunFolderError, match="holds a run already"):
         run(out)
     assert rows(out) == (ROUNDS, CLIENT_ROWS)
@@ -180,7 +180,7 @@ def test_a_run_that_has_lost_its_folder_ends_and_changes_nothing_any_more(out):
     with pytest.raises(RunError, match=r"has lost it to process .*; nothing more is saved"):
         simulate(
             recipe,
-            local_executor(recipe),
+            local_engine(recipe),
             folder,
             board,
             lambda: False,
@@ -236,8 +236,8 @@ def test_a_trials_ticket_is_its_own():
     trials = []
     for name in ("one", "other"):
         trial = object.__new__(Trial)
-        shared = type("Shared", (), {"ticket": Ticket("search", this_process())})()
-        trial._shared, trial._trial_info = shared, type("Info", (), {"trial_id": name})()
+        search = type("Search", (), {"ticket": Ticket("search", this_process())})()
+        trial._search, trial._trial_info = search, type("Info", (), {"trial_id": name})()
         trials.append(trial._ticket)
     assert trials == [
         replace(Ticket("search x", this_process()), run=f"search {n}") for n in ("one", "other")

@@ -20,11 +20,15 @@ from typing import Any
 import pytest
 
 from rayfed_lora.errors import InterruptedRunError, RunError, RunFolderError
-from rayfed_lora.runtime import lease_files, ownership
-from rayfed_lora.runtime.lease_files import MountedFiles, PlainFiles
-from rayfed_lora.runtime.lease_files_s3 import S3Files, s3_client
-from rayfed_lora.runtime.ownership import Lease, Pace, Ticket, owned, owner_of, take
-from rayfed_lora.runtime.processes import Process, is_alive, this_process
+from rayfed_lora.runs import ownership
+from rayfed_lora.runs.leases import plain_files
+from rayfed_lora.runs.leases.files import NoConditionalWritesError
+from rayfed_lora.runs.leases.mounted_files import MountedFiles
+from rayfed_lora.runs.leases.plain_files import PlainFiles
+from rayfed_lora.runs.leases.processes import Process, is_alive, this_process
+from rayfed_lora.runs.leases.s3_files import S3Files, s3_client
+from rayfed_lora.runs.leases.watch import seconds
+from rayfed_lora.runs.ownership import Lease, Pace, Ticket, owned, owner_of, take
 from rayfed_lora.storage import RunFolder
 
 QUICK = Pace(renew_s=0.1, stale_s=1.0)
@@ -38,7 +42,7 @@ DEAD = replace(this_process(), started=1)
 def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: Any) -> RunFolder:
     if request.param == "s3":
         found = RunFolder(request.getfixturevalue("bucket").uri("runs/a"))
-        assert isinstance(lease_files.lease_files(found), S3Files)
+        assert isinstance(ownership.lease_files(found), S3Files)
         return found
     if request.param == "plain":
         monkeypatch.setattr(ownership, "lease_files", lambda f: PlainFiles(f, settle_s=0.05))
@@ -80,8 +84,10 @@ def leases() -> Iterator[list[Lease]]:
 
 def test_an_owned_folder_names_its_owner_and_a_released_one_is_as_before(folder):
     lease = take(folder, pace=PATIENT)
-    assert owner_of(folder) == lease._record.who
-    assert f"process {os.getpid()} on host {this_process().host} since 20" in lease._record.who
+    assert owner_of(folder) == lease._record.owner_text
+    assert (
+        f"process {os.getpid()} on host {this_process().host} since 20" in lease._record.owner_text
+    )
     lease.check()
     assert folder.names() == [".owner-1.json"]
     lease.release()
@@ -186,7 +192,7 @@ def test_a_lease_of_another_machine_is_taken_once_its_counter_stood_still(folder
 def test_who_waits_beside_a_live_owner_is_refused_once_the_counter_has_moved(folder, leases):
     leases.append(take(folder, pace=Pace(0.1, 60.0)))
     began = time.monotonic()
-    with pytest.raises(RunFolderError, match=f"process {os.getpid()} .* whose run goes on"):
+    with pytest.raises(RunFolderError, match=f"process {os.getpid()} .* whose run is still active"):
         take(folder, wait=True, pace=Pace(0.6, 60.0))
     assert time.monotonic() - began < 20
     leases[0].check()
@@ -261,7 +267,7 @@ def test_a_loser_writes_and_removes_nothing(folder):
 
 def test_a_write_that_had_begun_when_the_folder_was_lost_is_not_seen(here):
     with pytest.raises(RunError, match="has lost it"):
-        with owned(here, Ticket("a run")) as (mine, _), mine.opened("table") as stream:
+        with owned(here, Ticket("a run")) as (mine, _), mine.open_to_write("table") as stream:
             stream.write(b"old")
             other = take(here, Ticket("a run"))
             here.write("table", b"new")
@@ -298,8 +304,8 @@ def test_an_owner_whose_starter_is_gone_writes_no_more(here):
 
 def test_an_owner_that_was_asleep_goes_on_where_nobody_took_the_folder(here, leases, monkeypatch):
     leases.append(take(here, pace=Pace(0.5, 20.0)))
-    now = ownership.seconds
-    monkeypatch.setattr(ownership, "seconds", lambda: now() + 3600.0)
+    now = seconds
+    monkeypatch.setattr("rayfed_lora.runs.leases.lease.seconds", lambda: now() + 3600.0)
     leases[0].check()
     assert not leases[0].lost
 
@@ -343,7 +349,7 @@ def test_a_write_after_a_long_outage_waits_until_the_lease_can_be_read(bucket, l
     lease = leases[0]
     over = threading.Event()
     with bucket.store.refusing(lambda method, url: "owner" in url and not over.is_set()):
-        lease._renewed -= 15.0
+        lease._renewed_at -= 15.0
         threading.Timer(2.0, over.set).start()
         lease.check()
     assert over.is_set()
@@ -395,7 +401,7 @@ def test_a_kept_lease_stays_for_the_process_that_takes_it_over(folder, leases):
 
 STOPPED = """\
 import sys, time
-from rayfed_lora.runtime.ownership import Pace, Ticket, owned, take
+from rayfed_lora.runs.ownership import Pace, Ticket, owned, take
 from rayfed_lora.storage import RunFolder
 
 folder = RunFolder(sys.argv[1])
@@ -431,17 +437,17 @@ def test_a_process_that_was_stopped_and_wakes_after_a_takeover_writes_nothing(he
 
 def test_without_boto3_s3_is_written_by_best_effort_and_the_user_is_told(bucket, monkeypatch):
     monkeypatch.setitem(sys.modules, "boto3", None)
-    files = lease_files.lease_files(RunFolder(bucket.uri("runs/a")))
+    files = ownership.lease_files(RunFolder(bucket.uri("runs/a")))
     assert isinstance(files, PlainFiles)
     assert files.note is not None and "rayfed-lora[aws]" in files.note
 
 
 def test_a_store_without_conditional_writes_is_written_by_best_effort(bucket, monkeypatch):
     def refuses(*args: object) -> bool:
-        raise lease_files.NoConditionalWritesError("NotImplemented")
+        raise NoConditionalWritesError("NotImplemented")
 
     monkeypatch.setattr(S3Files, "create", refuses)
-    monkeypatch.setattr(lease_files, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(plain_files, "_SETTLE_S", 0.0)
     lease = take(RunFolder(bucket.uri("runs/a")))
     assert lease.note is not None and "no conditional writes" in lease.note
     lease.check()
@@ -529,5 +535,5 @@ def test_a_process_is_alive_until_it_ends_and_a_stopped_one_is():
 
 
 def test_without_proc_nobody_is_known_to_be_dead(tmp_path, monkeypatch):
-    monkeypatch.setattr("rayfed_lora.runtime.processes._PROC", tmp_path)
+    monkeypatch.setattr("rayfed_lora.runs.leases.processes._PROC", tmp_path)
     assert is_alive(DEAD) is None

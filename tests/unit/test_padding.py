@@ -27,13 +27,13 @@ from transformers import (
 
 import rayfed_lora
 from rayfed_lora.errors import ModelError
-from rayfed_lora.exporting import export_run
+from rayfed_lora.launching.exporting import export_run
 from rayfed_lora.models.loading import build
-from rayfed_lora.models.padding import pad_with
 from rayfed_lora.models.sources import quiet, restored
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.models.tokens import pad_with
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.drawing import tensors
-from rayfed_lora.training.workload import outline, prepare
+from rayfed_lora.training.preparing import outline, prepare
 from tests.fakes import make_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from rayfed_lora.engines.on_ray.placement import Layout, Node, layout, nodes_of
 from rayfed_lora.errors import ResourceError
-from rayfed_lora.recipe import Runtime
-from rayfed_lora.runtime.placement import Layout, Node, layout, nodes_of
+from rayfed_lora.recipe.runtime import Runtime
 
 LAPTOP = [Node(cpus=4, gpus=0)]
 ONE_CARD = [Node(cpus=8, gpus=1)]

@@ -6,13 +6,12 @@ from itertools import chain
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 
-from rayfed_lora import planning
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe
-from rayfed_lora.reporting.plan_rows import MOST_ROWS, shown_rounds
-from rayfed_lora.reporting.terminal import show_plan
+from rayfed_lora.cli.console import PlainConsole
+from rayfed_lora.cli.plan_table import MOST_ROWS, show_plan, shown_rounds
+from rayfed_lora.launching import planning
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.recipe import Recipe
 
 SMALL = {
     "architecture": "vit",
@@ -76,7 +75,7 @@ def test_every_round_is_shown_or_counted_once_however_often_the_rank_changes(cou
 
 def test_the_table_of_a_long_plan_says_how_many_rounds_it_leaves_out():
     recipe = long(1000)
-    console = Console(width=110)
+    console = PlainConsole(width=110)
     with console.capture() as captured:
         show_plan(console, recipe, planning.plan(recipe))
     lines = captured.get().splitlines()

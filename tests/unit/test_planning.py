@@ -10,12 +10,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from rayfed_lora import planning
+from rayfed_lora.aggregation.messages import trained_factors
 from rayfed_lora.aggregation.rules import RULES
-from rayfed_lora.presets import PRESETS
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe
-from rayfed_lora.runtime import launch
+from rayfed_lora.launching import launch, planning
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.presets import PRESETS
+from rayfed_lora.recipe.recipe import Recipe
 
 # 1437 training digits cut to 90, dealt to 6 clients, 3 of them a round.
 RECIPE: dict[str, Any] = {
@@ -56,7 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
         f"sa-fedlora {rule}": {"aggregation.rule": rule}
         # The other rules send what factor-average does, or go with one rank only.
         for rule, entry in RULES.items()
-        if entry.merges or entry.trains != "both"
+        if entry.messages is not trained_factors and not entry.personal
     },
     "alternate fold": {
         "aggregation.rule": "alternate",
@@ -168,7 +168,7 @@ def test_the_plan_knows_the_data_it_was_made_for() -> None:
     outline = planning.plan(make_recipe({})).outline
     # scikit-learn's 1797 digits: ceil(0.2 * 1797) = 360 are kept for the test.
     assert (outline.devices.sizes.sum(), len(outline.devices.sizes)) == (90, 6)
-    assert (outline.test_examples, outline.validation_examples) == (360, 0)
+    assert outline.test_examples == 360
     assert outline.label_names == tuple("0123456789")
 
 

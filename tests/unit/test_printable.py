@@ -12,15 +12,16 @@ import pytest
 from rich.progress import Progress, TextColumn
 from rich.table import Table
 
-from rayfed_lora import cli
+from rayfed_lora.cli import commands as cli
+from rayfed_lora.cli.cluster_display import show_job, show_jobs, show_submitted
+from rayfed_lora.cli.console import PlainConsole
+from rayfed_lora.cli.run_display import watching
 from rayfed_lora.errors import RunError
+from rayfed_lora.jobs.views import JobView
+from rayfed_lora.pages.comparison import Comparison
+from rayfed_lora.pages.csv_text import csv_bytes
 from rayfed_lora.printable import cell, echo, printable
-from rayfed_lora.reporting import jobs
-from rayfed_lora.reporting.comparison import Comparison
-from rayfed_lora.reporting.console import PlainConsole
-from rayfed_lora.reporting.csv_text import csv_bytes
-from rayfed_lora.reporting.progress import watching
-from rayfed_lora.reporting.status import Status
+from rayfed_lora.runs.status import Status
 from rayfed_lora.storage import RunFolder
 
 EVIL = "\x1b[31mred\x1b]0;title\x07\x9b2J\x08\x7f\u202etxt.exe\u2066\u2028[bold]x[/nope]"
@@ -76,11 +77,11 @@ def test_notes_of_a_run_are_harmless_and_their_lines_are_theirs(terminal):
 
 def test_job_records_are_harmless():
     stream = io.StringIO()
-    job = jobs.JobView(EVIL, EVIL, "failed", EVIL, message=EVIL)
+    job = JobView(EVIL, EVIL, "failed", EVIL, message=EVIL)
     console = PlainConsole(file=stream, width=400)
-    jobs.show_job(console, job, 0.0)
-    jobs.show_jobs(console, [job])
-    jobs.show_submitted(console, "id", EVIL, [EVIL])
+    show_job(console, job, 0.0)
+    show_jobs(console, [job])
+    show_submitted(console, "id", EVIL, [EVIL])
     assert_harmless(stream.getvalue())
 
 
@@ -137,7 +138,7 @@ def test_numbers_of_a_table_stay_numbers_and_its_heads_are_texts_too():
 def test_tables_of_a_comparison_are_neutral(tmp_path, monkeypatch):
     evil = '=HYPERLINK("http://evil")'
     runs = pd.DataFrame({"method": [evil], "seed": [-1], "error": [evil]})
-    from rayfed_lora.reporting import comparison
+    from rayfed_lora.pages import comparison
 
     monkeypatch.setattr(comparison, "read_runs", lambda locations, own: [])
     monkeypatch.setattr(comparison, "read_failed", lambda locations: [])

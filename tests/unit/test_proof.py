@@ -17,12 +17,12 @@ from rayfed_lora.data.examples import Examples
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import sources
 from rayfed_lora.models.mixing import Verdict
-from rayfed_lora.models.padding import pad_with
 from rayfed_lora.models.shapes import model_shape
+from rayfed_lora.models.tokens import pad_with
 from rayfed_lora.training import proof
-from rayfed_lora.training.proof import examined, foreseen
+from rayfed_lora.training.preparing import prepare
+from rayfed_lora.training.proof import examined, judged_without_weights
 from rayfed_lora.training.trainer import LocalTrainer, built_weights
-from rayfed_lora.training.workload import prepare
 from rayfed_lora.types import ModelShape
 from tests.fakes import make_recipe
 
@@ -44,7 +44,8 @@ def planned(architecture: str, sizes: Mapping[str, Any] = SIZES, **overrides: An
     recipe = make_recipe(
         model__task="text-classification", adapter__target_modules="all-linear", **overrides
     )
-    return foreseen(config, model_shape(sources.skeleton(recipe.model, config), recipe), recipe)
+    shape = model_shape(sources.skeleton(recipe.model, config), recipe)
+    return judged_without_weights(shape, config, recipe)
 
 
 def test_a_plan_of_a_small_model_tells_what_the_run_will_find() -> None:
@@ -60,10 +61,10 @@ def test_where_clients_train_alone_anyhow_what_is_mixed_is_noted() -> None:
 def test_a_plan_of_a_large_model_says_that_the_run_will_try_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(proof, "_MOST_DRAWN", 100)
+    monkeypatch.setattr(proof, "_MOST_RANDOM", 100)
     found = planned("fnet")
     assert found.obstacle is None
-    assert "is tried when the run starts" in found.notes[0]
+    assert "is tested when the run starts" in found.notes[0]
     assert planned("fnet", annealing__mode="full").notes == ()
 
 
@@ -131,7 +132,7 @@ def test_texts_of_a_model_that_attends_to_blocks_are_not_cut() -> None:
 
 def test_padding_that_is_mixed_in_is_found_with_long_texts() -> None:
     config = AutoConfig.for_model("fnet", **SIZES | {"max_position_embeddings": 512})
-    net = sources.drawn(make_recipe(model__task="text-classification").model, config)
+    net = sources.randomly_initialised(make_recipe(model__task="text-classification").model, config)
     draw = np.random.default_rng(0).integers(1, 30, (3, 300)).astype(np.int32)
     mask = (np.arange(300) < np.array([[295], [298], [300]])).astype(np.int32)
     labels = np.zeros(3, np.int64)
@@ -159,7 +160,7 @@ def test_a_model_that_cannot_compute_an_example_is_refused_before_anything_start
 ) -> None:
     special = {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1, "vocab_size": 30}
     config = AutoConfig.for_model(kind, **ENDED[kind], **special, decoder_start_token_id=0)
-    net = sources.drawn(make_recipe(model__task="text-classification").model, config)
+    net = sources.randomly_initialised(make_recipe(model__task="text-classification").model, config)
     ids = np.array([[0, 0, 0, 0], [5, 6, 2, 0], [7, 8, 9, 2]], np.int32)
     mask = (ids > 0).astype(np.int32)
     labels = np.zeros(3, np.int64)
@@ -200,7 +201,7 @@ def test_a_plan_draws_texts_for_a_model_with_inner_configurations(place: str) ->
     inner[place] = {**inner[place], "attention_dropout": 0.1}
     found = planned("gemma3", {**inner, "pad_token_id": None})
     assert found.obstacle is None
-    assert not any("is tried when the run starts" in note for note in found.notes)
+    assert not any("is tested when the run starts" in note for note in found.notes)
 
 
 def test_a_model_that_cannot_compute_very_short_texts_alone_is_tried_on_the_others() -> None:

@@ -12,15 +12,19 @@ from rayfed_lora.annealing import stages
 from rayfed_lora.data import tables
 from rayfed_lora.data.sources import RawData
 from rayfed_lora.errors import BadInputError, DataError
-from rayfed_lora.planning import plan
-from rayfed_lora.presets import PRESETS
-from rayfed_lora.recipe_annealing import Annealing
-from rayfed_lora.recipe_loading import load_recipe, parse_yaml, recipe_yaml, shipped_names
-from rayfed_lora.recipe_notes import given_way_in_search, unused
-from rayfed_lora.runtime.comparison import cells_of
+from rayfed_lora.launching.cells import cells_of
+from rayfed_lora.launching.planning import plan
+from rayfed_lora.recipe.annealing import Annealing
+from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
+from rayfed_lora.recipe.notes import given_way_in_search, unused
+from rayfed_lora.recipe.presets import PRESETS
+from rayfed_lora.recipe.shipped_recipes import shipped_names
+from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.tuning import drawing, search
-from rayfed_lora.tuning.space import Space, load_space
+from rayfed_lora.tuning.space import Space
+from rayfed_lora.tuning.space_checks import without_effect
+from rayfed_lora.tuning.space_files import load_space
+from rayfed_lora.tuning.tune import _ignored_settings
 from rayfed_lora.types import RoundPlan
 from tests.fakes import RECIPE, FakeFactory, make_recipe
 
@@ -96,7 +100,7 @@ IDLE: list[tuple[dict[str, Any], str, list[str]]] = [
     # rules, optimisers
     (
         {"aggregation.rule": "stacking", "annealing.cooling.residual": "fold"},
-        "aggregation.rule stacking, which begins each round with new factors",
+        "aggregation.rule stacking, which starts each round with new factors",
         ["annealing.cooling.residual"],
     ),
     (
@@ -121,12 +125,12 @@ IDLE: list[tuple[dict[str, Any], str, list[str]]] = [
     ),
     (
         {"clients.lr_schedule": {"shape": "cosine", "warmup_rounds": 6}},
-        "clients.lr_schedule.warmup_rounds 6, all rounds there are",
+        "clients.lr_schedule.warmup_rounds 6, which covers all rounds",
         ["clients.lr_schedule.shape"],
     ),
     (
         {"aggregation.rule": "product-svd", "clients.ranks": [3, 8]},
-        "annealing.heating.rank 3, which no client's limit is below",
+        "annealing.heating.rank 3, within the limit of every client",
         ["clients.ranks"],
     ),
     # data
@@ -158,7 +162,7 @@ IDLE: list[tuple[dict[str, Any], str, list[str]]] = [
     ),
     (
         {"clients.per_round": 6, "clients.over_select": 2.0},
-        "clients.per_round all clients there are",
+        "clients.per_round covering all clients",
         ["clients.over_select"],
     ),
     # tests, executor
@@ -302,7 +306,7 @@ def test_a_comparison_tells_what_gives_way_to_presets_seeds_and_folders():
     notes = [unused(cell.recipe) for cell in cells]
     assert notes[0] == (
         "seed 3 of the recipe gives way to the seeds of the comparison",
-        "storage.path has no effect in a comparison: its runs are kept in folders of its own",
+        "storage.path has no effect in a comparison: each run has a folder of its own",
     )
     assert notes[1] == (
         "annealing.initiating.proximal_weight: 0.5 of --set gives way to the preset of fedavg: 0.0",
@@ -342,7 +346,7 @@ def test_a_search_tells_what_it_has_values_of_its_own_for():
     ]
     space = load_space("learning_rate")
     drawn = next(iter(space.parameters))
-    (note,) = search._drawn_anyway(space, [f"{drawn}=1", "seed=2"])
+    (note,) = _ignored_settings(space, [f"{drawn}=1", "seed=2"])
     assert note.startswith(f"{drawn}: the value of --set has no effect")
 
 
@@ -363,7 +367,7 @@ def test_a_value_drawn_for_a_condition_that_never_holds_is_told():
             "search": "random",
         }
     )
-    assert drawing.without_effect(space, make_recipe()) == ["clients.optimizer.momentum"]
+    assert without_effect(space, make_recipe()) == ["clients.optimizer.momentum"]
 
 
 def test_client_tests_without_examples_are_refused_or_noted(tmp_path):

@@ -11,16 +11,20 @@ import pytest
 from pydantic import ValidationError
 
 import rayfed_lora
+from rayfed_lora.doctor.doctor import doctor
 from rayfed_lora.errors import RecipeError
-from rayfed_lora.presets import PRESETS
-from rayfed_lora.recipe import Aggregation, Data, Model, Recipe, ServerOptimizer, Storage
-from rayfed_lora.recipe_annealing import Annealing, Heating
-from rayfed_lora.recipe_clients import Clients, Optimizer
-from rayfed_lora.recipe_loading import load_recipe, recipe_yaml
-from rayfed_lora.runtime.comparison import cells_of
-from rayfed_lora.runtime.doctor import doctor
-from rayfed_lora.runtime.jobs import Jobs
-from rayfed_lora.runtime.launch import start
+from rayfed_lora.jobs.jobs import Jobs
+from rayfed_lora.launching.cells import cells_of
+from rayfed_lora.launching.launch import start
+from rayfed_lora.recipe.aggregation import Aggregation, ServerOptimizer
+from rayfed_lora.recipe.annealing import Annealing, Heating
+from rayfed_lora.recipe.clients import Clients, Optimizer
+from rayfed_lora.recipe.data import Data
+from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
+from rayfed_lora.recipe.model import Model
+from rayfed_lora.recipe.presets import PRESETS
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.recipe.storage import Storage
 from tests.fake_jobs import FakeClient
 from tests.fakes import FakeFactory, make_recipe
 
@@ -201,7 +205,7 @@ def test_numbers_of_numpy_and_paths_are_taken_and_kept_as_plain_values(tmp_path)
 
 
 def parse(text: str) -> Any:
-    from rayfed_lora.recipe_loading import parse_yaml
+    from rayfed_lora.recipe.yaml_text import parse_yaml
 
     return parse_yaml("kept", text)
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from rayfed_lora.models import recorded
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.training.preparing import prepare
 from rayfed_lora.training.trainer import LocalTrainer
-from rayfed_lora.training.workload import prepare
-from rayfed_lora.types import AdapterState, Base, ClientUpdate, Predictions
+from rayfed_lora.types import AdapterState, Base, Predictions
+from tests.tasks import Update, initial_tensors, local_plan, predict, train
 from tests.unit.test_trainer import (
     adapter_state,
     image_trainer,
-    local_plan,
     make_recipe,
     questions,
     text_recipe,
@@ -46,7 +46,7 @@ def kinds(trainer: LocalTrainer) -> set[tuple[bool, bool]]:
     return {kind[:2] for kind in trainer._passes._recorded}
 
 
-def bits(update: ClientUpdate) -> dict[str, bytes]:
+def bits(update: Update) -> dict[str, bytes]:
     assert update.state is not None
     found = {name: tensor.tobytes() for name, tensor in update.state.dense.items()}
     for name, f in update.state.factors.items():
@@ -57,18 +57,17 @@ def bits(update: ClientUpdate) -> dict[str, bytes]:
 def trained(
     trainer: LocalTrainer, state: AdapterState, base: Base | None = None, **plan: Any
 ) -> list[dict[str, bytes]]:
-    of = base or Base()
     return [
         bits(update)
         for t, block in enumerate(BLOCKS)
-        for update in trainer.train(block, [state] * len(block), of, local_plan(round=t, **plan))
+        for update in train(trainer, block, state, local_plan(round=t, **plan), base)
     ]
 
 
 def scored(trainer: LocalTrainer, state: AdapterState, base: Base | None = None) -> bytes:
     rows = [slice(i, i + 5) for i in (0, 5, 10, 15)]
     parts: list[Predictions]
-    parts = [trainer.evaluate("test", r, state, base or Base(), "adapter") for r in rows]
+    parts = [predict(trainer, r, state, base) for r in rows]
     return b"".join(part.losses.tobytes() for part in parts)
 
 
@@ -109,7 +108,7 @@ def test_after_a_merge_or_a_full_model_round_passes_are_those_of_the_new_base() 
     before = trained(one, state)
     assert trained(one, state, merged) == trained(other, state, merged) != before
     assert kinds(one) == {(True, True)}
-    whole = AdapterState({}, one.initial_tensors("full"))
+    whole = AdapterState({}, initial_tensors(one, "full"))
     full = [trained(each, whole, trainable="full") for each in (one, other)]
     assert full[0] == full[1]
     assert trained(one, state) == trained(other, state) == before
@@ -162,7 +161,7 @@ def test_a_pass_is_recorded_where_the_rest_of_the_run_is_worth_it(
         state = adapter_state(trainer)
         # Nine passes of one kind.
         for _ in range(3):
-            list(trainer.train([4, 1], [state] * 2, Base(), local_plan(round=t)))
+            train(trainer, [4, 1], state, local_plan(round=t))
         return kinds(trainer)
 
     assert total == 20

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 import rayfed_lora
-from rayfed_lora import checksums
 from rayfed_lora.errors import RunFolderError
-from rayfed_lora.federation import restored
+from rayfed_lora.runs import checksums, restored
 from rayfed_lora.storage import RunFolder
 from tests.fakes import FakeFactory, make_recipe
 
@@ -77,7 +76,7 @@ def test_changed_data_are_rejected_before_tensorboards_events_are_written_anew(
     reason = of_other_data(monkeypatch, tmp_path)
     began: list[str] = []
     monkeypatch.setattr(
-        "rayfed_lora.runtime.session.trackers", lambda *args: began.append("tracker") or iter(())
+        "rayfed_lora.runs.session.trackers", lambda *args: began.append("tracker") or iter(())
     )
     with pytest.raises(RunFolderError, match=reason):
         run(tmp_path, resume=True)

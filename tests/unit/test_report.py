@@ -12,13 +12,14 @@ import pandas as pd
 import pytest
 
 import rayfed_lora
-from rayfed_lora.data.partition import ClientTable
+from rayfed_lora.data.client_table import ClientTable
 from rayfed_lora.errors import BadInputError, RunFolderError
-from rayfed_lora.reporting.curves import curves
-from rayfed_lora.reporting.figures import figures, partitions
-from rayfed_lora.reporting.report import report, report_html
-from rayfed_lora.reporting.run_data import RunData, read_run, read_runs
-from rayfed_lora.runtime.comparison import compare
+from rayfed_lora.launching.comparison import compare
+from rayfed_lora.pages.curves import curves
+from rayfed_lora.pages.figures import figures, partitions
+from rayfed_lora.pages.report import report, report_html
+from rayfed_lora.runs.labelled_runs import read_runs
+from rayfed_lora.runs.reading import RunData, read_run
 from rayfed_lora.storage import RunFolder
 from tests.fakes import RECIPE, Behaviour, FakeFactory, every_round, make_recipe
 
@@ -61,7 +62,7 @@ def test_curves_have_the_values_of_the_tables(one):
     (trace,) = drawn["Accuracy on the test split"]["data"]
     assert trace["x"] == [1, 2, 3, 4, 5, 6]
     assert trace["y"] == rounds["eval_accuracy"].tolist()
-    (trace,) = drawn["Accuracy against what was sent"]["data"]
+    (trace,) = drawn["Accuracy against traffic"]["data"]
     sent = (rounds["bytes_up"] + rounds["bytes_down"]).cumsum() / 1e6
     assert trace["x"] == sent.tolist()
     (trace,) = drawn["Temperature"]["data"]

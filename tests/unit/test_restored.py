@@ -9,22 +9,22 @@ import numpy as np
 import pytest
 
 from rayfed_lora.errors import RunFolderError
-from rayfed_lora.federation import checkpoints, restored
-from rayfed_lora.federation.checkpoints import Snapshot
-from rayfed_lora.federation.executor import Population
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.runtime.session import sitting
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs import checkpoints, restored
+from rayfed_lora.runs.checkpoints import Snapshot
+from rayfed_lora.runs.session import sitting
+from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
+from rayfed_lora.tasks.engine import Population
 from rayfed_lora.types import AdapterState, Factors
-from tests.fakes import SHAPE, local_executor, make_recipe
+from tests.fakes import SHAPE, local_engine, make_recipe
 
 POPULATION = Population(SHAPE, clients=6, examples={"test": 5})
 
 
 def begun(folder: RunFolder, recipe: Recipe, rounds: int) -> None:
     board = StatusBoard(recipe.annealing.total_rounds)
-    going = sitting(recipe, local_executor(recipe), folder, board, lambda: False, resume=True)
+    going = sitting(recipe, local_engine(recipe), folder, board, lambda: False, resume=True)
     for tables in going:
         if tables.rounds.num_rows == rounds:
             going.close()
@@ -116,6 +116,6 @@ def test_a_run_whose_data_have_other_clients_now_is_refused_in_a_line(tmp_path):
     folder = RunFolder(tmp_path)
     begun(folder, make_recipe(), 2)
     more = make_recipe(data__partition__clients=7)
-    going = sitting(more, local_executor(more), folder, StatusBoard(6), lambda: False, resume=True)
+    going = sitting(more, local_engine(more), folder, StatusBoard(6), lambda: False, resume=True)
     with pytest.raises(RunFolderError, match="cannot go on from the checkpoint of round 2"):
         next(going)

@@ -8,17 +8,18 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from rayfed_lora.federation import checkpoints
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe
-from rayfed_lora.reporting.checked import table
-from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.runtime.claiming import kept_recipe
-from rayfed_lora.runtime.session import sitting
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs import checkpoints
+from rayfed_lora.runs.checked import table
+from rayfed_lora.runs.claiming import kept_recipe
+from rayfed_lora.runs.session import sitting
+from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.tuning.run_folders import adopt, copied, measured
-from rayfed_lora.tuning.space import load_space, trial_recipe
-from tests.fakes import local_executor, make_recipe
+from rayfed_lora.tuning.draws import trial_recipe
+from rayfed_lora.tuning.run_folders import apply_draw, copy_run, measured
+from rayfed_lora.tuning.space_files import load_space
+from tests.fakes import local_engine, make_recipe
 
 SPACE = load_space(
     {
@@ -44,7 +45,7 @@ def run(recipe: Recipe, folder: RunFolder, rounds: int | None = None) -> None:
     """Run some rounds, or to the end."""
     board = StatusBoard(recipe.annealing.total_rounds)
     going = sitting(
-        recipe, local_executor(recipe), folder, board, lambda: False, resume=True, page=False
+        recipe, local_engine(recipe), folder, board, lambda: False, resume=True, page=False
     )
     for tables in going:
         if tables.rounds.num_rows == rounds:
@@ -96,7 +97,7 @@ def test_a_report_has_the_newest_values_and_what_was_sent_so_far(tmp_path):
 
 def test_a_copy_of_a_run_is_the_run(folder, tmp_path):
     to = RunFolder(tmp_path / "copy")
-    copied(folder, to)
+    copy_run(folder, to)
     run(kept_recipe(to), to)
     run(kept_recipe(folder), folder)
     one, other = (json.loads(f.read("summary.json")) for f in (folder, to))
@@ -105,10 +106,10 @@ def test_a_copy_of_a_run_is_the_run(folder, tmp_path):
 
 def test_another_draw_changes_the_rest_of_a_run(folder):
     before = folder.read("recipe.yaml")
-    adopt(folder, SPACE, make_recipe(), DRAW)
+    apply_draw(folder, SPACE, make_recipe(), DRAW)
     assert folder.read("recipe.yaml") == before and not folder.exists("changes.json")
     other = {**DRAW, "annealing.cooling.rank": 2, "clients.optimizer.lr": 0.1}
-    adopt(folder, SPACE, make_recipe(), other)
+    apply_draw(folder, SPACE, make_recipe(), other)
     recipe = kept_recipe(folder)
     run(recipe, folder)
     rows = table(folder, "rounds.parquet").to_pylist()
@@ -122,15 +123,15 @@ def test_another_draw_changes_the_rest_of_a_run(folder):
 
 def test_the_same_draw_again_changes_nothing_more(folder):
     other = {**DRAW, "annealing.heating.rounds": 0.1}
-    adopt(folder, SPACE, make_recipe(), other)
+    apply_draw(folder, SPACE, make_recipe(), other)
     first = folder.read("recipe.yaml")
     run(kept_recipe(folder), folder, 5)
-    adopt(folder, SPACE, make_recipe(), other)
+    apply_draw(folder, SPACE, make_recipe(), other)
     assert folder.read("recipe.yaml") == first
     assert len(json.loads(folder.read("changes.json"))) == 1
 
 
 def test_a_run_that_has_not_begun_has_nothing_to_adopt(tmp_path):
     found = RunFolder(tmp_path)
-    adopt(found, SPACE, make_recipe(), DRAW)
+    apply_draw(found, SPACE, make_recipe(), DRAW)
     assert found.names() == []

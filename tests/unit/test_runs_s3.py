@@ -12,14 +12,22 @@ import pytest
 
 import rayfed_lora
 from rayfed_lora.errors import RunError, RunFolderError
-from rayfed_lora.exporting import export_run
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.runtime.claiming import claim
-from rayfed_lora.runtime.comparison import compare
-from rayfed_lora.runtime.session import simulate
+from rayfed_lora.launching.comparison import compare
+from rayfed_lora.launching.exporting import export_run
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs.claiming import claim
+from rayfed_lora.runs.session import simulate
+from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
-from tests.fakes import RECIPE, FakeFactory, Killed, KilledExecutor, local_executor, make_recipe
+from tests.fakes import (
+    RECIPE,
+    FakeFactory,
+    FakeTrainer,
+    Killed,
+    KilledEngine,
+    local_engine,
+    make_recipe,
+)
 
 
 def run(
@@ -28,7 +36,7 @@ def run(
     folder = RunFolder(location)
     claim(folder, recipe, resume)
     board = StatusBoard(recipe.annealing.total_rounds)
-    executor = executor or local_executor(recipe)
+    executor = executor or local_engine(recipe)
     return simulate(recipe, executor, folder, board, lambda: False, resume=resume)
 
 
@@ -55,7 +63,7 @@ def test_a_run_killed_in_an_object_store_goes_on_and_ends_as_one_in_a_local_fold
     recipe, location = make_recipe(), bucket.uri("runs/a")
     for round_index, resume in ((2, False), (4, True)):
         with pytest.raises(Killed):
-            run(recipe, location, KilledExecutor(recipe, round_index, 1), resume)
+            run(recipe, location, KilledEngine(recipe, round_index, 1), resume)
     run(recipe, location, resume=True)
     folder = RunFolder(location)
     assert folder.names("checkpoints")[1:] == ["round-000005", "round-000006"]
@@ -129,8 +137,8 @@ def test_what_is_not_a_finished_run_is_not_exported(bucket, tmp_path):
 @pytest.mark.parametrize("files", [{"../../escaped": b"x"}, {"/tmp/escaped": b"x"}])
 def test_an_export_cannot_write_outside_the_run_folder(tmp_path, files, monkeypatch):
     recipe = make_recipe()
-    executor = local_executor(recipe)
-    monkeypatch.setattr(executor, "export", lambda *args: files)
+    engine = local_engine(recipe)
+    monkeypatch.setattr(FakeTrainer, "_export", lambda *args: files)
     with pytest.raises(RunFolderError, match="expected a name inside the folder"):
-        run(recipe, str(tmp_path / "deep" / "run"), executor)
+        run(recipe, str(tmp_path / "deep" / "run"), engine)
     assert not list(tmp_path.rglob("escaped"))

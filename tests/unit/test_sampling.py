@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayfed_lora.federation.sampling import BlockSize, block_size, blocks, calls, cohort
+from rayfed_lora.federation.sampling import BlockSize, block_size, blocks, cohort
 from rayfed_lora.types import ModelShape
 from tests.fakes import SHAPE, make_recipe
 
@@ -70,15 +70,6 @@ def test_even_blocks_put_together_are_the_cohort_and_differ_by_one_at_most(membe
     assert tuple(client for block in cut for client in block) == drawn
     sizes = [len(block) for block in cut]
     assert 1 <= min(sizes) <= max(sizes) <= min(min(sizes) + 1, size)
-
-
-@given(count=st.integers(1, 5000))
-def test_calls_put_together_are_the_blocks_and_never_more_than_1024(count):
-    cut = calls([(k,) for k in range(count)])
-    assert [client for call in cut for block in call for client in block] == list(range(count))
-    assert len(cut) == min(count, 1024)
-    sizes = [len(call) for call in cut]
-    assert 1 <= min(sizes) <= max(sizes) <= min(sizes) + 1
 
 
 def sized(flops: float, held: int = 1000, obstacle: str | None = None) -> ModelShape:

@@ -10,22 +10,25 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pytest
-from rich.console import Console
 
-from rayfed_lora import checksums, seals
+from rayfed_lora.cli.console import PlainConsole
+from rayfed_lora.cli.search_display import show_search, watching_search
+from rayfed_lora.engines.on_ray.placement import Layout, Node
 from rayfed_lora.errors import ResourceError, RunError, RunFolderError
-from rayfed_lora.recipe_loading import load_recipe, yaml_text
-from rayfed_lora.reporting.report import report
-from rayfed_lora.reporting.search import SearchNews, read_search
-from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.reporting.terminal import show_search, watching_search
-from rayfed_lora.runtime.placement import Layout, Node
-from rayfed_lora.runtime.session import simulate
+from rayfed_lora.pages.report import report
+from rayfed_lora.pages.search import SearchNews, read_search
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.yaml_text import yaml_text
+from rayfed_lora.runs import checksums, seals
+from rayfed_lora.runs.session import simulate
+from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.tuning.results import SearchResult, Tried
-from rayfed_lora.tuning.search import trial_layout
-from rayfed_lora.tuning.space import load_space, trial_recipe
-from tests.fakes import local_executor, make_recipe
+from rayfed_lora.tuning.draws import trial_recipe
+from rayfed_lora.tuning.search_result import SearchResult
+from rayfed_lora.tuning.space_files import load_space
+from rayfed_lora.tuning.trial_rows import TrialOutcome
+from rayfed_lora.tuning.tuner import trial_layout
+from tests.fakes import local_engine, make_recipe
 
 SPACE = load_space(
     {
@@ -38,14 +41,14 @@ SPACE = load_space(
 )
 
 
-def tried(out: Path, trial: str, rank: int) -> Tried:
+def tried(out: Path, trial: str, rank: int) -> TrialOutcome:
     """Run a trial to its end."""
     draw = {"annealing.heating.rank": rank, "annealing.cooling.shape": "linear"}
     recipe = trial_recipe(SPACE, make_recipe(), draw)
     board = StatusBoard(recipe.annealing.total_rounds)
     summary = simulate(
         recipe,
-        local_executor(recipe),
+        local_engine(recipe),
         RunFolder(out / "trials" / trial),
         board,
         lambda: False,
@@ -53,7 +56,7 @@ def tried(out: Path, trial: str, rank: int) -> Tried:
     )
     metrics = {**summary["final"], "round": 6, "done": True}
     metrics["total_bytes"] = summary["communication"]["total_bytes"]
-    return Tried(trial, draw, metrics)
+    return TrialOutcome(trial, draw, metrics)
 
 
 @pytest.fixture
@@ -63,9 +66,9 @@ def found(tmp_path: Path) -> SearchResult:
     trials = [
         tried(tmp_path, "a", 3),
         tried(tmp_path, "b", 2),
-        Tried("c", bad, {"round": None, "done": True, "total_bytes": 1, "eval_loss": 0.0}),
-        Tried("d", bad, {}, "annealing.cooling.shape: expected a shape"),
-        Tried("e", {}, {}),
+        TrialOutcome("c", bad, {"round": None, "done": True, "total_bytes": 1, "eval_loss": 0.0}),
+        TrialOutcome("d", bad, {}, "annealing.cooling.shape: expected a shape"),
+        TrialOutcome("e", {}, {}),
     ]
     result = SearchResult.of(str(tmp_path), SPACE, make_recipe(), trials)
     content = {
@@ -103,22 +106,22 @@ def test_a_finished_trial_without_a_loss_is_on_no_front(found, tmp_path):
     checksums.write(
         folder, {**sums, "rounds.parquet": checksums.table_sha256(folder, "rounds.parquet")}
     )
-    diverged = Tried("a", {}, {})
-    again = [diverged, Tried("b", {}, dict(found.trials.iloc[1]))]
+    diverged = TrialOutcome("a", {}, {})
+    again = [diverged, TrialOutcome("b", {}, dict(found.trials.iloc[1]))]
     result = SearchResult.of(str(tmp_path), SPACE, make_recipe(), again)
     assert result.front["trial"].tolist() == ["b"]
 
 
 def test_a_trial_that_failed_before_it_saved_a_round_is_reported(found, tmp_path):
-    failed = Tried("f", {}, {"round": 3}, "diverged")
-    done = [Tried("a", {}, dict(found.trials.iloc[0])), failed]
+    failed = TrialOutcome("f", {}, {"round": 3}, "diverged")
+    done = [TrialOutcome("a", {}, dict(found.trials.iloc[0])), failed]
     SearchResult.of(str(tmp_path), SPACE, make_recipe(), done).write(SPACE)
     assert "diverged" in (tmp_path / "report.html").read_text()
 
 
 def test_a_finished_trial_is_what_its_folder_says(found, tmp_path):
     before = found.trials.iloc[0]
-    stale = Tried("a", {}, {**before, "round": 4, "total_bytes": 1})
+    stale = TrialOutcome("a", {}, {**before, "round": 4, "total_bytes": 1})
     result = SearchResult.of(str(tmp_path), SPACE, make_recipe(), [stale])
     row = result.trials.iloc[0]
     assert (row["round"], row["total_bytes"]) == (6, before["total_bytes"])
@@ -128,7 +131,7 @@ def test_a_finished_trial_is_what_its_folder_says(found, tmp_path):
 def test_a_damaged_finished_trial_is_named_in_the_table_and_costs_no_other(found, tmp_path, name):
     path = tmp_path / "trials" / "b" / name
     path.write_bytes(path.read_bytes()[:-1])
-    trials = [Tried(trial, {}, dict(found.trials.iloc[i])) for i, trial in enumerate("ab")]
+    trials = [TrialOutcome(trial, {}, dict(found.trials.iloc[i])) for i, trial in enumerate("ab")]
     result = SearchResult.of(str(tmp_path), SPACE, make_recipe(), trials)
     result.write(SPACE)
     rows = result.trials.set_index("trial")
@@ -161,13 +164,13 @@ def test_a_changed_run_is_said_to_be_one_in_its_recipe(found, tmp_path):
     changes = tmp_path / "trials" / "b" / "changes.json"
     changes.write_text('[{"after_round": 2, "settings": {}}, {"after_round": 4, "settings": {}}]')
     found.write(SPACE)
-    assert "it had others up to round 2, 4" in (tmp_path / "best-total_bytes.yaml").read_text()
+    assert "they were others up to round 2, 4" in (tmp_path / "best-total_bytes.yaml").read_text()
 
 
 def test_the_report_shows_trials_axes_and_failures(found, tmp_path):
     page = Path(report([str(tmp_path)], str(tmp_path / "page.html"))).read_text()
     assert "5 trials: 2 finished, 1 ended early, 1 failed, 1 unfinished" in page
-    assert "parcoords" in page and "What no other trial beats" in page
+    assert "parcoords" in page and "Pareto front" in page
     assert "expected a shape" in page
     assert read_search(RunFolder(tmp_path)).drawn == tuple(SPACE.drawn)
 
@@ -179,7 +182,7 @@ def test_a_damaged_search_is_named(found, tmp_path):
 
 
 def test_a_search_in_which_nothing_finished_says_why(tmp_path):
-    failed: list[Any] = [Tried("a", {}, {}, "no data"), Tried("b", {}, {}, "no data")]
+    failed: list[Any] = [TrialOutcome("a", {}, {}, "no data"), TrialOutcome("b", {}, {}, "no data")]
     with pytest.raises(
         RunError, match=r"no trial of the search finished with eval_loss, total_bytes\nno data$"
     ):
@@ -215,7 +218,7 @@ def test_a_trial_that_cannot_fit_is_refused():
 
 
 def test_a_search_is_shown_in_the_terminal(found):
-    console = Console(file=io.StringIO(), width=120)
+    console = PlainConsole(file=io.StringIO(), width=120)
     with watching_search(console) as watch:
         watch(SearchNews(warning="draws are refused"))
         watch(SearchNews(2, {"b": 3}, ("a", "accuracy 0.6 after 6 rounds")))

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 
 from rayfed_lora.errors import BadInputError
-from rayfed_lora.recipe_loading import load_recipe, shipped_names
-from rayfed_lora.tuning.space import (
-    Space,
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.shipped_recipes import shipped_names
+from rayfed_lora.tuning.draws import (
     apportioned,
-    check_objectives,
     continued,
-    load_space,
-    shipped_spaces,
+    recipe_values,
     trial_recipe,
     value_of,
 )
+from rayfed_lora.tuning.space import Space, check_objectives
+from rayfed_lora.tuning.space_files import load_space, shipped_spaces
 from tests.fakes import make_recipe
 
 RANK = {"annealing.heating.rank": {"choice": [4, 8]}}
@@ -67,17 +67,20 @@ def test_options_go_before_what_the_space_says():
         ({"parameters": {"seed": {"choice": []}}}, "choice: .*at least 1"),
         ({"parameters": {"a.lr": {"uniform": [2, 1]}}}, r"uniform: \[low, high\], got \[2"),
         ({"parameters": {"a.lr": {"loguniform": [0, 1]}}}, "low end above 0"),
-        ({"parameters": {"a": {"choice": [1], "of": "b"}, "b": {"choice": [2]}}}, "b to stand"),
+        (
+            {"parameters": {"a": {"choice": [1], "of": "b"}, "b": {"choice": [2]}}},
+            "expected b before it",
+        ),
         (
             {
                 "parameters": {"a": {"choice": [1], "of": "annealing.heating.rounds"}},
                 "rounds": {"annealing.heating.rounds": {"uniform": [0, 1]}},
             },
-            "annealing.heating.rounds to stand before it, among the parameters",
+            "annealing.heating.rounds before it, among the parameters",
         ),
         ({"rounds": {"annealing.heating.rounds": {"choice": ["long"]}}}, "shares of 0 or more"),
         ({"rounds": {"annealing.heating.rounds": {"uniform": [-1, 1]}}}, "shares of 0 or more"),
-        ({"parameters": {"runtime.precision": {"choice": ["bf16"]}}}, "need not share"),
+        ({"parameters": {"runtime.precision": {"choice": ["bf16"]}}}, "may differ between trials"),
         ({"rounds": {"annealing.rounds": {"uniform": [0, 1]}}}, "expected keys of annealing.init"),
         (
             {"rounds": {"annealing.heating.rounds": {"uniform": [0, 1], "of": "x"}}},
@@ -127,10 +130,13 @@ def test_a_rank_is_drawn_as_a_share_of_another():
     recipe = make_recipe()
     draw = {"annealing.heating.rank": 8, "annealing.cooling.rank": 0.3}
     # 0.3 x 8 = 2.4
-    assert found.settings(draw, recipe)["annealing.cooling.rank"] == 2
+    assert recipe_values(found, draw, recipe)["annealing.cooling.rank"] == 2
     # 0.3 x 1 = 0.3; a rank is at least 1.
     assert (
-        found.settings({**draw, "annealing.heating.rank": 1}, recipe)["annealing.cooling.rank"] == 1
+        recipe_values(found, {**draw, "annealing.heating.rank": 1}, recipe)[
+            "annealing.cooling.rank"
+        ]
+        == 1
     )
 
 
@@ -138,8 +144,8 @@ def test_a_share_of_what_is_not_drawn_is_one_of_the_recipes_own_value():
     found = space(
         parameters={"annealing.cooling.rank": {"choice": [0.5], "of": "annealing.heating.rank"}}
     )
-    settings = found.settings(
-        {"annealing.cooling.rank": 0.5}, make_recipe(annealing__heating__rank=6)
+    settings = recipe_values(
+        found, {"annealing.cooling.rank": 0.5}, make_recipe(annealing__heating__rank=6)
     )
     assert settings == {"annealing.cooling.rank": 3}
 
@@ -155,9 +161,9 @@ def test_what_matters_beside_another_choice_only_is_left_out_elsewhere():
         }
     )
     draw = {"annealing.acceptance": "metropolis", "annealing.temperature": 0.5}
-    assert found.settings(draw, make_recipe()) == draw
+    assert recipe_values(found, draw, make_recipe()) == draw
     always = {**draw, "annealing.acceptance": "always"}
-    assert found.settings(always, make_recipe()) == {"annealing.acceptance": "always"}
+    assert recipe_values(found, always, make_recipe()) == {"annealing.acceptance": "always"}
 
 
 def test_rounds_are_shares_of_what_their_stages_have_in_the_recipe():
@@ -169,7 +175,7 @@ def test_rounds_are_shares_of_what_their_stages_have_in_the_recipe():
     # Heating and cooling have two rounds each in the recipe: a quarter of four is one.
     recipe = make_recipe()
     expected = {"annealing.heating.rounds": 1, "annealing.cooling.rounds": 3}
-    assert found.settings(draw, recipe) == expected
+    assert recipe_values(found, draw, recipe) == expected
     drawn = trial_recipe(found, recipe, draw)
     assert drawn.annealing.total_rounds == recipe.annealing.total_rounds
 
@@ -178,7 +184,7 @@ def test_a_skipped_initiating_stage_takes_no_rounds():
     keys = [f"annealing.{stage}.rounds" for stage in ("initiating", "heating", "holding")]
     found = load_space({"rounds": {key: {"uniform": [0.0, 1.0]} for key in keys}})
     recipe = make_recipe(annealing__initiating__trainable="none")
-    settings = found.settings(dict.fromkeys(keys, 0.5), recipe)
+    settings = recipe_values(found, dict.fromkeys(keys, 0.5), recipe)
     # Heating 2 and holding 1 are 3 rounds: 1.5 each, the first is rounded up.
     assert settings == {"annealing.heating.rounds": 2, "annealing.holding.rounds": 1}
 
@@ -239,7 +245,7 @@ def test_a_skipped_stage_keeps_what_the_recipe_says():
 def test_a_share_of_what_is_no_number_is_refused(key):
     found = space(parameters={"annealing.cooling.rank": {"choice": [0.5], "of": key}})
     with pytest.raises(BadInputError, match=r"a number to multiply it by, got 0\.5 and"):
-        found.settings({"annealing.cooling.rank": 0.5}, make_recipe())
+        recipe_values(found, {"annealing.cooling.rank": 0.5}, make_recipe())
 
 
 @pytest.mark.parametrize(

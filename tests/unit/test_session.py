@@ -12,23 +12,24 @@ from typing import IO, Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
-from rayfed_lora import seals
 from rayfed_lora.errors import ClientError, InterruptedRunError, RunError, RunFolderError
-from rayfed_lora.federation import checkpoints, server
-from rayfed_lora.federation.executor import Pending
+from rayfed_lora.launching import launch
+from rayfed_lora.launching.planning import plan
 from rayfed_lora.lora.fingerprint import sha256
-from rayfed_lora.planning import plan
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe, recipe_yaml
-from rayfed_lora.reporting.status import Status, StatusBoard
-from rayfed_lora.runtime import launch
-from rayfed_lora.runtime.claiming import claim, finished
-from rayfed_lora.runtime.session import simulate
+from rayfed_lora.pages.run_page import run_page
+from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs import checkpoints, seals
+from rayfed_lora.runs.checksums import read_summary
+from rayfed_lora.runs.claiming import claim
+from rayfed_lora.runs.saving import PageWriter
+from rayfed_lora.runs.session import simulate
+from rayfed_lora.runs.status import Status, StatusBoard
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.types import LocalPlan
-from tests.fakes import Behaviour, Killed, KilledExecutor, every_round, local_executor, make_recipe
+from tests.fakes import Behaviour, Killed, KilledEngine, every_round, local_engine, make_recipe
 
 METROPOLIS: dict[str, Any] = {
     "annealing__acceptance": "metropolis",
@@ -103,7 +104,8 @@ def run(
     recipe: Recipe,
     location: Path,
     *,
-    executor: Any = None,
+    engine: Any = None,
+    page: PageWriter = run_page,
     resume: bool = False,
     should_stop: Callable[[], bool] = never,
     watch: Callable[[Status], None] | None = None,
@@ -112,8 +114,8 @@ def run(
     folder = RunFolder(location)
     claim(folder, recipe, resume)
     board = StatusBoard(recipe.annealing.total_rounds, watch)
-    executor = executor or local_executor(recipe)
-    return simulate(recipe, executor, folder, board, should_stop, resume=resume), board
+    engine = engine or local_engine(recipe)
+    return simulate(recipe, engine, folder, board, should_stop, resume=resume, page=page), board
 
 
 def table(location: Path, name: str) -> pd.DataFrame:
@@ -211,7 +213,7 @@ def test_a_killed_start_leaves_a_folder_that_can_be_started_again(tmp_path, monk
         raise SystemExit("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr("rayfed_lora.runtime.session.write_partition", killed)
+        patch.setattr("rayfed_lora.runs.session.write_partition", killed)
         with pytest.raises(SystemExit):
             run(make_recipe(), tmp_path)
     claim(RunFolder(tmp_path), make_recipe(), resume=True)
@@ -219,13 +221,12 @@ def test_a_killed_start_leaves_a_folder_that_can_be_started_again(tmp_path, monk
     assert (tmp_path / "partition.parquet").exists()
 
 
-def test_a_page_that_cannot_be_drawn_costs_no_result(tmp_path, monkeypatch):
+def test_a_page_that_cannot_be_drawn_costs_no_result(tmp_path):
     def broken(*args: Any) -> str:
         raise ValueError("no ink")
 
-    monkeypatch.setattr("rayfed_lora.runtime.session.report_html", broken)
-    notes: list[str] = []
-    run(make_recipe(), tmp_path, watch=lambda status: notes.extend(status.notes))
+    _, board = run(make_recipe(), tmp_path, page=broken)
+    assert "no report.html (no ink)" in board.status().notes[-1]
     assert (tmp_path / "summary.json").exists()
     assert not (tmp_path / "report.html").exists()
 
@@ -387,130 +388,44 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 @pytest.mark.parametrize("t", range(6))
 def test_a_run_killed_in_any_round_goes_on_to_the_same_bits(t, undisturbed, tmp_path):
-    killed = KilledExecutor(make_recipe(), round_index=t, position=1)
+    killed = KilledEngine(make_recipe(), round_index=t, position=1)
     with pytest.raises(Killed):
-        run(make_recipe(), tmp_path, executor=killed)
+        run(make_recipe(), tmp_path, engine=killed)
     assert killed.closed
     _, board = run(make_recipe(), tmp_path, resume=True)
     assert board.status().rounds_before == t
     assert_same_run(tmp_path, undisturbed("plain"))
 
 
-@pytest.mark.parametrize("concurrent", [False, True])
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_run_killed_in_every_round_goes_on_to_the_same_bits(
-    name, concurrent, undisturbed, tmp_path
-):
+def test_a_run_killed_in_every_round_goes_on_to_the_same_bits(name, undisturbed, tmp_path):
     recipe = make_recipe(**RECIPES[name])
     for t in range(recipe.annealing.total_rounds):
         for position in (0, 2):
-            executor = KilledExecutor(recipe, t, position, concurrent=concurrent)
+            engine = KilledEngine(recipe, t, position)
             with pytest.raises(Killed):
-                run(recipe, tmp_path, executor=executor, resume=True)
+                run(recipe, tmp_path, engine=engine, resume=True)
     run(recipe, tmp_path, resume=True)
     assert_same_run(tmp_path, undisturbed(name))
 
 
-@pytest.mark.parametrize("t", range(6))
-def test_a_kill_loses_two_rounds_where_one_is_tested_behind_the_next(t, undisturbed, tmp_path):
-    killed = KilledExecutor(make_recipe(), round_index=t, position=1, concurrent=True)
-    with pytest.raises(Killed):
-        run(make_recipe(), tmp_path, executor=killed)
-    _, board = run(make_recipe(), tmp_path, resume=True)
-    assert board.status().rounds_before == max(t - 1, 0)
-    assert_same_run(tmp_path, undisturbed("plain"))
+class Watched(KilledEngine):
+    """Writes down what is submitted, in order."""
 
-
-class Watched(KilledExecutor):
-    """Writes down what is begun and waited for, in order."""
-
-    def __init__(self, recipe: Recipe, *, concurrent: bool, patience: int = 0) -> None:
-        super().__init__(recipe, -1, 0, concurrent=concurrent)
-        self.patience = patience
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe, -1, 0)
         self.seen: list[str] = []
-        self._tests = 0
 
-    def train(self, state: Any, base: Any, plan: LocalPlan, calls: Any) -> Any:
-        self.seen.append(f"train {plan.round}")
-        return super().train(state, base, plan, calls)
-
-    def evaluate(self, *args: Any) -> Any:
-        t, self._tests = self._tests, self._tests + 1
-        self.seen.append(f"test {t}")
-        wait = super().evaluate(*args)
-
-        def waited() -> Any:
-            self.seen.append(f"tested {t}")
-            return wait()
-
-        return Pending(waited, lambda: False)
+    def submit(self, task: Any) -> Any:
+        self.seen.append(task.kind)
+        return super().submit(task)
 
 
-def test_a_round_is_tested_behind_the_training_of_the_next_one(undisturbed, tmp_path):
-    recipe = make_recipe()
-    executor = Watched(recipe, concurrent=True)
-    run(recipe, tmp_path, executor=executor)
-    assert executor.seen == [
-        *("train 0", "train 1", "test 0"),
-        *("train 2", "test 1", "tested 0"),
-        *("train 3", "test 2", "tested 1"),
-        *("train 4", "test 3", "tested 2"),
-        *("train 5", "test 4", "tested 3"),
-        *("test 5", "tested 4", "tested 5"),
-    ]
-    assert_same_run(tmp_path, undisturbed("plain"))
-
-
-def test_more_short_rounds_may_be_trained_before_one_is_tested(undisturbed, tmp_path):
-    executor = Watched(make_recipe(), concurrent=True, patience=2)
-    run(make_recipe(), tmp_path, executor=executor)
-    assert executor.seen == [
-        # The first round is one of whole models.
-        *("train 0", "train 1", "test 0", "train 2", "test 1", "tested 0"),
-        *("train 3", "test 2", "train 4", "test 3"),
-        *("train 5", "test 4", "tested 1"),
-        *("test 5", "tested 2", "tested 3", "tested 4", "tested 5"),
-    ]
-    assert_same_run(tmp_path, undisturbed("plain"))
-
-
-def test_long_rounds_are_tested_behind_the_next_one(undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setattr(server, "_SHORT_S", 0.0)
-    executor = Watched(make_recipe(), concurrent=True, patience=2)
-    run(make_recipe(), tmp_path, executor=executor)
-    assert executor.seen[3:6] == ["train 2", "test 1", "tested 0"]
-    assert_same_run(tmp_path, undisturbed("plain"))
-
-
-@pytest.mark.parametrize(("t", "kept"), [(1, 0), (2, 1), (3, 1), (4, 1), (5, 2)])
-def test_a_kill_loses_four_short_rounds_at_most(t, kept, undisturbed, tmp_path):
-    killed = KilledExecutor(make_recipe(), round_index=t, position=1, concurrent=True)
-    killed.patience = 2
-    with pytest.raises(Killed):
-        run(make_recipe(), tmp_path, executor=killed)
-    _, board = run(make_recipe(), tmp_path, resume=True)
-    assert board.status().rounds_before == kept
-    assert_same_run(tmp_path, undisturbed("plain"))
-
-
-def test_without_a_next_one_at_the_same_time_a_round_is_tested_at_once(tmp_path):
-    executor = Watched(make_recipe(), concurrent=False)
-    run(make_recipe(), tmp_path, executor=executor)
-    assert executor.seen == [
-        f"{what} {t}" for t in range(6) for what in ("train", "test", "tested")
-    ]
-
-
-@pytest.mark.parametrize("name", ["metropolis", "target"])
-def test_where_feedback_needs_it_a_round_is_tested_at_once(name, undisturbed, tmp_path):
-    recipe = make_recipe(**RECIPES[name])
-    executor = Watched(recipe, concurrent=True)
-    run(recipe, tmp_path, executor=executor)
-    waiting = 0
-    for what in executor.seen:
-        waiting += what.startswith("test ") - what.startswith("tested ")
-        assert not (what.startswith("train ") and waiting)
-    assert_same_run(tmp_path, undisturbed(name))
+def test_a_round_is_trained_and_then_tested(tmp_path):
+    engine = Watched(make_recipe())
+    run(make_recipe(), tmp_path, engine=engine)
+    rounds = [kind for _ in range(6) for kind in ("train", "evaluate test")]
+    assert engine.seen == ["initial tensors", *rounds, "export"]
 
 
 def test_the_feedback_recipes_do_meet_proposals_of_both_kinds(undisturbed):
@@ -527,7 +442,7 @@ def test_the_feedback_recipes_do_meet_proposals_of_both_kinds(undisturbed):
 def test_a_run_saved_every_third_round_goes_on_from_the_last_save(killed_in, undisturbed, tmp_path):
     recipe = make_recipe(storage__checkpoint_every=3)
     with pytest.raises(Killed):
-        run(recipe, tmp_path, executor=KilledExecutor(recipe, killed_in, 0))
+        run(recipe, tmp_path, engine=KilledEngine(recipe, killed_in, 0))
     _, board = run(recipe, tmp_path, resume=True)
     assert board.status().rounds_before == (0 if killed_in < 3 else 3)
     assert_same_run(tmp_path, undisturbed("plain"))
@@ -552,7 +467,7 @@ def test_a_kill_between_two_writes_of_a_save_loses_nothing(
     file, undisturbed, tmp_path, monkeypatch
 ):
     recipe = make_recipe()
-    opened, seen = RunFolder.opened, []
+    opened, seen = RunFolder.open_to_write, []
 
     def killed_before_the_fourth(self: RunFolder, name: str) -> AbstractContextManager[IO[bytes]]:
         seen.append(name.endswith(file))
@@ -561,7 +476,7 @@ def test_a_kill_between_two_writes_of_a_save_loses_nothing(
         return opened(self, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "opened", killed_before_the_fourth)
+        patch.setattr(RunFolder, "open_to_write", killed_before_the_fourth)
         with pytest.raises(Killed):
             run(recipe, tmp_path)
     _, board = run(recipe, tmp_path, resume=True)
@@ -572,7 +487,7 @@ def test_a_kill_between_two_writes_of_a_save_loses_nothing(
 def test_notes_of_a_start_that_never_came_to_a_checkpoint_go(tmp_path):
     recipe = make_recipe()
     with pytest.raises(Killed):
-        run(recipe, tmp_path, executor=KilledExecutor(recipe, 0, 0))
+        run(recipe, tmp_path, engine=KilledEngine(recipe, 0, 0))
     (tmp_path / "notes.parquet").write_bytes(b"of a killed start")
     run(recipe, tmp_path, resume=True)
     assert not (tmp_path / "notes.parquet").exists()
@@ -587,7 +502,7 @@ def test_a_run_killed_while_it_exports_needs_no_round_again(undisturbed, tmp_pat
 
     with pytest.raises(Killed):
         run(recipe, tmp_path, watch=die_exporting)
-    assert finished(RunFolder(tmp_path)) is None
+    assert read_summary(RunFolder(tmp_path)) is None
     _, board = run(recipe, tmp_path, resume=True)
     assert (board.status().rounds_before, board.status().updates) == (6, 0)
     assert_same_run(tmp_path, undisturbed("plain"))
@@ -611,7 +526,7 @@ def test_no_checkpoint_is_written_twice(tmp_path, monkeypatch):
 def test_a_damaged_newest_checkpoint_is_told_and_the_result_is_the_same(undisturbed, tmp_path):
     recipe = make_recipe()
     with pytest.raises(Killed):
-        run(recipe, tmp_path, executor=KilledExecutor(recipe, 4, 0))
+        run(recipe, tmp_path, engine=KilledEngine(recipe, 4, 0))
     file = tmp_path / "checkpoints" / "round-000004" / "state.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -627,8 +542,8 @@ def test_going_on_with_a_finished_run_returns_its_summary_and_starts_nothing(tmp
     summary, _ = run(recipe, tmp_path)
     before = (tmp_path / "summary.json").stat().st_mtime_ns
     # Every client would fail: nothing is trained.
-    executor = local_executor(recipe, Behaviour(failing=frozenset({(0, 0), (1, 0), (2, 0)})))
-    again, board = run(recipe, tmp_path, executor=executor, resume=True)
+    engine = local_engine(recipe, Behaviour(failing=frozenset({(0, 0), (1, 0), (2, 0)})))
+    again, board = run(recipe, tmp_path, engine=engine, resume=True)
     assert again == summary
     assert board.status() == Status(rounds=6)
     assert (tmp_path / "summary.json").stat().st_mtime_ns == before
@@ -636,10 +551,10 @@ def test_going_on_with_a_finished_run_returns_its_summary_and_starts_nothing(tmp
 
 def test_times_add_up_over_sittings(tmp_path):
     recipe = make_recipe()
-    slow = local_executor(recipe, Behaviour(sleep_s=dict.fromkeys(range(6), 0.05)))
+    slow = local_engine(recipe, Behaviour(sleep_s=dict.fromkeys(range(6), 0.05)))
     stop = StopAfter(updates=7)
     with pytest.raises(InterruptedRunError):
-        run(recipe, tmp_path, executor=slow, should_stop=stop)
+        run(recipe, tmp_path, engine=slow, should_stop=stop)
     summary, _ = run(recipe, tmp_path, resume=True)
     # Two rounds of three clients of 0.05 s in the first sitting.
     assert summary["timing"]["training_s"] >= 6 * 0.05
@@ -662,42 +577,36 @@ class StopAfter:
         return self._left < 0
 
 
-@pytest.mark.parametrize("concurrent", [False, True])
 @pytest.mark.parametrize(("updates", "rounds"), [(0, 0), (3, 1), (7, 2), (17, 5)])
 def test_a_stopped_run_keeps_its_trained_rounds_and_goes_on_to_the_same_bits(
-    updates, rounds, concurrent, undisturbed, tmp_path
+    updates, rounds, undisturbed, tmp_path
 ):
     # Rounds are saved every fourth time only, but a stop saves what is finished.
     recipe = make_recipe(storage__checkpoint_every=4)
-    executor = local_executor(recipe)
-    executor.concurrent = concurrent
+    engine = local_engine(recipe)
     with pytest.raises(InterruptedRunError) as stopped:
-        run(recipe, tmp_path, executor=executor, should_stop=StopAfter(updates))
+        run(recipe, tmp_path, engine=engine, should_stop=StopAfter(updates))
     assert f"stopped with {rounds} of 6 rounds done; go on with --resume" in str(stopped.value)
     assert stopped.value.exit_status == 130
-    assert finished(RunFolder(tmp_path)) is None
+    assert read_summary(RunFolder(tmp_path)) is None
     _, board = run(recipe, tmp_path, resume=True)
     assert board.status().rounds_before == rounds
     assert_same_run(tmp_path, undisturbed("plain"))
 
 
-@pytest.mark.parametrize("concurrent", [False, True])
-def test_a_client_that_raises_ends_the_run_and_the_rounds_before_are_kept(concurrent, tmp_path):
+def test_a_client_that_raises_ends_the_run_and_the_rounds_before_are_kept(tmp_path):
     recipe = make_recipe(clients__per_round=1.0)
-    broken = local_executor(recipe, Behaviour(raising=frozenset({(4, 3)})))
-    broken.concurrent = concurrent
+    broken = local_engine(recipe, Behaviour(raising=frozenset({(4, 3)})))
     with pytest.raises(ClientError, match=r"client 4 failed in round 3:\n"):
-        run(recipe, tmp_path, executor=broken)
+        run(recipe, tmp_path, engine=broken)
     _, board = run(recipe, tmp_path, resume=True)
     assert board.status().rounds_before == 3
 
 
-@pytest.mark.parametrize("concurrent", [False, True])
-def test_a_run_goes_on_without_as_many_raising_clients_as_it_may(concurrent, tmp_path):
+def test_a_run_goes_on_without_as_many_raising_clients_as_it_may(tmp_path):
     recipe = make_recipe(clients__per_round=1.0, clients__max_failed=0.2)
-    broken = local_executor(recipe, Behaviour(raising=frozenset({(4, 1), (4, 3)})))
-    broken.concurrent = concurrent
-    summary, board = run(recipe, tmp_path, executor=broken)
+    broken = local_engine(recipe, Behaviour(raising=frozenset({(4, 1), (4, 3)})))
+    summary, board = run(recipe, tmp_path, engine=broken)
     assert summary["failed_clients"] == 2
     rounds, clients = table(tmp_path, "rounds"), table(tmp_path, "clients")
     assert rounds["failed_clients"].tolist() == [0, 1, 0, 1, 0, 0]
@@ -714,9 +623,9 @@ def test_a_run_goes_on_without_as_many_raising_clients_as_it_may(concurrent, tmp
 
 def test_more_raising_clients_than_may_end_the_run_with_the_last_ones_traceback(tmp_path):
     recipe = make_recipe(clients__per_round=1.0, clients__max_failed=1)
-    broken = local_executor(recipe, Behaviour(raising=frozenset({(2, 3), (4, 3), (5, 3)})))
+    broken = local_engine(recipe, Behaviour(raising=frozenset({(2, 3), (4, 3), (5, 3)})))
     with pytest.raises(ClientError, match=r"client 4 failed in round 3:\n") as raised:
-        run(recipe, tmp_path, executor=broken)
+        run(recipe, tmp_path, engine=broken)
     assert "_train_client" in raised.value.trace
     assert str(raised.value).endswith("2 clients of the round failed, clients.max_failed allows 1")
     _, board = run(recipe, tmp_path, resume=True)
@@ -729,8 +638,8 @@ def test_a_block_that_does_not_fit_into_memory_is_halved_and_that_is_said(
 ):
     recipe = make_recipe(clients__per_round=5, runtime__cohort_size=5)
     expected, _ = run(recipe, tmp_path / "expected")
-    short = local_executor(recipe, Behaviour(together=together))
-    summary, board = run(recipe, tmp_path / "short", executor=short)
+    short = local_engine(recipe, Behaviour(together=together))
+    summary, board = run(recipe, tmp_path / "short", engine=short)
     assert summary["adapter_sha256"] == expected["adapter_sha256"]
     notes = board.status().notes
     assert "5 clients do not fit; trained in halves" in " ".join(notes)
@@ -739,7 +648,7 @@ def test_a_block_that_does_not_fit_into_memory_is_halved_and_that_is_said(
 def test_a_client_that_does_not_fit_into_memory_alone_ends_the_run(tmp_path):
     recipe = make_recipe(clients__per_round=5)
     with pytest.raises(ClientError, match="1 clients do not fit"):
-        run(recipe, tmp_path, executor=local_executor(recipe, Behaviour(together=0)))
+        run(recipe, tmp_path, engine=local_engine(recipe, Behaviour(together=0)))
 
 
 def test_a_disk_that_fills_up_ends_the_run_and_the_rounds_before_are_kept(
@@ -765,14 +674,14 @@ def test_a_disk_that_fills_up_ends_the_run_and_the_rounds_before_are_kept(
 def test_an_executor_that_cannot_open_is_closed_and_the_run_can_start_again(tmp_path):
     recipe = make_recipe()
 
-    class Unopenable(KilledExecutor):
+    class Unopenable(KilledEngine):
         def open(self) -> Any:
             raise RunError("no data")
 
-    executor = Unopenable(recipe, 0, 0)
+    engine = Unopenable(recipe, 0, 0)
     with pytest.raises(RunError, match="no data"):
-        run(recipe, tmp_path, executor=executor)
-    assert executor.closed
+        run(recipe, tmp_path, engine=engine)
+    assert engine.closed
     summary, _ = run(recipe, tmp_path, resume=True)
     assert summary["rounds"] == 6
 
@@ -787,8 +696,8 @@ def test_who_is_late_is_not_trained_and_stands_in_the_tables(tmp_path):
         annealing__mode="fixed",
     )
     # Clients 4 and 5 would kill the process if they were trained.
-    lethal = local_executor(recipe, Behaviour(dying_always=every_round(4, 5)))
-    summary, board = run(recipe, tmp_path, executor=lethal)
+    lethal = local_engine(recipe, Behaviour(dying_always=every_round(4, 5)))
+    summary, board = run(recipe, tmp_path, engine=lethal)
     rounds, clients = table(tmp_path, "rounds"), table(tmp_path, "clients")
     assert rounds["dropped_clients"].tolist() == [2] * 6
     assert rounds["clients"].tolist() == [6] * 6
@@ -812,7 +721,7 @@ def test_a_round_in_which_nobody_arrives_leaves_the_model_as_it_is(tmp_path):
     assert rounds["train_loss"].isna().all()
     assert rounds["bytes_up"].sum() == 0
     assert rounds["eval_loss"].nunique() == 1
-    summary = finished(RunFolder(tmp_path))
+    summary = read_summary(RunFolder(tmp_path))
     assert summary is not None
     assert summary["final"]["train_loss"] is None
 
@@ -841,3 +750,27 @@ def test_a_plan_foretells_the_simulated_clock(tmp_path):
     ).tolist()
     assert [r.bytes_up for r in planned.rounds] == rounds["bytes_up"].tolist()
     assert rounds["dropped_clients"].sum() > 0
+
+
+def test_tables_of_another_order_of_columns_or_without_a_new_one_go_on(undisturbed, tmp_path):
+    with pytest.raises(InterruptedRunError):
+        run(make_recipe(), tmp_path, should_stop=StopAfter(7))
+    folder = RunFolder(tmp_path)
+    table = pq.read_table(BytesIO(folder.read("rounds.parquet")))
+    names = [name for name in reversed(table.column_names) if name != "eval_perplexity"]
+    seals.write_table(folder, "rounds.parquet", table.select(names))
+    run(make_recipe(), tmp_path, resume=True)
+    found = pd.read_parquet(tmp_path / "rounds.parquet")
+    expected = pd.read_parquet(undisturbed("plain") / "rounds.parquet")
+    assert list(found) == list(expected)
+    pd.testing.assert_frame_equal(found.drop(columns="seconds"), expected.drop(columns="seconds"))
+
+
+def test_a_rejected_resume_leaves_a_finished_runs_summary(tmp_path):
+    run(make_recipe(), tmp_path)
+    (tmp_path / "adapter" / "fake.json").unlink()
+    content = (tmp_path / "rounds.parquet").read_bytes()
+    (tmp_path / "rounds.parquet").write_bytes(content[:-40] + bytes(40))
+    with pytest.raises(RunFolderError, match=r"rounds\.parquet"):
+        run(make_recipe(), tmp_path, resume=True)
+    assert (tmp_path / "summary.json").exists() and (tmp_path / "SHA256SUMS").exists()

@@ -12,7 +12,7 @@ from torch import nn
 from rayfed_lora.models import loading, sources
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.shapes import adapted_modules
-from rayfed_lora.recipe import Adapter, Model
+from rayfed_lora.recipe.model import Adapter, Model
 from rayfed_lora.types import AdapterState, Base, Factors
 
 VIT = Model.model_validate(
@@ -117,7 +117,8 @@ def test_training_folding_and_replacing_leave_the_shared_arrays_as_they_are(trai
         n: Factors(np.ones((1, 16), np.float32), np.ones((16, 1), np.float32), 1.0) for n in names
     }
     state = AdapterState(one if trainable == "adapter" else {}, model.initial_tensors(trainable))
-    for base in (Base(), Base(0, None, (one,)), Base(1, before), Base()):
+    merged = {name: f.scale * f.b @ f.a for name, f in one.items()}
+    for base in (Base(), Base(0, None, 1, merged), Base(1, before), Base()):
         model.load([state], base, trainable)
         parameters = list(model.parameters(state).values())
         optimizer = torch.optim.SGD(parameters, lr=1.0)

@@ -16,10 +16,11 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from rayfed_lora.recipe import Recipe
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.tasks.messages import Export
+from rayfed_lora.training.preparing import outline, prepare
 from rayfed_lora.training.trainer import LocalTrainer, built_weights
-from rayfed_lora.training.workload import outline, prepare
-from rayfed_lora.types import AdapterState, Base
+from rayfed_lora.types import AdapterState, Base, GlobalModel
 from tests.fakes import make_recipe
 from tests.small_sources import (
     bert_config,
@@ -30,6 +31,7 @@ from tests.small_sources import (
     vit,
     write_words,
 )
+from tests.tasks import initial_tensors, predict
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +44,9 @@ def accuracy(recipe: Recipe) -> float:
     """Return how often an untrained trainer is right on the test split."""
     workload = prepare(recipe)
     trainer = LocalTrainer(recipe, workload)
-    state = AdapterState({}, trainer.initial_tensors("adapter"))
+    state = AdapterState({}, initial_tensors(trainer, "adapter"))
     rows = slice(0, len(workload.test))
-    found = trainer.evaluate("test", rows, state, Base(), "adapter")
+    found = predict(trainer, rows, state)
     return float(found.correct.mean())
 
 
@@ -162,13 +164,10 @@ def test_names_in_the_recipe_number_the_classes_of_a_random_model_too() -> None:
     assert [("2", "0", "1")[i] for i in workload.test.labels] == [
         plain.label_names[i] for i in plain.test.labels
     ]
-    said = json.loads(
-        LocalTrainer(recipe, workload).export(
-            AdapterState({}, LocalTrainer(recipe, workload).initial_tensors("adapter")),
-            Base(),
-            "adapter",
-        )["base/config.json"]
-    )
+    trainer = LocalTrainer(recipe, workload)
+    state = AdapterState({}, initial_tensors(trainer, "adapter"))
+    files = trainer.run(Export(GlobalModel(state, Base(), "adapter")))
+    said = json.loads(files["base/config.json"])
     assert said["id2label"] == {str(i): name for i, name in ORDERED.items()}
     assert said["label2id"] == {name: i for i, name in ORDERED.items()}
 
@@ -205,7 +204,7 @@ def test_names_are_compared_without_case_where_they_differ_by_it(
     )
     recipe = on_texts(saved(net, tmp_path), words)
     assert prepare(recipe).label_names == ("c2", "c0", "c1")
-    assert not any("drawn" in note for note in outline(recipe).notes)
+    assert not any("initialised" in note for note in outline(recipe).notes)
 
 
 @pytest.mark.parametrize("names", [["a", "b", "c"], {"0": "a", "2": "b", "3": "c"}])

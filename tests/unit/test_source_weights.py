@@ -20,8 +20,8 @@ from transformers import (
 
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models.sources import quiet
+from rayfed_lora.training.preparing import outline, prepare
 from rayfed_lora.training.trainer import built_weights
-from rayfed_lora.training.workload import outline, prepare
 from tests.small_sources import (
     CLASSES,
     Tensors,
@@ -59,7 +59,7 @@ def test_tensors_under_other_names_are_refused_by_the_names_that_are_missing(
     both_refuse(
         on_digits(folder),
         r"expected the weights of a ViTForImageClassification, 22 tensors are missing:"
-        r" vit\.embeddings\.cls_token, .* and 18 more; not used are"
+        r" vit\.embeddings\.cls_token, .* and 18 more; unused are"
         r" module\.classifier \(2\), module\.vit \(22\)",
     )
 
@@ -104,13 +104,13 @@ def test_counters_of_normalisation_may_be_missing(tmp_path: Path) -> None:
         saved(ResNetForImageClassification(config), tmp_path),
         lambda t: {n: v for n, v in t.items() if "num_batches_tracked" not in n},
     )
-    assert not any("drawn" in note for note in prepare(on_digits(folder)).notes)
+    assert not any("initialised" in note for note in prepare(on_digits(folder)).notes)
 
 
 def test_a_head_of_another_size_is_drawn_anew_and_reported(tmp_path: Path) -> None:
     source = vit(num_labels=7)
     recipe = on_digits(saved(source, tmp_path))
-    told = r"classifier \(2\) of another size \(classifier\.bias: \(7,\), here \(3,\)\): drawn"
+    told = r"classifier \(2\) of another size \(classifier\.bias: \(7,\), here \(3,\)\): init"
     for notes in (outline(recipe).notes, prepare(recipe).notes):
         assert len([note for note in notes if re.search(told, note)]) == 1
     weights = built_weights(recipe, prepare(recipe)).arrays
@@ -133,7 +133,10 @@ def test_a_masked_language_model_gets_a_new_pooler_and_head_and_a_report(
 ) -> None:
     folder = saved(BertForMaskedLM(bert_config()), tmp_path)
     notes = outline(on_texts(folder, words)).notes
-    assert any("no weights for bert.pooler (2), classifier (2): drawn" in note for note in notes)
+    assert any(
+        "no weights for bert.pooler (2), classifier (2): initialised at random" in note
+        for note in notes
+    )
     assert any(note.startswith("bert.pooler (2): random weights that no client") for note in notes)
     assert any(note.endswith("not used: cls.predictions (5)") for note in notes)
     trained = on_texts(folder, words, adapter__head_modules=["bert.pooler", "classifier"])

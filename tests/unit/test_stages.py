@@ -10,7 +10,7 @@ import pytest
 
 from rayfed_lora.annealing import acceptance, stages
 from rayfed_lora.annealing.stages import Feedback
-from rayfed_lora.recipe import Annealing
+from rayfed_lora.recipe.annealing import Annealing
 from rayfed_lora.types import Proposal, RoundPlan
 
 

@@ -6,9 +6,10 @@ import threading
 
 import pytest
 
-from rayfed_lora.reporting import status as status_module
-from rayfed_lora.reporting.status import Status, StatusBoard
-from rayfed_lora.types import RoundPlan, RoundRecord
+from rayfed_lora.federation.records import RoundRecord
+from rayfed_lora.runs import status as status_module
+from rayfed_lora.runs.status import Status, StatusBoard
+from rayfed_lora.types import RoundPlan
 
 
 def record(t: int) -> RoundRecord:
@@ -22,11 +23,7 @@ def record(t: int) -> RoundRecord:
         clients=3,
         failed_clients=0,
         train_loss=1.0,
-        eval_accuracy=None,
-        eval_loss=None,
-        eval_macro_f1=None,
-        eval_auc=None,
-        eval_perplexity=None,
+        evaluation={},
         validation_accuracy=None,
         validation_loss=None,
         aggregation_error=None,

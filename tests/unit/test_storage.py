@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_saved_after_the_rename_is_a_run_error(folder, m
 @pytest.mark.parametrize("name", ["../a", "b/../../a", "/etc/passwd", "a\\b", "a\0b"])
 def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path, folder, name):
     (tmp_path / "a").write_text("not the run's")
-    asks = (folder.read, folder.exists, folder.names, folder.remove, folder.source)
+    asks = (folder.read, folder.exists, folder.names, folder.remove, folder.open_to_read)
     for ask in (*asks, lambda name: folder.write(name, b"x")):
         with pytest.raises(RunFolderError, match="expected a name inside the folder"):
             ask(name)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rayfed_lora.errors import RunError, RunFolderError
-from rayfed_lora.federation import checkpoints
+from rayfed_lora.runs import checkpoints
 from rayfed_lora.storage import RunFolder
 from tests.object_store import Bucket, ObjectStore
 from tests.unit.test_checkpoints import (
@@ -37,7 +37,7 @@ def test_what_was_written_is_read_listed_replaced_and_removed(bucket, folder):
     folder.write("y", b"")
     assert folder.read("sub/deep/x") == b"second"
     assert folder.names() == ["sub", "y"] and folder.is_folder("sub")
-    with folder.source("sub/deep/x") as source:
+    with folder.open_to_read("sub/deep/x") as source:
         assert source.read() == b"second"
     assert bucket.keys() == ["runs/a/sub/deep/x", "runs/a/y"]
     folder.remove("sub")
@@ -88,7 +88,7 @@ def test_an_upload_that_fails_is_a_run_error_and_leaves_the_old_content(
 
 def test_what_fails_before_its_end_is_not_uploaded(bucket, folder):
     folder.write("x", b"old")
-    with pytest.raises(KeyboardInterrupt), folder.opened("x") as stream:
+    with pytest.raises(KeyboardInterrupt), folder.open_to_write("x") as stream:
         stream.write(LARGE)
         raise KeyboardInterrupt
     assert folder.read("x") == b"old"

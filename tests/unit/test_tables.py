@@ -14,14 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayfed_lora.errors import RunError, RunFolderError
-from rayfed_lora.reporting import client_rows
-from rayfed_lora.reporting.tables import Tables
+from rayfed_lora.federation.records import ClientRecord
+from rayfed_lora.runs import client_rows
+from rayfed_lora.runs.tables import Tables
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.types import ClientRecord, Proposal
+from rayfed_lora.types import Proposal
 from tests.unit.test_status import record
 
 MODULES = ["encoder.layer.0.q", "encoder.layer.0.v"]
-# design.md, "The run folder".
+# docs/design.md, "The run folder".
 ROUND_COLUMNS = (
     "round stage rank ranks trainable_params proximal_weight clients failed_clients train_loss"
     " eval_accuracy eval_loss aggregation_error params_up params_down bytes_up bytes_down"
@@ -51,6 +52,11 @@ def client(t: int, number: int, failed: bool = False) -> ClientRecord:
         bytes_down=80,
         seconds=0.25,
     )
+
+
+def saved(rounds: int) -> dict[str, int]:
+    """Return the numbers of rows that a checkpoint keeps of `filled` tables."""
+    return {"rounds.parquet": rounds, "clients.parquet": 2 * rounds}
 
 
 def filled(folder: RunFolder, rounds: int) -> Tables:
@@ -143,7 +149,7 @@ def test_new_tables_are_empty_and_have_all_columns(folder):
 def test_going_back_drops_later_rounds_and_goes_on_from_there(folder, tmp_path):
     filled(folder, 4).save()
     tables = Tables(folder, MODULES)
-    tables.restore(2)
+    tables.restore(2, saved(2))
     assert frame(folder, "clients.parquet")["round"].tolist() == [0, 0, 1, 1]
     again = replace(record(2), ranks={MODULES[0]: 2, MODULES[1]: 0})
     tables.add(again, [client(2, 0), client(2, 3, failed=True)])
@@ -178,7 +184,7 @@ def test_many_rows_do_not_wait_for_a_checkpoint(folder, monkeypatch):
     # A checkpoint of round 1 is still a place to go back to.
     tables = Tables(folder, MODULES)
     filled(folder, 2).save()
-    tables.restore(1)
+    tables.restore(1, saved(1))
     assert frame(folder, "clients.parquet")["round"].tolist() == [0, 0]
 
 
@@ -201,14 +207,14 @@ def test_a_write_that_fails_keeps_the_file_and_the_rows(folder, monkeypatch):
 
 def test_going_back_to_the_start_needs_no_files(folder):
     tables = filled(folder, 1)
-    tables.restore(0)
+    tables.restore(0, saved(0))
     assert tables.rounds.num_rows == 0
 
 
 def test_rounds_that_the_checkpoint_has_and_the_table_lacks_are_an_error(folder):
     filled(folder, 2).save()
-    with pytest.raises(RunFolderError, match=r"rounds 0 to 2, as the checkpoint has, got 2"):
-        Tables(folder, MODULES).restore(3)
+    with pytest.raises(RunFolderError, match="it has 2 rounds, the checkpoint knows of 3"):
+        Tables(folder, MODULES).restore(3, saved(3))
 
 
 @pytest.mark.parametrize("name", ["rounds", "clients"])
@@ -216,7 +222,7 @@ def test_a_file_that_is_missing_is_an_error_that_names_it(folder, name):
     filled(folder, 2).save()
     folder.remove(f"{name}.parquet")
     with pytest.raises(RunFolderError, match=f"{name}.parquet"):
-        Tables(folder, MODULES).restore(2)
+        Tables(folder, MODULES).restore(2, saved(2))
 
 
 @pytest.mark.parametrize("name", ["rounds", "clients"])
@@ -224,7 +230,7 @@ def test_a_file_that_is_cut_short_is_an_error_that_names_it(folder, name):
     filled(folder, 2).save()
     folder.write(f"{name}.parquet", folder.read(f"{name}.parquet")[:-20])
     with pytest.raises(RunFolderError, match=f"{name}.parquet"):
-        Tables(folder, MODULES).restore(2)
+        Tables(folder, MODULES).restore(2, saved(2))
 
 
 def test_a_file_with_other_columns_is_an_error(folder):
@@ -232,4 +238,4 @@ def test_a_file_with_other_columns_is_an_error(folder):
     pq.write_table(pa.table({"round": [0, 1]}), sink)
     folder.write("rounds.parquet", sink.getvalue().to_pybytes())
     with pytest.raises(RunFolderError, match=r"rounds\.parquet"):
-        Tables(folder, MODULES).restore(2)
+        Tables(folder, MODULES).restore(2, saved(2))

@@ -21,7 +21,7 @@ from rayfed_lora.models.heads import head_modules, head_notes, head_parameters
 from rayfed_lora.models.linear import unsuitable
 from rayfed_lora.models.shapes import adapted_modules, model_shape
 from rayfed_lora.models.targets import choose_targets
-from rayfed_lora.recipe import Adapter
+from rayfed_lora.recipe.model import Adapter
 from rayfed_lora.types import ModelShape
 from tests.fakes import make_recipe
 

@@ -35,7 +35,10 @@ def test_a_trace_is_read_with_its_times(tmp_path):
         ("client,start_s,end_s\n0,2,1\n", "0 <= start_s < end_s, got client 0 from 2 to 1"),
         ("client,start_s,end_s\n0,-1,1\n", "0 <= start_s"),
         ("client,start_s,end_s\n0,0,11\n", "end_s up to period_s"),
-        ("client,start_s,end_s\n0,0,\n1,0,1\n", "column 'end_s': need a number in every row"),
+        (
+            "client,start_s,end_s\n0,0,\n1,0,1\n",
+            "column 'end_s': need a value in every row, got null in row 1",
+        ),
         ("client,start_s,end_s\nann,0,1\n", "column 'client': need numbers, got string"),
         ("", "a readable .csv file"),
     ],

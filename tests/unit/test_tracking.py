@@ -9,15 +9,15 @@ import pandas as pd
 import pytest
 
 from rayfed_lora.errors import BadInputError, InterruptedRunError
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.reporting.checked import table
-from rayfed_lora.reporting.status import StatusBoard
-from rayfed_lora.reporting.trackers import TensorBoard
-from rayfed_lora.reporting.tracking import check_tracking
-from rayfed_lora.runtime.claiming import claim
-from rayfed_lora.runtime.session import simulate
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs.checked import table
+from rayfed_lora.runs.claiming import claim
+from rayfed_lora.runs.session import simulate
+from rayfed_lora.runs.status import StatusBoard
+from rayfed_lora.runs.trackers import TensorBoard
+from rayfed_lora.runs.tracking import check_tracking
 from rayfed_lora.storage import RunFolder
-from tests.fakes import local_executor, make_recipe
+from tests.fakes import local_engine, make_recipe
 
 
 class Told:
@@ -46,7 +46,7 @@ def run(recipe: Recipe, location: Path, stop_after: int = 99, **options: Any) ->
     claim(folder, recipe, resume)
     simulate(
         recipe,
-        local_executor(recipe),
+        local_engine(recipe),
         folder,
         board,
         lambda: board.status().rounds_done >= stop_after,
@@ -88,7 +88,7 @@ def test_a_tracker_that_fails_is_let_go_and_the_run_goes_on(tmp_path):
     told = Told(failing=2)
     board = run(make_recipe(), tmp_path, metrics=told)
     assert told.news == [("resumed", 0), (0, 3, True), (1, 3, True)]
-    assert board.status().notes == ("Told is told no more of this run: no connection",)
+    assert board.status().notes == ("Told failed and gets no more rounds: no connection",)
     assert board.status().rounds_done == 6
 
 
@@ -138,7 +138,7 @@ def test_event_files_of_a_remote_run_folder_are_uploaded(tmp_path):
 )
 def test_a_missing_package_is_named_before_anything_starts(tmp_path, monkeypatch, name, value):
     monkeypatch.setattr(
-        "rayfed_lora.reporting.tracking.find_spec",
+        "rayfed_lora.runs.tracking.find_spec",
         lambda package: None if package == name else object(),
     )
     recipe = make_recipe(**{f"tracking__{name}": value})
@@ -152,7 +152,7 @@ def test_a_missing_package_is_named_before_anything_starts(tmp_path, monkeypatch
 
 
 def test_what_is_not_asked_for_need_not_be_there(monkeypatch):
-    monkeypatch.setattr("rayfed_lora.reporting.tracking.find_spec", lambda package: None)
+    monkeypatch.setattr("rayfed_lora.runs.tracking.find_spec", lambda package: None)
     check_tracking(make_recipe())
 
 

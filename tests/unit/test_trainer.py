@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import gc
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -27,26 +29,28 @@ from transformers import (
 )
 
 from rayfed_lora.data.batches import batch_indices
+from rayfed_lora.data.client_table import ClientTable
 from rayfed_lora.data.examples import Examples
-from rayfed_lora.data.partition import ClientTable
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import ClientError
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
+from rayfed_lora.tasks.messages import TestClients, Train
+from rayfed_lora.tasks.training import BlockUpdate
 from rayfed_lora.training import drawing as drawing_module
-from rayfed_lora.training.results import all_finite
+from rayfed_lora.training.finished import all_finite
+from rayfed_lora.training.preparing import prepare
 from rayfed_lora.training.trainer import LocalTrainer
-from rayfed_lora.training.workload import prepare
 from rayfed_lora.types import (
     AdapterState,
     Base,
-    ClientUpdate,
     Factors,
-    LocalPlan,
+    GlobalModel,
     Predictions,
 )
 from tests.fakes import spoilt
+from tests.tasks import Update, initial_tensors, local_plan, predict, train
 
 # PEFT asks transformers 5 for a property that it is about to rename.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
@@ -166,11 +170,7 @@ def adapter_state(trainer: LocalTrainer, rank: int = 4, scale: float = 2.0) -> A
         )
         for name, shape in trainer.shape().modules.items()
     }
-    return AdapterState(factors, trainer.initial_tensors("adapter"))
-
-
-def local_plan(**values: Any) -> LocalPlan:
-    return replace(LocalPlan(round=1, trainable="adapter", lr=0.1, proximal_weight=0.0), **values)
+    return AdapterState(factors, initial_tensors(trainer, "adapter"))
 
 
 def plain_net(recipe: Recipe, workload: Workload) -> nn.Module:
@@ -180,7 +180,7 @@ def plain_net(recipe: Recipe, workload: Workload) -> nn.Module:
     is_text = "input_ids" in workload.train.inputs
     kind = AutoModelForSequenceClassification if is_text else AutoModelForImageClassification
     net = kind.from_config(config)
-    tensors = LocalTrainer(recipe, workload).initial_tensors("full")
+    tensors = initial_tensors(LocalTrainer(recipe, workload), "full")
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             parameter.copy_(torch.tensor(tensors[name]))
@@ -262,7 +262,7 @@ def plain_loop(
     return {name: p.detach().numpy() for name, p in trained.items()}
 
 
-def only(updates: Iterable[ClientUpdate]) -> tuple[ClientUpdate, AdapterState]:
+def only(updates: Iterable[Update]) -> tuple[Update, AdapterState]:
     """Return the one update and its state."""
     (update,) = updates
     assert update.error is None
@@ -312,7 +312,7 @@ def test_one_sgd_step_follows_the_chain_rule_on_the_merged_weights() -> None:
     recipe = make_recipe(clients__local_steps=1, clients__batch_size=100)
     trainer, workload = image_trainer(recipe), image_workload(recipe)
     state = adapter_state(trainer)
-    update, stepped = only(trainer.train([2], [state], Base(), local_plan(lr=20.0)))
+    update, stepped = only(train(trainer, [2], state, local_plan(lr=20.0)))
     # A batch larger than the client is all its examples; their order does not matter.
     pixels, labels = inputs_of(workload, workload.clients.examples(2))
     net = plain_net(recipe, workload).double()
@@ -352,7 +352,7 @@ def test_training_a_vit_equals_a_plain_peft_loop(name: str) -> None:
     recipe = make_recipe(clients__optimizer={"name": name, **values})
     trainer, workload = image_trainer(recipe), image_workload(recipe)
     state = adapter_state(trainer)
-    _, trained = only(trainer.train([1], [state], Base(), local_plan(lr=0.02)))
+    _, trained = only(train(trainer, [1], state, local_plan(lr=0.02)))
     expected = plain_loop(
         peft_net(recipe, workload, state),
         workload,
@@ -372,7 +372,7 @@ def test_training_a_bert_equals_a_plain_peft_loop_on_padded_texts(
     workload = prepare(recipe)
     trainer = LocalTrainer(recipe, workload)
     state = adapter_state(trainer)
-    _, trained = only(trainer.train([3], [state], Base(), local_plan(lr=0.02)))
+    _, trained = only(train(trainer, [3], state, local_plan(lr=0.02)))
     expected = plain_loop(
         peft_net(recipe, workload, state),
         workload,
@@ -386,9 +386,9 @@ def test_training_a_bert_equals_a_plain_peft_loop_on_padded_texts(
 def test_a_full_round_equals_a_plain_torch_loop_on_every_weight() -> None:
     recipe = make_recipe()
     trainer, workload = image_trainer(recipe), image_workload(recipe)
-    state = AdapterState({}, trainer.initial_tensors("full"))
+    state = AdapterState({}, initial_tensors(trainer, "full"))
     plan = local_plan(trainable="full", proximal_weight=0.5)
-    _, trained = only(trainer.train([1], [state], Base(), plan))
+    _, trained = only(train(trainer, [1], state, plan))
     net = plain_net(recipe, workload)
     batches = batches_of(recipe, workload, client=1, round_index=1)
     expected = plain_loop(net, workload, batches, sgd(), mu=0.5)
@@ -401,8 +401,8 @@ def test_the_proximal_term_pulls_factors_and_head_back_to_what_was_received() ->
     recipe = make_recipe()
     trainer, workload = image_trainer(recipe), image_workload(recipe)
     state = adapter_state(trainer)
-    _, pulled = only(trainer.train([1], [state], Base(), local_plan(proximal_weight=2.0)))
-    _, free = only(trainer.train([1], [state], Base(), local_plan()))
+    _, pulled = only(train(trainer, [1], state, local_plan(proximal_weight=2.0)))
+    _, free = only(train(trainer, [1], state, local_plan()))
     batches = batches_of(recipe, workload, client=1, round_index=1)
     expected = plain_loop(peft_net(recipe, workload, state), workload, batches, sgd(), mu=2.0)
     assert_matches_peft(pulled, expected)
@@ -413,8 +413,8 @@ def test_the_training_loss_leaves_the_proximal_term_out() -> None:
     recipe = make_recipe(clients__local_steps=1)
     trainer = image_trainer(recipe)
     state = adapter_state(trainer)
-    one, _ = only(trainer.train([1], [state], Base(), local_plan(proximal_weight=0.0)))
-    other, _ = only(trainer.train([1], [state], Base(), local_plan(proximal_weight=100.0)))
+    one, _ = only(train(trainer, [1], state, local_plan(proximal_weight=0.0)))
+    other, _ = only(train(trainer, [1], state, local_plan(proximal_weight=100.0)))
     assert one.train_loss == other.train_loss
 
 
@@ -422,7 +422,7 @@ def test_gradients_longer_than_the_limit_are_cut_to_it() -> None:
     recipe = make_recipe(clients__max_grad_norm=0.05)
     trainer, workload = image_trainer(recipe), image_workload(recipe)
     state = adapter_state(trainer)
-    _, trained = only(trainer.train([1], [state], Base(), local_plan()))
+    _, trained = only(train(trainer, [1], state, local_plan()))
     batches = batches_of(recipe, workload, client=1, round_index=1)
     net = peft_net(recipe, workload, state)
     expected = plain_loop(net, workload, batches, sgd(), longest_gradient=0.05)
@@ -437,7 +437,7 @@ def test_local_epochs_take_every_example_once_a_pass() -> None:
     recipe = make_recipe(clients__local_steps=None, clients__local_epochs=2)
     trainer, workload = image_trainer(recipe), image_workload(recipe)
     state = adapter_state(trainer)
-    _, trained = only(trainer.train([1], [state], Base(), local_plan()))
+    _, trained = only(train(trainer, [1], state, local_plan()))
     batches = batches_of(recipe, workload, client=1, round_index=1)
     # 12 examples in batches of 5: 5 + 5 + 2, twice.
     assert [len(rows) for rows in batches] == [5, 5, 2, 5, 5, 2]
@@ -449,7 +449,7 @@ def test_a_client_with_fewer_examples_than_a_batch_takes_all_of_them_in_each_ste
     recipe = make_recipe(clients__local_steps=4)
     trainer, workload = image_trainer(recipe), image_workload(recipe)
     state = adapter_state(trainer)
-    update, trained = only(trainer.train([0], [state], Base(), local_plan()))
+    update, trained = only(train(trainer, [0], state, local_plan()))
     whole = [workload.clients.examples(0)] * 4
     expected = plain_loop(peft_net(recipe, workload, state), workload, whole, sgd())
     assert update.examples == 3
@@ -462,12 +462,12 @@ def test_a_client_whose_loss_is_not_a_number_fails_alone() -> None:
     rows = image_workload(recipe).clients.examples(2)
     trainer = image_trainer(recipe, spoilt(images(sum(SIZES), 1), "pixel_values", rows, np.nan))
     state = adapter_state(trainer)
-    before, failed, after = trainer.train([1, 2, 3], [state] * 3, Base(), local_plan())
+    before, failed, after = train(trainer, [1, 2, 3], state, local_plan())
     assert failed.error == "loss is nan in local step 1 of 2"
     assert failed.state is None
     assert math.isnan(failed.train_loss)
     for update, client in ((before, 1), (after, 3)):
-        _, expected = only(clean.train([client], [state], Base(), local_plan()))
+        _, expected = only(train(clean, [client], state, local_plan()))
         assert_close(update.state, expected)
 
 
@@ -475,7 +475,7 @@ def test_weights_that_overflow_in_the_last_step_fail_the_client() -> None:
     # The loss is finite; a step of 1e30 along 1e30 times the weights is beyond float32's 3e38.
     recipe = make_recipe(clients__local_steps=1, clients__optimizer__weight_decay=1e30)
     trainer = image_trainer(recipe)
-    (failed,) = trainer.train([1], [adapter_state(trainer)], Base(), local_plan(lr=1e30))
+    (failed,) = train(trainer, [1], adapter_state(trainer), local_plan(lr=1e30))
     assert failed.error == "weights are not finite after 1 local steps"
     assert failed.state is None
 
@@ -483,8 +483,8 @@ def test_weights_that_overflow_in_the_last_step_fail_the_client() -> None:
 def test_bf16_computes_nearly_the_same_and_keeps_float32_weights() -> None:
     exact, rounded = make_recipe(), make_recipe(runtime__precision="bf16")
     state = adapter_state(image_trainer(exact))
-    reference, expected = only(image_trainer(exact).train([1], [state], Base(), local_plan()))
-    update, trained = only(image_trainer(rounded).train([1], [state], Base(), local_plan()))
+    reference, expected = only(train(image_trainer(exact), [1], state, local_plan()))
+    update, trained = only(train(image_trainer(rounded), [1], state, local_plan()))
     # bfloat16 has 8 bits: a relative rounding error of 2**-9 in each product.
     assert update.train_loss != reference.train_loss
     assert update.train_loss == pytest.approx(reference.train_loss, rel=0.02)
@@ -496,8 +496,8 @@ def test_evaluation_is_in_float32_whatever_the_training_precision() -> None:
     exact, rounded = make_recipe(), make_recipe(runtime__precision="bf16")
     state = adapter_state(image_trainer(exact))
     rows = slice(0, 23)
-    one = image_trainer(exact).evaluate("test", rows, state, Base(), "adapter")
-    other = image_trainer(rounded).evaluate("test", rows, state, Base(), "adapter")
+    one = predict(image_trainer(exact), rows, state)
+    other = predict(image_trainer(rounded), rows, state)
     np.testing.assert_array_equal(other.probabilities, one.probabilities)
 
 
@@ -508,10 +508,10 @@ def test_dropout_of_a_client_does_not_depend_on_who_was_trained_before() -> None
     recipe = make_recipe(**DROPPING)
     alone, busy = image_trainer(recipe), image_trainer(recipe)
     state = adapter_state(alone)
-    _, expected = only(alone.train([2], [state], Base(), local_plan()))
-    busy.evaluate("test", slice(0, 5), state, Base(), "adapter")
+    _, expected = only(train(alone, [2], state, local_plan()))
+    predict(busy, slice(0, 5), state)
     torch.manual_seed(99)
-    *_, last = busy.train([4, 0, 2], [state] * 3, Base(), local_plan())
+    *_, last = train(busy, [4, 0, 2], state, local_plan())
     assert_close(last.state, expected)
 
 
@@ -519,10 +519,10 @@ def test_dropout_of_a_client_does_not_depend_on_a_full_round_before_it() -> None
     recipe = make_recipe(**DROPPING)
     fresh, used = image_trainer(recipe), image_trainer(recipe)
     state = adapter_state(fresh)
-    _, expected = only(fresh.train([2], [state], Base(), local_plan()))
-    whole = AdapterState({}, used.initial_tensors("full"))
-    list(used.train([1], [whole], Base(), local_plan(trainable="full")))
-    _, trained = only(used.train([2], [state], Base(), local_plan()))
+    _, expected = only(train(fresh, [2], state, local_plan()))
+    whole = AdapterState({}, initial_tensors(used, "full"))
+    train(used, [1], whole, local_plan(trainable="full"))
+    _, trained = only(train(used, [2], state, local_plan()))
     assert_same_bits(trained, expected)
 
 
@@ -531,17 +531,18 @@ def together(trainers: Sequence[LocalTrainer], monkeypatch: pytest.MonkeyPatch) 
     meeting = Barrier(len(trainers))
     met: list[bool] = []
 
-    def train_group(*_: Any) -> list[ClientUpdate]:
+    def train_group(*_: Any) -> BlockUpdate:
         try:
             meeting.wait(timeout=1.0)
             met.append(True)
         except BrokenBarrierError:
             met.append(False)
-        return []
+        return BlockUpdate((), [])
 
     def trained(trainer: LocalTrainer) -> None:
         monkeypatch.setattr(trainer, "_train_group", train_group)
-        list(trainer.train([0], [adapter_state(trainer)], Base(), local_plan()))
+        model = GlobalModel(adapter_state(trainer), Base(), "adapter")
+        trainer.run(Train(model, local_plan(), "factor-average", ((0,),)))
 
     with ThreadPoolExecutor(len(trainers)) as threads:
         list(threads.map(trained, trainers))
@@ -563,7 +564,7 @@ def test_dropout_is_drawn_anew_for_each_round_and_client() -> None:
     state = adapter_state(image_trainer(recipe))
 
     def trained(of: Recipe, t: int) -> AdapterState:
-        return only(image_trainer(of).train([0], [state], Base(), local_plan(round=t)))[1]
+        return only(train(image_trainer(of), [0], state, local_plan(round=t)))[1]
 
     assert largest_difference(trained(calm, 1), trained(calm, 2)) < 1e-5
     assert largest_difference(trained(recipe, 1), trained(recipe, 2)) > 1e-3
@@ -573,23 +574,11 @@ def test_the_order_of_clients_changes_no_bit() -> None:
     recipe = make_recipe(**DROPPING)
     trainer = image_trainer(recipe)
     state = adapter_state(trainer)
-    one = {u.client: u.state for u in trainer.train([0, 1, 2], [state] * 3, Base(), local_plan())}
-    other = {u.client: u.state for u in trainer.train([2, 0, 1], [state] * 3, Base(), local_plan())}
+    one = {u.client: u.state for u in train(trainer, [0, 1, 2], state, local_plan())}
+    other = {u.client: u.state for u in train(trainer, [2, 0, 1], state, local_plan())}
     assert list(other) == [2, 0, 1]
     for client, trained in one.items():
         assert_same_bits(other[client], trained)
-
-
-def test_a_block_that_is_asked_for_while_another_one_is_trained_changes_no_bit() -> None:
-    trainer = image_trainer(make_recipe(**DROPPING))
-    state = adapter_state(trainer)
-    first, second = ([2, 1], [4, 0])
-    expected = [list(trainer.train(b, [state] * 2, Base(), local_plan())) for b in (first, second)]
-    asked = [trainer.train(b, [state] * 2, Base(), local_plan()) for b in (first, second)]
-    for updates, alone in zip([list(each) for each in asked], expected, strict=True):
-        for one, other in zip(updates, alone, strict=True):
-            assert one.client == other.client
-            assert_same_bits(one.state, only([other])[1])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -597,13 +586,10 @@ def test_a_block_that_is_asked_for_while_another_one_is_trained_changes_no_bit()
 def test_an_optimiser_knows_nothing_of_the_block_before(name: str, block: list[int]) -> None:
     recipe = make_recipe(clients__optimizer={"name": name, **OPTIMIZERS[name][0]})
     used, fresh = image_trainer(recipe), image_trainer(recipe)
-    state, later = [adapter_state(fresh)] * len(block), local_plan(lr=0.02)
-    list(used.train(block, state, Base(), local_plan(lr=0.01)))
-    _, optimiser = used._optimized
-    used.evaluate("test", slice(0, 8), state[0], Base(), "adapter")
-    found, expected = (list(t.train(block, state, Base(), later)) for t in (used, fresh))
-    # It is the same one again.
-    assert optimiser is not None and used._optimized[1] is optimiser
+    state = adapter_state(fresh)
+    train(used, block, state, local_plan(lr=0.01))
+    predict(used, slice(0, 8), state)
+    found, expected = (train(t, block, state, local_plan(lr=0.02)) for t in (used, fresh))
     for one, other in zip(found, expected, strict=True):
         assert_same_bits(one.state, other.state)
 
@@ -612,7 +598,7 @@ def test_an_optimiser_knows_nothing_of_a_block_that_failed(monkeypatch: pytest.M
     recipe = make_recipe(clients__optimizer={"name": "sgd", "momentum": 0.9})
     used, fresh = image_trainer(recipe), image_trainer(recipe)
     state, steps = adapter_state(fresh), []
-    compute = used._pass
+    compute = used._losses
 
     def fails(*args: Any) -> torch.Tensor:
         steps.append(1)
@@ -620,10 +606,10 @@ def test_an_optimiser_knows_nothing_of_a_block_that_failed(monkeypatch: pytest.M
             raise ValueError("a third step")
         return compute(*args)
 
-    monkeypatch.setattr(used, "_pass", fails)
+    monkeypatch.setattr(used, "_losses", fails)
     with pytest.raises(ClientError, match="a third step"):
-        list(used.train([1], [state], Base(), local_plan()))
-    found, expected = (only(t.train([1], [state], Base(), local_plan())) for t in (used, fresh))
+        train(used, [1], state, local_plan())
+    found, expected = (only(train(t, [1], state, local_plan())) for t in (used, fresh))
     assert_same_bits(found[1], expected[1])
 
 
@@ -631,7 +617,7 @@ def test_training_does_not_change_the_state_it_was_given() -> None:
     recipe = make_recipe()
     trainer = image_trainer(recipe)
     state, copy = adapter_state(trainer), adapter_state(trainer)
-    list(trainer.train([1], [state], Base(), local_plan()))
+    train(trainer, [1], state, local_plan())
     assert_same_bits(state, copy)
 
 
@@ -639,7 +625,7 @@ def test_with_no_rank_and_no_trained_head_nothing_is_trained() -> None:
     recipe = make_recipe(adapter__train_head=False)
     trainer, workload = image_trainer(recipe), image_workload(recipe)
     state = replace(adapter_state(trainer, rank=0), dense={})
-    update, trained = only(trainer.train([0], [state], Base(), local_plan(proximal_weight=1.0)))
+    update, trained = only(train(trainer, [0], state, local_plan(proximal_weight=1.0)))
     assert_same_bits(trained, state)
     inputs, labels = inputs_of(workload, workload.clients.examples(0))
     with torch.no_grad():
@@ -652,7 +638,7 @@ def test_with_no_rank_the_head_alone_is_trained() -> None:
     recipe = make_recipe()
     trainer, workload = image_trainer(recipe), image_workload(recipe)
     state = adapter_state(trainer, rank=0)
-    _, trained = only(trainer.train([1], [state], Base(), local_plan()))
+    _, trained = only(train(trainer, [1], state, local_plan()))
     net = plain_net(recipe, workload)
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in HEAD)
@@ -682,7 +668,7 @@ def test_evaluation_in_shards_adds_up_to_a_plain_evaluation() -> None:
     correct = int((logits.argmax(1) == labels).sum())
     for size in (23, 7):
         shards = [slice(i, min(i + size, 23)) for i in range(0, 23, size)]
-        parts = [trainer.evaluate("test", rows, state, Base(), "adapter") for rows in shards]
+        parts = [predict(trainer, rows, state) for rows in shards]
         assert added(parts) == (23, pytest.approx(loss, rel=1e-5), correct)
 
 
@@ -698,9 +684,7 @@ def test_evaluation_of_texts_sorted_by_length_equals_a_plain_one(questions: Path
         logits = net(**inputs).logits
     loss = functional.cross_entropy(logits, labels, reduction="sum").item()
     # 60 questions, a fifth of them held back for the test.
-    parts = [
-        trainer.evaluate("test", slice(i, i + 5), state, Base(), "adapter") for i in (0, 5, 10)
-    ]
+    parts = [predict(trainer, slice(i, i + 5), state) for i in (0, 5, 10)]
     correct = int((logits.argmax(1) == labels).sum())
     assert added(parts) == (12, pytest.approx(loss, rel=1e-5), correct)
 
@@ -710,7 +694,7 @@ def test_the_validation_split_is_another_one_than_the_test_split() -> None:
     trainer = image_trainer(recipe)
     state = adapter_state(trainer)
     for split, rows in (("validation", 4), ("test", 23)):
-        found = trainer.evaluate(split, slice(0, rows), state, Base(), "adapter")
+        found = predict(trainer, slice(0, rows), state, split=split)
         assert len(found.labels) == rows
 
 
@@ -725,7 +709,12 @@ def test_clients_are_tested_on_their_own_rows_as_each_would_be_alone(batch: int)
         {n: replace(f, b=f.b + np.float32(0.3)) for n, f in one.factors.items()}, one.dense
     )
     clients, starts = [3, 0, 1, 2], [one, other, one, one]
-    found = trainer.test_clients(clients, starts, Base(), "adapter")
+    task = TestClients(
+        GlobalModel(one, Base(), "adapter"),
+        blocks=((3, 0), (1, 2)),
+        personal={0: {name: f.b for name, f in other.factors.items()}},
+    )
+    found = trainer.run(task)
     # Client 1 holds nothing out.
     assert [(score.client, score.examples) for score in found] == [(3, 1), (0, 2), (2, 3)]
     for score in found:
@@ -742,15 +731,16 @@ def test_clients_are_tested_on_their_own_rows_as_each_would_be_alone(batch: int)
 
 def test_without_held_out_rows_no_client_is_tested() -> None:
     trainer = image_trainer(make_recipe())
-    assert trainer.test_clients([0], [adapter_state(trainer)], Base(), "adapter") == []
+    model = GlobalModel(adapter_state(trainer), Base(), "adapter")
+    assert trainer.run(TestClients(model, ((0,),))) == ()
 
 
 def test_evaluation_has_no_dropout() -> None:
     calm, dropping = image_trainer(make_recipe()), image_trainer(make_recipe(**DROPPING))
     state = adapter_state(calm)
     rows = slice(0, 23)
-    expected = calm.evaluate("test", rows, state, Base(), "adapter")
-    found = dropping.evaluate("test", rows, state, Base(), "adapter")
+    expected = predict(calm, rows, state)
+    found = predict(dropping, rows, state)
     np.testing.assert_array_equal(found.probabilities, expected.probabilities)
 
 
@@ -759,7 +749,7 @@ def test_a_client_that_raises_is_named_with_its_round_and_traceback() -> None:
     rows = image_workload(recipe).clients.examples(3)
     trainer = image_trainer(recipe, spoilt(images(sum(SIZES), 1), "labels", rows, CLASSES + 4))
     with pytest.raises(ClientError, match="client 3 failed in round 1") as raised:
-        list(trainer.train([1, 3], [adapter_state(trainer)] * 2, Base(), local_plan()))
+        train(trainer, [1, 3], adapter_state(trainer), local_plan())
     assert (raised.value.client, raised.value.round_index) == (3, 1)
     assert "Target 7 is out of bounds" in raised.value.trace
     assert "cross_entropy" in raised.value.trace
@@ -768,27 +758,27 @@ def test_a_client_that_raises_is_named_with_its_round_and_traceback() -> None:
 def test_the_trainers_shape_is_that_of_its_model() -> None:
     recipe = make_recipe()
     trainer = image_trainer(recipe)
-    tensors = trainer.initial_tensors("full")
+    tensors = initial_tensors(trainer, "full")
     assert trainer.shape().total_params == sum(tensor.size for tensor in tensors.values())
-    assert tuple(trainer.initial_tensors("adapter")) == trainer.shape().head == HEAD
+    assert tuple(initial_tensors(trainer, "adapter")) == trainer.shape().head == HEAD
 
 
 def test_two_trainers_of_one_recipe_start_from_the_same_weights_and_seeds_differ() -> None:
     one, same = image_trainer(make_recipe()), image_trainer(make_recipe())
     other = image_trainer(make_recipe(seed=6))
-    for name, tensor in one.initial_tensors("full").items():
-        np.testing.assert_array_equal(same.initial_tensors("full")[name], tensor)
+    for name, tensor in initial_tensors(one, "full").items():
+        np.testing.assert_array_equal(initial_tensors(same, "full")[name], tensor)
     weight = "classifier.weight"
     assert not np.array_equal(
-        other.initial_tensors("full")[weight], one.initial_tensors("full")[weight]
+        initial_tensors(other, "full")[weight], initial_tensors(one, "full")[weight]
     )
 
 
 def test_the_initial_tensors_are_those_of_the_seed_also_after_training() -> None:
     trainer = image_trainer(make_recipe())
-    before = trainer.initial_tensors("adapter")
-    list(trainer.train([1], [adapter_state(trainer)], Base(), local_plan()))
-    for name, tensor in trainer.initial_tensors("adapter").items():
+    before = initial_tensors(trainer, "adapter")
+    train(trainer, [1], adapter_state(trainer), local_plan())
+    for name, tensor in initial_tensors(trainer, "adapter").items():
         np.testing.assert_array_equal(tensor, before[name])
 
 
@@ -810,12 +800,12 @@ def test_running_statistics_of_one_clients_batches_do_not_reach_anyone_else() ->
     facts = AutoConfig.for_model("mobilevit", num_labels=CLASSES, **values).to_dict()
     workload = replace(image_workload(make_recipe()), train=many, test=many, config=facts)
     trainer = LocalTrainer(recipe, workload)
-    dense = trainer.initial_tensors("full")
+    dense = initial_tensors(trainer, "full")
     whole = AdapterState({}, {n: (t + rng.normal(0, 0.1, t.shape)).astype(np.float32)
                               for n, t in dense.items()})  # fmt: skip
-    before = trainer.evaluate("test", slice(0, 8), whole, Base(), "full")
-    list(trainer.train([0], [whole], Base(), local_plan(trainable="full", lr=1e-3)))
-    after = trainer.evaluate("test", slice(0, 8), whole, Base(), "full")
+    before = predict(trainer, slice(0, 8), whole, trainable="full")
+    train(trainer, [0], whole, local_plan(trainable="full", lr=1e-3))
+    after = predict(trainer, slice(0, 8), whole, trainable="full")
     np.testing.assert_array_equal(after.losses, before.losses)
 
 
@@ -830,7 +820,7 @@ def test_images_that_are_read_at_once_train_to_the_same_bits(monkeypatch):
 
     def trained(at_once: int) -> list[bytes]:
         monkeypatch.setattr(drawing_module, "_READ_AT_ONCE", at_once)
-        updates = image_trainer(recipe).train([4, 0, 2], [state] * 3, Base(), local_plan())
+        updates = train(image_trainer(recipe), [4, 0, 2], state, local_plan())
         return [update.state.dense[HEAD[0]].tobytes() for update in updates]
 
     one_by_one = trained(0)
@@ -841,35 +831,6 @@ def test_images_that_are_read_at_once_train_to_the_same_bits(monkeypatch):
     assert read == [3, 1, 1, 1, 2, 60]
 
 
-def test_images_that_cannot_be_read_ahead_are_read_in_their_turn(monkeypatch):
-    trainer = image_trainer(make_recipe())
-    state, take, asked = adapter_state(trainer), Examples.rows, []
-    expected = list(trainer.train([1, 3], [state] * 2, Base(), local_plan()))
-
-    def rows(self: Examples, indices: np.ndarray) -> Any:
-        asked.append(len(indices))
-        if len(asked) == 1:
-            raise MemoryError
-        return take(self, indices)
-
-    monkeypatch.setattr(Examples, "rows", rows)
-    drawn = trainer.draw([1, 3], local_plan())
-    assert asked == [50] and drawn[0].read is None
-    found = list(trainer.train([1, 3], [state] * 2, Base(), local_plan(), drawn))
-    assert asked == [50, 50]
-    for one, other in zip(found, expected, strict=True):
-        assert_same_bits(one.state, other.state)
-
-
-def test_clients_that_are_trained_one_by_one_are_not_read_ahead() -> None:
-    # As many as a block has may be large together.
-    trainer = image_trainer(make_recipe())
-    (together,) = trainer.draw([1, 3], local_plan())
-    assert together.read is not None
-    full = local_plan(trainable="full")
-    assert [each.read for each in trainer.draw([1, 3], full)] == [None, None]
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("other", [0.0, 1e30, -np.inf])
 def test_one_value_is_enough_not_to_be_finite(value: float, other: float) -> None:
@@ -878,3 +839,26 @@ def test_one_value_is_enough_not_to_be_finite(value: float, other: float) -> Non
     assert all_finite(values)
     values[1, 2], values[2, 7] = value, other
     assert not all_finite(values)
+
+
+def test_what_a_failed_client_has_made_is_gone_while_the_others_are_trained_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = make_recipe()
+    rows = image_workload(recipe).clients.examples(3)
+    trainer = image_trainer(recipe, spoilt(images(sum(SIZES), 1), "labels", rows, CLASSES + 4))
+    compute, made, alive = trainer._losses, [], []
+
+    def losses(*args: Any) -> torch.Tensor:
+        gc.collect()
+        alive.append(sum(each() is not None for each in made))
+        tensor = torch.zeros(3)
+        made.append(weakref.ref(tensor))
+        return compute(*args)
+
+    monkeypatch.setattr(trainer, "_losses", losses)
+    found = train(trainer, [1, 3, 2], adapter_state(trainer), local_plan(tolerant=True))
+    assert [update.usable for update in found] == [True, False, True]
+    # Together, alone until the third client raises, and without it: five steps each.
+    assert len(alive) == 1 + 5 + 1 + 5
+    assert alive == [0] * len(alive)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from rayfed_lora.federation.transitions import GlobalModel, allocate, enter, resized
-from rayfed_lora.types import AdapterState, Base, Factors, FloatArray, RoundPlan
+from rayfed_lora.federation.transitions import allocate, enter, planned, resized
+from rayfed_lora.types import AdapterState, Base, Factors, FloatArray, GlobalModel, RoundPlan
 from tests.fakes import SHAPE, WEIGHTS, effective, initial, make_recipe
 
 MODULES = {"q": (6, 4), "v": (4, 3)}  # d_out, d_in
@@ -53,8 +53,8 @@ def test_a_full_round_starts_from_the_very_model():
     model = full_model()
     entry = enter(make_recipe(), SHAPE, model, plan(0, 0, "full"))
     assert entry.model is model
-    assert entry.ranks == {}
-    assert (entry.cut, entry.folded_params) == (None, 0)
+    assert entry.resizing.ranks == {}
+    assert (entry.resizing.cut, entry.resizing.folded_params) == (None, 0)
 
 
 def test_after_a_full_stage_the_aggregate_is_the_base_and_the_head_stays_trained():
@@ -73,7 +73,7 @@ def test_after_a_full_stage_the_aggregate_is_the_base_and_the_head_stays_trained
 
 def test_a_fresh_adapter_has_no_effect_and_rows_within_one_over_root_d_in():
     entry = enter(make_recipe(), SHAPE, full_model(), plan(1, 3))
-    assert entry.ranks == {"q": 3, "v": 3}
+    assert entry.resizing.ranks == {"q": 3, "v": 3}
     for name, (d_out, d_in) in MODULES.items():
         f = entry.model.state.factors[name]
         assert (f.a.shape, f.b.shape) == ((3, d_in), (d_out, 3))
@@ -85,7 +85,7 @@ def test_a_fresh_adapter_has_no_effect_and_rows_within_one_over_root_d_in():
 
 def test_a_fresh_adapters_rank_is_at_most_what_the_module_can_have():
     entry = enter(make_recipe(annealing__heating__rank=9), SHAPE, full_model(), plan(1, 9))
-    assert entry.ranks == {"q": 4, "v": 3}
+    assert entry.resizing.ranks == {"q": 4, "v": 3}
 
 
 def test_a_fresh_adapter_depends_on_the_seed_and_the_module_alone():
@@ -112,6 +112,7 @@ def test_a_round_at_the_same_rank_starts_from_the_very_factors():
     model = GlobalModel(state, Base(), "adapter")
     entry = enter(make_recipe(), SHAPE, model, plan(3, 2))
     assert entry.model.state.factors["q"] is state.factors["q"]
+    assert entry.unchanged and entry.model.state.version == state.version
 
 
 @pytest.mark.parametrize("scaling", ["constant", "alpha_over_rank", "rslora"])
@@ -168,10 +169,13 @@ def test_a_folded_shrink_leaves_the_whole_model_as_it_is(rank):
     after = effective(entry.model.state, entry.model.base, "adapter")
     for name, weight in before.items():
         np.testing.assert_allclose(after[name], weight, atol=2e-5)
-    assert entry.cut == {"q": 3, "v": 3}
+    assert entry.resizing.cut == {"q": 3, "v": 3}
     # The rest has 3 - rank directions: 10 values each in q, 7 in v.
-    assert entry.folded_params == (3 - rank) * 17
+    assert entry.resizing.folded_params == (3 - rank) * 17
     assert model.base == Base()
+    assert not entry.unchanged and entry.model.state.version != model.state.version
+    # The plan, which knows no model, says the same.
+    assert planned(recipe, SHAPE, 3, plan(4, rank)) == entry.resizing
 
 
 def test_folds_add_up_over_several_shrinks():
@@ -191,7 +195,7 @@ def test_nothing_is_folded_where_no_rank_falls():
     model = GlobalModel(trained({"q": 2, "v": 2}), Base(), "adapter")
     entry = enter(recipe, SHAPE, model, plan(4, 3))
     assert entry.model.base == Base()
-    assert (entry.cut, entry.folded_params) == (None, 0)
+    assert (entry.resizing.cut, entry.resizing.folded_params) == (None, 0)
 
 
 def test_only_modules_that_shrink_are_folded():
@@ -199,10 +203,10 @@ def test_only_modules_that_shrink_are_folded():
     recipe = make_recipe(annealing__cooling__residual="fold", annealing__allocation="spectral")
     state = trained({"q": 3, "v": 2}, sizes={"v": 100.0})
     entry = enter(recipe, SHAPE, GlobalModel(state, Base(), "adapter"), plan(4, 1))
-    assert entry.ranks == {"q": 0, "v": 2}
+    assert entry.resizing.ranks == {"q": 0, "v": 2}
     assert list(entry.model.base.merged) == ["q"]
-    assert entry.cut == {"q": 3, "v": 2}
-    assert entry.folded_params == 3 * 10
+    assert entry.resizing.cut == {"q": 3, "v": 2}
+    assert entry.resizing.folded_params == 3 * 10
 
 
 def test_spectral_allocation_starts_after_the_first_heating_round():

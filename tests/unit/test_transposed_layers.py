@@ -18,7 +18,7 @@ from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.export import write_adapter
 from rayfed_lora.models.linear import sides
 from rayfed_lora.models.shapes import adapted_modules
-from rayfed_lora.recipe import Adapter
+from rayfed_lora.recipe.model import Adapter
 from rayfed_lora.types import AdapterState, Base, Factors
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -118,7 +118,7 @@ def test_logits_and_a_step_of_training_are_plain_pefts(clients: int) -> None:
         functional.cross_entropy(expected, labels).backward()
         weights = trained(reference, each.factors)
         torch.optim.SGD(list(weights.values()), lr=0.1).step()
-        read = model.read(each, i)
+        (read,) = model.read_from([each], i)
         for name, f in read.factors.items():
             for part, found in (("A", f.a), ("B", f.b)):
                 wanted = weights[f"{name}.lora_{part}"].detach().numpy()

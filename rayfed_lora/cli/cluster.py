@@ -1,0 +1,149 @@
+"""The commands for a cluster: jobs and diagnosis. No logic."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rayfed_lora.cli.options import OutOption, RecipeArgument, SetOption
+from rayfed_lora.printable import echo
+
+if TYPE_CHECKING:
+    from rayfed_lora.jobs.jobs import Jobs, Submitted
+
+app = typer.Typer()
+
+DashboardOption = Annotated[
+    str | None,
+    typer.Option("--address", help="The cluster's dashboard, e.g. http://127.0.0.1:8265."),
+]
+JobArgument = Annotated[str, typer.Argument(metavar="ID", help="As printed by submit.")]
+FollowOption = Annotated[
+    bool, typer.Option("--follow", help="Show the job's output until it ends.")
+]
+
+
+@app.command()
+def submit(
+    recipe: RecipeArgument,
+    address: DashboardOption = None,
+    set_: SetOption = None,
+    out: OutOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    follow: FollowOption = False,
+) -> None:
+    """Run a recipe as a Ray job of a cluster."""
+    from rayfed_lora.recipe.loading import load_recipe
+
+    loaded = load_recipe(recipe, set_ or ())
+    from rayfed_lora.jobs.jobs import Jobs
+
+    jobs = Jobs(address)
+    _submitted(jobs, jobs.submit(loaded, out, resume=resume), follow)
+
+
+@app.command()
+def resume(job: JobArgument, address: DashboardOption = None, follow: FollowOption = False) -> None:
+    """Continue the run of a stopped or failed job."""
+    from rayfed_lora.jobs.jobs import Jobs
+
+    jobs = Jobs(address)
+    _submitted(jobs, jobs.resume(job), follow)
+
+
+def _submitted(jobs: Jobs, submitted: Submitted, follow: bool) -> None:
+    from rayfed_lora.cli.cluster_display import show_submitted
+    from rayfed_lora.cli.console import PlainConsole
+
+    show_submitted(PlainConsole(), submitted.id, submitted.location, submitted.notes)
+    if follow:
+        raise typer.Exit(_follow(jobs, submitted.id))
+
+
+def _follow(jobs: Jobs, job: str) -> int:
+    from rayfed_lora.jobs.views import exit_status
+
+    return exit_status(jobs.follow(job, partial(echo, end="")))
+
+
+@app.command()
+def status(
+    job: Annotated[str | None, typer.Argument(metavar="ID", help="One job; default all.")] = None,
+    address: DashboardOption = None,
+) -> None:
+    """Show the progress of jobs: stage, round, metrics, time left."""
+    from rayfed_lora.cli.cluster_display import show_job, show_jobs
+    from rayfed_lora.cli.console import PlainConsole
+    from rayfed_lora.jobs.jobs import Jobs
+
+    jobs, console = Jobs(address), PlainConsole()
+    if job is None:
+        show_jobs(console.widened(160), jobs.all())
+    else:
+        show_job(console, jobs.status(job), time.time())
+
+
+@app.command()
+def logs(job: JobArgument, address: DashboardOption = None, follow: FollowOption = False) -> None:
+    """Print the output of a job."""
+    from rayfed_lora.jobs.jobs import Jobs
+
+    jobs = Jobs(address)
+    if follow:
+        raise typer.Exit(_follow(jobs, job))
+    echo(jobs.logs(job), end="")
+
+
+@app.command()
+def stop(job: JobArgument, address: DashboardOption = None) -> None:
+    """Stop a job; its finished rounds are kept."""
+    from rayfed_lora.cli.cluster_display import show_stopped
+    from rayfed_lora.cli.console import PlainConsole
+    from rayfed_lora.jobs.jobs import Jobs
+
+    show_stopped(PlainConsole(), Jobs(address).stop(job))
+
+
+@app.command()
+def doctor(
+    address: Annotated[
+        str | None,
+        typer.Option(help="A running Ray cluster, or its dashboard's URL; default this machine."),
+    ] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RECIPE", help="Recipe to check; repeatable; default the shipped ones."
+        ),
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Folder or URI that every node must be able to write.")
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Measure the recipes' GPU memory by short runs.")
+    ] = False,
+) -> None:
+    """Check this machine or a cluster, and print what is wrong and how to fix it."""
+    from rayfed_lora.cli.cluster_display import show_diagnosis
+    from rayfed_lora.cli.console import PlainConsole
+    from rayfed_lora.doctor.findings import diagnosis_status
+    from rayfed_lora.jobs.dashboard import is_dashboard
+    from rayfed_lora.recipe.loading import load_recipe
+
+    recipes = [load_recipe(each) for each in recipe or ()]
+    if is_dashboard(address):
+        from rayfed_lora.doctor.remote import examine
+        from rayfed_lora.jobs.views import JobView, exit_status
+
+        found = examine(address, recipes, storage=storage, probe=probe, show=partial(echo, end=""))
+        if isinstance(found, JobView):
+            raise typer.Exit(exit_status(found))
+    else:
+        from rayfed_lora.doctor.doctor import doctor as diagnose
+
+        found = diagnose(address, recipes, storage=storage, probe=probe)
+    show_diagnosis(PlainConsole(), found)
+    raise typer.Exit(diagnosis_status(found))

@@ -1,0 +1,116 @@
+"""A plan in the terminal. Source: this project, on rich."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from rayfed_lora.cli.console import PlainConsole
+from rayfed_lora.cli.run_display import bill
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.units import duration, megabytes
+
+if TYPE_CHECKING:
+    from rayfed_lora.launching.planning import Plan, PlannedRound
+
+# Rows of the schedule, without those of omitted rounds.
+MOST_ROWS = 60
+# Rounds shown at each end of a stage.
+_AT_AN_END = 3
+
+
+def show_plan(console: PlainConsole, recipe: Recipe, plan: Plan) -> None:
+    """Print the schedule round by round, the bill, and what the run needs."""
+    shape, examples = plan.outline.shape, plan.outline.devices.sizes
+    console.print_line(
+        f"{recipe.name}: {recipe.method}, {len(plan.rounds)} rounds,"
+        f" {len(examples)} clients with {examples.min()} to {examples.max()} examples,"
+        f" {len(plan.outline.label_names)} classes, {plan.outline.test_examples} test examples"
+    )
+    console.print_line(
+        f"model of {shape.total_params:,} parameters, {len(shape.modules)} adapted modules,"
+        f" head of {shape.head_params:,}"
+    )
+    rows = shown_rounds(plan.rounds)
+    console.print(_schedule(plan.rounds, rows))
+    left_out = sum(len(row) for row in rows if isinstance(row, range))
+    if left_out > 0:
+        console.print_line(
+            f"{left_out:,} of {len(plan.rounds):,} rounds are not shown;"
+            " rayfed_lora.plan(recipe).rounds has all of them"
+        )
+    if recipe.annealing.feedback != "always":
+        console.print_line(
+            f"if every proposal is accepted (acceptance {recipe.annealing.feedback})"
+        )
+    if recipe.annealing.allocation == "spectral":
+        console.print_line("spectral allocation: ranks are the mean, bytes an upper bound")
+    console.print(bill(plan.totals.communication()))
+    for need in plan.needs:
+        console.print_line(need)
+    for note in plan.notes:
+        console.warn(note)
+
+
+def _schedule(rounds: Sequence[PlannedRound], rows: Sequence[int | range]) -> Table:
+    timed = rounds[0].simulated_s is not None
+    table = Table("round", "stage", "rank", "trained", "lr", "clients", "up", "down", "base")
+    if timed:
+        table.add_column("simulated")
+    table.box = box.SIMPLE
+    for column in table.columns:
+        column.no_wrap = True
+        column.justify = "left" if column.header in ("round", "stage") else "right"
+    for row in rows:
+        if isinstance(row, range):
+            table.add_row("...", f"{len(row):,} rounds")
+            continue
+        r = rounds[row]
+        table.add_row(
+            str(r.round),
+            r.stage,
+            "full" if r.rank is None else str(r.rank),
+            f"{r.trainable_params:,}",
+            f"{r.learning_rate:.3g}",
+            str(r.clients) if r.arriving == r.clients else f"{r.arriving} of {r.clients}",
+            megabytes(r.bytes_up),
+            megabytes(r.bytes_down),
+            megabytes(r.bytes_base),
+            *([duration(r.simulated_s)] if timed else []),
+        )
+    return table
+
+
+def shown_rounds(rounds: Sequence[PlannedRound]) -> list[int | range]:
+    """Return the rounds to show: an index is a row, a range stands for omitted rounds.
+
+    Up to `MOST_ROWS` rounds, all of them. Otherwise the first and last rounds of each stage, and as
+    many of the rounds in which the rank changes as there is room for, evenly spaced.
+    """
+    count = len(rounds)
+    if count <= MOST_ROWS:
+        return list(range(count))
+    stages = [i for i in range(1, count) if rounds[i].stage != rounds[i - 1].stage]
+    kept: set[int] = set()
+    for start, end in zip([0, *stages], [*stages, count], strict=True):
+        kept.update(range(start, min(start + _AT_AN_END, end)))
+        kept.update(range(max(end - _AT_AN_END, start), end))
+    changes = [i for i in range(1, count) if rounds[i].rank != rounds[i - 1].rank and i not in kept]
+    room = MOST_ROWS - len(kept)
+    if len(changes) > room:
+        places = np.linspace(0, len(changes) - 1, room).astype(int)
+        changes = [changes[i] for i in places.tolist()]
+    rows: list[int | range] = []
+    following = 0
+    for i in sorted({*kept, *changes}):
+        if i - following == 1:
+            rows.append(following)  # as short as a row that says that one round is omitted
+        elif i > following:
+            rows.append(range(following, i))
+        rows.append(i)
+        following = i + 1
+    return rows

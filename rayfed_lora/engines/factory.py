@@ -1,0 +1,117 @@
+"""What a worker makes of a recipe: its workload and its trainer. Source: this project."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from threading import Lock
+from typing import TYPE_CHECKING, Protocol
+
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.tasks.engine import Population, Trainer
+
+if TYPE_CHECKING:
+    from rayfed_lora.data.workload import Workload
+    from rayfed_lora.training.trainer import Weights
+
+
+class Factory(Protocol):
+    """Makes workloads and trainers; picklable, so that it can travel to actors."""
+
+    def load(self, recipe: Recipe) -> None:
+        """Import what is slow to import, while others prepare the data."""
+        ...
+
+    def workload(self, recipe: Recipe) -> Workload:
+        """Read and prepare the data; once a run."""
+        ...
+
+    def weights(self, recipe: Recipe, workload: Workload) -> Weights:
+        """Read the base model's weights; once a run."""
+        ...
+
+    def trainer(self, recipe: Recipe, workload: Workload, weights: Weights, device: str) -> Trainer:
+        """Build a trainer on weights that it must not write to; once an actor."""
+        ...
+
+
+# An actor prepares the data in one thread and loads code in another one. Two threads that import
+# transformers at once end with a half-made module of it.
+_IMPORTING = Lock()
+
+
+class TorchFactory:
+    """The real thing: data from their source, models on torch.
+
+    torch and transformers are imported by its methods only: a driver never needs them.
+    """
+
+    def load(self, recipe: Recipe) -> None:
+        """Import torch, transformers and the model's own module."""
+        with _IMPORTING:
+            import_module("rayfed_lora.training.trainer")
+            from rayfed_lora.models import sources
+
+            sources.load_code(recipe.model)
+
+    def workload(self, recipe: Recipe) -> Workload:
+        """Read and prepare the data."""
+        self.load(recipe)
+        from rayfed_lora.training.preparing import prepare
+
+        return prepare(recipe)
+
+    def weights(self, recipe: Recipe, workload: Workload) -> Weights:
+        """Read the base model's weights."""
+        from rayfed_lora.training.trainer import built_weights
+
+        return built_weights(recipe, workload)
+
+    def trainer(self, recipe: Recipe, workload: Workload, weights: Weights, device: str) -> Trainer:
+        """Build the model and its trainer."""
+        from rayfed_lora.training.trainer import LocalTrainer
+
+        return LocalTrainer(recipe, workload, device, weights)
+
+
+def prepared(recipe: Recipe, factory: Factory) -> tuple[None, Workload, Weights]:
+    """Make what all actors of a run share.
+
+    Returns:
+        A first result that tells of success without fetching the others; workload and weights.
+    """
+    workload = factory.workload(recipe)
+    return None, workload, factory.weights(recipe, workload)
+
+
+def population(workload: Workload, trainer: Trainer, device: str) -> Population:
+    """Return what the round loop needs to know of a workload."""
+    classes, names = len(workload.label_names), workload.client_names
+    shape = trainer.shape()
+    return Population(
+        shape=shape,
+        clients=workload.clients.clients,
+        examples={"validation": len(workload.validation), "test": len(workload.test)},
+        label_names=workload.label_names,
+        device="cpu" if device == "cpu" else "cuda",
+        devices=workload.devices,
+        label_counts=workload.clients.label_counts(workload.train.labels, classes),
+        notes=(*workload.notes, *shape.notes),
+        client_names=None if names is None else tuple(names.to_pylist()),
+        fingerprint=workload.fingerprint,
+    )
+
+
+def in_process(recipe: Recipe, factory: Factory, device: str) -> tuple[list[Trainer], Population]:
+    """Make workload and trainers here and now: one, or on a CPU as many as the recipe asks for.
+
+    That is as many as its client actors would have, but one at most for a core.
+    """
+    workload = factory.workload(recipe)
+    weights = factory.weights(recipe, workload)
+    asked = recipe.runtime.client_actors
+    count = 1
+    if asked != "auto" and device == "cpu":
+        count = min(asked * recipe.runtime.trainers_per_actor, os.cpu_count() or 1)
+    trainers = [factory.trainer(recipe, workload, weights, device) for _ in range(count)]
+    return trainers, population(workload, trainers[0], device)

@@ -1,0 +1,139 @@
+"""What runs inside Ray's worker processes. Plain classes, so that tests build them without Ray.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import ray
+from threadpoolctl import threadpool_limits
+
+from rayfed_lora.engines.factory import Factory, population, prepared
+from rayfed_lora.engines.threads import TrainerThreads
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.tasks.engine import Population, Reduces, Task
+from rayfed_lora.types import AdapterState, Base
+
+if TYPE_CHECKING:
+    from rayfed_lora.data.workload import Workload
+    from rayfed_lora.training.trainer import Weights
+
+R = TypeVar("R")
+
+
+def calls_at_once(trainers: int) -> int:
+    """Return how many calls of an actor Ray begins.
+
+    For each trainer one that computes, and one that comes or goes meanwhile.
+    """
+    return 2 * trainers
+
+
+class NotOpenError(Exception):
+    """The actor's process is a new one: Ray has restarted it while it had nothing to do."""
+
+
+class ClientActor:
+    """Trainers on a CPU or GPU share; serve many virtual clients, keep nothing between calls."""
+
+    # As of the server: Ray asks for it even where the actor could not be made.
+    _name = "client-actor"
+
+    def __init__(self, gpus: float, name: str, trainers: int = 1) -> None:
+        """Keep who it is; the trainers are made by `open`, also after a restart.
+
+        Args:
+            gpus: this actor's GPU share.
+            name: readable name; the dashboard reads it once.
+            trainers: how many blocks it trains at once.
+        """
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self._gpus = gpus
+        self._name = name
+        self._trainers = trainers
+        # They compute, always the same (torch keeps its settings by thread), while Ray's own fetch
+        # what the next calls need and send what the last ones have found.
+        self._threads: TrainerThreads | None = None
+
+    def __repr__(self) -> str:
+        return self._name
+
+    def prepare(self, recipe: Recipe, factory: Factory) -> tuple[None, Workload, Weights]:
+        """Read the data and the base, for all actors: they go to the object store.
+
+        Args:
+            recipe: the run.
+            factory: makes data and weights.
+
+        Returns:
+            A first result that tells of success without fetching the others, and the two.
+        """
+        return prepared(recipe, factory)
+
+    def open(self, recipe: Recipe, factory: Factory, prepared: list[ray.ObjectRef]) -> Population:
+        """Build the trainers of a run and say what they serve; any others are let go.
+
+        Args:
+            recipe: the run.
+            factory: makes the trainers.
+            prepared: references of workload and weights, in a list so that Ray does not wait for
+                them: meanwhile this actor imports what it needs.
+        """
+        if self._threads is not None:
+            # A process that is stuck and about to be ended must not pass for the one after it.
+            self._threads.close(wait=True)
+        factory.load(recipe)
+        device = "cpu"
+        if self._gpus > 0:
+            from rayfed_lora.training.device import device_of_share
+
+            device = device_of_share(self._gpus)
+        workload, weights = ray.get(prepared)
+        # As in the server: sums must not depend on how many cores an actor has.
+        threadpool_limits(limits=1, user_api="blas")
+        self._threads = None
+        each = range(self._trainers)
+        trainers = [factory.trainer(recipe, workload, weights, device) for _ in each]
+        self._threads = TrainerThreads(trainers)
+        return population(workload, trainers[0], device)
+
+    def run(
+        self, task: Task[R], state: AdapterState, base: Base, apart: bool, halvings: int = 0
+    ) -> tuple[Any, Any]:
+        """Answer a task.
+
+        Args:
+            task: without its model.
+            state: the global state.
+            base: what is frozen.
+            apart: whether what is joined of the result is to stay in the object store, as a second
+                result.
+            halvings: how often to halve it, memory being short.
+
+        Returns:
+            Seconds that it took and the result, as a pair; where a part of the result is kept
+            apart, it follows.
+
+        Raises:
+            NotOpenError: the process is a new one.
+        """
+        if self._threads is None:
+            raise NotOpenError(f"{self._name} was restarted while it was idle")
+        whole = task.on(replace(task.model, state=state, base=base))
+        answer = self._threads.submit(whole, halvings).result()
+        if apart and isinstance(whole, Reduces):
+            told, kept = whole.told_and_kept(answer.value)
+            return (answer.seconds, told), kept
+        return answer.seconds, answer.value
+
+    def join(self, task: Task[R], *results: R, halvings: int = 0) -> R:
+        """Join results of consecutive parts of a task, in order; raises NotOpenError as `run`."""
+        del halvings
+        if self._threads is None:
+            raise NotOpenError(f"{self._name} was restarted while it was idle")
+        with threadpool_limits(limits=1, user_api="blas"):
+            return task.joined(results)

@@ -1,0 +1,178 @@
+"""The clients of a round: what they are asked to train, and what they send back.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from rayfed_lora.aggregation.means import Means
+from rayfed_lora.aggregation.rules import RULES
+from rayfed_lora.errors import ClientError, InterruptedRunError, RunError
+from rayfed_lora.federation import sampling
+from rayfed_lora.federation.cohorts import Cohort
+from rayfed_lora.federation.learning_rate import learning_rate
+from rayfed_lora.federation.sampling import BlockSize
+from rayfed_lora.federation.transitions import Start, protected
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.tasks.engine import IndexArray, Population, Running
+from rayfed_lora.tasks.messages import Personal, Train, Trained
+from rayfed_lora.types import ClientReport, LocalPlan, RoundPlan
+
+
+@dataclass(frozen=True)
+class Updates:
+    """What the clients of a round have sent back.
+
+    Attributes:
+        reports: one a client, in the order of the cohort.
+        means: of the usable updates; None where no client came in time.
+        reruns: how often a block was trained again, since a worker or a result was lost.
+        joining_s: seconds in which the server joined means.
+    """
+
+    reports: tuple[ClientReport, ...]
+    means: Means | None
+    reruns: int
+    joining_s: float
+
+    @property
+    def usable(self) -> list[bool]:
+        """Whose update arrived and can be used, in the order of the cohort."""
+        return [report.usable for report in self.reports]
+
+
+class Clients:
+    """What clients are asked to train, and what comes of it."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        population: Population,
+        limits: IndexArray | None,
+        should_stop: Callable[[], bool],
+        tell: Callable[[Sequence[ClientReport]], None],
+    ) -> None:
+        """Keep what decides how clients are trained.
+
+        Args:
+            recipe: the run.
+            population: what its `open` said.
+            limits: largest rank of each client, where any is limited.
+            should_stop: asked between parts; once true, the round is abandoned.
+            tell: told of new reports.
+        """
+        self._recipe = recipe
+        self._sizes = population.devices.sizes
+        self._limits = limits
+        self._should_stop = should_stop
+        self._tell = tell
+        cohort = recipe.cohort_size(population.clients)
+        # How many clients of an adapter round are trained together, and why.
+        self.block_size = sampling.block_size(recipe, population.shape, cohort, population.device)
+
+    def local_plan(self, plan: RoundPlan, cohort: Cohort) -> LocalPlan:
+        """Return what the clients of a round are told."""
+        return LocalPlan(
+            plan.round,
+            plan.trainable,
+            learning_rate(self._recipe, plan.round),
+            plan.proximal_weight,
+            cohort.facts.frozen,
+            tolerant=self._recipe.most_failed(len(cohort.clients)) > 0,
+        )
+
+    def task(self, local: LocalPlan, start: Start, cohort: Cohort, personal: Personal) -> Train:
+        """Return the training of a round.
+
+        Args:
+            local: what the clients are told.
+            start: what they start from.
+            cohort: the clients.
+            personal: of clients that have a B of their own.
+        """
+        full = local.trainable == "full"
+        size = BlockSize(1, even=True) if full else self.block_size
+        limits = None if full else self._limits
+        protected(start.model.state)
+        return Train(
+            start.model,
+            local,
+            self._recipe.aggregation.rule,
+            tuple(sampling.blocks(cohort.present, size)),
+            {} if limits is None else {k: int(limits[k]) for k in cohort.present},
+            {} if full else {k: personal[k] for k in cohort.present if k in personal},
+        )
+
+    def collect(self, training: Running[Trained], cohort: Cohort, t: int) -> Updates:
+        """Take in the parts of a training as they come.
+
+        Args:
+            training: of the cohort.
+            cohort: the clients.
+            t: the round.
+
+        Raises:
+            InterruptedRunError: the run is to stop.
+            ClientError: more clients raised than may.
+            RunError: clients came, and none with a usable update.
+        """
+        means = RULES[self._recipe.aggregation.rule].means()
+        reports: list[ClientReport] = []
+        joining_s = 0.0
+        try:
+            while training.pending:
+                trained = training.pending.popleft().result()
+                if self._should_stop():
+                    raise InterruptedRunError("stopped; the round was abandoned")
+                new = [self._sized(report) for report in trained.reports]
+                self._tell(new)
+                for report in new:
+                    reports.append(report)
+                    if report.trace is not None:
+                        self._check_raised(reports, cohort, t)
+                began = time.perf_counter()
+                means.join(trained.means)
+                joining_s += time.perf_counter() - began
+        finally:
+            training.cancel()
+        if reports and not any(report.usable for report in reports):
+            reasons = sorted({str(report.error) for report in reports})
+            raise RunError(
+                f"round {t}: none of {len(reports)} clients sent a usable update;"
+                f" {'; '.join(reasons[:3])}"
+            )
+        found = self._with_absent(reports, cohort)
+        return Updates(found, means if reports else None, training.reruns(), joining_s)
+
+    def _sized(self, report: ClientReport) -> ClientReport:
+        """Return a report with the number of examples, which a failed training does not tell."""
+        if report.trace is None:
+            return report
+        return replace(report, examples=int(self._sizes[report.client]))
+
+    def _check_raised(self, reports: Sequence[ClientReport], cohort: Cohort, t: int) -> None:
+        """End the run where more clients of a round raised than may."""
+        raised = [report for report in reports if report.trace is not None]
+        most = self._recipe.most_failed(len(cohort.clients))
+        if len(raised) > most:
+            last = raised[-1]
+            why = f"{len(raised)} clients of the round failed, clients.max_failed allows {most}"
+            raise ClientError(last.client, t, f"{last.trace}\n{why}")
+
+    def _with_absent(
+        self, reports: Sequence[ClientReport], cohort: Cohort
+    ) -> tuple[ClientReport, ...]:
+        """Return the reports of a cohort, with those of clients that left or came too late."""
+        if cohort.turnout is None:
+            return tuple(reports)
+        absent = [
+            ClientReport(client, int(self._sizes[client]), float("nan"), 0.0, absent=absence)
+            for client, absence in cohort.turnout.absences.items()
+        ]
+        self._tell(absent)
+        found = {report.client: report for report in (*reports, *absent)}
+        return tuple(found[client] for client in cohort.clients)

@@ -1,0 +1,181 @@
+"""A run between two rounds, as a value: what a checkpoint holds beside the ledger.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from rayfed_lora.aggregation.rules import RULES
+from rayfed_lora.aggregation.server_step import Moments, OptimizerStep
+from rayfed_lora.aggregation.step import Aggregate
+from rayfed_lora.annealing.stages import is_full
+from rayfed_lora.federation.clients import Updates
+from rayfed_lora.federation.cohorts import Cohort
+from rayfed_lora.federation.evaluation import Scores
+from rayfed_lora.federation.transitions import Start, merged
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.tasks.engine import Engine
+from rayfed_lora.tasks.messages import Initial
+from rayfed_lora.types import (
+    AdapterState,
+    Base,
+    ClientReport,
+    FloatArray,
+    GlobalModel,
+    RoundPlan,
+    Trainable,
+)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds spent and client updates used, over all processes that worked on a run."""
+
+    startup_s: float = 0.0
+    training_s: float = 0.0
+    evaluation_s: float = 0.0
+    wall_s: float = 0.0
+    client_updates: int = 0
+
+    def plus(self, training_s: float, evaluation_s: float, client_updates: int) -> Timing:
+        """Return the timing after one more round."""
+        return replace(
+            self,
+            training_s=self.training_s + training_s,
+            evaluation_s=self.evaluation_s + evaluation_s,
+            client_updates=self.client_updates + client_updates,
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run between two rounds.
+
+    Attributes:
+        rounds: number of finished rounds.
+        model: the global model.
+        rank: uniform rank in use, None before the first adapter round.
+        validation: newest scores on the validation split, where feedback needs them.
+        best_at_heating: best validation metric at the heating rank (target acceptance).
+        timing: seconds so far.
+        clock_s: simulated seconds so far.
+        moments: of the server's optimiser.
+        personal: B by module, of each client that keeps its own.
+    """
+
+    rounds: int
+    model: GlobalModel
+    rank: int | None = None
+    validation: Scores | None = None
+    best_at_heating: float | None = None
+    timing: Timing = field(default_factory=Timing)
+    clock_s: float = 0.0
+    moments: Moments = field(default_factory=dict)
+    personal: Mapping[int, Mapping[str, FloatArray]] = field(default_factory=dict)
+
+
+def fresh(recipe: Recipe, engine: Engine) -> Run:
+    """Return a run before its first round.
+
+    Args:
+        recipe: the run.
+        engine: opened.
+    """
+    trainable: Trainable = "full" if is_full(recipe.annealing, 0) else "adapter"
+    dense = engine.submit(Initial(trainable)).result()
+    return Run(0, GlobalModel(AdapterState({}, dense), Base(), trainable))
+
+
+@dataclass(frozen=True)
+class Aggregated:
+    """The server's step of a round.
+
+    Attributes:
+        result: the next global state.
+        moments: of the server's optimiser, after it.
+        seconds: that joining the updates and the step took.
+    """
+
+    result: Aggregate
+    moments: Moments
+    seconds: float
+
+
+def aggregate(
+    recipe: Recipe, run: Run, start: Start, updates: Updates, cohort: Cohort
+) -> Aggregated:
+    """Turn the updates of a round into the next global state; without any it stays as it was.
+
+    Args:
+        recipe: names the rule and the server's optimiser.
+        run: before the round.
+        start: what its clients started from.
+        updates: what they sent back.
+        cohort: the clients.
+    """
+    began = time.perf_counter()
+    moments = kept_moments(run, start)
+    step = OptimizerStep(recipe.aggregation.server_optimizer, moments, cohort.facts.frozen)
+    state = start.model.state
+    if updates.means is None:
+        return Aggregated(Aggregate(state, {}, lambda: None), step.moments, 0.0)
+    result = RULES[recipe.aggregation.rule].aggregate(state, updates.means, step)
+    seconds = updates.joining_s + time.perf_counter() - began
+    return Aggregated(result, step.moments, seconds)
+
+
+def kept_moments(run: Run, start: Start) -> Moments:
+    """Return the moments of the tensors that a round starts with as the last one left them."""
+    if run.model.trainable != start.model.trainable:
+        return {}
+    if start.unchanged:
+        return run.moments
+    return {name: m for name, m in run.moments.items() if name in start.model.state.dense}
+
+
+def after(
+    run: Run,
+    plan: RoundPlan,
+    start: Start,
+    cohort: Cohort,
+    updates: Updates,
+    aggregated: Aggregated,
+) -> Run:
+    """Return the run after a round, without its scores and timing.
+
+    Args:
+        run: before the round.
+        plan: the round.
+        start: what its clients started from.
+        cohort: the clients.
+        updates: what they sent back.
+        aggregated: the server's step.
+    """
+    result = aggregated.result
+    base = merged(start.model.base, result.merged)
+    return replace(
+        run,
+        rounds=plan.round + 1,
+        model=replace(start.model, state=result.state, base=base),
+        rank=run.rank if plan.trainable == "full" else plan.rank,
+        clock_s=cohort.clock_s,
+        moments=aggregated.moments,
+        personal=_personal(run.personal, updates.reports),
+    )
+
+
+def _personal(
+    before: Mapping[int, Mapping[str, FloatArray]], reports: Sequence[ClientReport]
+) -> Mapping[int, Mapping[str, FloatArray]]:
+    """Return each client's own B after a round."""
+    # Copies: what came is part of a message that would live as long as any of its clients' B.
+    new = {
+        report.client: {name: b.copy() for name, b in report.personal.items()}
+        for report in reports
+        if report.personal is not None
+    }
+    return {**before, **new} if new else before

@@ -1,0 +1,68 @@
+"""Files of a recipe that do not travel with its job. Source: this project."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rayfed_lora.errors import BadInputError
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs.location import with_absolute_paths
+
+
+def travel_notes(recipe: Recipe, location: str, *, given: bool) -> tuple[str, ...]:
+    """Return notes on files that do not travel, and on a folder that is lost with the cluster.
+
+    Args:
+        recipe: of the job.
+        location: its run folder.
+        given: the user has chosen the folder.
+
+    Raises:
+        BadInputError: a relative path names no file here.
+    """
+    notes = [
+        f"{key}: {source} is not sent along: every node of the cluster needs it under this path"
+        for key, source in files_named(recipe)
+    ]
+    if not given:
+        notes.append(
+            f"run folder {location} is on the head node's disk and is lost with it:"
+            " --out s3://bucket/... or a shared folder keeps it"
+        )
+    return tuple(notes)
+
+
+def files_named(recipe: Recipe) -> list[tuple[str, str]]:
+    """Return the recipe keys that name local files or folders, with their absolute paths.
+
+    Raises:
+        BadInputError: a relative path names no file here, and would name none in a job.
+    """
+    absolute = dict(_sources(with_absolute_paths(recipe)))
+    found = []
+    for key, written in _sources(recipe):
+        if absolute[key].startswith("/"):
+            found.append((key, absolute[key]))
+        elif _is_relative_path(key, written):
+            raise BadInputError(
+                f"{key}: {written!r} is not here, and a job runs in another folder: give a URI, or"
+                " an absolute path that every node of the cluster sees"
+            )
+    return found
+
+
+def _sources(recipe: Recipe) -> list[tuple[str, str]]:
+    """Return the recipe keys that may name a file, with their values, "" if unset."""
+    return [
+        ("data.source", recipe.data.source),
+        ("clients.availability.trace", recipe.clients.availability.trace or ""),
+        ("model.source", recipe.model.source),
+        ("model.tokenizer", recipe.model.tokenizer or ""),
+    ]
+
+
+def _is_relative_path(key: str, source: str) -> bool:
+    if "://" in source or source.startswith("hf:"):
+        return False
+    has_suffix = not key.startswith("model.") and Path(source).suffix != ""
+    return has_suffix or source.startswith(("./", "../", "~"))

@@ -1,0 +1,130 @@
+"""Runs a recipe under several methods and seeds, and compares them. Source: this project."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rayfed_lora.engines.factory import Factory, TorchFactory
+from rayfed_lora.errors import RunFolderError
+from rayfed_lora.launching.cells import Methods, cells_of
+from rayfed_lora.launching.local import local_engine, refuse_address
+from rayfed_lora.launching.ray_session import ray_session
+from rayfed_lora.launching.run_queue import RunQueue, run_name
+from rayfed_lora.launching.signals import interruptible
+from rayfed_lora.pages.comparison import Cell, Comparison, Ended, Standing
+from rayfed_lora.pages.search import SEARCH_FILE
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs.claiming import claim, complete, say
+from rayfed_lora.runs.location import run_location
+from rayfed_lora.runs.ownership import Ticket, owned
+from rayfed_lora.runs.status import StatusBoard
+from rayfed_lora.storage import RunFolder
+from rayfed_lora.tasks.engine import Engine
+
+
+def compare(  # noqa: PLR0913 - the user-facing API
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    methods: Methods,
+    out: str,
+    seeds: Sequence[int] = (0,),
+    *,
+    settings: Sequence[str] | Mapping[str, Any] = (),
+    target: float | None = None,
+    address: str | None = None,
+    watch: Callable[[Standing], None] | None = None,
+    factory: Factory | None = None,
+) -> Comparison:
+    """Run a recipe under several methods and seeds; write tables and plots of all into `out`.
+
+    Each run has its own folder, `out/<method>/seed-<seed>`. A second call with the same `out`
+    resumes: finished runs are not run again.
+
+    Args:
+        recipe: as for `run`.
+        methods: names of presets, each of which overrides the recipe's own keys; or overrides by a
+            name of your own, e.g. {"low": {"method": "fedlora", "annealing.heating.rank": 2}}.
+        out: folder or URI of the comparison.
+        seeds: of the runs.
+        settings: further overrides of the recipe, as for `--set`; keys that define a method keep
+            the value of its preset.
+        target: accuracy to reach, for rounds and bytes to it; None: 95 % of the best one.
+        address: of a running Ray cluster; default $RAY_ADDRESS, or an own Ray.
+        watch: called with the standing from time to time.
+        factory: builds workloads and trainers in the workers; for tests.
+
+    Raises:
+        BadInputError: rejected before anything started.
+        InterruptedRunError: stopped by a signal; call again to resume.
+    """
+    out = run_location(out, "")
+    folder = RunFolder(out)
+    # Absolute: workers may run in another folder.
+    where = out if folder.local is None else str(folder.local)
+    cells = cells_of(recipe, methods, seeds, where, settings)
+    for name, kind in (("recipe.yaml", "a run"), (SEARCH_FILE, "a search")):
+        if folder.exists(name):
+            raise RunFolderError(
+                f"{folder.location}: expected a folder for a comparison, it holds {kind}"
+            )
+    for cell in cells:
+        claim(RunFolder(cell.location), cell.recipe, resume=True)
+    factory, watch = factory or TorchFactory(), watch or (lambda standing: None)
+    # One command at a time: two would write the same tables.
+    with owned(folder, Ticket.of_this_process(), wait=True, tell=say) as (folder, lease):
+        unfinished, failed = _sorted_out(cells)
+        if unfinished:
+            for ended in _run_cells(unfinished, factory, watch, address, lease.ticket):
+                if ended.error is not None:
+                    failed[ended.cell.location] = ended.error
+        comparison = Comparison.of(cells, failed, target)
+        comparison.write(folder)
+        return comparison
+
+
+def _sorted_out(cells: Sequence[Cell]) -> tuple[list[Cell], dict[str, str]]:
+    """Return the cells that are still to run, and by location the faults of those that cannot."""
+    unfinished: list[Cell] = []
+    faults: dict[str, str] = {}
+    for cell in cells:
+        try:
+            if complete(RunFolder(cell.location)) is None:
+                unfinished.append(cell)
+        except RunFolderError as error:
+            say(
+                f"{run_name(cell)} is left out: {error} (here: delete {cell.location} and compare"
+                " again)"
+            )
+            faults[cell.location] = str(error)
+    return unfinished, faults
+
+
+def _run_cells(
+    cells: Sequence[Cell],
+    factory: Factory,
+    watch: Callable[[Standing], None],
+    address: str | None,
+    ticket: Ticket,
+) -> tuple[Ended, ...]:
+    recipe = cells[0].recipe
+    refuse_address(recipe, address)
+    if recipe.runtime.executor == "local":
+
+        def make(cell: Cell, board: StatusBoard) -> tuple[Engine, None]:
+            return local_engine(cell.recipe, factory), None
+
+        queue = RunQueue(cells, make, ticket)
+        with interruptible(queue.stop):
+            return queue.run(watch)
+    with ray_session(address):
+        # After `ray_session`: Ray reads its settings at import.
+        import ray
+
+        from rayfed_lora.launching.comparison_server import ComparisonServer
+        from rayfed_lora.launching.drivers import driver_class
+        from rayfed_lora.launching.following import follow
+
+        server = driver_class(ComparisonServer).remote(cells, factory, ticket)
+        ended: tuple[Ended, ...] = follow(server, lambda: watch(ray.get(server.standing.remote())))
+        return ended

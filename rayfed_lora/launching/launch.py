@@ -1,0 +1,164 @@
+"""Runs one recipe, in this process or on Ray, and returns its result. Source: this project."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayfed_lora.engines.factory import Factory, TorchFactory
+from rayfed_lora.errors import BadInputError
+from rayfed_lora.jobs.reporting import reporting
+from rayfed_lora.launching.local import local_engine, refuse_address
+from rayfed_lora.launching.ray_session import ray_session
+from rayfed_lora.launching.request import RunRequest
+from rayfed_lora.launching.signals import interruptible
+from rayfed_lora.pages.run_page import run_page
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs.claiming import claim, claimed, complete
+from rayfed_lora.runs.location import run_location, with_absolute_paths
+from rayfed_lora.runs.session import simulate
+from rayfed_lora.runs.status import Status, StatusBoard
+from rayfed_lora.storage import RunFolder
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        location: its run folder.
+        summary: content of summary.json.
+    """
+
+    location: str
+    summary: Mapping[str, Any]
+
+    @property
+    def rounds(self) -> pd.DataFrame:
+        """rounds.parquet, a row per round; raises RunFolderError if the file is damaged."""
+        return self._table("rounds.parquet")
+
+    @property
+    def clients(self) -> pd.DataFrame:
+        """clients.parquet, a row per client and round; raises as `rounds` does."""
+        return self._table("clients.parquet")
+
+    def _table(self, name: str) -> pd.DataFrame:
+        from rayfed_lora.runs.checked import table
+
+        frame: pd.DataFrame = table(RunFolder(self.location), name).to_pandas()
+        return frame
+
+
+@dataclass(frozen=True)
+class Started:
+    """A detached run: it continues in the cluster under this actor name."""
+
+    location: str
+    actor: str
+
+
+def run(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    out: str | None = None,
+    *,
+    resume: bool = False,
+    address: str | None = None,
+    watch: Callable[[Status], None] | None = None,
+    factory: Factory | None = None,
+) -> Result:
+    """Run a recipe to its end and return the result.
+
+    The first SIGINT or SIGTERM stops it cleanly: the current round is abandoned, the finished ones
+    are saved. A second one ends it at once.
+
+    Args:
+        recipe: a `Recipe`, a shipped name, a path or a mapping; its values are checked here.
+        out: run folder or URI; default `storage.path`, or a new one under `runs/`.
+        resume: continue the run in `out`.
+        address: of a running Ray cluster; default $RAY_ADDRESS, or an own Ray.
+        watch: called with the status from time to time, with each record and note once.
+        factory: builds workload and trainers in the workers; for tests.
+
+    Raises:
+        BadInputError: rejected before anything started.
+        InterruptedRunError: stopped by a signal.
+        RunError: the run failed; the last checkpoint is kept.
+    """
+    recipe = with_absolute_paths(load_recipe(recipe))
+    refuse_address(recipe, address)
+    location = run_location(out or recipe.storage.path, recipe.name)
+    folder = RunFolder(location)
+    claim(folder, recipe, resume)
+    done = complete(folder) if resume else None
+    if done is not None:
+        return Result(location, done)
+    watch = watch or (lambda status: None)
+    with claimed(folder, recipe, resume) as lease:
+        request = RunRequest(recipe, location, resume, factory or TorchFactory(), lease.ticket)
+        if recipe.runtime.executor == "local":
+            board, stop = StatusBoard(recipe.annealing.total_rounds, watch), threading.Event()
+            engine = local_engine(recipe, request.factory)
+            with interruptible(stop.set):
+                summary = simulate(
+                    recipe,
+                    engine,
+                    folder,
+                    board,
+                    stop.is_set,
+                    resume=resume,
+                    page=run_page,
+                    ticket=request.ticket,
+                )
+            return Result(location, summary)
+        with ray_session(address), reporting(recipe, request.absolute_location, watch) as report:
+            # After `ray_session`: Ray reads its settings at import.
+            from rayfed_lora.launching.drivers import start_server
+            from rayfed_lora.launching.following import StatusFeed, follow
+
+            server, _ = start_server(request)
+            return Result(location, follow(server, StatusFeed(server, report).poll))
+
+
+def start(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    out: str | None = None,
+    *,
+    resume: bool = False,
+    address: str | None = None,
+) -> Started:
+    """Start a run in a cluster and return at once; it survives this process.
+
+    Args:
+        recipe: as for `run`.
+        out: run folder or URI that the cluster's nodes can reach.
+        resume: continue the run in `out`.
+        address: of the cluster; default $RAY_ADDRESS.
+
+    Raises:
+        BadInputError: no cluster is named, or the run is rejected.
+    """
+    recipe = with_absolute_paths(load_recipe(recipe))
+    if recipe.runtime.executor != "ray" or (address or os.environ.get("RAY_ADDRESS")) is None:
+        raise BadInputError(
+            "--detach needs executor ray and a running cluster: give --address (or RAY_ADDRESS);"
+            " a cluster on this machine is started by `ray start --head`"
+        )
+    location = run_location(out or recipe.storage.path, recipe.name)
+    folder = RunFolder(location)
+    claim(folder, recipe, resume)
+    with claimed(folder, recipe, resume) as lease, ray_session(address):
+        from rayfed_lora.launching.drivers import start_server, wait_for_handover
+
+        request = RunRequest(recipe, location, resume, ticket=lease.ticket.detached())
+        server, name = start_server(request, detached=True)
+        wait_for_handover(server, lease)
+        return Started(location, name)

@@ -1,0 +1,173 @@
+"""Preprocessing of images by the image processor of a model's source.
+
+Source: this project, on transformers' image processors.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from transformers import AutoImageProcessor
+from transformers.image_utils import SizeDict
+from transformers.utils import PROCESSOR_NAME, cached_file
+
+from rayfed_lora.errors import ModelError
+from rayfed_lora.models import sources
+from rayfed_lora.models.wording import one_line, where
+from rayfed_lora.recipe.model import Model
+
+Images = npt.NDArray[np.float32]
+_FILE = "preprocessor_config.json"
+# Key of the image part in the file of a processor for several kinds of input.
+_IMAGE_PART = "image_processor"
+# Packages that some processors need, and what to install; timm's needs torchvision, too.
+_OPTIONAL = {"timm": "timm torchvision", "torchvision": "torchvision"}
+# Images that are processed at once.
+_CHUNK = 256
+_GREY, _RGB, _RGBA = 1, 3, 4
+
+
+class ImageProcessor:
+    """Preprocesses images as the source's processor does: size, crop, rescaling, mean, std."""
+
+    def __init__(self, processor: Any, channels: int, name: str) -> None:
+        """Keep a transformers processor, the model's channels, and a name for messages."""
+        self._processor, self._channels, self._name = processor, channels, name
+
+    def __call__(self, images: Images) -> Images:
+        """Return the model's inputs.
+
+        Args:
+            images: (n, channels, height, width), integers 0 .. 255 scaled to [-1, 1]. For a model
+                of three channels, grey images are repeated and the alpha of RGBA is dropped.
+
+        Returns:
+            (n, channels, height, width) of the model.
+
+        Raises:
+            ModelError: the processor cannot process them.
+        """
+        first = self._process(images[:_CHUNK])
+        inputs = np.empty((len(images), *first.shape[1:]), np.float32)
+        inputs[:_CHUNK] = first
+        for i in range(_CHUNK, len(images), _CHUNK):
+            inputs[i : i + _CHUNK] = self._process(images[i : i + _CHUNK])
+        return inputs
+
+    def _process(self, scaled: Images) -> Images:
+        images = np.rint((scaled + 1.0) * 127.5).astype(np.uint8)
+        if self._channels == _RGB and images.shape[1] == _GREY:
+            images = np.repeat(images, _RGB, axis=1)
+        elif self._channels == _RGB and images.shape[1] == _RGBA:
+            images = images[:, :_RGB]
+        sizes = " x ".join(map(str, images.shape[1:]))
+        with sources.attributed(f"{self._name} cannot take images of {sizes}"):
+            output = self._processor(
+                images=[*images], input_data_format="channels_first", return_tensors="np"
+            )
+            inputs = np.asarray(output["pixel_values"], np.float32)
+        if inputs.ndim != images.ndim:
+            raise ModelError(
+                f"{self._name}: expected one image for each, it gives arrays of"
+                f" {' x '.join(map(str, inputs.shape[1:]))}"
+            )
+        return inputs
+
+    def __str__(self) -> str:
+        """Return the steps of the preprocessing, in one line."""
+        own, steps = self._processor, []
+        for switch, name in (("do_resize", "size"), ("do_center_crop", "crop_size")):
+            if getattr(own, switch, False):
+                size = dict(getattr(own, name) or {})
+                steps.append(f"{name} {', '.join(f'{k} {v}' for k, v in size.items() if v)}")
+        if getattr(own, "do_normalize", False):
+            for name in ("mean", "std"):
+                values = np.atleast_1d(getattr(own, f"image_{name}"))
+                steps.append(f"{name} {', '.join(f'{float(x):g}' for x in values)}")
+        return ", ".join(steps) or type(own).__name__
+
+
+def read_image_processor(
+    model: Model, channels: int, size: int | None = None
+) -> ImageProcessor | None:
+    """Return the image processor of a model's source; None where there is none.
+
+    Args:
+        model: the recipe's section.
+        channels: of the model.
+        size: height and width of the model's inputs; None: the processor's own.
+
+    Raises:
+        ModelError: the processor cannot be read or used.
+    """
+    if model.source == "config":
+        return None
+    place = sources.location(model.source)
+    file = _file(place)
+    if file is None:
+        return None
+    if importlib.util.find_spec("PIL") is None:
+        raise ModelError(
+            f"{where(model)}: need Pillow for its image processor ({file}), which is not installed;"
+            " pip install 'rayfed-lora[hub]'"
+        )
+    name = f"{where(model)}: its image processor ({file})"
+    try:
+        with sources.quiet():
+            processor = AutoImageProcessor.from_pretrained(
+                place, trust_remote_code=False, backend="pil"
+            )
+    except Exception as error:  # of many types
+        raise ModelError(f"{name} cannot be read: {one_line(error)}{_to_install(error)}") from error
+    if size is not None:
+        _set_size(processor, size)
+    return ImageProcessor(processor, channels, name)
+
+
+def _set_size(processor: Any, size: int) -> None:
+    """Let a processor resize and crop to a square; resizing by the shorter side stays so."""
+    square = SizeDict(height=size, width=size)
+    if getattr(processor, "size", None):
+        by_shorter_side = processor.size.shortest_edge is not None
+        processor.size = SizeDict(shortest_edge=size) if by_shorter_side else square
+    if getattr(processor, "crop_size", None):
+        processor.crop_size = square
+
+
+def _to_install(error: Exception) -> str:
+    """Return what to install where the code of a processor cannot be imported."""
+    text = str(error).lower()
+    if "import" not in text and not isinstance(error, ImportError):
+        return ""
+    for package, command in _OPTIONAL.items():
+        if package in text and importlib.util.find_spec(package) is None:
+            return f"; pip install {command}"
+    return ""
+
+
+def _file(place: str) -> str | None:
+    """Return the name of the file that describes an image processor; None: there is none."""
+    for name in (_FILE, PROCESSOR_NAME):
+        with sources.quiet():
+            path = cached_file(
+                place,
+                name,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+        # Processors of text or sound use the second name, too.
+        if path is not None and (name == _FILE or _describes_images(Path(path))):
+            return name
+    return None
+
+
+def _describes_images(file: Path) -> bool:
+    try:
+        return _IMAGE_PART in json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:  # reading the processor reports the fault
+        return True

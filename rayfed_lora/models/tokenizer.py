@@ -1,0 +1,183 @@
+"""Whether a tokenizer and a model fit each other: padding token, vocabulary, positions.
+
+Source: this project, on transformers' tokenizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import AutoTokenizer
+
+from rayfed_lora.errors import ModelError
+from rayfed_lora.models import sources
+from rayfed_lora.models.tokens import Tokens
+from rayfed_lora.recipe.model import Model
+
+# Characters of a text that a message shows.
+_SHOWN = 60
+# Names of tables of positions.
+_POSITIONS = ("position_embeddings", "embed_positions", "wpe")
+# RoBERTa's kind can use a few positions less than its configuration names.
+_SPARE = 8
+
+
+def read_tokenizer(model: Model) -> Any:
+    """Return the tokenizer of a model.
+
+    Raises:
+        ModelError: the source has none, or the tokenizer cannot be read.
+    """
+    source = model.tokenizer or model.source
+    if source == "config":
+        raise ModelError(
+            "model.tokenizer: expected a package, folder or hub id, since model.source 'config'"
+            " has no tokenizer of its own"
+        )
+    with sources.attributed(f"tokenizer of {source!r}"):
+        return AutoTokenizer.from_pretrained(sources.location(source), trust_remote_code=False)
+
+
+def give_padding_token(tokenizer: Any) -> str | None:
+    """Let a tokenizer without a padding token pad with its end token, or the unknown one.
+
+    Returns:
+        The new padding token; None where the tokenizer had one, or has no other to use.
+    """
+    if tokenizer.pad_token is not None:
+        return None
+    token = tokenizer.eos_token or tokenizer.unk_token
+    if token is not None:
+        tokenizer.pad_token = token
+    return token  # type: ignore[no-any-return]
+
+
+def token_facts(tokenizer: Any, *, padding: bool) -> dict[str, Any]:
+    """Return the configuration entries that a model with random weights takes from its tokenizer.
+
+    With `padding`, they include the padding token, whose embedding is then all zeros.
+    """
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    names = ["bos_token_id", "eos_token_id", *(["pad_token_id"] if padding else [])]
+    special = {name: getattr(tokenizer, name) for name in names}
+    return {
+        "vocab_size": max(len(tokenizer), largest + 1),
+        **{name: token for name, token in special.items() if token is not None},
+    }
+
+
+def settle_padding(config: Any, net: nn.Module, tokenizer: Any, model: Model) -> None:
+    """Set the padding token of a model's configuration, in place, to the tokenizer's.
+
+    A decoder's classifier reads the last token that is not `config.pad_token_id`. Where positions
+    are counted from that token (RoBERTa's kind) the pre-trained value stays, since another value
+    would shift every position. A value in the recipe stays, too.
+    """
+    text = config.get_text_config()
+    counted = model.source != "config" and any(
+        table.padding_idx is not None for table in _position_tables(net)
+    )
+    if "pad_token_id" in model.config or (counted and text.pad_token_id is not None):
+        return
+    if tokenizer.pad_token_id is not None:
+        text.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
+
+
+def padding_notes(net: nn.Module) -> tuple[str, ...]:
+    """Return a note for the user where a classifier reads padding (XLNet's kind)."""
+    summary: Any = getattr(net, "sequence_summary", None)
+    kind = getattr(summary, "summary_type", None)
+    if kind not in ("last", "mean"):
+        return ()
+    return (
+        f"{type(net).__name__} reads padding too (summary_type {kind!r}): a result depends on which"
+        " texts share a batch; model.config.summary_type: first reads the first token alone",
+    )
+
+
+def check_vocabulary(net: nn.Module, tokenizer: Any, config: Any | None) -> None:
+    """Reject a tokenizer with words that the model has no embedding for.
+
+    Tokens that were added to a tokenizer (for images, for unused roles) may exceed the table:
+    `check_tokens` rejects texts in which they occur.
+
+    The padding token is that of the model's configuration; without one, it is not checked.
+
+    Raises:
+        ModelError: the largest token, or the padding token, exceeds the table.
+    """
+    rows = _embeddings(net)
+    if rows is None:
+        return
+    added = tokenizer.added_tokens_decoder
+    words = [token for token in tokenizer.get_vocab().values() if token not in added]
+    largest = max(words, default=0)
+    if largest >= rows:
+        raise ModelError(
+            f"model.tokenizer: expected tokens below {rows}, the embeddings of the model, its"
+            f" largest is {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}); use the"
+            " model's own tokenizer, or a model whose embeddings were resized for this one"
+        )
+    pad = None if config is None else config.get_text_config().pad_token_id
+    if pad is not None and not 0 <= pad < rows:
+        raise ModelError(
+            f"model.config.pad_token_id: expected a token below {rows}, the embeddings of the"
+            f" model, got {pad}"
+        )
+
+
+def check_tokens(net: nn.Module, tokenizer: Any, tokens: Tokens, texts: Sequence[str]) -> None:
+    """Reject texts with a token that the model has no embedding for.
+
+    Raises:
+        ModelError: names the token and the text.
+    """
+    rows, ids = _embeddings(net), tokens["input_ids"]
+    if rows is None or ids.size == 0 or ids.max() < rows:
+        return
+    row, place = map(int, np.unravel_index(ids.argmax(), ids.shape))
+    token = int(ids[row, place])
+    raise ModelError(
+        f"model.tokenizer: expected tokens below {rows}, the embeddings of the model, got {token}"
+        f" ({tokenizer.convert_ids_to_tokens(token)!r}) in the text {texts[row][:_SHOWN]!r}; remove"
+        " it from the texts, use the model's own tokenizer, or a model whose embeddings were"
+        " resized for this one"
+    )
+
+
+def check_length(model: Model, config: Any, longest: int) -> None:
+    """Reject texts of `longest` tokens if the model has a table of fewer positions.
+
+    Raises:
+        ModelError: the model has fewer positions.
+    """
+    named = getattr(config, "max_position_embeddings", None)
+    if not isinstance(named, int) or longest <= named - _SPARE:
+        return
+    for table in _position_tables(sources.skeleton(model, config)):
+        first = 0 if table.padding_idx is None else table.padding_idx + 1
+        if longest > table.num_embeddings - first:
+            raise ModelError(
+                f"data.max_length: expected at most {table.num_embeddings - first}, the positions"
+                f" of the model, the longest text has {longest} tokens"
+            )
+
+
+def _embeddings(net: nn.Module) -> int | None:
+    """Return how many tokens the model has embeddings for; None where that is not known."""
+    try:
+        table: Any = net.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:
+        return None
+    return table.num_embeddings if isinstance(table, nn.Embedding) else None
+
+
+def _position_tables(net: nn.Module) -> list[nn.Embedding]:
+    return [
+        module
+        for name, module in net.named_modules()
+        if isinstance(module, nn.Embedding) and name.endswith(_POSITIONS)
+    ]

@@ -1,0 +1,1 @@
+"""Reports: figures, plots and HTML pages of runs."""

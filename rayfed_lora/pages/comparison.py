@@ -1,0 +1,243 @@
+"""A comparison of runs that differ in method and seed: its tables. Source: this project."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
+from rayfed_lora.errors import RunError, RunFolderError
+from rayfed_lora.pages.csv_text import csv_bytes
+from rayfed_lora.pages.curves import accuracies_of_clients
+from rayfed_lora.pages.plots import write_plots
+from rayfed_lora.pages.report import report_html
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs import checksums, seals
+from rayfed_lora.runs.damage import damaged
+from rayfed_lora.runs.labelled_runs import read_failed, read_runs
+from rayfed_lora.runs.reading import REPORT_FILE, rounds_so_far
+from rayfed_lora.runs.status import Status
+from rayfed_lora.storage import RunFolder
+
+# Default target: this share of the best accuracy.
+_TARGET_SHARE = 0.95
+# Accuracies on clients' own examples, of the last model and of their own models: columns of `runs`
+# and keys of the summary.
+_OF_CLIENTS = {
+    "clients_accuracy": "accuracy_mean",
+    "clients_accuracy_worst_tenth": "accuracy_worst_tenth",
+    "personal_accuracy": "personal_accuracy_mean",
+    "personal_accuracy_worst_tenth": "personal_accuracy_worst_tenth",
+}
+# Columns of `runs` with a mean and a standard deviation over seeds.
+_AVERAGED = (
+    "final_accuracy",
+    "best_accuracy",
+    "final_loss",
+    "final_macro_f1",
+    "final_auc",
+    "final_perplexity",
+    *_OF_CLIENTS,
+    "total_bytes",
+    "bytes_base",
+    "reduction_vs_fedavg",
+    "reduction_vs_fedavg_with_base",
+    "accuracy_per_mb",
+    "rounds_to_target",
+    "bytes_to_target",
+    "simulated_s_to_target",
+    "wall_s",
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run of a comparison.
+
+    Attributes:
+        method: name of the preset, or of a variant by the user.
+        seed: of the run.
+        recipe: of the run.
+        location: of the run folder.
+    """
+
+    method: str
+    seed: int
+    recipe: Recipe
+    location: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A cell that has ended.
+
+    Attributes:
+        cell: the cell.
+        accuracy: of the last round, None where it failed.
+        seconds: wall time in this process; 0 where it had finished before.
+        error: the reason of a failure, or None.
+    """
+
+    cell: Cell
+    accuracy: float | None
+    seconds: float
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The progress of a comparison.
+
+    Attributes:
+        cells: number of cells.
+        running: the running cell, None between two.
+        status: of the running cell.
+        ended: the ended cells, in order.
+    """
+
+    cells: int
+    running: Cell | None = None
+    status: Status = field(default_factory=Status)
+    ended: tuple[Ended, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The tables of a comparison.
+
+    Attributes:
+        runs: one row per run: method, seed, location, error (None where it finished), metrics,
+            bytes, accuracy per MB sent, rounds, bytes and simulated seconds to the target (missing
+            where not reached), times.
+        methods: one row per method: number of finished runs, and of the columns of `runs` the mean
+            and sample standard deviation over seeds (missing with one seed).
+        rounds: rounds.parquet of all runs, with method, seed and `bytes_so_far`, up and down.
+        target: the target accuracy.
+    """
+
+    runs: pd.DataFrame
+    methods: pd.DataFrame
+    rounds: pd.DataFrame
+    target: float
+
+    @classmethod
+    def of(
+        cls, cells: Sequence[Cell], failed: Mapping[str, str], target: float | None = None
+    ) -> Comparison:
+        """Read the finished runs of a comparison.
+
+        Args:
+            cells: all of them.
+            failed: the reason, by location, of runs that did not finish.
+            target: accuracy; None: 95 % of the best accuracy of any run.
+
+        Raises:
+            RunError: none has finished.
+        """
+        found, failed = [], dict(failed)
+        for cell in cells:
+            if cell.location not in failed:
+                try:
+                    found.append((cell, *_read(cell)))
+                except (RunFolderError, ValueError, LookupError) as error:
+                    # The tables of the other runs are written all the same.
+                    failed[cell.location] = str(error)
+        if not found:
+            reasons = "\n".join(f"{location}: {why}" for location, why in failed.items())
+            raise RunError(f"no run of the comparison finished\n{reasons}")
+        rounds = pd.concat([table for _, _, table in found], ignore_index=True)
+        best = float(rounds["eval_accuracy"].max())
+        target = _TARGET_SHARE * best if target is None else target
+        rows = [_row(cell, summary, table, target) for cell, summary, table in found]
+        rows += [
+            {
+                "method": cell.method,
+                "seed": cell.seed,
+                "location": cell.location,
+                "error": failed[cell.location],
+            }
+            for cell in cells
+            if cell.location in failed
+        ]
+        runs = pd.DataFrame(rows)
+        return cls(runs, _methods(runs), rounds, target)
+
+    def write(self, folder: RunFolder) -> None:
+        """Write runs, methods and rounds as Parquet and CSV, their plots, and the report.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        for name in ("runs", "methods", "rounds"):
+            table: pd.DataFrame = getattr(self, name)
+            seals.write_table(
+                folder, f"{name}.parquet", pa.Table.from_pandas(table, preserve_index=False)
+            )
+            # Ranks by module are in the Parquet file only.
+            flat = table.drop(columns="ranks", errors="ignore")
+            folder.write(f"{name}.csv", csv_bytes(flat))
+        runs = read_runs([folder.location], own=True)
+        write_plots(folder, self.rounds, accuracies_of_clients(runs))
+        page = report_html(runs, read_failed([folder.location]))
+        folder.write(REPORT_FILE, page.encode())
+
+
+def _read(cell: Cell) -> tuple[Mapping[str, Any], pd.DataFrame]:
+    folder = RunFolder(cell.location)
+    summary = checksums.read_summary(folder)
+    if summary is None:
+        raise damaged(folder, checksums.SUMMARY_FILE, "it is missing")
+    rounds = rounds_so_far(folder)
+    rounds.insert(0, "method", cell.method)
+    rounds.insert(1, "seed", cell.seed)
+    return summary, rounds
+
+
+def _row(
+    cell: Cell, summary: Mapping[str, Any], rounds: pd.DataFrame, target: float
+) -> dict[str, Any]:
+    final, best, sent = summary["final"], summary["best"], summary["communication"]
+    on_clients = summary.get("clients") or {}
+    reached = rounds[rounds["eval_accuracy"] >= target].head(1)
+    return {
+        "method": cell.method,
+        "seed": cell.seed,
+        "location": cell.location,
+        "error": None,
+        "final_accuracy": final["eval_accuracy"],
+        "best_accuracy": best["eval_accuracy"],
+        "final_loss": final["eval_loss"],
+        "final_macro_f1": final["eval_macro_f1"],
+        "final_auc": final["eval_auc"],
+        "final_perplexity": final["eval_perplexity"],
+        **{name: on_clients.get(key) for name, key in _OF_CLIENTS.items()},
+        "total_bytes": sent["total_bytes"],
+        "bytes_base": sent["bytes_base"],
+        "reduction_vs_fedavg": sent["reduction_vs_fedavg"],
+        "reduction_vs_fedavg_with_base": sent["reduction_vs_fedavg_with_base"],
+        "accuracy_per_mb": final["eval_accuracy"] / (sent["total_bytes"] / 1e6),
+        "rounds_to_target": None if reached.empty else int(reached["round"].iloc[0]) + 1,
+        "bytes_to_target": None if reached.empty else int(reached["bytes_so_far"].iloc[0]),
+        # Also missing where no time is simulated.
+        "simulated_s_to_target": None if reached.empty else reached["simulated_so_far"].iloc[0],
+        "wall_s": summary["timing"]["wall_s"],
+        "failed_clients": summary["failed_clients"],
+        "adapter_sha256": summary["adapter_sha256"],
+    }
+
+
+def _methods(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return mean and standard deviation over the finished seeds, methods in their first order."""
+    done = runs[runs["error"].isna()]
+    groups = done.groupby("method", sort=False)
+    columns: dict[str, Any] = {"runs": groups.size()}
+    for name in _AVERAGED:
+        values = groups[name]
+        # No mean where some seed did not reach the target.
+        whole = values.count() == groups.size()
+        columns[f"{name}_mean"] = values.mean().where(whole)
+        columns[f"{name}_std"] = values.std().where(whole)
+    return pd.DataFrame(columns).reset_index()

@@ -1,0 +1,207 @@
+"""The report of runs: one self-contained HTML file. Source: this project."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
+from rayfed_lora.client_names import client_label
+from rayfed_lora.errors import BadInputError, RunFolderError
+from rayfed_lora.locations import child, parent
+from rayfed_lora.pages.figures import figures, partitions
+from rayfed_lora.pages.page import Rows, even, page, shown
+from rayfed_lora.pages.search import TRIALS_FILE, read_search, search_html
+from rayfed_lora.runs.client_rows import CLIENT_NAME
+from rayfed_lora.runs.labelled_runs import FailedRun, read_failed, read_runs
+from rayfed_lora.runs.reading import REPORT_FILE, RunData
+from rayfed_lora.runs.summary import client_summary
+from rayfed_lora.runs.tables import PROPOSAL_COLUMNS
+from rayfed_lora.storage import RunFolder
+from rayfed_lora.units import duration, megabytes, percent
+
+_WORST = 50
+
+
+def report(locations: Sequence[str], to: str | None = None) -> str:
+    """Write the report of runs and comparisons, or of a search.
+
+    Args:
+        locations: folders or URIs; the folder of a search must be the only one.
+        to: path or URI of the file; None: report.html in the only folder, or in the current one.
+
+    Returns:
+        The location of the file.
+
+    Raises:
+        BadInputError: no location, or `to` does not end in .html.
+        RunFolderError: one of them has nothing to report.
+        RunError: the file cannot be written.
+    """
+    if not locations:
+        raise BadInputError("report: expected at least one run folder, got none")
+    if to is None:
+        to = child(locations[0], REPORT_FILE) if len(locations) == 1 else REPORT_FILE
+    folder, name = parent(to)
+    if not name.endswith(".html"):
+        raise BadInputError(f"--out: expected a file that ends in .html, got {to!r}")
+    try:
+        content = _content(locations).encode()
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise RunFolderError(
+            f"{', '.join(locations)}: expected folders as rayfed-lora writes them; their"
+            f" content cannot be shown: {type(error).__name__}: {error}"
+        ) from error
+    RunFolder(folder).write(name, content)
+    return to
+
+
+def _content(locations: Sequence[str]) -> str:
+    searches = [location for location in locations if RunFolder(location).exists(TRIALS_FILE)]
+    if not searches:
+        return report_html(read_runs(locations), read_failed(locations))
+    if len(locations) > 1:
+        raise BadInputError(
+            f"report: expected the folder of a search alone, got {searches[0]} and others; its"
+            " trials are run folders as well"
+        )
+    return search_html(read_search(RunFolder(locations[0]).confined()))
+
+
+def report_html(runs: Sequence[RunData], failed: Sequence[FailedRun] = ()) -> str:
+    """Return the page.
+
+    Args:
+        runs: at least one.
+        failed: runs of a comparison that did not finish.
+    """
+    unfinished = [{"run": f.label, "seed": str(f.seed), "error": f.error} for f in failed]
+    several = len(runs) > 1
+    return page(
+        f"{len(runs)} runs" if several else runs[0].name,
+        "curves are means over seeds, bands one standard deviation" if several else "",
+        even([_overview(run) for run in runs]),
+        figures(runs),
+        partitions(runs),
+        clients=even([row for run in runs for row in _clients(run)]),
+        failures=even([*unfinished, *(row for run in runs for row in _failures(run))]),
+        runs=[(run, _details(run)) for run in runs],
+    )
+
+
+def _overview(run: RunData) -> dict[str, str]:
+    facts = {
+        "run": run.label,
+        "method": run.method,
+        "seed": str(run.seed),
+        "rounds": str(len(run.rounds)),
+    }
+    if run.summary is None:
+        return {**facts, "final accuracy": "not finished"}
+    final, best = run.summary["final"], run.summary["best"]
+    sent, timing = run.summary["communication"], run.summary["timing"]
+    return {
+        **facts,
+        "final accuracy": shown(final["eval_accuracy"]),
+        "best": f"{shown(best['eval_accuracy'])} (round {best['round'] + 1})",
+        "macro F1": shown(final["eval_macro_f1"]),
+        "AUC": shown(final["eval_auc"]),
+        "loss": shown(final["eval_loss"]),
+        "perplexity": shown(final["eval_perplexity"]),
+        "sent": megabytes(sent["total_bytes"]),
+        "less than FedAvg": percent(sent["reduction_vs_fedavg"]),
+        "failed": str(run.failed),
+        "time": duration(timing["wall_s"]),
+        **_simulated(run.summary.get("simulation")),
+    }
+
+
+def _simulated(simulation: Mapping[str, Any] | None) -> dict[str, str]:
+    if simulation is None:
+        return {}
+    return {
+        "simulated time": duration(simulation["total_s"]),
+        "dropped clients": str(simulation["dropped_clients"]),
+    }
+
+
+def _details(run: RunData) -> dict[str, Rows]:
+    """Return the tables of one run, by title."""
+    found = {
+        "Communication": _bill(run.summary["communication"]) if run.summary else [],
+        "Annealing record": _proposals(run.rounds),
+        "The worst 10 % of clients": _worst(run.tests),
+        "Notes": _notes(run),
+        "Versions": [dict(run.summary["versions"])] if run.summary else [],
+    }
+    return {title: rows for title, rows in found.items() if rows}
+
+
+def _bill(communication: Mapping[str, Any]) -> Rows:
+    rows = []
+    for name, value in communication.items():
+        shown = percent(value) if name.startswith("reduction") else megabytes(value or 0)
+        rows.append({"": name.replace("_", " "), "whole run": shown})
+    return rows
+
+
+def _proposals(rounds: pd.DataFrame) -> Rows:
+    found = rounds[rounds["verdict"].notna()]
+    return _rows(found[["round", *PROPOSAL_COLUMNS]].assign(round=found["round"] + 1))
+
+
+def _clients(run: RunData) -> Rows:
+    """Return the spread of a run's accuracy over its clients."""
+    if run.tests.empty:
+        return []
+    spread = client_summary(pa.Table.from_pandas(run.tests, preserve_index=False))
+    numbers = {name.replace("_", " "): shown(value) for name, value in spread.items()}
+    return [{"run": run.label, "seed": str(run.seed), **numbers}]
+
+
+def _worst(tests: pd.DataFrame) -> Rows:
+    if tests.empty:
+        return []
+    tenth = tests.nsmallest(max(len(tests) // 10, 1), "accuracy").head(_WORST)
+    return _rows(tenth.drop(columns="round"))
+
+
+def _rows(table: pd.DataFrame) -> Rows:
+    """Return the rows of a table, but for its empty columns."""
+    return [
+        {str(name).replace("_", " "): shown(value) for name, value in row.items()}
+        for row in table.dropna(axis="columns", how="all").to_dict("records")
+    ]
+
+
+def _notes(run: RunData) -> Rows:
+    """Return the notes of a run; those of failed clients are in the table of failures."""
+    failed = {f"{_client(row)} failed: {row['error']}" for row in run.failures.to_dict("records")}
+    return [
+        {"round": str(row["round"] + 1), "note": str(row["text"])}
+        for row in run.notes.to_dict("records")
+        if row["text"] not in failed
+    ]
+
+
+def _client(row: Mapping[Any, Any]) -> str:
+    """Return the label of a row's client, as in the notes of the run."""
+    name = row.get(CLIENT_NAME)
+    return client_label(row["client"], None if name is None else {row["client"]: name})
+
+
+def _failures(run: RunData) -> Rows:
+    rows = [
+        {
+            "run": run.label,
+            "seed": str(run.seed),
+            "round": str(row["round"] + 1),
+            "client": _client(row).removeprefix("client "),
+            "error": str(row["error"]),
+        }
+        for row in run.failures.to_dict("records")
+    ]
+    left = run.failed - len(rows)
+    return rows if left == 0 else [*rows, {"run": run.label, "error": f"and {left} more"}]

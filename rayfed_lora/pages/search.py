@@ -1,0 +1,191 @@
+"""The report of a search: trials, Pareto front, drawn values and objectives.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from rayfed_lora.errors import RunFolderError
+from rayfed_lora.locations import child
+from rayfed_lora.pages.curves import measure, short
+from rayfed_lora.pages.figures import LOG_BYTES, Figure, curve_figures, framed
+from rayfed_lora.pages.page import even, page, shown
+from rayfed_lora.recipe.yaml_text import parse_yaml
+from rayfed_lora.runs import seals
+from rayfed_lora.runs.checked import table
+from rayfed_lora.runs.reading import rounds_so_far
+from rayfed_lora.storage import RunFolder
+from rayfed_lora.units import megabytes
+
+TRIALS_FILE = "trials.parquet"
+SEARCH_FILE = "search.yaml"
+# More curves are not distinguishable.
+_MOST_CURVES = 24
+
+
+@dataclass(frozen=True)
+class SearchNews:
+    """An update on a search for its observers.
+
+    Attributes:
+        trials: number of trials so far.
+        running: finished rounds of each running trial.
+        ended: trial and outcome, where one has just ended; else None.
+        warning: a line for the user, or None.
+    """
+
+    trials: int = 0
+    running: Mapping[str, int] = field(default_factory=dict)
+    ended: tuple[str, str] | None = None
+    warning: str | None = None
+
+
+Watch = Callable[[SearchNews], None]
+
+
+@dataclass(frozen=True)
+class SearchData:
+    """A search as its report shows it.
+
+    Attributes:
+        name: of the recipe.
+        objectives: max or min by metric.
+        drawn: recipe keys with drawn values.
+        trials: rows of trials.parquet.
+        rounds: rows of rounds.parquet of the best trials, with the trial as `method`.
+    """
+
+    name: str
+    objectives: Mapping[str, str]
+    drawn: tuple[str, ...]
+    trials: pd.DataFrame
+    rounds: pd.DataFrame
+
+
+def read_search(folder: RunFolder) -> SearchData:
+    """Read a search's folder.
+
+    Raises:
+        RunFolderError: something is missing or damaged.
+    """
+    try:
+        search = parse_yaml(folder.location, seals.text(folder, SEARCH_FILE))
+        trials = table(folder, TRIALS_FILE).to_pandas()
+        space, recipe = search["space"], search["recipe"]
+        objectives = dict(space["objectives"])
+        first, mode = next(iter(objectives.items()))
+        ran = trials[trials["round"].notna()].sort_values(first, ascending=mode == "min")
+        # Not the recorded location: the folder may have been moved.
+        folders = {
+            trial: RunFolder(child(folder.location, "trials", trial))
+            for trial in ran["trial"]
+            # In a confined folder this rejects links that lead out of it.
+            if folder.exists(f"trials/{trial}")
+        }
+        # A trial that failed early may have saved nothing.
+        kept = [trial for trial, own in folders.items() if own.exists("rounds.parquet")]
+        failed = {*trials.loc[trials["status"] == "failed", "trial"]}
+        rounds = []
+        for trial in kept[:_MOST_CURVES]:
+            try:
+                own = rounds_so_far(folders[trial])
+            except RunFolderError:
+                # The table of trials gives the reason.
+                if trial not in failed:
+                    raise
+            else:
+                rounds.append(own.assign(method=trial, seed=recipe["seed"]))
+        drawn = tuple({**space["parameters"], **space["rounds"]})
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RunFolderError(f"{folder.location} cannot be read: {error}") from error
+    return SearchData(
+        recipe["name"], objectives, drawn, trials, pd.concat(rounds, ignore_index=True)
+    )
+
+
+def search_html(search: SearchData) -> str:
+    """Return the page of a search."""
+    counts = search.trials["status"].value_counts().to_dict()
+    said = ", ".join(f"{count} {status}" for status, count in counts.items())
+    failed = search.trials[search.trials["error"].notna()]
+    return page(
+        f"search over {search.name}",
+        f"{len(search.trials)} trials: {said}",
+        even([_row(search, row) for row in search.trials.to_dict("records")]),
+        _figures(search),
+        failures=[
+            {"trial": str(row["trial"]), "error": str(row["error"])}
+            for row in failed.to_dict("records")
+        ],
+    )
+
+
+def _row(search: SearchData, row: Mapping[Any, Any]) -> dict[str, str]:
+    facts = {"trial": str(row["trial"]), "status": str(row["status"])}
+    facts |= {"front": "yes" if row["on_front"] else ""} if len(search.objectives) > 1 else {}
+    for name in search.objectives:
+        value = row[name]
+        sent = "bytes" in name and pd.notna(value)
+        facts[short(name)] = megabytes(value) if sent else shown(value)
+    return {**facts, **{short(key): shown(row[key]) for key in search.drawn}}
+
+
+def _figures(search: SearchData) -> Iterator[tuple[str, Figure]]:
+    done = search.trials[search.trials["status"] == "finished"]
+    names = list(search.objectives)
+    if len(names) > 1:
+        yield "Pareto front", _front(done, names[0], names[1])
+    yield "Drawn values and objectives", _parallel(search, done)
+    yield from curve_figures(search.rounds, stages=False)
+
+
+def _front(done: pd.DataFrame, upper: str, across: str) -> Figure:
+    traces = []
+    for label, own in (("dominated", done[~done["on_front"]]), ("front", done[done["on_front"]])):
+        ordered = own.sort_values(across)
+        traces.append(
+            {
+                "x": measure(across, ordered[across])[1].tolist(),
+                "y": measure(upper, ordered[upper])[1].tolist(),
+                "text": ordered["trial"].tolist(),
+                "name": label,
+                "mode": "lines+markers" if label == "front" else "markers",
+                "marker": {"size": 8, "opacity": 1.0 if label == "front" else 0.4},
+                "line": {"shape": "hv", "width": 1},
+            }
+        )
+    x_label, y_label = (measure(name, done[name])[0] for name in (across, upper))
+    log = LOG_BYTES if "bytes" in across else {}
+    x, y = {"title": {"text": x_label}, **log}, {"title": {"text": y_label}}
+    return framed(traces, 400, x, y, showlegend=True)
+
+
+def _parallel(search: SearchData, done: pd.DataFrame) -> Figure:
+    """Return parallel coordinates: one axis per key and objective, one line per finished trial."""
+    keys = [key for key in search.drawn if done[key].nunique(dropna=False) > 1]
+    axes = [_axis(*measure(name, done[name])) for name in (*keys, *search.objectives)]
+    first = done[next(iter(search.objectives))]
+    colour = {"color": first.tolist(), "colorscale": "Viridis", "showscale": True}
+    trace = {"type": "parcoords", "dimensions": axes, "line": colour, "labelangle": -25}
+    margin = {"l": 70, "r": 40, "t": 110, "b": 30}
+    return framed([trace], 460, {}, {}, margin=margin, meta="wide")
+
+
+def _axis(label: str, values: pd.Series[Any]) -> dict[str, Any]:
+    if pd.api.types.is_numeric_dtype(values) and values.notna().all():
+        return {"label": label, "values": values.tolist()}
+    names = values.map(shown)
+    known = sorted(names.unique())
+    return {
+        "label": label,
+        "values": [known.index(name) for name in names],
+        "tickvals": list(range(len(known))),
+        "ticktext": known,
+        "range": [0, max(len(known) - 1, 1)],
+    }

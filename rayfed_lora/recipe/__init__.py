@@ -1,0 +1,1 @@
+"""The recipe: its sections, its checks, and where it comes from."""

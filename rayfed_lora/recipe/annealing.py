@@ -1,0 +1,117 @@
+"""The schedule of the parameter budget: sections of the recipe. Source: this project."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rayfed_lora.recipe.fields import (
+    Count,
+    Finite,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Section,
+    option,
+    section,
+)
+
+Acceptance = Literal["always", "metropolis", "target"]
+Shape = Literal["linear", "cosine", "cubic", "exponential", "logarithmic", "step", "constant"]
+
+
+class Initiating(Section):
+    """The first stage: training with a proximal term against client drift."""
+
+    rounds: Count = option(2, "length of the stage", "rounds")
+    trainable: Literal["full", "adapter", "none"] = option(
+        "full", "full: every weight | adapter: factors and head | none: skip the stage"
+    )
+    proximal_weight: NonNegative = option(
+        0.01, "mu of the proximal term (mu / 2) * ||theta - theta_received||^2"
+    )
+    lr: PositiveFloat | None = option(
+        None, "local learning rate of this stage; null: `clients.optimizer.lr`"
+    )
+
+
+class Heating(Section):
+    """The stage at the high parameter budget."""
+
+    rounds: Count = option(4, "length of the stage", "rounds")
+    rank: Count = option(16, "LoRA rank R0", "rank")
+    shape: Literal["hold", "ramp"] = option(
+        "hold", "hold: R0 throughout | ramp: linearly from cooling.rank up to R0"
+    )
+
+
+class Cooling(Section):
+    """The stage of the shrinking parameter budget."""
+
+    rounds: Count = option(10, "length of the stage", "rounds")
+    rank: Count = option(2, "LoRA rank R1 at its end", "rank")
+    shape: Shape = option("cosine", "curve from heating.rank to cooling.rank")
+    steps: Positive = option(4, "number of plateaus (shape step)", "steps")
+    residual: Literal["drop", "fold"] = option(
+        "drop", "the part of the update that a cut removes: dropped, or folded into the frozen base"
+    )
+
+
+class Holding(Section):
+    """The last stage, at the low budget."""
+
+    rounds: Count = option(4, "length of the stage", "rounds")
+
+
+class Target(Section):
+    """The metric that a lower rank must hold (acceptance target)."""
+
+    metric: Literal["accuracy", "loss"] = option("accuracy", "validation metric to watch")
+    value: Finite | None = option(None, "value to hold; null: the best one at the heating rank")
+    tolerance: NonNegative = option(
+        0.01, "how far below (loss: above) the value still counts as held"
+    )
+
+
+class Annealing(Section):
+    """The schedule of the parameter budget, the core of SA-FedLoRA."""
+
+    mode: Literal["staged", "full", "fixed"] = option(
+        "staged",
+        "staged: the four stages | full: the full model in all rounds (FedAvg) | fixed: the adapter"
+        " at heating.rank in all rounds; the number of rounds is the sum over the stages in each",
+    )
+    initiating: Initiating = section(Initiating, "regularised first rounds")
+    heating: Heating = section(Heating, "rounds at the high rank")
+    cooling: Cooling = section(Cooling, "rounds in which the rank falls")
+    holding: Holding = section(Holding, "rounds at the low rank")
+    allocation: Literal["uniform", "spectral"] = option(
+        "uniform", "uniform: one rank for all modules | spectral: by singular energy a parameter"
+    )
+    acceptance: Acceptance = option(
+        "always",
+        "when a lower rank is accepted: always | metropolis: by Metropolis' rule | target: while"
+        " a target holds",
+    )
+    temperature: PositiveFloat = option(0.05, "first temperature (metropolis)", "nats of loss")
+    temperature_decay: Annotated[float, Field(gt=0.0, le=1.0)] = option(
+        0.8, "factor on the temperature for each cooling round (metropolis)"
+    )
+    target: Target = section(Target, "the metric that acceptance target holds")
+
+    @property
+    def feedback(self) -> Acceptance:
+        """The acceptance rule in force: `always` where ranks never fall."""
+        return self.acceptance if self.mode == "staged" else "always"
+
+    @property
+    def initiating_rounds(self) -> int:
+        """Rounds of the initiating stage, 0 where it is skipped."""
+        return 0 if self.initiating.trainable == "none" else self.initiating.rounds
+
+    @property
+    def total_rounds(self) -> int:
+        """T, the number of communication rounds."""
+        rest = self.heating.rounds + self.cooling.rounds + self.holding.rounds
+        return self.initiating_rounds + rest

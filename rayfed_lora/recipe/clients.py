@@ -1,0 +1,113 @@
+"""The cohort and local training: sections of the recipe. Source: this project."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from rayfed_lora.recipe.devices import Availability, OwnNumber, also_plain, own_number, short_for
+from rayfed_lora.recipe.fields import (
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Section,
+    option,
+    section,
+)
+
+
+class Optimizer(Section):
+    """The clients' optimiser, created for each client and round."""
+
+    name: Literal["sgd", "adamw"] = option("sgd", "sgd | adamw")
+    lr: PositiveFloat = option(0.05, "learning rate")
+    momentum: Fraction = option(0.0, "momentum (sgd)")
+    weight_decay: NonNegative = option(0.0, "weight decay (decoupled for adamw)")
+
+
+class LrSchedule(Section):
+    """The learning rate over rounds, as a factor on the stage's learning rate."""
+
+    shape: Literal["constant", "linear", "cosine"] = option(
+        "constant", "curve from 1 down to `final_factor` over the rounds after the warm-up"
+    )
+    final_factor: Annotated[float, Field(gt=0.0, le=1.0)] = option(0.1, "factor in the last round")
+    warmup_rounds: Count = option(0, "rounds of linear rise to 1 at the start", "rounds")
+
+
+Ranks = Annotated[list[Positive], Field(min_length=1)]
+RankShares = Annotated[dict[Positive, PositiveFloat], Field(min_length=1)]
+
+
+class Clients(Section):
+    """The cohort of a round, and how a client trains."""
+
+    per_round: Positive | Annotated[float, Field(gt=0.0, le=1.0)] = option(
+        10, "cohort size: a number of clients, or a share of all such as 0.2", "clients"
+    )
+    local_steps: Positive | None = option(
+        None, "optimiser steps a round (default 5 where local_epochs is not given)", "steps"
+    )
+    local_epochs: Positive | None = option(None, "passes over the client's own examples", "epochs")
+    batch_size: Positive = option(16, "examples a step; a client with fewer uses all", "examples")
+    optimizer: Optimizer = section(Optimizer, "local optimiser")
+    lr_schedule: LrSchedule = section(LrSchedule, "learning rate over rounds")
+    max_grad_norm: PositiveFloat | None = option(None, "clip the gradient's 2-norm; null: never")
+    max_failed: Count | Annotated[float, Field(gt=0.0, lt=1.0)] = option(
+        0,
+        "how many clients of a round may raise an error, and be left out, before the run ends: a"
+        " number, or a share of the cohort",
+        "clients",
+    )
+    over_select: Annotated[float, Field(ge=1.0, le=1000.0)] = option(
+        1.0,
+        "draw this many times `per_round` clients, and use the first `per_round` updates that"
+        " arrive by the simulated clock",
+    )
+    deadline_s: PositiveFloat | None = option(
+        None, "longest wait of a round, by the simulated clock; null: for all clients", "s"
+    )
+    availability: Annotated[Availability, short_for({float: "dropout", str: "trace"})] = Field(
+        default_factory=Availability,
+        description="when clients can be reached; a number: probability of leaving during a round;"
+        " a text: file of a trace",
+        json_schema_extra=lambda schema: also_plain(schema, "number", "string"),
+    )
+    speed: OwnNumber = own_number(
+        "examples that a client trains the adapter on in a second (a full model takes 1.5 times as"
+        " long); null: training takes no time",
+        "examples/s",
+    )
+    ranks: Positive | Ranks | RankShares | None = option(
+        None,
+        "largest rank that a client can train: a number for all | a list, dealt to clients in turn"
+        " | ranks with their shares, drawn from the seed, e.g. {4: 0.5, 16: 0.5}; null: no limit",
+        "rank",
+    )
+
+    @field_validator("ranks", mode="before")
+    @classmethod
+    def _numbers_as_keys(cls, value: Any) -> Any:
+        """Accept keys that JSON and some YAML writers quote."""
+        if not isinstance(value, Mapping):
+            return value
+        return {
+            int(key) if isinstance(key, str) and key.isdecimal() else key: share
+            for key, share in value.items()
+        }
+
+    @property
+    def steps(self) -> int | None:
+        """Local steps a round, or None where the length is given in epochs."""
+        return (self.local_steps or 5) if self.local_epochs is None else None
+
+    @property
+    def lowest_rank(self) -> int | None:
+        """The smallest limit of `ranks`, or None without limits."""
+        if self.ranks is None or isinstance(self.ranks, int):
+            return self.ranks
+        return min(self.ranks)

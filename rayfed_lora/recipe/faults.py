@@ -1,0 +1,188 @@
+"""Validation of a recipe's values, with one error that lists every fault.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import typing
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from rayfed_lora.errors import Fault, RecipeError
+from rayfed_lora.recipe.conflict import ConflictError
+from rayfed_lora.recipe.fields import ENDPOINTS
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.recipe.yaml_text import MOST_SHOWN, shortened
+
+_MAX_PASSES = 8
+# The error lists at most this many faults of one pass.
+_MOST_FAULTS = 100
+
+
+def validated(name: str, raw: dict[str, Any], endpoints: Collection[str]) -> Recipe:
+    """Return the recipe of some values.
+
+    Faulty values are dropped and the rest is validated again, so that faults hidden behind others
+    are found too.
+
+    Args:
+        name: of the recipe, for the error.
+        raw: nested plain values.
+        endpoints: of object stores that the user has named; see `endpoints`.
+
+    Raises:
+        RecipeError: the values have faults; all are listed.
+    """
+    faults: list[Fault] = []
+    rest = raw
+    for _ in range(_MAX_PASSES):
+        try:
+            recipe = Recipe.model_validate(rest, context={ENDPOINTS: endpoints})
+        except ValidationError as error:
+            meant = [fault.nearest for fault in faults if fault.nearest and fault.came is None]
+            conflicts = _conflicts(error, [*meant, *(fault.path for fault in faults)])
+            if conflicts is not None:
+                faults += conflicts
+                break
+            found = _faults(error)
+            faults += [f for f in found if f.path not in {seen.path for seen in faults}]
+            for location in {_location(e["loc"]) for e in error.errors()[:_MOST_FAULTS]}:
+                rest = _without(rest, location)
+        else:
+            if not faults:
+                return recipe
+            break
+    raise RecipeError(name, faults)
+
+
+def fields_of(node: Any) -> dict[str, Any] | None:
+    """Return the annotations of a section's keys, None where `node` is not a section's type."""
+    # The location of an optional section does not name the union's member.
+    members = [member for member in typing.get_args(node) if member is not type(None)]
+    node = members[0] if len(members) == 1 else node
+    if isinstance(node, type) and issubclass(node, BaseModel):
+        return {key: info.annotation for key, info in node.model_fields.items()}
+    return None
+
+
+def closest(word: str, known: Sequence[str], cutoff: float = 0.5) -> str | None:
+    """Return the known word most similar to a given one, None where none is similar."""
+    if len(word) > MOST_SHOWN:
+        return None
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
+    return matches[0] if matches else None
+
+
+def _conflicts(error: ValidationError, faulty: Sequence[str]) -> list[Fault] | None:
+    """Return the conflicts of an error that do not involve a faulty value.
+
+    None where the error is not about conflicts.
+    """
+    cause = error.errors()[0].get("ctx", {}).get("error")
+    if not isinstance(cause, ConflictError):
+        return None
+    return [
+        Fault(conflict.paths[0], conflict.message)
+        for conflict in cause.conflicts
+        if not any(_overlap(path, fault) for path in conflict.paths for fault in faulty)
+    ]
+
+
+def _overlap(path: str, other: str) -> bool:
+    return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
+
+
+def _faults(error: ValidationError) -> Iterator[Fault]:
+    """Yield one fault for each location of an error."""
+    by_path: dict[tuple[str, ...], list[Any]] = {}
+    for entry in error.errors()[:_MOST_FAULTS]:
+        by_path.setdefault(_location(entry["loc"]), []).append(entry)
+    for path, entries in by_path.items():
+        yield _fault(path, entries)
+
+
+def _fault(path: tuple[str, ...], entries: Sequence[Any]) -> Fault:
+    dotted = ".".join(path) or "recipe"
+    first = entries[0]
+    if first["type"] == "extra_forbidden":
+        siblings = _known_keys(path[:-1])
+        expected = f"unknown key; known here: {', '.join(siblings)}"
+        return Fault(dotted, expected, None, _nearest_key(path, siblings))
+    if first["type"] == "missing":
+        return Fault(dotted, "this key is required, and is missing")
+    expected = " or ".join(dict.fromkeys(_expectation(e) for e in entries))
+    value = first["input"]
+    nearest = None
+    if isinstance(value, str):
+        nearest = closest(value, [name for e in entries for name in _literal_values(e)])
+    return Fault(dotted, expected, shortened(json.dumps(value, default=repr)), nearest)
+
+
+def _expectation(entry: Any) -> str:
+    if entry["type"] == "model_type":
+        return "expected a mapping of its keys"
+    message = str(entry["msg"])
+    return message.replace("Input should be", "expected").replace("Input should", "expected to")
+
+
+def _literal_values(entry: Any) -> list[str]:
+    expected = str(entry.get("ctx", {}).get("expected", ""))
+    parts = [part.strip(" '") for part in expected.replace(" or ", ",").split(",")]
+    return [part for part in parts if part]
+
+
+def _location(loc: Sequence[int | str]) -> tuple[str, ...]:
+    """Return the key path of a pydantic location, without its names of union members."""
+    path: list[str] = []
+    node: Any = Recipe
+    for part in loc:
+        fields = fields_of(node)
+        if fields is None or not isinstance(part, str):
+            break
+        path.append(part)
+        node = fields.get(part)
+    return tuple(path)
+
+
+def _known_keys(path: Sequence[str]) -> list[str]:
+    node: Any = Recipe
+    for part in path:
+        node = (fields_of(node) or {}).get(part)
+    return list(fields_of(node) or {})
+
+
+def _all_paths(node: Any = Recipe, prefix: str = "") -> list[str]:
+    paths = []
+    for key, kind in (fields_of(node) or {}).items():
+        paths.append(f"{prefix}{key}")
+        paths += _all_paths(kind, f"{prefix}{key}.")
+    return paths
+
+
+def _nearest_key(path: tuple[str, ...], siblings: list[str]) -> str | None:
+    """Return the known key meant: one beside it, else one of that name, the closest first."""
+    here = closest(path[-1], siblings)
+    if here is not None:
+        return ".".join((*path[:-1], here))
+    same_name = [p for p in _all_paths() if p.rsplit(".", 1)[-1] == path[-1]]
+    if same_name:
+        return max(same_name, key=lambda p: p.split(".")[: len(path) - 1] == list(path[:-1]))
+    written = ".".join(path)
+    return closest(written, [p for p in _all_paths() if not written.startswith(f"{p}.")], 0.75)
+
+
+def _without(raw: Any, path: tuple[str, ...]) -> Any:
+    """Return `raw` without the value at `path`; a valid model in place of a faulty one."""
+    if not isinstance(raw, Mapping) or not path:
+        return raw
+    head, *tail = path
+    if head == "model" and not tail:
+        return {**raw, "model": {"config": {"architecture": "vit"}}}
+    if not tail:
+        return {k: v for k, v in raw.items() if k != head}
+    return {k: _without(v, tuple(tail)) if k == head else v for k, v in raw.items()}

@@ -1,0 +1,144 @@
+"""Recipes from files, mappings and Python, with presets and `--set`.
+
+Layers, each winning over the one before: defaults, the preset of the recipe's `method`, the
+recipe's own keys, the preset of a `method` named by `--set`, the other `--set` values.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from rayfed_lora.endpoints import named_in
+from rayfed_lora.errors import Fault, RecipeError
+from rayfed_lora.recipe.faults import fields_of, validated
+from rayfed_lora.recipe.layers import keeps_method, layered, nested, override_pairs
+from rayfed_lora.recipe.nested import changes, key_paths, merged
+from rayfed_lora.recipe.plain_values import plain, values_of
+from rayfed_lora.recipe.presets import method_of, task_defaults
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.recipe.shipped_recipes import shipped_text
+from rayfed_lora.recipe.yaml_text import check_size, parse_yaml, read_text, yaml_text
+
+
+def load_recipe(
+    source: str | Path | Mapping[str, Any] | Recipe,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    variant: Mapping[str, Any] | None = None,
+    *,
+    endpoints: Collection[str] | None = None,
+) -> Recipe:
+    """Return the validated recipe.
+
+    Args:
+        source: a shipped recipe's name, a path to a YAML file, the mapping itself, or a recipe: its
+            values are checked again, since a copy may have been changed. A copy that names another
+            method than it was made for gets that method's preset.
+        overrides: `key.path=value` texts (values in YAML) or a mapping of key paths to values.
+        variant: the values by key path that distinguish one variant of that recipe. A method that
+            it names brings its preset, which wins over `source` and `overrides`.
+        endpoints: of object stores, named by the user: requests to them carry credentials. None:
+            those of `overrides`, of `variant`, and of a `Recipe`; never those of a file or mapping.
+
+    Raises:
+        RecipeError: the file cannot be read, is not YAML, or has faults; all are listed.
+    """
+    name, raw = _read(source)
+    check_size(name, raw)
+    raw = given = plain(raw)
+    pairs = (
+        list(overrides.items())
+        if isinstance(overrides, Mapping)
+        else override_pairs(name, overrides)
+    )
+    settings, own = nested(name, pairs), nested(name, (variant or {}).items())
+    changed: dict[str, Any] = {}
+    if endpoints is None:
+        endpoints = named_in(settings) | named_in(own)
+        endpoints |= named_in(raw) if isinstance(source, Recipe) else frozenset()
+    if isinstance(source, Recipe) and source.preset != source.method:
+        # `model.config` has no preset, and may have lost keys: it is taken as it is.
+        made = {**source.made, "model": raw["model"]}
+        changed = changes(made, raw)
+        raw = layered(made, changed)
+    if variant is None:
+        content = layered(raw, settings)
+    else:
+        # The preset of a method that stays may depend on the variant: it is applied below it.
+        raw = merged(raw, settings) if keeps_method(raw, settings) else layered(raw, settings)
+        content = layered(raw, own)
+    recipe = validated(name, merged(task_defaults(content), content), endpoints)
+    asked = frozenset([*(path for path, _ in pairs), *(variant or {}), *key_paths(changed)])
+    own_method = source.preset if isinstance(source, Recipe) else method_of(given)
+    overruled = source.overruled if isinstance(source, Recipe) else ()
+    if recipe.method != own_method:
+        if variant is not None:
+            overruled = (*overruled, *_overruled(recipe, settings))
+        return recipe.with_provenance(asked, overruled)
+    if isinstance(source, Recipe):
+        known = source.asked
+    else:
+        known = frozenset() if _is_resolved(given) else None
+    return recipe.with_provenance(None if known is None else asked | known, overruled)
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML; `load_recipe` of it gives an equal recipe."""
+    return yaml_text(recipe.model_dump(mode="json"))
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON Schema of recipes, for completion in editors."""
+    schema = Recipe.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _read(source: str | Path | Mapping[str, Any] | Recipe) -> tuple[str, dict[str, Any]]:
+    """Return a name for errors, and the nested values."""
+    if isinstance(source, Recipe):
+        return "recipe", values_of(source)
+    if isinstance(source, Mapping):
+        return "recipe", dict(source)
+    path = Path(source)
+    is_path = not isinstance(source, str) or path.suffix in {".yaml", ".yml"}
+    try:
+        is_name = not is_path and not path.exists()
+        text = shipped_text(str(source)) if is_name else read_text(path)
+    except (OSError, ValueError) as error:
+        fault = Fault("RECIPE", "a readable YAML file", f"{path}: {error}")
+        raise RecipeError(str(source), [fault]) from None
+    raw = parse_yaml(str(source), text)
+    if not isinstance(raw, dict):
+        fault = Fault("(file)", "expected a mapping of recipe keys", type(raw).__name__)
+        raise RecipeError(str(source), [fault])
+    return str(source), raw
+
+
+def _is_resolved(raw: Any, kind: Any = Recipe) -> bool:
+    """Return whether every key of a recipe is written, as `recipe_yaml` does."""
+    fields = fields_of(kind)
+    return (
+        fields is None
+        or raw is None
+        or (
+            isinstance(raw, Mapping)
+            and all(key in raw and _is_resolved(raw[key], inner) for key, inner in fields.items())
+        )
+    )
+
+
+def _overruled(recipe: Recipe, settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each setting that the preset of a variant's method overrules."""
+    for path in key_paths(settings):
+        value: Any = settings
+        found: Any = recipe
+        for key in path.split("."):
+            value = value[key]
+            found = found.get(key) if isinstance(found, Mapping) else getattr(found, key, None)
+        if not isinstance(found, BaseModel) and path != "method" and found != value:
+            yield f"{path}: {value} of --set gives way to the preset of {recipe.method}: {found}"

@@ -1,1 +1,0 @@
-"""Progress, tables, summary and plots of a run."""

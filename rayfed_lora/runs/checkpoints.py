@@ -1,0 +1,305 @@
+"""Checkpoints: safetensors and JSON, checksummed, complete only once their manifest is there.
+
+`checkpoints/round-000012/` holds the run after 12 rounds: `state.safetensors`, `state.json` and,
+written last, `manifest.json` with their SHA-256. A replaced base is kept beside them, once.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from rayfed_lora.aggregation.server_step import Moments
+from rayfed_lora.errors import RunFolderError
+from rayfed_lora.locations import child
+from rayfed_lora.storage import RunFolder
+from rayfed_lora.types import AdapterState, Base, Factors, FloatArray
+
+_FOLDER = "checkpoints"
+_FORMAT = 3
+# What files that are not as they were written may lead to.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    SafetensorError,
+    RunFolderError,
+)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything a run needs to go on exactly.
+
+    Attributes:
+        rounds: number of finished rounds.
+        state: global state.
+        base: frozen base.
+        held: by kind, (clients,) what version of it each client holds.
+        facts: JSON values: schedule feedback, ledger totals, times.
+        moments: of the server's optimiser, by tensor.
+        personal: B by module, of each client that keeps its own.
+    """
+
+    rounds: int
+    state: AdapterState
+    base: Base
+    held: Mapping[str, npt.NDArray[np.int64]]
+    facts: Mapping[str, Any]
+    moments: Moments = field(default_factory=dict)
+    personal: Mapping[int, Mapping[str, FloatArray]] = field(default_factory=dict)
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints and removes old ones."""
+
+    def __init__(self, folder: RunFolder, keep: int) -> None:
+        """Start; writes nothing.
+
+        Args:
+            folder: the run folder.
+            keep: how many of the newest checkpoints to keep, > 0.
+        """
+        self._folder = folder
+        self._keep = keep
+        self._bases: dict[int, dict[str, str]] = {}
+
+    def write(self, snapshot: Snapshot) -> None:
+        """Write a checkpoint, then remove all but the newest.
+
+        Checkpoints of later rounds, left by a sitting that this one does not go on from, are
+        removed too.
+
+        Raises:
+            RunError: the folder cannot be written; older checkpoints are untouched.
+        """
+        name = f"{_FOLDER}/{_round_name(snapshot.rounds)}"
+        tensors, scales = _flat(snapshot)
+        contents = {
+            "state.safetensors": save(tensors),
+            "state.json": _json({**snapshot.facts, **_own_facts(snapshot, scales)}),
+        }
+        base = self._write_base(snapshot.base)
+        for file, content in contents.items():
+            self._folder.write(f"{name}/{file}", content)
+        manifest = {
+            "format": _FORMAT,
+            "base": base,
+            "files": {file: _sha256(content) for file, content in contents.items()},
+        }
+        self._folder.write(f"{name}/manifest.json", _json(manifest))
+        _remove_old(self._folder, snapshot.rounds, self._keep)
+
+    def _write_base(self, base: Base) -> dict[str, str] | None:
+        """Write a replaced base once a sitting; return its name and checksum."""
+        if base.tensors is None:
+            return None
+        if base.root not in self._bases:
+            name = f"{_FOLDER}/{_base_name(base.root)}"
+            content = save({n: np.ascontiguousarray(t) for n, t in base.tensors.items()})
+            self._folder.write(name, content)
+            self._bases = {base.root: {"name": name, "sha256": _sha256(content)}}
+        return self._bases[base.root]
+
+
+def newest(folder: RunFolder, warn: Callable[[str], None]) -> Snapshot | None:
+    """Return the newest checkpoint that is whole, or None where there is none.
+
+    A half-written or damaged one is passed over with a warning. Nothing is removed.
+
+    Args:
+        folder: the run folder.
+        warn: called with one line for each checkpoint passed over.
+
+    Raises:
+        RunFolderError: there are checkpoints, but every one of them is damaged.
+    """
+    names = _names(folder)
+    faults = []
+    for name in reversed(names):
+        try:
+            return _read(folder, f"{_FOLDER}/{name}")
+        except _DAMAGE as error:
+            faults.append(f"{name}: {error}")
+            warn(f"checkpoint {name} is damaged or half written ({error}); using the one before it")
+    if any(folder.exists(f"{_FOLDER}/{name}/manifest.json") for name in names):
+        raise RunFolderError(
+            f"every checkpoint in {child(folder.location, _FOLDER)} is damaged, or of another"
+            f" version ({faults[0]})"
+        )
+    return None
+
+
+def remove_later(folder: RunFolder, rounds: int) -> None:
+    """Remove the checkpoints of later rounds, which `newest` has passed over.
+
+    Called before tables are cut back to `rounds`: `saved_rows` of a later one would miss rows.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    for name in _names(folder):
+        if name > _round_name(rounds):
+            folder.remove(f"{_FOLDER}/{name}")
+
+
+def saved_rows(folder: RunFolder) -> dict[str, int]:
+    """Return the number of rows of each table that the newest whole checkpoint goes with.
+
+    Empty where there is no checkpoint, and where older versions wrote it.
+    """
+    for name in reversed(_names(folder)):
+        try:
+            path = f"{_FOLDER}/{name}"
+            manifest = json.loads(folder.read(f"{path}/manifest.json"))
+            sha256 = manifest["files"]["state.json"]
+            facts = json.loads(_checked(folder, f"{path}/state.json", sha256))
+            return {str(table): int(rows) for table, rows in facts.get("tables", {}).items()}
+        except _DAMAGE:
+            continue
+    return {}
+
+
+def _names(folder: RunFolder) -> list[str]:
+    return [name for name in folder.names(_FOLDER) if name.startswith("round-")]
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=1).encode()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _round_name(rounds: int) -> str:
+    return f"round-{rounds:06d}"
+
+
+def _base_name(root: int) -> str:
+    return f"base-{root:06d}.safetensors"
+
+
+def _remove_old(folder: RunFolder, rounds: int, keep: int) -> None:
+    names = _names(folder)
+    # The newest of them up to this one, which may be gone: another process may own the folder now.
+    kept = [name for name in names if name <= _round_name(rounds)][-keep:]
+    for name in names:
+        if name not in kept:
+            folder.remove(f"{_FOLDER}/{name}")
+    used = {_base_of(folder, name) for name in kept}
+    for name in folder.names(_FOLDER):
+        if name.startswith("base-") and f"{_FOLDER}/{name}" not in used:
+            folder.remove(f"{_FOLDER}/{name}")
+
+
+def _base_of(folder: RunFolder, name: str) -> str | None:
+    """Return the base file that a checkpoint refers to, None where it has none or is damaged."""
+    try:
+        base = json.loads(folder.read(f"{_FOLDER}/{name}/manifest.json"))["base"]
+        return None if base is None else str(base["name"])
+    except _DAMAGE:
+        return None
+
+
+def _flat(snapshot: Snapshot) -> tuple[dict[str, npt.NDArray[Any]], dict[str, float]]:
+    """Return all tensors by a flat name, and the scales, which safetensors cannot hold."""
+    tensors: dict[str, npt.NDArray[Any]] = {f"held|{n}": v for n, v in snapshot.held.items()}
+    scales: dict[str, float] = {}
+    for name, f in snapshot.state.factors.items():
+        tensors[f"factors|{name}|a"] = np.ascontiguousarray(f.a)
+        tensors[f"factors|{name}|b"] = np.ascontiguousarray(f.b)
+        scales[name] = f.scale
+    for name, tensor in snapshot.state.dense.items():
+        tensors[f"dense|{name}"] = np.ascontiguousarray(tensor)
+    for name, tensor in snapshot.base.merged.items():
+        tensors[f"merged|{name}"] = np.ascontiguousarray(tensor)
+    for name, moments in snapshot.moments.items():
+        tensors |= {f"moment|{i}|{name}": moment for i, moment in enumerate(moments)}
+    for client, factors in snapshot.personal.items():
+        tensors |= {f"personal|{client}|{n}": np.ascontiguousarray(b) for n, b in factors.items()}
+    return tensors, scales
+
+
+def _own_facts(snapshot: Snapshot, scales: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "rounds": snapshot.rounds,
+        "base_root": snapshot.base.root,
+        "base_merges": snapshot.base.merges,
+        "scales": dict(scales),
+        "dense_order": list(snapshot.state.dense),
+    }
+
+
+def _checked(folder: RunFolder, name: str, sha256: str) -> bytes:
+    content = folder.read(name)
+    if _sha256(content) != sha256:
+        raise ValueError(f"{name} does not match its checksum")
+    return content
+
+
+def _read(folder: RunFolder, name: str) -> Snapshot:
+    manifest = json.loads(folder.read(f"{name}/manifest.json"))
+    if manifest["format"] != _FORMAT:
+        raise ValueError(f"format {manifest['format']}, this version reads {_FORMAT}")
+    contents = {f: _checked(folder, f"{name}/{f}", s) for f, s in manifest["files"].items()}
+    facts = json.loads(contents["state.json"])
+    rounds = facts["rounds"]
+    if type(rounds) is not int or not name.endswith(f"/{_round_name(rounds)}"):
+        raise ValueError(f"it is of round {rounds!r}")
+    tensors = load(contents["state.safetensors"])
+    # Orders come from the JSON: safetensors sorts its names.
+    factors = {
+        name: Factors(tensors[f"factors|{name}|a"], tensors[f"factors|{name}|b"], scale)
+        for name, scale in facts["scales"].items()
+    }
+    dense = {name: tensors[f"dense|{name}"] for name in facts["dense_order"]}
+    saved = None
+    if manifest["base"] is not None:
+        saved = load(_checked(folder, manifest["base"]["name"], manifest["base"]["sha256"]))
+    base = Base(
+        int(facts["base_root"]), saved, int(facts["base_merges"]), _named(tensors, "merged")
+    )
+    return Snapshot(
+        rounds=rounds,
+        state=AdapterState(factors, dense),
+        base=base,
+        held=_named(tensors, "held"),
+        facts=facts,
+        moments=_moments(_named(tensors, "moment")),
+        personal=_personal(_named(tensors, "personal")),
+    )
+
+
+def _named(tensors: Mapping[str, Any], group: str) -> dict[str, Any]:
+    """Return the tensors of a group, by their names inside it."""
+    prefix = f"{group}|"
+    return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _moments(flat: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    names = dict.fromkeys(name.partition("|")[2] for name in flat)
+    count = max((int(name.partition("|")[0]) + 1 for name in flat), default=0)
+    return {name: tuple(flat[f"{i}|{name}"] for i in range(count)) for name in names}
+
+
+def _personal(flat: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    found: dict[int, dict[str, Any]] = {}
+    for name, b in flat.items():
+        client, _, module = name.partition("|")
+        found.setdefault(int(client), {})[module] = b
+    return found

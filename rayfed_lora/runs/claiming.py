@@ -1,0 +1,178 @@
+"""Claims on run folders, and the run in a folder: its recipe, and whether it is complete.
+
+Source: this project (docs/design.md, "The run folder").
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rayfed_lora.endpoints import unguarded
+from rayfed_lora.errors import RecipeError, RunFolderError
+from rayfed_lora.locations import child
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.recipe.runtime import Runtime
+from rayfed_lora.recipe.yaml_text import parse_yaml
+from rayfed_lora.runs import checksums, seals
+from rayfed_lora.runs.damage import is_rewritten
+from rayfed_lora.runs.ownership import Lease, Ticket, owner_of, take
+from rayfed_lora.runs.tracking import check_tracking
+from rayfed_lora.storage import RunFolder
+
+# Keys that may change when a run is resumed: they do not affect its results.
+_FREE_KEYS: Any = {
+    "storage": True,
+    "tracking": True,
+    "runtime": set(Runtime.model_fields) - {"cohort_size", "precision"},
+}
+
+
+def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
+    """Check that a run may use the folder; write nothing but a probe.
+
+    Raises:
+        RunFolderError: it holds a run and `resume` is false, or another run, or cannot be written.
+        BadInputError: a tracker that the recipe asks for is not installed.
+    """
+    check_tracking(recipe)
+    check_content(folder, recipe, resume, owner_of(folder))
+    folder.check_writable()
+
+
+def check_content(
+    folder: RunFolder, recipe: Recipe, resume: bool, owner: str | None = None
+) -> None:
+    """Check that a run fits what the folder holds; write nothing.
+
+    Args:
+        folder: the run folder.
+        recipe: of the run.
+        resume: continue a run in the folder.
+        owner: the other process that owns the folder, for messages.
+
+    Raises:
+        RunFolderError: it holds a run and `resume` is false, or another run, or other files.
+    """
+    kept = kept_recipe(folder) if resume else None
+    if kept is not None:
+        changed = differences(kept, recipe)
+        if changed:
+            raise RunFolderError(
+                f"run folder {folder.location} holds a run of another recipe; these keys differ:"
+                f" {', '.join(changed)}"
+            )
+    elif folder.exists("recipe.yaml"):
+        raise RunFolderError(
+            f"run folder {folder.location} holds a run already; resume it with --resume,"
+            " or choose another --out"
+            if owner is None
+            else f"run folder {folder.location} holds a run, owned by {owner}: choose another --out"
+        )
+    else:
+        check_unused(folder)
+
+
+@contextmanager
+def claimed(folder: RunFolder, recipe: Recipe, resume: bool) -> Iterator[Lease]:
+    """Own a folder that `claim` has checked, and check it once more before the run starts.
+
+    The running process takes the folder over by the lease's ticket.
+
+    Raises:
+        RunFolderError: another process owns the folder, or has used it meanwhile.
+    """
+    lease = take(folder, Ticket.of_this_process(), wait=resume, tell=say)
+    try:
+        check_content(folder, recipe, resume)
+        yield lease
+    finally:
+        lease.release()
+
+
+def say(text: str) -> None:
+    """Print a line for the user before the run has a status to show it."""
+    print(f"rayfed-lora: {text}", file=sys.stderr, flush=True)
+
+
+def check_unused(folder: RunFolder) -> None:
+    """Check that a folder is new or empty; scratch files of a killed write do not count.
+
+    Raises:
+        RunFolderError: it has other files in it.
+    """
+    if any(not name.startswith(".") for name in folder.names()):
+        raise RunFolderError(
+            f"run folder {folder.location}: expected a new or empty folder, or one with a run;"
+            " it has other files in it"
+        )
+
+
+def kept_recipe(folder: RunFolder, endpoints: Collection[str] = ()) -> Recipe | None:
+    """Return the recipe of the run in a folder, None where it holds no run.
+
+    Args:
+        folder: of the run.
+        endpoints: object stores that the user has named, as for `load_recipe`.
+
+    Raises:
+        RunFolderError: it cannot be read.
+    """
+    if not folder.exists("recipe.yaml"):
+        return None
+    try:
+        raw = parse_yaml(folder.location, seals.text(folder, "recipe.yaml"))
+        if not isinstance(raw, Mapping):
+            raise ValueError(f"expected a mapping, got {type(raw).__name__}")
+        return load_recipe(raw, endpoints=endpoints)
+    except (OSError, ValueError, RecipeError) as error:
+        raise RunFolderError(
+            f"{child(folder.location, 'recipe.yaml')} cannot be read: {error}"
+        ) from None
+
+
+def differences(a: Recipe, b: Recipe) -> list[str]:
+    """Return the keys in which two recipes differ and that affect results, sorted."""
+    return sorted(_differences(a.model_dump(exclude=_FREE_KEYS), b.model_dump(exclude=_FREE_KEYS)))
+
+
+def _differences(a: Any, b: Any, path: str = "") -> list[str]:
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        keys = dict.fromkeys([*a, *b])
+        return [
+            p for k in keys for p in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)
+        ]
+    if isinstance(a, str) and isinstance(b, str):
+        # The location is the same with and without credentials.
+        a, b = unguarded(a), unguarded(b)
+    return [] if a == b else [path]
+
+
+def complete(folder: RunFolder) -> dict[str, Any] | None:
+    """Return the summary of a finished and undamaged run; None where the run has to be resumed.
+
+    A finished run with damaged files is not complete: it resumes from its last checkpoint, and
+    writes the summary and the exported model again.
+
+    Raises:
+        RunFolderError: a damaged file cannot be written again.
+    """
+    return inspected(folder)[0]
+
+
+def inspected(folder: RunFolder) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return what `complete` returns, and the files that have to be written again.
+
+    Raises:
+        RunFolderError: a damaged file cannot be written again.
+    """
+    faults = checksums.faults(folder)
+    if not faults:
+        return checksums.read_summary(folder), []
+    for name, text in faults.items():
+        if not is_rewritten(folder, name):
+            raise RunFolderError(text)
+    return None, [*faults]

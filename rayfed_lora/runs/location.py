@@ -1,0 +1,92 @@
+"""Locations of run folders, and local files that recipes name. Source: this project."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from uuid import uuid4
+
+from pydantic import BaseModel
+
+from rayfed_lora.errors import BadInputError
+from rayfed_lora.locations import is_uri
+from rayfed_lora.recipe.recipe import Recipe
+
+# Default place of Ray jobs' runs, on the head node: a job's own folder is temporary.
+JOB_RUNS = "~/rayfed-lora-runs"
+# Ray sets this variable for the command of a job only, not for its workers.
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+
+def job_id() -> str | None:
+    """Return the submission id if this process is the command of a Ray job, else None."""
+    try:
+        found = json.loads(os.environ[_JOB_CONFIG])["metadata"]["job_submission_id"]
+    except (LookupError, TypeError, ValueError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def run_location(given: str | None, name: str) -> str:
+    """Return a given location, or that of a new folder.
+
+    The name of the new folder is made of `name`, the time and a random number; it is in `runs/`, or
+    in a Ray job in `JOB_RUNS`. `~` is the home folder.
+
+    Raises:
+        BadInputError: a relative path in a Ray job.
+    """
+    in_job = job_id() is not None
+    unique = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid4().hex[:6]}"
+    location = os.path.expanduser(given or f"{JOB_RUNS if in_job else 'runs'}/{unique}")
+    if in_job:
+        refuse_relative(location)
+    return location
+
+
+def absolute_place(location: str) -> str:
+    """Return the absolute path of a folder; a URI unchanged."""
+    return location if is_uri(location) else os.path.abspath(os.path.expanduser(location))
+
+
+def refuse_relative(location: str) -> None:
+    """Check that a run folder outlives the Ray job that writes it.
+
+    Raises:
+        BadInputError: it is a relative path.
+    """
+    if not is_uri(location) and not location.startswith(("/", "~")):
+        raise BadInputError(
+            f"run folder {location!r}: expected an absolute path that the cluster's nodes see, or a"
+            " URI such as s3://bucket/runs/a: the working folder of a Ray job is temporary"
+        )
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Make the paths of local files and folders absolute: workers may run in another folder."""
+    clients = recipe.clients
+    availability = _with_absolute(clients.availability, "trace")
+    return recipe.model_copy(
+        update={
+            "clients": clients.model_copy(update={"availability": availability}),
+            "data": _with_absolute(recipe.data, "source"),
+            "model": _with_absolute(recipe.model, "source", "tokenizer"),
+        }
+    )
+
+
+def _with_absolute(section: BaseModel, *keys: str) -> BaseModel:
+    return section.model_copy(update={key: _absolute(getattr(section, key)) for key in keys})
+
+
+def _absolute(source: str | None) -> str | None:
+    """Return the absolute path of a local file or folder; anything else unchanged."""
+    if source is None:
+        return None
+    if os.path.exists(os.path.expanduser(source)):
+        source = os.path.expanduser(source)
+    # A folder that happens to have a built-in name does not hide that name.
+    is_path = Path(source).suffix or os.sep in source or Path(source, "config.json").is_file()
+    return os.path.abspath(source) if is_path and os.path.exists(source) else source

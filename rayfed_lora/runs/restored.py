@@ -1,0 +1,201 @@
+"""A run as a checkpoint holds it, and whether a checkpoint belongs to the run that goes on.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
+
+# Part of typing only from Python 3.12 on, as pydantic needs it.
+from typing_extensions import TypedDict
+
+from rayfed_lora.aggregation.rules import RULES
+from rayfed_lora.errors import RunFolderError
+from rayfed_lora.federation.evaluation import METRICS
+from rayfed_lora.federation.ledger import Ledger, Totals
+from rayfed_lora.federation.run import Run, Timing
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs import checkpoints
+from rayfed_lora.runs.checkpoints import Snapshot
+from rayfed_lora.storage import RunFolder
+from rayfed_lora.tasks.engine import Population
+from rayfed_lora.types import GlobalModel
+
+_Count = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+class _Ledger(TypedDict):
+    steps: list[_Count]
+    factors: dict[str, _Count]
+    totals: Totals
+
+
+class _Facts(TypedDict):
+    base_root: _Count
+    base_merges: _Count
+    scales: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    rank: _Count | None
+    trainable: Literal["full", "adapter"]
+    validation: dict[str, float | None] | None
+    best_at_heating: float | None
+    timing: Timing
+    ledger: _Ledger
+    clock_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    tables: dict[str, _Count]
+    data: dict[str, str]
+
+
+_FACTS: TypeAdapter[_Facts] = TypeAdapter(_Facts)
+# Fields of a `Run` that are JSON values.
+_OF_RUN = ("rank", "validation", "best_at_heating", "timing", "clock_s")
+
+
+def snapshot(
+    run: Run, ledger: Ledger, timing: Timing, tables: Mapping[str, int], data: Mapping[str, str]
+) -> Snapshot:
+    """Return a checkpoint's content.
+
+    Args:
+        run: to go on from.
+        ledger: of all its rounds.
+        timing: seconds so far, this process's share of the wall time included.
+        tables: number of rows, by file.
+        data: fingerprint of the data.
+    """
+    booked, held = ledger.snapshot()
+    facts = {name: getattr(run, name) for name in _OF_RUN} | {"timing": timing}
+    facts |= {"trainable": run.model.trainable, "ledger": booked, "tables": tables, "data": data}
+    return Snapshot(
+        rounds=run.rounds,
+        state=run.model.state,
+        base=run.model.base,
+        held=held,
+        facts=json.loads(json.dumps(facts, default=vars)),
+        moments=run.moments,
+        personal=run.personal,
+    )
+
+
+def accepted(
+    folder: RunFolder, recipe: Recipe, population: Population, note: Callable[[str], None]
+) -> Snapshot | None:
+    """Return the checkpoint that a run goes on from, None where there is none. Writes nothing.
+
+    Args:
+        folder: of the run.
+        recipe: the run.
+        population: the data and the model as they are now.
+        note: told of checkpoints that are passed over.
+
+    Raises:
+        RunFolderError: the checkpoints are damaged, or do not belong to these data.
+    """
+    found = checkpoints.newest(folder, note)
+    if found is None:
+        return None
+    where = f"cannot go on from the checkpoint of round {found.rounds} in {folder.location}"
+    changed = changed_data(found, population)
+    if changed is not None:
+        raise RunFolderError(f"{where}: {changed}; start anew with another --out")
+    try:
+        check(found, recipe, population)
+    except ValueError as error:
+        raise RunFolderError(f"{where}: {type(error).__name__}: {error}") from error
+    return found
+
+
+def run_of(snapshot: Snapshot, ledger: Ledger) -> Run:
+    """Return the run that a checked checkpoint holds, and set the ledger back to it."""
+    facts = _FACTS.validate_json(json.dumps(dict(snapshot.facts)))
+    ledger.restore(facts["ledger"], snapshot.held)
+    return Run(
+        rounds=snapshot.rounds,
+        model=GlobalModel(snapshot.state, snapshot.base, facts["trainable"]),
+        rank=facts["rank"],
+        validation=facts["validation"],
+        best_at_heating=facts["best_at_heating"],
+        timing=facts["timing"],
+        clock_s=facts["clock_s"],
+        moments=snapshot.moments,
+        personal=snapshot.personal,
+    )
+
+
+def changed_data(snapshot: Snapshot, population: Population) -> str | None:
+    """Return in what the data of a checkpoint's run differ from those there are now, if at all.
+
+    Checkpoints of earlier versions do not say what their data were. Those versions had other orders
+    of classes and clients, and prepared images and texts otherwise, for many sources.
+    """
+    before, now = snapshot.facts.get("data"), population.fingerprint
+    if not now and "tables" in snapshot.facts:
+        return None
+    if not isinstance(before, Mapping) or not before or "tables" not in snapshot.facts:
+        return (
+            "an earlier version wrote it, which may have numbered classes and clients and prepared"
+            " images and texts otherwise, and did not keep how"
+        )
+    parts = [part for part in now if before.get(part) != now[part]]
+    if not parts:
+        return None
+    return f"the data are not those that the run began with; these differ: {', '.join(parts)}"
+
+
+def check(snapshot: Snapshot, recipe: Recipe, population: Population) -> None:
+    """Check the kinds of a checkpoint's facts, and its arrays against model and clients.
+
+    Moments are not looked at: those of another shape start anew (`OptimizerStep`).
+
+    Raises:
+        ValueError: something is missing, or of another kind or shape.
+    """
+    _FACTS.validate_json(json.dumps(dict(snapshot.facts)), strict=True)
+    if "base" not in snapshot.held:
+        raise ValueError("held: expected the base among what clients hold, got none")
+    scores = snapshot.facts["validation"]
+    if scores is not None and not set(METRICS) <= set(scores):
+        raise ValueError(f"validation: expected {', '.join(METRICS)}, got {', '.join(scores)}")
+    for kind, versions in snapshot.held.items():
+        _expect(f"held {kind}", versions, (population.clients,), "i")
+    adapter = snapshot.facts["trainable"] == "adapter"
+    modules = population.shape.modules if adapter else {}
+    # Where all goes into the base there are none between two rounds.
+    stacked = RULES[recipe.aggregation.rule].restarts
+    if snapshot.state.factors or not stacked:
+        _expect_names("factors", snapshot.state.factors, modules)
+    shape, dense = population.shape, snapshot.state.dense
+    if adapter:
+        _expect_names("tensors", dense, shape.head)
+    values = sum(tensor.size for tensor in dense.values())
+    expected = shape.head_params if adapter else shape.total_params
+    if values != expected:
+        raise ValueError(f"tensors: expected {expected} values in all, got {values}")
+    for name, factors in snapshot.state.factors.items():
+        rank = factors.a.shape[0] if factors.a.ndim else 0
+        _expect(f"A of {name}", factors.a, (rank, modules[name].d_in), "f")
+        _expect(f"B of {name}", factors.b, (modules[name].d_out, rank), "f")
+    for client, own in snapshot.personal.items():
+        if not 0 <= client < population.clients:
+            raise ValueError(
+                f"own factors: expected clients 0 to {population.clients - 1}, got {client}"
+            )
+        _expect_names(f"own factors of client {client}", own, snapshot.state.factors)
+        for name, b in own.items():
+            _expect(f"B of {name} of client {client}", b, snapshot.state.factors[name].b.shape, "f")
+
+
+def _expect_names(what: str, found: Iterable[str], expected: Iterable[str]) -> None:
+    if set(found) != set(expected):
+        raise ValueError(
+            f"expected {what} of {', '.join(expected) or 'nothing'}, got {', '.join(found)}"
+        )
+
+
+def _expect(name: str, array: Any, shape: tuple[int, ...], kind: str) -> None:
+    if array.shape != shape or array.dtype.kind != kind:
+        raise ValueError(f"{name}: expected shape {shape}, got {array.dtype} of {array.shape}")

@@ -1,0 +1,223 @@
+"""One run from its folder to its summary, on any engine.
+
+Source: this project (docs/design.md, "The run folder").
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rayfed_lora.errors import InterruptedRunError
+from rayfed_lora.federation.learning_rate import doubt
+from rayfed_lora.federation.server import Server
+from rayfed_lora.recipe.loading import recipe_yaml
+from rayfed_lora.recipe.notes import unused
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs import checksums, seals
+from rayfed_lora.runs.checkpoints import Snapshot
+from rayfed_lora.runs.claiming import inspected
+from rayfed_lora.runs.ownership import Lease, Ticket, take
+from rayfed_lora.runs.recording import RunRecorder
+from rayfed_lora.runs.restored import accepted
+from rayfed_lora.runs.saving import PageWriter, Saving
+from rayfed_lora.runs.status import StatusBoard
+from rayfed_lora.runs.tables import PARTITION_FILE, Tables, write_partition
+from rayfed_lora.runs.trackers import trackers
+from rayfed_lora.runs.tracking import Outcome, Tracker, Tracking, check_tracking
+from rayfed_lora.storage import RunFolder
+from rayfed_lora.tasks.engine import Engine, Population
+
+
+def sitting(  # noqa: PLR0913 - the callers name them
+    recipe: Recipe,
+    engine: Engine,
+    folder: RunFolder,
+    board: StatusBoard,
+    should_stop: Callable[[], bool],
+    *,
+    resume: bool,
+    page: PageWriter | None = None,
+    name: str | None = None,
+    metrics: Tracker | None = None,
+    ticket: Ticket | None = None,
+) -> Generator[Tables, None, dict[str, Any]]:
+    """Run a recipe round by round.
+
+    Closed before its end, it saves the finished rounds.
+
+    Args:
+        recipe: the run.
+        engine: not yet opened; closed in the end, whatever happens.
+        folder: checked by `claim`; owned by this process until the run ends.
+        board: told of every step.
+        should_stop: once true, the round is abandoned and the run saved.
+        resume: go on from the newest whole checkpoint where there is one.
+        page: writes report.html from the folder and the summary; None: no page.
+        name: what to call the run where it is shown; None: as its folder.
+        metrics: told of finished rounds, beside those that the recipe asks for.
+        ticket: of the process that has claimed the folder; None where nobody has.
+
+    Yields:
+        After each round the tables so far, the same object each time.
+
+    Returns:
+        The summary; at once where the run had been finished.
+
+    Raises:
+        InterruptedRunError: `should_stop` said so; the finished rounds are saved.
+        RunFolderError: another process owns the folder.
+        RayfedError: whatever else ends a run; the last checkpoint is kept.
+    """
+    began = time.perf_counter()
+    # Here too: the process that claimed the folder may be on another machine.
+    check_tracking(recipe)
+    tracking = Tracking([] if metrics is None else [metrics], board.note)
+    with _owned(folder, ticket, engine, tracking, board, wait=resume) as (own, lease):
+        # Another process may have finished it while its lease was watched.
+        done, damaged = inspected(own) if resume else (None, [])
+        if done is not None:
+            return done
+        for file in damaged:
+            board.note(
+                f"{file} is damaged or missing: it is written again from the last checkpoint"
+            )
+        population = engine.open()
+        found = accepted(own, recipe, population, board.note) if resume else None
+        tables = Tables(own, list(population.shape.modules), population.client_names)
+        if found is not None:
+            tables.check(found.rounds)
+        _begin(own, recipe, population, board, found)
+        for tracker in trackers(recipe, own, name or own.name):
+            tracking.add(tracker)
+        recorder = RunRecorder(tables, board, tracking, population.client_names)
+        server = Server(recipe, engine, population, recorder, lease.or_lost(should_stop))
+        for note in _notes(recipe, population, server, lease):
+            board.note(note)
+        saving = Saving(recipe, own, population, tables, server.ledger, began)
+        run = saving.begin(found, engine)
+        if found is not None:
+            board.resumed(run.rounds)
+            recorder.resumed(run.rounds)
+        tracking.resumed(tables.rounds)
+        with saving.on_stop():
+            for after in server.rounds(run):
+                saving.offer(after)
+                yield tables
+        return saving.finish(engine, board, page)
+
+
+@contextmanager
+def _owned(
+    folder: RunFolder,
+    ticket: Ticket | None,
+    engine: Engine,
+    tracking: Tracking,
+    board: StatusBoard,
+    *,
+    wait: bool,
+) -> Iterator[tuple[RunFolder, Lease]]:
+    """Own a run folder; at the end, whatever happens, close trackers and engine and let it go.
+
+    Yields:
+        The folder, which is written to only while it is owned, and its lease.
+    """
+    try:
+        lease = take(folder, ticket, wait=wait, tell=board.note)
+    except BaseException:
+        engine.close()
+        raise
+    outcome: Outcome = "failed"
+    try:
+        yield folder.guarded(lease.check), lease
+        outcome = "done"
+    except (InterruptedRunError, GeneratorExit):
+        outcome = "stopped"
+        if lease.lost:
+            # It was not the user that stopped the run.
+            lease.check()
+        raise
+    finally:
+        try:
+            tracking.close(outcome)
+            engine.close()
+        finally:
+            lease.release()
+
+
+def _begin(
+    folder: RunFolder,
+    recipe: Recipe,
+    population: Population,
+    board: StatusBoard,
+    snapshot: Snapshot | None,
+) -> None:
+    """Write what the folder of a run begins with, where it is missing or damaged.
+
+    Called once data and checkpoint are accepted: a rejected run leaves its folder as it was.
+    """
+    if not folder.exists("recipe.yaml"):
+        folder.write("recipe.yaml", seals.sealed_text(recipe_yaml(recipe)))
+    checksums.withdraw(folder)
+    # After it: a folder without a recipe is nobody's run.
+    if population.label_counts is None:
+        return
+    invalid = seals.check(folder, PARTITION_FILE) is not None
+    if invalid and folder.exists(PARTITION_FILE):
+        board.note(f"{PARTITION_FILE} had no valid checksum and is written again")
+    # Without a checkpoint the run starts from the data as they are now.
+    if invalid or snapshot is None:
+        names = population.label_names, population.client_names
+        write_partition(folder, *population.label_counts, *names)
+
+
+def _notes(recipe: Recipe, population: Population, server: Server, lease: Lease) -> list[str]:
+    """Return what the user should know before the first round."""
+    found = [*population.notes, *unused(recipe)]
+    if lease.note is not None:
+        found.insert(0, lease.note)
+    if population.shape.obstacle is not None and recipe.annealing.mode != "full":
+        found.insert(0, f"clients are trained {server.clients.block_size.reason}")
+    doubtful = doubt(recipe)
+    return found if doubtful is None else [*found, doubtful]
+
+
+def simulate(  # noqa: PLR0913 - the callers name them
+    recipe: Recipe,
+    engine: Engine,
+    folder: RunFolder,
+    board: StatusBoard,
+    should_stop: Callable[[], bool],
+    *,
+    resume: bool,
+    page: PageWriter | None = None,
+    name: str | None = None,
+    metrics: Tracker | None = None,
+    ticket: Ticket | None = None,
+) -> dict[str, Any]:
+    """Run a recipe to its end, or go on with it, and return its summary; arguments as `sitting`.
+
+    Raises:
+        InterruptedRunError: `should_stop` said so; the finished rounds are saved.
+        RayfedError: whatever else ends a run; the last checkpoint is kept.
+    """
+    left = sitting(
+        recipe,
+        engine,
+        folder,
+        board,
+        should_stop,
+        resume=resume,
+        page=page,
+        name=name,
+        metrics=metrics,
+        ticket=ticket,
+    )
+    while True:
+        try:
+            next(left)
+        except StopIteration as end:
+            summary: dict[str, Any] = end.value
+            return summary

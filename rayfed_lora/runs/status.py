@@ -1,0 +1,180 @@
+"""The progress of a run: written by the round loop, read by observers. Source: this project."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from uuid import uuid4
+
+from rayfed_lora.federation.records import ClientRecord, RoundRecord
+from rayfed_lora.types import RoundPlan, Stage
+
+# Most records in memory; all of them are in rounds.parquet.
+_NEWEST = 1000
+
+
+@dataclass(frozen=True)
+class Status:
+    """A moment of a run.
+
+    Attributes:
+        phase: `starting`, `training`, `exporting` or `done`; of a detached run also `failed` and
+            `stopped`, for which the newest note gives the reason.
+        rounds_done, rounds: finished and all rounds.
+        running: number of the running round, from 1.
+        stage, rank: of the running round; None as rank of a full-model round.
+        clients_done, clients: collected updates, and cohort size, of the running round.
+        updates: client updates since the start of this process.
+        training_since: `time.time()` of the first round of this process, None before it.
+        rounds_before: rounds finished by earlier processes of the run.
+        bytes_total: bytes up and down in this process.
+        loss, accuracy: newest training loss and test accuracy, None before the first.
+        records: newest finished rounds of this process; `StatusBoard.status` returns those not
+            seen yet.
+        notes: warnings for the user; likewise.
+        board: unique to the status board: another board counts records and notes anew.
+    """
+
+    phase: str = "starting"
+    rounds_done: int = 0
+    rounds: int = 0
+    running: int = 0
+    stage: Stage | None = None
+    rank: int | None = 0
+    clients_done: int = 0
+    clients: int = 0
+    updates: int = 0
+    training_since: float | None = None
+    rounds_before: int = 0
+    bytes_total: int = 0
+    loss: float | None = None
+    accuracy: float | None = None
+    records: tuple[RoundRecord, ...] = ()
+    notes: tuple[str, ...] = ()
+    board: str = field(default="", compare=False)
+
+    @property
+    def over(self) -> bool:
+        """Whether the run has ended, with any outcome."""
+        return self.phase in ("done", "failed", "stopped")
+
+    def clients_per_s(self, now: float) -> float:
+        """Return client updates per second in this process, 0 before the first."""
+        spent = 0.0 if self.training_since is None else now - self.training_since
+        return self.updates / spent if spent > 0 else 0.0
+
+    @property
+    def rounds_trained(self) -> float:
+        """Rounds finished so far, and the trained share of the running round."""
+        if self.running == 0:
+            return self.rounds_done
+        return self.running - 1 + self.clients_done / max(self.clients, 1)
+
+    def eta_s(self, now: float) -> float | None:
+        """Return the remaining seconds by the mean round so far; None before the first round."""
+        trained = self.rounds_trained - self.rounds_before
+        if trained < 1 or self.training_since is None:
+            return None
+        return (now - self.training_since) / trained * (self.rounds - self.rounds_trained)
+
+
+class StatusBoard:
+    """An observer of the round loop that keeps the status; other threads may read it."""
+
+    def __init__(self, rounds: int, on_change: Callable[[Status], None] | None = None) -> None:
+        """Start in the phase `starting`.
+
+        Args:
+            rounds: number of rounds of the run.
+            on_change: called after each change with the status and the new record or note, if any.
+        """
+        # Notes are kept apart: each change copies the status.
+        self._status = Status(rounds=rounds, board=uuid4().hex)
+        self._notes: list[str] = []
+        self._lock = threading.Lock()
+        self._on_change = on_change
+
+    def status(self, records_seen: int = 0, notes_seen: int = 0) -> Status:
+        """Return the status with the records and notes that the caller has not seen.
+
+        Args:
+            records_seen: number of rounds of this process whose records the caller has.
+            notes_seen: number of notes that the caller has.
+        """
+        with self._lock:
+            now, notes = self._status, tuple(self._notes[notes_seen:])
+        new = max(now.rounds_done - now.rounds_before - records_seen, 0)
+        records = now.records[max(len(now.records) - new, 0) :]
+        return replace(now, records=records, notes=notes)
+
+    def note(self, text: str) -> None:
+        """Add a warning for the user, one line."""
+        with self._lock:
+            self._notes.append(text)
+        self._change(self._status, note=text)
+
+    def phase(self, phase: str) -> None:
+        """Set the phase."""
+        self._change(replace(self._status, phase=phase))
+
+    def resumed(self, rounds_done: int) -> None:
+        """Set the rounds that earlier processes finished."""
+        self._change(replace(self._status, rounds_done=rounds_done, rounds_before=rounds_done))
+
+    def round_started(self, plan: RoundPlan, cohort: tuple[int, ...]) -> None:
+        """Set the running round."""
+        now = self._status
+        since = time.time() if now.training_since is None else now.training_since
+        self._change(
+            replace(
+                now,
+                phase="training",
+                running=plan.round + 1,
+                stage=plan.stage,
+                rank=None if plan.trainable == "full" else plan.rank,
+                clients_done=0,
+                clients=len(cohort),
+                training_since=since,
+            )
+        )
+
+    def clients_done(self, count: int) -> None:
+        """Count the collected updates of clients."""
+        now = self._status
+        done, updates = now.clients_done + count, now.updates + count
+        self._change(replace(now, clients_done=done, updates=updates))
+
+    def round_done(self, record: RoundRecord, clients: list[ClientRecord]) -> None:
+        """Add a finished round."""
+        del clients
+        now = self._status
+        self._change(
+            replace(
+                now,
+                rounds_done=record.round + 1,
+                bytes_total=now.bytes_total + record.bytes_up + record.bytes_down,
+                loss=record.train_loss,
+                accuracy=now.accuracy if record.accuracy is None else record.accuracy,
+                records=(*now.records, record)[-_NEWEST:],
+            ),
+            record,
+        )
+
+    def _change(
+        self, status: Status, record: RoundRecord | None = None, note: str | None = None
+    ) -> None:
+        with self._lock:
+            self._status = status
+        if self._on_change is not None:
+            records = () if record is None else (record,)
+            self._on_change(replace(status, records=records, notes=() if note is None else (note,)))
+
+
+def headline(status: Status) -> str:
+    """Return a few words on what a run is doing."""
+    if status.phase != "training":
+        return status.phase
+    rank = "full model" if status.rank is None else f"rank {status.rank}"
+    return f"round {status.running}/{status.rounds} {status.stage} {rank}"

@@ -1,0 +1,109 @@
+"""summary.json. Source: this project (docs/design.md, "The run folder")."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rayfed_lora.federation.evaluation import METRICS
+from rayfed_lora.federation.ledger import Totals
+from rayfed_lora.federation.run import Timing
+from rayfed_lora.recipe.recipe import Recipe
+
+_PACKAGES = ("rayfed-lora", "ray", "torch", "peft", "transformers", "numpy", "pyarrow")
+# What the global model is tested for, in rounds.parquet; missing where it is not measured.
+TESTED = tuple(f"eval_{metric}" for metric in METRICS)
+_METRICS = ("round", *TESTED, "train_loss")
+
+
+def summary(
+    recipe: Recipe, rounds: pa.Table, totals: Totals, timing: Timing, adapter_sha256: str
+) -> dict[str, Any]:
+    """Return the summary of a finished run.
+
+    Args:
+        recipe: the run.
+        rounds: rows of rounds.parquet.
+        totals: the ledger's.
+        timing: seconds, over all processes of the run.
+        adapter_sha256: checksum of the final state.
+
+    Returns:
+        JSON values; `final` is the last round, `best` the tested round of highest accuracy.
+    """
+    tested = [row for row in rounds.to_pylist() if row["eval_accuracy"] is not None]
+    best = max(tested, key=lambda row: row["eval_accuracy"])
+    training = timing.training_s
+    return {
+        "name": recipe.name,
+        "method": recipe.method,
+        "seed": recipe.seed,
+        "rounds": rounds.num_rows,
+        "final": {key: tested[-1][key] for key in _METRICS},
+        "best": {key: best[key] for key in _METRICS},
+        "failed_clients": sum(rounds["failed_clients"].to_pylist()),
+        "retried_blocks": sum(rounds["retried_blocks"].to_pylist()),
+        "communication": totals.communication(),
+        "simulation": _simulation(recipe, rounds, best["round"]),
+        "timing": {
+            "startup_s": timing.startup_s,
+            "training_s": training,
+            "evaluation_s": timing.evaluation_s,
+            "wall_s": timing.wall_s,
+            "client_updates_per_s": timing.client_updates / training if training else None,
+        },
+        "adapter_sha256": adapter_sha256,
+        "versions": versions(),
+    }
+
+
+def _simulation(recipe: Recipe, rounds: pa.Table, best: int) -> dict[str, Any] | None:
+    """Return totals of the simulated clock; None where no time is simulated."""
+    if not recipe.simulates_time:
+        return None
+    seconds = rounds["simulated_s"].to_numpy()
+    return {
+        "total_s": float(seconds.sum()),
+        "to_best_s": float(seconds[: best + 1].sum()),
+        "dropped_clients": sum(rounds["dropped_clients"].to_pylist()),
+    }
+
+
+def client_summary(tests: pa.Table) -> dict[str, Any]:
+    """Return how a model's accuracy is spread over clients, each counted once.
+
+    Args:
+        tests: rows of client_metrics.parquet of one round, at least one.
+
+    Returns:
+        Number of clients; mean, standard deviation, minimum, and mean over the worst tenth (at
+        least one client), of the global model and, as `personal_...`, of the clients' own models.
+    """
+    found: dict[str, Any] = {"tested": tests.num_rows}
+    for name in ("accuracy", "personal_accuracy"):
+        values = np.sort(tests[name].drop_null().to_numpy())
+        if len(values) > 0:
+            worst = values[: max(len(values) // 10, 1)]
+            found |= {
+                f"{name}_mean": float(values.mean()),
+                f"{name}_std": float(values.std()),
+                f"{name}_min": float(values[0]),
+                f"{name}_worst_tenth": float(worst.mean()),
+            }
+    return found
+
+
+def versions() -> Mapping[str, str]:
+    """Return the versions of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

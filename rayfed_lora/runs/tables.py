@@ -1,0 +1,243 @@
+"""rounds.parquet and clients.parquet. Source: this project (docs/design.md, "The run folder")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rayfed_lora.federation.evaluation import METRICS
+from rayfed_lora.federation.records import ClientRecord, ClientTest, Note, RoundRecord
+from rayfed_lora.runs import seals
+from rayfed_lora.runs.client_rows import (
+    CLIENT_METRICS,
+    CLIENT_METRICS_FILE,
+    CLIENT_NAME,
+    CLIENTS,
+    NOTES,
+    NOTES_FILE,
+    ClientRows,
+    columns,
+    readable,
+)
+from rayfed_lora.runs.damage import damaged
+from rayfed_lora.storage import RunFolder
+
+PARTITION_FILE = "partition.parquet"
+ROUNDS_FILE = "rounds.parquet"
+CLIENTS_FILE = "clients.parquet"
+# Their columns stand where docs/design.md has them, those of other metrics at the end.
+_FIRST_METRICS = ("accuracy", "loss")
+IntArray = npt.NDArray[np.int64]
+# Field of `Proposal`, and type, of each column.
+PROPOSAL_COLUMNS = {
+    "proposed_rank": ("rank", pa.int32()),
+    "verdict": ("verdict", pa.string()),
+    "energy_current": ("energy_current", pa.float64()),
+    "energy_proposed": ("energy_proposed", pa.float64()),
+    "temperature": ("temperature", pa.float64()),
+    "acceptance_probability": ("probability", pa.float64()),
+    "acceptance_draw": ("draw", pa.float64()),
+    "target_metric": ("metric", pa.float64()),
+    "target_value": ("target", pa.float64()),
+}
+
+
+def round_schema(modules: Sequence[str]) -> pa.Schema:
+    """Return the columns of rounds.parquet; `ranks` has one field an adapted module.
+
+    Parquet has no column without a field: without adapted modules there is no `ranks`.
+    """
+    found: list[tuple[str, pa.DataType]] = []
+    for name, kind in columns(RoundRecord).items():
+        if name == "ranks":
+            found += [("ranks", pa.struct([(m, pa.int32()) for m in modules]))] if modules else []
+        elif name == "evaluation":
+            found += [(f"eval_{metric}", pa.float64()) for metric in _FIRST_METRICS]
+        elif name == "proposal":
+            found += [(column, kind) for column, (_, kind) in PROPOSAL_COLUMNS.items()]
+        elif kind is None:
+            raise TypeError(f"RoundRecord.{name}: no type of a column stands for this type")
+        else:
+            found.append((name, kind))
+    others = [metric for metric in METRICS if metric not in _FIRST_METRICS]
+    return pa.schema([*found, *((f"eval_{metric}", pa.float64()) for metric in others)])
+
+
+def round_row(record: RoundRecord) -> dict[str, Any]:
+    """Return a round's row; metrics and proposal have columns of their own."""
+    tested = {f"eval_{metric}": record.evaluation.get(metric) for metric in METRICS}
+    # Not by `asdict`, which copies what is in the fields too.
+    proposal = {
+        column: None if record.proposal is None else getattr(record.proposal, name)
+        for column, (name, _) in PROPOSAL_COLUMNS.items()
+    }
+    return {**vars(record), **tested, **proposal}
+
+
+class Tables:
+    """The rows of a run so far and their files.
+
+    Memory holds the rows of all rounds, but the rows of clients, of which there may be many
+    millions, only until they are in their file.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        modules: Sequence[str],
+        client_names: Sequence[str] | None = None,
+    ) -> None:
+        """Start empty.
+
+        Args:
+            folder: the run folder.
+            modules: names of the adapted modules.
+            client_names: (clients,) names in the data; None where the clients have none.
+        """
+        self._folder = folder
+        self._schema = round_schema(modules)
+        self._rounds = self._schema.empty_table()
+        self._new_rounds: list[dict[str, Any]] = []
+        self._clients = ClientRows(folder, CLIENTS_FILE, CLIENTS, client_names)
+        self._tests = ClientRows(folder, CLIENT_METRICS_FILE, CLIENT_METRICS, client_names)
+        self._notes = ClientRows(folder, NOTES_FILE, NOTES)
+
+    @property
+    def rounds(self) -> pa.Table:
+        """The rows of all rounds."""
+        new = pa.Table.from_pylist(self._new_rounds, schema=self._schema)
+        self._rounds, self._new_rounds = pa.concat_tables([self._rounds, new]).combine_chunks(), []
+        return self._rounds
+
+    def add(self, record: RoundRecord, clients: Sequence[ClientRecord]) -> None:
+        """Add the rows of one round.
+
+        Raises:
+            RunError: there are many rows, and the folder cannot be written.
+        """
+        self._new_rounds.append(round_row(record))
+        self._clients.add(clients)
+
+    def add_tests(self, tests: Sequence[ClientTest]) -> None:
+        """Add tests on clients' own examples; raises as `add` does."""
+        self._tests.add(tests)
+
+    def add_notes(self, t: int, texts: Sequence[str]) -> None:
+        """Add notes of a round; raises as `add` does."""
+        if texts:
+            self._notes.add([Note(t, text) for text in texts])
+
+    def begin(self) -> None:
+        """Remove the optional tables of a process that wrote no checkpoint.
+
+        The first `save` overwrites the other tables anyway, but these only where they have rows.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        for rows in (self._tests, self._notes):
+            self._folder.remove(rows.name)
+
+    def last_tests(self, t: int) -> pa.Table:
+        """Return the tests on clients after a round, read from the file: save first."""
+        return self._tests.of_round(t)
+
+    def save(self) -> None:
+        """Write the files, each whole or not at all; tests and notes where there are any.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        seals.write_table(self._folder, ROUNDS_FILE, self.rounds)
+        self._clients.save()
+        for rows in (self._tests, self._notes):
+            if not rows.empty:
+                rows.save()
+
+    def rows(self, rounds: int) -> dict[str, int]:
+        """Return the number of rows of the first `rounds` rounds in each file.
+
+        A checkpoint keeps these numbers, so that a missing or older file is noticed.
+        """
+        found = {ROUNDS_FILE: rounds, CLIENTS_FILE: self._clients.rows_before(rounds)}
+        for rows in (self._tests, self._notes):
+            if not rows.empty:
+                found[rows.name] = rows.rows_before(rounds)
+        return found
+
+    def check(self, rounds: int) -> None:
+        """Check that the first `rounds` rounds can be read; raises as `restore`, writes nothing."""
+        self._first(rounds)
+
+    def restore(self, rounds: int, saved: Mapping[str, int]) -> None:
+        """Go back to the first `rounds` rounds; later ones will be run again.
+
+        Args:
+            rounds: number of rounds in the checkpoint.
+            saved: what `rows` returned when the checkpoint was written.
+
+        Raises:
+            RunFolderError: a file is missing or damaged, or lacks rows.
+            RunError: the folder cannot be written.
+        """
+        self._rounds, self._new_rounds = self._first(rounds), []
+        self._clients.restore(rounds, saved.get(CLIENTS_FILE, 0))
+        for rows in (self._tests, self._notes):
+            if rounds == 0 or rows.name in saved or self._folder.exists(rows.name):
+                rows.restore(rounds, saved.get(rows.name, 0))
+
+    def _first(self, rounds: int) -> pa.Table:
+        if rounds == 0:
+            return self._schema.empty_table()
+        with (
+            readable(self._folder, ROUNDS_FILE),
+            seals.open_table(self._folder, ROUNDS_FILE) as file,
+        ):
+            table = pq.read_table(file).filter(pc.field("round") < rounds)
+            if table.num_rows < rounds:
+                reason = f"it has {table.num_rows} rounds, the checkpoint knows of {rounds}"
+                raise damaged(self._folder, ROUNDS_FILE, reason)
+            # Columns that an earlier version did not have are null, and orders may differ.
+            missing = [field for field in self._schema if field.name not in table.column_names]
+            for field in missing:
+                table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+            return table.select(self._schema.names).cast(self._schema)
+
+
+def write_partition(
+    folder: RunFolder,
+    clients: IntArray,
+    counts: IntArray,
+    label_names: Sequence[str],
+    client_names: Sequence[str] | None = None,
+) -> None:
+    """Write partition.parquet: client, label and examples where there are any, client_name.
+
+    Args:
+        folder: the run folder.
+        clients: (k,) a sample of all clients.
+        counts: (k, classes) number of training examples.
+        label_names: (classes,) names.
+        client_names: (all clients,) names in the data; None where the clients have none.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    classes, rows = np.nonzero(counts.T)
+    table = pa.table(
+        {
+            "client": clients[rows],
+            "label": pa.array([label_names[i] for i in classes.tolist()], pa.string()),
+            "examples": counts[rows, classes],
+        }
+    )
+    if client_names is not None:
+        names = [client_names[client] for client in clients[rows].tolist()]
+        table = table.append_column(CLIENT_NAME, pa.array(names, pa.string()))
+    seals.write_table(folder, PARTITION_FILE, table)

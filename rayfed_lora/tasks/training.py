@@ -1,0 +1,153 @@
+"""The clients of a `Train` on their way to the means of their updates. Source: this project."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rayfed_lora.aggregation.rules import RULES
+from rayfed_lora.errors import BlockMemoryError, ClientError
+from rayfed_lora.tasks.messages import Block, TestClients, Train, Trained
+from rayfed_lora.types import AdapterState, ClientReport, Factors
+
+
+@dataclass(frozen=True)
+class BlockUpdate:
+    """What the clients of a block send back.
+
+    Attributes:
+        reports: one a client, in the order of the block.
+        states: trained states of the usable ones, in that order; `StackedStates` where they were
+            trained together.
+    """
+
+    reports: tuple[ClientReport, ...]
+    states: Sequence[AdapterState]
+
+
+# Trains a block from a state of each client.
+TrainBlock = Callable[[Block, Sequence[AdapterState]], BlockUpdate]
+
+
+def trained(task: Train, train_block: TrainBlock) -> Trained:
+    """Train block by block and reduce the updates; of each block only the means stay.
+
+    Args:
+        task: the clients.
+        train_block: trains a block; raises ClientError, BlockMemoryError.
+
+    Raises:
+        ClientError: a client raised, or does not fit into memory alone, and the plan is not
+            tolerant.
+        BlockMemoryError: a block of several clients does not fit.
+    """
+    rule = RULES[task.rule]
+    means = rule.means()
+    starts = Starts(task, own_b=rule.personal)
+    reports: list[ClientReport] = []
+    for block in task.blocks:
+        left = block
+        while left:
+            try:
+                update = train_block(left, [starts.of(client) for client in left])
+            except ClientError as error:
+                if not task.plan.tolerant:
+                    raise
+                # Without the traceback, which would hold the tensors of the failed step.
+                failure = error.with_traceback(None)
+                failure.__cause__ = failure.__context__ = None
+            except BlockMemoryError as error:
+                if any(len(each) > 1 for each in task.blocks):
+                    raise
+                failure = ClientError(left[0], task.plan.round, str(error))
+            else:
+                weights = [float(report.examples) for report in update.reports if report.usable]
+                means.add_all(weights, update.states)
+                reports += _with_own(update) if rule.personal else update.reports
+                break
+            if not task.plan.tolerant:
+                raise failure
+            reports.append(_raised(failure))
+            left = tuple(client for client in left if client != failure.client)
+    means.pack()
+    order = {client: i for i, client in enumerate(task.clients)}
+    reports.sort(key=lambda report: order[report.client])
+    if task.note is not None and reports:
+        notes = [note for note in (task.note, reports[0].note) if note is not None]
+        reports[0] = replace(reports[0], note="; ".join(notes))
+    return Trained(tuple(reports), means)
+
+
+def _raised(error: ClientError) -> ClientReport:
+    return ClientReport(error.client, 0, float("nan"), 0.0, error.reason, error.trace)
+
+
+def _with_own(update: BlockUpdate) -> list[ClientReport]:
+    """Return the reports with each client's trained B."""
+    states = iter(update.states)
+    return [
+        replace(report, personal={n: f.b for n, f in next(states).factors.items()} or None)
+        if report.usable
+        else report
+        for report in update.reports
+    ]
+
+
+class Starts:
+    """The states that clients start a round from, or are tested with.
+
+    A limited client gets the first rows of A and columns of B: HetLoRA's cut, and the best
+    approximation of its rank where B is 0 or the factors come from an SVD. A client with a B of
+    its own has that in place of the global one.
+    """
+
+    def __init__(self, task: Train | TestClients, *, own_b: bool = False) -> None:
+        """Take the global state and the clients that differ from it.
+
+        Args:
+            task: gives both.
+            own_b: whether each client has a B of its own: one that has none yet starts from 0.
+        """
+        self._task = task
+        self._state = task.model.state
+        if own_b:
+            factors = self._state.factors.items()
+            zero = {n: replace(f, b=np.zeros_like(f.b)) for n, f in factors}
+            self._state = replace(self._state, factors=zero)
+        self._cut: dict[int, AdapterState] = {}
+
+    def of(self, client: int) -> AdapterState:
+        """Return a client's state; of the same `version` for clients of the same rank."""
+        own = self._task.personal.get(client)
+        if own is not None:
+            factors = {n: replace(f, b=own[n]) for n, f in self._state.factors.items()}
+            return replace(self._state, factors=factors)
+        limit = self._task.limits.get(client)
+        if limit is None:
+            return self._state
+        if limit not in self._cut:
+            factors = {n: _leading(f, limit) for n, f in self._state.factors.items()}
+            self._cut[limit] = replace(self._state, factors=factors)
+        return self._cut[limit]
+
+
+def _leading(f: Factors, rank: int) -> Factors:
+    return f if f.rank <= rank else Factors(f.a[:rank], f.b[:, :rank], f.scale)
+
+
+@contextmanager
+def attributed(client: int, round_index: int) -> Iterator[None]:
+    """Turn whatever a client's training raises into a ClientError that names it.
+
+    A shortage of memory is the block's, not the client's.
+    """
+    try:
+        yield
+    except BlockMemoryError:
+        raise
+    except Exception as error:
+        raise ClientError(client, round_index, traceback.format_exc()) from error

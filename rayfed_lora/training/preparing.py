@@ -1,0 +1,214 @@
+"""Prepare a recipe's data for its model: the workload that every engine starts from.
+
+Source: this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from rayfed_lora.data.client_table import ClientTable, hold_out
+from rayfed_lora.data.examples import PIXELS, Examples
+from rayfed_lora.data.fingerprint import with_fingerprint
+from rayfed_lora.data.partition import client_names, deal
+from rayfed_lora.data.tables import LANGUAGE_TASK, Dataset, load, number_column
+from rayfed_lora.data.traces import read_trace
+from rayfed_lora.data.workload import Workload
+from rayfed_lora.errors import DataError
+from rayfed_lora.models.shapes import model_shape
+from rayfed_lora.models.tokenizer import check_length, check_tokens
+from rayfed_lora.models.tokens import known_inputs, pad_with, tokenize, tokenize_whole
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.training.images import image_inputs
+from rayfed_lora.training.matching import Match, match
+from rayfed_lora.training.proof import judged_without_weights
+from rayfed_lora.types import DeviceFacts, ModelShape, Trace
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The sizes of a workload, known without tokenising a text or loading a weight.
+
+    Attributes:
+        shape: the model's sizes.
+        devices: number of training examples and device of each client.
+        test_examples: number of test examples.
+        label_names: name of class i at index i.
+        notes: on data and model, for the user, one line each.
+    """
+
+    shape: ModelShape
+    devices: DeviceFacts
+    test_examples: int
+    label_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def outline(recipe: Recipe) -> Outline:
+    """Return the sizes of a recipe's workload; reads the data, but no weights.
+
+    Raises:
+        DataError: the data cannot be read, or not be partitioned as the recipe says.
+        ModelError: the model or its adapter does not fit.
+    """
+    matched = _match(recipe, local_only=True)
+    dataset = matched.dataset
+    clients, held_out = _partition(recipe, dataset)
+    shape = model_shape(matched.net, recipe)
+    shape = judged_without_weights(shape, matched.config, recipe)
+    return Outline(
+        shape=shape,
+        devices=DeviceFacts(clients.counts, *_devices(recipe, dataset, clients)),
+        test_examples=dataset.test.num_rows,
+        label_names=dataset.label_names,
+        notes=(*dataset.notes, *_notes(recipe, dataset, held_out), *matched.notes, *shape.notes),
+    )
+
+
+def prepare(recipe: Recipe) -> Workload:
+    """Return a recipe's workload, texts tokenised.
+
+    Raises:
+        DataError: the data cannot be read, or not be partitioned as the recipe says.
+        ModelError: the model's configuration or tokenizer cannot be read, or does not fit the data.
+    """
+    matched = _match(recipe, local_only=False)
+    dataset, config = matched.dataset, matched.config
+    clients, held_out = _partition(recipe, dataset)
+    device_columns, trace = _devices(recipe, dataset, clients)
+    names = _client_names(dataset)
+    validated = dataset.test.slice(0, 0) if dataset.validation is None else dataset.validation
+    splits = [
+        _examples(table, matched, recipe) for table in (dataset.train, dataset.test, validated)
+    ]
+    if matched.tokenizer is not None:
+        check_length(recipe.model, config, max(s.inputs["input_ids"].shape[1] for s in splits))
+    train, test, validation = splits
+    workload = Workload(
+        train=train,
+        validation=_by_length(validation),
+        test=_by_length(test),
+        clients=clients,
+        label_names=dataset.label_names,
+        config=config.to_dict(),
+        held_out=held_out,
+        columns=device_columns,
+        trace=trace,
+        notes=(*dataset.notes, *_notes(recipe, dataset, held_out), *matched.notes),
+        client_names=None if names is None else pa.array(names, pa.string()),
+    )
+    return with_fingerprint(workload)
+
+
+def _match(recipe: Recipe, *, local_only: bool) -> Match:
+    validated, columns = recipe.validation_fraction, recipe.device_columns
+    dataset = load(recipe.data, recipe.model.task, recipe.seed, validated, columns)
+    return match(recipe, dataset, local_only=local_only)
+
+
+def _devices(
+    recipe: Recipe, dataset: Dataset, clients: ClientTable
+) -> tuple[Mapping[str, npt.NDArray[np.float64]], Trace | None]:
+    """Return the device figures of clients by column, and the trace of their availability.
+
+    Raises:
+        DataError: a client has no example to take a figure from, or the trace cannot be read.
+    """
+    figures = {}
+    for name in recipe.device_columns:
+        values = dataset.train[number_column(name)].to_numpy()
+        if (clients.counts == 0).any():
+            raise DataError(f"column {name!r}: expected an example of each client, some have none")
+        sums = np.add.reduceat(values[clients.order], clients.offsets[:-1])
+        figures[name] = sums / clients.counts
+    availability = recipe.clients.availability
+    if availability.trace is None:
+        return figures, None
+    names, known = _client_names(dataset), dataset.clients or ()
+    trace = read_trace(availability.trace, clients.clients, availability.period_s, names, known)
+    return figures, trace
+
+
+def _client_names(dataset: Dataset) -> list[str] | None:
+    """Return the clients' names in the data, in order; None where the data have none."""
+    if "client" not in dataset.train.column_names:
+        return None
+    return client_names(dataset.train["client"].to_pylist())
+
+
+def _partition(recipe: Recipe, dataset: Dataset) -> tuple[ClientTable, ClientTable | None]:
+    """Return the training examples and the held-out examples of each client."""
+    table = dataset.train
+    column = table["client"].to_pylist() if "client" in table.column_names else None
+    labels = table["label"].to_numpy()
+    clients = deal(labels, recipe.data.partition, recipe.seed, column)
+    per_round = recipe.clients.per_round
+    if isinstance(per_round, int) and per_round > clients.clients:
+        raise DataError(
+            f"clients.per_round: expected at most {clients.clients}, the number of clients found"
+            f" in column {recipe.data.partition.column!r}, got {per_round}"
+        )
+    kept, held_out = hold_out(clients, recipe.evaluation.client_fraction, recipe.seed)
+    if held_out is not None and not held_out.counts.any():
+        raise DataError(
+            "evaluation.client_fraction: expected clients of two examples or more, every client has"
+            " one at most: there is nothing to test them on"
+        )
+    return kept, held_out
+
+
+def _notes(recipe: Recipe, dataset: Dataset, held_out: ClientTable | None) -> tuple[str, ...]:
+    """Return notes on settings of the recipe that these data do not allow."""
+    notes = []
+    without = 0 if held_out is None else int((held_out.counts == 0).sum())
+    if held_out is not None and without > 0:
+        notes.append(
+            f"evaluation.client_fraction: {without} of {held_out.clients} clients have fewer than"
+            " two examples, and are not tested on any of their own"
+        )
+    data, wanted = recipe.data, recipe.evaluation.clients
+    if held_out is not None and wanted != "all" and wanted > held_out.clients:
+        notes.append(f"evaluation.clients {wanted}: there are only {held_out.clients} clients")
+    rows = dataset.train.num_rows
+    if data.max_examples is not None and data.max_examples > rows:
+        notes.append(f"data.max_examples {data.max_examples}: there are only {rows} examples")
+    if (
+        dataset.official_test
+        and data.test_fraction != type(data).model_fields["test_fraction"].default
+    ):
+        notes.append("no effect with a data source that has a test split: data.test_fraction")
+    return tuple(notes)
+
+
+def _examples(table: pa.Table, matched: Match, recipe: Recipe) -> Examples:
+    labels = np.ascontiguousarray(table["label"].to_numpy(), dtype=np.int64)
+    if matched.tokenizer is None:
+        return Examples.of({PIXELS: image_inputs(table, matched.image_processor)}, labels)
+    texts = table["text"].to_pylist()
+    if not texts:
+        return Examples.of({"input_ids": np.zeros((0, 1), np.int32)}, labels)
+    config, language = matched.config, recipe.model.task == LANGUAGE_TASK
+    if language:
+        tokens = tokenize_whole(matched.tokenizer, texts, recipe.data.max_length)
+        if tokens["attention_mask"][:, 1:].sum() == 0:
+            raise DataError(f"data.source {recipe.data.source!r}: need texts of two tokens or more")
+    else:
+        tokens = tokenize(matched.tokenizer, texts, recipe.data.max_length)
+    tokens = pad_with(tokens, None if language else config.get_text_config().pad_token_id)
+    check_tokens(matched.net, matched.tokenizer, tokens, texts)
+    return Examples.of(known_inputs(matched.net, config, tokens), labels)
+
+
+def _by_length(examples: Examples) -> Examples:
+    """Sort texts by length, so that batches of an evaluation need little padding."""
+    mask = examples.inputs.get("attention_mask")
+    if mask is None:
+        return examples
+    order = np.argsort(mask.sum(axis=1), kind="stable")
+    inputs = {name: values[order] for name, values in examples.inputs.items()}
+    return Examples.of(inputs, examples.labels[order])
