@@ -3,9 +3,9 @@
 `python devices.py NAME WITH WITHOUT [--ways local,threads,ray] [--workloads W,W3] [--pairs 15]`:
 WITH and WITHOUT are checkouts of this repository. Each gets a process that stays, with its imports
 done and Ray, where it is used, started; the two run the workload in turns, each first in every
-other pair. What is compared are the client updates per second of all rounds, tests included, start-up excluded.
-The gain is the geometric mean of the pairs' ratios WITH / WITHOUT, with its 95 % confidence interval
-(Student's t on the logarithms). Results are added to `results/devices.json`.
+other pair. What is compared are the client updates per second of all rounds, tests included,
+start-up excluded. The gain is the geometric mean of the pairs' ratios WITH / WITHOUT, with its 95 %
+confidence interval (Student's t on the logarithms). Results are added to `results/devices.json`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ for line in sys.stdin:
     recipe = workloads.recipe(name, **settings)
     with tempfile.TemporaryDirectory() as scratch:
         run = rayfed_lora.run(recipe, scratch + "/run", factory=workloads.BenchmarkFactory())
-    rate = run.rounds["clients"].sum() / run.rounds["seconds"].sum()
+        rate = run.rounds["clients"].sum() / run.rounds["seconds"].sum()
     print(json.dumps([float(rate), run.summary["adapter_sha256"]]), flush=True)
 """
 
@@ -143,7 +143,9 @@ def main() -> None:
             kept.append({"device": args.name, **found})
             args.results.write_text("".join(["[\n", ",\n".join(map(json.dumps, kept)), "\n]\n"]))
             low, high = found["low"], found["high"]
-            print(f"{args.name} {name} {way}: {found['gain']:.3f} ({low:.3f}-{high:.3f})", flush=True)
+            print(
+                f"{args.name} {name} {way}: {found['gain']:.3f} ({low:.3f}-{high:.3f})", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ Dirichlet skew) and arm by arm, on one thread (set OMP_NUM_THREADS=1). SIGINT or
 started again it continues, inside a run from the last checkpoint. `--status` says how far it is.
 
 The budget is 6.38 % of what 20 rounds of FedAvg send up and down. Arms of a free length get as many
-rounds as fit into it, at most 170. Each arm's learning rate is tuned on the tuning seeds, at a quarter of
-its rounds (20 at least, where it has them) and by run.py's climb; the score is the mean of a run's
-last three tests. No arm has a full-model stage: its initiating rate is its own.
+rounds as fit into it, at most 170. Each arm's learning rate is tuned on the tuning seeds, at a
+quarter of its rounds (20 at least, where it has them) and by run.py's climb; the score is the mean
+of a run's last three tests. No arm has a full-model stage: its initiating rate is its own.
 
 In ../results/paper/:
 
@@ -39,8 +39,8 @@ import run as paper
 
 import rayfed_lora
 from rayfed_lora.errors import InterruptedRunError, RunError
-from rayfed_lora.recipe import Recipe
-from rayfed_lora.recipe_loading import load_recipe
+from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.recipe import Recipe
 
 ARMS_FILE = paper.RESULTS / "rounds-for-bytes-arms.json"
 RATES_FILE = paper.RESULTS / "rates-rounds-for-bytes.json"
