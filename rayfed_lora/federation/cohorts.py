@@ -1,4 +1,4 @@
-"""Who takes part in a round, when its end is, and what its messages are: for run and plan alike.
+"""The cohort of a round, the time of its end, and its messages: for run and plan alike.
 
 Source: this project (docs/method.md, "The communication ledger").
 """
@@ -32,7 +32,7 @@ class Cohort:
         clock_s: simulated time at the end of the round.
         lasted_s: simulated length of the round, waiting for clients included; None where no time
             is simulated.
-        facts: what decides the messages, if nobody fails but who leaves or is late.
+        facts: what decides the messages if no client fails that neither leaves nor is late.
     """
 
     clients: tuple[int, ...]

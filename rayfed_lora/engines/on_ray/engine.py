@@ -98,7 +98,7 @@ class RayEngine:
             raise RunError(f"a client actor was lost while it started: {error}") from error
         runtime = self._recipe.runtime
         timeout = max(runtime.start_timeout_s, runtime.scale_up_s or 0.0)
-        # Blocks of as many steps each may be dealt out ahead; others go to whoever is free first.
+        # Blocks of equally many steps may be sent ahead; others go to the first free actor.
         ahead = 0 if self._recipe.clients.local_steps is None else 1
         revival = Revival(self._open, crew.renewed, self._prepare_again)
         self._pool = ActorPool(
