@@ -25,6 +25,7 @@ from rayfed_lora.storage.filesystems import credentials_hint, open_filesystem, r
 _CHUNK = 1 << 23
 # Errors of a folder that another process uses or has removed.
 _SHARED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
+_TRIES = 5
 
 
 class RunFolder:
@@ -156,8 +157,10 @@ class RunFolder:
     def names(self, folder: str = "") -> list[str]:
         """Return the names directly inside a sub-folder, sorted; none where it does not exist."""
         selector = fs.FileSelector(self._path(folder), allow_not_found=True)
-        with self._folder_errors():
+        # Another process may remove the folder meanwhile.
+        with self._folder_errors(), suppress(FileNotFoundError):
             return sorted(info.base_name for info in self._fs.get_file_info(selector))
+        return []
 
     def remove(self, name: str) -> None:
         """Remove a file, or a folder with its content, if it exists."""
@@ -181,10 +184,12 @@ class RunFolder:
         made = [folder for folder in above if not folder.exists()]
         existed = self.exists("")
         try:
-            try:
-                self.write(probe, b"")
-            except RunError:
+            for _ in range(_TRIES):
                 # The check of another command may have removed the folder that both had made.
+                with suppress(RunError):
+                    self.write(probe, b"")
+                    break
+            else:
                 self.write(probe, b"")
             self.remove(probe)
             for folder in made:
