@@ -210,6 +210,8 @@ def test_a_ticket_takes_the_folder_over_at_once_and_the_first_process_stops(fold
     first = take(folder, Ticket("a run"), pace=PATIENT)
     leases.append(take(folder, first.ticket, pace=PATIENT))
     assert first.handed_over()
+    # Remote storage is asked from time to time only.
+    time.sleep(PATIENT.renew_s / 3)
     with pytest.raises(RunError, match="has lost it to process"):
         first.check()
     first.release()
