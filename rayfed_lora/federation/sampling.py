@@ -1,4 +1,4 @@
-"""Who takes part in a round, and in which blocks. Source: this project (docs/method.md)."""
+"""The cohort of a round and its blocks. Source: this project (docs/method.md)."""
 
 from __future__ import annotations
 
