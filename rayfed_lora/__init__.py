@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rayfed_lora.doctor.doctor import doctor as doctor
     from rayfed_lora.jobs.jobs import Jobs as Jobs
-    from rayfed_lora.launching.comparison import compare as compare
+    from rayfed_lora.launching.compare import compare as compare
     from rayfed_lora.launching.launch import Result as Result
     from rayfed_lora.launching.launch import run as run
     from rayfed_lora.launching.planning import plan as plan
@@ -28,7 +28,7 @@ _HOMES = {
     "Jobs": "rayfed_lora.jobs.jobs",
     "Result": "rayfed_lora.launching.launch",
     "SearchResult": "rayfed_lora.tuning.search_result",
-    "compare": "rayfed_lora.launching.comparison",
+    "compare": "rayfed_lora.launching.compare",
     "doctor": "rayfed_lora.doctor.doctor",
     "load_recipe": "rayfed_lora.recipe.loading",
     "plan": "rayfed_lora.launching.planning",

@@ -135,7 +135,7 @@ def doctor(
 
     recipes = [load_recipe(each) for each in recipe or ()]
     if is_dashboard(address):
-        from rayfed_lora.doctor.remote import examine
+        from rayfed_lora.doctor.doctor import examine
         from rayfed_lora.jobs.views import JobView, exit_status
 
         found = examine(address, recipes, storage=storage, probe=probe, show=partial(echo, end=""))

@@ -72,7 +72,7 @@ def compare(
     """Run a recipe under several methods and seeds; rerunning resumes."""
     from rayfed_lora.cli.comparison_display import show_comparison, watching_comparison
     from rayfed_lora.cli.console import PlainConsole
-    from rayfed_lora.launching.comparison import compare as run_all
+    from rayfed_lora.launching.compare import compare as run_all
 
     console = PlainConsole()
     with watching_comparison(console) as watch:

@@ -13,7 +13,6 @@ from ray.dashboard.utils import ray_address_to_api_server_url
 from rayfed_lora.doctor.findings import Finding
 
 _ANSWER_S = 10.0
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def check_dashboard() -> list[Finding]:
@@ -39,12 +38,7 @@ def answer_without_token(url: str) -> int | None:
 
 
 def judge_dashboard(url: str, status: int | None) -> Finding:
-    """Return who can run code through the dashboard.
-
-    Args:
-        url: of the dashboard.
-        status: from `answer_without_token`.
-    """
+    """Return who can run code through the dashboard, by the status from `answer_without_token`."""
     if status is None:
         text = f"none answers at {url} from here: no jobs, no metrics, its token was not checked"
         fix = "check from the head node, or start the head with --include-dashboard=true"
@@ -55,8 +49,7 @@ def judge_dashboard(url: str, status: int | None) -> Finding:
         "set RAY_AUTH_MODE=token on every node and client (ray get-auth-token --generate), and"
         " start the head with --dashboard-host=127.0.0.1"
     )
-    if urlsplit(url).hostname in _LOOPBACK:
-        text = f"{url} asks for no token: every user of the head node can run code in the cluster"
-        return Finding("warning", "token", text, fix)
-    text = f"{url} asks for no token: anyone who reaches that port can run code in the cluster"
-    return Finding("fault", "token", text, fix)
+    local = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+    users = "every user of the head node" if local else "anyone who reaches that port"
+    text = f"{url} asks for no token: {users} can run code in the cluster"
+    return Finding("warning" if local else "fault", "token", text, fix)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rayfed_lora.doctor.findings import Finding
+from rayfed_lora.endpoints import named_in
 from rayfed_lora.engines.on_ray.placement import nodes_of
 from rayfed_lora.errors import ResourceError
+from rayfed_lora.jobs.files import files_named
+from rayfed_lora.jobs.jobs import Jobs
+from rayfed_lora.jobs.views import JobView
 from rayfed_lora.launching.ray_session import ray_session
-from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.recipe.shipped_recipes import shipped_names
-from rayfed_lora.runs.location import absolute_place, with_absolute_paths
+from rayfed_lora.runs.location import absolute_place, refuse_relative, with_absolute_paths
 from rayfed_lora.storage import refuse_secrets
 
 
@@ -60,15 +65,13 @@ def _findings(
 
     from rayfed_lora.doctor import node_checks, node_report
     from rayfed_lora.doctor.dashboard_check import check_dashboard
-    from rayfed_lora.doctor.probe import check_gpu_memory
-    from rayfed_lora.doctor.recipe_check import check_recipes
+    from rayfed_lora.doctor.recipe_checks import check_gpu_memory, check_recipes
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     reports = node_checks.reports(nodes)
     answering = {report.node for report in reports if not report.error}
     live = [node for node in nodes if node_checks.node_name(node) in answering]
-    named = filter(None, [storage, *(recipe.storage.path for recipe in recipes)])
-    folders = sorted({absolute_place(folder) for folder in named})
+    folders = sorted({absolute_place(folder) for folder in _folders(recipes, storage)})
     where = ", started here for this check: no --address was given" if own else ""
     return [
         Finding("ok", "Ray", f"{ray.__version__}, {len(nodes)} nodes{where}"),
@@ -81,3 +84,51 @@ def _findings(
         *check_recipes(recipes, shipped, live),
         *(check_gpu_memory(recipes, nodes_of(live)) if probe else []),
     ]
+
+
+def _folders(recipes: Sequence[Recipe], storage: str | None) -> list[str]:
+    named = [storage, *(recipe.storage.path for recipe in recipes)]
+    return [folder for folder in named if folder]
+
+
+def examine(
+    address: str | None,
+    recipes: Sequence[Recipe],
+    *,
+    storage: str | None,
+    probe: bool,
+    show: Callable[[str], None],
+) -> list[Finding] | JobView:
+    """Run `rayfed-lora doctor` as a job of a cluster that only its dashboard reaches; follow it.
+
+    Args:
+        address: of the dashboard.
+        recipes: as for `doctor`; so are the next two.
+        storage: folder or URI.
+        probe: measure GPU memory.
+        show: called with the output of the job.
+
+    Returns:
+        How the job ended, or the reason why no job can be started.
+
+    Raises:
+        BadInputError: the path of a folder is relative.
+    """
+    if storage is not None:
+        refuse_secrets(storage)
+    for place in _folders(recipes, storage):
+        refuse_relative(place)
+    for recipe in recipes:
+        files_named(recipe)
+    try:
+        jobs = Jobs(address)
+    except ResourceError as error:
+        fix = "start the cluster, open the tunnel to its dashboard, and set the token"
+        return [Finding("fault", "dashboard", str(error), fix)]
+    sent = map(with_absolute_paths, recipes)
+    files = {f"recipe-{i}.yaml": recipe_yaml(recipe) for i, recipe in enumerate(sent)}
+    command = ["rayfed-lora", "doctor", *(f"--recipe={name}" for name in files)]
+    command += [] if storage is None else [f"--storage={storage}"]
+    command += ["--probe"] * probe
+    endpoints = frozenset[str]().union(*(named_in(recipe.model_dump()) for recipe in recipes))
+    return jobs.follow(jobs.start("doctor", shlex.join(command), files, endpoints), show)

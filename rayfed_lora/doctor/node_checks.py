@@ -23,22 +23,8 @@ _ANSWER_S = 60.0
 _PARCEL_BYTES = 2_000_000
 
 
-class Unanswered:
-    """The missing answer of a node.
-
-    Attributes:
-        reason: why it is missing, in one line.
-    """
-
-    def __init__(self, error: Exception) -> None:
-        """Keep the reason."""
-        if isinstance(error, GetTimeoutError):
-            self.reason = "no answer in time"
-        elif isinstance(error, RayTaskError) and error.cause is not None:
-            self.reason = f"{type(error.cause).__name__}: {error.cause}"
-        else:
-            lines = str(error).strip().splitlines()
-            self.reason = lines[-1] if lines else type(error).__name__
+class Unanswered(Exception):
+    """Stands for the missing answer of a node; its text is the reason, in one line."""
 
 
 def on_node(node_id: str, ask: Callable[..., Any], *arguments: Any) -> ray.ObjectRef:
@@ -65,27 +51,33 @@ def answers(asked: Sequence[ray.ObjectRef], timeout_s: float = _ANSWER_S) -> lis
 def _answer(asked: ray.ObjectRef) -> Any:
     try:
         return ray.get(asked, timeout=0)
+    except GetTimeoutError:
+        return Unanswered("no answer in time")
     except RayError as error:
-        return Unanswered(error)
+        if isinstance(error, RayTaskError) and error.cause is not None:
+            return Unanswered(f"{type(error.cause).__name__}: {error.cause}")
+        lines = str(error).strip().splitlines()
+        return Unanswered(lines[-1] if lines else type(error).__name__)
+
+
+def _on_each(
+    nodes: Sequence[Mapping[str, Any]], ask: Callable[..., Any], *arguments: Sequence[Any]
+) -> list[Any]:
+    """Call a function on each node with the node's own arguments; return the answers."""
+    rows = zip(nodes, *arguments, strict=True)
+    return answers([on_node(node["NodeID"], ask, *row) for node, *row in rows])
 
 
 def reports(nodes: Sequence[Mapping[str, Any]]) -> list[NodeReport]:
-    """Return the report of each live node.
-
-    Args:
-        nodes: entries of `ray.nodes()`.
-    """
-    asked = [
-        (node_name(node), float(node["Resources"].get("GPU", 0.0)), node["NodeID"])
-        for node in nodes
-    ]
-    inspect = node_report.inspect
-    answered = answers([on_node(node_id, inspect, name, gpus) for name, gpus, node_id in asked])
+    """Return the report of each live node, an entry of `ray.nodes()`."""
+    names = [node_name(node) for node in nodes]
+    gpus = [float(node["Resources"].get("GPU", 0.0)) for node in nodes]
+    answered = _on_each(nodes, node_report.inspect, names, gpus)
     return [
-        NodeReport(name, {}, ray_gpus=gpus, error=answer.reason)
+        NodeReport(name, {}, ray_gpus=assigned, error=str(answer))
         if isinstance(answer, Unanswered)
         else answer
-        for (name, gpus, _), answer in zip(asked, answered, strict=True)
+        for name, assigned, answer in zip(names, gpus, answered, strict=True)
     ]
 
 
@@ -100,19 +92,16 @@ def check_network(nodes: Sequence[Mapping[str, Any]]) -> list[Finding]:
         return []
     names = [node_name(node) for node in nodes]
     parcels = [on_node(node["NodeID"], _parcel) for node in nodes]
-    after = [*parcels[1:], parcels[0]]
-    fetched = [on_node(n["NodeID"], _size, ref) for n, ref in zip(nodes, after, strict=True)]
-    found = []
-    for name, other, answer in zip(names, [*names[1:], names[0]], answers(fetched), strict=True):
-        if answer != _PARCEL_BYTES:
-            reason = answer.reason if isinstance(answer, Unanswered) else repr(answer)
-            fix = (
-                "open all TCP ports between the nodes of the cluster (security group,"
-                " firewall); Ray's object manager, raylets and workers talk directly"
-            )
-            found.append(
-                Finding("fault", "ports", f"{name} gets no object of {other}: {reason}", fix)
-            )
+    fetched = _on_each(nodes, _size, [*parcels[1:], parcels[0]])
+    fix = (
+        "open all TCP ports between the nodes of the cluster (security group, firewall); Ray's"
+        " object manager, raylets and workers talk directly"
+    )
+    found = [
+        Finding("fault", "ports", f"{name} gets no object of {other}: {answer}", fix)
+        for name, other, answer in zip(names, [*names[1:], names[0]], fetched, strict=True)
+        if answer != _PARCEL_BYTES
+    ]
     return found or [Finding("ok", "ports", "each node gets objects of the next one")]
 
 
@@ -127,37 +116,31 @@ def _size(parcel: bytes) -> int:
 def check_storage(location: str, nodes: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """Check that each node can write into a folder and read the files of the others."""
     subject, names = f"storage {location}", [node_name(node) for node in nodes]
-    ids = [node["NodeID"] for node in nodes]
+    locations = [location] * len(nodes)
     marks = [f".doctor-{uuid4().hex}" for _ in nodes]
-    written = answers([on_node(n, _write, location, m) for n, m in zip(ids, marks, strict=True)])
+    written = _on_each(nodes, _write, locations, marks)
+    fix = "give every node the right to write there (its user, or its role for a bucket)"
     found = [
-        Finding("fault", subject, f"{name} cannot write to it: {_reason(answer)}", _WRITABLE)
+        Finding("fault", subject, f"{name} cannot write to it: {answer}", fix)
         for name, answer in zip(names, written, strict=True)
         if not isinstance(answer, list)
     ]
     if not found:
-        seen = answers([on_node(n, _unseen, location, marks) for n in ids])
+        unseen = _on_each(nodes, _unseen, locations, [marks] * len(nodes))
+        fix = "use a folder that all nodes mount (NFS), or a URI such as s3://bucket/runs"
         found = [
             Finding(
-                "fault", subject, f"{name} does not see files that other nodes wrote there", _SHARED
+                "fault", subject, f"{name} does not see files that other nodes wrote there", fix
             )
-            for name, answer in zip(names, seen, strict=True)
+            for name, answer in zip(names, unseen, strict=True)
             if answer != 0
         ]
-    answers([on_node(n, _remove, location, m) for n, m in zip(ids, marks, strict=True)])
+    _on_each(nodes, _remove, locations, marks)
     made = [folders if isinstance(folders, list) else [] for folders in written]
-    answers([on_node(n, _remove_folders, each) for n, each in zip(ids, made, strict=True)])
+    _on_each(nodes, _remove_folders, made)
     return found or [
         Finding("ok", subject, "every node can write to it and read files of the others")
     ]
-
-
-_WRITABLE = "give every node the right to write there (its user, or its role for a bucket)"
-_SHARED = "use a folder that all nodes mount (NFS), or a URI such as s3://bucket/runs"
-
-
-def _reason(answer: Any) -> str:
-    return answer.reason if isinstance(answer, Unanswered) else str(answer)
 
 
 def _write(location: str, mark: str) -> list[str] | str:

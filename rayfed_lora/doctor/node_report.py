@@ -6,7 +6,7 @@ import csv
 import platform
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -15,11 +15,7 @@ from rayfed_lora.doctor.findings import Finding
 PACKAGES = ("ray", "rayfed-lora", "torch", "peft", "transformers")
 MISSING = "missing"
 _MIB = 1.048576  # in MB
-_SMI = (
-    "nvidia-smi",
-    "--query-gpu=name,memory.total,memory.free",
-    "--format=csv,noheader,nounits",
-)
+_SMI = "nvidia-smi --query-gpu=name,memory.total,memory.free --format=csv,noheader,nounits"
 
 
 @dataclass(frozen=True)
@@ -53,12 +49,7 @@ class NodeReport:
 
 
 def inspect(node: str, ray_gpus: float) -> NodeReport:
-    """Return the report of this machine.
-
-    Args:
-        node: its address.
-        ray_gpus: number of GPUs that Ray assigns there.
-    """
+    """Return the report of this machine; the arguments are fields of it."""
     gpus = cards()
     usable = None
     if gpus or ray_gpus:
@@ -80,14 +71,12 @@ def _version(package: str) -> str:
         return MISSING
 
 
-def cards(run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run) -> tuple[Gpu, ...]:
-    """Return this machine's NVIDIA cards; none without a driver.
-
-    Args:
-        run: replaces `subprocess.run`, for tests.
-    """
+def cards() -> tuple[Gpu, ...]:
+    """Return this machine's NVIDIA cards; none without a driver."""
     try:
-        output = run(_SMI, capture_output=True, text=True, timeout=30, check=True).stdout
+        output = subprocess.check_output(
+            _SMI.split(), stderr=subprocess.DEVNULL, text=True, timeout=30
+        )
     except (OSError, subprocess.SubprocessError):
         return ()
     rows = csv.reader(output.splitlines(), skipinitialspace=True)
@@ -104,17 +93,12 @@ def _bytes(mebibytes: str) -> float:
 
 def check_nodes(reports: Sequence[NodeReport]) -> list[Finding]:
     """Return which nodes did not answer."""
-    found = [
-        Finding(
-            "fault",
-            f"node {report.node}",
-            report.error,
-            "see `ray status` and the logs of that node; install rayfed_lora and its dependencies"
-            " in the environment that its Ray was started from",
-        )
-        for report in reports
-        if report.error
-    ]
+    fix = (
+        "see `ray status` and the logs of that node; install rayfed_lora and its dependencies in"
+        " the environment that its Ray was started from"
+    )
+    silent = [report for report in reports if report.error]
+    found = [Finding("fault", f"node {report.node}", report.error, fix) for report in silent]
     answered = len(reports) - len(found)
     return [Finding("ok", "nodes", f"{answered} of {len(reports)} answered"), *found]
 
@@ -129,10 +113,8 @@ def check_versions(reports: Sequence[NodeReport]) -> list[Finding]:
             by_version[report.versions.get(package, MISSING)].append(report.node)
         if len(by_version) > 1 or MISSING in by_version:
             text = "; ".join(f"{v} on {', '.join(nodes)}" for v, nodes in by_version.items())
-            fix = (
-                f"install the same {package} on every node, from the same lock (constraints.txt),"
-                " then restart their Ray"
-            )
+            lock = "from the same lock (constraints.txt), then restart their Ray"
+            fix = f"install the same {package} on every node, {lock}"
             found.append(Finding("fault", f"version of {package}", text, fix))
     if found or not reports:
         return found

@@ -30,10 +30,8 @@ def cells_of(
 ) -> list[Cell]:
     """Return the cells of a comparison, seed by seed.
 
-    Methods of the same seed share their data: where `data.validation_fraction` is auto, all hold
-    out the largest fraction that one of them needs.
-
-    Args: as for `compare`.
+    Arguments as for `compare`. Methods of the same seed share their data: where
+    `data.validation_fraction` is auto, all hold out the largest fraction that one of them needs.
 
     Raises:
         BadInputError: no method or seed, a duplicate, or a recipe that is rejected.
@@ -44,13 +42,17 @@ def cells_of(
     # Loaded under a method each: the bare recipe may not be valid with the common settings.
     bases = {name: load_recipe(recipe, settings, own) for name, own in variants.items()}
     notes = tuple(given_way_in_comparison(next(iter(bases.values())), seeds))
-    held_out = {name: _held_out(base) for name, base in bases.items()}
-    largest = max(fraction or 0.0 for fraction in held_out.values())
+    held_out = {
+        name: base.validation_fraction
+        for name, base in bases.items()
+        if base.data.validation_fraction == "auto"
+    }
+    largest = max(held_out.values(), default=0.0)
     cells: list[Cell] = []
     for seed in seeds:
         for name, own in variants.items():
             overrides = {**own, "seed": seed}
-            if held_out[name] is not None and largest > 0:
+            if name in held_out and largest > 0:
                 overrides["data.validation_fraction"] = largest
             loaded = load_recipe(recipe, settings, overrides)
             if cells and loaded.runtime != cells[0].recipe.runtime:
@@ -59,9 +61,8 @@ def cells_of(
                     f" has another than {cells[0].method!r}"
                 )
             # A key without effect under one method may have an effect under another: no notes.
-            loaded = loaded.with_provenance(
-                frozenset(), (*loaded.overruled, *(() if cells else notes))
-            )
+            overruled = (*loaded.overruled, *(() if cells else notes))
+            loaded = loaded.with_provenance(frozenset(), overruled)
             location = child(out, name, f"seed-{seed}")
             cells.append(Cell(name, seed, with_absolute_paths(loaded), location))
     return cells
@@ -70,7 +71,7 @@ def cells_of(
 def _variants(
     methods: Methods, seeds: Sequence[int], settings: Mapping[str, Any]
 ) -> Mapping[str, Mapping[str, Any]]:
-    """Return the overrides of each method by name, after checking methods, seeds and settings."""
+    """Return the overrides of each method by name, checked."""
     for name, values in (("methods", methods), ("seeds", seeds)):
         if not values or len(set(values)) != len(values):
             raise BadInputError(f"--{name}: expected at least one, none twice, got {list(values)}")
@@ -84,8 +85,3 @@ def _variants(
     if "method" in settings and all("method" in own for own in methods.values()):
         raise BadInputError("--set method: expected none, --methods names those of a comparison")
     return methods
-
-
-def _held_out(recipe: Recipe) -> float | None:
-    """Return the fraction of the data that the method itself holds out; None if the user set it."""
-    return recipe.validation_fraction if recipe.data.validation_fraction == "auto" else None

@@ -1,24 +1,30 @@
-"""Driver actors: their start, and the handover of a detached run. Source: this project."""
+"""Driver actors: their start, their following, their handover. Source: this project."""
 
 from __future__ import annotations
 
+import threading
 import time
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayfed_lora.errors import BadInputError
+from rayfed_lora.errors import BadInputError, RayfedError, RunError
 from rayfed_lora.launching.ray_session import NAMESPACE
-from rayfed_lora.launching.request import RunRequest
+from rayfed_lora.launching.signals import interruptible
 from rayfed_lora.launching.simulation_server import SimulationServer
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.ownership import Lease
+from rayfed_lora.runs.status import Status
 
+# Each poll costs the driver CPU time that clients need.
 _POLL_S = 0.5
 _ANSWER_S = 30.0
+# How long a stopped run may take to save its rounds.
+_SAVE_S = 120.0
 
 
 def driver_class(kind: type, **options: Any) -> Any:
@@ -32,12 +38,16 @@ def driver_class(kind: type, **options: Any) -> Any:
     return driver.options(num_cpus=0, max_concurrency=2, scheduling_strategy=node, **options)
 
 
-def start_server(request: RunRequest, *, detached: bool = False) -> tuple[Any, str]:
+def start_server(
+    recipe: Recipe, location: str, *, detached: bool = False, **options: Any
+) -> tuple[Any, str]:
     """Start the driver actor of a run.
 
     Args:
-        request: the run; its folder is claimed.
+        recipe: the run, with absolute paths.
+        location: its claimed folder, an absolute path or a URI.
         detached: the run starts at once and survives this process.
+        options: as for `SimulationServer`.
 
     Returns:
         The actor's handle and its name, which is unique to the run folder.
@@ -45,8 +55,7 @@ def start_server(request: RunRequest, *, detached: bool = False) -> tuple[Any, s
     Raises:
         BadInputError: a run into the same folder is active in this cluster.
     """
-    request = replace(request, location=request.absolute_location)
-    name = f"rayfed-lora {request.location}"
+    name = f"rayfed-lora {location}"
     _end_finished(name)
     driver = driver_class(
         SimulationServer,
@@ -57,11 +66,10 @@ def start_server(request: RunRequest, *, detached: bool = False) -> tuple[Any, s
         max_task_retries=-1,
     )
     try:
-        return driver.remote(request, detached), name
+        return driver.remote(recipe, location, detached=detached, **options), name
     except ValueError as error:
-        raise BadInputError(
-            f"a run into {request.location} is active in this cluster: {error}"
-        ) from error
+        message = f"a run into {location} is active in this cluster: {error}"
+        raise BadInputError(message) from error
 
 
 def _end_finished(name: str) -> None:
@@ -87,3 +95,86 @@ def wait_for_handover(server: Any, lease: Lease) -> None:
             lease.keep()
             return
         time.sleep(_POLL_S)
+
+
+def follow(server: Any, poll: Callable[[], None]) -> Any:
+    """Start a driver's `run`, wait for it and return its result.
+
+    The first SIGINT or SIGTERM calls the driver's `stop`.
+
+    Args:
+        server: actor handle, with the methods `run` and `stop`.
+        poll: called about twice a second, and once more after the end.
+
+    Raises:
+        RayfedError: as the driver raised it.
+        RunError: the driver failed otherwise, or was lost.
+    """
+    result = server.run.remote()
+    stop, forwarded = threading.Event(), False
+    with _ended_on_error(server, result), interruptible(stop.set):
+        while True:
+            ready, _ = ray.wait([result], timeout=_POLL_S)
+            if stop.is_set() and not forwarded:
+                server.stop.remote()
+                forwarded = True
+            with _unwrapped_errors():
+                poll()
+                if ready:
+                    return ray.get(result)
+
+
+class StatusFeed:
+    """Passes the status of a driver actor on to `watch`, each record and note once."""
+
+    def __init__(self, server: Any, watch: Callable[[Status], None]) -> None:
+        """Ask nothing yet; `server` is an actor handle, with the method `status`."""
+        self._server = server
+        self._watch = watch
+        self._records_seen, self._notes_seen, self._board = 0, 0, ""
+
+    def poll(self) -> None:
+        """Fetch the status and pass it on."""
+        status = self._fetched()
+        if status.board != self._board:
+            # The first poll, or Ray has restarted the driver: its board counts from 0.
+            self._records_seen, self._notes_seen, self._board = 0, 0, status.board
+            status = self._fetched()
+        self._records_seen = status.rounds_done - status.rounds_before
+        self._notes_seen += len(status.notes)
+        self._watch(status)
+
+    def _fetched(self) -> Status:
+        status: Status = ray.get(self._server.status.remote(self._records_seen, self._notes_seen))
+        return status
+
+
+@contextmanager
+def _ended_on_error(server: Any, result: Any) -> Iterator[None]:
+    """End a driver and its run on any error of this process: Ray itself may continue.
+
+    After an error, such as one of the user's `watch`, the run may save its rounds first; after a
+    second signal it may not.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) and not ray.wait([result], timeout=0)[0]:
+            # Ray warns of calls that are unfinished when their actor is killed.
+            ray.wait([server.stop.remote()], timeout=_ANSWER_S)
+            ray.wait([result], timeout=_SAVE_S)
+        ray.kill(server)
+        raise
+
+
+@contextmanager
+def _unwrapped_errors() -> Iterator[None]:
+    """Raise a driver's own RayfedError as it is, and any other error of Ray as a RunError."""
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, RayfedError):
+            raise error.cause from None
+        raise RunError(f"the server failed:\n{error}") from error
+    except RayError as error:
+        raise RunError(f"the server was lost: {error}") from error

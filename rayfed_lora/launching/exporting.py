@@ -59,9 +59,8 @@ def export_run(location: str, to: Path, *, merge: bool) -> Iterator[str]:
 
 def _finished_recipe(run: RunFolder) -> Recipe:
     if not CheckedFolder(run).exists(SUMMARY_FILE) or read_summary(run) is None:
-        raise RunFolderError(
-            f"{run.location}: expected the folder of a finished run (summary.json)"
-        )
+        wanted = f"the folder of a finished run ({SUMMARY_FILE})"
+        raise RunFolderError(f"{run.location}: expected {wanted}")
     recipe = kept_recipe(run)
     if recipe is None:
         raise RunFolderError(f"{run.location}: expected a run's folder, it has no recipe.yaml")
@@ -71,14 +70,12 @@ def _finished_recipe(run: RunFolder) -> Recipe:
 @contextmanager
 def _contents(run: RunFolder) -> Iterator[dict[str, dict[str, IO[bytes]]]]:
     """Open the files of the exported model by sub-folder and name, and check all of them."""
-    checked = CheckedFolder(run)
-    found: dict[str, dict[str, IO[bytes]]] = {}
+    checked, found = CheckedFolder(run), dict[str, dict[str, IO[bytes]]]()
     with ExitStack() as files:
         for part in ("adapter", "base"):
             for name in checked.names(part):
                 try:
-                    # A stranger may have written the folder.
-                    check_name(name)
+                    check_name(name)  # a stranger may have written the folder
                     content = files.enter_context(checked.open(f"{part}/{name}"))
                 except (OSError, ValueError) as error:
                     where = child(run.location, part)
@@ -103,15 +100,6 @@ def _writing(to: Path) -> Iterator[None]:
         raise BadInputError(f"--to: {to} cannot be written: {error}") from error
 
 
-def _labels(run: RunFolder) -> list[str]:
-    labels = (read_summary(run) or {}).get("labels")
-    if not isinstance(labels, list):
-        raise RunFolderError(
-            f"{child(run.location, 'summary.json')}: expected a list of labels, got {labels!r}"
-        )
-    return labels
-
-
 def _write_merged(run: RunFolder, recipe: Recipe, to: Path) -> None:
     from rayfed_lora.models import export, sources
 
@@ -121,7 +109,10 @@ def _write_merged(run: RunFolder, recipe: Recipe, to: Path) -> None:
                 _write(files, Path(scratch) / part)
         base, adapter = Path(scratch) / "base", Path(scratch) / "adapter"
         source = str(base) if base.exists() else sources.location(recipe.model.source)
-        labels = _labels(run)
+        labels = (read_summary(run) or {}).get("labels")
+        if not isinstance(labels, list):
+            where = child(run.location, SUMMARY_FILE)
+            raise RunFolderError(f"{where}: expected a list of labels, got {labels!r}")
         net = export.merge(source, adapter if adapter.exists() else None, recipe.model, labels)
         tokenizer = recipe.model.tokenizer or recipe.model.source
         is_text = recipe.model.task != "image-classification"

@@ -14,7 +14,6 @@ from rayfed_lora.errors import BadInputError
 from rayfed_lora.jobs.reporting import reporting
 from rayfed_lora.launching.local import local_engine, refuse_address
 from rayfed_lora.launching.ray_session import ray_session
-from rayfed_lora.launching.request import RunRequest
 from rayfed_lora.launching.signals import interruptible
 from rayfed_lora.pages.run_page import run_page
 from rayfed_lora.recipe.loading import load_recipe
@@ -77,8 +76,8 @@ def run(
 ) -> Result:
     """Run a recipe to its end and return the result.
 
-    The first SIGINT or SIGTERM stops it cleanly: the current round is abandoned, the finished ones
-    are saved. A second one ends it at once.
+    The first SIGINT or SIGTERM abandons the current round and saves the finished ones. A second one
+    ends the run at once.
 
     Args:
         recipe: a `Recipe`, a shipped name, a path or a mapping; its values are checked here.
@@ -101,12 +100,12 @@ def run(
     done = complete(folder) if resume else None
     if done is not None:
         return Result(location, done)
-    watch = watch or (lambda status: None)
+    watch, factory = watch or (lambda status: None), factory or TorchFactory()
     with claimed(folder, recipe, resume) as lease:
-        request = RunRequest(recipe, location, resume, factory or TorchFactory(), lease.ticket)
+        ticket = lease.ticket
         if recipe.runtime.executor == "local":
             board, stop = StatusBoard(recipe.annealing.total_rounds, watch), threading.Event()
-            engine = local_engine(recipe, request.factory)
+            engine = local_engine(recipe, factory)
             with interruptible(stop.set):
                 summary = simulate(
                     recipe,
@@ -116,16 +115,21 @@ def run(
                     stop.is_set,
                     resume=resume,
                     page=run_page,
-                    ticket=request.ticket,
+                    ticket=ticket,
                 )
             return Result(location, summary)
-        with ray_session(address), reporting(recipe, request.absolute_location, watch) as report:
+        where = _absolute(folder)
+        with ray_session(address), reporting(recipe, where, watch) as report:
             # After `ray_session`: Ray reads its settings at import.
-            from rayfed_lora.launching.drivers import start_server
-            from rayfed_lora.launching.following import StatusFeed, follow
+            from rayfed_lora.launching.drivers import StatusFeed, follow, start_server
 
-            server, _ = start_server(request)
+            server, _ = start_server(recipe, where, resume=resume, factory=factory, ticket=ticket)
             return Result(location, follow(server, StatusFeed(server, report).poll))
+
+
+def _absolute(folder: RunFolder) -> str:
+    """Return the location of a run folder as another process of this machine finds it."""
+    return folder.location if folder.local is None else str(folder.local)
 
 
 def start(
@@ -158,7 +162,7 @@ def start(
     with claimed(folder, recipe, resume) as lease, ray_session(address):
         from rayfed_lora.launching.drivers import start_server, wait_for_handover
 
-        request = RunRequest(recipe, location, resume, ticket=lease.ticket.detached())
-        server, name = start_server(request, detached=True)
+        where, ticket = _absolute(folder), lease.ticket.detached()
+        server, name = start_server(recipe, where, detached=True, resume=resume, ticket=ticket)
         wait_for_handover(server, lease)
         return Started(location, name)

@@ -19,18 +19,13 @@ def local_engine(recipe: Recipe, factory: Factory, device: str | None = None) ->
     Raises:
         ResourceError: the recipe asks for a GPU that torch does not find.
     """
-    where = _device(recipe) if device is None else device
-    return LocalEngine(lambda: in_process(recipe, factory, where))
+    if device is None and recipe.runtime.device == "cuda":
+        from rayfed_lora.training.device import has_gpu
 
-
-def _device(recipe: Recipe) -> str:
-    if recipe.runtime.device != "cuda":
-        return "cpu"
-    from rayfed_lora.training.device import has_gpu
-
-    if not has_gpu():
-        raise ResourceError("runtime.device 'cuda': torch finds no GPU on this machine")
-    return "cuda:0"
+        if not has_gpu():
+            raise ResourceError("runtime.device 'cuda': torch finds no GPU on this machine")
+        device = "cuda:0"
+    return LocalEngine(lambda: in_process(recipe, factory, device or "cpu"))
 
 
 def refuse_address(recipe: Recipe, address: str | None) -> None:

@@ -1,7 +1,4 @@
-"""What a recipe will do and send, before anything is trained. Needs no Ray and no weights.
-
-Source: this project.
-"""
+"""The plan of a run; needs neither Ray nor weights. Source: this project."""
 
 from __future__ import annotations
 
@@ -33,11 +30,8 @@ class PlannedRound:
 
     Attributes:
         round: index from 0.
-        stage: stage of the schedule.
-        trainable: `full` or `adapter`.
         rank: uniform rank; None in a full-model round.
         trainable_params: number of values that a client trains.
-        learning_rate: local learning rate.
         clients: size of the cohort.
         arriving: how many of them arrive in time, by the simulated clock.
         bytes_up, bytes_down, bytes_base: of the whole cohort.
@@ -70,8 +64,7 @@ class Plan:
         outline: sizes of data and model.
         needs: what it needs of the cluster, one line each.
         actor_mb: memory of an actor, without activations.
-        notes: what the user should know before the run, e.g. of a learning rate that is probably
-            not meant, one line each.
+        notes: warnings to the user, e.g. of an implausible learning rate, one line each.
     """
 
     rounds: tuple[PlannedRound, ...]
@@ -86,7 +79,7 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
     """Return the plan of a recipe; reads its data and its model's configuration.
 
     Args:
-        recipe: from `load_recipe`, or what it takes: a shipped name, a path or a mapping.
+        recipe: a `Recipe`, a shipped name, a path or a mapping.
 
     Raises:
         DataError: the data cannot be read or dealt as asked.
@@ -101,25 +94,32 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
     annealing = recipe.annealing.model_copy(update={"acceptance": "always"})
     anew = RULES[recipe.aggregation.rule].restarts
     rounds: list[PlannedRound] = []
-    rank: int | None = None
-    clock_s = 0.0
+    rank, clock_s = None, 0.0
     for t in range(recipe.annealing.total_rounds):
         scheduled = plan_round(annealing, t, Feedback(rank=rank))
         resizing = planned(recipe, sizes.shape, None if anew else rank, scheduled)
         cohort = cohorts.draw(scheduled, resizing, clock_s)
         bill = ledger.book(cohort.facts)
-        rounds.append(_planned_round(recipe, sizes, scheduled, cohort, bill))
-        clock_s = cohort.clock_s
-        rank = None if scheduled.trainable == "full" else scheduled.rank
-    needs = _needs(recipe, sizes, rounds)
-    actor_mb = _PROCESS_MB + _training_mb(sizes, rounds)
+        rounds.append(_planned_round(recipe, sizes.shape, scheduled, cohort, bill))
+        clock_s, rank = cohort.clock_s, rounds[-1].rank
+    full = any(planned.trainable == "full" for planned in rounds)
+    # A full-model round adds gradients and two values of optimiser state.
+    training_mb = sizes.shape.total_params * BYTES_A_VALUE / 1e6 * (4 if full else 1)
+    state = ", gradients and optimiser state" if full else ""
+    needs = (
+        _actors(recipe, rounds),
+        *_blocks(recipe, sizes, rounds),
+        f"memory: about {_PROCESS_MB + training_mb:.0f} MB an actor"
+        f" ({_PROCESS_MB} MB of Python and torch, {training_mb:.0f} MB of model{state}),"
+        " without activations",
+    )
     doubtful = doubt(recipe)
     notes = (*sizes.notes, *unused(recipe), *([] if doubtful is None else [doubtful]))
-    return Plan(tuple(rounds), ledger.totals, sizes, needs, actor_mb, notes)
+    return Plan(tuple(rounds), ledger.totals, sizes, needs, _PROCESS_MB + training_mb, notes)
 
 
 def _planned_round(
-    recipe: Recipe, sizes: Outline, scheduled: RoundPlan, cohort: Cohort, bill: Bill
+    recipe: Recipe, shape: ModelShape, scheduled: RoundPlan, cohort: Cohort, bill: Bill
 ) -> PlannedRound:
     full, facts = scheduled.trainable == "full", cohort.facts
     return PlannedRound(
@@ -127,7 +127,7 @@ def _planned_round(
         stage=scheduled.stage,
         trainable=scheduled.trainable,
         rank=None if full else scheduled.rank,
-        trainable_params=_trained(sizes.shape, facts.ranks, facts.frozen, full),
+        trainable_params=_trained(shape, facts.ranks, facts.frozen, full),
         learning_rate=learning_rate(recipe, scheduled.round),
         clients=len(cohort.clients),
         arriving=bill.arrived,
@@ -148,46 +148,31 @@ def _trained(shape: ModelShape, ranks: Mapping[str, int], frozen: Frozen | None,
     return shape.head_params + sum(sides[name] * rank for name, rank in ranks.items())
 
 
-def _needs(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> tuple[str, ...]:
+def _actors(recipe: Recipe, rounds: list[PlannedRound]) -> str:
+    """Return the line about the number of client actors and their shares."""
     runtime = recipe.runtime
-    actors = runtime.client_actors
+    actors, gpus = runtime.client_actors, runtime.gpus_per_actor
     most = max(planned.clients for planned in rounds)
     count = f"1 to {most} (auto)" if actors == "auto" else str(actors)
-    gpus = runtime.gpus_per_actor
     share = "1 GPU" if gpus == "auto" else f"{gpus:g} GPU"
     gpu = "" if runtime.device == "cpu" or gpus == 0 else f" and {share} where the cluster has GPUs"
     where, trainers = f"client actors: {count}", runtime.trainers_per_actor
     if runtime.executor == "local":
         threads = 1 if actors == "auto" or runtime.device == "cuda" else actors * trainers
         where = "this process" if threads == 1 else f"this process, up to {threads} threads"
-    full = any(planned.trainable == "full" for planned in rounds)
-    training_mb = _training_mb(sizes, rounds)
     several = runtime.executor == "ray" and runtime.device != "cuda" and trainers > 1
     at_once = f"; on CPUs each trains {trainers} blocks at once" if several else ""
-    return (
-        f"{where}, each {runtime.cpus_per_actor:g} CPU{gpu}{at_once}",
-        *_blocks(recipe, sizes, rounds),
-        f"memory: about {_PROCESS_MB + training_mb:.0f} MB an actor"
-        f" ({_PROCESS_MB} MB of Python and torch, {training_mb:.0f} MB of model"
-        f"{', gradients and optimiser state' if full else ''}), without activations",
-    )
-
-
-def _training_mb(sizes: Outline, rounds: list[PlannedRound]) -> float:
-    """Return the memory of model, gradients and optimiser state."""
-    full = any(planned.trainable == "full" for planned in rounds)
-    return sizes.shape.total_params * BYTES_A_VALUE / 1e6 * (4 if full else 1)
+    return f"{where}, each {runtime.cpus_per_actor:g} CPU{gpu}{at_once}"
 
 
 def _blocks(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> Iterator[str]:
-    """Say how many clients are trained together, on each kind of device that may be used."""
+    """Yield how many clients are trained together, on each kind of device that may be used."""
     cohort = next((planned.clients for planned in rounds if planned.trainable == "adapter"), None)
     if cohort is None:
         return
     runtime = recipe.runtime
-    on_gpus = runtime.device != "cpu" and runtime.gpus_per_actor != 0
     devices: list[Device] = ["cpu"] if runtime.device != "cuda" else []
-    if on_gpus and runtime.executor == "ray":
+    if runtime.executor == "ray" and runtime.device != "cpu" and runtime.gpus_per_actor != 0:
         devices.append("cuda")
     sizes_by_device = [block_size(recipe, sizes.shape, cohort, device) for device in devices]
     for reason in dict.fromkeys(size.reason for size in sizes_by_device):

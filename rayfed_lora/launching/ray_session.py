@@ -1,7 +1,4 @@
-"""The connection to Ray: a cluster, or a Ray that is started for one command.
-
-Source: this project.
-"""
+"""The connection to a cluster, or to an own Ray of one command. Source: this project."""
 
 from __future__ import annotations
 
@@ -45,8 +42,7 @@ def ray_session(address: str | None) -> Iterator[None]:
             # starts, but not to this process.
             if name != "RAY_AUTH_MODE" or "ray" not in sys.modules:
                 os.environ.setdefault(name, value)
-    reason = None if where is None else unreachable_cluster(where)
-    if reason is not None:
+    elif (reason := unreachable_cluster(where)) is not None:
         raise ResourceError(f"no Ray cluster at {where}: {reason}")
     import ray
 

@@ -1,4 +1,7 @@
-"""The runs of a comparison, one after another on the same actors. Source: this project."""
+"""The runs of a comparison, one after another on the same actors, and their driver actor.
+
+Source: this project.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,10 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+from uuid import uuid4
 
+from rayfed_lora.engines.factory import Factory
 from rayfed_lora.errors import InterruptedRunError, RayfedError
 from rayfed_lora.pages.comparison import Cell, Ended, Standing
 from rayfed_lora.pages.run_page import run_page
@@ -19,8 +25,11 @@ from rayfed_lora.runs.tracking import Tracker
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tasks.engine import Engine
 
-# Builds what a cell runs on; the board receives notes for the user.
-MakeExecutor = Callable[[Cell, StatusBoard], tuple[Engine, Tracker | None]]
+if TYPE_CHECKING:
+    from rayfed_lora.engines.on_ray.crew import Crew
+
+# Builds a cell's engine, and a tracker of its rounds if any; the board receives notes for the user.
+MakeEngine = Callable[[Cell, StatusBoard], tuple[Engine, Tracker | None]]
 
 
 class RunQueue:
@@ -29,14 +38,8 @@ class RunQueue:
     Free of Ray; other threads may call `standing` and `stop`.
     """
 
-    def __init__(self, cells: Sequence[Cell], make: MakeExecutor, ticket: Ticket) -> None:
-        """Keep the work.
-
-        Args:
-            cells: the runs.
-            make: builds a cell's engine, and a tracker of its rounds if there is one.
-            ticket: of the process that has claimed the comparison.
-        """
+    def __init__(self, cells: Sequence[Cell], make: MakeEngine, ticket: Ticket) -> None:
+        """Keep the work; the ticket is of the process that has claimed the comparison."""
         self._cells = tuple(cells)
         self._make = make
         self._ticket = ticket
@@ -55,7 +58,7 @@ class RunQueue:
         """
         for cell in self._cells:
             if self._stop.is_set():
-                raise InterruptedRunError(self._stopped())
+                raise self._stopped()
             notify = None if on_change is None else lambda _: on_change(self.standing())
             board = StatusBoard(cell.recipe.annealing.total_rounds, notify)
             self._running = cell, board
@@ -85,17 +88,15 @@ class RunQueue:
                 ticket=self._ticket,
             )
         except InterruptedRunError:
-            raise InterruptedRunError(self._stopped()) from None
+            raise self._stopped() from None
         except Exception as error:  # the other runs can still be made
             text = str(error) if isinstance(error, RayfedError) else traceback.format_exc()
             return Ended(cell, None, time.perf_counter() - began, text)
         return Ended(cell, summary["final"]["eval_accuracy"], time.perf_counter() - began)
 
-    def _stopped(self) -> str:
-        return (
-            f"stopped with {len(self._ended)} of {len(self._cells)} runs done; rerun the same"
-            " command to resume"
-        )
+    def _stopped(self) -> InterruptedRunError:
+        done = f"{len(self._ended)} of {len(self._cells)} runs done"
+        return InterruptedRunError(f"stopped with {done}; rerun the same command to resume")
 
     def standing(self) -> Standing:
         """Return the progress of the comparison."""
@@ -108,6 +109,50 @@ class RunQueue:
     def stop(self) -> None:
         """Abandon the current round and end."""
         self._stop.set()
+
+
+class ComparisonServer:
+    """A driver actor that runs the cells of a comparison on one crew of client actors."""
+
+    def __init__(self, cells: Sequence[Cell], factory: Factory, ticket: Ticket) -> None:
+        """Keep the cells; the factory builds workloads and trainers in the workers."""
+        self._factory = factory
+        self._crew: Crew | None = None
+        self._queue = RunQueue(cells, self._engine, ticket)
+
+    def __repr__(self) -> str:
+        return "server of a comparison"
+
+    def _engine(self, cell: Cell, board: StatusBoard) -> tuple[Engine, Tracker | None]:
+        from rayfed_lora.engines.on_ray.crew import Crew
+        from rayfed_lora.engines.on_ray.engine import RayEngine
+        from rayfed_lora.launching.ray_metrics import run_metrics
+
+        recipe = cell.recipe
+        if self._crew is not None and not self._crew.wait(recipe.runtime.start_timeout_s):
+            self._crew.close()
+            self._crew = None
+        if self._crew is None:
+            self._crew = Crew.reserved(recipe, f"clients of a comparison {uuid4().hex}")
+        engine = RayEngine(recipe, self._factory, board.note, crew=self._crew)
+        rounds = recipe.annealing.total_rounds
+        return engine, run_metrics(run_name(cell), rounds, engine.usage)
+
+    def run(self) -> tuple[Ended, ...]:
+        """Run all cells; raises InterruptedRunError after `stop`."""
+        try:
+            return self._queue.run()
+        finally:
+            if self._crew is not None:
+                self._crew.close()
+
+    def standing(self) -> Standing:
+        """Return the progress of the comparison, at any time."""
+        return self._queue.standing()
+
+    def stop(self) -> None:
+        """Abandon the current round and end."""
+        self._queue.stop()
 
 
 def run_name(cell: Cell) -> str:

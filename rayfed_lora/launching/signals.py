@@ -8,9 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Ray stops a job by SIGTERM.
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
-
 
 @contextmanager
 def interruptible(stop: Callable[[], object]) -> Iterator[None]:
@@ -21,15 +18,17 @@ def interruptible(stop: Callable[[], object]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    stopping = threading.Event()
+    stopped = threading.Event()
 
     def on_signal(number: int, frame: Any) -> None:
-        if stopping.is_set():
+        if stopped.is_set():
             raise KeyboardInterrupt
-        stopping.set()
+        stopped.set()
         stop()
 
-    before = {number: signal.signal(number, on_signal) for number in _STOPPING}
+    # Ray stops a job by SIGTERM.
+    stopping = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, on_signal) for number in stopping}
     try:
         yield
     finally:

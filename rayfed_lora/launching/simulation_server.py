@@ -1,7 +1,4 @@
-"""The driver actor: runs the round loop, answers while it runs, survives the submitting process.
-
-Source: this project.
-"""
+"""The driver actor of a run: its round loop and its status. Source: this project."""
 
 from __future__ import annotations
 
@@ -13,12 +10,14 @@ from typing import Any
 
 import ray
 
+from rayfed_lora.engines.factory import Factory, TorchFactory
 from rayfed_lora.engines.on_ray.engine import RayEngine
 from rayfed_lora.errors import InterruptedRunError, RayfedError
-from rayfed_lora.launching.metrics import run_metrics
-from rayfed_lora.launching.request import RunRequest
+from rayfed_lora.launching.ray_metrics import run_metrics
 from rayfed_lora.pages.run_page import run_page
 from rayfed_lora.printable import echo
+from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs.ownership import Ticket
 from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import Status, StatusBoard
 from rayfed_lora.storage import RunFolder
@@ -38,22 +37,38 @@ class SimulationServer:
     # Ray would restart the actor for ever.
     _name = "server"
 
-    def __init__(self, request: RunRequest, detached: bool = False) -> None:
-        """Keep the request.
+    def __init__(
+        self,
+        recipe: Recipe,
+        location: str,
+        *,
+        resume: bool = False,
+        factory: Factory | None = None,
+        ticket: Ticket | None = None,
+        detached: bool = False,
+    ) -> None:
+        """Keep the arguments.
 
         Args:
-            request: the run; its location is absolute.
+            recipe: the run, with absolute paths.
+            location: its claimed folder, an absolute path or a URI.
+            resume: continue from the newest checkpoint.
+            factory: builds workload and trainers in the workers.
+            ticket: the right to take over the folder from the process that claimed it; a restarted
+                actor uses it again.
             detached: start the run at once, in a thread: a call of `run` would be lost with the
                 process that made it, and not be repeated after a restart.
         """
-        self._name = f"server of {request.recipe.name}"
-        self._request = request
+        self._name = f"server of {recipe.name}"
+        self._recipe, self._folder, self._ticket = recipe, RunFolder(location), ticket
+        self._factory = factory or TorchFactory()
         self._stop = threading.Event()
-        self._board = StatusBoard(request.recipe.annealing.total_rounds)
+        self._board = StatusBoard(recipe.annealing.total_rounds)
         # Read here: threads of a detached run have no Ray context.
         context = ray.get_runtime_context()
         self._run_id = context.get_actor_id()
         self._restarted: bool = context.was_current_actor_reconstructed
+        self._resume = resume or self._restarted
         if detached:
             actor = context.current_actor
             threading.Thread(target=self._run_detached, args=(actor,), daemon=True).start()
@@ -63,20 +78,18 @@ class SimulationServer:
 
     def run(self) -> dict[str, Any]:
         """Run to the end and return the summary; raises what `simulate` raises."""
-        recipe, folder = self._request.recipe, RunFolder(self._request.location)
-        engine = RayEngine(
-            recipe, self._request.factory, self._board.note, self._run_id, again=self._restarted
-        )
+        recipe, folder, board = self._recipe, self._folder, self._board
+        engine = RayEngine(recipe, self._factory, board.note, self._run_id, again=self._restarted)
         return simulate(
             recipe,
             engine,
             folder,
-            self._board,
+            board,
             self._stop.is_set,
-            resume=self._request.resume or self._restarted,
+            resume=self._resume,
             page=run_page,
             metrics=run_metrics(folder.name, recipe.annealing.total_rounds, engine.usage),
-            ticket=self._request.ticket,
+            ticket=self._ticket,
         )
 
     def _run_detached(self, actor: Any) -> None:
@@ -88,8 +101,7 @@ class SimulationServer:
             self._board.phase("stopped")
         except Exception as error:  # no caller receives it: the status reports it
             text = str(error) if isinstance(error, RayfedError) else traceback.format_exc()
-            # To Ray's logs, too.
-            echo(text, file=sys.stderr)
+            echo(text, file=sys.stderr)  # for Ray's logs
             self._board.note(text)
             self._board.phase("failed")
         time.sleep(_LINGER_S)

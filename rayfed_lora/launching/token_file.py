@@ -1,9 +1,7 @@
-"""The token of an own Ray, in a file that only the user can read.
+"""The token of an own Ray, in a file that only the user can read. Source: this project.
 
-At the first local run Ray itself writes `~/.ray/auth_token` readable for every user of the machine,
-and the token lets its holder run commands as the user.
-
-Source: this project.
+Ray itself would write `~/.ray/auth_token` readable for every user of the machine; the token lets
+its holder run commands as the user.
 """
 
 from __future__ import annotations
@@ -15,8 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
-# Set by users who keep the token elsewhere.
-_ELSEWHERE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 def keep_token_private() -> None:
@@ -24,9 +20,8 @@ def keep_token_private() -> None:
 
     Another user's file, or a link, stays as it is.
     """
-    if any(os.environ.get(name) for name in _ELSEWHERE):
-        return
-    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+    elsewhere = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if elsewhere or os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return
     try:
         path = Path.home() / ".ray" / "auth_token"
@@ -34,8 +29,7 @@ def keep_token_private() -> None:
         return
     except FileExistsError:
         pass
-    except (OSError, RuntimeError):
-        # No writable home folder: Ray raises if it needs one.
+    except (OSError, RuntimeError):  # no writable home folder: Ray raises if it needs one
         return
     with suppress(OSError):
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -48,25 +42,19 @@ def keep_token_private() -> None:
 
 
 def _make(path: Path) -> None:
-    """Create the file with its content in one step: another run may be reading it.
-
-    Raises:
-        FileExistsError: the file exists.
-    """
+    """Create the file with its content in one step: another run may be reading it."""
     if os.path.lexists(path):
         raise FileExistsError(path)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    # 256 bits, as Ray's own.
-    token = secrets.token_hex(32)
+    token = secrets.token_hex(32)  # 256 bits, as Ray's own
     try:
         _write(scratch, token)
         try:
             os.link(scratch, path)
         except FileExistsError:
             raise
-        except OSError:
-            # A filesystem without hard links.
+        except OSError:  # a filesystem without hard links
             _write(path, token)
     finally:
         scratch.unlink(missing_ok=True)
@@ -77,7 +65,6 @@ def _write(path: Path, token: str) -> None:
     try:
         with os.fdopen(handle, "w") as file:
             file.write(token)
-    except OSError:
-        # Ray would read an empty file as a token.
+    except OSError:  # Ray would read an empty file as a token
         path.unlink(missing_ok=True)
         raise

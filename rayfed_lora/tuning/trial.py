@@ -15,7 +15,7 @@ from rayfed_lora.engines.on_ray.crew import Crew
 from rayfed_lora.engines.on_ray.engine import RayEngine
 from rayfed_lora.engines.on_ray.placement import Layout
 from rayfed_lora.errors import RunFolderError
-from rayfed_lora.launching.metrics import run_metrics
+from rayfed_lora.launching.ray_metrics import run_metrics
 from rayfed_lora.locations import child
 from rayfed_lora.pages.search import SEARCH_FILE
 from rayfed_lora.recipe.recipe import Recipe

@@ -15,7 +15,6 @@ from typing import Any
 import ray
 from ray.util.state import list_actors, list_tasks
 
-from rayfed_lora.launching.request import RunRequest
 from rayfed_lora.launching.simulation_server import SimulationServer
 from rayfed_lora.recipe.recipe import Recipe
 from tests.fakes import Behaviour, FakeFactory, make_recipe
@@ -48,7 +47,7 @@ def on_ray(settings: dict[str, Any]) -> Recipe:
 def server_of(recipe: Recipe, out: Path, behaviour: Behaviour) -> Any:
     options = {"name": f"rayfed-lora {out}", "num_cpus": 0, "max_concurrency": 2}
     remote = ray.remote(SimulationServer).options(**options)
-    return remote.remote(RunRequest(recipe, str(out), factory=FakeFactory(behaviour)))
+    return remote.remote(recipe, str(out), factory=FakeFactory(behaviour))
 
 
 def main(out: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rayfed_lora.launching.comparison import compare
+from rayfed_lora.launching.compare import compare
 from rayfed_lora.pages.comparison import Comparison
 from tests.fakes import RECIPE, Behaviour, FakeFactory
 

@@ -22,9 +22,7 @@ import pytest
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.errors import InterruptedRunError, ResourceError, RunError, RunFolderError
 from rayfed_lora.launching import launch
-from rayfed_lora.launching.drivers import start_server, wait_for_handover
-from rayfed_lora.launching.following import StatusFeed, follow
-from rayfed_lora.launching.request import RunRequest
+from rayfed_lora.launching.drivers import StatusFeed, follow, start_server, wait_for_handover
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.claiming import claim, claimed
 from rayfed_lora.runs.session import simulate
@@ -311,13 +309,12 @@ def test_a_detached_run_that_failed_says_why_and_makes_way_for_the_next_one(tmp_
     raising = FakeFactory(Behaviour(raising=frozenset((client, 2) for client in range(6))))
     folder = RunFolder(tmp_path / "run")
     claim(folder, recipe, resume=False)
-    request = RunRequest(recipe, folder.location, factory=raising)
-    server, name = start_server(request, detached=True)
+    server, name = start_server(recipe, folder.location, detached=True, factory=raising)
     status = over(server)
     assert status.phase == "failed"
     assert "was told to raise" in status.notes[-1]
-    request = RunRequest(recipe, folder.location, resume=True, factory=FakeFactory())
-    server, again = start_server(request, detached=True)
+    options = {"detached": True, "resume": True, "factory": FakeFactory()}
+    server, again = start_server(recipe, folder.location, **options)
     try:
         assert again == name
         assert (over(server).phase, over(server).rounds_before) == ("done", 2)
@@ -650,7 +647,7 @@ def server_of(recipe: Recipe, location: Path, resume: bool, factory: FakeFactory
 
     options = {"num_cpus": 0, "max_concurrency": 2, "max_restarts": -1, "max_task_retries": -1}
     remote = ray.remote(SimulationServer).options(**options)
-    server = remote.remote(RunRequest(recipe, str(location), resume, factory))
+    server = remote.remote(recipe, str(location), resume=resume, factory=factory)
     try:
         yield server
     finally:
@@ -764,10 +761,8 @@ def test_a_detached_run_owns_its_folder_and_a_second_one_is_told_so(tmp_path, mo
 
     recipe, folder = on_ray(), RunFolder(tmp_path / "run")
     with claimed(folder, recipe, False) as lease:
-        ticket = lease.ticket.detached()
-        slow = FakeFactory(SLOW)
-        request = RunRequest(recipe, folder.location, factory=slow, ticket=ticket)
-        server, _ = start_server(request, detached=True)
+        options = {"factory": FakeFactory(SLOW), "ticket": lease.ticket.detached()}
+        server, _ = start_server(recipe, folder.location, detached=True, **options)
         wait_for_handover(server, lease)
     try:
         with pytest.raises(RunFolderError, match=r"owned by process \d+ on host"):

@@ -15,7 +15,7 @@ import rayfed_lora
 from rayfed_lora.errors import BadInputError, InterruptedRunError, RecipeError, RunError
 from rayfed_lora.launching import run_queue
 from rayfed_lora.launching.cells import cells_of
-from rayfed_lora.launching.comparison import compare
+from rayfed_lora.launching.compare import compare
 from rayfed_lora.pages.comparison import Comparison, Standing
 from tests.fakes import RECIPE, Behaviour, FakeFactory, every_round
 

@@ -12,6 +12,7 @@ import pytest
 from rayfed_lora.cli.cluster_display import show_diagnosis
 from rayfed_lora.cli.console import PlainConsole
 from rayfed_lora.doctor.dashboard_check import judge_dashboard
+from rayfed_lora.doctor.doctor import doctor, examine
 from rayfed_lora.doctor.findings import Finding, diagnosis_status
 from rayfed_lora.doctor.node_report import (
     MISSING,
@@ -25,9 +26,14 @@ from rayfed_lora.doctor.node_report import (
     inspect,
     versions,
 )
-from rayfed_lora.doctor.probe import Probe, check_gpu_memory, judge, probe, shortened
-from rayfed_lora.doctor.recipe_check import check_recipes
-from rayfed_lora.doctor.remote import examine
+from rayfed_lora.doctor.recipe_checks import (
+    check_gpu_memory,
+    check_recipes,
+    failed_probe,
+    measured_probe,
+    probe,
+    shortened,
+)
 from rayfed_lora.engines.on_ray.placement import Node
 from rayfed_lora.recipe.loading import load_recipe
 from tests.fakes import Behaviour, FakeFactory, every_round, make_recipe
@@ -92,13 +98,14 @@ def test_cards_are_compared_with_what_ray_and_torch_make_of_them(
     assert bool(found.fix) == (level != "ok")
 
 
-def test_cards_are_read_from_nvidia_smi() -> None:
+def test_cards_are_read_from_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
     said = "NVIDIA H100 80GB HBM3, 81559, 81000\nTesla T4, 15360, 15000\n"
 
     def run(*given: Any, **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess([], 0, said)
 
-    first, second = cards(run)
+    monkeypatch.setattr(subprocess, "run", run)
+    first, second = cards()
     # 81,559 MiB of 1,048,576 bytes.
     assert (first.name, round(first.total_mb)) == ("NVIDIA H100 80GB HBM3", 85_521)
     assert second.name == "Tesla T4"
@@ -106,7 +113,8 @@ def test_cards_are_read_from_nvidia_smi() -> None:
     def absent(*given: Any, **options: Any) -> subprocess.CompletedProcess[str]:
         raise FileNotFoundError("nvidia-smi")
 
-    assert cards(absent) == ()
+    monkeypatch.setattr(subprocess, "run", absent)
+    assert cards() == ()
 
 
 def test_this_machine_is_inspected() -> None:
@@ -192,20 +200,21 @@ def test_a_probe_is_told_to_nobody():
 
 def test_a_probe_runs_the_recipe_and_says_why_it_cannot() -> None:
     short = shortened(make_recipe(), 2)
-    assert probe(short, 0.0, FakeFactory()) == Probe("fake", 0.0)
+    done = probe(short, 0.0, FakeFactory())
+    assert (done.level, done.text) == ("skipped", "the worker of the share has no GPU")
     behaviour = Behaviour(raising=every_round(*range(6)))
     failed = probe(short, 0.0, FakeFactory(behaviour))
-    assert failed.error.startswith("ValueError")
+    assert (failed.level, failed.subject) == ("fault", "GPU memory of fake")
+    assert failed.text.startswith("the probe on 0 GPU failed: ValueError")
 
 
 def test_a_probe_is_judged_by_its_share_of_the_card() -> None:
-    found = judge(Probe("r", 0.25, peak_mb=4_200.0, total_mb=80_000.0))
+    found = measured_probe("r", 0.25, 4_200.0, 80_000.0)
     assert found.level == "ok"
     assert "took 4.20 GB of the 20.00 GB of 0.25 GPU" in found.text
-    failed = judge(Probe("r", 0.25, error="OutOfMemoryError: CUDA out of memory"))
+    failed = failed_probe("r", 0.25, "OutOfMemoryError: CUDA out of memory")
     assert failed.level == "fault"
     assert "raise runtime.gpus_per_actor" in failed.fix
-    assert judge(Probe("r", 1.0)).level == "skipped"
 
 
 def test_without_a_gpu_nothing_is_probed_and_that_is_said() -> None:
@@ -243,8 +252,6 @@ def test_a_dashboard_that_nobody_answers_at_is_a_fault() -> None:
 
 
 def test_a_cluster_that_nobody_answers_at_is_a_fault() -> None:
-    from rayfed_lora.doctor.doctor import doctor
-
     found = one(doctor("127.0.0.1:1"))
     assert (found.level, found.subject) == ("fault", "Ray")
     assert "no Ray cluster at 127.0.0.1:1" in found.text

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rayfed_lora.launching import metrics
+from rayfed_lora.launching import ray_metrics as metrics
 
 PATH = Path(__file__).parents[2] / "cluster" / "grafana" / "rayfed_lora.json"
 DASHBOARD: dict[str, Any] = json.loads(PATH.read_text())

@@ -14,8 +14,8 @@ import pytest
 from rayfed_lora.engines.usage import Usage
 from rayfed_lora.errors import InterruptedRunError
 from rayfed_lora.federation.records import ClientRecord, RoundRecord
-from rayfed_lora.launching import metrics
-from rayfed_lora.launching.metrics import RunMetrics, run_metrics
+from rayfed_lora.launching import ray_metrics as metrics
+from rayfed_lora.launching.ray_metrics import RunMetrics, run_metrics
 from rayfed_lora.runs.checked import table
 from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import StatusBoard

@@ -14,7 +14,7 @@ import pytest
 import rayfed_lora
 from rayfed_lora.data.client_table import ClientTable
 from rayfed_lora.errors import BadInputError, RunFolderError
-from rayfed_lora.launching.comparison import compare
+from rayfed_lora.launching.compare import compare
 from rayfed_lora.pages.curves import curves
 from rayfed_lora.pages.figures import figures, partitions
 from rayfed_lora.pages.report import report, report_html

@@ -12,7 +12,7 @@ import pytest
 
 import rayfed_lora
 from rayfed_lora.errors import RunError, RunFolderError
-from rayfed_lora.launching.comparison import compare
+from rayfed_lora.launching.compare import compare
 from rayfed_lora.launching.exporting import export_run
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.claiming import claim

@@ -12,7 +12,6 @@ import ray
 
 from rayfed_lora.errors import InterruptedRunError
 from rayfed_lora.launching import simulation_server
-from rayfed_lora.launching.request import RunRequest
 from rayfed_lora.launching.simulation_server import SimulationServer
 from rayfed_lora.recipe.recipe import Recipe
 from tests.fakes import Behaviour, FakeFactory, every_round, local_engine, make_recipe
@@ -57,8 +56,11 @@ def fake_ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     return fake
 
 
-def request_of(out: Path, behaviour: Behaviour | None = None) -> RunRequest:
-    return RunRequest(make_recipe(), str(out), factory=FakeFactory(behaviour or Behaviour()))
+def server_of(
+    out: Path, behaviour: Behaviour | None = None, *, detached: bool = False
+) -> SimulationServer:
+    factory = FakeFactory(behaviour or Behaviour())
+    return SimulationServer(make_recipe(), str(out), factory=factory, detached=detached)
 
 
 def stopped(server: SimulationServer, rounds: int) -> None:
@@ -77,7 +79,7 @@ def stopped(server: SimulationServer, rounds: int) -> None:
 
 
 def test_a_server_runs_its_request_and_has_its_status(fake_ray, tmp_path):
-    server = SimulationServer(request_of(tmp_path))
+    server = server_of(tmp_path)
     assert (repr(server), server.status().phase) == ("server of fake", "starting")
     assert server.run()["rounds"] == 6
     status = server.status(records_seen=4)
@@ -88,23 +90,23 @@ def test_a_server_runs_its_request_and_has_its_status(fake_ray, tmp_path):
 def test_a_server_that_ray_has_restarted_resumes_though_its_request_is_a_new_run(
     fake_ray, tmp_path
 ):
-    stopped(SimulationServer(request_of(tmp_path)), rounds=2)
+    stopped(server_of(tmp_path), rounds=2)
     fake_ray.restarted = True
-    server = SimulationServer(request_of(tmp_path))
+    server = server_of(tmp_path)
     assert server.run()["rounds"] == 6
     assert server.status().rounds_before == 2
     assert fake_ray.started == [("actor-1", False), ("actor-1", True)]
 
 
 def test_a_detached_server_starts_at_once_and_ends_itself(fake_ray, tmp_path):
-    server = SimulationServer(request_of(tmp_path), detached=True)
+    server = server_of(tmp_path, detached=True)
     assert fake_ray.killed.wait(60)
     assert server.status().phase == "done"
 
 
 def test_a_detached_server_reports_a_failure_in_its_status(fake_ray, tmp_path, capsys):
     failing = Behaviour(failing=every_round(*range(6)))
-    server = SimulationServer(request_of(tmp_path, failing), detached=True)
+    server = server_of(tmp_path, failing, detached=True)
     assert fake_ray.killed.wait(60)
     status = server.status()
     assert (status.phase, status.over) == ("failed", True)
@@ -113,9 +115,8 @@ def test_a_detached_server_reports_a_failure_in_its_status(fake_ray, tmp_path, c
 
 
 def test_a_detached_server_reports_that_it_was_stopped(fake_ray, tmp_path):
-    server = SimulationServer(
-        request_of(tmp_path, Behaviour(sleep_s=dict.fromkeys(range(6), 0.1))), detached=True
-    )
+    slow = Behaviour(sleep_s=dict.fromkeys(range(6), 0.1))
+    server = server_of(tmp_path, slow, detached=True)
     server.stop()
     assert fake_ray.killed.wait(60)
     assert server.status().phase == "stopped"

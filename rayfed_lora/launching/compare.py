@@ -1,4 +1,4 @@
-"""Runs a recipe under several methods and seeds, and compares them. Source: this project."""
+"""Runs a recipe under several methods and seeds. Source: this project."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rayfed_lora.errors import RunFolderError
 from rayfed_lora.launching.cells import Methods, cells_of
 from rayfed_lora.launching.local import local_engine, refuse_address
 from rayfed_lora.launching.ray_session import ray_session
-from rayfed_lora.launching.run_queue import RunQueue, run_name
+from rayfed_lora.launching.run_queue import ComparisonServer, RunQueue, run_name
 from rayfed_lora.launching.signals import interruptible
 from rayfed_lora.pages.comparison import Cell, Comparison, Ended, Standing
 from rayfed_lora.pages.search import SEARCH_FILE
@@ -71,9 +71,18 @@ def compare(  # noqa: PLR0913 - the user-facing API
     for cell in cells:
         claim(RunFolder(cell.location), cell.recipe, resume=True)
     factory, watch = factory or TorchFactory(), watch or (lambda standing: None)
+    unfinished: list[Cell] = []
+    failed: dict[str, str] = {}
     # One command at a time: two would write the same tables.
     with owned(folder, Ticket.of_this_process(), wait=True, tell=say) as (folder, lease):
-        unfinished, failed = _sorted_out(cells)
+        for cell in cells:
+            try:
+                if complete(RunFolder(cell.location)) is None:
+                    unfinished.append(cell)
+            except RunFolderError as error:
+                fix = f"(here: delete {cell.location} and compare again)"
+                say(f"{run_name(cell)} is left out: {error} {fix}")
+                failed[cell.location] = str(error)
         if unfinished:
             for ended in _run_cells(unfinished, factory, watch, address, lease.ticket):
                 if ended.error is not None:
@@ -81,23 +90,6 @@ def compare(  # noqa: PLR0913 - the user-facing API
         comparison = Comparison.of(cells, failed, target)
         comparison.write(folder)
         return comparison
-
-
-def _sorted_out(cells: Sequence[Cell]) -> tuple[list[Cell], dict[str, str]]:
-    """Return the cells that are still to run, and by location the faults of those that cannot."""
-    unfinished: list[Cell] = []
-    faults: dict[str, str] = {}
-    for cell in cells:
-        try:
-            if complete(RunFolder(cell.location)) is None:
-                unfinished.append(cell)
-        except RunFolderError as error:
-            say(
-                f"{run_name(cell)} is left out: {error} (here: delete {cell.location} and compare"
-                " again)"
-            )
-            faults[cell.location] = str(error)
-    return unfinished, faults
 
 
 def _run_cells(
@@ -121,9 +113,7 @@ def _run_cells(
         # After `ray_session`: Ray reads its settings at import.
         import ray
 
-        from rayfed_lora.launching.comparison_server import ComparisonServer
-        from rayfed_lora.launching.drivers import driver_class
-        from rayfed_lora.launching.following import follow
+        from rayfed_lora.launching.drivers import driver_class, follow
 
         server = driver_class(ComparisonServer).remote(cells, factory, ticket)
         ended: tuple[Ended, ...] = follow(server, lambda: watch(ray.get(server.standing.remote())))

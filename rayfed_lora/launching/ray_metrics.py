@@ -1,7 +1,7 @@
 """Ray metrics of a run, for Prometheus and Grafana. Source: this project.
 
 The process of the round loop sets all of them: a restarted client actor would begin a new series.
-Prometheus calls them `ray_rayfed_lora_<name>`, and counters `ray_rayfed_lora_<name>_total`.
+Prometheus calls a gauge `ray_rayfed_lora_<name>` and a counter `ray_rayfed_lora_<name>_total`.
 """
 
 from __future__ import annotations
@@ -83,30 +83,20 @@ class RunMetrics:
     """A tracker that sets metrics with the run's name as tag; they stay visible until `close`."""
 
     def __init__(self, name: str, rounds: int, usage: Callable[[], Usage]) -> None:
-        """Declare the metrics.
-
-        Args:
-            name: of the run.
-            rounds: number of its rounds.
-            usage: returns the executor's usage; called after each round.
-        """
+        """Declare the metrics; `usage` returns the engine's usage, called after each round."""
         self._usage = usage
         self._used, self._used_at = Usage(0, 0.0, 0, 0), time.perf_counter()
-        run = {"run": name}
-        self._gauges = {
-            key: Gauge(f"rayfed_lora_{key}", text, ("run",)).set_default_tags(run)
-            for key, text in _GAUGES.items()
-        }
-        self._counters = {
-            key: Counter(f"rayfed_lora_{key}", text, ("run",)).set_default_tags(run)
-            for key, text in _COUNTERS.items()
-        }
-        self._stage = Gauge(
-            "rayfed_lora_stage", "1 for the stage of the newest finished round", ("run", "stage")
-        ).set_default_tags(run)
-        self._client_seconds = Histogram(
-            "rayfed_lora_client_seconds", "local training time", list(_SECONDS), ("run",)
-        ).set_default_tags(run)
+
+        def declared(kind: Any, key: str, text: str, *options: Any) -> Any:
+            return kind(f"rayfed_lora_{key}", text, *options).set_default_tags({"run": name})
+
+        run = ("run",)
+        self._gauges = {key: declared(Gauge, key, text, run) for key, text in _GAUGES.items()}
+        self._counters = {key: declared(Counter, key, text, run) for key, text in _COUNTERS.items()}
+        text = "1 for the stage of the newest finished round"
+        self._stage = declared(Gauge, "stage", text, ("run", "stage"))
+        text = "local training time"
+        self._client_seconds = declared(Histogram, "client_seconds", text, list(_SECONDS), run)
         self._stages = dict.fromkeys(get_args(Stage), 0)
         self._values: dict[str, float] = {"rounds": rounds}
         self._closed = threading.Event()
