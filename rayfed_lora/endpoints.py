@@ -1,12 +1,9 @@
-"""Which object stores get the user's credentials, among those that URIs name by their options.
+"""Which object stores get the user's credentials. Source: this project.
 
-A URI such as `s3://bucket/a?endpoint_override=host:9000` sends requests, signed with the user's
-credentials, to any host. A recipe of unknown origin could collect credentials that way. Requests to
-an endpoint that only a recipe names are therefore anonymous; `guarded` adds this as an option to
-the URI, so that every process obeys it. Endpoints named by the environment, the command line or
-Python's `out=` are the user's own.
-
-Source: this project.
+A URI such as `s3://bucket/a?endpoint_override=host:9000` sends signed requests to any host, so that
+a recipe of unknown origin could collect credentials. Requests to an endpoint that only a recipe
+names are therefore anonymous; `guarded` adds this as an option to the URI, so that every process
+obeys it. Endpoints named by the environment, the command line or `out=` are the user's own.
 """
 
 from __future__ import annotations
@@ -24,6 +21,11 @@ _ENVIRONMENT = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "CLOUD_STORAGE_EMULAT
 _DEFAULT_PORTS = {"https": ":443", "http": ":80"}
 _AZURE_OPTIONS = ("blob_storage_authority", "dfs_storage_authority")
 _AZURE = ".core.windows.net"
+_ANONYMOUS = {
+    "s3": "anonymous=true",
+    "abfs": "credential_kind=anonymous",
+    "abfss": "credential_kind=anonymous",
+}
 # Keys of a recipe whose values may be URIs to open.
 LOCATION_KEYS = ("data.source", "clients.availability.trace", "storage.path")
 
@@ -39,15 +41,13 @@ def endpoint(location: str) -> str | None:
         return None
     try:
         parts = urlsplit(location)
-    except ValueError:
-        # Not a valid URI: it cannot be opened.
+    except ValueError:  # not a valid URI: it cannot be opened
         return None
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     if parts.scheme in ("s3", "gs", "gcs"):
         host, scheme = options.get("endpoint_override", ""), options.get("scheme", "https")
         if parts.scheme == "s3" and not host and s3_endpoint() is not None:
-            # The environment gives host and scheme.
-            return None
+            return None  # the environment gives host and scheme
         # Without encryption the network can read what is sent.
         return _normal(host or parts.scheme, scheme) if host or scheme != "https" else None
     if parts.scheme in ("abfs", "abfss"):
@@ -94,28 +94,23 @@ def _anonymised(location: str) -> str:
     if parts.scheme in ("gs", "gcs"):
         bucket = parts.netloc.rpartition("@")[2]
         return urlunsplit(parts._replace(netloc=f"anonymous@{bucket}"))
-    name, value = {
-        "s3": ("anonymous", "true"),
-        "abfs": ("credential_kind", "anonymous"),
-        "abfss": ("credential_kind", "anonymous"),
-    }.get(parts.scheme, ("", ""))
-    if not name:
+    option = _ANONYMOUS.get(parts.scheme)
+    if option is None:
         return location
+    name = option.partition("=")[0]
     others = [part for part in parts.query.split("&") if part and part.partition("=")[0] != name]
-    return urlunsplit(parts._replace(query="&".join([*others, f"{name}={value}"])))
+    return urlunsplit(parts._replace(query="&".join([*others, option])))
 
 
 def guarded(location: str, named: Collection[str]) -> str:
     """Return a URI that sends no credentials to an endpoint that is not the user's own.
 
+    `named` are endpoints that the user has named, in addition to those of the environment.
+
     >>> guarded("s3://bucket/a?endpoint_override=host:9000", ())
     's3://bucket/a?endpoint_override=host:9000&anonymous=true'
     >>> guarded("s3://bucket/a?endpoint_override=host:9000", ["https://host:9000"])
     's3://bucket/a?endpoint_override=host:9000'
-
-    Args:
-        location: path or URI, as a recipe has it.
-        named: endpoints that the user has named, in addition to those of the environment.
     """
     server = endpoint(location)
     if server is None or server in named or server in own_endpoints():
@@ -128,18 +123,14 @@ def unguarded(location: str) -> str:
     if not is_uri(location) or endpoint(location) is None:
         return location
     plain, _, options = location.partition("?")
-    added = ("anonymous=true", "credential_kind=anonymous")
-    rest = "&".join(part for part in options.split("&") if part and part not in added)
+    added = ("", *_ANONYMOUS.values())
+    rest = "&".join(part for part in options.split("&") if part not in added)
     plain = plain.replace("://anonymous@", "://", 1)
     return f"{plain}?{rest}" if rest else plain
 
 
 def named_in(recipe: Mapping[str, Any]) -> frozenset[str]:
-    """Return the endpoints in a recipe's values that get credentials.
-
-    Args:
-        recipe: nested values, any part of a recipe.
-    """
+    """Return the endpoints in a recipe's nested values, or a part of them, that get credentials."""
     servers = (endpoint(value) for _, value in _locations(recipe) if not anonymous(value))
     return frozenset(server for server in servers if server is not None)
 
@@ -148,9 +139,7 @@ def guarded_in(recipe: Mapping[str, Any], named: Collection[str]) -> dict[str, A
     """Return a recipe's values with every location guarded; see `guarded`."""
     result = dict(recipe)
     for path, value in _locations(recipe):
-        safe = guarded(value, named)
-        if safe != value:
-            result = _replaced(result, path, safe)
+        result = _replaced(result, path, guarded(value, named))
     return result
 
 

@@ -1,9 +1,4 @@
-"""Paths and URIs of folders and files: joined, checked, and shown without secrets.
-
-Only text is handled here: `storage` opens files.
-
-Source: this project.
-"""
+"""Paths and URIs of folders and files, as text; `storage` opens files. Source: this project."""
 
 from __future__ import annotations
 
@@ -36,10 +31,6 @@ def child(location: str, *names: str) -> str:
     'runs/a/trials/7'
     >>> child("s3://bucket/a?region=eu-central-1", "report.html")
     's3://bucket/a/report.html?region=eu-central-1'
-
-    Args:
-        location: path or URI of the folder.
-        names: relative, each at most a few folders deep.
 
     Raises:
         ValueError: a name leads out of the folder.
@@ -82,9 +73,7 @@ def check_name(name: str) -> None:
 
 
 def repeated_option(location: str) -> str | None:
-    """Return an option that a URI has more than once, or None.
-
-    Readers of URIs differ in which of the two they use.
+    """Return an option that a URI has more than once, or None: readers differ in which they use.
 
     >>> repeated_option("gs://bucket/a?scheme=http&%73cheme=https")
     'scheme'
@@ -92,8 +81,7 @@ def repeated_option(location: str) -> str | None:
     """
     try:
         query = urlsplit(location).query if is_uri(location) else ""
-    except ValueError:
-        # Not a valid URI: it cannot be opened.
+    except ValueError:  # not a valid URI: it cannot be opened
         return None
     names = [name for name, _ in parse_qsl(query, keep_blank_values=True)]
     return next((name for name in names if names.count(name) > 1), None)
@@ -113,9 +101,7 @@ def holds_secret(location: str) -> bool:
     authority = rest.partition("?")[0].partition("/")[0]
     user, at, _ = authority.rpartition("@")
     # An S3 bucket has neither; in other stores a container or a user may precede the @.
-    if scheme.lower() == "s3" and (at or ":" in authority):
-        return True
-    if ":" in user:
+    if ":" in user or (scheme.lower() == "s3" and (at or ":" in authority)):
         return True
     names = [name for name, _ in parse_qsl(urlsplit(location).query, keep_blank_values=True)]
     return any(re.fullmatch(_SECRET, name, re.IGNORECASE) for name in names)

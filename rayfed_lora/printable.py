@@ -1,10 +1,8 @@
 """Untrusted texts made safe for a terminal and for the cells of a spreadsheet.
 
-Names of clients and classes, notes, errors and logs may contain escape sequences, which move a
-terminal's cursor, change its title or type answers, and characters that reverse the reading order.
-A spreadsheet evaluates cells that begin like a formula.
-
-Source: this project; cells: OWASP, "CSV Injection".
+Names, notes, errors and logs may contain escape sequences, which move a terminal's cursor, change
+its title or type answers, and characters that reverse the reading order. A spreadsheet evaluates
+cells that begin like a formula. Source: this project; cells: OWASP, "CSV Injection".
 """
 
 from __future__ import annotations
@@ -23,16 +21,12 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)")
 
 
 def printable(text: str, *, lines: bool = True) -> str:
-    r"""Return a text with every control character escaped.
+    r"""Return a text with every control character escaped; `lines` keeps line breaks and tabs.
 
     >>> printable("a\x1b[31mb\r\nc")
     'a\\x1b[31mb\nc'
     >>> printable("a\nb", lines=False)
     'a\\nb'
-
-    Args:
-        text: untrusted.
-        lines: keep line breaks and tabs.
     """
     found = _CONTROL.sub(_escaped, text.replace("\r\n", "\n"))
     return found if lines else _BREAKS.sub(_escaped, found)
@@ -40,11 +34,6 @@ def printable(text: str, *, lines: bool = True) -> str:
 
 def _escaped(found: re.Match[str]) -> str:
     return found[0].encode("unicode_escape").decode()
-
-
-def one_note(text: str) -> str:
-    """Return a note for printing; its lines after the first are indented."""
-    return printable(text).replace("\n", "\n  ")
 
 
 def echo(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:

@@ -29,12 +29,9 @@ class Purpose(IntEnum):
 
 
 def sequence(seed: int, purpose: Purpose, *key: int) -> np.random.SeedSequence:
-    """Return the seed sequence of one stream.
+    """Return the seed sequence of one stream of a run.
 
-    Args:
-        seed: the run's seed, >= 0.
-        purpose: of the stream.
-        key: further non-negative counters, e.g. round and client.
+    The seed is >= 0; `key` are further counters >= 0, e.g. round and client.
     """
     return np.random.SeedSequence(entropy=seed, spawn_key=(int(purpose), *key))
 
@@ -42,9 +39,8 @@ def sequence(seed: int, purpose: Purpose, *key: int) -> np.random.SeedSequence:
 def generator(seed: int, purpose: Purpose, *key: int) -> np.random.Generator:
     """Return a numpy generator for one stream; arguments as for `sequence`.
 
-    >>> a = generator(0, Purpose.COHORT, 3).integers(1000)
-    >>> b = generator(0, Purpose.COHORT, 3).integers(1000)
-    >>> bool(a == b)
+    >>> draws = [generator(0, Purpose.COHORT, 3).integers(1000) for _ in range(2)]
+    >>> bool(draws[0] == draws[1])
     True
     """
     return np.random.Generator(np.random.PCG64(sequence(seed, purpose, *key)))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rayfed_lora.cli.console import PlainConsole
 from rayfed_lora.cli.options import OutOption, RecipeArgument, SetOption
 from rayfed_lora.printable import echo
 
@@ -56,7 +57,6 @@ def resume(job: JobArgument, address: DashboardOption = None, follow: FollowOpti
 
 def _submitted(jobs: Jobs, submitted: Submitted, follow: bool) -> None:
     from rayfed_lora.cli.cluster_display import show_submitted
-    from rayfed_lora.cli.console import PlainConsole
 
     show_submitted(PlainConsole(), submitted.id, submitted.location, submitted.notes)
     if follow:
@@ -76,7 +76,6 @@ def status(
 ) -> None:
     """Show the progress of jobs: stage, round, metrics, time left."""
     from rayfed_lora.cli.cluster_display import show_job, show_jobs
-    from rayfed_lora.cli.console import PlainConsole
     from rayfed_lora.jobs.jobs import Jobs
 
     jobs, console = Jobs(address), PlainConsole()
@@ -101,7 +100,6 @@ def logs(job: JobArgument, address: DashboardOption = None, follow: FollowOption
 def stop(job: JobArgument, address: DashboardOption = None) -> None:
     """Stop a job; its finished rounds are kept."""
     from rayfed_lora.cli.cluster_display import show_stopped
-    from rayfed_lora.cli.console import PlainConsole
     from rayfed_lora.jobs.jobs import Jobs
 
     show_stopped(PlainConsole(), Jobs(address).stop(job))
@@ -128,7 +126,6 @@ def doctor(
 ) -> None:
     """Check this machine or a cluster, and print what is wrong and how to fix it."""
     from rayfed_lora.cli.cluster_display import show_diagnosis
-    from rayfed_lora.cli.console import PlainConsole
     from rayfed_lora.doctor.findings import diagnosis_status
     from rayfed_lora.jobs.dashboard import is_dashboard
     from rayfed_lora.recipe.loading import load_recipe

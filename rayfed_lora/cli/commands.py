@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from rayfed_lora.cli import cluster as cli_cluster
+from rayfed_lora.cli import cluster
+from rayfed_lora.cli.console import PlainConsole
 from rayfed_lora.cli.options import AddressOption, OutOption, RecipeArgument, SetOption
 from rayfed_lora.errors import RayfedError
 from rayfed_lora.printable import echo
@@ -21,8 +22,7 @@ app = typer.Typer(
     add_completion=False,
     help="Federated LoRA fine-tuning simulated on Ray, with annealed parameter budgets.",
 )
-
-app.add_typer(cli_cluster.app)
+app.add_typer(cluster.app)
 
 
 @app.command()
@@ -39,14 +39,12 @@ def run(
 
     # Before heavy imports: most mistakes are in the recipe.
     loaded = load_recipe(recipe, set_ or ())
-    from rayfed_lora.cli.console import PlainConsole
     from rayfed_lora.cli.run_display import show_summary, watching
     from rayfed_lora.launching import launch
 
     if resume and out is None and loaded.storage.path is None:
-        raise typer.BadParameter(
-            "give --out, the folder of the run to continue", param_hint="--resume"
-        )
+        missing = "give --out, the folder of the run to continue"
+        raise typer.BadParameter(missing, param_hint="--resume")
     console = PlainConsole()
     if detach:
         started = launch.start(loaded, out, resume=resume, address=address)
@@ -71,7 +69,6 @@ def compare(
 ) -> None:
     """Run a recipe under several methods and seeds; rerunning resumes."""
     from rayfed_lora.cli.comparison_display import show_comparison, watching_comparison
-    from rayfed_lora.cli.console import PlainConsole
     from rayfed_lora.launching.compare import compare as run_all
 
     console = PlainConsole()
@@ -117,7 +114,6 @@ def tune(  # noqa: PLR0913, PLR0917 - options
 
     An option overrides the same key of the space.
     """
-    from rayfed_lora.cli.console import PlainConsole
     from rayfed_lora.cli.search_display import show_search, watching_search
     from rayfed_lora.tuning.tune import tune as search_all
 
@@ -147,9 +143,8 @@ def _objectives(text: str) -> dict[str, str]:
     for item in _list(text):
         name, colon, mode = item.partition(":")
         if not colon:
-            raise typer.BadParameter(
-                f"expected metric:max or metric:min, got {item!r}", param_hint="--objectives"
-            )
+            expected = f"expected metric:max or metric:min, got {item!r}"
+            raise typer.BadParameter(expected, param_hint="--objectives")
         found[name] = mode
     return found
 
@@ -170,7 +165,6 @@ def plan(recipe: RecipeArgument, set_: SetOption = None) -> None:
     from rayfed_lora.recipe.loading import load_recipe
 
     loaded = load_recipe(recipe, set_ or ())
-    from rayfed_lora.cli.console import PlainConsole
     from rayfed_lora.cli.plan_table import show_plan
     from rayfed_lora.launching import planning
 
@@ -235,11 +229,9 @@ def _repeated(arguments: list[str]) -> list[str]:
     for argument in arguments:
         if argument.startswith("-"):
             setting = argument == "--set"
-        elif setting and len(result) > 1 and result[-1] != "--set":
-            if "=" in argument:
-                result.append("--set")
-            else:
-                setting = False
+        elif setting and result[-1] != "--set":
+            setting = "=" in argument
+            result += ["--set"] * setting
         result.append(argument)
     return result
 

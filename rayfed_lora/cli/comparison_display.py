@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def watching_comparison(console: PlainConsole) -> Iterator[Callable[[Standing], None]]:
-    """Show a comparison on a console: a line per ended run, and the progress of the current one.
-
-    Yields the function to call with each standing.
-    """
+    """Show a line per ended run and the current run's progress; yield the function to call."""
     ended_shown, location, notes_shown = 0, "", 0
     with console.status("starting") as line:
 
@@ -55,10 +52,8 @@ def _ended(ended: Ended) -> str:
 
 def show_comparison(console: PlainConsole, comparison: Comparison, location: str) -> None:
     """Print a comparison's methods, the runs that failed, and the folder of its tables."""
-    table = Table("method", "runs", "final", "best", "sent", "saved", "with base", "per MB")
-    table.add_column(f"to {comparison.target:.3f}")
-    table.add_column("time")
-    table.box = box.SIMPLE
+    names = ["method", "runs", "final", "best", "sent", "saved", "with base", "per MB"]
+    table = Table(*names, f"to {comparison.target:.3f}", "time", box=box.SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"
     for row in comparison.methods.to_dict("records"):

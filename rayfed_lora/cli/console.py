@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from rayfed_lora.printable import one_note, printable
+from rayfed_lora.printable import printable
 
 
 class PlainConsole(Console):
@@ -36,13 +36,9 @@ class PlainConsole(Console):
         self.print(text, style=style, soft_wrap=True)
 
     def warn(self, note: str) -> None:
-        """Print a note to the user as a warning."""
-        self.print_line(f"warning: {one_note(note)}", "yellow")
+        """Print a note to the user as a warning; its lines after the first are indented."""
+        self.print_line("warning: " + printable(note).replace("\n", "\n  "), "yellow")
 
     def widened(self, width: int) -> PlainConsole:
-        """Return a console with room for a wide table.
-
-        Args:
-            width: in columns, if stdout is no terminal: rich would assume 80.
-        """
+        """Return a console `width` columns wide if stdout is no terminal: rich would assume 80."""
         return self if self.is_terminal else PlainConsole(width=width)

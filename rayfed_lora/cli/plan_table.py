@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,10 +18,8 @@ from rayfed_lora.units import duration, megabytes
 if TYPE_CHECKING:
     from rayfed_lora.launching.planning import Plan, PlannedRound
 
-# Rows of the schedule, without those of omitted rounds.
-MOST_ROWS = 60
-# Rounds shown at each end of a stage.
-_AT_AN_END = 3
+MOST_ROWS = 60  # of the schedule, without those of omitted rounds
+_AT_AN_END = 3  # rounds shown at each end of a stage
 
 
 def show_plan(console: PlainConsole, recipe: Recipe, plan: Plan) -> None:
@@ -44,9 +43,8 @@ def show_plan(console: PlainConsole, recipe: Recipe, plan: Plan) -> None:
             " rayfed_lora.plan(recipe).rounds has all of them"
         )
     if recipe.annealing.feedback != "always":
-        console.print_line(
-            f"if every proposal is accepted (acceptance {recipe.annealing.feedback})"
-        )
+        acceptance = recipe.annealing.feedback
+        console.print_line(f"if every proposal is accepted (acceptance {acceptance})")
     if recipe.annealing.allocation == "spectral":
         console.print_line("spectral allocation: ranks are the mean, bytes an upper bound")
     console.print(bill(plan.totals.communication()))
@@ -58,10 +56,8 @@ def show_plan(console: PlainConsole, recipe: Recipe, plan: Plan) -> None:
 
 def _schedule(rounds: Sequence[PlannedRound], rows: Sequence[int | range]) -> Table:
     timed = rounds[0].simulated_s is not None
-    table = Table("round", "stage", "rank", "trained", "lr", "clients", "up", "down", "base")
-    if timed:
-        table.add_column("simulated")
-    table.box = box.SIMPLE
+    names = ["round", "stage", "rank", "trained", "lr", "clients", "up", "down", "base"]
+    table = Table(*names, *["simulated"] * timed, box=box.SIMPLE)
     for column in table.columns:
         column.no_wrap = True
         column.justify = "left" if column.header in ("round", "stage") else "right"
@@ -94,11 +90,10 @@ def shown_rounds(rounds: Sequence[PlannedRound]) -> list[int | range]:
     count = len(rounds)
     if count <= MOST_ROWS:
         return list(range(count))
-    stages = [i for i in range(1, count) if rounds[i].stage != rounds[i - 1].stage]
     kept: set[int] = set()
-    for start, end in zip([0, *stages], [*stages, count], strict=True):
-        kept.update(range(start, min(start + _AT_AN_END, end)))
-        kept.update(range(max(end - _AT_AN_END, start), end))
+    for _, indices in groupby(range(count), lambda i: rounds[i].stage):
+        stage = list(indices)
+        kept.update(stage[:_AT_AN_END], stage[-_AT_AN_END:])
     changes = [i for i in range(1, count) if rounds[i].rank != rounds[i - 1].rank and i not in kept]
     room = MOST_ROWS - len(kept)
     if len(changes) > room:

@@ -1,7 +1,4 @@
-"""A run in the terminal: a live bar, or plain lines without a terminal; then its summary.
-
-Source: this project, on rich.
-"""
+"""A run in the terminal: its progress, then its summary. Source: this project, on rich."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from rayfed_lora.units import duration, megabytes, percent
 
 @contextmanager
 def watching(console: PlainConsole) -> Iterator[Callable[[Status], None]]:
-    """Show a run on a console; yields the function to call with each status."""
+    """Show a live bar, or plain lines without a terminal; yield the function to call."""
     if not console.is_terminal:
         yield _plain(console)
         return
@@ -129,11 +126,7 @@ def _metric(value: float | None) -> str:
 
 
 def bill(communication: Mapping[str, Any]) -> Table:
-    """Return the table of a run's traffic.
-
-    Args:
-        communication: of summary.json, or of the ledger's totals.
-    """
+    """Return the table of a run's traffic, from summary.json or the ledger's totals."""
     table = Table("communication", "whole run", "after initiating")
     for column in table.columns[1:]:
         column.justify = "right"

@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def watching_search(console: PlainConsole) -> Iterator[Callable[[SearchNews], None]]:
-    """Show a search on a console: a line per ended trial, and the progress of the running ones.
-
-    Yields the function to call with each piece of news.
-    """
+    """Show a line per ended trial and the running ones' progress; yield the function to call."""
     with console.status("starting") as line:
 
         def show(news: SearchNews) -> None:
@@ -40,19 +37,11 @@ def watching_search(console: PlainConsole) -> Iterator[Callable[[SearchNews], No
 def show_search(
     console: PlainConsole, trials: pd.DataFrame, best: Mapping[str, str], location: str
 ) -> None:
-    """Print the best trials of a search, the failed ones, and the folder of its results.
-
-    Args:
-        console: to print to.
-        trials: rows of trials.parquet.
-        best: trial by objective.
-        location: of the search.
-    """
+    """Print the best trial by each objective, the failed trials, and the folder of the search."""
     counts = trials["status"].value_counts()
     console.print_line(", ".join(f"{count} {status}" for status, count in counts.items()))
     metrics = [name for name in best if name in trials]
-    table = Table("best by", "trial", *metrics, "recipe")
-    table.box = box.SIMPLE
+    table = Table("best by", "trial", *metrics, "recipe", box=box.SIMPLE)
     for name, trial in best.items():
         row = trials[trials["trial"] == trial].to_dict("records")[0]
         numbers = [

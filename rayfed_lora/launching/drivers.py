@@ -43,11 +43,7 @@ def start_server(
 ) -> tuple[Any, str]:
     """Start the driver actor of a run.
 
-    Args:
-        recipe: the run, with absolute paths.
-        location: its claimed folder, an absolute path or a URI.
-        detached: the run starts at once and survives this process.
-        options: as for `SimulationServer`.
+    Args: as for `SimulationServer`. A detached run starts at once and survives this process.
 
     Returns:
         The actor's handle and its name, which is unique to the run folder.
@@ -124,29 +120,22 @@ def follow(server: Any, poll: Callable[[], None]) -> Any:
                     return ray.get(result)
 
 
-class StatusFeed:
-    """Passes the status of a driver actor on to `watch`, each record and note once."""
+def status_poll(server: Any, watch: Callable[[Status], None]) -> Callable[[], None]:
+    """Return a function that passes a driver's status on to `watch`, each record and note once."""
+    records_seen, notes_seen, board = 0, 0, ""
 
-    def __init__(self, server: Any, watch: Callable[[Status], None]) -> None:
-        """Ask nothing yet; `server` is an actor handle, with the method `status`."""
-        self._server = server
-        self._watch = watch
-        self._records_seen, self._notes_seen, self._board = 0, 0, ""
-
-    def poll(self) -> None:
-        """Fetch the status and pass it on."""
-        status = self._fetched()
-        if status.board != self._board:
+    def poll() -> None:
+        nonlocal records_seen, notes_seen, board
+        status = ray.get(server.status.remote(records_seen, notes_seen))
+        if status.board != board:
             # The first poll, or Ray has restarted the driver: its board counts from 0.
-            self._records_seen, self._notes_seen, self._board = 0, 0, status.board
-            status = self._fetched()
-        self._records_seen = status.rounds_done - status.rounds_before
-        self._notes_seen += len(status.notes)
-        self._watch(status)
+            notes_seen, board = 0, status.board
+            status = ray.get(server.status.remote())
+        records_seen = status.rounds_done - status.rounds_before
+        notes_seen += len(status.notes)
+        watch(status)
 
-    def _fetched(self) -> Status:
-        status: Status = ray.get(self._server.status.remote(self._records_seen, self._notes_seen))
-        return status
+    return poll
 
 
 @contextmanager

@@ -121,10 +121,10 @@ def run(
         where = _absolute(folder)
         with ray_session(address), reporting(recipe, where, watch) as report:
             # After `ray_session`: Ray reads its settings at import.
-            from rayfed_lora.launching.drivers import StatusFeed, follow, start_server
+            from rayfed_lora.launching.drivers import follow, start_server, status_poll
 
             server, _ = start_server(recipe, where, resume=resume, factory=factory, ticket=ticket)
-            return Result(location, follow(server, StatusFeed(server, report).poll))
+            return Result(location, follow(server, status_poll(server, report)))
 
 
 def _absolute(folder: RunFolder) -> str:
@@ -139,13 +139,9 @@ def start(
     resume: bool = False,
     address: str | None = None,
 ) -> Started:
-    """Start a run in a cluster and return at once; it survives this process.
+    """Start a run in a cluster and return at once; the run survives this process.
 
-    Args:
-        recipe: as for `run`.
-        out: run folder or URI that the cluster's nodes can reach.
-        resume: continue the run in `out`.
-        address: of the cluster; default $RAY_ADDRESS.
+    Arguments as for `run`; the cluster's nodes can reach `out`.
 
     Raises:
         BadInputError: no cluster is named, or the run is rejected.

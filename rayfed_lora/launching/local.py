@@ -9,12 +9,7 @@ from rayfed_lora.recipe.recipe import Recipe
 
 
 def local_engine(recipe: Recipe, factory: Factory, device: str | None = None) -> LocalEngine:
-    """Return the engine of a run in this process.
-
-    Args:
-        recipe: the run.
-        factory: builds workload and trainers.
-        device: of torch; default as `runtime.device` asks.
+    """Return the engine of a run in this process; the torch device defaults to `runtime.device`.
 
     Raises:
         ResourceError: the recipe asks for a GPU that torch does not find.

@@ -22,7 +22,7 @@ import pytest
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.errors import InterruptedRunError, ResourceError, RunError, RunFolderError
 from rayfed_lora.launching import launch
-from rayfed_lora.launching.drivers import StatusFeed, follow, start_server, wait_for_handover
+from rayfed_lora.launching.drivers import follow, start_server, status_poll, wait_for_handover
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.claiming import claim, claimed
 from rayfed_lora.runs.session import simulate
@@ -355,7 +355,7 @@ def test_notes_of_a_server_that_was_started_again_are_all_seen():
 
     seen: list[str] = []
     server = Server.remote()
-    follow(server, StatusFeed(server, lambda status: seen.extend(status.notes)).poll)
+    follow(server, status_poll(server, lambda status: seen.extend(status.notes)))
     assert seen == ["first", "second", "third"]
 
 
