@@ -30,8 +30,8 @@ from typing import Any
 import pandas as pd
 
 import rayfed_lora
-from rayfed_lora.cli.comparison_display import watching_comparison
 from rayfed_lora.cli.console import PlainConsole
+from rayfed_lora.cli.many_runs_display import watching_comparison
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "paper"

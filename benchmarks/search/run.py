@@ -19,9 +19,8 @@ from typing import Any
 import pandas as pd
 
 import rayfed_lora
-from rayfed_lora.cli.comparison_display import watching_comparison
 from rayfed_lora.cli.console import PlainConsole
-from rayfed_lora.cli.search_display import watching_search
+from rayfed_lora.cli.many_runs_display import watching_comparison, watching_search
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "paper" / "trec.yaml"

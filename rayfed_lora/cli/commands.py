@@ -68,7 +68,7 @@ def compare(
     address: AddressOption = None,
 ) -> None:
     """Run a recipe under several methods and seeds; rerunning resumes."""
-    from rayfed_lora.cli.comparison_display import show_comparison, watching_comparison
+    from rayfed_lora.cli.many_runs_display import show_comparison, watching_comparison
     from rayfed_lora.launching.compare import compare as run_all
 
     console = PlainConsole()
@@ -114,7 +114,7 @@ def tune(  # noqa: PLR0913, PLR0917 - options
 
     An option overrides the same key of the space.
     """
-    from rayfed_lora.cli.search_display import show_search, watching_search
+    from rayfed_lora.cli.many_runs_display import show_search, watching_search
     from rayfed_lora.tuning.tune import tune as search_all
 
     if resume and out is None:

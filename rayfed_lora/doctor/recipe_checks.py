@@ -15,8 +15,8 @@ from rayfed_lora.engines.factory import Factory, TorchFactory
 from rayfed_lora.engines.on_ray.placement import Layout, Node, layout, nodes_of, wanted
 from rayfed_lora.errors import BadInputError, RayfedError, ResourceError
 from rayfed_lora.federation.sampling import block_size
-from rayfed_lora.launching.local import local_engine
 from rayfed_lora.launching.planning import plan
+from rayfed_lora.launching.this_process import local_engine
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.session import simulate

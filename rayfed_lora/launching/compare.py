@@ -9,10 +9,9 @@ from typing import Any
 from rayfed_lora.engines.factory import Factory, TorchFactory
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.launching.cells import Methods, cells_of
-from rayfed_lora.launching.local import local_engine, refuse_address
 from rayfed_lora.launching.ray_session import ray_session
 from rayfed_lora.launching.run_queue import ComparisonServer, RunQueue, run_name
-from rayfed_lora.launching.signals import interruptible
+from rayfed_lora.launching.this_process import interruptible, local_engine, refuse_address
 from rayfed_lora.pages.comparison import Cell, Comparison, Ended, Standing
 from rayfed_lora.pages.search import SEARCH_FILE
 from rayfed_lora.recipe.recipe import Recipe

@@ -14,8 +14,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayfed_lora.errors import BadInputError, RayfedError, RunError
 from rayfed_lora.launching.ray_session import NAMESPACE
-from rayfed_lora.launching.signals import interruptible
 from rayfed_lora.launching.simulation_server import SimulationServer
+from rayfed_lora.launching.this_process import interruptible
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.ownership import Lease
 from rayfed_lora.runs.status import Status

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rayfed_lora.engines.factory import Factory, TorchFactory
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.jobs.reporting import reporting
-from rayfed_lora.launching.local import local_engine, refuse_address
 from rayfed_lora.launching.ray_session import ray_session
-from rayfed_lora.launching.signals import interruptible
+from rayfed_lora.launching.this_process import interruptible, local_engine, refuse_address
 from rayfed_lora.pages.run_page import run_page
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from rayfed_lora.errors import InterruptedRunError, RayfedError, RunError
-from rayfed_lora.launching.signals import interruptible
+from rayfed_lora.launching.this_process import interruptible
 from rayfed_lora.pages.search import SearchNews, Watch
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.storage import RunFolder

@@ -16,7 +16,7 @@ from rayfed_lora.jobs import reporting as module
 from rayfed_lora.jobs.reporting import reporting
 from rayfed_lora.launching import launch
 from rayfed_lora.launching.compare import compare
-from rayfed_lora.launching.signals import interruptible
+from rayfed_lora.launching.this_process import interruptible
 from rayfed_lora.runs.location import job_id, run_location
 from rayfed_lora.runs.status import Status
 from tests.fakes import make_recipe

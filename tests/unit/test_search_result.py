@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from rayfed_lora.cli.console import PlainConsole
-from rayfed_lora.cli.search_display import show_search, watching_search
+from rayfed_lora.cli.many_runs_display import show_search, watching_search
 from rayfed_lora.engines.on_ray.placement import Layout, Node
 from rayfed_lora.errors import ResourceError, RunError, RunFolderError
 from rayfed_lora.pages.report import report

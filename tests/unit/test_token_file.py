@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rayfed_lora.launching.token_file import keep_token_private
+from rayfed_lora.launching.ray_session import keep_token_private
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A comparison in the terminal. Source: this project, on rich."""
+"""A comparison or a search in the terminal. Source: this project, on rich."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from rayfed_lora.runs.status import headline
 from rayfed_lora.units import duration, megabytes, percent
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from rayfed_lora.pages.comparison import Comparison, Ended, Standing
+    from rayfed_lora.pages.search import SearchNews
 
 
 @contextmanager
@@ -81,3 +84,40 @@ def show_comparison(console: PlainConsole, comparison: Comparison, location: str
 def _mean(row: Mapping[Any, Any], name: str) -> str:
     mean, deviation = row[f"{name}_mean"], row[f"{name}_std"]
     return f"{mean:.4f}" if isnan(deviation) else f"{mean:.4f} ({deviation:.4f})"
+
+
+@contextmanager
+def watching_search(console: PlainConsole) -> Iterator[Callable[[SearchNews], None]]:
+    """Show a line per ended trial and the running ones' progress; yield the function to call."""
+    with console.status("starting") as line:
+
+        def show(news: SearchNews) -> None:
+            if news.warning is not None:
+                console.warn(news.warning)
+            if news.ended is not None:
+                console.print_line("trial {}: {}".format(*news.ended))
+            rounds = ", ".join(str(done) for done in news.running.values())
+            line.update(f"{len(news.running)} of {news.trials} trials running, rounds {rounds}")
+
+        yield show
+
+
+def show_search(
+    console: PlainConsole, trials: pd.DataFrame, best: Mapping[str, str], location: str
+) -> None:
+    """Print the best trial by each objective, the failed trials, and the folder of the search."""
+    counts = trials["status"].value_counts()
+    console.print_line(", ".join(f"{count} {status}" for status, count in counts.items()))
+    metrics = [name for name in best if name in trials]
+    table = Table("best by", "trial", *metrics, "recipe", box=box.SIMPLE)
+    for name, trial in best.items():
+        row = trials[trials["trial"] == trial].to_dict("records")[0]
+        numbers = [
+            megabytes(row[metric]) if "bytes" in metric else f"{row[metric]:.4f}"
+            for metric in metrics
+        ]
+        table.add_row(name.replace("_", " "), trial, *numbers, f"best-{name}.yaml")
+    console.print(table)
+    for row in trials[trials["error"].notna()].to_dict("records"):
+        console.print_line(f"failed: {row['trial']}: {row['error']}")
+    console.print_line(f"recipes, tables and report: {location}")
