@@ -30,7 +30,6 @@ class RayfedError(Exception):
     exit_status = 1
 
     def __init__(self, *arguments: object) -> None:
-        """Keep the message."""
         super().__init__(*(without_secrets(a) if isinstance(a, str) else a for a in arguments))
 
 
@@ -66,7 +65,6 @@ class RecipeError(BadInputError):
     """A recipe with faults; `faults` lists all of them."""
 
     def __init__(self, source: str, faults: Sequence[Fault]) -> None:
-        """Keep the faults; the message lists all of them."""
         self.source = source
         self.faults = tuple(faults)
         count = f"{len(self.faults)} fault{'s' if len(self.faults) != 1 else ''}"

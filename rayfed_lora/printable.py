@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 # C0 and C1 controls but tab and line feed, direction marks, other line ends, lone surrogates.
@@ -34,6 +35,16 @@ def printable(text: str, *, lines: bool = True) -> str:
 
 def _escaped(found: re.Match[str]) -> str:
     return found[0].encode("unicode_escape").decode()
+
+
+def client_label(client: int, names: Sequence[str] | Mapping[int, str] | None) -> str:
+    """Return a client's number, and its name where the two differ.
+
+    >>> client_label(3, None), client_label(1, ["0", "1"]), client_label(1, ["mia", "bob"])
+    ('client 3', 'client 1', "client 1 ('bob')")
+    """
+    name = str(client) if names is None else names[client]
+    return f"client {client}" if name == str(client) else f"client {client} ({name!r})"
 
 
 def echo(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from rayfed_lora.cli.console import PlainConsole
 from rayfed_lora.cli.options import OutOption, RecipeArgument, SetOption
@@ -18,13 +19,10 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 DashboardOption = Annotated[
-    str | None,
-    typer.Option("--address", help="The cluster's dashboard, e.g. http://127.0.0.1:8265."),
+    str | None, Option("--address", help="The cluster's dashboard, e.g. http://127.0.0.1:8265.")
 ]
-JobArgument = Annotated[str, typer.Argument(metavar="ID", help="As printed by submit.")]
-FollowOption = Annotated[
-    bool, typer.Option("--follow", help="Show the job's output until it ends.")
-]
+JobArgument = Annotated[str, Argument(metavar="ID", help="As printed by submit.")]
+FollowOption = Annotated[bool, Option("--follow", help="Show the job's output until it ends.")]
 
 
 @app.command()
@@ -33,7 +31,7 @@ def submit(
     address: DashboardOption = None,
     set_: SetOption = None,
     out: OutOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False,
     follow: FollowOption = False,
 ) -> None:
     """Run a recipe as a Ray job of a cluster."""
@@ -71,7 +69,7 @@ def _follow(jobs: Jobs, job: str) -> int:
 
 @app.command()
 def status(
-    job: Annotated[str | None, typer.Argument(metavar="ID", help="One job; default all.")] = None,
+    job: Annotated[str | None, Argument(metavar="ID", help="One job; default all.")] = None,
     address: DashboardOption = None,
 ) -> None:
     """Show the progress of jobs: stage, round, metrics, time left."""
@@ -109,20 +107,16 @@ def stop(job: JobArgument, address: DashboardOption = None) -> None:
 def doctor(
     address: Annotated[
         str | None,
-        typer.Option(help="A running Ray cluster, or its dashboard's URL; default this machine."),
+        Option(help="A running Ray cluster, or its dashboard's URL; default this machine."),
     ] = None,
     recipe: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="RECIPE", help="Recipe to check; repeatable; default the shipped ones."
-        ),
+        Option(metavar="RECIPE", help="Recipe to check; repeatable; default the shipped ones."),
     ] = None,
     storage: Annotated[
-        str | None, typer.Option(help="Folder or URI that every node must be able to write.")
+        str | None, Option(help="Folder or URI that all nodes must write to.")
     ] = None,
-    probe: Annotated[
-        bool, typer.Option("--probe", help="Measure the recipes' GPU memory by short runs.")
-    ] = False,
+    probe: Annotated[bool, Option("--probe", help="Measure GPU memory by short runs.")] = False,
 ) -> None:
     """Check this machine or a cluster, and print what is wrong and how to fix it."""
     from rayfed_lora.cli.cluster_display import show_diagnosis

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from rayfed_lora.cli import cluster
 from rayfed_lora.cli.console import PlainConsole
@@ -30,8 +31,8 @@ def run(
     recipe: RecipeArgument,
     set_: SetOption = None,
     out: OutOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
-    detach: Annotated[bool, typer.Option("--detach", help="Start in a cluster, return.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False,
+    detach: Annotated[bool, Option("--detach", help="Start in a cluster, return.")] = False,
     address: AddressOption = None,
 ) -> None:
     """Run a recipe."""
@@ -58,11 +59,11 @@ def run(
 @app.command()
 def compare(
     recipe: RecipeArgument,
-    methods: Annotated[str, typer.Option(help="Presets, e.g. sa-fedlora,fedavg,fedlora.")],
-    out: Annotated[str, typer.Option(help="Folder or URI of the comparison.")],
-    seeds: Annotated[str, typer.Option(help="Seeds, e.g. 0,1,2.")] = "0",
+    methods: Annotated[str, Option(help="Presets, e.g. sa-fedlora,fedavg,fedlora.")],
+    out: Annotated[str, Option(help="Folder or URI of the comparison.")],
+    seeds: Annotated[str, Option(help="Seeds, e.g. 0,1,2.")] = "0",
     target: Annotated[
-        float | None, typer.Option(help="Accuracy to reach; default 95 % of the best.")
+        float | None, Option(help="Accuracy to reach; default 95 % of the best.")
     ] = None,
     set_: SetOption = None,
     address: AddressOption = None,
@@ -90,23 +91,19 @@ def compare(
 
 @app.command()
 def tune(  # noqa: PLR0913, PLR0917 - options
-    space: Annotated[str, typer.Argument(metavar="SPACE", help="A shipped name or a path.")],
-    recipe: Annotated[
-        str, typer.Option(help="Values outside the space: a shipped name or a path.")
-    ],
-    samples: Annotated[int | None, typer.Option(help="Number of trials.")] = None,
+    space: Annotated[str, Argument(metavar="SPACE", help="A shipped name or a path.")],
+    recipe: Annotated[str, Option(help="Values outside the space: a shipped name or a path.")],
+    samples: Annotated[int | None, Option(help="Number of trials.")] = None,
     scheduler: Annotated[
-        str | None, typer.Option(help="Stops trials early: asha, pbt, median or none.")
+        str | None, Option(help="Stops trials early: asha, pbt, median or none.")
     ] = None,
-    search: Annotated[
-        str | None, typer.Option(help="Chooses values: random, optuna or grid.")
-    ] = None,
+    search: Annotated[str | None, Option(help="Chooses values: random, optuna or grid.")] = None,
     objectives: Annotated[
-        str | None, typer.Option(help="E.g. eval_accuracy:max,total_bytes:min.")
+        str | None, Option(help="E.g. eval_accuracy:max,total_bytes:min.")
     ] = None,
-    max_concurrent: Annotated[int | None, typer.Option(help="Maximum concurrent trials.")] = None,
+    max_concurrent: Annotated[int | None, Option(help="Maximum concurrent trials.")] = None,
     out: OutOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the search in --out.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Continue the search in --out.")] = False,
     set_: SetOption = None,
     address: AddressOption = None,
 ) -> None:
@@ -175,11 +172,11 @@ def plan(recipe: RecipeArgument, set_: SetOption = None) -> None:
 def report(
     folders: Annotated[
         list[str],
-        typer.Argument(metavar="DIR...", help="Folders of runs or comparisons, or of one search."),
+        Argument(metavar="DIR...", help="Folders of runs or comparisons, or of one search."),
     ],
     out: Annotated[
         str | None,
-        typer.Option(help="Output file; default report.html in DIR, or here for several folders."),
+        Option(help="Output file; default report.html in DIR, or here for several folders."),
     ] = None,
 ) -> None:
     """Write one HTML file with interactive plots and tables of runs."""
@@ -190,11 +187,9 @@ def report(
 
 @app.command()
 def export(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="A finished run's folder.")],
-    to: Annotated[Path, typer.Option(help="A new or empty folder.")],
-    merge: Annotated[
-        bool, typer.Option("--merge", help="One model instead of an adapter.")
-    ] = False,
+    folder: Annotated[str, Argument(metavar="DIR", help="A finished run's folder.")],
+    to: Annotated[Path, Option(help="A new or empty folder.")],
+    merge: Annotated[bool, Option("--merge", help="One model instead of an adapter.")] = False,
 ) -> None:
     """Write the trained PEFT adapter, or the merged model."""
     from rayfed_lora.launching.exporting import export_run
@@ -205,8 +200,8 @@ def export(
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema.")] = False,
+    name: Annotated[str | None, Argument(help="Print this recipe.")] = None,
+    schema: Annotated[bool, Option("--schema", help="Print the JSON Schema.")] = False,
 ) -> None:
     """List the shipped recipes, or print one."""
     from rayfed_lora.recipe.loading import recipe_schema

@@ -18,7 +18,6 @@ class PlainConsole(Console):
     """
 
     def __init__(self, **options: Any) -> None:
-        """Open stdout; options as for rich's `Console`."""
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
 
     def render(

@@ -101,12 +101,7 @@ def examine(
 ) -> list[Finding] | JobView:
     """Run `rayfed-lora doctor` as a job of a cluster that only its dashboard reaches; follow it.
 
-    Args:
-        address: of the dashboard.
-        recipes: as for `doctor`; so are the next two.
-        storage: folder or URI.
-        probe: measure GPU memory.
-        show: called with the output of the job.
+    Arguments as for `doctor`; `show` is called with the output of the job.
 
     Returns:
         How the job ended, or the reason why no job can be started.

@@ -12,7 +12,7 @@ from typing import Any
 
 from rayfed_lora.doctor.findings import Finding
 from rayfed_lora.engines.factory import Factory, TorchFactory
-from rayfed_lora.engines.on_ray.placement import Layout, Node, layout, nodes_of, wanted
+from rayfed_lora.engines.on_ray.placement import Node, layout, nodes_of, wanted
 from rayfed_lora.errors import BadInputError, RayfedError, ResourceError
 from rayfed_lora.federation.sampling import block_size
 from rayfed_lora.launching.planning import plan
@@ -49,12 +49,9 @@ _SHORTENED: dict[str, Any] = {
 def check_recipes(
     recipes: Sequence[Recipe], shipped: bool, ray_nodes: Sequence[Mapping[str, Any]]
 ) -> list[Finding]:
-    """Return how many actors of each recipe fit, and the memory that they need.
+    """Return how many actors of each recipe fit `ray.nodes()`, and the memory that they need.
 
-    Args:
-        recipes: to check.
-        shipped: the user did not name these recipes: missing data are a warning, not a fault.
-        ray_nodes: entries of `ray.nodes()`.
+    For shipped recipes, which the user did not name, missing data are a warning, not a fault.
     """
     nodes = nodes_of(ray_nodes)
     memory = [float(node["Resources"].get("memory", 0.0)) / 1e6 for node in ray_nodes]
@@ -78,18 +75,12 @@ def _fit(recipe: Recipe, shipped: bool, nodes: Sequence[Node], memory: Sequence[
     except BadInputError as error:
         fix = "install what it names on every node, or name other data or another model"
         return Finding("warning" if shipped else "fault", subject, str(error), fix)
-    return _memory(subject, actors, actor_mb, nodes, memory)
-
-
-def _memory(
-    subject: str, actors: Layout, actor_mb: float, nodes: Sequence[Node], memory: Sequence[float]
-) -> Finding:
-    """Compare the memory that actors take on each node with the memory that Ray has there."""
     share = f"{actors.cpus:g} CPU" + (f" and {actors.gpus:g} GPU" if actors.gpus else "")
     text = (
         f"{actors.actors} client actors of {share} fit, about {actor_mb / 1e3:.2f} GB of memory"
         " each, without activations"
     )
+    # The memory that the actors take on each node, and the memory that Ray has there.
     for node, free_mb in zip(nodes, memory, strict=True):
         here = min(actors.actors, actors.most_on(node))
         if free_mb > 0 and here * actor_mb > free_mb:
@@ -100,7 +91,7 @@ def _memory(
 
 
 def shortened(recipe: Recipe, block: int) -> Recipe:
-    """Return a recipe of one full-model round, if the recipe has one, and one at the heating rank.
+    """Return a recipe of a full-model round, if it has one, and one at the heating rank.
 
     `block` clients are trained together.
     """
@@ -112,10 +103,7 @@ def shortened(recipe: Recipe, block: int) -> Recipe:
 def probe(recipe: Recipe, gpus: float, factory: Factory) -> Finding:
     """Run a shortened recipe, tests included, on this worker's GPU share and measure its memory.
 
-    Args:
-        recipe: from `shortened`.
-        gpus: the share, which limits the memory of torch.
-        factory: builds workload and trainer.
+    The share, `gpus`, limits the memory of torch.
     """
     from rayfed_lora.training.device import device_of_share, peak_mb, total_mb
 

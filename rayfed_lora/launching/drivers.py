@@ -96,11 +96,8 @@ def wait_for_handover(server: Any, lease: Lease) -> None:
 def follow(server: Any, poll: Callable[[], None]) -> Any:
     """Start a driver's `run`, wait for it and return its result.
 
-    The first SIGINT or SIGTERM calls the driver's `stop`.
-
-    Args:
-        server: actor handle, with the methods `run` and `stop`.
-        poll: called about twice a second, and once more after the end.
+    `poll` is called about twice a second, and once more after the end. The first SIGINT or SIGTERM
+    calls the driver's `stop`.
 
     Raises:
         RayfedError: as the driver raised it.

@@ -22,12 +22,7 @@ _CHUNK = 1 << 22
 
 
 def export_run(location: str, to: Path, *, merge: bool) -> Iterator[str]:
-    """Write a run's adapter (and its base if training changed it), or the merged model.
-
-    Args:
-        location: run folder or URI.
-        to: a new or empty folder.
-        merge: write one model with the adapter merged into its weights.
+    """Write a run's adapter (and its base if training changed it), or one merged model.
 
     Yields:
         A line for each part written.

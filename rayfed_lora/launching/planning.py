@@ -78,8 +78,7 @@ class Plan:
 def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
     """Return the plan of a recipe; reads its data and its model's configuration.
 
-    Args:
-        recipe: a `Recipe`, a shipped name, a path or a mapping.
+    `recipe` is a `Recipe`, a shipped name, a path or a mapping.
 
     Raises:
         DataError: the data cannot be read or dealt as asked.

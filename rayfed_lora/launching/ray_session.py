@@ -30,15 +30,11 @@ _OWN_RAY = {
     # Larger results go through the object store: 1.5 ms later on two busy cores.
     "RAY_max_direct_call_object_size": str(1 << 19),
 }
-_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
 @contextmanager
 def ray_session(address: str | None) -> Iterator[None]:
-    """Connect to a cluster, or start an own Ray for the duration of the block.
-
-    Args:
-        address: of the cluster; default $RAY_ADDRESS. Without either, an own Ray is started.
+    """Connect to the cluster at `address` or $RAY_ADDRESS, or start an own Ray for the block.
 
     Raises:
         ResourceError: no cluster answers at the address, or Ray cannot start.
@@ -83,22 +79,23 @@ def keep_token_private() -> None:
     elsewhere = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
     if elsewhere or os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return
-    try:
+    # No writable home folder: Ray raises if it needs one.
+    with suppress(OSError, RuntimeError):
         path = Path.home() / ".ray" / "auth_token"
-        _make(path)
-        return
-    except FileExistsError:
-        pass
-    except (OSError, RuntimeError):  # no writable home folder: Ray raises if it needs one
-        return
-    with suppress(OSError):
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         try:
-            found = os.fstat(handle)
-            if found.st_uid == os.geteuid() and found.st_mode & _OTHERS:
-                os.fchmod(handle, 0o600)
-        finally:
-            os.close(handle)
+            _make(path)
+        except FileExistsError:
+            _restrict(path)
+
+
+def _restrict(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        found = os.fstat(handle)
+        if found.st_uid == os.geteuid() and found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            os.fchmod(handle, 0o600)
+    finally:
+        os.close(handle)
 
 
 def _make(path: Path) -> None:

@@ -48,10 +48,7 @@ class RunQueue:
         self._running: tuple[Cell, StatusBoard] | None = None
 
     def run(self, on_change: Callable[[Standing], None] | None = None) -> tuple[Ended, ...]:
-        """Run all cells.
-
-        Args:
-            on_change: called on each change with the standing, in the thread that runs.
+        """Run all cells; call `on_change` with the standing on each change, in this thread.
 
         Raises:
             InterruptedRunError: `stop` was called; finished rounds are saved.

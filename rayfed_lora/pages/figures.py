@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from rayfed_lora.client_names import client_label
 from rayfed_lora.pages.curves import COLOURS, PLOTS, Plot, curves
+from rayfed_lora.printable import client_label
 from rayfed_lora.runs.client_rows import CLIENT_NAME
 from rayfed_lora.runs.reading import RunData
 

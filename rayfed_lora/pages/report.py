@@ -8,12 +8,12 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from rayfed_lora.client_names import client_label
 from rayfed_lora.errors import BadInputError, RunFolderError
 from rayfed_lora.locations import child, parent
 from rayfed_lora.pages.figures import figures, partitions
 from rayfed_lora.pages.page import Rows, even, page, shown
 from rayfed_lora.pages.search import TRIALS_FILE, read_search, search_html
+from rayfed_lora.printable import client_label
 from rayfed_lora.runs.client_rows import CLIENT_NAME
 from rayfed_lora.runs.labelled_runs import FailedRun, read_failed, read_runs
 from rayfed_lora.runs.reading import REPORT_FILE, RunData

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rayfed_lora.client_names import client_label
 from rayfed_lora.federation.records import Round, RoundRecord, client_records, client_tests
+from rayfed_lora.printable import client_label
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.runs.tables import Tables
 from rayfed_lora.runs.tracking import Tracking

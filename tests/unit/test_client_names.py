@@ -14,7 +14,6 @@ import pytest
 from pyarrow import parquet
 
 import rayfed_lora
-from rayfed_lora.client_names import client_label
 from rayfed_lora.data.fingerprint import with_fingerprint
 from rayfed_lora.data.traces import read_trace
 from rayfed_lora.data.workload import Workload
@@ -22,6 +21,7 @@ from rayfed_lora.engines.factory import in_process
 from rayfed_lora.engines.local import LocalEngine
 from rayfed_lora.errors import ClientError, DataError, RunFolderError
 from rayfed_lora.pages.report import report_html
+from rayfed_lora.printable import client_label
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checkpoints, restored
