@@ -38,19 +38,21 @@ def submit(
     from rayfed_lora.recipe.loading import load_recipe
 
     loaded = load_recipe(recipe, set_ or ())
-    from rayfed_lora.jobs.jobs import Jobs
-
-    jobs = Jobs(address)
+    jobs = _jobs(address)
     _submitted(jobs, jobs.submit(loaded, out, resume=resume), follow)
 
 
 @app.command()
 def resume(job: JobArgument, address: DashboardOption = None, follow: FollowOption = False) -> None:
     """Continue the run of a stopped or failed job."""
+    jobs = _jobs(address)
+    _submitted(jobs, jobs.resume(job), follow)
+
+
+def _jobs(address: str | None) -> Jobs:
     from rayfed_lora.jobs.jobs import Jobs
 
-    jobs = Jobs(address)
-    _submitted(jobs, jobs.resume(job), follow)
+    return Jobs(address)
 
 
 def _submitted(jobs: Jobs, submitted: Submitted, follow: bool) -> None:
@@ -74,9 +76,8 @@ def status(
 ) -> None:
     """Show the progress of jobs: stage, round, metrics, time left."""
     from rayfed_lora.cli.cluster_display import show_job, show_jobs
-    from rayfed_lora.jobs.jobs import Jobs
 
-    jobs, console = Jobs(address), PlainConsole()
+    jobs, console = _jobs(address), PlainConsole()
     if job is None:
         show_jobs(console.widened(160), jobs.all())
     else:
@@ -86,9 +87,7 @@ def status(
 @app.command()
 def logs(job: JobArgument, address: DashboardOption = None, follow: FollowOption = False) -> None:
     """Print the output of a job."""
-    from rayfed_lora.jobs.jobs import Jobs
-
-    jobs = Jobs(address)
+    jobs = _jobs(address)
     if follow:
         raise typer.Exit(_follow(jobs, job))
     echo(jobs.logs(job), end="")
@@ -98,9 +97,8 @@ def logs(job: JobArgument, address: DashboardOption = None, follow: FollowOption
 def stop(job: JobArgument, address: DashboardOption = None) -> None:
     """Stop a job; its finished rounds are kept."""
     from rayfed_lora.cli.cluster_display import show_stopped
-    from rayfed_lora.jobs.jobs import Jobs
 
-    show_stopped(PlainConsole(), Jobs(address).stop(job))
+    show_stopped(PlainConsole(), _jobs(address).stop(job))
 
 
 @app.command()

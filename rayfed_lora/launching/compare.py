@@ -11,7 +11,7 @@ from rayfed_lora.errors import RunFolderError
 from rayfed_lora.launching.cells import Methods, cells_of
 from rayfed_lora.launching.ray_session import ray_session
 from rayfed_lora.launching.run_queue import ComparisonServer, RunQueue, run_name
-from rayfed_lora.launching.this_process import interruptible, local_engine, refuse_address
+from rayfed_lora.launching.this_process import absolute, interruptible, local_engine, refuse_address
 from rayfed_lora.pages.comparison import Cell, Comparison, Ended, Standing
 from rayfed_lora.pages.search import SEARCH_FILE
 from rayfed_lora.recipe.recipe import Recipe
@@ -57,16 +57,12 @@ def compare(  # noqa: PLR0913 - the user-facing API
         BadInputError: rejected before anything started.
         InterruptedRunError: stopped by a signal; call again to resume.
     """
-    out = run_location(out, "")
-    folder = RunFolder(out)
-    # Absolute: workers may run in another folder.
-    where = out if folder.local is None else str(folder.local)
-    cells = cells_of(recipe, methods, seeds, where, settings)
+    folder = RunFolder(run_location(out, ""))
+    cells = cells_of(recipe, methods, seeds, absolute(folder), settings)
     for name, kind in (("recipe.yaml", "a run"), (SEARCH_FILE, "a search")):
         if folder.exists(name):
-            raise RunFolderError(
-                f"{folder.location}: expected a folder for a comparison, it holds {kind}"
-            )
+            found = f"expected a folder for a comparison, it holds {kind}"
+            raise RunFolderError(f"{folder.location}: {found}")
     for cell in cells:
         claim(RunFolder(cell.location), cell.recipe, resume=True)
     factory, watch = factory or TorchFactory(), watch or (lambda standing: None)

@@ -34,8 +34,8 @@ def driver_class(kind: type, **options: Any) -> Any:
     path may be another folder on another node.
     """
     node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    driver = ray.remote(kind)
-    return driver.options(num_cpus=0, max_concurrency=2, scheduling_strategy=node, **options)
+    shared = {"num_cpus": 0, "max_concurrency": 2, "scheduling_strategy": node}
+    return ray.remote(kind).options(**shared, **options)
 
 
 def start_server(
@@ -53,13 +53,10 @@ def start_server(
     """
     name = f"rayfed-lora {location}"
     _end_finished(name)
+    lifetime = "detached" if detached else None
+    again = {"max_restarts": -1, "max_task_retries": -1}
     driver = driver_class(
-        SimulationServer,
-        name=name,
-        namespace=NAMESPACE,
-        lifetime="detached" if detached else None,
-        max_restarts=-1,
-        max_task_retries=-1,
+        SimulationServer, name=name, namespace=NAMESPACE, lifetime=lifetime, **again
     )
     try:
         return driver.remote(recipe, location, detached=detached, **options), name

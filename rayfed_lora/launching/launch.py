@@ -13,7 +13,7 @@ from rayfed_lora.engines.factory import Factory, TorchFactory
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.jobs.reporting import reporting
 from rayfed_lora.launching.ray_session import ray_session
-from rayfed_lora.launching.this_process import interruptible, local_engine, refuse_address
+from rayfed_lora.launching.this_process import absolute, interruptible, local_engine, refuse_address
 from rayfed_lora.pages.run_page import run_page
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
@@ -117,18 +117,13 @@ def run(
                     ticket=ticket,
                 )
             return Result(location, summary)
-        where = _absolute(folder)
+        where = absolute(folder)
         with ray_session(address), reporting(recipe, where, watch) as report:
             # After `ray_session`: Ray reads its settings at import.
             from rayfed_lora.launching.drivers import follow, start_server, status_poll
 
             server, _ = start_server(recipe, where, resume=resume, factory=factory, ticket=ticket)
             return Result(location, follow(server, status_poll(server, report)))
-
-
-def _absolute(folder: RunFolder) -> str:
-    """Return the location of a run folder as another process of this machine finds it."""
-    return folder.location if folder.local is None else str(folder.local)
 
 
 def start(
@@ -157,7 +152,7 @@ def start(
     with claimed(folder, recipe, resume) as lease, ray_session(address):
         from rayfed_lora.launching.drivers import start_server, wait_for_handover
 
-        where, ticket = _absolute(folder), lease.ticket.detached()
+        where, ticket = absolute(folder), lease.ticket.detached()
         server, name = start_server(recipe, where, detached=True, resume=resume, ticket=ticket)
         wait_for_handover(server, lease)
         return Started(location, name)

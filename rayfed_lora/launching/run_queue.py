@@ -17,7 +17,6 @@ from rayfed_lora.engines.factory import Factory
 from rayfed_lora.errors import InterruptedRunError, RayfedError
 from rayfed_lora.pages.comparison import Cell, Ended, Standing
 from rayfed_lora.pages.run_page import run_page
-from rayfed_lora.runs.claiming import complete
 from rayfed_lora.runs.ownership import Ticket
 from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import StatusBoard
@@ -33,7 +32,7 @@ MakeEngine = Callable[[Cell, StatusBoard], tuple[Engine, Tracker | None]]
 
 
 class RunQueue:
-    """Runs cells in order; skips finished ones, resumes begun ones, records failures.
+    """Runs cells in order; resumes begun ones, records failures.
 
     Free of Ray; other threads may call `standing` and `stop`.
     """
@@ -66,16 +65,13 @@ class RunQueue:
         return self._ended
 
     def _run_one(self, cell: Cell, board: StatusBoard) -> Ended:
-        began, folder = time.perf_counter(), RunFolder(cell.location)
+        began = time.perf_counter()
         try:
-            summary = complete(folder)
-            if summary is not None:
-                return Ended(cell, summary["final"]["eval_accuracy"], 0.0)
             engine, metrics = self._make(cell, board)
             summary = simulate(
                 cell.recipe,
                 engine,
-                folder,
+                RunFolder(cell.location),
                 board,
                 self._stop.is_set,
                 resume=True,

@@ -1,7 +1,4 @@
-"""What runs need of this process: an engine without Ray, and stopping signals.
-
-Source: this project.
-"""
+"""Runs in this process: engine, absolute folder, stopping signals. Source: this project."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from rayfed_lora.engines.factory import Factory, in_process
 from rayfed_lora.engines.local import LocalEngine
 from rayfed_lora.errors import BadInputError, ResourceError
 from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.storage import RunFolder
 
 
 def local_engine(recipe: Recipe, factory: Factory, device: str | None = None) -> LocalEngine:
@@ -43,6 +41,11 @@ def refuse_address(recipe: Recipe, address: str | None) -> None:
             f"--address: expected none with runtime.executor local, which runs in this process; got"
             f" {address!r}; runtime.executor ray runs on a cluster"
         )
+
+
+def absolute(folder: RunFolder) -> str:
+    """Return the location of a run folder as another process of this machine finds it."""
+    return folder.location if folder.local is None else str(folder.local)
 
 
 @contextmanager
