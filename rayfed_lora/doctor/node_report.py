@@ -80,10 +80,10 @@ def cards() -> tuple[Gpu, ...]:
     except (OSError, subprocess.SubprocessError):
         return ()
     rows = csv.reader(output.splitlines(), skipinitialspace=True)
-    return tuple(Gpu(row[0], _bytes(row[1]), _bytes(row[2])) for row in rows)
+    return tuple(Gpu(row[0], _mb(row[1]), _mb(row[2])) for row in rows)
 
 
-def _bytes(mebibytes: str) -> float:
+def _mb(mebibytes: str) -> float:
     # [N/A] for a card that shares the host's memory.
     try:
         return float(mebibytes) * _MIB

@@ -9,18 +9,16 @@ from typing import Any
 from rayfed_lora.engines.factory import Factory, TorchFactory
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.launching.cells import Methods, cells_of
+from rayfed_lora.launching.comparison_server import ComparisonServer, run_name
 from rayfed_lora.launching.ray_session import ray_session
-from rayfed_lora.launching.run_queue import ComparisonServer, RunQueue, run_name
-from rayfed_lora.launching.this_process import absolute, interruptible, local_engine, refuse_address
+from rayfed_lora.launching.this_process import absolute, interruptible, refuse_address
 from rayfed_lora.pages.comparison import Cell, Comparison, Ended, Standing
 from rayfed_lora.pages.search import SEARCH_FILE
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.claiming import claim, complete, say
 from rayfed_lora.runs.location import run_location
 from rayfed_lora.runs.ownership import Ticket, owned
-from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.tasks.engine import Engine
 
 
 def compare(  # noqa: PLR0913 - the user-facing API
@@ -97,13 +95,9 @@ def _run_cells(
     recipe = cells[0].recipe
     refuse_address(recipe, address)
     if recipe.runtime.executor == "local":
-
-        def make(cell: Cell, board: StatusBoard) -> tuple[Engine, None]:
-            return local_engine(cell.recipe, factory), None
-
-        queue = RunQueue(cells, make, ticket)
-        with interruptible(queue.stop):
-            return queue.run(watch)
+        local = ComparisonServer(cells, factory, ticket)
+        with interruptible(local.stop):
+            return local.run(watch)
     with ray_session(address):
         # After `ray_session`: Ray reads its settings at import.
         import ray

@@ -13,7 +13,7 @@ import pytest
 
 import rayfed_lora
 from rayfed_lora.errors import BadInputError, InterruptedRunError, RecipeError, RunError
-from rayfed_lora.launching import run_queue
+from rayfed_lora.launching import comparison_server
 from rayfed_lora.launching.cells import cells_of
 from rayfed_lora.launching.compare import compare
 from rayfed_lora.pages.comparison import Comparison, Standing
@@ -135,7 +135,7 @@ def test_called_again_it_runs_nothing_twice(whole, monkeypatch):
     def run(*arguments: object) -> None:
         raise AssertionError("ran again")
 
-    monkeypatch.setattr(run_queue, "simulate", run)
+    monkeypatch.setattr(comparison_server, "simulate", run)
     again = compared(out)
     pd.testing.assert_frame_equal(again.runs, comparison.runs)
 

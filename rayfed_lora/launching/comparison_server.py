@@ -1,7 +1,4 @@
-"""The runs of a comparison, one after another on the same actors, and their driver actor.
-
-Source: this project.
-"""
+"""The runs of a comparison, one after another on the same actors. Source: this project."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from uuid import uuid4
 
 from rayfed_lora.engines.factory import Factory
 from rayfed_lora.errors import InterruptedRunError, RayfedError
+from rayfed_lora.launching.this_process import local_engine
 from rayfed_lora.pages.comparison import Cell, Ended, Standing
 from rayfed_lora.pages.run_page import run_page
 from rayfed_lora.runs.ownership import Ticket
@@ -27,24 +25,26 @@ from rayfed_lora.tasks.engine import Engine
 if TYPE_CHECKING:
     from rayfed_lora.engines.on_ray.crew import Crew
 
-# Builds a cell's engine, and a tracker of its rounds if any; the board receives notes for the user.
-MakeEngine = Callable[[Cell, StatusBoard], tuple[Engine, Tracker | None]]
 
-
-class RunQueue:
+class ComparisonServer:
     """Runs cells in order; resumes begun ones, records failures.
 
-    Free of Ray; other threads may call `standing` and `stop`.
+    In this process, or as a driver actor, whose cells share one crew of client actors. Other
+    threads may call `standing` and `stop`.
     """
 
-    def __init__(self, cells: Sequence[Cell], make: MakeEngine, ticket: Ticket) -> None:
-        """Keep the work; the ticket is of the process that has claimed the comparison."""
+    def __init__(self, cells: Sequence[Cell], factory: Factory, ticket: Ticket) -> None:
+        """Keep the work; `ticket` is of the process that has claimed the comparison."""
         self._cells = tuple(cells)
-        self._make = make
+        self._factory = factory
         self._ticket = ticket
+        self._crew: Crew | None = None
         self._stop = threading.Event()
         self._ended: tuple[Ended, ...] = ()
         self._running: tuple[Cell, StatusBoard] | None = None
+
+    def __repr__(self) -> str:
+        return "server of a comparison"
 
     def run(self, on_change: Callable[[Standing], None] | None = None) -> tuple[Ended, ...]:
         """Run all cells; call `on_change` with the standing on each change, in this thread.
@@ -52,22 +52,26 @@ class RunQueue:
         Raises:
             InterruptedRunError: `stop` was called; finished rounds are saved.
         """
-        for cell in self._cells:
-            if self._stop.is_set():
-                raise self._stopped()
-            notify = None if on_change is None else lambda _: on_change(self.standing())
-            board = StatusBoard(cell.recipe.annealing.total_rounds, notify)
-            self._running = cell, board
-            ended = self._run_one(cell, board)
-            self._ended, self._running = (*self._ended, ended), None
-            if on_change is not None:
-                on_change(self.standing())
-        return self._ended
+        try:
+            for cell in self._cells:
+                if self._stop.is_set():
+                    raise self._stopped()
+                notify = None if on_change is None else lambda _: on_change(self.standing())
+                board = StatusBoard(cell.recipe.annealing.total_rounds, notify)
+                self._running = cell, board
+                ended = self._run_one(cell, board)
+                self._ended, self._running = (*self._ended, ended), None
+                if on_change is not None:
+                    on_change(self.standing())
+            return self._ended
+        finally:
+            if self._crew is not None:
+                self._crew.close()
 
     def _run_one(self, cell: Cell, board: StatusBoard) -> Ended:
         began = time.perf_counter()
         try:
-            engine, metrics = self._make(cell, board)
+            engine, metrics = self._engine(cell, board)
             summary = simulate(
                 cell.recipe,
                 engine,
@@ -87,6 +91,24 @@ class RunQueue:
             return Ended(cell, None, time.perf_counter() - began, text)
         return Ended(cell, summary["final"]["eval_accuracy"], time.perf_counter() - began)
 
+    def _engine(self, cell: Cell, board: StatusBoard) -> tuple[Engine, Tracker | None]:
+        """Return what a cell runs on, and the tracker that sets its metrics if any."""
+        recipe = cell.recipe
+        if recipe.runtime.executor == "local":
+            return local_engine(recipe, self._factory), None
+        from rayfed_lora.engines.on_ray.crew import Crew
+        from rayfed_lora.engines.on_ray.engine import RayEngine
+        from rayfed_lora.launching.ray_metrics import run_metrics
+
+        if self._crew is not None and not self._crew.wait(recipe.runtime.start_timeout_s):
+            self._crew.close()
+            self._crew = None
+        if self._crew is None:
+            self._crew = Crew.reserved(recipe, f"clients of a comparison {uuid4().hex}")
+        engine = RayEngine(recipe, self._factory, board.note, crew=self._crew)
+        rounds = recipe.annealing.total_rounds
+        return engine, run_metrics(run_name(cell), rounds, engine.usage)
+
     def _stopped(self) -> InterruptedRunError:
         done = f"{len(self._ended)} of {len(self._cells)} runs done"
         return InterruptedRunError(f"stopped with {done}; rerun the same command to resume")
@@ -102,50 +124,6 @@ class RunQueue:
     def stop(self) -> None:
         """Abandon the current round and end."""
         self._stop.set()
-
-
-class ComparisonServer:
-    """A driver actor that runs the cells of a comparison on one crew of client actors."""
-
-    def __init__(self, cells: Sequence[Cell], factory: Factory, ticket: Ticket) -> None:
-        """Keep the cells; the factory builds workloads and trainers in the workers."""
-        self._factory = factory
-        self._crew: Crew | None = None
-        self._queue = RunQueue(cells, self._engine, ticket)
-
-    def __repr__(self) -> str:
-        return "server of a comparison"
-
-    def _engine(self, cell: Cell, board: StatusBoard) -> tuple[Engine, Tracker | None]:
-        from rayfed_lora.engines.on_ray.crew import Crew
-        from rayfed_lora.engines.on_ray.engine import RayEngine
-        from rayfed_lora.launching.ray_metrics import run_metrics
-
-        recipe = cell.recipe
-        if self._crew is not None and not self._crew.wait(recipe.runtime.start_timeout_s):
-            self._crew.close()
-            self._crew = None
-        if self._crew is None:
-            self._crew = Crew.reserved(recipe, f"clients of a comparison {uuid4().hex}")
-        engine = RayEngine(recipe, self._factory, board.note, crew=self._crew)
-        rounds = recipe.annealing.total_rounds
-        return engine, run_metrics(run_name(cell), rounds, engine.usage)
-
-    def run(self) -> tuple[Ended, ...]:
-        """Run all cells; raises InterruptedRunError after `stop`."""
-        try:
-            return self._queue.run()
-        finally:
-            if self._crew is not None:
-                self._crew.close()
-
-    def standing(self) -> Standing:
-        """Return the progress of the comparison, at any time."""
-        return self._queue.standing()
-
-    def stop(self) -> None:
-        """Abandon the current round and end."""
-        self._queue.stop()
 
 
 def run_name(cell: Cell) -> str:
