@@ -30,17 +30,13 @@ def show_stopped(console: PlainConsole, job: JobView) -> None:
     if job.run_finished:
         text = f"job {job.id} had finished; run folder: {job.location}"
     elif job.progress is None:
-        text = (
-            f"job {job.id} {job.state}; it had reported no progress of its run; run folder:"
-            f" {job.location or 'not known'}"
-        )
+        where = f"run folder: {job.location or 'not known'}"
+        text = f"job {job.id} {job.state}; it had reported no progress of its run; {where}"
     elif job.progress.rounds_done == 0:
         text = f"job {job.id} {job.state} before its first round was done"
     else:
-        text = (
-            f"job {job.id} {job.state}: {job.standing}; its checkpoint is kept in {job.location};"
-            f" to resume: rayfed-lora resume {job.id}"
-        )
+        kept = f"its checkpoint is kept in {job.location}; to resume: rayfed-lora resume {job.id}"
+        text = f"job {job.id} {job.state}: {job.standing}; {kept}"
     console.print_line(text)
 
 

@@ -22,23 +22,18 @@ def watching(console: PlainConsole) -> Iterator[Callable[[Status], None]]:
     if not console.is_terminal:
         yield _plain(console)
         return
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=None),
-        TextColumn("{task.fields[detail]}", markup=False),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
+    name = TextColumn("{task.description}", markup=False)
+    detail = TextColumn("{task.fields[detail]}", markup=False)
+    bar = BarColumn(bar_width=None)
+    with Progress(name, bar, detail, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=None, detail="")
 
         def show(status: Status) -> None:
             _print_news(console, status)
             total = None if status.phase == "starting" else status.rounds
+            done, text = status.rounds_trained, headline(status)
             progress.update(
-                task,
-                description=headline(status),
-                completed=status.rounds_trained,
-                total=total,
-                detail=_detail(status),
+                task, description=text, completed=done, total=total, detail=_detail(status)
             )
 
         yield show

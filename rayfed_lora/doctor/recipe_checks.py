@@ -91,20 +91,14 @@ def _fit(recipe: Recipe, shipped: bool, nodes: Sequence[Node], memory: Sequence[
 
 
 def shortened(recipe: Recipe, block: int) -> Recipe:
-    """Return a recipe of a full-model round, if it has one, and one at the heating rank.
-
-    `block` clients are trained together.
-    """
+    """Return a recipe of a full-model round, if any, and a heating round, of `block` clients."""
     initiating = min(recipe.annealing.initiating.rounds, int(recipe.annealing.mode != "full"))
     sizes = {"clients.per_round": block, "runtime.cohort_size": block}
     return load_recipe(recipe, {**_SHORTENED, **sizes, "annealing.initiating.rounds": initiating})
 
 
 def probe(recipe: Recipe, gpus: float, factory: Factory) -> Finding:
-    """Run a shortened recipe, tests included, on this worker's GPU share and measure its memory.
-
-    The share, `gpus`, limits the memory of torch.
-    """
+    """Run a recipe, tests included, in `gpus` of this worker's GPU, and measure its memory."""
     from rayfed_lora.training.device import device_of_share, peak_mb, total_mb
 
     device = device_of_share(gpus)

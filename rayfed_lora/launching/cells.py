@@ -79,9 +79,8 @@ def _variants(
         methods = {name: {"method": name} for name in methods}
     for name in methods:
         if not _NAME.fullmatch(name):
-            raise BadInputError(
-                f"methods: expected names of letters, digits, '.', '_' and '-', got {name!r}"
-            )
+            expected = "expected names of letters, digits, '.', '_' and '-'"
+            raise BadInputError(f"methods: {expected}, got {name!r}")
     if "method" in settings and all("method" in own for own in methods.values()):
         raise BadInputError("--set method: expected none, --methods names those of a comparison")
     return methods

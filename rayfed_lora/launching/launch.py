@@ -29,12 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run.
-
-    Attributes:
-        location: its run folder.
-        summary: content of summary.json.
-    """
+    """A finished run: its run folder, and the content of summary.json."""
 
     location: str
     summary: Mapping[str, Any]

@@ -31,11 +31,7 @@ def local_engine(recipe: Recipe, factory: Factory, device: str | None = None) ->
 
 
 def refuse_address(recipe: Recipe, address: str | None) -> None:
-    """Check that no cluster is named for a run in this process.
-
-    Raises:
-        BadInputError: `address` names one.
-    """
+    """Raise BadInputError if `address` names a cluster for a run in this process."""
     if address is not None and recipe.runtime.executor == "local":
         raise BadInputError(
             f"--address: expected none with runtime.executor local, which runs in this process; got"
