@@ -31,10 +31,8 @@ def watching(console: PlainConsole) -> Iterator[Callable[[Status], None]]:
         def show(status: Status) -> None:
             _print_news(console, status)
             total = None if status.phase == "starting" else status.rounds
-            done, text = status.rounds_trained, headline(status)
-            progress.update(
-                task, description=text, completed=done, total=total, detail=_detail(status)
-            )
+            progress.update(task, description=headline(status), detail=_detail(status))
+            progress.update(task, completed=status.rounds_trained, total=total)
 
         yield show
 

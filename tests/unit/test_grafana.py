@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from rayfed_lora.launching import ray_metrics as metrics
+from rayfed_lora.launching import ray_metrics
 
 PATH = Path(__file__).parents[2] / "cluster" / "grafana" / "rayfed_lora.json"
 DASHBOARD: dict[str, Any] = json.loads(PATH.read_text())
 PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
 DECLARED = {
-    *metrics._GAUGES,
-    *(f"{name}_total" for name in metrics._COUNTERS),
+    *ray_metrics._GAUGES,
+    *(f"{name}_total" for name in ray_metrics._COUNTERS),
     "stage",
     "client_seconds_bucket",
 }

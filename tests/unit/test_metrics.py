@@ -14,7 +14,7 @@ import pytest
 from rayfed_lora.engines.usage import Usage
 from rayfed_lora.errors import InterruptedRunError
 from rayfed_lora.federation.records import ClientRecord, RoundRecord
-from rayfed_lora.launching import ray_metrics as metrics
+from rayfed_lora.launching import ray_metrics
 from rayfed_lora.launching.ray_metrics import RunMetrics, run_metrics
 from rayfed_lora.runs.checked import table
 from rayfed_lora.runs.session import simulate
@@ -62,7 +62,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kept]:
             found.observed.setdefault(self._name, []).append(value)
 
     for kind in ("Gauge", "Counter", "Histogram"):
-        monkeypatch.setattr(metrics, kind, Metric)
+        monkeypatch.setattr(ray_metrics, kind, Metric)
     return found
 
 
@@ -139,7 +139,7 @@ def test_of_a_large_cohort_some_clients_are_observed(kept):
 
 
 def test_gauges_are_set_again_until_the_run_is_closed(kept, tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "_REFRESH_S", 0.01)
+    monkeypatch.setattr(ray_metrics, "_REFRESH_S", 0.01)
     run(tmp_path, Usage(1, 0.0, 0, 0))
     follower = RunMetrics("a", 6, lambda: Usage(1, 0.0, 0, 0))
     follower.resumed(table(RunFolder(tmp_path), "rounds.parquet"))
