@@ -50,9 +50,9 @@ class TorchFactory:
         """Import torch, transformers and the model's own module."""
         with _IMPORTING:
             import_module("rayfed_lora.training.trainer")
-            from rayfed_lora.models import sources
+            from rayfed_lora.models import base_models
 
-            sources.load_code(recipe.model)
+            base_models.load_code(recipe.model)
 
     def workload(self, recipe: Recipe) -> Workload:
         """Read and prepare the data."""

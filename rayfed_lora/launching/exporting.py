@@ -113,17 +113,17 @@ def _labels(run: RunFolder) -> list[str]:
 
 
 def _write_merged(run: RunFolder, recipe: Recipe, to: Path) -> None:
-    from rayfed_lora.models import export, sources
+    from rayfed_lora.models import base_models, export
 
     with TemporaryDirectory() as scratch:
         with _contents(run) as contents:
             for part, files in contents.items():
                 _write(files, Path(scratch) / part)
         base, adapter = Path(scratch) / "base", Path(scratch) / "adapter"
-        source = str(base) if base.exists() else sources.location(recipe.model.source)
+        source = str(base) if base.exists() else base_models.location(recipe.model.source)
         labels = _labels(run)
         net = export.merge(source, adapter if adapter.exists() else None, recipe.model, labels)
         tokenizer = recipe.model.tokenizer or recipe.model.source
         is_text = recipe.model.task != "image-classification"
         with _writing(to):
-            export.write_model(to, net, sources.location(tokenizer) if is_text else None)
+            export.write_model(to, net, base_models.location(tokenizer) if is_text else None)

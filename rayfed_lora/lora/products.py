@@ -37,11 +37,7 @@ class ProductSvd:
 
 
 def product_svd(b: npt.ArrayLike, a: npt.ArrayLike) -> ProductSvd:
-    """Return the SVD of b @ a through the QR core.
-
-    Args:
-        b: (d_out, r).
-        a: (r, d_in); r = 0 is legal.
+    """Return the SVD of b (d_out, r) @ a (r, d_in) through the QR core; r = 0 is legal.
 
     Raises:
         ValueError: the inner dimensions differ.
@@ -70,20 +66,20 @@ def norm(b: npt.ArrayLike, a: npt.ArrayLike) -> float:
     return math.sqrt(max(float(np.sum((b64.T @ b64) * (a64 @ a64.T))), 0.0))
 
 
+def update_svd(factors: Factors) -> ProductSvd:
+    """Return the SVD of the effective update D = scale * b @ a."""
+    svd = product_svd(factors.b, factors.a)
+    return ProductSvd(svd.u, svd.s * factors.scale, svd.vt)
+
+
 def spectrum(factors: Factors) -> Float64Array:
-    """Return the singular values of the effective update D = scale * b @ a, falling, (k,)."""
-    return product_svd(factors.b, factors.a).s * factors.scale
+    """Return the singular values of the effective update D, falling, (k,)."""
+    return update_svd(factors).s
 
 
 @dataclass(frozen=True)
 class WeightedProduct:
-    """A weighted sum of products of columns and rows: b @ diag(weights) @ a.
-
-    Attributes:
-        weights: (r,).
-        b: (d_out, r).
-        a: (r, d_in).
-    """
+    """b @ diag(weights) @ a, with weights (r,), b (d_out, r) and a (r, d_in)."""
 
     weights: Float64Array
     b: FloatArray

@@ -1,9 +1,8 @@
 """Whether a model's result for an example depends on the rest of its batch, or on padding.
 
-Clients are trained in one batch on the assumption that a frozen layer computes each client's rows
-as if they were alone. Attention with a mask satisfies it. Models that mix examples or padding do
-not: batch statistics, a Fourier transform over the tokens, attention between examples, experts of
-limited capacity. Source: this project.
+Clients trained in one batch must have the results of each alone. Models that mix examples or
+padding do not give them: batch statistics, a Fourier transform over the tokens, attention between
+examples, experts of limited capacity. Source: this project.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from rayfed_lora.models.linear import is_linear, nearly_equal
-from rayfed_lora.models.tracing import FIRST_DIMENSION
+from rayfed_lora.models.shapes import FIRST_DIMENSION
 
 Inputs = Mapping[str, torch.Tensor]
 # Digests of the inputs of linear layers, call by call, by layer name.
@@ -57,10 +56,8 @@ def verdict_on(net: nn.Module, together: Inputs, alone: Sequence[Inputs]) -> Ver
 
     Weights, buffers and mode are restored. A model with dropout is tested in evaluation mode only.
 
-    Args:
-        net: the model.
-        together: the examples as one batch, padded as in training.
-        alone: each example as a batch of its own, without padding.
+    `together` are the examples as one batch, padded as in training; `alone` has each of them as a
+    batch of its own, without padding.
 
     Raises:
         Exception: whatever the model raises on one padded example in evaluation mode.
@@ -94,16 +91,10 @@ def drops(net: nn.Module) -> bool:
 
 
 def _has_dropout(value: Any, *, named: bool = False) -> bool:
-    """Return whether a part of a configuration has a dropout rate above zero.
-
-    `named`: a key above the part contains "drop".
-    """
+    """Return whether a part of a configuration, below a key with "drop" if `named`, has a rate."""
     if isinstance(value, Mapping):
-        return any(
-            _has_dropout(part, named=named or "drop" in str(key))
-            for key, part in value.items()
-            if key not in _CLASS_ENTRIES
-        )
+        parts = ((str(key), part) for key, part in value.items() if key not in _CLASS_ENTRIES)
+        return any(_has_dropout(part, named=named or "drop" in key) for key, part in parts)
     if isinstance(value, (list, tuple)):
         return any(_has_dropout(part, named=named) for part in value)
     return named and isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0

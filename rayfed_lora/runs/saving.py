@@ -18,7 +18,7 @@ from rayfed_lora.client_names import client_label
 from rayfed_lora.errors import ClientError, InterruptedRunError
 from rayfed_lora.federation.ledger import Ledger
 from rayfed_lora.federation.run import Run, Timing, fresh
-from rayfed_lora.lora.fingerprint import sha256
+from rayfed_lora.lora.states import sha256
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checkpoints, checksums
 from rayfed_lora.runs.checkpoints import CheckpointWriter, Snapshot

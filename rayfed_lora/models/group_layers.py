@@ -17,19 +17,16 @@ from torch.nn import functional
 
 from rayfed_lora.models.linear import is_transposed, sides
 
-# Weights of a layer up to which merging was measured to be faster (benchmarks/README.md).
+# Number of weights up to which merging was measured to be faster (benchmarks/README.md).
 _SMALL = 1 << 13
 
 
 @dataclass(frozen=True)
 class GroupFactors:
-    """The factors of one module, client by client.
+    """The factors of one module: a (group, rank, d_in), b (group, d_out, rank), scale of both.
 
-    Attributes:
-        a: (group, rank, d_in).
-        b: (group, d_out, rank). Clients of a lower rank are padded with zeros, here and in `a`;
-            the gradients there are zero too, so that the padding stays zero.
-        scale: (group, 1, 1), or (1, 1, 1) where all clients have the same; not trained.
+    Lower ranks are padded with zeros in both factors, where the gradients are zero too. `scale` is
+    (group, 1, 1), or (1, 1, 1) where all clients have the same; it is not trained.
     """
 
     a: torch.Tensor
