@@ -1,7 +1,6 @@
 """Changes of an adapter's rank that keep its effective update, or change it least.
 
-Source: docs/method.md, "Resizing the rank"; truncation by Eckart and Young 1936, Psychometrika
-1:211.
+Source: docs/method.md, "Resizing the rank"; Eckart and Young 1936, Psychometrika 1:211.
 """
 
 from __future__ import annotations
@@ -29,13 +28,11 @@ def module_scale(scaling: str, alpha: float, heating_rank: int, rank: int) -> fl
     >>> module_scale("constant", 16, 8, 2), module_scale("alpha_over_rank", 16, 8, 2)
     (2.0, 8.0)
     """
-    if scaling == "constant":
-        return alpha / max(heating_rank, 1)
-    if scaling == "alpha_over_rank":
-        return alpha / max(rank, 1)
-    if scaling == "rslora":
-        return alpha / math.sqrt(max(rank, 1))
-    raise ValueError(f"need scaling constant, alpha_over_rank or rslora, got {scaling!r}")
+    heating_rank, rank = max(heating_rank, 1), max(rank, 1)
+    divisors = {"constant": heating_rank, "alpha_over_rank": rank, "rslora": math.sqrt(rank)}
+    if scaling not in divisors:
+        raise ValueError(f"need scaling {', '.join(divisors)}, got {scaling!r}")
+    return alpha / divisors[scaling]
 
 
 def initial_rows(rank: int, d_in: int, rng: np.random.Generator) -> FloatArray:

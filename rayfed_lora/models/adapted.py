@@ -87,8 +87,6 @@ class AdaptedModel:
         # Weights of the loaded states, (group, values) each, and their shapes in a stack.
         self._held: list[torch.Tensor] = []
         self._shapes: dict[str, tuple[int, ...]] = {}
-        # The scales of the last module that was loaded.
-        self._scales: dict[tuple[float, ...], torch.Tensor] = {}
         # Versions of the model that is loaded and not trained since.
         self._shown: tuple[str, tuple[int, int], Trainable] | None = None
 
@@ -151,13 +149,8 @@ class AdaptedModel:
 
         In a full round there is one client, its `dense` is the whole model and `base` is not
         used. Running statistics (batch normalisation) are always the source's own, since they are
-        never sent. Ranks may differ between clients, modules and dense names may not.
-
-        Args:
-            states: one for each client of the group.
-            base: the frozen weights.
-            trainable: `full` or `adapter`.
-            frozen: the factor of every module that is not trained.
+        never sent. Ranks may differ between clients, modules and dense names may not. `frozen` is
+        the factor of every module that is not trained.
 
         Raises:
             ValueError: several clients, and this model can hold only one at a time.
@@ -281,13 +274,8 @@ class AdaptedModel:
             return None
         found = [pad(f, rank) for f in found]
         a, b = self._by_client([f.a for f in found]), self._by_client([f.b for f in found])
-        return GroupFactors(a, b, self._scale(tuple(f.scale for f in found)))
-
-    def _scale(self, scales: tuple[float, ...]) -> torch.Tensor:
-        """Return (clients, 1, 1); mostly the same tensor for all modules and loads."""
-        if scales not in self._scales:
-            self._scales = {scales: self.resident.tensor(np.array(scales)).view(-1, 1, 1)}
-        return self._scales[scales]
+        scales = self.resident.tensor(np.array([f.scale for f in found]))
+        return GroupFactors(a, b, scales.view(-1, 1, 1))
 
     def _by_client(self, arrays: Sequence[FloatArray]) -> torch.Tensor:
         """Return (group, ...) from an array for each client, or from one for all."""

@@ -1,7 +1,4 @@
-"""Base models by source: a configuration, an installed package, a local folder or a hub id.
-
-Source: this project, on transformers.
-"""
+"""Base models from a configuration, a package, a folder or a hub id. Source: this project."""
 
 from __future__ import annotations
 

@@ -27,10 +27,8 @@ _RUNNING = ("running_mean", "running_var")
 class LoadReport:
     """What transformers reports about a source's weights; names are the model's own.
 
-    Attributes:
-        missing: tensors of the model that the source lacks, except tied ones.
-        unexpected: tensors of the source that the model does not have.
-        mismatched: shape in the source and in the model, by tensor.
+    Missing are tensors of the model that the source lacks, except tied ones; `mismatched` has the
+    shapes in the source and in the model.
     """
 
     missing: tuple[str, ...]
@@ -41,9 +39,7 @@ class LoadReport:
 def load_report(model: Model, config: Any, *, local_only: bool = False) -> LoadReport | None:
     """Return how the source's weights fit, from their names and shapes; no weight is read.
 
-    Returns:
-        None for the source `config`, and, if `local_only`, for weights that are not on this
-        machine.
+    None for the source `config`, and, if `local_only`, for weights that are not on this machine.
 
     Raises:
         ModelError: the weights cannot be read.

@@ -45,7 +45,6 @@ def trained_files(
     """Return the files `adapter/...` and, where the source does not provide the base, `base/...`.
 
     A PEFT adapter needs modules: where none are adapted, `base/` alone is the trained model.
-
     `facts` are the model's configuration, as in a `Workload`, and `everything` has every parameter
     of the plain model, without factors, by name.
     """
@@ -122,13 +121,9 @@ def write_adapter(
 def merge(
     base_folder: str, adapter_folder: Path | None, model: Model, labels: Sequence[str]
 ) -> Any:
-    """Return the base model with the adapter merged into its weights.
+    """Return the base model, from a folder or hub id, with the adapter merged into its weights.
 
-    Args:
-        base_folder: folder or hub id of the base.
-        adapter_folder: PEFT checkpoint; None: the base is the trained model itself.
-        model: the recipe's section, for the task.
-        labels: name of each class.
+    Without an adapter, the base is the trained model itself.
 
     Raises:
         BadInputError: the adapter's weights are not safetensors.

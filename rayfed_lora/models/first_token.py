@@ -25,15 +25,11 @@ _PLAIN_MASKS = ("eager", "sdpa", KEYS_FIRST)
 def read_first_token_only(net: nn.Module, inputs: Mapping[str, torch.Tensor]) -> bool:
     """Let the last layer compute what the head reads, where that is the first token only.
 
-    The parameters stay where they are, under the same names.
-
-    Args:
-        net: a classifier of transformers, changed in place.
-        inputs: examples on which its logits must stay the same.
+    The classifier is changed in place; its parameters keep their names.
 
     Returns:
-        Whether it was changed; it is not where its layers are of an unknown kind or causal, or
-        where the logits would differ.
+        Whether it was changed: not where its layers are of an unknown kind or causal, or where the
+        logits of `inputs` would differ.
     """
     config: Any = net.config
     layer: Any = _last_layer(net)

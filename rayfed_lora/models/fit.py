@@ -44,11 +44,8 @@ def fit_notes(net: nn.Module, report: LoadReport, recipe: Recipe) -> tuple[str, 
             f" {listed(lost)}{unused}; is it a model of this architecture, and are its tensors"
             " named as transformers names them?"
         )
-    wrong = [
-        f"{name} ({had}, expected {needed})"
-        for name, (had, needed) in report.mismatched.items()
-        if required(name)
-    ]
+    sizes = {name: sizes for name, sizes in report.mismatched.items() if required(name)}
+    wrong = [f"{name} ({had}, expected {needed})" for name, (had, needed) in sizes.items()]
     if wrong:
         raise ModelError(
             f"{source}: expected tensors of the configuration's sizes, {_count(wrong)} of another"

@@ -21,13 +21,13 @@ from rayfed_lora.recipe.model import Model
 
 Images = npt.NDArray[np.float32]
 _FILE = "preprocessor_config.json"
+_SILENT = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
 # Key of the image part in the file of a processor for several kinds of input.
 _IMAGE_PART = "image_processor"
 # Packages to install for what some processors import; timm's processor needs torchvision, too.
 _OPTIONAL = {"timm": "timm torchvision", "torchvision": "torchvision"}
 # Images processed at once.
 _CHUNK = 256
-_GREY, _RGB, _RGBA = 1, 3, 4
 
 
 class ImageProcessor:
@@ -38,14 +38,10 @@ class ImageProcessor:
         self._processor, self._channels, self._name = processor, channels, name
 
     def __call__(self, images: Images) -> Images:
-        """Return the model's inputs.
+        """Return the model's inputs for images, both (n, channels, height, width).
 
-        Args:
-            images: (n, channels, height, width), integers 0 .. 255 scaled to [-1, 1]. For a model
-                of three channels, grey images are repeated and the alpha of RGBA is dropped.
-
-        Returns:
-            (n, channels, height, width) of the model.
+        The pixels of the images are integers 0 .. 255 scaled to [-1, 1]. For a model of three
+        channels, grey images are repeated and the alpha of RGBA is dropped.
 
         Raises:
             ModelError: the processor cannot process them.
@@ -59,10 +55,10 @@ class ImageProcessor:
 
     def _process(self, scaled: Images) -> Images:
         images = np.rint((scaled + 1.0) * 127.5).astype(np.uint8)
-        if self._channels == _RGB and images.shape[1] == _GREY:
-            images = np.repeat(images, _RGB, axis=1)
-        elif self._channels == _RGB and images.shape[1] == _RGBA:
-            images = images[:, :_RGB]
+        if self._channels == 3 and images.shape[1] == 1:
+            images = np.repeat(images, 3, axis=1)
+        elif self._channels == 3 and images.shape[1] == 4:
+            images = images[:, :3]
         sizes = " x ".join(map(str, images.shape[1:]))
         with base_models.attributed(f"{self._name} cannot take images of {sizes}"):
             output = self._processor(
@@ -124,7 +120,7 @@ def read_image_processor(
 
 
 def _set_size(processor: Any, size: int) -> None:
-    """Let a processor resize and crop to a square; resizing by the shorter side stays so."""
+    """Set a square output; a processor that resizes by the shorter side still does."""
     square = SizeDict(height=size, width=size)
     if getattr(processor, "size", None):
         by_shorter_side = processor.size.shortest_edge is not None
@@ -146,8 +142,7 @@ def _to_install(error: Exception) -> str:
 
 def _is_processor(place: str, name: str) -> bool:
     """Return whether a file of a source describes an image processor."""
-    kinds = ("missing_entries", "connection_errors")
-    silent = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+    silent = dict.fromkeys(_SILENT, False)
     with base_models.quiet():
         path = cached_file(place, name, **silent)
     if path is None or name == _FILE:

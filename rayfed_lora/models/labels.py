@@ -80,9 +80,9 @@ def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     by_number = {str(key): str(name) for key, name in named.items()}
     expected = [str(i) for i in range(len(named))]
     if by_number.keys() != set(expected):
+        got = ", ".join(map(str, [*named][:10]))
         raise ModelError(
-            f"model.config.id2label: expected classes 0 .. {len(named) - 1},"
-            f" got {', '.join(map(str, [*named][:10]))}"
+            f"model.config.id2label: expected classes 0 .. {len(named) - 1}, got {got}"
         )
     return tuple(by_number[number] for number in expected)
 
@@ -98,7 +98,8 @@ def match_classes(head: Sequence[str], data: Sequence[str]) -> HeadMatch:
     'numbers'
     """
     names, as_given = tuple(head), tuple(range(len(data)))
-    for known, wanted in ((list(head), list(data)), (_folded(head), _folded(data))):
+    for form in (str, lambda name: name.strip().casefold()):
+        known, wanted = [form(name) for name in head], [form(name) for name in data]
         if len(set(wanted)) == len(wanted) and sorted(known) == sorted(wanted):
             return HeadMatch("same", tuple(wanted.index(name) for name in known), names)
     if all(_NUMBER.fullmatch(name) for name in head):
@@ -107,7 +108,3 @@ def match_classes(head: Sequence[str], data: Sequence[str]) -> HeadMatch:
     if [number and int(number[1]) for number in numbers] == [*range(len(head))]:
         return HeadMatch("numbers", as_given, names)
     return HeadMatch("other", as_given, names)
-
-
-def _folded(names: Sequence[str]) -> list[str]:
-    return [name.strip().casefold() for name in names]

@@ -55,7 +55,6 @@ def verdict_on(net: nn.Module, together: Inputs, alone: Sequence[Inputs]) -> Ver
     """Return whether a plain model in float32 computes examples in one batch as it does alone.
 
     Weights, buffers and mode are restored. A model with dropout is tested in evaluation mode only.
-
     `together` are the examples as one batch, padded as in training; `alone` has each of them as a
     batch of its own, without padding.
 
@@ -85,9 +84,8 @@ def drops(net: nn.Module) -> bool:
     """Return whether a module, or the model's configuration, has a dropout rate above zero."""
     config = getattr(net, "config", None)
     rates = (m.p for m in net.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
-    return any(rate > 0 for rate in rates) or (
-        config is not None and _has_dropout(config.to_dict())
-    )
+    named = config is not None and _has_dropout(config.to_dict())
+    return named or any(rate > 0 for rate in rates)
 
 
 def _has_dropout(value: Any, *, named: bool = False) -> bool:
@@ -116,7 +114,8 @@ def _compare(net: nn.Module, together: Inputs, alone: Sequence[Inputs]) -> Verdi
             return Verdict(_EXAMPLES, _EXAMPLES)
         parts = {name: [x.tensor_split(examples)[i] for x in xs] for name, xs in calls.items()}
         for name in parts.keys() | own_calls.keys():
-            if not _same_calls(parts.get(name, ()), own_calls.get(name, ())):
+            found, expected = parts.get(name, []), own_calls.get(name, [])
+            if len(found) != len(expected) or not all(map(nearly_equal, found, expected)):
                 layers.setdefault(name, _ORDER)
     for inputs, short, (own_logits, own_calls) in zip(padded, alone, singles, strict=True):
         if all(inputs[name].shape == values.shape for name, values in short.items()):
@@ -160,10 +159,6 @@ def _digest(x: torch.Tensor) -> torch.Tensor:
     """Return a few random sums over the last dimension, since inputs themselves are large."""
     generator = torch.Generator().manual_seed(x.shape[-1])
     return x @ torch.randn(x.shape[-1], _SUMS, generator=generator, dtype=x.dtype)
-
-
-def _same_calls(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
-    return len(found) == len(expected) and all(map(nearly_equal, found, expected))
 
 
 def _equal_without_padding(whole: torch.Tensor, part: torch.Tensor) -> bool:

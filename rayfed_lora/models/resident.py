@@ -41,11 +41,12 @@ class ResidentBase:
 
         None: the parameters are to become a client's own.
         """
-        if base is None:
+        if base is None or not self.loaded or self._version != base.version:
+            # True again at the end only, so that an interrupted load is repeated.
             self.loaded = False
             self.changes += 1
-        elif not self.loaded or self._version != base.version:
-            self._load(base)
+            if base is not None:
+                self._load(base)
         for buffer, source in self._buffers:
             buffer.copy_(source)
 
@@ -54,9 +55,6 @@ class ResidentBase:
         self.parameters[name].data = self.tensor(values)
 
     def _load(self, base: Base) -> None:
-        # Set last, so that an interrupted load is repeated.
-        self.loaded = False
-        self.changes += 1
         for name, source in self.source.items():
             self.parameters[name].data = source
         for name, values in (base.tensors or {}).items():

@@ -73,11 +73,7 @@ def _targets(net: nn.Module, adapter: Adapter, rank: int, unused: frozenset[str]
 
 
 def adapted_modules(net: nn.Module, adapter: Adapter) -> list[str]:
-    """Return the full names of the modules that can get factors of any rank, in model order.
-
-    Raises:
-        ModelError: nothing matches, or a match is not a plain linear layer.
-    """
+    """Return the full names of the modules that can get factors of any rank, in model order."""
     return choose_targets(net, adapter.target_modules, head_modules(net, adapter)).names
 
 
@@ -160,11 +156,7 @@ def _no_padding_warning(net: nn.Module) -> Iterator[None]:
 
 
 def image_shape(config: Any) -> tuple[int, int, int]:
-    """Return the (channels, height, width) of the images that a configuration describes.
-
-    Raises:
-        AttributeError: the configuration has no image size.
-    """
+    """Return a configuration's (channels, height, width); without a size: AttributeError."""
     if not hasattr(config, "image_size") and hasattr(config, "vision_config"):
         config = config.vision_config
     size = config.image_size

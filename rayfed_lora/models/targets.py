@@ -38,12 +38,8 @@ def choose_targets(
 ) -> Targets:
     """Return the modules that a recipe's `adapter.target_modules` selects.
 
-    Args:
-        net: a plain model, real or on the meta device.
-        targets: the recipe's value.
-        head: names of the head's modules.
-        rank: the largest trained rank; `all-linear` leaves smaller layers out.
-        unused: linear layers that a forward pass does not call.
+    `all-linear` leaves out layers smaller than `rank`, the largest trained one. `unused` are linear
+    layers that a forward pass does not call. The model may be on the meta device.
 
     Raises:
         ModelError: nothing matches, an entry of a list matches nothing that can be adapted, or
@@ -53,12 +49,9 @@ def choose_targets(
     if targets == "auto":
         return layers.usable(layers.query_and_value())
     if targets == "all-linear":
-        small = {
-            name: f"smaller than annealing.heating.rank {rank}"
-            for name in layers.linear
-            if sides(layers.body[name]).max_rank < rank
-        }
-        return layers.usable(layers.linear, small)
+        small = [name for name in layers.linear if sides(layers.body[name]).max_rank < rank]
+        reason = f"smaller than annealing.heating.rank {rank}"
+        return layers.usable(layers.linear, dict.fromkeys(small, reason))
     entries = [targets] if isinstance(targets, str) else targets
     patterns = {entry: _pattern(entry, isinstance(targets, str)) for entry in entries}
     found = {n for entry, pattern in patterns.items() for n in layers.named(entry, pattern)}
@@ -103,10 +96,7 @@ class _Layers:
         raise ModelError(f"{_KEY}: auto finds no query and value projections; {self.offer()}")
 
     def usable(self, names: Sequence[str], small: Mapping[str, str] | None = None) -> Targets:
-        """Return those of some linear layers that can get factors, with notes on the others.
-
-        Layers in `small` cannot, for the reason given there.
-        """
+        """Return the layers that can get factors, with notes on the others; `small` cannot."""
         reasons = {**(small or {}), **self._reasons}
         kept = [name for name in names if name not in reasons]
         if not kept:

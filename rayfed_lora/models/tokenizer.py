@@ -91,13 +91,10 @@ def padding_notes(net: nn.Module) -> tuple[str, ...]:
 
 
 def check_vocabulary(net: nn.Module, tokenizer: Any, config: Any | None) -> None:
-    """Reject a tokenizer with words, or a configured padding token, without an embedding.
+    """Raise ModelError if a word, or the configured padding token, has no embedding.
 
-    Tokens that were added to a tokenizer (for images, for unused roles) may exceed the table:
+    Tokens that were added to a tokenizer (for images, for unused roles) may have none:
     `check_tokens` rejects texts in which they occur.
-
-    Raises:
-        ModelError: the largest token, or the padding token, exceeds the table.
     """
     rows = _embeddings(net)
     if rows is None:
@@ -120,11 +117,7 @@ def check_vocabulary(net: nn.Module, tokenizer: Any, config: Any | None) -> None
 
 
 def check_tokens(net: nn.Module, tokenizer: Any, tokens: Tokens, texts: Sequence[str]) -> None:
-    """Reject texts with a token that the model has no embedding for.
-
-    Raises:
-        ModelError: with the token and the text.
-    """
+    """Raise ModelError, with the token and the text, if a token has no embedding."""
     rows, ids = _embeddings(net), tokens["input_ids"]
     if rows is None or ids.size == 0 or ids.max() < rows:
         return
@@ -139,11 +132,7 @@ def check_tokens(net: nn.Module, tokenizer: Any, tokens: Tokens, texts: Sequence
 
 
 def check_length(model: Model, config: Any, longest: int) -> None:
-    """Reject texts of `longest` tokens if the model has a table of fewer positions.
-
-    Raises:
-        ModelError: it has.
-    """
+    """Raise ModelError if the model has a table of fewer positions than `longest` tokens."""
     named = getattr(config, "max_position_embeddings", None)
     if not isinstance(named, int) or longest <= named - _SPARE:
         return

@@ -23,8 +23,7 @@ _BATCH_CHARACTERS = 2_000_000
 def tokenize(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
     """Return n texts, truncated to `max_length` tokens and padded on the right to the longest.
 
-    Returns:
-        The tokenizer's own outputs (`input_ids`, `attention_mask`, ...), each (n, length) int32.
+    These are the tokenizer's outputs (`input_ids`, `attention_mask`, ...), each (n, length) int32.
 
     Raises:
         ModelError: the tokenizer has no padding token.
@@ -48,11 +47,8 @@ def tokenize(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
 def tokenize_whole(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
     """Return n texts for a language model, each with the tokenizer's end token, if it has one.
 
-    They are truncated to `max_length` tokens, which may drop the end token. No padding token is
-    needed.
-
-    Returns:
-        `input_ids` and `attention_mask`, each (n, length) int32; padding is 0.
+    They are truncated to `max_length` tokens, which may drop the end token. `input_ids` and
+    `attention_mask` are (n, length) int32; padding is 0, no padding token is needed.
     """
     end = tokenizer.eos_token_id
     rows: list[_Array] = []
@@ -102,11 +98,7 @@ def pad_with(tokens: Tokens, pad: int | None) -> Tokens:
 
 
 def known_inputs(net: nn.Module, config: Any, tokens: Tokens) -> Tokens:
-    """Return the inputs that the model's forward pass takes.
-
-    Raises:
-        ModelError: the texts have more token types than the model.
-    """
+    """Return the inputs that the model's forward pass takes; too many token types: ModelError."""
     parameters = inspect.signature(net.forward).parameters
     kept = {name: values for name, values in tokens.items() if name in parameters}
     types, known = kept.get("token_type_ids"), getattr(config, "type_vocab_size", None)
