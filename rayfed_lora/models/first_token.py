@@ -17,7 +17,6 @@ from torch.nn import functional
 from rayfed_lora.models.attention import KEYS_FIRST
 from rayfed_lora.models.linear import nearly_equal
 
-_Forward = Callable[..., torch.Tensor]
 # Attention of these implementations takes masks that are added or true where a token is seen.
 _PLAIN_MASKS = ("eager", "sdpa", KEYS_FIRST)
 
@@ -33,11 +32,10 @@ def read_first_token_only(net: nn.Module, inputs: Mapping[str, torch.Tensor]) ->
     """
     config: Any = net.config
     layer: Any = _last_layer(net)
-    forward = None if layer is None else _FORWARD_OF.get(type(layer).__name__)
-    if layer is None or forward is None or config._attn_implementation not in _PLAIN_MASKS:
-        return False
-    if getattr(config, "is_decoder", False):
-        # Such a layer may be causal without a mask.
+    forward = _FORWARD_OF.get(type(layer).__name__)
+    # A decoder's layer may be causal without a mask.
+    decoder, masks = getattr(config, "is_decoder", False), config._attn_implementation
+    if forward is None or decoder or masks not in _PLAIN_MASKS:
         return False
     mode = net.training
     net.eval()
@@ -118,7 +116,7 @@ def _attended(
 
 
 _BERTS = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "CamembertLayer", "ElectraLayer")
-_FORWARD_OF: dict[str, _Forward] = {
+_FORWARD_OF: dict[str, Callable[..., torch.Tensor]] = {
     **dict.fromkeys(_BERTS, _bert),
     **dict.fromkeys(("ViTLayer", "DeiTLayer"), _vit),
     "TransformerBlock": _distilbert,
