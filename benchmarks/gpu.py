@@ -97,9 +97,9 @@ class RandomFactory(TorchFactory):
         rows = CLIENTS * BATCH * STEPS
         labels = draw.integers(0, CLASSES, rows)
         if recipe.model.task == "text-classification":
-            from rayfed_lora.models import sources
+            from rayfed_lora.models import base_models
 
-            config = sources.configuration(recipe.model, {"num_labels": CLASSES}).to_dict()
+            config = base_models.configuration(recipe.model, {"num_labels": CLASSES}).to_dict()
             ids = draw.integers(1000, 20_000, (rows, 64))
             inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
         else:

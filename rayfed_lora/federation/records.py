@@ -17,7 +17,7 @@ from rayfed_lora.federation.ledger import BYTES_A_VALUE, Bill
 from rayfed_lora.federation.run import Aggregated
 from rayfed_lora.federation.testing import Tested
 from rayfed_lora.federation.transitions import Start
-from rayfed_lora.lora.counting import dense_params, factor_params
+from rayfed_lora.lora.states import dense_params, factor_params
 from rayfed_lora.types import ClientReport, LocalPlan, Proposal, RoundPlan, Stage
 
 # Kept as 32 bits in the tables; a plain int has 64.

@@ -96,14 +96,14 @@ def _writing(to: Path) -> Iterator[None]:
 
 
 def _write_merged(run: RunFolder, recipe: Recipe, to: Path) -> None:
-    from rayfed_lora.models import export, sources
+    from rayfed_lora.models import base_models, export
 
     with TemporaryDirectory() as scratch:
         with _contents(run) as contents:
             for part, files in contents.items():
                 _write(files, Path(scratch) / part)
         base, adapter = Path(scratch) / "base", Path(scratch) / "adapter"
-        source = str(base) if base.exists() else sources.location(recipe.model.source)
+        source = str(base) if base.exists() else base_models.location(recipe.model.source)
         labels = (read_summary(run) or {}).get("labels")
         if not isinstance(labels, list):
             where = child(run.location, SUMMARY_FILE)
@@ -112,4 +112,4 @@ def _write_merged(run: RunFolder, recipe: Recipe, to: Path) -> None:
         tokenizer = recipe.model.tokenizer or recipe.model.source
         is_text = recipe.model.task != "image-classification"
         with _writing(to):
-            export.write_model(to, net, sources.location(tokenizer) if is_text else None)
+            export.write_model(to, net, base_models.location(tokenizer) if is_text else None)

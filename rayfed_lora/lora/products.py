@@ -3,8 +3,7 @@
 For b (d_out x r) and a (r x d_in), with b = Qb Rb and a^T = Qa Ra, the singular values of b @ a are
 those of the r x r core Rb Ra^T. Cost O((d_in + d_out) r^2). All arithmetic is float64.
 
-Source: standard linear algebra; used for rank changes by this project (docs/method.md, "Resizing
-the rank").
+Source: standard linear algebra (docs/method.md, "Resizing the rank").
 """
 
 from __future__ import annotations
@@ -37,11 +36,7 @@ class ProductSvd:
 
 
 def product_svd(b: npt.ArrayLike, a: npt.ArrayLike) -> ProductSvd:
-    """Return the SVD of b @ a through the QR core.
-
-    Args:
-        b: (d_out, r).
-        a: (r, d_in); r = 0 is legal.
+    """Return the SVD of b (d_out, r) @ a (r, d_in) through the QR core; r = 0 is legal.
 
     Raises:
         ValueError: the inner dimensions differ.
@@ -63,27 +58,26 @@ def product_svd(b: npt.ArrayLike, a: npt.ArrayLike) -> ProductSvd:
 def norm(b: npt.ArrayLike, a: npt.ArrayLike) -> float:
     """Return the Frobenius norm of b @ a, as sqrt(tr((b^T b)(a a^T))).
 
-    Shapes as for `product_svd`. The trace cancels where b @ a nearly vanishes: the result is good
-    to about 1e-8 of |b| |a|.
+    The trace cancels where b @ a nearly vanishes: the error is up to about 1e-8 of |b| |a|.
     """
     b64, a64 = np.asarray(b, np.float64), np.asarray(a, np.float64)
     return math.sqrt(max(float(np.sum((b64.T @ b64) * (a64 @ a64.T))), 0.0))
 
 
+def update_svd(factors: Factors) -> ProductSvd:
+    """Return the SVD of the effective update D = scale * b @ a."""
+    svd = product_svd(factors.b, factors.a)
+    return ProductSvd(svd.u, svd.s * factors.scale, svd.vt)
+
+
 def spectrum(factors: Factors) -> Float64Array:
-    """Return the singular values of the effective update D = scale * b @ a, falling, (k,)."""
-    return product_svd(factors.b, factors.a).s * factors.scale
+    """Return the singular values of the effective update D, falling, (k,)."""
+    return update_svd(factors).s
 
 
 @dataclass(frozen=True)
 class WeightedProduct:
-    """A weighted sum of products of columns and rows: b @ diag(weights) @ a.
-
-    Attributes:
-        weights: (r,).
-        b: (d_out, r).
-        a: (r, d_in).
-    """
+    """b @ diag(weights) @ a, with weights (r,), b (d_out, r) and a (r, d_in)."""
 
     weights: Float64Array
     b: FloatArray

@@ -1,7 +1,6 @@
 """Changes of an adapter's rank that keep its effective update, or change it least.
 
-Source: docs/method.md, "Resizing the rank"; truncation by Eckart and Young 1936, Psychometrika
-1:211.
+Source: docs/method.md, "Resizing the rank"; Eckart and Young 1936, Psychometrika 1:211.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import math
 
 import numpy as np
 
-from rayfed_lora.lora.products import ProductSvd, product_svd
+from rayfed_lora.lora.products import ProductSvd, update_svd
 from rayfed_lora.types import Factors, FloatArray
 
 # Directions with less than this share of the largest singular value are float32 rounding noise.
@@ -29,13 +28,11 @@ def module_scale(scaling: str, alpha: float, heating_rank: int, rank: int) -> fl
     >>> module_scale("constant", 16, 8, 2), module_scale("alpha_over_rank", 16, 8, 2)
     (2.0, 8.0)
     """
-    if scaling == "constant":
-        return alpha / max(heating_rank, 1)
-    if scaling == "alpha_over_rank":
-        return alpha / max(rank, 1)
-    if scaling == "rslora":
-        return alpha / math.sqrt(max(rank, 1))
-    raise ValueError(f"need scaling constant, alpha_over_rank or rslora, got {scaling!r}")
+    heating_rank, rank = max(heating_rank, 1), max(rank, 1)
+    divisors = {"constant": heating_rank, "alpha_over_rank": rank, "rslora": math.sqrt(rank)}
+    if scaling not in divisors:
+        raise ValueError(f"need scaling {', '.join(divisors)}, got {scaling!r}")
+    return alpha / divisors[scaling]
 
 
 def initial_rows(rank: int, d_in: int, rng: np.random.Generator) -> FloatArray:
@@ -53,36 +50,28 @@ def from_svd(svd: ProductSvd, rank: int, scale: float) -> Factors:
     A direction without energy gets a zero column of B and a row of A of initial size: the update is
     the same, and the direction can still be trained (two zero factors could not).
 
-    Args:
-        svd: of the effective update D.
-        rank: number of directions to keep, >= 0; min(rank, k) are kept.
-        scale: s of the new factors, > 0.
+    min(rank, k) directions of `svd`, that of an effective update D, are kept; rank >= 0, and the
+    scale of the new factors is > 0.
     """
     u, s, vt = svd.u[:, :rank], svd.s[:rank] / scale, svd.vt[:rank]
     root = np.sqrt(s)
     largest = float(svd.s.max(initial=0.0))
     dead = svd.s[:rank] <= _NEGLIGIBLE * largest
-    a_size = np.where(dead, 1.0 / math.sqrt(3.0), root)
-    b_size = np.where(dead, 0.0, root)
-    a = (vt * a_size[:, None]).astype(np.float32)
-    b = (u * b_size).astype(np.float32)
-    return Factors(a, b, scale)
+    a_size, b_size = np.where(dead, 1.0 / math.sqrt(3.0), root), np.where(dead, 0.0, root)
+    a, b = vt * a_size[:, None], u * b_size
+    return Factors(a.astype(np.float32), b.astype(np.float32), scale)
 
 
 def truncate(factors: Factors, rank: int, scale: float) -> Factors:
-    """Return the best approximation of D of the given rank, with scale `scale`.
+    """Return the best approximation of D at a lower or equal rank, >= 0.
 
-    Args:
-        factors: of rank >= `rank`.
-        rank: new rank, >= 0.
-        scale: new s, > 0; it is divided out, so that D does not depend on it.
+    The new s, `scale` > 0, is divided out, so that D does not depend on it.
     """
     if rank == 0:
         d_out, d_in = factors.b.shape[0], factors.a.shape[1]
         empty_a, empty_b = np.zeros((0, d_in), np.float32), np.zeros((d_out, 0), np.float32)
         return Factors(empty_a, empty_b, scale)
-    svd = product_svd(factors.b, factors.a)
-    return from_svd(ProductSvd(svd.u, svd.s * factors.scale, svd.vt), rank, scale)
+    return from_svd(update_svd(factors), rank, scale)
 
 
 def cut_off(factors: Factors, rank: int) -> Factors:
@@ -90,9 +79,9 @@ def cut_off(factors: Factors, rank: int) -> Factors:
 
     The result has rank k - min(rank, k), k = min(r, d_in, d_out).
     """
-    svd = product_svd(factors.b, factors.a)
-    sigma = svd.s * factors.scale
-    return from_svd(ProductSvd(svd.u[:, rank:], sigma[rank:], svd.vt[rank:]), sigma.size, 1.0)
+    svd = update_svd(factors)
+    rest = ProductSvd(svd.u[:, rank:], svd.s[rank:], svd.vt[rank:])
+    return from_svd(rest, svd.s.size, 1.0)
 
 
 def pad(factors: Factors, rank: int) -> Factors:
@@ -107,30 +96,23 @@ def pad(factors: Factors, rank: int) -> Factors:
 def grow(factors: Factors, rank: int, scale: float, rng: np.random.Generator) -> Factors:
     """Return factors of a higher rank with the same D: new rows of A drawn, new columns of B zero.
 
-    Args:
-        factors: of rank <= `rank`.
-        rank: new rank; above min(d_in, d_out) is legal.
-        scale: new s, > 0; it is divided out of B.
-        rng: stream of the new rows.
+    The new s, `scale` > 0, is divided out of B. Ranks above min(d_in, d_out) are legal.
     """
     extra = rank - factors.rank
     rows = initial_rows(extra, factors.a.shape[1], rng)
     columns = np.zeros((factors.b.shape[0], extra), np.float32)
-    b = factors.b if scale == factors.scale else _rescaled(factors.b, factors.scale / scale)
+    b = factors.b
+    if scale != factors.scale:
+        b = (b.astype(np.float64) * (factors.scale / scale)).astype(np.float32)
     return Factors(np.concatenate([factors.a, rows]), np.concatenate([b, columns], axis=1), scale)
 
 
 def resize(factors: Factors, rank: int, scale: float, rng: np.random.Generator) -> Factors:
     """Return factors of exactly the given rank and scale.
 
-    Down: Eckart-Young truncation of D. Up: D unchanged. Same rank: D unchanged, B rescaled where
-    the scale changes; the same object where neither changes.
-
-    Args:
-        factors: of one module.
-        rank: new rank, >= 0; above min(d_in, d_out) is legal.
-        scale: new s, > 0.
-        rng: stream for new rows of A.
+    Down: Eckart-Young truncation of D. Up: D unchanged, new rows of A drawn from `rng`. Same rank:
+    D unchanged, B rescaled where the scale changes; the same object where neither changes. Ranks
+    above min(d_in, d_out) are legal.
 
     Raises:
         ValueError: `rank` is negative or `scale` is not positive.
@@ -144,7 +126,3 @@ def resize(factors: Factors, rank: int, scale: float, rng: np.random.Generator) 
     if rank == factors.rank and scale == factors.scale:
         return factors
     return grow(factors, rank, scale, rng)
-
-
-def _rescaled(b: FloatArray, ratio: float) -> FloatArray:
-    return (b.astype(np.float64) * ratio).astype(np.float32)

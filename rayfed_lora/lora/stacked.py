@@ -1,12 +1,13 @@
 """States of clients that were trained together, one row of values a client.
 
-What is done with all of them then takes as many calls as with one. Source: this project.
+An operation on all of them takes as many calls as on one. Source: this project.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import overload
@@ -16,7 +17,7 @@ import numpy as np
 from rayfed_lora.lora.products import Float64Array, WeightedProduct
 from rayfed_lora.types import AdapterState, Factors, FloatArray
 
-# Before a module's name; no parameter's name starts so.
+# Prefixes of module names; no parameter's name starts so.
 A, B = "A of ", "B of "
 
 
@@ -28,6 +29,7 @@ def named(state: AdapterState) -> dict[str, FloatArray]:
     return tensors
 
 
+@dataclass(frozen=True, eq=False)
 class StackedStates(Sequence[AdapterState]):
     """The states of some clients, in order.
 
@@ -35,23 +37,12 @@ class StackedStates(Sequence[AdapterState]):
         rows: (clients, values) float32, the tensors of a client one after the other, in the order
             of `named`; lower ranks are padded with zeros.
         likes: of each client, a state with the same modules, names, ranks and scales.
-        shapes: of one client's tensors, padded, by `named`.
+        shapes: of one client's tensors, padded, by `named`; their sizes add up to `values`.
     """
 
-    def __init__(
-        self,
-        rows: FloatArray,
-        likes: Sequence[AdapterState],
-        shapes: Mapping[str, tuple[int, ...]],
-    ) -> None:
-        """Take the rows over.
-
-        Args:
-            rows: (clients, values).
-            likes: one a client.
-            shapes: their sizes add up to `values`.
-        """
-        self.rows, self.likes, self.shapes = rows, likes, shapes
+    rows: FloatArray
+    likes: Sequence[AdapterState]
+    shapes: Mapping[str, tuple[int, ...]]
 
     @property
     def alike(self) -> bool:
@@ -91,10 +82,9 @@ class StackedStates(Sequence[AdapterState]):
         return self.rows[client, self._places[name]].reshape(self.shapes[name])
 
     def products(self, weights: Float64Array) -> dict[str, WeightedProduct]:
-        """Return the weighted sum of the clients' effective updates, by module; all are `alike`.
+        """Return the clients' effective updates, summed with weights (clients,), by module.
 
-        Args:
-            weights: (clients,).
+        All clients are `alike`.
         """
         found = {}
         for name, like in self.likes[0].factors.items():
@@ -109,12 +99,10 @@ class StackedStates(Sequence[AdapterState]):
         return found
 
     def values(self, *, dense: bool) -> tuple[FloatArray, dict[str, tuple[int, ...]]]:
-        """Return rows of values, and the shapes of what is in them; all are `alike`.
+        """Return the rows of the values, or of the dense ones alone, and the shapes in them.
 
-        Args:
-            dense: only the dense tensors.
+        All clients are `alike`.
         """
-        shapes = dict(self.shapes)
-        if dense:
-            shapes = {name: shapes[name] for name in self.likes[0].dense}
+        names = self.likes[0].dense if dense else self.shapes
+        shapes = {name: self.shapes[name] for name in names}
         return self.rows[:, : sum(map(math.prod, shapes.values()))], shapes

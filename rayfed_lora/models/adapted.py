@@ -1,4 +1,4 @@
-"""A resident base model that computes for a group of clients, each with an adapter of its own.
+"""A resident base model that computes a group of clients, each with an adapter of its own.
 
 Source: LoRA, arXiv:2106.09685; computing several clients at once: this project.
 """
@@ -15,8 +15,8 @@ from torch import nn
 
 from rayfed_lora.lora.resize import pad
 from rayfed_lora.lora.stacked import A, B, StackedStates
+from rayfed_lora.models.group_layers import AdaptedLinear, ClientLinear, GroupFactors
 from rayfed_lora.models.heads import head_parameters
-from rayfed_lora.models.layers import AdaptedLinear, ClientLinear, GroupFactors
 from rayfed_lora.models.resident import ResidentBase, to_numpy
 from rayfed_lora.models.shapes import adapted_modules, fusion_obstacle
 from rayfed_lora.recipe.model import Adapter
@@ -36,8 +36,8 @@ _Layer = TypeVar("_Layer", bound=nn.Module)
 class AdaptedModel:
     """One resident model that is loaded with a base and states, trained, and read again.
 
-    Parameter names are the plain model's own. The weights it is made with are never written to:
-    they may be shared with others, read-only.
+    Parameter names are the plain model's own. The weights of the plain model are never written
+    to: they may be read-only, and shared with others.
     """
 
     def __init__(
@@ -53,15 +53,14 @@ class AdaptedModel:
         Args:
             net: the plain model with its source's weights, changed in place.
             adapter: which modules get factors, and their dropout.
-            device: where the model lives.
-            obstacle: why several clients cannot be computed together, beyond what the layers
-                themselves tell.
-            modules: names of the modules that get factors, as of a `ModelShape`; None: those that
-                the adapter names, of whatever size.
+            device: a torch device.
+            obstacle: why several clients cannot be computed together; None: the layers decide.
+            modules: names of the modules that get factors, as in a `ModelShape`; None: those that
+                the adapter names, of any size.
         """
         self.net = net.to(device)
         self.device = torch.device(device)
-        # Why the clients of a block cannot be computed together, None where they can.
+        # Why several clients cannot be computed together; None: they can.
         self.obstacle = obstacle or fusion_obstacle(net, adapter)
         if modules is None:
             modules = adapted_modules(net, adapter)
@@ -78,19 +77,17 @@ class AdaptedModel:
         net.train()
         every = list(net.modules())
         plain = all(type(module).train is nn.Module.train for module in every)
-        # What `train` of plain modules sets, a tenth of a millisecond sooner for 60 of them.
+        # Attributes that `nn.Module.train` sets; setting them directly saves 0.1 ms for 60 modules.
         self._switch = [module.__dict__ for module in every] if plain else None
-        # What is trained of the loaded states, in the order of `parameters`.
+        # The trained tensors, in the order of `parameters`.
         self.trained: list[torch.Tensor] = []
-        # Clients that are loaded.
+        # Number of loaded clients.
         self._group = 0
         self._frozen: Frozen | None = None
         # Weights of the loaded states, (group, values) each, and their shapes in a stack.
         self._held: list[torch.Tensor] = []
         self._shapes: dict[str, tuple[int, ...]] = {}
-        # The scales of the last module that was loaded.
-        self._scales: dict[tuple[float, ...], torch.Tensor] = {}
-        # What is loaded and was not trained since.
+        # Versions of the model that is loaded and not trained since.
         self._shown: tuple[str, tuple[int, int], Trainable] | None = None
 
     def own_tensors(self) -> dict[str, torch.Tensor] | None:
@@ -133,7 +130,8 @@ class AdaptedModel:
     def tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
         """Return the first client's dense tensors: the head's, or in a full round all."""
         names = self._plain if trainable == "full" else self._head
-        return {name: self._dense(name, 0) for name in names}
+        held = {name: self._holder(name) for name in names}
+        return {n: to_numpy(t if t is self._plain[n] else t[0]) for n, t in held.items()}
 
     def initial_tensors(self, trainable: Trainable) -> dict[str, FloatArray]:
         """Return the dense tensors of a round as the source and the seed gave them."""
@@ -147,17 +145,12 @@ class AdaptedModel:
         trainable: Trainable,
         frozen: Frozen | None = None,
     ) -> None:
-        """Set the weights of a round, one state a client of the group, and mark what is trained.
+        """Set the weights of a round, and mark the trained ones.
 
         In a full round there is one client, its `dense` is the whole model and `base` is not
-        looked at. Running statistics (batch normalisation) are always the source's own: nobody
-        sends them. Ranks may differ between clients, modules and dense names may not.
-
-        Args:
-            states: of the clients.
-            base: what is frozen.
-            trainable: `full` or `adapter`.
-            frozen: the factor of every module that is not trained.
+        used. Running statistics (batch normalisation) are always the source's own, since they are
+        never sent. Ranks may differ between clients, modules and dense names may not. `frozen` is
+        the factor of every module that is not trained.
 
         Raises:
             ValueError: several clients, and this model can hold only one at a time.
@@ -167,7 +160,7 @@ class AdaptedModel:
         if alone and len(states) != 1:
             raise ValueError(f"need one client at a time, got {len(states)}: {self.obstacle}")
         for parameter in self.trained:
-            # Those of a full-model round are as large as the model.
+            # The gradients of a full-model round are as large as the model.
             parameter.grad = None
             parameter.requires_grad_(False)
         self._held = []
@@ -194,7 +187,7 @@ class AdaptedModel:
 
     def train(self, mode: bool) -> None:
         """Switch between training and evaluation."""
-        # Visiting every module costs as much as a small one computes.
+        # Visiting every module takes as long as computing a small one.
         if self.net.training == mode:
             return
         if self._switch is None:
@@ -206,11 +199,8 @@ class AdaptedModel:
     def parameters(self, state: AdapterState) -> dict[str, torch.Tensor]:
         """Return the trained tensors of loaded states, by a stable name, in a stable order.
 
-        In an adapter round their first dimension is the client in the group, unless the model can
-        hold only one (`obstacle`): then the dense ones have none.
-
-        Args:
-            state: any one of the loaded states, for its modules and names.
+        In an adapter round their first dimension is the client in the group; in a model with an
+        `obstacle` the dense ones lack it. `state` is any loaded one, for its modules and names.
         """
         found = {name: self._holder(name) for name in state.dense}
         for name in state.factors:
@@ -222,11 +212,9 @@ class AdaptedModel:
         return found
 
     def read_from(self, likes: Sequence[AdapterState], client: int) -> StackedStates:
-        """Return the current weights of some neighbouring clients, as states like theirs.
+        """Return the current weights of neighbouring clients of the group, from `client` on.
 
-        Args:
-            likes: the states that they were loaded with.
-            client: place of the first of them in the group.
+        `likes` are the states that these clients were loaded with.
         """
         parts = self._held
         if len(likes) < self._group:
@@ -235,7 +223,7 @@ class AdaptedModel:
         return StackedStates(rows.cpu().numpy(), likes, self._shapes)
 
     def _hold(self, like: AdapterState) -> None:
-        """Keep views of all that is loaded: what is trained in place is then read at once."""
+        """Keep views of all loaded tensors, through which weights trained in place are read."""
         self._shapes = {name: tensor.shape for name, tensor in like.dense.items()}
         held = [self._holder(name) for name in like.dense]
         for name, f in like.factors.items():
@@ -249,7 +237,7 @@ class AdaptedModel:
         self._held = [tensor.detach().view(self._group, -1) for tensor in held]
 
     def keep(self, clients: int) -> None:
-        """Go on with the first clients of the group only."""
+        """Keep only the first clients of the group."""
         self._group = clients
         for name, layer in self._layers.items():
             if layer.factors is not None:
@@ -261,45 +249,36 @@ class AdaptedModel:
                 tensor.data = tensor.data[:clients]
 
     def _holder(self, name: str) -> torch.Tensor:
-        """Return what holds a dense tensor now: copies by client, or the plain parameter."""
+        """Return the tensor that holds dense values now: copies by client, or the parameter."""
         owner, _, attribute = name.rpartition(".")
         layer = self._copied.get(owner)
         return self._plain[name] if layer is None or not layer.copies else layer.copies[attribute]
 
-    def _dense(self, name: str, client: int) -> FloatArray:
-        held = self._holder(name)
-        return to_numpy(held if held is self._plain[name] else held[client])
-
     def _load_dense(self, states: Sequence[Mapping[str, FloatArray]], trainable: Trainable) -> None:
-        for owner, layer in self._copied.items():
-            mine = [name for name in states[0] if name.rpartition(".")[0] == owner]
-            layer.copies = {
-                name.rpartition(".")[2]: self._by_client([dense[name] for dense in states])
-                for name in mine
-                if trainable == "adapter"
-            }
+        for layer in self._copied.values():
+            layer.copies = {}
+        for name in states[0] if trainable == "adapter" else ():
+            owner, _, attribute = name.rpartition(".")
+            if owner in self._copied:
+                copies = self._by_client([dense[name] for dense in states])
+                self._copied[owner].copies[attribute] = copies
         for name, tensor in states[0].items():
             if self._holder(name) is self._plain[name]:
                 self.resident.set(name, tensor)
 
     def _stacked(self, clients: Sequence[Factors | None]) -> GroupFactors | None:
-        """Return the clients' factors of one module, zeros behind the lower ranks."""
+        """Return the clients' factors of one module, lower ranks padded with zeros."""
         found = [f for f in clients if f is not None]
         rank = max((f.rank for f in found), default=0)
         if rank == 0:
             return None
         found = [pad(f, rank) for f in found]
         a, b = self._by_client([f.a for f in found]), self._by_client([f.b for f in found])
-        return GroupFactors(a, b, self._scale(tuple(f.scale for f in found)))
-
-    def _scale(self, scales: tuple[float, ...]) -> torch.Tensor:
-        """Return (clients, 1, 1); made once, mostly, for all modules and loads."""
-        if scales not in self._scales:
-            self._scales = {scales: self.resident.tensor(np.array(scales)).view(-1, 1, 1)}
-        return self._scales[scales]
+        scales = self.resident.tensor(np.array([f.scale for f in found]))
+        return GroupFactors(a, b, scales.view(-1, 1, 1))
 
     def _by_client(self, arrays: Sequence[FloatArray]) -> torch.Tensor:
-        """Return a tensor a client of the group, from one each or from one for all."""
+        """Return (group, ...) from an array for each client, or from one for all."""
         if len(arrays) == self._group:
             return self.resident.tensor(np.asarray(arrays))
         return self.resident.tensor(arrays[0]).expand(self._group, *arrays[0].shape).clone()

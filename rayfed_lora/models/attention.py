@@ -1,7 +1,4 @@
-"""Which attention a model computes with, where transformers leaves the choice.
-
-Source: this project; attention itself: Vaswani et al. 2017, arXiv:1706.03762, eq. 1.
-"""
+"""Choice of a model's attention. Source: this project; eq. 1 of arXiv:1706.03762."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rayfed_lora.models.sources import quiet
+from rayfed_lora.models.base_models import quiet
 
 # Up to this length, torch's attention kernel for the CPU is slower than three plain products.
 _SHORT = 32
@@ -22,7 +19,7 @@ KEYS_FIRST = "rayfed_lora_keys_first"
 
 
 def choose_attention(net: nn.Module, device: torch.device) -> None:
-    """Choose the attention of an image model that is the fastest on the device."""
+    """Choose the fastest attention of an image model for the device."""
     config = net.config
     size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
     if device.type != "cpu" or not isinstance(size, int) or not isinstance(patch, int):
@@ -46,18 +43,12 @@ def keys_first(
 ) -> tuple[torch.Tensor, None]:
     """Return softmax(scaling Q K^T) V, with the scores of a key in a row: (keys, queries).
 
-    torch takes half the time for a softmax over short columns as for one over short rows. With a
-    mask, or for a causal module, it is transformers' own attention.
+    A softmax over short columns takes half the time of one over short rows. With a mask, or for a
+    causal module, transformers' own `sdpa` is used.
 
-    Args:
-        module: whose attention it is.
-        query: (batch, heads, tokens, d).
-        key: (batch, heads, tokens, d).
-        value: (batch, heads, tokens, d).
-        attention_mask: as transformers makes it for `sdpa`.
-        dropout: probability of a zero in the attention.
-        scaling: factor of the scores; None: 1 / sqrt(d).
-        named: what else transformers hands over.
+    The arguments are those of transformers' attentions: query, key and value are (batch, heads,
+    tokens, d), `dropout` is the probability of a zero in the attention, `scaling` the factor of the
+    scores (None: 1 / sqrt(d)).
 
     Returns:
         (batch, tokens, heads, d), and no weights.

@@ -1,21 +1,20 @@
-"""Whether a language model attends to earlier tokens only, tested by a computation.
+"""A test that a language model attends to earlier tokens only. Source: this project.
 
-transformers has language-model heads for encoders too (BERT, RoBERTa, XLM). These see the token
+transformers has language-model heads for encoders too (BERT, RoBERTa, XLM), which see the token
 that they are to predict in their input: the loss falls to zero, and nothing is learned.
-
-Source: this project.
 """
 
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from rayfed_lora.errors import ModelError
-from rayfed_lora.models import sources
+from rayfed_lora.models import base_models
 from rayfed_lora.recipe.model import Model
 
 # Names of the switch that makes a model causal (XLM's kind: `causal`).
@@ -43,33 +42,24 @@ def check_causal(model: Model, config: Any) -> None:
     model, a copy with one layer and a small vocabulary. A model whose copy is still too large, or
     that does not take plain tokens, passes untested.
 
-    Args:
-        model: the recipe's section, of task causal-lm.
-        config: its configuration.
-
     Raises:
         ModelError: they do; names the switch to set where the model has one.
     """
     if not _sees_later_tokens(model, config):
         return
-    switches = [name for name in _SWITCHES if _switch_makes_causal(model, config, name)]
-    advice = (
-        f"write model.config: {{{switches[0]}: true}}, with which it attends to no later one"
-        if switches
-        else "choose a decoder such as gpt2 or llama"
-    )
+    advice = "choose a decoder such as gpt2 or llama"
+    for switch in filter(partial(hasattr, config), _SWITCHES):
+        decoder = copy.deepcopy(config)
+        setattr(decoder, switch, True)
+        if _sees_later_tokens(model, decoder) is False:
+            advice = (
+                f"write model.config: {{{switch}: true}}, with which it attends to no later one"
+            )
+            break
     raise ModelError(
         f"model.task 'causal-lm': {config.model_type} sees the tokens that it is to predict, since"
         f" it attends to later positions; {advice}"
     )
-
-
-def _switch_makes_causal(model: Model, config: Any, switch: str) -> bool:
-    if not hasattr(config, switch):
-        return False
-    decoder = copy.deepcopy(config)
-    setattr(decoder, switch, True)
-    return _sees_later_tokens(model, decoder) is False
 
 
 def _sees_later_tokens(model: Model, config: Any) -> bool | None:
@@ -79,7 +69,7 @@ def _sees_later_tokens(model: Model, config: Any) -> bool | None:
         try:
             net = _small_copy(model, config)
             return None if net is None else _later_tokens_matter(net)
-        except Exception:  # other faults of a model are reported by other checks
+        except Exception:  # reported by other checks
             return None
 
 
@@ -90,10 +80,10 @@ def _small_copy(model: Model, config: Any) -> nn.Module | None:
         for name, value in cut.items():
             if hasattr(smaller, name):
                 setattr(smaller, name, value)
-        size = sum(p.numel() for p in sources.skeleton(model, smaller).parameters())
+        size = sum(p.numel() for p in base_models.skeleton(model, smaller).parameters())
         if size <= _SMALL:
             break
-    return sources.randomly_initialised(model, smaller) if size <= _MOST_PARAMETERS else None
+    return base_models.randomly_initialised(model, smaller) if size <= _MOST_PARAMETERS else None
 
 
 def _later_tokens_matter(net: nn.Module) -> bool:
@@ -105,7 +95,7 @@ def _later_tokens_matter(net: nn.Module) -> bool:
     changed[:, _CHANGED:] = first + (ids[:, _CHANGED:] - first + 1) % (last - first)
     mask = torch.ones_like(ids)
     net.eval()
-    with torch.no_grad(), sources.quiet():
+    with torch.no_grad(), base_models.quiet():
         before, after = (
             net(input_ids=each, attention_mask=mask).logits[:, :_CHANGED] for each in (ids, changed)
         )

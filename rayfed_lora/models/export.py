@@ -1,7 +1,6 @@
 """Adapters in PEFT's format, base models in transformers' format, and merged models.
 
-Source: PEFT's checkpoint format (adapter_config.json with rank_pattern and alpha_pattern, and
-adapter_model.safetensors).
+Source: PEFT's checkpoint format, with rank_pattern and alpha_pattern.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from rayfed_lora.errors import BadInputError
-from rayfed_lora.models import loading, sources
+from rayfed_lora.lora.resize import pad
+from rayfed_lora.models import base_models, base_weights
 from rayfed_lora.models.heads import head_modules
 from rayfed_lora.models.linear import is_transposed
 from rayfed_lora.models.tokenizer import give_padding_token, read_tokenizer, settle_padding
@@ -45,17 +45,12 @@ def trained_files(
     """Return the files `adapter/...` and, where the source does not provide the base, `base/...`.
 
     A PEFT adapter needs modules: where none are adapted, `base/` alone is the trained model.
-
-    Args:
-        recipe: the run.
-        facts: the model's configuration, as in a `Workload`.
-        state: the trained state.
-        base: the base that the state was trained on.
-        trainable: `full` or `adapter`.
-        everything: every parameter of the plain model, without factors, by name.
+    `facts` are the model's configuration, as in a `Workload`, and `everything` has every parameter
+    of the plain model, without factors, by name.
     """
     no_adapter = trainable == "full" or not state.factors
-    net, random = loading.build_and_list_random(recipe.model, sources.restored(facts), recipe.seed)
+    config = base_models.restored(facts)
+    net, random = base_weights.build_and_list_random(recipe.model, config, recipe.seed)
     keep_base = (
         no_adapter
         or base.version > (0, 0)
@@ -67,10 +62,10 @@ def trained_files(
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if not no_adapter:
-            name = "base" if keep_base else sources.location(recipe.model.source)
+            name = "base" if keep_base else base_models.location(recipe.model.source)
             write_adapter(folder / "adapter", state, net, recipe.adapter, name)
         if keep_base:
-            with torch.no_grad(), sources.quiet():
+            with torch.no_grad(), base_models.quiet():
                 for name, parameter in net.named_parameters():
                     parameter.copy_(torch.tensor(everything[name]))
                 net.save_pretrained(str(folder / "base"))  # type: ignore[operator]
@@ -82,7 +77,7 @@ def _is_configured(model: Model, facts: Mapping[str, Any]) -> bool:
     """Return whether the run's configuration may give other logits than the source's own."""
     if model.config:
         return True
-    own = sources.configuration(model, {}).to_dict()
+    own = base_models.configuration(model, {}).to_dict()
     return any(own.get(name) != value for name, value in facts.items() if name not in _NAMING)
 
 
@@ -94,14 +89,12 @@ def write_adapter(
     A module of rank 0 is left out; if all have rank 0, the first gets rank 1 with zeros, since a
     PEFT adapter needs modules. Dense tensors outside of the head belong to the base.
 
-    Args:
-        folder: created if it is missing.
-        state: factors and dense tensors.
-        net: the plain model, for its module names.
-        adapter: the recipe's section.
-        base_name: folder or hub id of the base model.
+    `net` is the plain model, for its module names; `base_name` a folder or hub id.
     """
-    factors = {name: f for name, f in state.factors.items() if f.rank > 0} or _zeros(state)
+    factors = {name: f for name, f in state.factors.items() if f.rank > 0}
+    if not factors:
+        name, f = next(iter(state.factors.items()))
+        factors = {name: pad(Factors(f.a, f.b, 1.0), 1)}
     heads = head_modules(net, adapter)
     config = LoraConfig(
         base_model_name_or_path=base_name,
@@ -125,22 +118,12 @@ def write_adapter(
     save_file(named, str(folder / _WEIGHTS), metadata={"format": "pt"})
 
 
-def _zeros(state: AdapterState) -> Mapping[str, Factors]:
-    name, f = next(iter(state.factors.items()))
-    d_in, d_out = f.a.shape[1], f.b.shape[0]
-    return {name: Factors(np.zeros((1, d_in), np.float32), np.zeros((d_out, 1), np.float32), 1.0)}
-
-
 def merge(
     base_folder: str, adapter_folder: Path | None, model: Model, labels: Sequence[str]
 ) -> Any:
-    """Return the base model with the adapter merged into its weights.
+    """Return the base model, from a folder or hub id, with the adapter merged into its weights.
 
-    Args:
-        base_folder: folder or hub id of the base.
-        adapter_folder: PEFT checkpoint, or None where the base is the trained model itself.
-        model: the recipe's section, for the task.
-        labels: name of each class.
+    Without an adapter, the base is the trained model itself.
 
     Raises:
         BadInputError: the adapter's weights are not safetensors.
@@ -149,13 +132,13 @@ def merge(
         # PEFT would load a pickle instead.
         raise BadInputError(f"expected {_WEIGHTS} in {adapter_folder.name}/")
     plain = model.model_copy(update={"source": base_folder, "config": {}})
-    facts = {} if model.task == "causal-lm" else sources.label_facts(labels)
-    config = sources.configuration(plain, facts)
+    facts = {} if model.task == "causal-lm" else base_models.label_facts(labels)
+    config = base_models.configuration(plain, facts)
     if model.task == "text-classification":
         tokenizer = read_tokenizer(model)
         give_padding_token(tokenizer)
-        settle_padding(config, sources.skeleton(plain, config), tokenizer, model)
-    net = loading.build(plain, config, seed=0, keep_head=True)
+        settle_padding(config, base_models.skeleton(plain, config), tokenizer, model)
+    net = base_weights.build(plain, config, seed=0, keep_head=True)
     if adapter_folder is None:
         return net
     with warnings.catch_warnings():
@@ -165,19 +148,14 @@ def merge(
 
 
 def write_model(folder: Path, net: Any, tokenizer_source: str | None) -> None:
-    """Write a whole model, and its tokenizer if it has one, in transformers' format.
-
-    Args:
-        folder: created if it is missing.
-        net: the model.
-        tokenizer_source: folder or hub id of its tokenizer; None: it has none.
+    """Write a whole model, and the tokenizer in a folder or hub id, in transformers' format.
 
     Raises:
         BadInputError: the folder exists and is not empty.
     """
     if folder.exists() and any(folder.iterdir()):
         raise BadInputError(f"--to: expected a new or empty folder, {folder} has files in it")
-    with sources.quiet():
+    with base_models.quiet():
         net.save_pretrained(str(folder))
         if tokenizer_source is not None:
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_source, trust_remote_code=False)

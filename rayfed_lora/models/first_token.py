@@ -1,9 +1,7 @@
 """The last layer of an encoder, computed for the one token that its head reads.
 
-A classifier of the ViT and BERT families reads the first token of the last layer alone. What that
-layer would compute for the other tokens beside keys and values (queries, the attention's output,
-the feed-forward part, all their gradients) reaches no loss and no logit, and is left out: about
-three quarters of the layer's work. Source: this project.
+Classifiers of the ViT and BERT families read the first token alone. Of the other tokens, the layer
+computes keys and values only: about a quarter of its work. Source: this project.
 """
 
 from __future__ import annotations
@@ -17,45 +15,37 @@ from torch import nn
 from torch.nn import functional
 
 from rayfed_lora.models.attention import KEYS_FIRST
+from rayfed_lora.models.linear import nearly_equal
 
-_Forward = Callable[..., torch.Tensor]
 # Attention of these implementations takes masks that are added or true where a token is seen.
 _PLAIN_MASKS = ("eager", "sdpa", KEYS_FIRST)
-# Largest difference of a logit that is rounding, as a share of the largest logit.
-_ROUNDING = 1e-4
 
 
 def read_first_token_only(net: nn.Module, inputs: Mapping[str, torch.Tensor]) -> bool:
     """Let the last layer compute what the head reads, where that is the first token only.
 
-    The parameters stay where they are, under the same names.
-
-    Args:
-        net: a classifier of transformers, changed in place.
-        inputs: examples to see by that its logits stay the same.
+    The classifier is changed in place; its parameters keep their names.
 
     Returns:
-        Whether it was changed. It is not where its layers are of no known kind or see only what
-        comes before a token, or where the logits would differ.
+        Whether it was changed: not where its layers are of an unknown kind or causal, or where the
+        logits of `inputs` would differ.
     """
     config: Any = net.config
     layer: Any = _last_layer(net)
-    forward = None if layer is None else _FORWARD_OF.get(type(layer).__name__)
-    if layer is None or forward is None or config._attn_implementation not in _PLAIN_MASKS:
-        return False
-    if getattr(config, "is_decoder", False):
-        # A mask is not always made of it: then only the module knows.
+    forward = _FORWARD_OF.get(type(layer).__name__)
+    # A decoder's layer may be causal without a mask.
+    decoder, masks = getattr(config, "is_decoder", False), config._attn_implementation
+    if forward is None or decoder or masks not in _PLAIN_MASKS:
         return False
     mode = net.training
     net.eval()
     with torch.no_grad():
         expected = net(**inputs).logits
-        # Beside the class's own, which comes back when this one goes.
+        # Hides the class's own forward, until it is deleted.
         layer.forward = partial(forward, layer)
         try:
-            same = _alike(expected, net(**inputs).logits)
-        except (IndexError, ValueError, RuntimeError):
-            # It looks for other tokens, or cuts the text up.
+            same = nearly_equal(net(**inputs).logits, expected)
+        except (IndexError, ValueError, RuntimeError):  # its head reads other tokens
             same = False
     if not same:
         del layer.forward
@@ -64,16 +54,10 @@ def read_first_token_only(net: nn.Module, inputs: Mapping[str, torch.Tensor]) ->
 
 
 def _last_layer(net: nn.Module) -> nn.Module | None:
-    """Return the last of the encoder's layers: of the only list of modules that it holds."""
+    """Return the encoder's last layer, where it has exactly one list of modules."""
     encoder = getattr(net, getattr(net, "base_model_prefix", ""), None)
     lists = [m for m in encoder.modules() if isinstance(m, nn.ModuleList)] if encoder else []
     return lists[0][-1] if len(lists) == 1 and len(lists[0]) > 0 else None
-
-
-def _alike(expected: torch.Tensor, found: torch.Tensor) -> bool:
-    if found.shape != expected.shape:
-        return False
-    return bool((found - expected).abs().max() <= _ROUNDING * expected.abs().max())
 
 
 def _vit(
@@ -101,7 +85,7 @@ def _bert(
 def _distilbert(
     layer: Any, hidden: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any
 ) -> torch.Tensor:
-    """Return what `_bert` does, of a layer with other names."""
+    """Return the result of `_bert` for a layer with other names."""
     own = layer.attention
     parts, head = (own.q_lin, own.k_lin, own.v_lin), own.attention_head_size
     read = _attended(own, parts, hidden, attention_mask, head, own.dropout.p)
@@ -114,36 +98,26 @@ def _attended(
     projections: tuple[nn.Module, nn.Module, nn.Module],
     seen: torch.Tensor,
     mask: torch.Tensor | None,
-    head: int,
+    head_size: int,
     dropout: float,
 ) -> torch.Tensor:
-    """Return what the first token reads of all, (batch, 1, d), before the output projection.
+    """Return the first token's attention to all of `seen`, (batch, tokens, d), as (batch, 1, d).
 
-    Args:
-        own: the attention.
-        projections: of queries, keys and values.
-        seen: (batch, tokens, d), what they are applied to.
-        mask: (batch or 1, heads or 1, tokens or 1, tokens) as transformers makes it; None: every
-            token is seen.
-        head: size of a head.
-        dropout: probability of a zero in the attention while it is trained.
+    `projections` are those of queries, keys and values; the output projection is not applied. The
+    mask is (batch or 1, heads or 1, tokens or 1, tokens) as transformers makes it.
     """
     query, key, value = projections
     projected = (query(seen[:, :1]), key(seen), value(seen))
-    q, k, v = (x.view(*x.shape[:2], -1, head).transpose(1, 2) for x in projected)
+    q, k, v = (x.view(*x.shape[:2], -1, head_size).transpose(1, 2) for x in projected)
     first = None if mask is None else mask[:, :, :1]
     rate = dropout if own.training else 0.0
     read = functional.scaled_dot_product_attention(q, k, v, attn_mask=first, dropout_p=rate)
     return read.transpose(1, 2).flatten(2)
 
 
-_FORWARD_OF: dict[str, _Forward] = {
-    "ViTLayer": _vit,
-    "DeiTLayer": _vit,
-    "BertLayer": _bert,
-    "RobertaLayer": _bert,
-    "XLMRobertaLayer": _bert,
-    "CamembertLayer": _bert,
-    "ElectraLayer": _bert,
+_BERTS = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "CamembertLayer", "ElectraLayer")
+_FORWARD_OF: dict[str, Callable[..., torch.Tensor]] = {
+    **dict.fromkeys(_BERTS, _bert),
+    **dict.fromkeys(("ViTLayer", "DeiTLayer"), _vit),
     "TransformerBlock": _distilbert,
 }

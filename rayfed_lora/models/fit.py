@@ -1,7 +1,4 @@
-"""Whether the weights of a source fit the model that they are loaded into.
-
-Source: this project, on the loading report of transformers.
-"""
+"""Whether the weights of a source fit the model. Source: this project."""
 
 from __future__ import annotations
 
@@ -11,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from rayfed_lora.errors import ModelError
+from rayfed_lora.models.base_weights import LoadReport
 from rayfed_lora.models.heads import head_modules, head_parameters
-from rayfed_lora.models.loading import LoadReport
 from rayfed_lora.models.wording import listed, where
+from rayfed_lora.recipe.model import Adapter
 from rayfed_lora.recipe.recipe import Recipe
 
 # Counters and positions are the same in every model; a mask token serves pre-training only.
@@ -24,21 +22,15 @@ def fit_notes(net: nn.Module, report: LoadReport, recipe: Recipe) -> tuple[str, 
     """Return notes for the user on how the source's weights fit the model.
 
     Random weights are accepted in the head and in poolers, which many sources lack. A language
-    model has neither.
-
-    Args:
-        net: the model, real or on the meta device.
-        report: from `loading.load_report`.
-        recipe: the run.
+    model has neither. `net` may be on the meta device.
 
     Raises:
         ModelError: tensors are missing elsewhere, or have another shape.
     """
-    source = where(recipe.model)
-    heads = _automatic_head(net, recipe)
-    language = recipe.model.task == "causal-lm"
-    own = [] if language else head_modules(net, recipe.adapter)
-    may_be_random = (*heads, *(f"{name}." for name in own))
+    source, language = where(recipe.model), recipe.model.task == "causal-lm"
+    automatic = recipe.adapter.model_copy(update={"head_modules": "auto"})
+    heads = () if language else _prefixes(net, automatic)
+    may_be_random = () if language else (*heads, *_prefixes(net, recipe.adapter))
 
     def required(name: str) -> bool:
         return language or not (name.startswith(may_be_random) or "pooler" in name)
@@ -52,11 +44,8 @@ def fit_notes(net: nn.Module, report: LoadReport, recipe: Recipe) -> tuple[str, 
             f" {listed(lost)}{unused}; is it a model of this architecture, and are its tensors"
             " named as transformers names them?"
         )
-    wrong = [
-        f"{name} ({had}, expected {needed})"
-        for name, (had, needed) in report.mismatched.items()
-        if required(name)
-    ]
+    sizes = {name: sizes for name, sizes in report.mismatched.items() if required(name)}
+    wrong = [f"{name} ({had}, expected {needed})" for name, (had, needed) in sizes.items()]
     if wrong:
         raise ModelError(
             f"{source}: expected tensors of the configuration's sizes, {_count(wrong)} of another"
@@ -72,7 +61,7 @@ def _notes(
     trained: set[str],
     recipe: Recipe,
 ) -> Iterable[str]:
-    """Yield the notes, given prefixes of names in the head and the densely trained parameters."""
+    """Yield the notes, given prefixes of the head's names and the densely trained parameters."""
     source = where(recipe.model)
     unused = [name for name in report.unexpected if not name.endswith(_HARMLESS)]
     # A source without a head is common; one with a head that is not recognised is not.
@@ -100,12 +89,9 @@ def _notes(
         yield f"{source}: tensors unknown to the model are not used: {_grouped(unused)}"
 
 
-def _automatic_head(net: nn.Module, recipe: Recipe) -> tuple[str, ...]:
-    """Return the prefixes of names beside the encoder; a language model has no head."""
-    if recipe.model.task == "causal-lm":
-        return ()
-    automatic = recipe.adapter.model_copy(update={"head_modules": "auto"})
-    return tuple(f"{name}." for name in head_modules(net, automatic))
+def _prefixes(net: nn.Module, adapter: Adapter) -> tuple[str, ...]:
+    """Return what the names of the head's tensors begin with."""
+    return tuple(f"{name}." for name in head_modules(net, adapter))
 
 
 def _count(names: Sequence[str]) -> str:

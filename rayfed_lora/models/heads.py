@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import permutations
 
 from torch import nn
 
@@ -11,7 +12,7 @@ from rayfed_lora.recipe.model import Adapter
 
 
 def head_modules(net: nn.Module, adapter: Adapter) -> list[str]:
-    """Return the names of the modules that make up the head.
+    """Return the names of the head's modules.
 
     `auto`: every direct child with parameters beside the encoder, which transformers names in
     `base_model_prefix`. Where no child has that name, the encoder is the child with the most
@@ -22,7 +23,7 @@ def head_modules(net: nn.Module, adapter: Adapter) -> list[str]:
             to be trained and the model has none.
     """
     if adapter.head_modules != "auto":
-        return _named(net, list(dict.fromkeys(adapter.head_modules)))
+        return _checked(net, list(dict.fromkeys(adapter.head_modules)))
     children, encoder = _children(net), getattr(net, "base_model_prefix", "")
     if encoder in children:
         found = [name for name in children if name != encoder]
@@ -74,18 +75,16 @@ def head_parameters(net: nn.Module, adapter: Adapter) -> list[str]:
     ]
 
 
-def _named(net: nn.Module, names: list[str]) -> list[str]:
-    """Return the recipe's names, checked."""
+def _checked(net: nn.Module, names: list[str]) -> list[str]:
     known = _with_parameters(net)
     absent = [name for name in names if name not in known]
     if absent:
         shallow = ", ".join(name for name in known if name.count(".") <= 1)
         raise ModelError(f"adapter.head_modules: no module {absent[0]!r}; there are {shallow}")
-    for name in names:
-        above = [other for other in names if name.startswith(f"{other}.")]
-        if above:
+    for name, above in permutations(names, 2):
+        if name.startswith(f"{above}."):
             raise ModelError(
-                f"adapter.head_modules: {name!r} is part of {above[0]!r}, which is named too"
+                f"adapter.head_modules: {name!r} is part of {above!r}, which is named too"
             )
     return names
 

@@ -1,12 +1,10 @@
-"""Preprocessing of images by the image processor of a model's source.
-
-Source: this project, on transformers' image processors.
-"""
+"""Preprocessing of images by the image processor of a model's source. Source: this project."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +15,19 @@ from transformers.image_utils import SizeDict
 from transformers.utils import PROCESSOR_NAME, cached_file
 
 from rayfed_lora.errors import ModelError
-from rayfed_lora.models import sources
+from rayfed_lora.models import base_models
 from rayfed_lora.models.wording import one_line, where
 from rayfed_lora.recipe.model import Model
 
 Images = npt.NDArray[np.float32]
 _FILE = "preprocessor_config.json"
+_SILENT = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
 # Key of the image part in the file of a processor for several kinds of input.
 _IMAGE_PART = "image_processor"
-# Packages that some processors need, and what to install; timm's needs torchvision, too.
+# Packages to install for what some processors import; timm's processor needs torchvision, too.
 _OPTIONAL = {"timm": "timm torchvision", "torchvision": "torchvision"}
-# Images that are processed at once.
+# Images processed at once.
 _CHUNK = 256
-_GREY, _RGB, _RGBA = 1, 3, 4
 
 
 class ImageProcessor:
@@ -40,14 +38,10 @@ class ImageProcessor:
         self._processor, self._channels, self._name = processor, channels, name
 
     def __call__(self, images: Images) -> Images:
-        """Return the model's inputs.
+        """Return the model's inputs for images, both (n, channels, height, width).
 
-        Args:
-            images: (n, channels, height, width), integers 0 .. 255 scaled to [-1, 1]. For a model
-                of three channels, grey images are repeated and the alpha of RGBA is dropped.
-
-        Returns:
-            (n, channels, height, width) of the model.
+        The pixels of the images are integers 0 .. 255 scaled to [-1, 1]. For a model of three
+        channels, grey images are repeated and the alpha of RGBA is dropped.
 
         Raises:
             ModelError: the processor cannot process them.
@@ -61,12 +55,12 @@ class ImageProcessor:
 
     def _process(self, scaled: Images) -> Images:
         images = np.rint((scaled + 1.0) * 127.5).astype(np.uint8)
-        if self._channels == _RGB and images.shape[1] == _GREY:
-            images = np.repeat(images, _RGB, axis=1)
-        elif self._channels == _RGB and images.shape[1] == _RGBA:
-            images = images[:, :_RGB]
+        if self._channels == 3 and images.shape[1] == 1:
+            images = np.repeat(images, 3, axis=1)
+        elif self._channels == 3 and images.shape[1] == 4:
+            images = images[:, :3]
         sizes = " x ".join(map(str, images.shape[1:]))
-        with sources.attributed(f"{self._name} cannot take images of {sizes}"):
+        with base_models.attributed(f"{self._name} cannot take images of {sizes}"):
             output = self._processor(
                 images=[*images], input_data_format="channels_first", return_tensors="np"
             )
@@ -97,18 +91,15 @@ def read_image_processor(
 ) -> ImageProcessor | None:
     """Return the image processor of a model's source; None where there is none.
 
-    Args:
-        model: the recipe's section.
-        channels: of the model.
-        size: height and width of the model's inputs; None: the processor's own.
+    `size` is the height and width of the model's inputs; None: the processor's own.
 
     Raises:
         ModelError: the processor cannot be read or used.
     """
     if model.source == "config":
         return None
-    place = sources.location(model.source)
-    file = _file(place)
+    place = base_models.location(model.source)
+    file = next(filter(partial(_is_processor, place), (_FILE, PROCESSOR_NAME)), None)
     if file is None:
         return None
     if importlib.util.find_spec("PIL") is None:
@@ -117,11 +108,10 @@ def read_image_processor(
             " pip install 'rayfed-lora[hub]'"
         )
     name = f"{where(model)}: its image processor ({file})"
+    load = partial(AutoImageProcessor.from_pretrained, trust_remote_code=False, backend="pil")
     try:
-        with sources.quiet():
-            processor = AutoImageProcessor.from_pretrained(
-                place, trust_remote_code=False, backend="pil"
-            )
+        with base_models.quiet():
+            processor = load(place)
     except Exception as error:  # of many types
         raise ModelError(f"{name} cannot be read: {one_line(error)}{_to_install(error)}") from error
     if size is not None:
@@ -130,7 +120,7 @@ def read_image_processor(
 
 
 def _set_size(processor: Any, size: int) -> None:
-    """Let a processor resize and crop to a square; resizing by the shorter side stays so."""
+    """Set a square output; a processor that resizes by the shorter side still does."""
     square = SizeDict(height=size, width=size)
     if getattr(processor, "size", None):
         by_shorter_side = processor.size.shortest_edge is not None
@@ -150,24 +140,15 @@ def _to_install(error: Exception) -> str:
     return ""
 
 
-def _file(place: str) -> str | None:
-    """Return the name of the file that describes an image processor; None: there is none."""
-    for name in (_FILE, PROCESSOR_NAME):
-        with sources.quiet():
-            path = cached_file(
-                place,
-                name,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-        # Processors of text or sound use the second name, too.
-        if path is not None and (name == _FILE or _describes_images(Path(path))):
-            return name
-    return None
-
-
-def _describes_images(file: Path) -> bool:
+def _is_processor(place: str, name: str) -> bool:
+    """Return whether a file of a source describes an image processor."""
+    silent = dict.fromkeys(_SILENT, False)
+    with base_models.quiet():
+        path = cached_file(place, name, **silent)
+    if path is None or name == _FILE:
+        return path is not None
+    # Processors of text or sound use the second name, too.
     try:
-        return _IMAGE_PART in json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:  # reading the processor reports the fault
+        return _IMAGE_PART in json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:  # reported when the processor is read
         return True

@@ -1,7 +1,4 @@
-"""Whether the classes of a source's head are those of the data, and in which order.
-
-Source: this project.
-"""
+"""How the classes of a source's head relate to those of the data. Source: this project."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rayfed_lora.errors import ModelError
-from rayfed_lora.models import sources
+from rayfed_lora.models import base_models
 from rayfed_lora.models.wording import listed
 from rayfed_lora.recipe.model import Model
 
@@ -27,7 +24,7 @@ class HeadMatch:
         kind: `unknown`: the source names no classes | `same`: the names are equal, in any order |
             `numbers`: the data number the classes 0 .. n - 1 | `other`: other classes.
         order: index of the data's class for each output of the head; 0 .. n - 1 unless `same`.
-        names: of the head's classes; none where it names none.
+        names: of the head's classes, if it names them.
     """
 
     kind: Literal["unknown", "same", "numbers", "other"]
@@ -44,7 +41,6 @@ def match_head(model: Model, labels: Sequence[str]) -> HeadMatch:
     """Return how the classes of the source's head relate to the data's.
 
     Names that the recipe gives in `model.config.id2label` take precedence over the source's own.
-    `labels` are the names of the data's classes.
 
     Raises:
         ModelError: the source's configuration cannot be read, or the recipe names other classes
@@ -64,13 +60,11 @@ def match_head(model: Model, labels: Sequence[str]) -> HeadMatch:
     if model.source == "config":
         return match_classes((), labels)
     plain = model.model_copy(update={"config": {}})
-    return match_classes(class_names(sources.configuration(plain, {}).to_dict()), labels)
+    return match_classes(class_names(base_models.configuration(plain, {}).to_dict()), labels)
 
 
 def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the name of each class of the head that a configuration, as a dictionary, describes.
-
-    There are none where the architecture is not known to have classes.
+    """Return the name of each class of a configuration's head; none where it has no classes.
 
     Raises:
         ModelError: `id2label` is no mapping, or its classes are not numbered 0 .. n - 1.
@@ -86,9 +80,9 @@ def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     by_number = {str(key): str(name) for key, name in named.items()}
     expected = [str(i) for i in range(len(named))]
     if by_number.keys() != set(expected):
+        got = ", ".join(map(str, [*named][:10]))
         raise ModelError(
-            f"model.config.id2label: expected classes 0 .. {len(named) - 1},"
-            f" got {', '.join(map(str, [*named][:10]))}"
+            f"model.config.id2label: expected classes 0 .. {len(named) - 1}, got {got}"
         )
     return tuple(by_number[number] for number in expected)
 
@@ -104,7 +98,8 @@ def match_classes(head: Sequence[str], data: Sequence[str]) -> HeadMatch:
     'numbers'
     """
     names, as_given = tuple(head), tuple(range(len(data)))
-    for known, wanted in ((list(head), list(data)), (_folded(head), _folded(data))):
+    for form in (str, lambda name: name.strip().casefold()):
+        known, wanted = [form(name) for name in head], [form(name) for name in data]
         if len(set(wanted)) == len(wanted) and sorted(known) == sorted(wanted):
             return HeadMatch("same", tuple(wanted.index(name) for name in known), names)
     if all(_NUMBER.fullmatch(name) for name in head):
@@ -113,7 +108,3 @@ def match_classes(head: Sequence[str], data: Sequence[str]) -> HeadMatch:
     if [number and int(number[1]) for number in numbers] == [*range(len(head))]:
         return HeadMatch("numbers", as_given, names)
     return HeadMatch("other", as_given, names)
-
-
-def _folded(names: Sequence[str]) -> list[str]:
-    return [name.strip().casefold() for name in names]

@@ -1,13 +1,12 @@
 """Layers that can get factors: nn.Linear, and GPT-2's Conv1D with its transposed weight.
 
-Source: this project; LoRA on a transposed weight as with PEFT's `fan_in_fan_out`.
+Source: this project; a transposed weight as with PEFT's `fan_in_fan_out`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
 from typing import TypeGuard
 
 import torch
@@ -37,22 +36,23 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def sides(module: nn.Module) -> ModuleShape:
-    """Return the sizes of a linear layer.
-
-    Raises:
-        TypeError: the module is no linear layer.
-    """
-    if isinstance(module, nn.Linear):
-        return ModuleShape(module.in_features, module.out_features)
+    """Return the sizes of a linear layer."""
     if isinstance(module, Conv1D):
         return ModuleShape(module.nx, module.nf)
+    if isinstance(module, nn.Linear):
+        return ModuleShape(module.in_features, module.out_features)
     raise TypeError(f"need a linear layer, got {type(module).__name__}")
 
 
 def unsuitable(net: nn.Module) -> dict[str, str]:
     """Return the linear layers of a plain model that cannot get factors, each with the reason."""
     model_type = getattr(getattr(net, "config", None), "model_type", None)
-    users, parents = _users_and_parents(net)
+    # By object id: the number of modules that hold a parameter, and the parents of a module.
+    users = Counter(id(p) for module in net.modules() for p in module._parameters.values())
+    parents: dict[int, list[nn.Module]] = defaultdict(list)
+    for module in net.modules():
+        for child in module._modules.values():
+            parents[id(child)].append(module)
     plain: dict[type, bool] = {}
     found = {}
     for name, module in net.named_modules():
@@ -70,20 +70,6 @@ def unsuitable(net: nn.Module) -> dict[str, str]:
         elif len(above) > 1 or users[id(module.weight)] > 1:
             found[name] = "its weight is shared with another module"
     return found
-
-
-def _users_and_parents(
-    net: nn.Module,
-) -> tuple[Mapping[int, int], Mapping[int, list[nn.Module]]]:
-    """Return the number of modules that hold a parameter, and a module's parents, by object id."""
-    users: dict[int, int] = defaultdict(int)
-    parents: dict[int, list[nn.Module]] = defaultdict(list)
-    for module in net.modules():
-        for parameter in module._parameters.values():
-            users[id(parameter)] += 1
-        for child in module._modules.values():
-            parents[id(child)].append(module)
-    return users, parents
 
 
 def _is_plain(module: nn.Linear | Conv1D) -> bool:

@@ -1,9 +1,8 @@
 """Whether a model's result for an example depends on the rest of its batch, or on padding.
 
-Clients are trained in one batch on the assumption that a frozen layer computes each client's rows
-as if they were alone. Attention with a mask satisfies it. Models that mix examples or padding do
-not: batch statistics, a Fourier transform over the tokens, attention between examples, experts of
-limited capacity. Source: this project.
+Clients trained in one batch must have the results of each alone. Models that mix examples or
+padding do not give them: batch statistics, a Fourier transform over the tokens, attention between
+examples, experts of limited capacity. Source: this project.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from rayfed_lora.models.linear import is_linear, nearly_equal
-from rayfed_lora.models.tracing import FIRST_DIMENSION
+from rayfed_lora.models.shapes import FIRST_DIMENSION
 
 Inputs = Mapping[str, torch.Tensor]
 # Digests of the inputs of linear layers, call by call, by layer name.
@@ -56,11 +55,8 @@ def verdict_on(net: nn.Module, together: Inputs, alone: Sequence[Inputs]) -> Ver
     """Return whether a plain model in float32 computes examples in one batch as it does alone.
 
     Weights, buffers and mode are restored. A model with dropout is tested in evaluation mode only.
-
-    Args:
-        net: the model.
-        together: the examples as one batch, padded as in training.
-        alone: each example as a batch of its own, without padding.
+    `together` are the examples as one batch, padded as in training; `alone` has each of them as a
+    batch of its own, without padding.
 
     Raises:
         Exception: whatever the model raises on one padded example in evaluation mode.
@@ -88,22 +84,15 @@ def drops(net: nn.Module) -> bool:
     """Return whether a module, or the model's configuration, has a dropout rate above zero."""
     config = getattr(net, "config", None)
     rates = (m.p for m in net.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
-    return any(rate > 0 for rate in rates) or (
-        config is not None and _has_dropout(config.to_dict())
-    )
+    named = config is not None and _has_dropout(config.to_dict())
+    return named or any(rate > 0 for rate in rates)
 
 
 def _has_dropout(value: Any, *, named: bool = False) -> bool:
-    """Return whether a part of a configuration has a dropout rate above zero.
-
-    `named`: a key above the part contains "drop".
-    """
+    """Return whether a part of a configuration, below a key with "drop" if `named`, has a rate."""
     if isinstance(value, Mapping):
-        return any(
-            _has_dropout(part, named=named or "drop" in str(key))
-            for key, part in value.items()
-            if key not in _CLASS_ENTRIES
-        )
+        parts = ((str(key), part) for key, part in value.items() if key not in _CLASS_ENTRIES)
+        return any(_has_dropout(part, named=named or "drop" in key) for key, part in parts)
     if isinstance(value, (list, tuple)):
         return any(_has_dropout(part, named=named) for part in value)
     return named and isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
@@ -125,7 +114,8 @@ def _compare(net: nn.Module, together: Inputs, alone: Sequence[Inputs]) -> Verdi
             return Verdict(_EXAMPLES, _EXAMPLES)
         parts = {name: [x.tensor_split(examples)[i] for x in xs] for name, xs in calls.items()}
         for name in parts.keys() | own_calls.keys():
-            if not _same_calls(parts.get(name, ()), own_calls.get(name, ())):
+            found, expected = parts.get(name, []), own_calls.get(name, [])
+            if len(found) != len(expected) or not all(map(nearly_equal, found, expected)):
                 layers.setdefault(name, _ORDER)
     for inputs, short, (own_logits, own_calls) in zip(padded, alone, singles, strict=True):
         if all(inputs[name].shape == values.shape for name, values in short.items()):
@@ -169,10 +159,6 @@ def _digest(x: torch.Tensor) -> torch.Tensor:
     """Return a few random sums over the last dimension, since inputs themselves are large."""
     generator = torch.Generator().manual_seed(x.shape[-1])
     return x @ torch.randn(x.shape[-1], _SUMS, generator=generator, dtype=x.dtype)
-
-
-def _same_calls(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
-    return len(found) == len(expected) and all(map(nearly_equal, found, expected))
 
 
 def _equal_without_padding(whole: torch.Tensor, part: torch.Tensor) -> bool:

@@ -1,7 +1,4 @@
-"""The weights of a plain model, which are its source's, or a base's, or those of one client.
-
-Source: this project.
-"""
+"""The weights of a plain model: its source's, a base's, or one client's. Source: this project."""
 
 from __future__ import annotations
 
@@ -17,19 +14,14 @@ class ResidentBase:
 
     Attributes:
         parameters: by the plain model's own names.
-        source: their first values, which are never written to: others may share them, read-only.
+        source: their first values, never written to: they may be read-only and shared.
         loaded: whether a base is in the parameters now.
-        changes: how often the parameters have become others.
+        changes: how often the parameters were replaced.
     """
 
     def __init__(self, net: nn.Module, device: torch.device) -> None:
-        """Take what the model is made with as the source's.
-
-        Args:
-            net: the plain model.
-            device: where it lives.
-        """
-        # Of these layers, the weight is (d_in, d_out).
+        """Take the values in a plain model as the source's."""
+        # Layers whose weight is (d_in, d_out).
         self._transposed = {name for name, m in net.named_modules() if is_transposed(m)}
         self._device = device
         self.parameters = dict(net.named_parameters())
@@ -41,44 +33,41 @@ class ResidentBase:
 
     @property
     def has_statistics(self) -> bool:
-        """Whether a pass may change more than it returns (batch normalisation)."""
+        """Whether a pass may change buffers (batch normalisation)."""
         return bool(self._buffers)
 
     def load(self, base: Base | None) -> None:
         """Put a base into the parameters, and the source's own values into the buffers.
 
-        Args:
-            base: what is frozen; None: the parameters become a client's own.
+        None: the parameters are to become a client's own.
         """
-        if base is None:
+        if base is None or not self.loaded or self._version != base.version:
+            # True again at the end only, so that an interrupted load is repeated.
             self.loaded = False
             self.changes += 1
-        elif not self.loaded or self._version != base.version:
-            self._load(base)
+            if base is not None:
+                self._load(base)
         for buffer, source in self._buffers:
             buffer.copy_(source)
 
     def set(self, name: str, values: FloatArray) -> None:
-        """Give a parameter other values; those it had stay as they are."""
+        """Give a parameter other values; the tensor of its former values stays as it is."""
         self.parameters[name].data = self.tensor(values)
 
     def _load(self, base: Base) -> None:
-        # What is interrupted here is done anew.
-        self.loaded = False
-        self.changes += 1
         for name, source in self.source.items():
             self.parameters[name].data = source
         for name, values in (base.tensors or {}).items():
             self.set(name, values)
         for name, update in base.merged.items():
             weight = self.parameters[f"{name}.weight"]
-            # Always from the root's own weight: the sum does not depend on what was loaded before.
+            # From the root's own weight: the sum does not depend on the base loaded before.
             dense = self.tensor(update)
             weight.data = weight.data + (dense.t() if name in self._transposed else dense)
         self._version, self.loaded = base.version, True
 
     def tensor(self, values: FloatArray) -> torch.Tensor:
-        """Return a copy of values where the model lives."""
+        """Return a copy of values on the model's device."""
         return torch.tensor(values, dtype=torch.float32, device=self._device)
 
 

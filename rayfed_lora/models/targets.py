@@ -1,7 +1,4 @@
-"""Which linear layers of a model get factors.
-
-Source: this project; name matching as in PEFT (a name ending after a dot, or one full match).
-"""
+"""Which linear layers of a model get factors. Source: this project; name matching as in PEFT."""
 
 from __future__ import annotations
 
@@ -16,28 +13,16 @@ from rayfed_lora.errors import ModelError
 from rayfed_lora.models.linear import is_linear, sides, unsuitable
 from rayfed_lora.models.wording import listed
 
-# Names of query and value projections in transformers' models, then those of joint projections.
-_QUERY_VALUE = (
-    ("q_proj", "v_proj"),
-    ("query", "value"),
-    ("q_lin", "v_lin"),
-    ("q", "v"),
-    ("query_proj", "value_proj"),
-    ("q_head", "v_head"),
-    ("Wq", "Wv"),
-)
+# Names of query and value projections in transformers' models, pair by pair, and of joint ones.
+_QUERY = ("q_proj", "query", "q_lin", "q", "query_proj", "q_head", "Wq")
+_VALUE = ("v_proj", "value", "v_lin", "v", "value_proj", "v_head", "Wv")
 _JOINT = ("query_key_value", "Wqkv", "qkv_proj", "qkv", "c_attn", "in_proj")
 _KEY = "adapter.target_modules"
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The modules that get factors.
-
-    Attributes:
-        names: full names, in model order.
-        notes: which modules are left out and why, one line each.
-    """
+    """Full names of the modules that get factors, in model order, and notes on the others."""
 
     names: list[str]
     notes: tuple[str, ...] = ()
@@ -53,12 +38,8 @@ def choose_targets(
 ) -> Targets:
     """Return the modules that a recipe's `adapter.target_modules` selects.
 
-    Args:
-        net: a plain model, real or on the meta device.
-        targets: the recipe's value.
-        head: names of the modules that make up the head.
-        rank: the largest rank that is trained; `all-linear` leaves smaller layers out.
-        unused: linear layers that a forward pass does not call.
+    `all-linear` leaves out layers smaller than `rank`, the largest trained one. `unused` are linear
+    layers that a forward pass does not call. The model may be on the meta device.
 
     Raises:
         ModelError: nothing matches, an entry of a list matches nothing that can be adapted, or
@@ -68,23 +49,17 @@ def choose_targets(
     if targets == "auto":
         return layers.usable(layers.query_and_value())
     if targets == "all-linear":
-        small = {
-            name: f"smaller than annealing.heating.rank {rank}"
-            for name in layers.linear
-            if sides(layers.body[name]).max_rank < rank
-        }
-        return layers.usable(layers.linear, small)
-    is_regex = isinstance(targets, str)
+        small = [name for name in layers.linear if sides(layers.body[name]).max_rank < rank]
+        reason = f"smaller than annealing.heating.rank {rank}"
+        return layers.usable(layers.linear, dict.fromkeys(small, reason))
     entries = [targets] if isinstance(targets, str) else targets
-    found = {name for entry in entries for name in layers.named(entry, is_regex)}
+    patterns = {entry: _pattern(entry, isinstance(targets, str)) for entry in entries}
+    found = {n for entry, pattern in patterns.items() for n in layers.named(entry, pattern)}
     if not found:
         raise ModelError(f"{_KEY}: {targets!r} matches nothing; {layers.offer()}")
     chosen = layers.usable([name for name in layers.body if name in found])
-    in_head = [
-        name
-        for name, module in layers.head.items()
-        if is_linear(module) and any(_matches(entry, name, is_regex) for entry in entries)
-    ]
+    linear = [name for name, module in layers.head.items() if is_linear(module)]
+    in_head = [n for n in linear if any(pattern.fullmatch(n) for pattern in patterns.values())]
     if not in_head:
         return chosen
     note = f"{_KEY}: {_grouped(in_head)} is part of the head and gets no factors"
@@ -92,13 +67,7 @@ def choose_targets(
 
 
 class _Layers:
-    """The modules of a model, split into head and body.
-
-    Attributes:
-        head: the modules of the head, by name.
-        body: all others.
-        linear: names of the body's linear layers.
-    """
+    """The modules of a model by name, split into head and body; `linear` are in the body."""
 
     def __init__(self, net: nn.Module, head: tuple[str, ...], unused: Collection[str]) -> None:
         inside = tuple(f"{name}." for name in head)
@@ -110,13 +79,9 @@ class _Layers:
         self._reasons: Mapping[str, str] = {**unused_reasons, **unsuitable(net)}
 
     def query_and_value(self) -> list[str]:
-        """Return the query and value projections, or the joint ones.
-
-        Raises:
-            ModelError: the model has no such names.
-        """
+        """Return the query and value projections, or the joint ones."""
         ending = {name: name.rpartition(".")[2] for name in self.linear}
-        for pair in _QUERY_VALUE:
+        for pair in zip(_QUERY, _VALUE, strict=True):
             found = [name for name in self.linear if ending[name] in pair]
             if {ending[name] for name in found} == set(pair):
                 return found
@@ -124,19 +89,14 @@ class _Layers:
             found = [name for name in self.linear if ending[name] == joint]
             if joint == "in_proj":
                 # State-space models use this name for another projection.
-                found = [name for name in found if _is_threefold(self.body[name])]
+                shapes = {name: sides(self.body[name]) for name in found}
+                found = [name for name, shape in shapes.items() if shape.d_out == 3 * shape.d_in]
             if found:
                 return found
         raise ModelError(f"{_KEY}: auto finds no query and value projections; {self.offer()}")
 
     def usable(self, names: Sequence[str], small: Mapping[str, str] | None = None) -> Targets:
-        """Return those of some linear layers that can get factors, with notes on the others.
-
-        Layers in `small` cannot, for the reason given there.
-
-        Raises:
-            ModelError: none can.
-        """
+        """Return the layers that can get factors, with notes on the others; `small` cannot."""
         reasons = {**(small or {}), **self._reasons}
         kept = [name for name in names if name not in reasons]
         if not kept:
@@ -148,15 +108,11 @@ class _Layers:
         notes = [f"{_KEY}: {_grouped(n)} left out: {reason}" for reason, n in left_out.items()]
         return Targets(kept, tuple(notes))
 
-    def named(self, entry: str, is_regex: bool) -> list[str]:
-        """Return the modules that an entry names; all are linear, and at least one is usable.
-
-        Raises:
-            ModelError: there are none, with the reason.
-        """
-        found = [name for name in self.body if _matches(entry, name, is_regex)]
+    def named(self, entry: str, pattern: re.Pattern[str]) -> list[str]:
+        """Return the modules that an entry names; all are linear, and at least one is usable."""
+        found = list(filter(pattern.fullmatch, self.body))
         if not found:
-            raise ModelError(f"{_KEY}: {entry!r} matches nothing{self._instead(entry, is_regex)}")
+            raise ModelError(f"{_KEY}: {entry!r} matches nothing{self._instead(entry, pattern)}")
         other = [name for name in found if not is_linear(self.body[name])]
         if other:
             kind = type(self.body[other[0]]).__name__
@@ -170,15 +126,16 @@ class _Layers:
             )
         return found
 
-    def _instead(self, entry: str, is_regex: bool) -> str:
-        in_head = [name for name in self.head if _matches(entry, name, is_regex)]
+    def _instead(self, entry: str, pattern: re.Pattern[str]) -> str:
+        in_head = list(filter(pattern.fullmatch, self.head))
         if in_head:
             return (
                 f" outside of the head: {in_head[0]!r} is part of the head, which gets no factors"
                 f" (adapter.train_head, adapter.head_modules); {self.offer()}"
             )
-        endings = {*_endings(self.linear), *(name.rpartition(".")[2] for name in self.linear)}
-        near = difflib.get_close_matches(entry, sorted({*endings, "auto", "all-linear"}), n=1)
+        last = {name.rpartition(".")[2] for name in self.linear}
+        known = sorted({*_endings(self.linear), *last, "auto", "all-linear"})
+        near = difflib.get_close_matches(entry, known, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         return f"{hint}; {self.offer()}"
 
@@ -194,17 +151,10 @@ class _Layers:
         return f"no linear module of the model can get factors: {'; '.join(distinct)}"
 
 
-def _is_threefold(module: nn.Module) -> bool:
-    shape = sides(module)
-    return shape.d_out == 3 * shape.d_in
-
-
-def _matches(entry: str, name: str, is_regex: bool) -> bool:
-    """Return whether an entry of a list, or the one regex, names a module."""
-    if not is_regex:
-        return name == entry or name.endswith(f".{entry}")
+def _pattern(entry: str, is_regex: bool) -> re.Pattern[str]:
+    """Return what a whole name has to match: the one regex, or an ending after a dot."""
     try:
-        return re.fullmatch(entry, name) is not None
+        return re.compile(entry if is_regex else rf"(?:.*\.)?{re.escape(entry)}")
     except re.error as error:
         raise ModelError(f"{_KEY}: {entry!r} is no regex: {error}") from None
 

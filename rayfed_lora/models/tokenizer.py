@@ -1,7 +1,4 @@
-"""Whether a tokenizer and a model fit each other: padding token, vocabulary, positions.
-
-Source: this project, on transformers' tokenizers.
-"""
+"""Padding token, vocabulary and positions of a tokenizer and a model. Source: this project."""
 
 from __future__ import annotations
 
@@ -13,15 +10,14 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from rayfed_lora.errors import ModelError
-from rayfed_lora.models import sources
+from rayfed_lora.models import base_models
 from rayfed_lora.models.tokens import Tokens
 from rayfed_lora.recipe.model import Model
 
-# Characters of a text that a message shows.
+# Characters of a text shown in a message.
 _SHOWN = 60
-# Names of tables of positions.
 _POSITIONS = ("position_embeddings", "embed_positions", "wpe")
-# RoBERTa's kind can use a few positions less than its configuration names.
+# RoBERTa's kind can use a few positions fewer than its configuration names.
 _SPARE = 8
 
 
@@ -37,8 +33,8 @@ def read_tokenizer(model: Model) -> Any:
             "model.tokenizer: expected a package, folder or hub id, since model.source 'config'"
             " has no tokenizer of its own"
         )
-    with sources.attributed(f"tokenizer of {source!r}"):
-        return AutoTokenizer.from_pretrained(sources.location(source), trust_remote_code=False)
+    with base_models.attributed(f"tokenizer of {source!r}"):
+        return AutoTokenizer.from_pretrained(base_models.location(source), trust_remote_code=False)
 
 
 def give_padding_token(tokenizer: Any) -> str | None:
@@ -47,12 +43,11 @@ def give_padding_token(tokenizer: Any) -> str | None:
     Returns:
         The new padding token; None where the tokenizer had one, or has no other to use.
     """
-    if tokenizer.pad_token is not None:
+    token: str | None = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is not None or token is None:
         return None
-    token = tokenizer.eos_token or tokenizer.unk_token
-    if token is not None:
-        tokenizer.pad_token = token
-    return token  # type: ignore[no-any-return]
+    tokenizer.pad_token = token
+    return token
 
 
 def token_facts(tokenizer: Any, *, padding: bool) -> dict[str, Any]:
@@ -62,11 +57,9 @@ def token_facts(tokenizer: Any, *, padding: bool) -> dict[str, Any]:
     """
     largest = max(tokenizer.get_vocab().values(), default=0)
     names = ["bos_token_id", "eos_token_id", *(["pad_token_id"] if padding else [])]
-    special = {name: getattr(tokenizer, name) for name in names}
-    return {
-        "vocab_size": max(len(tokenizer), largest + 1),
-        **{name: token for name, token in special.items() if token is not None},
-    }
+    facts = {name: getattr(tokenizer, name) for name in names}
+    facts["vocab_size"] = max(len(tokenizer), largest + 1)
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def settle_padding(config: Any, net: nn.Module, tokenizer: Any, model: Model) -> None:
@@ -77,9 +70,8 @@ def settle_padding(config: Any, net: nn.Module, tokenizer: Any, model: Model) ->
     would shift every position. A value in the recipe stays, too.
     """
     text = config.get_text_config()
-    counted = model.source != "config" and any(
-        table.padding_idx is not None for table in _position_tables(net)
-    )
+    tables = [] if model.source == "config" else _position_tables(net)
+    counted = any(table.padding_idx is not None for table in tables)
     if "pad_token_id" in model.config or (counted and text.pad_token_id is not None):
         return
     if tokenizer.pad_token_id is not None:
@@ -99,15 +91,10 @@ def padding_notes(net: nn.Module) -> tuple[str, ...]:
 
 
 def check_vocabulary(net: nn.Module, tokenizer: Any, config: Any | None) -> None:
-    """Reject a tokenizer with words that the model has no embedding for.
+    """Raise ModelError if a word, or the configured padding token, has no embedding.
 
-    Tokens that were added to a tokenizer (for images, for unused roles) may exceed the table:
+    Tokens that were added to a tokenizer (for images, for unused roles) may have none:
     `check_tokens` rejects texts in which they occur.
-
-    The padding token is that of the model's configuration; without one, it is not checked.
-
-    Raises:
-        ModelError: the largest token, or the padding token, exceeds the table.
     """
     rows = _embeddings(net)
     if rows is None:
@@ -130,11 +117,7 @@ def check_vocabulary(net: nn.Module, tokenizer: Any, config: Any | None) -> None
 
 
 def check_tokens(net: nn.Module, tokenizer: Any, tokens: Tokens, texts: Sequence[str]) -> None:
-    """Reject texts with a token that the model has no embedding for.
-
-    Raises:
-        ModelError: names the token and the text.
-    """
+    """Raise ModelError, with the token and the text, if a token has no embedding."""
     rows, ids = _embeddings(net), tokens["input_ids"]
     if rows is None or ids.size == 0 or ids.max() < rows:
         return
@@ -149,25 +132,23 @@ def check_tokens(net: nn.Module, tokenizer: Any, tokens: Tokens, texts: Sequence
 
 
 def check_length(model: Model, config: Any, longest: int) -> None:
-    """Reject texts of `longest` tokens if the model has a table of fewer positions.
-
-    Raises:
-        ModelError: the model has fewer positions.
-    """
+    """Raise ModelError if the model has a table of fewer positions than `longest` tokens."""
     named = getattr(config, "max_position_embeddings", None)
     if not isinstance(named, int) or longest <= named - _SPARE:
         return
-    for table in _position_tables(sources.skeleton(model, config)):
-        first = 0 if table.padding_idx is None else table.padding_idx + 1
-        if longest > table.num_embeddings - first:
+    for table in _position_tables(base_models.skeleton(model, config)):
+        positions = table.num_embeddings
+        if table.padding_idx is not None:
+            positions -= table.padding_idx + 1
+        if longest > positions:
             raise ModelError(
-                f"data.max_length: expected at most {table.num_embeddings - first}, the positions"
-                f" of the model, the longest text has {longest} tokens"
+                f"data.max_length: expected at most {positions}, the positions of the model, the"
+                f" longest text has {longest} tokens"
             )
 
 
 def _embeddings(net: nn.Module) -> int | None:
-    """Return how many tokens the model has embeddings for; None where that is not known."""
+    """Return the number of tokens with an embedding; None where it is unknown."""
     try:
         table: Any = net.get_input_embeddings()  # type: ignore[operator]
     except NotImplementedError:
@@ -176,8 +157,5 @@ def _embeddings(net: nn.Module) -> int | None:
 
 
 def _position_tables(net: nn.Module) -> list[nn.Embedding]:
-    return [
-        module
-        for name, module in net.named_modules()
-        if isinstance(module, nn.Embedding) and name.endswith(_POSITIONS)
-    ]
+    named = [module for name, module in net.named_modules() if name.endswith(_POSITIONS)]
+    return [module for module in named if isinstance(module, nn.Embedding)]

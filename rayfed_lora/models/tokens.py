@@ -12,19 +12,18 @@ import numpy.typing as npt
 from torch import nn
 
 from rayfed_lora.errors import ModelError
-from rayfed_lora.models.sources import quiet
+from rayfed_lora.models.base_models import quiet
 
 _Array = npt.NDArray[np.int32]
 Tokens = dict[str, _Array]
-# A tokenizer's results take up to some 200 bytes a character.
+# A tokenizer's results take up to about 200 bytes a character.
 _BATCH_CHARACTERS = 2_000_000
 
 
 def tokenize(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
     """Return n texts, truncated to `max_length` tokens and padded on the right to the longest.
 
-    Returns:
-        The tokenizer's own outputs (`input_ids`, `attention_mask`, ...), each (n, length) int32.
+    These are the tokenizer's outputs (`input_ids`, `attention_mask`, ...), each (n, length) int32.
 
     Raises:
         ModelError: the tokenizer has no padding token.
@@ -48,11 +47,8 @@ def tokenize(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
 def tokenize_whole(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
     """Return n texts for a language model, each with the tokenizer's end token, if it has one.
 
-    They are truncated to `max_length` tokens, and may lose the end token by that. The tokenizer
-    needs no padding token.
-
-    Returns:
-        `input_ids` and `attention_mask`, each (n, length) int32; padding is 0.
+    They are truncated to `max_length` tokens, which may drop the end token. `input_ids` and
+    `attention_mask` are (n, length) int32; padding is 0, no padding token is needed.
     """
     end = tokenizer.eos_token_id
     rows: list[_Array] = []
@@ -89,9 +85,7 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
 def pad_with(tokens: Tokens, pad: int | None) -> Tokens:
     """Replace all padding by the token `pad`, or 0; a text without tokens becomes that one token.
 
-    Args:
-        tokens: `input_ids` and `attention_mask`, (n, length), and others, which stay.
-        pad: the padding token; None: 0.
+    `tokens` are `input_ids` and `attention_mask`, (n, length), and others, which stay.
     """
     if tokens["input_ids"].shape[1] == 0:
         # No text has a token.
@@ -104,11 +98,7 @@ def pad_with(tokens: Tokens, pad: int | None) -> Tokens:
 
 
 def known_inputs(net: nn.Module, config: Any, tokens: Tokens) -> Tokens:
-    """Return the inputs that the model's forward pass takes.
-
-    Raises:
-        ModelError: the texts have more token types than the model.
-    """
+    """Return the inputs that the model's forward pass takes; too many token types: ModelError."""
     parameters = inspect.signature(net.forward).parameters
     kept = {name: values for name, values in tokens.items() if name in parameters}
     types, known = kept.get("token_type_ids"), getattr(config, "type_vocab_size", None)

@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from rayfed_lora.data.tables import Dataset
 from rayfed_lora.errors import ModelError
+from rayfed_lora.models.base_weights import LoadReport, class_tensors
 from rayfed_lora.models.labels import HeadMatch
-from rayfed_lora.models.loading import LoadReport, class_tensors
 from rayfed_lora.models.wording import listed, where
 from rayfed_lora.recipe.recipe import Recipe
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from rayfed_lora.data.tables import Dataset
 from rayfed_lora.errors import ModelError
-from rayfed_lora.models import sources
+from rayfed_lora.models import base_models
 from rayfed_lora.models.image_processor import ImageProcessor, read_image_processor
 from rayfed_lora.models.wording import where
 from rayfed_lora.recipe.recipe import Recipe
@@ -42,7 +42,7 @@ def fit_images(
     if processor is None:
         is_hub = (
             recipe.model.source != "config"
-            and not Path(sources.location(recipe.model.source)).is_dir()
+            and not Path(base_models.location(recipe.model.source)).is_dir()
         )
         if is_hub and not dataset.floats:
             notes.append(f"{source}: no image processor is found, pixels are scaled to [-1, 1]")

@@ -11,12 +11,12 @@ from typing import Any
 from torch import nn
 
 from rayfed_lora.data.tables import IMAGE_TASK, LANGUAGE_TASK, Dataset
-from rayfed_lora.models import sources
+from rayfed_lora.models import base_models
+from rayfed_lora.models.base_weights import load_report
 from rayfed_lora.models.causality import check_causal
 from rayfed_lora.models.fit import fit_notes
 from rayfed_lora.models.image_processor import ImageProcessor
 from rayfed_lora.models.labels import match_head
-from rayfed_lora.models.loading import load_report
 from rayfed_lora.models.tokenizer import (
     check_vocabulary,
     give_padding_token,
@@ -73,7 +73,7 @@ def match(recipe: Recipe, dataset: Dataset, *, local_only: bool) -> Match:
         token = give_padding_token(tokenizer)
         if token is not None:
             notes.append(f"the tokenizer has no padding token: texts are padded with {token!r}")
-    config = sources.configuration(model, _facts(recipe, dataset, tokenizer))
+    config = base_models.configuration(model, _facts(recipe, dataset, tokenizer))
     if language:
         check_causal(model, config)
     else:
@@ -81,7 +81,7 @@ def match(recipe: Recipe, dataset: Dataset, *, local_only: bool) -> Match:
             # The source may be for regression or several labels; here an example has one class.
             config.problem_type = "single_label_classification"
         check_classes(config, dataset)
-    net = sources.skeleton(model, config)
+    net = base_models.skeleton(model, config)
     if tokenizer is not None and not language:
         settle_padding(config, net, tokenizer, model)
         notes += padding_notes(net)
@@ -102,7 +102,7 @@ def match(recipe: Recipe, dataset: Dataset, *, local_only: bool) -> Match:
 def _facts(recipe: Recipe, dataset: Dataset, tokenizer: Any) -> dict[str, Any]:
     """Return the configuration entries that follow from the data; the recipe's take precedence."""
     language = recipe.model.task == LANGUAGE_TASK
-    facts = {} if language else sources.label_facts(dataset.label_names)
+    facts = {} if language else base_models.label_facts(dataset.label_names)
     if recipe.model.source == "config" and tokenizer is not None:
         facts |= token_facts(tokenizer, padding=not language)
     if recipe.model.source == "config" and recipe.model.task == IMAGE_TASK:

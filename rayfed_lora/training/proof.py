@@ -18,9 +18,9 @@ from torch import nn
 from rayfed_lora.data.examples import PIXELS, Batch, Examples
 from rayfed_lora.data.tables import IMAGE_TASK
 from rayfed_lora.errors import ModelError
-from rayfed_lora.models import loading
+from rayfed_lora.models import base_weights
 from rayfed_lora.models.mixing import Verdict, verdict_on
-from rayfed_lora.models.tracing import image_shape
+from rayfed_lora.models.shapes import image_shape
 from rayfed_lora.models.wording import one_line
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.drawing import tensors
@@ -115,7 +115,7 @@ def judged_without_weights(shape: ModelShape, config: Any, recipe: Recipe) -> Mo
                 # A run uses the tokenizer's.
                 part.pad_token_id = 0
         with torch.random.fork_rng(devices=[]):
-            net = loading.build(random, config, recipe.seed)
+            net = base_weights.build(random, config, recipe.seed)
         try:
             return judged(shape, examined(net, _random_examples(config, recipe)), recipe)
         except ModelError as error:  # random tokens may be no text that the model accepts

@@ -28,7 +28,7 @@ from rayfed_lora.data.examples import PIXELS
 from rayfed_lora.data.tables import LANGUAGE_TASK
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import BlockMemoryError, RunError
-from rayfed_lora.models import loading, sources
+from rayfed_lora.models import base_models, base_weights
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.attention import choose_attention
 from rayfed_lora.models.first_token import read_first_token_only
@@ -82,8 +82,8 @@ def built_weights(recipe: Recipe, workload: Workload) -> Weights:
     Raises:
         ModelError: they cannot be read, or the model cannot compute an example.
     """
-    net = loading.build(recipe.model, sources.restored(workload.config), recipe.seed)
-    return Weights(sources.weights(net), examined(net, workload.train))
+    net = base_weights.build(recipe.model, base_models.restored(workload.config), recipe.seed)
+    return Weights(base_weights.arrays_of(net), examined(net, workload.train))
 
 
 class LocalTrainer:
@@ -116,8 +116,8 @@ class LocalTrainer:
         self._recipe = recipe
         self._workload = workload
         self._device = torch.device(device)
-        config = sources.restored(workload.config)
-        self._shape = model_shape(sources.skeleton(recipe.model, config), recipe)
+        config = base_models.restored(workload.config)
+        self._shape = model_shape(base_models.skeleton(recipe.model, config), recipe)
         weights = weights or built_weights(recipe, workload)
         self._shape = judged(self._shape, weights.verdict, recipe)
         net = self._assembled(weights) or self._build()
@@ -139,12 +139,12 @@ class LocalTrainer:
         return plain and [*self._workload.train.inputs] == [PIXELS] and self._device.type == "cpu"
 
     def _build(self) -> nn.Module:
-        config = sources.restored(self._workload.config)
-        return loading.build(self._recipe.model, config, self._recipe.seed)
+        config = base_models.restored(self._workload.config)
+        return base_weights.build(self._recipe.model, config, self._recipe.seed)
 
     def _assembled(self, weights: Weights) -> nn.Module | None:
-        config = sources.restored(self._workload.config)
-        return sources.assembled(self._recipe.model, config, weights.arrays)
+        config = base_models.restored(self._workload.config)
+        return base_weights.assembled(self._recipe.model, config, weights.arrays)
 
     def shape(self) -> ModelShape:
         """Return the model's sizes."""

@@ -8,7 +8,7 @@ import pytest
 
 from rayfed_lora.errors import ModelError
 from rayfed_lora.launching.planning import plan
-from rayfed_lora.models import sources
+from rayfed_lora.models import base_models
 from rayfed_lora.models.causality import check_causal
 from rayfed_lora.recipe.model import Model
 from tests.unit.test_language_models import RECIPE, texts
@@ -27,7 +27,7 @@ SMALL = {
 
 def check(architecture: str, **config: Any) -> None:
     model = Model(task="causal-lm", config={"architecture": architecture, **config})
-    check_causal(model, sources.configuration(model, {}))
+    check_causal(model, base_models.configuration(model, {}))
 
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "electra", "camembert"])

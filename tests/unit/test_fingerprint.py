@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rayfed_lora.lora.fingerprint import sha256
+from rayfed_lora.lora.states import sha256
 from rayfed_lora.types import AdapterState, Factors
 
 A = np.arange(8, dtype=np.float32).reshape(2, 4)

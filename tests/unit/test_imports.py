@@ -23,8 +23,8 @@ for thread in threads:
     thread.start()
 for thread in threads:
     thread.join()
-from rayfed_lora.models import sources
-print(failed, hasattr(sources.transformers, "AutoModelForCausalLM"))
+from rayfed_lora.models import base_models
+print(failed, hasattr(base_models.transformers, "AutoModelForCausalLM"))
 """
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rayfed_lora.models.layers import AdaptedLinear, GroupFactors
+from rayfed_lora.models.group_layers import AdaptedLinear, GroupFactors
 
 CLIENTS, RANK = 3, 2
 # Rows of a client: fewer than the layer's two sides together, and more.

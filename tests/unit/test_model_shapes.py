@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from rayfed_lora.errors import ModelError
+from rayfed_lora.models.base_models import skeleton
 from rayfed_lora.models.heads import head_modules, head_parameters
 from rayfed_lora.models.shapes import adapted_modules, model_shape
-from rayfed_lora.models.sources import skeleton
 from rayfed_lora.recipe.model import Adapter
 from rayfed_lora.types import ModuleShape
 from tests.fakes import make_recipe

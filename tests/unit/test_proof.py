@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.errors import ModelError
-from rayfed_lora.models import sources
+from rayfed_lora.models import base_models
 from rayfed_lora.models.mixing import Verdict
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.models.tokens import pad_with
@@ -44,7 +44,7 @@ def planned(architecture: str, sizes: Mapping[str, Any] = SIZES, **overrides: An
     recipe = make_recipe(
         model__task="text-classification", adapter__target_modules="all-linear", **overrides
     )
-    shape = model_shape(sources.skeleton(recipe.model, config), recipe)
+    shape = model_shape(base_models.skeleton(recipe.model, config), recipe)
     return judged_without_weights(shape, config, recipe)
 
 
@@ -132,7 +132,9 @@ def test_texts_of_a_model_that_attends_to_blocks_are_not_cut() -> None:
 
 def test_padding_that_is_mixed_in_is_found_with_long_texts() -> None:
     config = AutoConfig.for_model("fnet", **SIZES | {"max_position_embeddings": 512})
-    net = sources.randomly_initialised(make_recipe(model__task="text-classification").model, config)
+    net = base_models.randomly_initialised(
+        make_recipe(model__task="text-classification").model, config
+    )
     draw = np.random.default_rng(0).integers(1, 30, (3, 300)).astype(np.int32)
     mask = (np.arange(300) < np.array([[295], [298], [300]])).astype(np.int32)
     labels = np.zeros(3, np.int64)
@@ -160,7 +162,9 @@ def test_a_model_that_cannot_compute_an_example_is_refused_before_anything_start
 ) -> None:
     special = {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1, "vocab_size": 30}
     config = AutoConfig.for_model(kind, **ENDED[kind], **special, decoder_start_token_id=0)
-    net = sources.randomly_initialised(make_recipe(model__task="text-classification").model, config)
+    net = base_models.randomly_initialised(
+        make_recipe(model__task="text-classification").model, config
+    )
     ids = np.array([[0, 0, 0, 0], [5, 6, 2, 0], [7, 8, 9, 2]], np.int32)
     mask = (ids > 0).astype(np.int32)
     labels = np.zeros(3, np.int64)

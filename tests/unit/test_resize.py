@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rayfed_lora.lora import resize
-from rayfed_lora.lora.counting import dense_params, factor_params
 from rayfed_lora.lora.products import ProductSvd
+from rayfed_lora.lora.states import dense_params, factor_params
 from rayfed_lora.types import AdapterState, Factors
 
 

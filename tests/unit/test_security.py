@@ -13,7 +13,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import rayfed_lora
 from rayfed_lora.errors import BadInputError, ClientError, ModelError, RecipeError, RunError
-from rayfed_lora.models import export, sources
+from rayfed_lora.models import base_models, export
 from rayfed_lora.pages.page import page
 from rayfed_lora.recipe.model import Model
 from tests.fakes import make_recipe
@@ -121,7 +121,7 @@ def folder(tmp_path: Path) -> Path:
 def test_pickled_weights_of_a_model_are_refused(folder):
     model = Model(source=str(folder))
     with pytest.raises(ModelError, match=r"\*\.safetensors, found pytorch_model\.bin"):
-        sources.configuration(model, {})
+        base_models.configuration(model, {})
 
 
 def test_a_pickled_adapter_is_refused(folder, tmp_path):
@@ -140,7 +140,7 @@ def test_code_that_comes_with_a_model_never_runs(folder, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     for own in ({}, {"trust_remote_code": True}):
         with pytest.raises(ModelError):
-            sources.configuration(Model(source=str(folder), config=own), {})
+            base_models.configuration(Model(source=str(folder), config=own), {})
     assert not ran.exists()
 
 
@@ -156,7 +156,7 @@ def test_code_that_comes_with_a_model_never_runs(folder, tmp_path):
 )
 def test_a_package_source_stays_inside_the_package_and_imports_nothing(source):
     with pytest.raises(ModelError, match=r"inside the folder|no installed Python package"):
-        sources.location(source)
+        base_models.location(source)
 
 
 SECRET = "s3://AKIA:sEcret@bucket/a"

@@ -18,7 +18,7 @@ import pytest
 from rayfed_lora.errors import ClientError, InterruptedRunError, RunError, RunFolderError
 from rayfed_lora.launching import launch
 from rayfed_lora.launching.planning import plan
-from rayfed_lora.lora.fingerprint import sha256
+from rayfed_lora.lora.states import sha256
 from rayfed_lora.pages.run_page import run_page
 from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
 from rayfed_lora.recipe.recipe import Recipe

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from rayfed_lora.models import loading, sources
+from rayfed_lora.models import base_models, base_weights
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.shapes import adapted_modules
 from rayfed_lora.recipe.model import Adapter, Model
@@ -52,20 +52,20 @@ IMAGES = torch.from_numpy(np.random.default_rng(7).normal(size=(5, 1, 8, 8)).ast
 
 
 def built(model: Model) -> tuple[nn.Module, Any]:
-    config = sources.configuration(model, {})
-    return loading.build(model, config, seed=4), config
+    config = base_models.configuration(model, {})
+    return base_weights.build(model, config, seed=4), config
 
 
 def shared(net: nn.Module) -> dict[str, np.ndarray]:
     """Return a model's weights as they come out of the object store: read-only copies."""
-    arrays = {name: array.copy() for name, array in sources.weights(net).items()}
+    arrays = {name: array.copy() for name, array in base_weights.arrays_of(net).items()}
     for array in arrays.values():
         array.flags.writeable = False
     return arrays
 
 
 def assembled(model: Model, arrays: dict[str, np.ndarray]) -> nn.Module:
-    net = sources.assembled(model, sources.configuration(model, {}), arrays)
+    net = base_weights.assembled(model, base_models.configuration(model, {}), arrays)
     assert net is not None
     return net
 
@@ -101,7 +101,7 @@ def test_tied_weights_stay_tied():
             self.one, self.other = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
             self.other.weight = self.one.weight
 
-    arrays = sources.weights(Tied())
+    arrays = base_weights.arrays_of(Tied())
     assert np.shares_memory(arrays["one.weight"], arrays["other.weight"])
 
 

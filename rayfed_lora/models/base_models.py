@@ -1,19 +1,14 @@
-"""Base models by source: a configuration, an installed package, a local folder or a hub id.
-
-Source: this project, on transformers.
-"""
+"""Base models from a configuration, a package, a folder or a hub id. Source: this project."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
 import torch
 import transformers
 from torch import nn
@@ -22,16 +17,16 @@ from transformers.utils import logging as transformers_logging
 
 from rayfed_lora.errors import ModelError
 from rayfed_lora.locations import check_name
-from rayfed_lora.models.folders import check_folder
 from rayfed_lora.models.wording import one_line, where
 from rayfed_lora.recipe.model import Model
 
-# Arguments of transformers' loaders, which are no values of a configuration; some run foreign code.
+# Arguments of transformers' loaders that are no values of a configuration; some run foreign code.
 _LOADER_ARGUMENTS = frozenset(
     "auto_map cache_dir code_revision custom_pipelines force_download local_files_only name_or_path"
     " pretrained_model_name_or_path proxies return_unused_kwargs revision subfolder token"
     " trust_remote_code use_auth_token".split()
 )
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 _CLASSES = {
     "image-classification": "AutoModelForImageClassification",
     "text-classification": "AutoModelForSequenceClassification",
@@ -56,21 +51,18 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def attributed(subject: str) -> Iterator[None]:
-    """Run transformers quietly; turn any exception into a ModelError that begins with `subject`.
-
-    transformers raises exceptions of many types for unsuitable files and values.
-    """
+    """Run transformers quietly; turn any exception into a ModelError that begins with `subject`."""
     try:
         with quiet():
             yield
     except ModelError:
         raise
-    except Exception as error:
+    except Exception as error:  # of many types, for unsuitable files and values
         raise ModelError(f"{subject}: {one_line(error)}") from error
 
 
 def location(source: str) -> str:
-    """Return the folder or hub id that transformers loads `source` from.
+    """Return the folder or hub id that transformers loads a source from.
 
     `package:<name>` is the only model folder (config.json and safetensors) inside an installed
     package, found without importing the package; `package:<name>/<folder>` names the folder.
@@ -108,9 +100,7 @@ def location(source: str) -> str:
 def configuration(model: Model, overrides: dict[str, Any]) -> Any:
     """Return the transformers configuration of the model.
 
-    Args:
-        model: the recipe's section; its `config` takes precedence over `overrides`.
-        overrides: values that take precedence over the source's own.
+    The recipe's values take precedence over `overrides`, and these over the source's own.
 
     Raises:
         ModelError: the configuration cannot be read, a key is unknown, or transformers rejects a
@@ -129,10 +119,31 @@ def configuration(model: Model, overrides: dict[str, Any]) -> Any:
             config = AutoConfig.for_model(model.config["architecture"], **values)
         else:
             place = location(model.source)
-            check_folder(Path(place), where(model))
+            _check_folder(Path(place), where(model))
             config = AutoConfig.from_pretrained(place, trust_remote_code=False, **values)
     _check_keys(list(own), config)
     return config
+
+
+def _check_folder(folder: Path, subject: str) -> None:
+    """Reject a folder that holds a PEFT adapter, or a model without safetensors.
+
+    A path that is no folder, or has no config.json, passes: transformers reports these itself.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{subject}: expected a whole model, the folder holds a PEFT adapter"
+            " (adapter_config.json); merge it into its base first (PeftModel.merge_and_unload,"
+            " then save_pretrained), or name the base"
+        )
+    if any(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
+        return
+    other = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_FORMATS)
+    raise ModelError(
+        f"{subject}: expected weights as *.safetensors, found {', '.join(other[:3]) or 'none'};"
+        " other formats are not read, since they can run code: load the model with transformers"
+        " where you trust it, and write it with save_pretrained"
+    )
 
 
 def _check_keys(keys: list[str], config: Any) -> None:
@@ -156,12 +167,8 @@ def restored(values: Mapping[str, Any]) -> Any:
 
 def label_facts(names: Sequence[str]) -> dict[str, Any]:
     """Return a configuration's entries about the classes, given the name of each class."""
-    labels = dict(enumerate(names))
-    return {
-        "num_labels": len(labels),
-        "id2label": labels,
-        "label2id": {name: i for i, name in labels.items()},
-    }
+    numbers = {name: i for i, name in enumerate(names)}
+    return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": numbers}
 
 
 def skeleton(model: Model, config: Any) -> nn.Module:
@@ -178,68 +185,15 @@ def skeleton(model: Model, config: Any) -> nn.Module:
 
 
 def randomly_initialised(model: Model, config: Any) -> nn.Module:
-    """Return the model in float32 with random weights, whatever its source has.
-
-    Raises:
-        ModelError: the model cannot be built.
-    """
+    """Return the model in float32 with random weights, ignoring those of its source."""
     with attributed(where(model)):
         return auto_class(model).from_config(config).float()  # type: ignore[no-any-return]
 
 
 def load_code(model: Model) -> None:
-    """Import the module of the model's class, which transformers imports lazily.
-
-    A model that cannot be built is ignored here; preparing the workload reports it.
-    """
-    with suppress(ModelError):
+    """Import the module of the model's class, which transformers imports lazily."""
+    with suppress(ModelError):  # reported when the workload is prepared
         skeleton(model, configuration(model, {}))
-
-
-def weights(net: nn.Module) -> dict[str, npt.NDArray[Any]]:
-    """Return a model's parameters and buffers by name, as arrays that share their memory."""
-    tensors = [*net.named_parameters(remove_duplicate=False)]
-    tensors += [*net.named_buffers(remove_duplicate=False)]  # type: ignore[list-item]
-    # One array per tensor, so that tied weights are still tied after pickling.
-    arrays = {id(tensor): tensor.detach().numpy() for _, tensor in tensors}
-    return {name: arrays[id(tensor)] for name, tensor in tensors}
-
-
-def assembled(
-    model: Model, config: Any, arrays: Mapping[str, npt.NDArray[Any]]
-) -> nn.Module | None:
-    """Return the model on the arrays that `weights` of the same model returned.
-
-    Parameters are not copied. The arrays may be read-only: never write to the parameters.
-
-    Returns:
-        None where the model has tensors that are neither parameters nor buffers.
-    """
-    net = skeleton(model, config)
-    # One parameter per address, so that tied weights are tied.
-    shared: dict[int, nn.Parameter] = {}
-    for name, module in net.named_modules(remove_duplicate=False):
-        prefix = f"{name}." if name else ""
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                array = arrays[prefix + key]
-                address = array.__array_interface__["data"][0]
-                view = nn.Parameter(_view(array), requires_grad=False)
-                module._parameters[key] = shared.setdefault(address, view)
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                # Copied, since some models write to their buffers.
-                module._buffers[key] = torch.tensor(arrays[prefix + key])
-        if any(isinstance(v, torch.Tensor) and v.is_meta for v in vars(module).values()):
-            return None
-    return net
-
-
-def _view(array: npt.NDArray[Any]) -> torch.Tensor:
-    with warnings.catch_warnings():
-        # torch warns about every read-only array, since it cannot prevent writes to the tensor.
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(array)
 
 
 def auto_class(model: Model) -> Any:

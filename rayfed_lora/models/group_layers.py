@@ -2,9 +2,7 @@
 
 The first dimension holds the rows of the group's clients one after the other, equally many for
 each client. Frozen weights act on all rows as one batch, trained weights on each client's rows.
-
-Source: this project; a layer with factors computes what `peft.tuners.lora.Linear` does,
-LoRA, arXiv:2106.09685.
+Source: this project; a layer with factors equals `peft.tuners.lora.Linear`, arXiv:2106.09685.
 """
 
 from __future__ import annotations
@@ -17,19 +15,16 @@ from torch.nn import functional
 
 from rayfed_lora.models.linear import is_transposed, sides
 
-# Weights of a layer up to which merging was measured to be faster (benchmarks/README.md).
+# Number of weights up to which merging was measured to be faster (benchmarks/README.md).
 _SMALL = 1 << 13
 
 
 @dataclass(frozen=True)
 class GroupFactors:
-    """The factors of one module, client by client.
+    """The factors of one module: a (group, rank, d_in), b (group, d_out, rank), scale of both.
 
-    Attributes:
-        a: (group, rank, d_in).
-        b: (group, d_out, rank). Clients of a lower rank are padded with zeros, here and in `a`;
-            the gradients there are zero too, so that the padding stays zero.
-        scale: (group, 1, 1), or (1, 1, 1) where all clients have the same; not trained.
+    Lower ranks are padded with zeros in both factors, where the gradients are zero too. `scale` is
+    (group, 1, 1), or (1, 1, 1) where all clients have the same; it is not trained.
     """
 
     a: torch.Tensor
@@ -41,10 +36,7 @@ class AdaptedLinear(nn.Linear):
     """A frozen linear layer with LoRA factors for each client of a group, or without factors."""
 
     def __init__(self, plain: nn.Module, dropout: float) -> None:
-        """Take over the parameters of an nn.Linear or a Conv1D, under the same names.
-
-        `dropout` is the probability of a zero in the input of the factors.
-        """
+        """Take over a layer's parameters, under the same names; factors read dropped-out inputs."""
         nn.Module.__init__(self)
         shape = sides(plain)
         self.in_features, self.out_features = shape.d_in, shape.d_out

@@ -1,21 +1,20 @@
-"""Load the weights of a source, and report how they fit the model.
-
-Source: this project, on transformers.
-"""
+"""A model's weights: loaded with a report, drawn, or shared as arrays. Source: this project."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from rayfed_lora.errors import ModelError
-from rayfed_lora.models import sources
+from rayfed_lora.models import base_models
 from rayfed_lora.models.labels import match_head
 from rayfed_lora.models.wording import listed, where
 from rayfed_lora.recipe.model import Model
@@ -28,10 +27,8 @@ _RUNNING = ("running_mean", "running_var")
 class LoadReport:
     """What transformers reports about a source's weights; names are the model's own.
 
-    Attributes:
-        missing: tensors of the model that the source lacks, except tied ones.
-        unexpected: tensors of the source that the model does not have.
-        mismatched: shape in the source and in the model, by tensor.
+    Missing are tensors of the model that the source lacks, except tied ones; `mismatched` has the
+    shapes in the source and in the model.
     """
 
     missing: tuple[str, ...]
@@ -42,35 +39,28 @@ class LoadReport:
 def load_report(model: Model, config: Any, *, local_only: bool = False) -> LoadReport | None:
     """Return how the source's weights fit, from their names and shapes; no weight is read.
 
-    Returns:
-        None for the source `config`, and, if `local_only`, for weights that are not on this
-        machine.
+    None for the source `config`, and, if `local_only`, for weights that are not on this machine.
 
     Raises:
         ModelError: the weights cannot be read.
     """
     if model.source == "config":
         return None
-    is_folder = Path(sources.location(model.source)).is_dir()
+    offline = local_only and not Path(base_models.location(model.source)).is_dir()
+    # A copy, since loading changes the configuration.
+    own = copy.deepcopy(config)
     try:
-        # A copy, since loading changes the configuration.
-        _, report = _load(
-            model,
-            copy.deepcopy(config),
-            device_map="meta",
-            local_files_only=local_only and not is_folder,
-        )
+        return _load(model, own, device_map="meta", local_files_only=offline)[1]
     except ModelError as error:
-        if local_only and not is_folder and isinstance(error.__cause__, OSError):
+        if offline and isinstance(error.__cause__, OSError):
             return None
         raise
-    return report
 
 
 def _load(model: Model, config: Any, **options: Any) -> tuple[nn.Module, LoadReport]:
-    with sources.attributed(where(model)):
-        net, info = sources.auto_class(model).from_pretrained(
-            sources.location(model.source),
+    with base_models.attributed(where(model)):
+        net, info = base_models.auto_class(model).from_pretrained(
+            base_models.location(model.source),
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
@@ -88,8 +78,7 @@ def _load(model: Model, config: Any, **options: Any) -> tuple[nn.Module, LoadRep
 
 def build(model: Model, config: Any, seed: int, *, keep_head: bool = False) -> nn.Module:
     """Return the model of `build_and_list_random` alone."""
-    net, _ = build_and_list_random(model, config, seed, keep_head=keep_head)
-    return net
+    return build_and_list_random(model, config, seed, keep_head=keep_head)[0]
 
 
 def build_and_list_random(
@@ -97,19 +86,15 @@ def build_and_list_random(
 ) -> tuple[nn.Module, frozenset[str]]:
     """Return the model in float32, and the names of its randomly initialised tensors.
 
-    Args:
-        model: the recipe's section.
-        config: from `sources.configuration`.
-        seed: the run's seed, which all random weights follow from.
-        keep_head: keep a head whose classes have other names than the configuration's. Otherwise
-            the tensors whose size depends on the classes are initialised again.
+    All random weights follow from the run's seed. The tensors of a head whose classes have other
+    names than those of `config` are initialised again, unless `keep_head`.
 
     Raises:
         ModelError: the weights cannot be read, or are not finite.
     """
     torch.manual_seed(torch_seed(seed, Purpose.MODEL_INIT))
     if model.source == "config":
-        net = sources.randomly_initialised(model, config)
+        net = base_models.randomly_initialised(model, config)
         return net, frozenset(name for name, _ in net.named_parameters())
     net, report = _load(model, config)
     random = {*report.missing, *report.mismatched}
@@ -125,8 +110,8 @@ def class_tensors(model: Model, config: Any) -> frozenset[str]:
     """Return the names of the parameters whose size depends on the number of classes."""
     larger = copy.deepcopy(config)
     larger.num_labels = config.num_labels + 1
-    shapes = {name: p.shape for name, p in sources.skeleton(model, config).named_parameters()}
-    others = sources.skeleton(model, larger).named_parameters()
+    shapes = {name: p.shape for name, p in base_models.skeleton(model, config).named_parameters()}
+    others = base_models.skeleton(model, larger).named_parameters()
     return frozenset(name for name, p in others if p.shape != shapes[name])
 
 
@@ -135,17 +120,56 @@ def _reinitialise_head(net: nn.Module, model: Model, config: Any, seed: int) -> 
     names = class_tensors(model, config)
     torch.manual_seed(torch_seed(seed, Purpose.MODEL_INIT))
     with torch.no_grad():
-        random = sources.randomly_initialised(model, config)
+        random = base_models.randomly_initialised(model, config)
         for name in names:
             net.get_parameter(name).copy_(random.get_parameter(name))
     return names
 
 
 def _check_finite(net: nn.Module, source: str) -> None:
-    tensors: list[tuple[str, torch.Tensor]] = [*net.named_parameters()]
-    tensors += [pair for pair in net.named_buffers() if pair[0].endswith(_RUNNING)]
-    wrong = [name for name, tensor in tensors if not bool(torch.isfinite(tensor).all())]
+    tensors: dict[str, torch.Tensor] = dict(net.named_parameters())
+    tensors |= {n: buffer for n, buffer in net.named_buffers() if n.endswith(_RUNNING)}
+    wrong = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if wrong:
         raise ModelError(
             f"{source}: expected finite weights, got NaN or infinity in {listed(wrong)}"
         )
+
+
+def arrays_of(net: nn.Module) -> dict[str, npt.NDArray[Any]]:
+    """Return a model's parameters and buffers by name, as arrays that share their memory."""
+    tensors = [*net.named_parameters(remove_duplicate=False)]
+    tensors += [*net.named_buffers(remove_duplicate=False)]  # type: ignore[list-item]
+    # One array per tensor, so that tied weights are still tied after pickling.
+    arrays = {id(tensor): tensor.detach().numpy() for _, tensor in tensors}
+    return {name: arrays[id(tensor)] for name, tensor in tensors}
+
+
+def assembled(
+    model: Model, config: Any, arrays: Mapping[str, npt.NDArray[Any]]
+) -> nn.Module | None:
+    """Return the model on arrays from `arrays_of`; None where it has tensors of another kind.
+
+    Parameters are not copied. The arrays may be read-only: never write to the parameters.
+    """
+    net = base_models.skeleton(model, config)
+    # One parameter per address, so that tied weights are tied.
+    shared: dict[int, nn.Parameter] = {}
+    for name, module in net.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                array = arrays[prefix + key]
+                address = array.__array_interface__["data"][0]
+                with warnings.catch_warnings():
+                    # torch warns about read-only arrays, since it cannot prevent writes.
+                    warnings.simplefilter("ignore", UserWarning)
+                    view = nn.Parameter(torch.from_numpy(array), requires_grad=False)
+                module._parameters[key] = shared.setdefault(address, view)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                # Copied, since some models write to their buffers.
+                module._buffers[key] = torch.tensor(arrays[prefix + key])
+        if any(isinstance(v, torch.Tensor) and v.is_meta for v in vars(module).values()):
+            return None
+    return net
