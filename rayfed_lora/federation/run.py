@@ -1,7 +1,4 @@
-"""A run between two rounds, as a value: what a checkpoint holds beside the ledger.
-
-Source: this project.
-"""
+"""A run between two rounds, as a value: what a checkpoint holds beside the ledger."""
 
 from __future__ import annotations
 
@@ -13,10 +10,10 @@ from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.aggregation.server_step import Moments, OptimizerStep
 from rayfed_lora.aggregation.step import Aggregate
 from rayfed_lora.annealing.stages import is_full
-from rayfed_lora.federation.clients import Updates
+from rayfed_lora.federation.client_training import Updates
 from rayfed_lora.federation.cohorts import Cohort
 from rayfed_lora.federation.evaluation import Scores
-from rayfed_lora.federation.transitions import Start, merged
+from rayfed_lora.federation.transitions import Start, with_updates
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import Engine
 from rayfed_lora.tasks.messages import Initial
@@ -57,11 +54,9 @@ class Run:
 
     Attributes:
         rounds: number of finished rounds.
-        model: the global model.
         rank: uniform rank in use, None before the first adapter round.
         validation: newest scores on the validation split, where feedback needs them.
         best_at_heating: best validation metric at the heating rank (target acceptance).
-        timing: seconds so far.
         clock_s: simulated seconds so far.
         moments: of the server's optimiser.
         personal: B by module, of each client that keeps its own.
@@ -79,12 +74,7 @@ class Run:
 
 
 def fresh(recipe: Recipe, engine: Engine) -> Run:
-    """Return a run before its first round.
-
-    Args:
-        recipe: the run.
-        engine: opened.
-    """
+    """Return a run before its first round, from an opened engine."""
     trainable: Trainable = "full" if is_full(recipe.annealing, 0) else "adapter"
     dense = engine.submit(Initial(trainable)).result()
     return Run(0, GlobalModel(AdapterState({}, dense), Base(), trainable))
@@ -96,8 +86,8 @@ class Aggregated:
 
     Attributes:
         result: the next global state.
-        moments: of the server's optimiser, after it.
-        seconds: that joining the updates and the step took.
+        moments: of the server's optimiser, after the step.
+        seconds: of joining the updates and of the step.
     """
 
     result: Aggregate
@@ -108,14 +98,9 @@ class Aggregated:
 def aggregate(
     recipe: Recipe, run: Run, start: Start, updates: Updates, cohort: Cohort
 ) -> Aggregated:
-    """Turn the updates of a round into the next global state; without any it stays as it was.
+    """Turn the updates of a round into the next global state; without updates it is unchanged.
 
-    Args:
-        recipe: names the rule and the server's optimiser.
-        run: before the round.
-        start: what its clients started from.
-        updates: what they sent back.
-        cohort: the clients.
+    `run` is the run before the round.
     """
     began = time.perf_counter()
     moments = kept_moments(run, start)
@@ -145,18 +130,9 @@ def after(
     updates: Updates,
     aggregated: Aggregated,
 ) -> Run:
-    """Return the run after a round, without its scores and timing.
-
-    Args:
-        run: before the round.
-        plan: the round.
-        start: what its clients started from.
-        cohort: the clients.
-        updates: what they sent back.
-        aggregated: the server's step.
-    """
+    """Return the run after a round, without its scores and timing; `run` is the run before it."""
     result = aggregated.result
-    base = merged(start.model.base, result.merged)
+    base = with_updates(start.model.base, result.merged)
     return replace(
         run,
         rounds=plan.round + 1,
@@ -172,7 +148,7 @@ def _personal(
     before: Mapping[int, Mapping[str, FloatArray]], reports: Sequence[ClientReport]
 ) -> Mapping[int, Mapping[str, FloatArray]]:
     """Return each client's own B after a round."""
-    # Copies: what came is part of a message that would live as long as any of its clients' B.
+    # Copies: a report's B is part of a message that would live as long as any of its clients' B.
     new = {
         report.client: {name: b.copy() for name, b in report.personal.items()}
         for report in reports

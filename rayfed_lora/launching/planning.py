@@ -14,7 +14,7 @@ from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.annealing.stages import Feedback, plan_round
 from rayfed_lora.federation.cohorts import Cohort, Cohorts
 from rayfed_lora.federation.learning_rate import doubt, learning_rate
-from rayfed_lora.federation.ledger import BYTES_A_VALUE, Bill, Ledger, Totals
+from rayfed_lora.federation.ledger import BYTES_PER_VALUE, Bill, Ledger, Totals
 from rayfed_lora.federation.sampling import block_size
 from rayfed_lora.federation.transitions import planned
 from rayfed_lora.recipe.loading import load_recipe
@@ -131,9 +131,9 @@ def _planned_round(
         learning_rate=learning_rate(recipe, scheduled.round),
         clients=len(cohort.clients),
         arriving=bill.arrived,
-        bytes_up=bill.params_up * BYTES_A_VALUE,
-        bytes_down=bill.params_down * BYTES_A_VALUE,
-        bytes_base=bill.base_params * BYTES_A_VALUE,
+        bytes_up=bill.params_up * BYTES_PER_VALUE,
+        bytes_down=bill.params_down * BYTES_PER_VALUE,
+        bytes_base=bill.base_params * BYTES_PER_VALUE,
         simulated_s=cohort.lasted_s,
     )
 
@@ -176,7 +176,7 @@ def _needs(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> tuple[
 def _training_mb(sizes: Outline, rounds: list[PlannedRound]) -> float:
     """Return the memory of model, gradients and optimiser state."""
     full = any(planned.trainable == "full" for planned in rounds)
-    return sizes.shape.total_params * BYTES_A_VALUE / 1e6 * (4 if full else 1)
+    return sizes.shape.total_params * BYTES_PER_VALUE / 1e6 * (4 if full else 1)
 
 
 def _blocks(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> Iterator[str]:

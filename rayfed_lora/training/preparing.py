@@ -27,7 +27,7 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.images import image_inputs
 from rayfed_lora.training.matching import Match, match
 from rayfed_lora.training.proof import judged_without_weights
-from rayfed_lora.types import DeviceFacts, ModelShape, Trace
+from rayfed_lora.types import AvailabilityTrace, DeviceFacts, ModelShape
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _match(recipe: Recipe, *, local_only: bool) -> Match:
 
 def _devices(
     recipe: Recipe, dataset: Dataset, clients: ClientTable
-) -> tuple[Mapping[str, npt.NDArray[np.float64]], Trace | None]:
+) -> tuple[Mapping[str, npt.NDArray[np.float64]], AvailabilityTrace | None]:
     """Return the device figures of clients by column, and the trace of their availability.
 
     Raises:
