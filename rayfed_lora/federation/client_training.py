@@ -57,7 +57,7 @@ class ClientTraining:
 
         Args:
             recipe: the run.
-            population: from the engine.
+            population: as the engine's `open` returned it.
             limits: largest rank of each client, where any is limited.
             should_stop: asked between parts; once true, the round is abandoned.
             tell: told of new reports.
@@ -113,7 +113,11 @@ class ClientTraining:
                 trained = training.pending.popleft().result()
                 if self._should_stop():
                     raise InterruptedRunError("stopped; the round was abandoned")
-                new = [self._sized(report) for report in trained.reports]
+                # A training that raised does not report the number of examples.
+                new = [
+                    r if r.trace is None else replace(r, examples=int(self._sizes[r.client]))
+                    for r in trained.reports
+                ]
                 self._tell(new)
                 for report in new:
                     reports.append(report)
@@ -131,13 +135,7 @@ class ClientTraining:
                 f" {'; '.join(reasons[:3])}"
             )
         found = self._with_absent(reports, cohort)
-        return Updates(found, means if reports else None, training.reruns(), joining_s)
-
-    def _sized(self, report: ClientReport) -> ClientReport:
-        """Return a report with the number of examples, which a failed training does not report."""
-        if report.trace is None:
-            return report
-        return replace(report, examples=int(self._sizes[report.client]))
+        return Updates(tuple(found), means if reports else None, training.reruns(), joining_s)
 
     def _check_raised(self, reports: Sequence[ClientReport], cohort: Cohort, t: int) -> None:
         """End the run where more clients of a round raised than allowed."""
@@ -148,16 +146,14 @@ class ClientTraining:
             why = f"{len(raised)} clients of the round failed, clients.max_failed allows {most}"
             raise ClientError(last.client, t, f"{last.trace}\n{why}")
 
-    def _with_absent(
-        self, reports: Sequence[ClientReport], cohort: Cohort
-    ) -> tuple[ClientReport, ...]:
+    def _with_absent(self, reports: list[ClientReport], cohort: Cohort) -> list[ClientReport]:
         """Return the reports of a cohort, with those of clients that left or came too late."""
         if cohort.turnout is None:
-            return tuple(reports)
+            return reports
         absent = [
             ClientReport(client, int(self._sizes[client]), float("nan"), 0.0, absent=absence)
             for client, absence in cohort.turnout.absences.items()
         ]
         self._tell(absent)
         found = {report.client: report for report in (*reports, *absent)}
-        return tuple(found[client] for client in cohort.clients)
+        return [found[client] for client in cohort.clients]

@@ -16,7 +16,7 @@ from rayfed_lora.federation.simulated_clock import SimulatedClock, Turnout
 from rayfed_lora.federation.traffic import RoundFacts
 from rayfed_lora.federation.transitions import Resizing
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.types import DeviceFacts, Frozen, RoundPlan
+from rayfed_lora.types import DeviceFacts, RoundPlan
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,8 @@ class Cohorts:
         # Largest rank of each client, None where none is limited.
         self.limits: npt.NDArray[np.int64] | None = sampling.rank_limits(recipe, self._clients)
 
-    def frozen(self, plan: RoundPlan) -> Frozen | None:
-        """Return the factor that the clients of a round do not train, if any."""
-        if plan.trainable == "full":
-            return None
-        return self._rule.frozen(adapter_rounds_before(self._recipe.annealing, plan.round))
-
     def draw(self, plan: RoundPlan, resizing: Resizing, clock_s: float) -> Cohort:
-        """Return the cohort of a round that begins `clock_s` simulated seconds after the run.
+        """Return the cohort of a round; the run began `clock_s` simulated seconds before it.
 
         Raises:
             RunError: no client can be reached any more.
@@ -86,16 +80,14 @@ class Cohorts:
         return Cohort(clients, turnout, end_s, end_s - clock_s, facts)
 
     def _facts(self, plan: RoundPlan, resizing: Resizing, clients: tuple[int, ...]) -> RoundFacts:
+        turn = adapter_rounds_before(self._recipe.annealing, plan.round)
         return RoundFacts(
             trainable=plan.trainable,
             cohort=clients,
             arrived=np.ones(len(clients), bool),
-            ranks=resizing.ranks,
+            resizing=resizing,
             limits=None if self.limits is None else self.limits[list(clients)],
-            frozen=self.frozen(plan),
-            ranks_before=resizing.cut,
-            folded=resizing.folded_params,
-            resized=resizing.shrunk,
+            frozen=None if plan.trainable == "full" else self._rule.frozen(turn),
             stepped=self._recipe.aggregation.server_optimizer.lr != 1.0,
             after_initiating=plan.stage != "initiating",
         )

@@ -1,6 +1,6 @@
 """Testing a model: fixed shards of rows, and metrics over them in their order.
 
-A metric is one function below; each is a column `eval_<name>` of rounds.parquet.
+A metric is one function below, listed in `METRICS`: a column `eval_<name>` of rounds.parquet.
 
 Source: macro F1 and one-vs-rest AUC as in scikit-learn (which the tests compare with; importing it
 here would cost the server 90 MB): Hand and Till 2001, Machine Learning 45:171, for the latter.
@@ -23,6 +23,8 @@ _FEW_ROWS = 64
 
 # Metrics of one model on one split, by name; None where a metric is not defined.
 Scores = Mapping[str, float | None]
+# Predictions of a model on all shards of a split, in order.
+SplitPredictions = Sequence[Predictions]
 
 
 def shards(rows: int, size: int) -> tuple[slice, ...]:
@@ -40,73 +42,62 @@ def shards(rows: int, size: int) -> tuple[slice, ...]:
     return tuple(slice(low, high) for low, high in pairwise(edges))
 
 
-# The predictions of a model on all shards of a split, in order.
-Shards = Sequence[Predictions]
-METRICS: dict[str, Callable[[Shards], float | None]] = {}
-
-
-def metric(function: Callable[[Shards], float | None]) -> Callable[[Shards], float | None]:
-    """Register a metric under its function's name."""
-    METRICS[function.__name__] = function
-    return function
-
-
-def scores(shards: Shards) -> Scores:
-    """Return all metrics over all shards, in order."""
-    return {name: function(shards) for name, function in METRICS.items()}
-
-
-def _predicted(shards: Shards) -> int:
+def _predicted(parts: SplitPredictions) -> int:
     """Return the number of predictions: examples, or tokens of texts."""
-    return int(sum(shard.predicted.sum() for shard in shards))
+    return int(sum(part.predicted.sum() for part in parts))
 
 
-def _labels(shards: Shards) -> npt.NDArray[np.int64] | None:
+def _labels(parts: SplitPredictions) -> npt.NDArray[np.int64] | None:
     """Return (n,) true classes; None for language modelling."""
-    labels = np.concatenate([shard.labels for shard in shards])
+    labels = np.concatenate([part.labels for part in parts])
     return None if np.any(labels < 0) else labels
 
 
-@metric
-def accuracy(shards: Shards) -> float:
+def accuracy(parts: SplitPredictions) -> float:
     """Return the share of correct predictions."""
-    return int(sum(shard.correct.sum() for shard in shards)) / _predicted(shards)
+    return int(sum(part.correct.sum() for part in parts)) / _predicted(parts)
 
 
-@metric
-def loss(shards: Shards) -> float | None:
+def loss(parts: SplitPredictions) -> float:
     """Return the mean cross entropy, nats."""
-    total = math.fsum(math.fsum(shard.losses.tolist()) for shard in shards)
-    return total / _predicted(shards)
+    total = math.fsum(math.fsum(part.losses.tolist()) for part in parts)
+    return total / _predicted(parts)
 
 
-@metric
-def macro_f1(shards: Shards) -> float | None:
+def macro_f1(parts: SplitPredictions) -> float | None:
     """Return the mean F1 over the classes that occur or are predicted; None without classes."""
-    labels = _labels(shards)
-    return None if labels is None else mean_f1(labels, np.concatenate([s.classes for s in shards]))
+    labels, classes = _labels(parts), np.concatenate([part.classes for part in parts])
+    return None if labels is None else mean_f1(labels, classes)
 
 
-@metric
-def auc(shards: Shards) -> float | None:
+def auc(parts: SplitPredictions) -> float | None:
     """Return the mean area under the ROC curve of each class against the rest.
 
     None where no class occurs beside others, and without probabilities.
     """
-    labels = _labels(shards)
-    found = [s.probabilities for s in shards if s.probabilities is not None]
-    if labels is None or len(found) < len(shards):
+    labels = _labels(parts)
+    found = [part.probabilities for part in parts if part.probabilities is not None]
+    if labels is None or len(found) < len(parts):
         return None
     return one_vs_rest_auc(labels, np.concatenate(found))
 
 
-@metric
-def perplexity(shards: Shards) -> float | None:
+def perplexity(parts: SplitPredictions) -> float | None:
     """Return exp(loss), for language models only."""
-    if _labels(shards) is not None:
+    if _labels(parts) is not None:
         return None
-    nats = loss(shards)
-    return None if nats is None else math.exp(nats) if nats < 700.0 else math.inf
+    nats = loss(parts)
+    return math.exp(nats) if nats < 700.0 else math.inf
+
+
+_Metric = Callable[[SplitPredictions], float | None]
+_METRICS = (accuracy, loss, macro_f1, auc, perplexity)
+METRICS: Mapping[str, _Metric] = {metric.__name__: metric for metric in _METRICS}
+
+
+def scores(parts: SplitPredictions) -> Scores:
+    """Return all metrics over all shards, in order."""
+    return {name: metric(parts) for name, metric in METRICS.items()}
 
 
 def mean_f1(labels: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64]) -> float:

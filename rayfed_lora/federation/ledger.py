@@ -15,9 +15,7 @@ import numpy.typing as npt
 
 from rayfed_lora.aggregation.messages import Counts, Traffic
 from rayfed_lora.aggregation.rule import Rule
-from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.federation.traffic import Mask, RoundFacts, traffic
-from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.types import ModelShape
 
 BYTES_PER_VALUE = 4
@@ -162,18 +160,13 @@ class Ledger:
         self._shape = shape
         self._clients = clients
         self._rule = rule
-        self._held = {"base": np.full(clients, _NEVER, dtype=np.int64)}
+        self._held = {"base": np.full(clients, _NEVER, np.int64)}
         # Cost of the step from version i to i + 1, in values; a replacement costs the whole base.
         self._steps: list[int] = []
         # By version i, the sum of the steps before it.
         self._behind: list[int] = [0]
         self._factors: dict[str, int] = {}
         self.totals = Totals()
-
-    @classmethod
-    def of(cls, recipe: Recipe, shape: ModelShape, clients: int) -> Ledger:
-        """Return the ledger of a run before its first round."""
-        return cls(shape, clients, RULES[recipe.aggregation.rule])
 
     def quote(self, facts: RoundFacts) -> Bill:
         """Return the bill of a round without booking it."""
@@ -194,8 +187,9 @@ class Ledger:
         updates that a client missed, go to the clients that lack them. A client that failed sent
         nothing; one that left or was too late, the share of its messages sent by then.
         """
-        if facts.folded:
-            self._step(facts.folded)
+        folded = facts.resizing.folded_params
+        if folded:
+            self._step(folded)
         messages = traffic(self._shape, self._rule, facts)
         if not facts.arrived.any():
             # Nothing is aggregated: what the round starts from stays as it is.
@@ -204,7 +198,7 @@ class Ledger:
         base = np.zeros_like(members)
         began, served = _reached(facts, messages)
         if facts.trainable == "adapter":
-            base += self._catch_up(members, len(self._steps) - (facts.folded > 0))
+            base += self._catch_up(members, len(self._steps) - (folded > 0))
             base += self._missing_factors(facts, members, began, messages)
             self._renew(members[served], messages)
         self._held["base"][members[began]] = len(self._steps)
@@ -233,18 +227,18 @@ class Ledger:
         """
         for kind in messages.frozen:
             self._held.setdefault(kind, np.zeros(self._clients, np.int64))
-        cut = ("a", "b") if facts.resized else ()
+        cut = ("a", "b") if facts.resizing.shrunk else ()
         know = np.full(self._clients, set(cut) <= messages.frozen.keys())
         for kind in cut:
             know &= self._held.get(kind, 0) == self._factors.get(kind, 0)
-        if not facts.folded:
+        if not facts.resizing.folded_params:
             self._raise(cut, know)
         missing = np.zeros_like(members)
         for kind, size in messages.frozen.items():
             held, now = self._held[kind], self._factors.get(kind, 0)
             missing += np.where(held[members] < now, size, 0)
             held[members[began]] = now
-        if facts.folded:
+        if facts.resizing.folded_params:
             know[members[began]] = True
             self._raise(cut, know)
         return missing

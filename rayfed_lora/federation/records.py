@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from rayfed_lora.federation.client_training import Updates
@@ -26,7 +26,6 @@ class Round:
     """A finished round: everything that its rows are made of.
 
     Attributes:
-        aggregated: the server's step.
         error: relative error of the aggregate, None without factors.
         tested: scores of the new global model.
         seconds: wall time, tests included.
@@ -88,7 +87,7 @@ class RoundRecord:
         trainable_params: number of values that a client trains.
         proximal_weight: mu.
         clients: size of the cohort.
-        failed_clients: how many of them sent nothing usable.
+        failed_clients: number of them without a usable update.
         train_loss: mean over clients, weighted by examples; nan where no update came.
         evaluation: metrics of the new global model on the test split, `eval_<name>` in the table;
             None where not tested or not defined.
@@ -97,7 +96,6 @@ class RoundRecord:
         params_up, params_down: values sent by and to the cohort, base not included.
         bytes_up, bytes_down: the same in bytes.
         bytes_base: bytes of frozen base sent to participants that did not hold the current one.
-        learning_rate: local learning rate.
         proposal: the annealing's proposal and verdict; columns of its own in the table.
         seconds: wall time of the round, evaluation included.
         dropped_clients: how many left or came too late, by the simulated clock.
@@ -179,7 +177,7 @@ def client_records(finished: Round) -> list[ClientRecord]:
     """Return the row of every client of a round."""
     reports, bill, turnout = finished.reports, finished.bill, finished.cohort.turnout
     times = [None] * len(reports) if turnout is None else turnout.seconds.tolist()
-    sent = zip(bill.up.tolist(), bill.down.tolist(), times, strict=True)
+    rows = zip(reports, bill.up.tolist(), bill.down.tolist(), times, strict=True)
     return [
         ClientRecord(
             round=finished.plan.round,
@@ -193,7 +191,7 @@ def client_records(finished: Round) -> list[ClientRecord]:
             seconds=report.seconds,
             simulated_s=simulated_s,
         )
-        for report, (up, down, simulated_s) in zip(reports, sent, strict=True)
+        for report, up, down, simulated_s in rows
     ]
 
 
@@ -217,14 +215,7 @@ def client_tests(finished: Round) -> list[ClientTest]:
     """Return the row of every client that was tested after a round."""
     own = {each.client: (each.accuracy, each.loss) for each in finished.tested.own}
     return [
-        ClientTest(
-            finished.plan.round,
-            score.client,
-            score.examples,
-            score.accuracy,
-            score.loss,
-            *own.get(score.client, (None, None)),
-        )
+        ClientTest(finished.plan.round, *astuple(score), *own.get(score.client, (None, None)))
         for score in finished.tested.clients
     ]
 

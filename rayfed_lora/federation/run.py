@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from rayfed_lora.aggregation.rules import RULES
@@ -16,16 +16,8 @@ from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.transitions import Start, with_updates
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import Engine
-from rayfed_lora.tasks.messages import Initial
-from rayfed_lora.types import (
-    AdapterState,
-    Base,
-    ClientReport,
-    FloatArray,
-    GlobalModel,
-    RoundPlan,
-    Trainable,
-)
+from rayfed_lora.tasks.messages import Initial, Personal
+from rayfed_lora.types import AdapterState, Base, ClientReport, GlobalModel, RoundPlan, Trainable
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,7 @@ class Run:
     timing: Timing = field(default_factory=Timing)
     clock_s: float = 0.0
     moments: Moments = field(default_factory=dict)
-    personal: Mapping[int, Mapping[str, FloatArray]] = field(default_factory=dict)
+    personal: Personal = field(default_factory=dict)
 
 
 def fresh(recipe: Recipe, engine: Engine) -> Run:
@@ -82,12 +74,9 @@ def fresh(recipe: Recipe, engine: Engine) -> Run:
 
 @dataclass(frozen=True)
 class Aggregated:
-    """The server's step of a round.
+    """The server's step of a round, and the moments of its optimiser after it.
 
-    Attributes:
-        result: the next global state.
-        moments: of the server's optimiser, after the step.
-        seconds: of joining the updates and of the step.
+    `seconds` are those of joining the updates and of the step.
     """
 
     result: Aggregate
@@ -123,15 +112,10 @@ def kept_moments(run: Run, start: Start) -> Moments:
 
 
 def after(
-    run: Run,
-    plan: RoundPlan,
-    start: Start,
-    cohort: Cohort,
-    updates: Updates,
-    aggregated: Aggregated,
+    run: Run, plan: RoundPlan, start: Start, cohort: Cohort, updates: Updates, step: Aggregated
 ) -> Run:
     """Return the run after a round, without its scores and timing; `run` is the run before it."""
-    result = aggregated.result
+    result = step.result
     base = with_updates(start.model.base, result.merged)
     return replace(
         run,
@@ -139,14 +123,12 @@ def after(
         model=replace(start.model, state=result.state, base=base),
         rank=run.rank if plan.trainable == "full" else plan.rank,
         clock_s=cohort.clock_s,
-        moments=aggregated.moments,
+        moments=step.moments,
         personal=_personal(run.personal, updates.reports),
     )
 
 
-def _personal(
-    before: Mapping[int, Mapping[str, FloatArray]], reports: Sequence[ClientReport]
-) -> Mapping[int, Mapping[str, FloatArray]]:
+def _personal(before: Personal, reports: Sequence[ClientReport]) -> Personal:
     """Return each client's own B after a round."""
     # Copies: a report's B is part of a message that would live as long as any of its clients' B.
     new = {

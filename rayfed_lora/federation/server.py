@@ -12,6 +12,7 @@ from typing import Protocol
 
 from threadpoolctl import threadpool_limits
 
+from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.annealing.stages import plan_round
 from rayfed_lora.federation.client_training import ClientTraining
 from rayfed_lora.federation.cohorts import Cohorts
@@ -60,7 +61,7 @@ class Server:
         self._shape = population.shape
         self._engine = engine
         self._recorder = recorder
-        self.ledger = Ledger.of(recipe, population.shape, population.clients)
+        self.ledger = Ledger(population.shape, population.clients, RULES[recipe.aggregation.rule])
         self._cohorts = Cohorts(recipe, population.devices, population.clients, self.ledger)
         limits, tell = self._cohorts.limits, recorder.clients_done
         self.clients = ClientTraining(recipe, population, limits, should_stop, tell)

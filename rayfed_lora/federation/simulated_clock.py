@@ -124,7 +124,7 @@ class SimulatedClock:
         Args:
             t: index of the round.
             cohort: client ids.
-            bill: sizes of their messages if all arrive.
+            bill: sizes of the messages if all arrive.
             full: whether every weight is trained.
             now: simulated seconds since the start of the run.
         """

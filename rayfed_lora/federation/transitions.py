@@ -26,9 +26,11 @@ class Resizing:
 
     Attributes:
         ranks: rank by module; empty in a full-model round.
-        cut: rank by module before a shrink whose rest was folded into the base.
+        cut: rank by module before a shrink whose rest was folded into the base: clients are sent
+            the factors before the cut and fold the rest themselves.
         folded_params: number of values that were folded.
-        shrunk: whether the server has cut some module's factors.
+        shrunk: whether the server has cut some module's factors since the last round's result. A
+            rise needs no message: clients draw the new rows of A from the seed.
     """
 
     ranks: Mapping[str, int] = field(default_factory=dict)

@@ -26,9 +26,9 @@ def local_engine(recipe: Recipe, factory: Factory, device: str | None = None) ->
 def _device(recipe: Recipe) -> str:
     if recipe.runtime.device != "cuda":
         return "cpu"
-    from rayfed_lora.training.device import has_gpu
+    from rayfed_lora.training.device import seen_gpus
 
-    if not has_gpu():
+    if seen_gpus() == 0:
         raise ResourceError("runtime.device 'cuda': torch finds no GPU on this machine")
     return "cuda:0"
 

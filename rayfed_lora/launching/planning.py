@@ -13,7 +13,7 @@ from typing import Any
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.annealing.stages import Feedback, plan_round
 from rayfed_lora.federation.cohorts import Cohort, Cohorts
-from rayfed_lora.federation.learning_rate import doubt, learning_rate
+from rayfed_lora.federation.learning_rate import learning_rate, rate_warning
 from rayfed_lora.federation.ledger import BYTES_PER_VALUE, Bill, Ledger, Totals
 from rayfed_lora.federation.sampling import block_size
 from rayfed_lora.federation.transitions import planned
@@ -95,7 +95,7 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
     recipe = load_recipe(recipe)
     sizes = outline(recipe)
     clients = len(sizes.devices.sizes)
-    ledger = Ledger.of(recipe, sizes.shape, clients)
+    ledger = Ledger(sizes.shape, clients, RULES[recipe.aggregation.rule])
     cohorts = Cohorts(recipe, sizes.devices, clients, ledger)
     # As if each proposal were accepted: what is proposed depends on the training.
     annealing = recipe.annealing.model_copy(update={"acceptance": "always"})
@@ -113,7 +113,7 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
         rank = None if scheduled.trainable == "full" else scheduled.rank
     needs = _needs(recipe, sizes, rounds)
     actor_mb = _PROCESS_MB + _training_mb(sizes, rounds)
-    doubtful = doubt(recipe)
+    doubtful = rate_warning(recipe)
     notes = (*sizes.notes, *unused(recipe), *([] if doubtful is None else [doubtful]))
     return Plan(tuple(rounds), ledger.totals, sizes, needs, actor_mb, notes)
 
@@ -127,7 +127,7 @@ def _planned_round(
         stage=scheduled.stage,
         trainable=scheduled.trainable,
         rank=None if full else scheduled.rank,
-        trainable_params=_trained(sizes.shape, facts.ranks, facts.frozen, full),
+        trainable_params=_trained(sizes.shape, facts.resizing.ranks, facts.frozen, full),
         learning_rate=learning_rate(recipe, scheduled.round),
         clients=len(cohort.clients),
         arriving=bill.arrived,

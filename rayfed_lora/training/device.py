@@ -22,9 +22,9 @@ _KEPT_BYTES, _MOST_MMAP_THRESHOLD = 1 << 28, 1 << 25
 _MEMORY_SHARE = 0.95
 
 
-def has_gpu() -> bool:
-    """Return whether torch sees a GPU in this process."""
-    return torch.cuda.is_available()
+def seen_gpus() -> int:
+    """Return the number of GPUs that torch can use in this process."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def device_of_share(gpus: float) -> str:
@@ -33,16 +33,11 @@ def device_of_share(gpus: float) -> str:
     On a GPU node, a worker without a GPU share sees all GPUs and must still use the CPU. A logical
     GPU without hardware counts as none.
     """
-    if gpus == 0 or not has_gpu():
+    if gpus == 0 or seen_gpus() == 0:
         return "cpu"
     if gpus < 1:
         torch.cuda.set_per_process_memory_fraction(_MEMORY_SHARE * gpus, 0)
     return "cuda:0"
-
-
-def seen_gpus() -> int:
-    """Return the number of GPUs that torch can use in this process."""
-    return torch.cuda.device_count() if has_gpu() else 0
 
 
 def peak_mb() -> float:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from rayfed_lora.data.batches import IndexArray, batch_indices
 from rayfed_lora.recipe.clients import Clients
@@ -29,12 +28,7 @@ class ClientTask:
 
     @classmethod
     def of(
-        cls,
-        client: int,
-        examples: npt.NDArray[np.int64],
-        settings: Clients,
-        seed: int,
-        plan: LocalPlan,
+        cls, client: int, examples: IndexArray, settings: Clients, seed: int, plan: LocalPlan
     ) -> ClientTask:
         """Draw a client's batches of a round from (n,) the rows it holds."""
         rng = generator(seed, Purpose.BATCHES, plan.round, client)

@@ -115,11 +115,11 @@ def _facts(recipe: Recipe, dataset: Dataset, tokenizer: Any) -> dict[str, Any]:
     return facts
 
 
-def _order_as_head(dataset: Dataset, match: HeadMatch) -> Dataset:
+def _order_as_head(dataset: Dataset, head: HeadMatch) -> Dataset:
     """Return the data set with its classes numbered as the outputs of the head."""
-    if not match.reorders:
+    if not head.reorders:
         return dataset
-    output = np.argsort(match.order)  # by class of the data
+    output = np.argsort(head.order)  # by class of the data
 
     def renumbered(table: pa.Table) -> pa.Table:
         labels = output[table["label"].to_numpy()].astype(np.int64)
@@ -130,7 +130,7 @@ def _order_as_head(dataset: Dataset, match: HeadMatch) -> Dataset:
         train=renumbered(dataset.train),
         validation=None if dataset.validation is None else renumbered(dataset.validation),
         test=renumbered(dataset.test),
-        label_names=tuple(dataset.label_names[i] for i in match.order),
+        label_names=tuple(dataset.label_names[i] for i in head.order),
     )
 
 
@@ -145,11 +145,7 @@ def _check_classes(config: Any, dataset: Dataset) -> None:
 
 
 def _class_notes(
-    recipe: Recipe,
-    config: Any,
-    label_names: Sequence[str],
-    match: HeadMatch,
-    report: LoadReport,
+    recipe: Recipe, config: Any, label_names: Sequence[str], head: HeadMatch, report: LoadReport
 ) -> list[str]:
     """Return a note on how the source's trained head is used; none where the head is new.
 
@@ -159,19 +155,19 @@ def _class_notes(
     if not tensors or tensors & {*report.missing, *report.mismatched}:
         return []
     source = where(recipe.model)
-    known, wanted = (listed(names, _NAMED) for names in (match.names, label_names))
-    if match.kind == "other":
+    known, wanted = (listed(names, _NAMED) for names in (head.names, label_names))
+    if head.kind == "other":
         return [
             f"{source}: its head is for other classes ({known}) than the data's ({wanted}):"
             " initialised at random"
         ]
-    if match.kind == "numbers":
+    if head.kind == "numbers":
         return [f"{source}: the data's classes {wanted} are taken for those of its head, {known}"]
-    if match.kind == "unknown":
+    if head.kind == "unknown":
         return [
             f"{source}: its head is kept but does not name its classes; they are taken in the order"
             f" {wanted} (give model.config.id2label where this is wrong)"
         ]
-    if match.reorders:
+    if head.reorders:
         return [f"classes are numbered as in the head of {source}: {wanted}"]
     return []

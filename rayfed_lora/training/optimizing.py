@@ -37,12 +37,9 @@ def fresh_optimizer(
 def add_proximal_gradient(
     parameters: list[torch.Tensor], received: list[torch.Tensor], weight: float
 ) -> None:
-    """Add the gradient of (weight / 2) * ||theta - theta_received||^2.
+    """Add the gradient of (weight / 2) * ||theta - theta_received||^2, weight >= 0.
 
-    Args:
-        parameters: theta, with gradients.
-        received: theta_received, of the clients that the group began with.
-        weight: >= 0; if 0, `received` may be empty.
+    `received` is of all clients that the group began with; it may be empty if the weight is 0.
     """
     for parameter, anchor in zip(parameters, received, strict=False):
         if parameter.grad is not None:
