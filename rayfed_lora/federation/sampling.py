@@ -96,7 +96,7 @@ def tested_clients(recipe: Recipe, clients: int, round_index: int) -> list[Block
 def rank_limits(recipe: Recipe, clients: int) -> npt.NDArray[np.int64] | None:
     """Return the largest rank that each client can train, (clients,); None where none is limited.
 
-    `clients.ranks` lists ranks in turn, or maps each rank to its share of clients, who are drawn.
+    `clients.ranks` lists ranks in turn, or maps each rank to its share of clients, drawn at random.
     """
     wanted = recipe.clients.ranks
     if wanted is None:
