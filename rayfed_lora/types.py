@@ -1,7 +1,4 @@
-"""The values that pass between the parts: numpy arrays and plain frozen records.
-
-Source: this project.
-"""
+"""The values that pass between the parts: numpy arrays and plain frozen records."""
 
 from __future__ import annotations
 
@@ -54,8 +51,8 @@ class AdapterState:
 
     factors: Mapping[str, Factors]
     dense: Mapping[str, FloatArray]
-    # Unique to this value and its copies in other processes: what is sent or loaded once is known
-    # by that. Arrays of a state are never written to.
+    # Unique to this value and its copies in other processes: engines send, and trainers load, each
+    # version once. Arrays of a state are never written to.
     version: str = field(init=False, compare=False, repr=False, default_factory=lambda: uuid4().hex)
 
 
@@ -85,10 +82,7 @@ class Base:
 class GlobalModel:
     """The global model between rounds.
 
-    Attributes:
-        state: what is trained and sent.
-        base: what is frozen; not looked at while `trainable` is `full`.
-        trainable: the kind of round that the state belongs to.
+    `base` is not used while `trainable`, the kind of round that `state` belongs to, is `full`.
     """
 
     state: AdapterState
@@ -111,7 +105,7 @@ class ModuleShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model, all that the schedule and the ledger need to know of it.
+    """The sizes of a model that the schedule and the ledger need.
 
     Attributes:
         modules: the adapted modules by name, in model order.
@@ -120,8 +114,8 @@ class ModelShape:
         head: names of the head's tensors.
         obstacle: why a block's clients cannot be computed together, None where they can.
         linear_flops: mean work of one linear layer on one example, forward; 0 where unknown.
-        activation_bytes: what all linear layers give out for one example; 0 where unknown.
-        notes: what the user should know of how recipe and model were matched, one line each.
+        activation_bytes: outputs of all linear layers for one example; 0 where unknown.
+        notes: for the user, on how recipe and model were matched, one line each.
     """
 
     modules: Mapping[str, ModuleShape]
@@ -141,11 +135,10 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A lower rank that the schedule proposed, and what became of it.
+    """A lower uniform rank that the schedule proposed, and the verdict on it.
 
     Attributes:
-        rank: the proposed uniform rank.
-        verdict: `accepted`, `rejected`, or `reheated` (target acceptance going up a step).
+        verdict: `reheated` is target acceptance going up a step.
         energy_current, energy_proposed: validation losses (metropolis), else None.
         temperature, probability, draw: of the Metropolis step, else None.
         metric, target: the watched metric and the value it must hold (target), else None.
@@ -168,11 +161,9 @@ class RoundPlan:
 
     Attributes:
         round: index from 0.
-        stage: stage of the schedule.
         trainable: `full` trains and sends every weight, `adapter` the factors and the head.
         rank: uniform rank whose parameter count is the round's budget (0 in a full round).
         proximal_weight: mu of the proximal term, 0 for none.
-        proposal: what acceptance decided, None where nothing was proposed.
     """
 
     round: int
@@ -188,10 +179,7 @@ class LocalPlan:
     """What the clients of a round need to know beside the state they train from.
 
     Attributes:
-        round: index from 0.
-        trainable: `full` or `adapter`.
-        lr: local learning rate of this round.
-        proximal_weight: mu of the proximal term.
+        lr: local learning rate.
         frozen: the factor of every module that is not trained, if any.
         tolerant: whether a client that raises is left out, instead of ending the run.
     """
@@ -206,20 +194,19 @@ class LocalPlan:
 
 @dataclass(frozen=True)
 class ClientReport:
-    """What is known of one client's training, beside the state that it sends back.
+    """One client's training, beside the state that it sends back.
 
     Attributes:
         client: client id, from 0.
         examples: number of training examples the client holds.
         train_loss: mean loss over its local steps (nan where it failed).
         seconds: its local training time.
-        error: why it failed, or None.
-        trace: its traceback where training raised, else None.
-        note: what the user should know of it beside that, or None.
-        absent: why nothing of it is used, by the simulated clock: it left (`dropped`) or came too
-            late (`late`); else None.
-        personal: B by module where the client keeps its own, else None; a simulation has to keep
-            it for the client.
+        error: why it failed.
+        trace: its traceback where training raised.
+        note: for the user, beside an error.
+        absent: why its update is not used, by the simulated clock: the client left (`dropped`) or
+            came too late (`late`).
+        personal: B by module where the client keeps its own; the simulation keeps it for it.
     """
 
     client: int
@@ -234,20 +221,20 @@ class ClientReport:
 
     @property
     def usable(self) -> bool:
-        """Whether its state counts."""
+        """Whether the client's state enters the aggregate."""
         return self.error is None and self.absent is None
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of some examples, in their order.
+    """A model's predictions for n examples, in their order.
 
     Attributes:
-        labels: (n,) true class; of a text to be continued -1.
-        losses: (n,) cross entropy summed over what is predicted of an example, nats.
-        correct: (n,) how much of it is predicted correctly.
-        predicted: (n,) number of predictions an example: 1, or its tokens.
-        classes: (n,) predicted class; of a text to be continued -1.
+        labels: (n,) true class; -1 for language modelling.
+        losses: (n,) cross entropy summed over an example's predictions, nats.
+        correct: (n,) number of an example's correct predictions.
+        predicted: (n,) number of an example's predictions: 1, or its tokens.
+        classes: (n,) predicted class; -1 for language modelling.
         probabilities: (n, classes), None where there are too many classes to send.
     """
 
@@ -261,14 +248,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class ClientScore:
-    """How a model does on one client's own held-out examples.
-
-    Attributes:
-        client: client id.
-        examples: number of its held-out examples.
-        accuracy: share predicted correctly.
-        loss: mean cross entropy, nats.
-    """
+    """Accuracy and mean cross entropy (nats) of a model on one client's own held-out examples."""
 
     client: int
     examples: int
@@ -277,12 +257,10 @@ class ClientScore:
 
 
 @dataclass(frozen=True)
-class Trace:
+class AvailabilityTrace:
     """The times at which clients can be reached, in seconds of the simulated clock.
 
-    Attributes:
-        client: (n,) client ids.
-        start_s, end_s: (n,) each from, and until before.
+    (n,) rows: `client`, a client id, can be reached from `start_s` until just before `end_s`.
     """
 
     client: npt.NDArray[np.int64]
@@ -292,7 +270,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What the data say of clients and their devices.
+    """The facts about clients and their devices that the data give.
 
     Attributes:
         sizes: (clients,) number of training examples.
@@ -302,4 +280,4 @@ class DeviceFacts:
 
     sizes: npt.NDArray[np.int64]
     columns: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
-    trace: Trace | None = None
+    trace: AvailabilityTrace | None = None

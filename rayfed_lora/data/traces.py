@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from rayfed_lora.data import columns, naming, sources
 from rayfed_lora.errors import DataError
-from rayfed_lora.types import TRACE_DIGITS, Trace
+from rayfed_lora.types import TRACE_DIGITS, AvailabilityTrace
 
 _OPTION = "clients.availability.trace"
 _COLUMNS = ("client", "start_s", "end_s")
@@ -24,7 +24,7 @@ def read_trace(
     period_s: float | None,
     names: Sequence[str] | None = None,
     known: Collection[str] = (),
-) -> Trace:
+) -> AvailabilityTrace:
     """Read a table with a row for each time in which a client can be reached.
 
     Args:
@@ -102,14 +102,14 @@ def _numbered(
     return rows
 
 
-def _joined(rows: pd.DataFrame) -> Trace:
+def _joined(rows: pd.DataFrame) -> AvailabilityTrace:
     """Return the rows sorted by client and time; intervals that touch or overlap become one."""
     rows = rows.astype({"client": np.int64}).sort_values(["client", "start_s"], ignore_index=True)
     latest_end = rows.groupby("client")["end_s"].cummax().groupby(rows["client"]).shift()
     # The first row of a client compares with NaN, so it starts an interval.
     interval = (~(rows["start_s"] <= latest_end)).cumsum()
     joined = rows.groupby(interval).agg({"client": "first", "start_s": "first", "end_s": "max"})
-    return Trace(*(joined[name].to_numpy() for name in _COLUMNS))
+    return AvailabilityTrace(*(joined[name].to_numpy() for name in _COLUMNS))
 
 
 def _numbers(column: pa.ChunkedArray, where: str, name: str) -> npt.NDArray[np.float64]:

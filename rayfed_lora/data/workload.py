@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from rayfed_lora.data.client_table import ClientTable
 from rayfed_lora.data.examples import Examples
-from rayfed_lora.types import DeviceFacts, Trace
+from rayfed_lora.types import AvailabilityTrace, DeviceFacts
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Workload:
     config: dict[str, Any]
     held_out: ClientTable | None = None
     columns: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
-    trace: Trace | None = None
+    trace: AvailabilityTrace | None = None
     notes: tuple[str, ...] = ()
     client_names: pa.Array | None = None
     fingerprint: Mapping[str, str] = field(default_factory=dict)

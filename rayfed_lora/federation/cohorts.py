@@ -1,7 +1,4 @@
-"""The cohort of a round, the time of its end, and its messages: for run and plan alike.
-
-Source: this project (docs/method.md, "The communication ledger").
-"""
+"""The cohort of a round, the time of its end, and its messages, for a run and for a plan."""
 
 from __future__ import annotations
 
@@ -14,25 +11,24 @@ import numpy.typing as npt
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.annealing.stages import adapter_rounds_before
 from rayfed_lora.federation import sampling
-from rayfed_lora.federation.devices import Devices, Turnout
 from rayfed_lora.federation.ledger import Ledger
+from rayfed_lora.federation.simulated_clock import SimulatedClock, Turnout
 from rayfed_lora.federation.traffic import RoundFacts
 from rayfed_lora.federation.transitions import Resizing
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.types import DeviceFacts, Frozen, RoundPlan
+from rayfed_lora.types import DeviceFacts, RoundPlan
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """The clients of a round.
+    """The clients of a round, in rising order.
 
     Attributes:
-        clients: in rising order.
-        turnout: by the simulated clock, None where no time is simulated.
+        turnout: None where no time is simulated.
         clock_s: simulated time at the end of the round.
         lasted_s: simulated length of the round, waiting for clients included; None where no time
             is simulated.
-        facts: what decides the messages if no client fails that neither leaves nor is late.
+        facts: of the messages if every client that neither leaves nor is late sends its update.
     """
 
     clients: tuple[int, ...]
@@ -43,79 +39,55 @@ class Cohort:
 
     @property
     def present(self) -> tuple[int, ...]:
-        """The clients that stay, and come in time."""
+        """The clients that stay, and arrive in time."""
         absent = {} if self.turnout is None else self.turnout.absences
         return tuple(client for client in self.clients if client not in absent)
 
     def messages(self, arrived: Sequence[bool]) -> RoundFacts:
-        """Return what decides the messages, once it is known whose update arrived.
-
-        Args:
-            arrived: (cohort,).
-        """
+        """Return the facts of the messages, given whether each client's update arrived."""
         return replace(self.facts, arrived=np.array(arrived, bool))
 
 
 class Cohorts:
-    """Draws cohorts and keeps the simulated clock's devices."""
+    """Draws cohorts, and times them where the recipe simulates time."""
 
     def __init__(self, recipe: Recipe, devices: DeviceFacts, clients: int, ledger: Ledger) -> None:
-        """Draw each client's device.
-
-        Args:
-            recipe: the run.
-            devices: what the data say of clients.
-            clients: number of clients.
-            ledger: tells how large the messages of a round are.
-        """
+        """Draw each client's device; the ledger gives the sizes of a round's messages."""
         self._recipe = recipe
         self._ledger = ledger
         self._clients = clients
         self._rule = RULES[recipe.aggregation.rule]
-        self._devices = Devices(recipe, devices) if recipe.simulates_time else None
+        self._clock = SimulatedClock(recipe, devices) if recipe.simulates_time else None
         # Largest rank of each client, None where none is limited.
         self.limits: npt.NDArray[np.int64] | None = sampling.rank_limits(recipe, self._clients)
 
-    def frozen(self, plan: RoundPlan) -> Frozen | None:
-        """Return the factor that the clients of a round do not train, if any."""
-        if plan.trainable == "full":
-            return None
-        return self._rule.frozen(adapter_rounds_before(self._recipe.annealing, plan.round))
-
     def draw(self, plan: RoundPlan, resizing: Resizing, clock_s: float) -> Cohort:
-        """Return the cohort of a round, and what becomes of it.
-
-        Args:
-            plan: the round.
-            resizing: what its ranks mean for its messages.
-            clock_s: simulated seconds since the start of the run.
+        """Return the cohort of a round; the run began `clock_s` simulated seconds before it.
 
         Raises:
             RunError: no client can be reached any more.
         """
         t = plan.round
-        if self._devices is None:
+        if self._clock is None:
             clients = sampling.cohort(self._recipe, self._clients, t)
             return Cohort(clients, None, clock_s, None, self._facts(plan, resizing, clients))
-        clients, began_s = self._devices.cohort(t, clock_s)
+        clients, began_s = self._clock.cohort(t, clock_s)
         facts = self._facts(plan, resizing, clients)
         bill, full = self._ledger.quote(facts), plan.trainable == "full"
-        turnout = self._devices.turnout(t, clients, bill, full, began_s)
+        turnout = self._clock.turnout(t, clients, bill, full, began_s)
         facts = replace(facts, arrived=~turnout.sent.absent, sent=turnout.sent)
         end_s = began_s + turnout.length_s
         return Cohort(clients, turnout, end_s, end_s - clock_s, facts)
 
     def _facts(self, plan: RoundPlan, resizing: Resizing, clients: tuple[int, ...]) -> RoundFacts:
+        turn = adapter_rounds_before(self._recipe.annealing, plan.round)
         return RoundFacts(
             trainable=plan.trainable,
             cohort=clients,
             arrived=np.ones(len(clients), bool),
-            ranks=resizing.ranks,
+            resizing=resizing,
             limits=None if self.limits is None else self.limits[list(clients)],
-            frozen=self.frozen(plan),
-            ranks_before=resizing.cut,
-            folded=resizing.folded_params,
-            resized=resizing.shrunk,
+            frozen=None if plan.trainable == "full" else self._rule.frozen(turn),
             stepped=self._recipe.aggregation.server_optimizer.lr != 1.0,
             after_initiating=plan.stage != "initiating",
         )

@@ -1,6 +1,6 @@
 """Testing a model: fixed shards of rows, and metrics over them in their order.
 
-A metric is one function below; each is a column `eval_<name>` of rounds.parquet.
+A metric is one function below, listed in `METRICS`: a column `eval_<name>` of rounds.parquet.
 
 Source: macro F1 and one-vs-rest AUC as in scikit-learn (which the tests compare with; importing it
 here would cost the server 90 MB): Hand and Till 2001, Machine Learning 45:171, for the latter.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -18,18 +17,20 @@ import numpy.typing as npt
 
 from rayfed_lora.types import Predictions
 
-# Shards that a split has at least, where they have so many rows.
+# Minimum number of shards of a split, as far as they have so many rows.
 _SHARDS_TO_SHARE = 4
 _FEW_ROWS = 64
 
-# Metrics of one model on one split, by name; None where one is not defined.
+# Metrics of one model on one split, by name; None where a metric is not defined.
 Scores = Mapping[str, float | None]
+# Predictions of a model on all shards of a split, in order.
+SplitPredictions = Sequence[Predictions]
 
 
 def shards(rows: int, size: int) -> tuple[slice, ...]:
-    """Cut a split into shards of at most `size` rows, of equal size give or take one row.
+    """Cut a split into shards of at most `size` rows whose sizes differ by at most one row.
 
-    There are a few even if one would do, so that several workers share a test.
+    There are a few even if one were enough, so that several workers share a test.
 
     >>> shards(5, 2)
     (slice(0, 1, None), slice(1, 3, None), slice(3, 5, None))
@@ -41,94 +42,62 @@ def shards(rows: int, size: int) -> tuple[slice, ...]:
     return tuple(slice(low, high) for low, high in pairwise(edges))
 
 
-class Outcome:
-    """The predictions of a model on all shards of a split.
-
-    Attributes:
-        shards: in order.
-    """
-
-    def __init__(self, shards: Sequence[Predictions]) -> None:
-        """Take the shards."""
-        self.shards = shards
-
-    @cached_property
-    def predicted(self) -> int:
-        """Number of predictions: examples, or tokens of texts."""
-        return int(sum(shard.predicted.sum() for shard in self.shards))
-
-    @cached_property
-    def labels(self) -> npt.NDArray[np.int64] | None:
-        """(n,) true classes; None of texts that are continued."""
-        labels = np.concatenate([shard.labels for shard in self.shards])
-        return None if np.any(labels < 0) else labels
-
-    @cached_property
-    def classes(self) -> npt.NDArray[np.int64]:
-        """(n,) predicted classes."""
-        return np.concatenate([shard.classes for shard in self.shards])
-
-    @cached_property
-    def probabilities(self) -> npt.NDArray[np.floating] | None:
-        """(n, classes); None where a shard has none."""
-        found = [s.probabilities for s in self.shards if s.probabilities is not None]
-        return np.concatenate(found) if len(found) == len(self.shards) else None
+def _predicted(parts: SplitPredictions) -> int:
+    """Return the number of predictions: examples, or tokens of texts."""
+    return int(sum(part.predicted.sum() for part in parts))
 
 
-METRICS: dict[str, Callable[[Outcome], float | None]] = {}
+def _labels(parts: SplitPredictions) -> npt.NDArray[np.int64] | None:
+    """Return (n,) true classes; None for language modelling."""
+    labels = np.concatenate([part.labels for part in parts])
+    return None if np.any(labels < 0) else labels
 
 
-def metric(function: Callable[[Outcome], float | None]) -> Callable[[Outcome], float | None]:
-    """Register a metric under its function's name."""
-    METRICS[function.__name__] = function
-    return function
+def accuracy(parts: SplitPredictions) -> float:
+    """Return the share of correct predictions."""
+    return int(sum(part.correct.sum() for part in parts)) / _predicted(parts)
 
 
-def scores(shards: Sequence[Predictions]) -> Scores:
-    """Return all metrics over all shards, in order."""
-    outcome = Outcome(shards)
-    return {name: function(outcome) for name, function in METRICS.items()}
-
-
-@metric
-def accuracy(outcome: Outcome) -> float:
-    """Return the share that is predicted correctly."""
-    return int(sum(shard.correct.sum() for shard in outcome.shards)) / outcome.predicted
-
-
-@metric
-def loss(outcome: Outcome) -> float:
+def loss(parts: SplitPredictions) -> float:
     """Return the mean cross entropy, nats."""
-    total = math.fsum(math.fsum(shard.losses.tolist()) for shard in outcome.shards)
-    return total / outcome.predicted
+    total = math.fsum(math.fsum(part.losses.tolist()) for part in parts)
+    return total / _predicted(parts)
 
 
-@metric
-def macro_f1(outcome: Outcome) -> float | None:
+def macro_f1(parts: SplitPredictions) -> float | None:
     """Return the mean F1 over the classes that occur or are predicted; None without classes."""
-    labels = outcome.labels
-    return None if labels is None else mean_f1(labels, outcome.classes)
+    labels, classes = _labels(parts), np.concatenate([part.classes for part in parts])
+    return None if labels is None else mean_f1(labels, classes)
 
 
-@metric
-def auc(outcome: Outcome) -> float | None:
+def auc(parts: SplitPredictions) -> float | None:
     """Return the mean area under the ROC curve of each class against the rest.
 
     None where no class occurs beside others, and without probabilities.
     """
-    labels, probabilities = outcome.labels, outcome.probabilities
-    if labels is None or probabilities is None:
+    labels = _labels(parts)
+    found = [part.probabilities for part in parts if part.probabilities is not None]
+    if labels is None or len(found) < len(parts):
         return None
-    return one_vs_rest_auc(labels, probabilities)
+    return one_vs_rest_auc(labels, np.concatenate(found))
 
 
-@metric
-def perplexity(outcome: Outcome) -> float | None:
-    """Return exp(loss), of language models only."""
-    if outcome.labels is not None:
+def perplexity(parts: SplitPredictions) -> float | None:
+    """Return exp(loss), for language models only."""
+    if _labels(parts) is not None:
         return None
-    nats = loss(outcome)
-    return None if nats is None else math.exp(nats) if nats < 700.0 else math.inf
+    nats = loss(parts)
+    return math.exp(nats) if nats < 700.0 else math.inf
+
+
+_Metric = Callable[[SplitPredictions], float | None]
+_METRICS = (accuracy, loss, macro_f1, auc, perplexity)
+METRICS: Mapping[str, _Metric] = {metric.__name__: metric for metric in _METRICS}
+
+
+def scores(parts: SplitPredictions) -> Scores:
+    """Return all metrics over all shards, in order."""
+    return {name: metric(parts) for name, metric in METRICS.items()}
 
 
 def mean_f1(labels: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64]) -> float:
@@ -147,11 +116,9 @@ def mean_f1(labels: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64]) -> 
 def one_vs_rest_auc(
     labels: npt.NDArray[np.int64], probabilities: npt.NDArray[np.floating]
 ) -> float | None:
-    """Return the mean one-vs-rest AUC; None where no class has others beside it, or a nan.
+    """Return the mean one-vs-rest AUC; None where no class has others beside it, or with a nan.
 
-    Args:
-        labels: (n,).
-        probabilities: (n, classes).
+    Shapes: (n,) labels, (n, classes) probabilities.
 
     >>> one_vs_rest_auc(np.array([0, 0, 1]), np.array([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6]]))
     0.5
@@ -165,9 +132,8 @@ def one_vs_rest_auc(
         negative = len(own) - positive
         if positive and negative:
             # Mann and Whitney's U from mean ranks, ties counting half.
-            _, place, count = np.unique(
-                probabilities[:, c], return_inverse=True, return_counts=True
-            )
+            column = probabilities[:, c]
+            _, place, count = np.unique(column, return_inverse=True, return_counts=True)
             ranks = (np.cumsum(count) - (count - 1) / 2)[place]
             above = ranks[own].sum() - positive * (positive + 1) / 2
             found.append(float(above) / (positive * negative))

@@ -1,4 +1,4 @@
-"""The local learning rate of a round. Source: this project; curves as usual in training."""
+"""The local learning rate of a round."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def learning_rate(recipe: Recipe, t: int) -> float:
     return lr * factor(recipe.clients.lr_schedule, t, recipe.annealing.total_rounds)
 
 
-def doubt(recipe: Recipe) -> str | None:
-    """Return a warning where full-model rounds get a learning rate that was chosen for factors.
+def rate_warning(recipe: Recipe) -> str | None:
+    """Return a warning if full-model rounds get a learning rate that was chosen for factors.
 
     With adamw and pre-trained weights the best rate of factors was three to thirty times that of
     the full model, at which the latter does not learn (source: this project, results/paper).

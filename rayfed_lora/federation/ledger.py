@@ -1,6 +1,6 @@
 """The communication ledger: what a real network would carry, not what Ray moves.
 
-Source: this project (docs/method.md, "The communication ledger").
+Source: docs/method.md, "The communication ledger".
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ import numpy.typing as npt
 
 from rayfed_lora.aggregation.messages import Counts, Traffic
 from rayfed_lora.aggregation.rule import Rule
-from rayfed_lora.aggregation.rules import RULES
-from rayfed_lora.federation.traffic import RoundFacts, traffic
-from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.federation.traffic import Mask, RoundFacts, traffic
 from rayfed_lora.types import ModelShape
 
-BYTES_A_VALUE = 4
+BYTES_PER_VALUE = 4
 _NEVER = -1
 
 
@@ -33,7 +31,7 @@ class Bill:
         down: (cohort,) each client's download, base not included.
         base: (cohort,) the frozen base, and frozen factors, that each client was sent.
         arrived: number of uploads.
-        fedavg: values that FedAvg would have sent both ways, to and by the same clients as far.
+        fedavg: values that FedAvg would have sent both ways with the same clients and shares.
     """
 
     up: Counts
@@ -60,7 +58,7 @@ class Bill:
 
 @dataclass(frozen=True)
 class Totals:
-    """Bytes of a run so far; the `later_` ones are of the rounds after the initiating stage."""
+    """Bytes of a run so far; `later`, `later_*`: of the rounds after the initiating stage."""
 
     bytes_up: int = 0
     bytes_down: int = 0
@@ -90,6 +88,20 @@ class Totals:
             ),
         }
 
+    def plus(self, bill: Bill, after_initiating: bool) -> Totals:
+        """Return the totals after one more round."""
+        up, down = bill.params_up * BYTES_PER_VALUE, bill.params_down * BYTES_PER_VALUE
+        base, fedavg = bill.base_params * BYTES_PER_VALUE, bill.fedavg * BYTES_PER_VALUE
+        return Totals(
+            bytes_up=self.bytes_up + up,
+            bytes_down=self.bytes_down + down,
+            bytes_base=self.bytes_base + base,
+            fedavg=self.fedavg + fedavg,
+            later=self.later + (up + down) * after_initiating,
+            later_base=self.later_base + base * after_initiating,
+            later_fedavg=self.later_fedavg + fedavg * after_initiating,
+        )
+
 
 def _reduction(sent: int, fedavg: int) -> float | None:
     return None if fedavg == 0 else 1.0 - sent / fedavg
@@ -100,10 +112,8 @@ def _brings_result(messages: Traffic) -> bool:
     return messages.merge > 0 or len(messages.renewed) > 0
 
 
-def _reached(
-    facts: RoundFacts, messages: Traffic
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Return (cohort,) who got all that the round starts from, and who got all of its messages."""
+def _reached(facts: RoundFacts, messages: Traffic) -> tuple[Mask, Mask]:
+    """Return (cohort,) which clients got the round's start, and which got all its messages."""
     if facts.sent is None:
         everyone = np.ones(len(facts.cohort), bool)
         return everyone, everyone
@@ -115,19 +125,21 @@ def _reached(
 def _bill(facts: RoundFacts, messages: Traffic, base: Counts, total_params: int) -> Bill:
     """Return what was sent of the messages of a round."""
     arrived, sent = facts.arrived, facts.sent
-    up, down = np.where(arrived, messages.up, 0), messages.down
     whole = np.full(len(arrived), total_params, np.int64)
-    fedavg_up, fedavg_down = np.where(arrived, whole, 0), whole
-    if sent is not None:
-        up = np.where(sent.absent, _part(messages.up, sent.up), up)
-        # A result is sent when the round is over, to those who are still there.
-        got = np.zeros_like(down) if _brings_result(messages) else _part(down, sent.down)
-        down = np.where(sent.absent, got, down)
-        base = np.where(sent.absent, _part(base, sent.down), base)
-        fedavg_up = np.where(sent.absent, _part(whole, sent.up), fedavg_up)
-        fedavg_down = np.where(sent.absent, _part(whole, sent.down), fedavg_down)
-    fedavg = int(fedavg_up.sum() + fedavg_down.sum())
-    return Bill(up, down, base, int(arrived.sum()), fedavg)
+
+    def uploaded(values: Counts) -> Counts:
+        here = np.where(arrived, values, 0)
+        return here if sent is None else np.where(sent.absent, _part(values, sent.up), here)
+
+    def downloaded(values: Counts) -> Counts:
+        return values if sent is None else np.where(sent.absent, _part(values, sent.down), values)
+
+    down = downloaded(messages.down)
+    if sent is not None and _brings_result(messages):
+        # A result is sent when the round is over, to the clients that are still there.
+        down = np.where(sent.absent, 0, messages.down)
+    fedavg = int(uploaded(whole).sum() + downloaded(whole).sum())
+    return Bill(uploaded(messages.up), down, downloaded(base), int(arrived.sum()), fedavg)
 
 
 def _part(values: Counts, share: npt.NDArray[np.float64]) -> Counts:
@@ -144,28 +156,17 @@ class Ledger:
     """
 
     def __init__(self, shape: ModelShape, clients: int, rule: Rule) -> None:
-        """Start with no client holding any base.
-
-        Args:
-            shape: the model's sizes.
-            clients: number of clients there are.
-            rule: the aggregation rule.
-        """
+        """Start with no client holding any base."""
         self._shape = shape
         self._clients = clients
         self._rule = rule
-        self._held = {"base": np.full(clients, _NEVER, dtype=np.int64)}
+        self._held = {"base": np.full(clients, _NEVER, np.int64)}
         # Cost of the step from version i to i + 1, in values; a replacement costs the whole base.
         self._steps: list[int] = []
-        # Their running sums: of the steps before version i.
+        # By version i, the sum of the steps before it.
         self._behind: list[int] = [0]
         self._factors: dict[str, int] = {}
         self.totals = Totals()
-
-    @classmethod
-    def of(cls, recipe: Recipe, shape: ModelShape, clients: int) -> Ledger:
-        """Return the ledger of a run before its first round."""
-        return cls(shape, clients, RULES[recipe.aggregation.rule])
 
     def quote(self, facts: RoundFacts) -> Bill:
         """Return the bill of a round without booking it."""
@@ -182,13 +183,13 @@ class Ledger:
     def book(self, facts: RoundFacts) -> Bill:
         """Book a round and return its bill.
 
-        A full-model round brings the base with it, and leaves another one behind; in an adapter
-        round the base, or what a client missed of it, goes to whom does not hold it. Nothing is
-        booked as sent by a client that failed; of one that left or was too late, the share of its
-        messages that had been sent by then.
+        A full-model round sends the base, and replaces it; in an adapter round the base, or the
+        updates that a client missed, go to the clients that lack them. A client that failed sent
+        nothing; one that left or was too late, the share of its messages sent by then.
         """
-        if facts.folded:
-            self._step(facts.folded)
+        folded = facts.resizing.folded_params
+        if folded:
+            self._step(folded)
         messages = traffic(self._shape, self._rule, facts)
         if not facts.arrived.any():
             # Nothing is aggregated: what the round starts from stays as it is.
@@ -197,7 +198,7 @@ class Ledger:
         base = np.zeros_like(members)
         began, served = _reached(facts, messages)
         if facts.trainable == "adapter":
-            base += self._catch_up(members, len(self._steps) - (facts.folded > 0))
+            base += self._catch_up(members, len(self._steps) - (folded > 0))
             base += self._missing_factors(facts, members, began, messages)
             self._renew(members[served], messages)
         self._held["base"][members[began]] = len(self._steps)
@@ -208,7 +209,7 @@ class Ledger:
             self._step(self._shape.base_params)
             self._factors["head"] = self._factors.get("head", 0) + 1
         bill = _bill(facts, messages, base, self._shape.total_params)
-        self._add(bill, facts.after_initiating)
+        self.totals = self.totals.plus(bill, facts.after_initiating)
         return bill
 
     def _step(self, cost: int) -> None:
@@ -217,44 +218,40 @@ class Ledger:
         self._behind.append(self._behind[-1] + cost)
 
     def _missing_factors(
-        self,
-        facts: RoundFacts,
-        members: Counts,
-        began: npt.NDArray[np.bool_],
-        messages: Traffic,
+        self, facts: RoundFacts, members: Counts, began: Mask, messages: Traffic
     ) -> Counts:
-        """Return what members need of the frozen factors; those who began hold the current then.
+        """Return the frozen factors that members lack; the `began` ones then hold the current.
 
-        A cut makes new ones. Who holds A and B as they were makes the same cut; where it is
-        folded, all of the round are sent them as they were, and do so.
+        A cut makes new factors. A client that holds A and B truncates locally, at no cost; where
+        the rest is folded, all members are sent the factors before the cut, and do so.
         """
         for kind in messages.frozen:
             self._held.setdefault(kind, np.zeros(self._clients, np.int64))
-        cut = ("a", "b") if facts.resized else ()
+        cut = ("a", "b") if facts.resizing.shrunk else ()
         know = np.full(self._clients, set(cut) <= messages.frozen.keys())
         for kind in cut:
             know &= self._held.get(kind, 0) == self._factors.get(kind, 0)
-        if not facts.folded:
+        if not facts.resizing.folded_params:
             self._raise(cut, know)
         missing = np.zeros_like(members)
         for kind, size in messages.frozen.items():
             held, now = self._held[kind], self._factors.get(kind, 0)
             missing += np.where(held[members] < now, size, 0)
             held[members[began]] = now
-        if facts.folded:
+        if facts.resizing.folded_params:
             know[members[began]] = True
             self._raise(cut, know)
         return missing
 
-    def _raise(self, kinds: Sequence[str], know: npt.NDArray[np.bool_]) -> None:
-        """Replace frozen factors by new ones, which some clients hold already."""
+    def _raise(self, kinds: Sequence[str], know: Mask) -> None:
+        """Replace frozen factors by new ones, which the clients in `know` hold already."""
         for kind in kinds:
             self._factors[kind] = self._factors.get(kind, 0) + 1
             if kind in self._held:
                 self._held[kind][know] = self._factors[kind]
 
     def _renew(self, served: Counts, messages: Traffic) -> None:
-        """Note what the result of a round brings to those who are sent it."""
+        """Note the factors that the result of a round brings to the clients it is sent to."""
         for kind in messages.renewed:
             self._factors[kind] = self._factors.get(kind, 0) + 1
             self._held[kind][served] = self._factors[kind]
@@ -268,38 +265,14 @@ class Ledger:
         missed = np.maximum(self._behind[version] - behind, 0)
         return np.where(held == _NEVER, whole, np.minimum(missed, whole))
 
-    def _add(self, bill: Bill, after_initiating: bool) -> None:
-        t = self.totals
-        up, down = bill.params_up * BYTES_A_VALUE, bill.params_down * BYTES_A_VALUE
-        base = bill.base_params * BYTES_A_VALUE
-        fedavg = bill.fedavg * BYTES_A_VALUE
-        self.totals = replace(
-            t,
-            bytes_up=t.bytes_up + up,
-            bytes_down=t.bytes_down + down,
-            bytes_base=t.bytes_base + base,
-            fedavg=t.fedavg + fedavg,
-            later=t.later + (up + down) * after_initiating,
-            later_base=t.later_base + base * after_initiating,
-            later_fedavg=t.later_fedavg + fedavg * after_initiating,
-        )
-
     def snapshot(self) -> tuple[dict[str, object], dict[str, Counts]]:
         """Return what a checkpoint keeps: JSON values, and by kind the (clients,) held versions."""
-        facts: dict[str, object] = {
-            "steps": list(self._steps),
-            "factors": dict(self._factors),
-            "totals": asdict(self.totals),
-        }
+        steps, factors, totals = list(self._steps), dict(self._factors), asdict(self.totals)
+        facts: dict[str, object] = {"steps": steps, "factors": factors, "totals": totals}
         return facts, {kind: held.copy() for kind, held in self._held.items()}
 
     def restore(self, facts: Mapping[str, Any], held: Mapping[str, Counts]) -> None:
-        """Go back to a snapshot.
-
-        Args:
-            facts: of the snapshot; `totals` may be a `Totals` already.
-            held: of the snapshot.
-        """
+        """Go back to a snapshot, whose `totals` may be a `Totals` already."""
         self._steps, self._factors = list(facts["steps"]), dict(facts["factors"])
         self._behind = [0, *accumulate(self._steps)]
         totals = facts["totals"]

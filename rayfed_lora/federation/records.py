@@ -1,21 +1,18 @@
-"""Rows of a run's tables. A column of rounds.parquet is one field of `RoundRecord`.
-
-Source: this project (docs/design.md, "The run folder").
-"""
+"""Rows of a run's tables (docs/design.md, "The run folder")."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-from rayfed_lora.federation.clients import Updates
+from rayfed_lora.federation.client_training import Updates
 from rayfed_lora.federation.cohorts import Cohort
 from rayfed_lora.federation.evaluation import Scores
-from rayfed_lora.federation.ledger import BYTES_A_VALUE, Bill
+from rayfed_lora.federation.ledger import BYTES_PER_VALUE, Bill
+from rayfed_lora.federation.model_tests import TestResults
 from rayfed_lora.federation.run import Aggregated
-from rayfed_lora.federation.testing import Tested
 from rayfed_lora.federation.transitions import Start
 from rayfed_lora.lora.states import dense_params, factor_params
 from rayfed_lora.types import ClientReport, LocalPlan, Proposal, RoundPlan, Stage
@@ -29,15 +26,8 @@ class Round:
     """A finished round: everything that its rows are made of.
 
     Attributes:
-        plan: what was planned.
-        local: what its clients were told.
-        start: what they started from.
-        cohort: the clients.
-        updates: what they sent back.
-        aggregated: the server's step.
-        bill: what was sent.
         error: relative error of the aggregate, None without factors.
-        tested: how the new global model does.
+        tested: scores of the new global model.
         seconds: wall time, tests included.
     """
 
@@ -49,12 +39,12 @@ class Round:
     aggregated: Aggregated
     bill: Bill
     error: float | None
-    tested: Tested
+    tested: TestResults
     seconds: float
 
     @property
     def reports(self) -> Sequence[ClientReport]:
-        """One a client, in the order of the cohort."""
+        """One report per client, in the order of the cohort."""
         return self.updates.reports
 
     @property
@@ -78,16 +68,12 @@ class Round:
 
 
 def column(of: Callable[[Round], Any], **default: Any) -> Any:
-    """Return a field of `RoundRecord`: a column, and how it follows from the round."""
+    """Return a field of `RoundRecord` whose value `of` computes from the round."""
     return field(metadata={"of": of}, **default)
 
 
 def _mean_rank(r: Round) -> float | None:
     return None if r.ranks is None else math.fsum(r.ranks.values()) / max(len(r.ranks), 1)
-
-
-def _score(scores: Scores | None, name: str) -> float | None:
-    return None if scores is None else scores[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +82,12 @@ class RoundRecord:
 
     Attributes:
         round: index from 0.
-        stage: stage of the schedule.
         rank: uniform rank, or the mean over modules; None in a full-model round.
         ranks: rank by module; None in a full-model round.
         trainable_params: number of values that a client trains.
         proximal_weight: mu.
         clients: size of the cohort.
-        failed_clients: how many of them sent nothing usable.
+        failed_clients: number of them without a usable update.
         train_loss: mean over clients, weighted by examples; nan where no update came.
         evaluation: metrics of the new global model on the test split, `eval_<name>` in the table;
             None where not tested or not defined.
@@ -111,12 +96,10 @@ class RoundRecord:
         params_up, params_down: values sent by and to the cohort, base not included.
         bytes_up, bytes_down: the same in bytes.
         bytes_base: bytes of frozen base sent to participants that did not hold the current one.
-        learning_rate: local learning rate.
-        proposal: the annealing's proposal and verdict, None where there was none; columns of its
-            own in the table.
+        proposal: the annealing's proposal and verdict; columns of its own in the table.
         seconds: wall time of the round, evaluation included.
         dropped_clients: how many left or came too late, by the simulated clock.
-        retried_blocks: how often a block was trained again, its actor or its result being lost.
+        retried_blocks: how often a block was rerun because its actor or its result was lost.
         simulated_s: length of the round by the simulated clock, waiting for clients included; None
             where no time is simulated.
     """
@@ -134,16 +117,16 @@ class RoundRecord:
     aggregation_error: float | None = column(lambda r: r.error)
     params_up: int = column(lambda r: r.bill.params_up)
     params_down: int = column(lambda r: r.bill.params_down)
-    bytes_up: int = column(lambda r: r.bill.params_up * BYTES_A_VALUE)
-    bytes_down: int = column(lambda r: r.bill.params_down * BYTES_A_VALUE)
-    bytes_base: int = column(lambda r: r.bill.base_params * BYTES_A_VALUE)
+    bytes_up: int = column(lambda r: r.bill.params_up * BYTES_PER_VALUE)
+    bytes_down: int = column(lambda r: r.bill.params_down * BYTES_PER_VALUE)
+    bytes_base: int = column(lambda r: r.bill.base_params * BYTES_PER_VALUE)
     seconds: float = column(lambda r: r.seconds)
     learning_rate: float = column(lambda r: r.local.lr)
     validation_accuracy: float | None = column(
-        lambda r: _score(r.tested.validation, "accuracy"), default=None
+        lambda r: r.tested.validation and r.tested.validation["accuracy"], default=None
     )
     validation_loss: float | None = column(
-        lambda r: _score(r.tested.validation, "loss"), default=None
+        lambda r: r.tested.validation and r.tested.validation["loss"], default=None
     )
     proposal: Proposal | None = column(lambda r: r.plan.proposal, default=None)
     dropped_clients: Count = column(
@@ -169,15 +152,13 @@ class ClientRecord:
 
     Attributes:
         round: index from 0.
-        client: client id.
         examples: number of its training examples.
         train_loss: mean loss over its local steps, None where it failed.
-        status: `ok`, `failed`, or by the simulated clock `dropped` or `late`.
-        error: why it failed, or None.
-        bytes_up, bytes_down: what was sent of its messages, base not included.
+        status: `dropped` and `late` are by the simulated clock.
+        bytes_up, bytes_down: the part of its messages that was sent, base not included.
         seconds: its local training time.
-        simulated_s: by the simulated clock, from the start of the round until its update was there
-            or nobody waited for it any more; None where no time is simulated.
+        simulated_s: by the simulated clock, from the start of the round until its update arrived or
+            the server stopped waiting for it; None where no time is simulated.
     """
 
     round: Count
@@ -196,7 +177,7 @@ def client_records(finished: Round) -> list[ClientRecord]:
     """Return the row of every client of a round."""
     reports, bill, turnout = finished.reports, finished.bill, finished.cohort.turnout
     times = [None] * len(reports) if turnout is None else turnout.seconds.tolist()
-    sent = zip(bill.up.tolist(), bill.down.tolist(), times, strict=True)
+    rows = zip(reports, bill.up.tolist(), bill.down.tolist(), times, strict=True)
     return [
         ClientRecord(
             round=finished.plan.round,
@@ -205,25 +186,20 @@ def client_records(finished: Round) -> list[ClientRecord]:
             train_loss=report.train_loss if report.usable else None,
             status=report.absent or ("ok" if report.error is None else "failed"),
             error=report.error,
-            bytes_up=up * BYTES_A_VALUE,
-            bytes_down=down * BYTES_A_VALUE,
+            bytes_up=up * BYTES_PER_VALUE,
+            bytes_down=down * BYTES_PER_VALUE,
             seconds=report.seconds,
             simulated_s=simulated_s,
         )
-        for report, (up, down, simulated_s) in zip(reports, sent, strict=True)
+        for report, up, down, simulated_s in rows
     ]
 
 
 @dataclass(frozen=True)
 class ClientTest:
-    """A row of client_metrics.parquet: one client's own examples after one round.
+    """A row of client_metrics.parquet: one client's own held-out examples after one round.
 
-    Attributes:
-        round: index from 0.
-        client: client id.
-        examples: number of its held-out examples.
-        accuracy, loss: of the global model.
-        personal_accuracy, personal_loss: of the client's own model, where it has one.
+    `accuracy` and `loss` are the global model's, `personal_*` the client's own model's, if any.
     """
 
     round: Count
@@ -237,24 +213,16 @@ class ClientTest:
 
 def client_tests(finished: Round) -> list[ClientTest]:
     """Return the row of every client that was tested after a round."""
-    own = {score.client: score for score in finished.tested.own}
+    own = {each.client: (each.accuracy, each.loss) for each in finished.tested.own}
     return [
-        ClientTest(
-            round=finished.plan.round,
-            client=score.client,
-            examples=score.examples,
-            accuracy=score.accuracy,
-            loss=score.loss,
-            personal_accuracy=own[score.client].accuracy if score.client in own else None,
-            personal_loss=own[score.client].loss if score.client in own else None,
-        )
+        ClientTest(finished.plan.round, *astuple(score), *own.get(score.client, (None, None)))
         for score in finished.tested.clients
     ]
 
 
 @dataclass(frozen=True)
 class Note:
-    """A row of notes.parquet: what the user should know of a round, e.g. a lost actor."""
+    """A row of notes.parquet: a message for the user on a round, e.g. on a lost actor."""
 
     round: Count
     text: str

@@ -1,34 +1,23 @@
-"""A run between two rounds, as a value: what a checkpoint holds beside the ledger.
-
-Source: this project.
-"""
+"""A run between two rounds, as a value: what a checkpoint holds beside the ledger."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.aggregation.server_step import Moments, OptimizerStep
 from rayfed_lora.aggregation.step import Aggregate
 from rayfed_lora.annealing.stages import is_full
-from rayfed_lora.federation.clients import Updates
+from rayfed_lora.federation.client_training import Updates
 from rayfed_lora.federation.cohorts import Cohort
 from rayfed_lora.federation.evaluation import Scores
-from rayfed_lora.federation.transitions import Start, merged
+from rayfed_lora.federation.transitions import Start, with_updates
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import Engine
-from rayfed_lora.tasks.messages import Initial
-from rayfed_lora.types import (
-    AdapterState,
-    Base,
-    ClientReport,
-    FloatArray,
-    GlobalModel,
-    RoundPlan,
-    Trainable,
-)
+from rayfed_lora.tasks.messages import Initial, Personal
+from rayfed_lora.types import AdapterState, Base, ClientReport, GlobalModel, RoundPlan, Trainable
 
 
 @dataclass(frozen=True)
@@ -57,11 +46,9 @@ class Run:
 
     Attributes:
         rounds: number of finished rounds.
-        model: the global model.
         rank: uniform rank in use, None before the first adapter round.
         validation: newest scores on the validation split, where feedback needs them.
         best_at_heating: best validation metric at the heating rank (target acceptance).
-        timing: seconds so far.
         clock_s: simulated seconds so far.
         moments: of the server's optimiser.
         personal: B by module, of each client that keeps its own.
@@ -75,16 +62,11 @@ class Run:
     timing: Timing = field(default_factory=Timing)
     clock_s: float = 0.0
     moments: Moments = field(default_factory=dict)
-    personal: Mapping[int, Mapping[str, FloatArray]] = field(default_factory=dict)
+    personal: Personal = field(default_factory=dict)
 
 
 def fresh(recipe: Recipe, engine: Engine) -> Run:
-    """Return a run before its first round.
-
-    Args:
-        recipe: the run.
-        engine: opened.
-    """
+    """Return a run before its first round, from an opened engine."""
     trainable: Trainable = "full" if is_full(recipe.annealing, 0) else "adapter"
     dense = engine.submit(Initial(trainable)).result()
     return Run(0, GlobalModel(AdapterState({}, dense), Base(), trainable))
@@ -92,12 +74,9 @@ def fresh(recipe: Recipe, engine: Engine) -> Run:
 
 @dataclass(frozen=True)
 class Aggregated:
-    """The server's step of a round.
+    """The server's step of a round, and the moments of its optimiser after it.
 
-    Attributes:
-        result: the next global state.
-        moments: of the server's optimiser, after it.
-        seconds: that joining the updates and the step took.
+    `seconds` are those of joining the updates and of the step.
     """
 
     result: Aggregate
@@ -108,14 +87,9 @@ class Aggregated:
 def aggregate(
     recipe: Recipe, run: Run, start: Start, updates: Updates, cohort: Cohort
 ) -> Aggregated:
-    """Turn the updates of a round into the next global state; without any it stays as it was.
+    """Turn the updates of a round into the next global state; without updates it is unchanged.
 
-    Args:
-        recipe: names the rule and the server's optimiser.
-        run: before the round.
-        start: what its clients started from.
-        updates: what they sent back.
-        cohort: the clients.
+    `run` is the run before the round.
     """
     began = time.perf_counter()
     moments = kept_moments(run, start)
@@ -138,41 +112,25 @@ def kept_moments(run: Run, start: Start) -> Moments:
 
 
 def after(
-    run: Run,
-    plan: RoundPlan,
-    start: Start,
-    cohort: Cohort,
-    updates: Updates,
-    aggregated: Aggregated,
+    run: Run, plan: RoundPlan, start: Start, cohort: Cohort, updates: Updates, step: Aggregated
 ) -> Run:
-    """Return the run after a round, without its scores and timing.
-
-    Args:
-        run: before the round.
-        plan: the round.
-        start: what its clients started from.
-        cohort: the clients.
-        updates: what they sent back.
-        aggregated: the server's step.
-    """
-    result = aggregated.result
-    base = merged(start.model.base, result.merged)
+    """Return the run after a round, without its scores and timing; `run` is the run before it."""
+    result = step.result
+    base = with_updates(start.model.base, result.merged)
     return replace(
         run,
         rounds=plan.round + 1,
         model=replace(start.model, state=result.state, base=base),
         rank=run.rank if plan.trainable == "full" else plan.rank,
         clock_s=cohort.clock_s,
-        moments=aggregated.moments,
+        moments=step.moments,
         personal=_personal(run.personal, updates.reports),
     )
 
 
-def _personal(
-    before: Mapping[int, Mapping[str, FloatArray]], reports: Sequence[ClientReport]
-) -> Mapping[int, Mapping[str, FloatArray]]:
+def _personal(before: Personal, reports: Sequence[ClientReport]) -> Personal:
     """Return each client's own B after a round."""
-    # Copies: what came is part of a message that would live as long as any of its clients' B.
+    # Copies: a report's B is part of a message that would live as long as any of its clients' B.
     new = {
         report.client: {name: b.copy() for name, b in report.personal.items()}
         for report in reports

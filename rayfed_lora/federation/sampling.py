@@ -1,4 +1,4 @@
-"""The cohort of a round and its blocks. Source: this project (docs/method.md)."""
+"""The cohort of a round and its blocks (docs/method.md)."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import numpy.typing as npt
 
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
+from rayfed_lora.tasks.messages import Block
 from rayfed_lora.types import Device, ModelShape
 
-Block = tuple[int, ...]
 _TESTED_TOGETHER = 50
-# Blocks that a round has at least, where it has the clients.
+# Minimum number of blocks of a round that has so many clients.
 _BLOCKS_TO_SHARE = 4
 _FEW_BLOCKS = 8
-# Memory that training holds for a linear layer, in its outputs (gradients, attention, norms).
-_HELD_A_LINEAR_OUTPUT = 3
+# Memory that training holds per linear layer, in sizes of its output (gradients, attention, norms).
+_HELD_PER_LINEAR_OUTPUT = 3
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How much of a block helps on a kind of device.
+class _BlockLimits:
+    """The size of a block up to which it trains faster than smaller ones, on a kind of device.
 
     Attributes:
-        linear_flops: work of one call of a linear layer that outweighs what the call costs.
-        activation_bytes: what a block may hold.
-        clients: no more than that.
+        linear_flops: work of one call of a linear layer that outweighs the cost of a call.
+        activation_bytes: largest memory of a block.
+        clients: largest number of clients.
     """
 
     linear_flops: float
@@ -39,9 +39,9 @@ class Limits:
 
 
 # Measured: benchmarks/README.md. A GPU's are estimates from its launch time and speed.
-LIMITS: Mapping[Device, Limits] = {
-    "cpu": Limits(linear_flops=8e7, activation_bytes=1e9, clients=32),
-    "cuda": Limits(linear_flops=1e10, activation_bytes=8e9, clients=64),
+_LIMITS: Mapping[Device, _BlockLimits] = {
+    "cpu": _BlockLimits(linear_flops=8e7, activation_bytes=1e9, clients=32),
+    "cuda": _BlockLimits(linear_flops=1e10, activation_bytes=8e9, clients=64),
 }
 
 
@@ -50,9 +50,9 @@ class BlockSize:
     """How a cohort is cut.
 
     Attributes:
-        clients: clients a block, at most.
-        even: all blocks as large as each other, to one; else only the last one is smaller.
-        reason: why, for the user.
+        clients: maximum number of clients per block.
+        even: the sizes of blocks differ by at most one; else only the last block is smaller.
+        reason: for the user.
     """
 
     clients: int
@@ -70,9 +70,9 @@ def cohort(
 
     Args:
         recipe: gives the size and the seed.
-        clients: number of clients there are.
+        clients: number of all clients.
         round_index: from 0.
-        reachable: those that can be drawn; all of them where there are too few. None: all.
+        reachable: clients that can be drawn, all of them where there are too few; None: all.
     """
     rng = generator(recipe.seed, Purpose.COHORT, round_index)
     wanted = recipe.drawn(clients)
@@ -84,28 +84,19 @@ def cohort(
 
 
 def tested_clients(recipe: Recipe, clients: int, round_index: int) -> list[Block]:
-    """Return the clients that are tested on examples of their own after a round, in short runs.
-
-    Args:
-        recipe: gives their number and the seed.
-        clients: number of clients there are.
-        round_index: from 0.
-    """
+    """Return which of `clients` are tested on their own examples after a round, in blocks."""
     wanted = recipe.evaluation.clients
     chosen = np.arange(clients)
     if wanted != "all" and wanted < clients:
         rng = generator(recipe.seed, Purpose.TESTED_CLIENTS, round_index)
         chosen = np.sort(rng.choice(clients, wanted, replace=False))
-    runs = [chosen[i : i + _TESTED_TOGETHER] for i in range(0, len(chosen), _TESTED_TOGETHER)]
-    return [tuple(run.tolist()) for run in runs]
+    return blocks(tuple(chosen.tolist()), BlockSize(_TESTED_TOGETHER, even=False))
 
 
 def rank_limits(recipe: Recipe, clients: int) -> npt.NDArray[np.int64] | None:
     """Return the largest rank that each client can train, (clients,); None where none is limited.
 
-    Args:
-        recipe: gives `clients.ranks` and the seed.
-        clients: number of clients there are.
+    `clients.ranks` lists ranks in turn, or maps each rank to its share of clients, drawn at random.
     """
     wanted = recipe.clients.ranks
     if wanted is None:
@@ -129,25 +120,18 @@ def blocks(cohort: tuple[int, ...], size: BlockSize) -> list[Block]:
     if not cohort:
         return []
     count = math.ceil(len(cohort) / size.clients)
-    if size.even:
-        edges = [i * len(cohort) // count for i in range(count + 1)]
-    else:
-        edges = [min(i * size.clients, len(cohort)) for i in range(count + 1)]
+    if not size.even:
+        return [cohort[i * size.clients : (i + 1) * size.clients] for i in range(count)]
+    edges = [i * len(cohort) // count for i in range(count + 1)]
     return [cohort[low:high] for low, high in pairwise(edges)]
 
 
 def block_size(recipe: Recipe, shape: ModelShape, clients: int, device: Device) -> BlockSize:
-    """Return how many clients are trained together, and why.
+    """Return how many clients of a cohort of `clients` are trained together, and why.
 
-    `auto` takes as many as give each linear layer enough work in one step to outweigh what a
-    call of it costs, as far as their activations fit, and no more than leave a few blocks for
-    several actors to share. A full-model round trains one client at a time.
-
-    Args:
-        recipe: gives `runtime.cohort_size` and the batch.
-        shape: the model's sizes.
-        clients: size of the cohort.
-        device: kind of device the actors train on.
+    `runtime.cohort_size` or, with `auto`, as many as give each linear layer enough work in one step
+    to outweigh the cost of a call, as far as their activations fit, and no more than leave a few
+    blocks for several actors to share. A full-model round trains one client at a time.
     """
     wanted = recipe.runtime.cohort_size
     if shape.obstacle is not None:
@@ -156,16 +140,16 @@ def block_size(recipe: Recipe, shape: ModelShape, clients: int, device: Device) 
         return BlockSize(wanted, False, f"{wanted} clients a block (runtime.cohort_size)")
     if shape.linear_flops == 0:
         return BlockSize(1, True, "one client at a time: the model's work could not be traced")
-    batch, limits = recipe.clients.batch_size, LIMITS[device]
+    batch, limits = recipe.clients.batch_size, _LIMITS[device]
     work = shape.linear_flops * batch
     by_work = math.ceil(limits.linear_flops / work)
-    held = _HELD_A_LINEAR_OUTPUT * shape.activation_bytes * batch
+    held = _HELD_PER_LINEAR_OUTPUT * shape.activation_bytes * batch
     by_memory = max(1, math.floor(limits.activation_bytes / held))
     most = min(by_work, by_memory, limits.clients)
     fitting, shared = math.ceil(clients / most), min(clients, _BLOCKS_TO_SHARE)
     count = max(fitting, shared)
     if count < clients and count <= _FEW_BLOCKS:
-        # Any usual number of actors then has equally many.
+        # A power of two: the usual numbers of actors then have equally many blocks each.
         count = min(clients, 2 ** math.ceil(math.log2(count)))
     size = math.ceil(clients / count)
     reason = (

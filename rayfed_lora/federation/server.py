@@ -12,13 +12,14 @@ from typing import Protocol
 
 from threadpoolctl import threadpool_limits
 
+from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.annealing.stages import plan_round
-from rayfed_lora.federation.clients import Clients
+from rayfed_lora.federation.client_training import ClientTraining
 from rayfed_lora.federation.cohorts import Cohorts
 from rayfed_lora.federation.ledger import Ledger
+from rayfed_lora.federation.model_tests import Tester
 from rayfed_lora.federation.records import Round
 from rayfed_lora.federation.run import Run, after, aggregate
-from rayfed_lora.federation.testing import Tester
 from rayfed_lora.federation.transitions import enter
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import Engine, Population
@@ -26,7 +27,7 @@ from rayfed_lora.types import ClientReport, RoundPlan
 
 
 class Recorder(Protocol):
-    """What is told how the run goes."""
+    """Is told of a run's progress."""
 
     def round_started(self, plan: RoundPlan, cohort: tuple[int, ...]) -> None:
         """Note that a round begins."""
@@ -52,23 +53,18 @@ class Server:
         recorder: Recorder,
         should_stop: Callable[[], bool],
     ) -> None:
-        """Prepare the run.
+        """Prepare a run on an opened engine, whose `open` returned the population.
 
-        Args:
-            recipe: the run.
-            engine: opened.
-            population: what its `open` said.
-            recorder: told of every round and client.
-            should_stop: asked while clients train; once true, the round is abandoned.
+        While clients train, `should_stop` is asked; once true, the round is abandoned.
         """
         self._recipe = recipe
         self._shape = population.shape
         self._engine = engine
         self._recorder = recorder
-        self.ledger = Ledger.of(recipe, population.shape, population.clients)
+        self.ledger = Ledger(population.shape, population.clients, RULES[recipe.aggregation.rule])
         self._cohorts = Cohorts(recipe, population.devices, population.clients, self.ledger)
         limits, tell = self._cohorts.limits, recorder.clients_done
-        self.clients = Clients(recipe, population, limits, should_stop, tell)
+        self.clients = ClientTraining(recipe, population, limits, should_stop, tell)
         self._tester = Tester(recipe, engine, population, limits)
 
     def rounds(self, run: Run) -> Iterator[Run]:

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from rayfed_lora.aggregation.messages import AdapterRound, Counts, Ranks, Traffic
+from rayfed_lora.aggregation.messages import AdapterRound, Counts, Traffic
 from rayfed_lora.aggregation.rule import Rule
+from rayfed_lora.federation.transitions import Resizing
 from rayfed_lora.types import Frozen, ModelShape, Trainable
 
+Mask = npt.NDArray[np.bool_]
 _NO_LIMIT = np.iinfo(np.int64).max
 
 
@@ -27,7 +29,7 @@ class Sent:
         down, up: (cohort,) share of the client's download and upload that was sent.
     """
 
-    absent: npt.NDArray[np.bool_]
+    absent: Mask
     down: npt.NDArray[np.float64]
     up: npt.NDArray[np.float64]
 
@@ -37,59 +39,40 @@ class RoundFacts:
     """The facts that decide the messages of a round.
 
     Attributes:
-        trainable: `full` or `adapter`.
         cohort: client ids.
         arrived: (cohort,) whether the client's update arrived.
-        ranks: rank by module; unused in a full-model round.
         limits: (cohort,) largest rank of each client; None: no limits.
         frozen: the factor that is not trained.
-        ranks_before: rank by module of the state that clients are sent where it differs: in a round
-            that folds a cut, clients get the factors before the cut and fold the rest themselves.
-        folded: number of values that this cut folds into the base.
-        resized: whether the server has cut A and B since the last round's result. A
-            rise needs no message: clients draw the new rows of A from the seed.
         stepped: whether the server's learning rate is not 1: a residual then has one more term,
             the start.
-        after_initiating: whether the round is after the initiating stage.
         sent: shares of the messages of clients that left or came too late; None: every message is
             sent whole.
     """
 
     trainable: Trainable
     cohort: Sequence[int]
-    arrived: npt.NDArray[np.bool_]
-    ranks: Ranks = field(default_factory=dict)
+    arrived: Mask
+    resizing: Resizing = field(default_factory=Resizing)
     limits: Counts | None = None
     frozen: Frozen | None = None
-    ranks_before: Ranks | None = None
-    folded: int = 0
-    resized: bool = False
     stepped: bool = False
     after_initiating: bool = True
     sent: Sent | None = None
 
 
 def traffic(shape: ModelShape, rule: Rule, facts: RoundFacts) -> Traffic:
-    """Return the messages of a round.
-
-    A full-model round sends every weight both ways; the messages of an adapter round are the
-    rule's.
-
-    Args:
-        shape: the model's sizes.
-        rule: the aggregation rule.
-        facts: of the round.
-    """
+    """Return the messages of a round: every weight both ways, or the rule's of an adapter round."""
     if facts.trainable == "full":
         whole = np.full(len(facts.cohort), shape.total_params, np.int64)
         return Traffic(whole, whole)
+    resizing = facts.resizing
     limits = np.full(len(facts.cohort), _NO_LIMIT) if facts.limits is None else facts.limits
     return rule.messages(
         AdapterRound(
             modules=shape.modules,
             head=shape.head_params,
-            ranks=facts.ranks,
-            received=facts.ranks if facts.ranks_before is None else facts.ranks_before,
+            ranks=resizing.ranks,
+            received=resizing.ranks if resizing.cut is None else resizing.cut,
             limits=limits,
             arrived=facts.arrived,
             frozen=facts.frozen,

@@ -1,6 +1,6 @@
 """How the global state enters a round: a new adapter, another rank, another base.
 
-Source: this project (docs/method.md, "Stages" and "Resizing the rank").
+Source: docs/method.md, "Stages" and "Resizing the rank".
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from rayfed_lora.types import AdapterState, Base, Factors, GlobalModel, ModelSha
 
 @dataclass(frozen=True)
 class Resizing:
-    """What a change of ranks means for the messages of a round.
+    """A change of ranks, as far as the messages of a round depend on it.
 
     Attributes:
         ranks: rank by module; empty in a full-model round.
-        cut: rank by module before a shrink whose rest was folded into the base, else None.
-        folded_params: number of values in what was folded.
-        shrunk: whether the server has cut some module's factors.
+        cut: rank by module before a shrink whose rest was folded into the base: clients are sent
+            the factors before the cut and fold the rest themselves.
+        folded_params: number of values that were folded.
+        shrunk: whether the server has cut some module's factors since the last round's result. A
+            rise needs no message: clients draw the new rows of A from the seed.
     """
 
     ranks: Mapping[str, int] = field(default_factory=dict)
@@ -39,12 +41,9 @@ class Resizing:
 
 @dataclass(frozen=True)
 class Start:
-    """The global model as a round starts from it.
+    """The global model that a round starts from, resized and on its base.
 
-    Attributes:
-        model: resized, on its base.
-        resizing: what the round's ranks mean for its messages.
-        unchanged: whether its factors are those that the round before has left.
+    `unchanged`: its factors are those that the round before has left.
     """
 
     model: GlobalModel
@@ -58,12 +57,20 @@ def enter(recipe: Recipe, shape: ModelShape, model: GlobalModel, plan: RoundPlan
         return Start(model, Resizing(), unchanged=True)
     if model.trainable == "full":
         model = _on_new_base(shape, model)
-    if not model.state.factors:
+    old, base = model.state, model.base
+    if not old.factors:
         ranks = budget.uniform(shape.modules, plan.rank)
-        factors = _fresh(recipe, shape, ranks, plan.round)
-        state = replace(model.state, factors=factors)
+        state = replace(old, factors=_new_factors(recipe, shape, ranks, plan.round))
         return Start(replace(model, state=state), Resizing(ranks))
-    return _resized(recipe, shape, model, plan)
+    ranks = allocate(recipe, shape, old, plan.round, plan.rank)
+    state = resized_adapter(recipe, old, ranks, plan.round)
+    resizing = _resizing(recipe, shape, {name: f.rank for name, f in old.factors.items()}, ranks)
+    if resizing.cut is not None:
+        shrunk = {name: f for name, f in old.factors.items() if ranks[name] < f.rank}
+        rest = {name: product(resize.cut_off(f, ranks[name])) for name, f in shrunk.items()}
+        base = with_updates(base, rest)
+    same = state.version == old.version
+    return Start(GlobalModel(state, base, "adapter"), resizing, unchanged=same)
 
 
 def planned(
@@ -71,11 +78,7 @@ def planned(
 ) -> Resizing:
     """Return the resizing of a round whose model is not known: with the uniform rank.
 
-    Args:
-        recipe: the run.
-        shape: the model's sizes.
-        rank_before: uniform rank of the factors before the round, None where there are none.
-        plan: the round.
+    `rank_before` is the uniform rank of the factors before the round; None: there are none.
     """
     if plan.trainable == "full":
         return Resizing()
@@ -103,7 +106,7 @@ def _on_new_base(shape: ModelShape, model: GlobalModel) -> GlobalModel:
     return GlobalModel(AdapterState({}, head), Base(model.base.root + 1, frozen), "adapter")
 
 
-def _fresh(
+def _new_factors(
     recipe: Recipe, shape: ModelShape, ranks: Mapping[str, int], round_index: int
 ) -> dict[str, Factors]:
     """Return new factors with B = 0."""
@@ -126,8 +129,8 @@ def allocate(
 ) -> dict[str, int]:
     """Return the rank of each module for a round's uniform rank.
 
-    Spectral allocation needs a trained adapter: initiating rounds and the first heating round
-    are uniform.
+    Spectral allocation needs a trained adapter: initiating rounds and the first heating round are
+    uniform.
     """
     stage, i = locate(recipe.annealing, round_index)
     untrained = stage == "initiating" or (stage == "heating" and i == 0)
@@ -137,7 +140,7 @@ def allocate(
     return budget.spectral(shape.modules, spectra, rank)
 
 
-def resized(
+def resized_adapter(
     recipe: Recipe, state: AdapterState, ranks: Mapping[str, int], round_index: int
 ) -> AdapterState:
     """Return the state with each module at its new rank and scale; the same one if none changes."""
@@ -151,22 +154,8 @@ def resized(
     return replace(state, factors=factors)
 
 
-def _resized(recipe: Recipe, shape: ModelShape, model: GlobalModel, plan: RoundPlan) -> Start:
-    old = model.state
-    ranks = allocate(recipe, shape, old, plan.round, plan.rank)
-    state = resized(recipe, old, ranks, plan.round)
-    resizing = _resizing(recipe, shape, {name: f.rank for name, f in old.factors.items()}, ranks)
-    base = model.base
-    if resizing.cut is not None:
-        shrunk = {name: f for name, f in old.factors.items() if ranks[name] < f.rank}
-        rest = {name: product(resize.cut_off(f, ranks[name])) for name, f in shrunk.items()}
-        base = merged(base, rest)
-    same = state.version == old.version
-    return Start(GlobalModel(state, base, "adapter"), resizing, unchanged=same)
-
-
-def protected(state: AdapterState) -> AdapterState:
-    """Make the arrays of a global state read-only, and return the same state.
+def make_read_only(state: AdapterState) -> None:
+    """Make the arrays of a global state read-only.
 
     Engines send a state once. Code that changes a state in place would otherwise train the next
     round from the old values on Ray and from the new ones locally.
@@ -174,16 +163,10 @@ def protected(state: AdapterState) -> AdapterState:
     arrays = [array for f in state.factors.values() for array in (f.a, f.b)]
     for array in (*arrays, *state.dense.values()):
         array.flags.writeable = False
-    return state
 
 
-def merged(base: Base, updates: Mapping[str, Product]) -> Base:
-    """Return the base with some updates added to its modules' weights; itself without any.
-
-    Args:
-        base: the frozen base.
-        updates: (b, a) by module.
-    """
+def with_updates(base: Base, updates: Mapping[str, Product]) -> Base:
+    """Return the base with (b, a) by module added to its weights; itself without any."""
     if not updates:
         return base
     sums = dict(base.merged)

@@ -10,8 +10,8 @@ from typing import Any
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.annealing.stages import Feedback, plan_round
 from rayfed_lora.federation.cohorts import Cohort, Cohorts
-from rayfed_lora.federation.learning_rate import doubt, learning_rate
-from rayfed_lora.federation.ledger import BYTES_A_VALUE, Bill, Ledger, Totals
+from rayfed_lora.federation.learning_rate import learning_rate, rate_warning
+from rayfed_lora.federation.ledger import BYTES_PER_VALUE, Bill, Ledger, Totals
 from rayfed_lora.federation.sampling import block_size
 from rayfed_lora.federation.transitions import planned
 from rayfed_lora.recipe.loading import load_recipe
@@ -87,7 +87,7 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
     recipe = load_recipe(recipe)
     sizes = outline(recipe)
     clients = len(sizes.devices.sizes)
-    ledger = Ledger.of(recipe, sizes.shape, clients)
+    ledger = Ledger(sizes.shape, clients, RULES[recipe.aggregation.rule])
     cohorts = Cohorts(recipe, sizes.devices, clients, ledger)
     # As if each proposal were accepted: what is proposed depends on the training.
     annealing = recipe.annealing.model_copy(update={"acceptance": "always"})
@@ -103,7 +103,7 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
         clock_s, rank = cohort.clock_s, rounds[-1].rank
     full = any(planned.trainable == "full" for planned in rounds)
     # A full-model round adds gradients and two values of optimiser state.
-    training_mb = sizes.shape.total_params * BYTES_A_VALUE / 1e6 * (4 if full else 1)
+    training_mb = sizes.shape.total_params * BYTES_PER_VALUE / 1e6 * (4 if full else 1)
     state = ", gradients and optimiser state" if full else ""
     needs = (
         _actors(recipe, rounds),
@@ -112,7 +112,7 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
         f" ({_PROCESS_MB} MB of Python and torch, {training_mb:.0f} MB of model{state}),"
         " without activations",
     )
-    doubtful = doubt(recipe)
+    doubtful = rate_warning(recipe)
     notes = (*sizes.notes, *unused(recipe), *([] if doubtful is None else [doubtful]))
     return Plan(tuple(rounds), ledger.totals, sizes, needs, _PROCESS_MB + training_mb, notes)
 
@@ -126,13 +126,13 @@ def _planned_round(
         stage=scheduled.stage,
         trainable=scheduled.trainable,
         rank=None if full else scheduled.rank,
-        trainable_params=_trained(shape, facts.ranks, facts.frozen, full),
+        trainable_params=_trained(shape, facts.resizing.ranks, facts.frozen, full),
         learning_rate=learning_rate(recipe, scheduled.round),
         clients=len(cohort.clients),
         arriving=bill.arrived,
-        bytes_up=bill.params_up * BYTES_A_VALUE,
-        bytes_down=bill.params_down * BYTES_A_VALUE,
-        bytes_base=bill.base_params * BYTES_A_VALUE,
+        bytes_up=bill.params_up * BYTES_PER_VALUE,
+        bytes_down=bill.params_down * BYTES_PER_VALUE,
+        bytes_base=bill.base_params * BYTES_PER_VALUE,
         simulated_s=cohort.lasted_s,
     )
 

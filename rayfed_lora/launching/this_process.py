@@ -22,9 +22,9 @@ def local_engine(recipe: Recipe, factory: Factory, device: str | None = None) ->
         ResourceError: the recipe asks for a GPU that torch does not find.
     """
     if device is None and recipe.runtime.device == "cuda":
-        from rayfed_lora.training.device import has_gpu
+        from rayfed_lora.training.device import seen_gpus
 
-        if not has_gpu():
+        if seen_gpus() == 0:
             raise ResourceError("runtime.device 'cuda': torch finds no GPU on this machine")
         device = "cuda:0"
     return LocalEngine(lambda: in_process(recipe, factory, device or "cpu"))

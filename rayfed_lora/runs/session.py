@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rayfed_lora.errors import InterruptedRunError
-from rayfed_lora.federation.learning_rate import doubt
+from rayfed_lora.federation.learning_rate import rate_warning
 from rayfed_lora.federation.server import Server
 from rayfed_lora.recipe.loading import recipe_yaml
 from rayfed_lora.recipe.notes import unused
@@ -180,7 +180,7 @@ def _notes(recipe: Recipe, population: Population, server: Server, lease: Lease)
         found.insert(0, lease.note)
     if population.shape.obstacle is not None and recipe.annealing.mode != "full":
         found.insert(0, f"clients are trained {server.clients.block_size.reason}")
-    doubtful = doubt(recipe)
+    doubtful = rate_warning(recipe)
     return found if doubtful is None else [*found, doubtful]
 
 

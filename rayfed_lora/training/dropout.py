@@ -1,4 +1,4 @@
-"""Dropout whose draws belong to a client, whoever is computed beside it. Source: this project."""
+"""Dropout whose draws depend on the client alone, not on the clients computed with it."""
 
 from __future__ import annotations
 
@@ -13,28 +13,23 @@ _Fill = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 
 class ClientDropout(TorchFunctionMode):
-    """While active, each client of a group draws what dropout needs from a stream of its own.
+    """While active, each client of a group draws dropout masks from a stream of its own.
 
-    Takes the place of `torch.nn.functional.dropout` (which `nn.Dropout` calls), of the dropout in
-    `scaled_dot_product_attention`, and of `torch.rand` by example (stochastic depth). A client
-    draws for its own examples, not for rows that fill its batch up; texts are as long as the
-    longest of the group, so that draws are those of the client alone where the lengths are the
-    same. Other draws come from torch's own state.
+    Replaces `torch.nn.functional.dropout` (which `nn.Dropout` calls), the dropout in
+    `scaled_dot_product_attention`, and `torch.rand` by example (stochastic depth). A client draws
+    for its own examples, not for padding rows; texts are as long as the longest of the group, so
+    that draws are those of the client alone where the lengths are the same. Other draws come from
+    torch's own state.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        """Start the streams.
-
-        Args:
-            seeds: one a client of the group.
-            device: where the model computes.
-        """
+        """Start a stream on the device from each client's seed."""
         super().__init__()
         self._streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self._examples: list[int] = []
 
     def step(self, examples: Sequence[int]) -> None:
-        """Say how many of each client's rows are its own in the next pass; clients may be fewer."""
+        """Set how many of each client's rows are its own in the next pass; clients may be fewer."""
         self._examples = list(examples)
 
     def __torch_function__(
@@ -58,14 +53,10 @@ class ClientDropout(TorchFunctionMode):
         return func(*args, **named)
 
     def _filled(self, zeros: torch.Tensor, fill: _Fill) -> torch.Tensor:
-        """Fill the rows of each client's own examples from its stream; of one client, all.
-
-        Raises:
-            ValueError: the rows are not those of the clients' examples.
-        """
+        """Fill the rows of each client's own examples from its stream; all rows of one client."""
         clients = len(self._examples)
         if clients == 1:
-            # Not every tensor has a row an example: some models put positions first.
+            # Not every tensor has a row per example: some models put positions first.
             return fill(zeros, self._streams[0])
         if zeros.shape[0] % (clients * max(self._examples)) != 0:
             raise ValueError(
@@ -98,7 +89,7 @@ class ClientDropout(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        """Return what torch documents its attention to compute, with dropout by client."""
+        """Return attention as torch documents it, with dropout by client."""
         if enable_gqa:
             heads = query.shape[-3] // key.shape[-3]
             key, value = (x.repeat_interleave(heads, dim=-3) for x in (key, value))

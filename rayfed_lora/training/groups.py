@@ -1,4 +1,4 @@
-"""What it takes to train several clients in the same batches. Source: this project."""
+"""Batches that several clients share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from rayfed_lora.data.batches import IndexArray, batch_indices
 from rayfed_lora.recipe.clients import Clients
@@ -19,9 +18,8 @@ class ClientTask:
     """A client's work in one round.
 
     Attributes:
-        client: client id.
         examples: number of examples it holds.
-        batches: rows of the training split, an array a step.
+        batches: rows of the training split, an array per step.
     """
 
     client: int
@@ -30,42 +28,24 @@ class ClientTask:
 
     @classmethod
     def of(
-        cls,
-        client: int,
-        examples: npt.NDArray[np.int64],
-        settings: Clients,
-        seed: int,
-        plan: LocalPlan,
+        cls, client: int, examples: IndexArray, settings: Clients, seed: int, plan: LocalPlan
     ) -> ClientTask:
-        """Draw a client's batches of a round.
-
-        Args:
-            client: client id.
-            examples: (n,) the rows it holds.
-            settings: the recipe's section.
-            seed: the run's seed.
-            plan: the round.
-        """
+        """Draw a client's batches of a round from (n,) the rows it holds."""
         rng = generator(seed, Purpose.BATCHES, plan.round, client)
-        batches = batch_indices(
-            examples,
-            settings.batch_size,
-            rng,
-            steps=settings.steps,
-            epochs=settings.local_epochs,
-        )
+        size, steps, epochs = settings.batch_size, settings.steps, settings.local_epochs
+        batches = batch_indices(examples, size, rng, steps=steps, epochs=epochs)
         return cls(client, len(examples), batches)
 
 
 @dataclass(frozen=True)
 class GroupBatch:
-    """The batches of several clients, filled up to the largest of them.
+    """The batches of several clients, padded to the largest of them.
 
     Attributes:
         indices: (clients * rows,) rows of the training split, one client after the other; a
-            client's first row fills up.
-        weights: (clients, rows) one by the size of the client's batch, 0 for what fills up: the
-            weighted sum of a client's losses is the mean over its batch.
+            client's first row is the padding.
+        weights: (clients, rows) 1 / size of the client's batch, 0 for padding: the weighted sum of
+            a client's losses is the mean over its batch.
         examples: size of each client's own batch.
     """
 
@@ -75,7 +55,7 @@ class GroupBatch:
 
     @classmethod
     def of(cls, batches: Sequence[IndexArray]) -> GroupBatch:
-        """Join the batches of one step, one a client.
+        """Join the batches of one step, one per client.
 
         >>> joined = GroupBatch.of([np.array([4, 7, 9]), np.array([2])])
         >>> joined.indices.tolist(), joined.weights[1].tolist()
@@ -93,11 +73,11 @@ class GroupBatch:
 
 @dataclass(frozen=True)
 class GroupTask:
-    """What the clients of a group do in one round.
+    """The work of a group of clients in one round.
 
     Attributes:
-        tasks: who has most steps comes first: who has done its steps leaves from the end.
-        batches: of those who take part in a step, a step each.
+        tasks: most steps first: clients that have finished their steps leave from the end.
+        batches: one per step, of the clients that take part in it.
     """
 
     tasks: Sequence[ClientTask]
@@ -105,7 +85,7 @@ class GroupTask:
 
     @classmethod
     def of(cls, tasks: Sequence[ClientTask]) -> GroupTask:
-        """Join what each client does, in whatever order."""
+        """Join the work of clients, given in any order."""
         ordered = sorted(tasks, key=lambda task: (-len(task.batches), task.client))
         batches = [
             GroupBatch.of([task.batches[step] for task in ordered if step < len(task.batches)])

@@ -1,22 +1,23 @@
-"""The model for a data set: configuration, tokenizer and image processor, checked against the data.
-
-Source: this project.
-"""
+"""The model for a data set: configuration, tokenizer and image processor, checked against it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from torch import nn
 
 from rayfed_lora.data.tables import IMAGE_TASK, LANGUAGE_TASK, Dataset
+from rayfed_lora.errors import ModelError
 from rayfed_lora.models import base_models
-from rayfed_lora.models.base_weights import load_report
+from rayfed_lora.models.base_weights import LoadReport, class_tensors, load_report
 from rayfed_lora.models.causality import check_causal
 from rayfed_lora.models.fit import fit_notes
 from rayfed_lora.models.image_processor import ImageProcessor
-from rayfed_lora.models.labels import match_head
+from rayfed_lora.models.labels import HeadMatch, match_head
 from rayfed_lora.models.tokenizer import (
     check_vocabulary,
     give_padding_token,
@@ -25,9 +26,12 @@ from rayfed_lora.models.tokenizer import (
     settle_padding,
     token_facts,
 )
+from rayfed_lora.models.wording import listed, where
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.training.classes import check_classes, class_notes, order_as_head
-from rayfed_lora.training.images import fit_images
+from rayfed_lora.training.image_inputs import fit_images
+
+# Classes that a note names.
+_NAMED = 6
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def match(recipe: Recipe, dataset: Dataset, *, local_only: bool) -> Match:
     Args:
         recipe: the run.
         dataset: its data.
-        local_only: download no weights; weights that would have to be downloaded stay unchecked.
+        local_only: download no weights; weights that are not on this machine stay unchecked.
 
     Raises:
         ModelError: configuration, tokenizer, image processor or weights cannot be read, or do not
@@ -67,7 +71,7 @@ def match(recipe: Recipe, dataset: Dataset, *, local_only: bool) -> Match:
     language, images = model.task == LANGUAGE_TASK, model.task == IMAGE_TASK
     head = None if language else match_head(model, dataset.label_names)
     if head is not None:
-        dataset = order_as_head(dataset, head)
+        dataset = _order_as_head(dataset, head)
     tokenizer = None if images else read_tokenizer(model)
     if tokenizer is not None and not language:
         token = give_padding_token(tokenizer)
@@ -80,7 +84,7 @@ def match(recipe: Recipe, dataset: Dataset, *, local_only: bool) -> Match:
         if getattr(config, "problem_type", None) is not None:
             # The source may be for regression or several labels; here an example has one class.
             config.problem_type = "single_label_classification"
-        check_classes(config, dataset)
+        _check_classes(config, dataset)
     net = base_models.skeleton(model, config)
     if tokenizer is not None and not language:
         settle_padding(config, net, tokenizer, model)
@@ -95,7 +99,7 @@ def match(recipe: Recipe, dataset: Dataset, *, local_only: bool) -> Match:
     if report is not None:
         notes += fit_notes(net, report, recipe)
     if report is not None and head is not None:
-        notes += class_notes(recipe, config, dataset.label_names, head, report)
+        notes += _class_notes(recipe, config, dataset.label_names, head, report)
     return Match(dataset, config, net, tokenizer, image_processor, tuple(notes))
 
 
@@ -109,3 +113,61 @@ def _facts(recipe: Recipe, dataset: Dataset, tokenizer: Any) -> dict[str, Any]:
         channels, height, _ = dataset.test["image"].type.shape
         facts |= {"num_channels": channels, "image_size": height}
     return facts
+
+
+def _order_as_head(dataset: Dataset, head: HeadMatch) -> Dataset:
+    """Return the data set with its classes numbered as the outputs of the head."""
+    if not head.reorders:
+        return dataset
+    output = np.argsort(head.order)  # by class of the data
+
+    def renumbered(table: pa.Table) -> pa.Table:
+        labels = output[table["label"].to_numpy()].astype(np.int64)
+        return table.set_column(table.column_names.index("label"), "label", pa.array(labels))
+
+    return replace(
+        dataset,
+        train=renumbered(dataset.train),
+        validation=None if dataset.validation is None else renumbered(dataset.validation),
+        test=renumbered(dataset.test),
+        label_names=tuple(dataset.label_names[i] for i in head.order),
+    )
+
+
+def _check_classes(config: Any, dataset: Dataset) -> None:
+    """Check that a classifier has as many outputs as the data have classes."""
+    classes = len(dataset.label_names)
+    if config.num_labels != classes:
+        raise ModelError(
+            f"model.config.num_labels: expected {classes}, the classes in the data,"
+            f" got {config.num_labels}"
+        )
+
+
+def _class_notes(
+    recipe: Recipe, config: Any, label_names: Sequence[str], head: HeadMatch, report: LoadReport
+) -> list[str]:
+    """Return a note on how the source's trained head is used; none where the head is new.
+
+    `label_names` are in the order of the head.
+    """
+    tensors = class_tensors(recipe.model, config)
+    if not tensors or tensors & {*report.missing, *report.mismatched}:
+        return []
+    source = where(recipe.model)
+    known, wanted = (listed(names, _NAMED) for names in (head.names, label_names))
+    if head.kind == "other":
+        return [
+            f"{source}: its head is for other classes ({known}) than the data's ({wanted}):"
+            " initialised at random"
+        ]
+    if head.kind == "numbers":
+        return [f"{source}: the data's classes {wanted} are taken for those of its head, {known}"]
+    if head.kind == "unknown":
+        return [
+            f"{source}: its head is kept but does not name its classes; they are taken in the order"
+            f" {wanted} (give model.config.id2label where this is wrong)"
+        ]
+    if head.reorders:
+        return [f"classes are numbered as in the head of {source}: {wanted}"]
+    return []

@@ -19,11 +19,6 @@ def fresh_optimizer(
 
     Fused ones read and write each tensor once. SGD's needs all momenta from the first step on: a
     parameter without a gradient has none yet.
-
-    Args:
-        parameters: what is trained.
-        settings: the recipe's section.
-        lr: the round's learning rate.
     """
     chosen = settings.optimizer
     if not parameters:
@@ -42,12 +37,9 @@ def fresh_optimizer(
 def add_proximal_gradient(
     parameters: list[torch.Tensor], received: list[torch.Tensor], weight: float
 ) -> None:
-    """Add the gradient of (weight / 2) * ||theta - theta_received||^2.
+    """Add the gradient of (weight / 2) * ||theta - theta_received||^2, weight >= 0.
 
-    Args:
-        parameters: theta, with gradients.
-        received: theta_received, of the clients that the group began with.
-        weight: >= 0; of 0, `received` may be empty.
+    `received` is of all clients that the group began with; it may be empty if the weight is 0.
     """
     for parameter, anchor in zip(parameters, received, strict=False):
         if parameter.grad is not None:
@@ -57,14 +49,10 @@ def add_proximal_gradient(
 
 
 def clip_by_client(parameters: Sequence[torch.Tensor], limit: float, clients: int) -> None:
-    """Cut each client's gradient, over all its parameters, to a norm of `limit` at most.
+    """Scale each client's gradient, over all its parameters, to a norm of at most `limit` > 0.
 
-    The formula is that of `torch.nn.utils.clip_grad_norm_`, client by client.
-
-    Args:
-        parameters: the first dimension of each is the client; with one client it need not be.
-        limit: largest norm, > 0.
-        clients: number of clients.
+    The formula is that of `torch.nn.utils.clip_grad_norm_`, client by client. The first dimension
+    of each parameter is the client; with one client it need not be.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     each = [torch.linalg.vector_norm(g.reshape(clients, -1), dim=1) for g in gradients]
@@ -76,7 +64,7 @@ def clip_by_client(parameters: Sequence[torch.Tensor], limit: float, clients: in
 
 
 def cut_to(optimizer: torch.optim.Optimizer | None, clients: int) -> None:
-    """Cut an optimiser's state to the first clients of the group, as its parameters have been."""
+    """Cut an optimiser's state to the first clients of the group, as its parameters were cut."""
     for state in () if optimizer is None else optimizer.state.values():
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.dim() > 0:

@@ -1,7 +1,4 @@
-"""Prepare a recipe's data for its model: the workload that every engine starts from.
-
-Source: this project.
-"""
+"""Prepare a recipe's data for its model: the workload that every engine starts from."""
 
 from __future__ import annotations
 
@@ -24,10 +21,10 @@ from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.models.tokenizer import check_length, check_tokens
 from rayfed_lora.models.tokens import known_inputs, pad_with, tokenize, tokenize_whole
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.training.images import image_inputs
+from rayfed_lora.training.image_inputs import image_inputs
 from rayfed_lora.training.matching import Match, match
 from rayfed_lora.training.proof import judged_without_weights
-from rayfed_lora.types import DeviceFacts, ModelShape, Trace
+from rayfed_lora.types import AvailabilityTrace, DeviceFacts, ModelShape
 
 
 @dataclass(frozen=True)
@@ -35,9 +32,6 @@ class Outline:
     """The sizes of a workload, known without tokenising a text or loading a weight.
 
     Attributes:
-        shape: the model's sizes.
-        devices: number of training examples and device of each client.
-        test_examples: number of test examples.
         label_names: name of class i at index i.
         notes: on data and model, for the user, one line each.
     """
@@ -59,8 +53,7 @@ def outline(recipe: Recipe) -> Outline:
     matched = _match(recipe, local_only=True)
     dataset = matched.dataset
     clients, held_out = _partition(recipe, dataset)
-    shape = model_shape(matched.net, recipe)
-    shape = judged_without_weights(shape, matched.config, recipe)
+    shape = judged_without_weights(model_shape(matched.net, recipe), matched.config, recipe)
     return Outline(
         shape=shape,
         devices=DeviceFacts(clients.counts, *_devices(recipe, dataset, clients)),
@@ -83,9 +76,7 @@ def prepare(recipe: Recipe) -> Workload:
     device_columns, trace = _devices(recipe, dataset, clients)
     names = _client_names(dataset)
     validated = dataset.test.slice(0, 0) if dataset.validation is None else dataset.validation
-    splits = [
-        _examples(table, matched, recipe) for table in (dataset.train, dataset.test, validated)
-    ]
+    splits = [_examples(each, matched, recipe) for each in (dataset.train, dataset.test, validated)]
     if matched.tokenizer is not None:
         check_length(recipe.model, config, max(s.inputs["input_ids"].shape[1] for s in splits))
     train, test, validation = splits
@@ -113,12 +104,8 @@ def _match(recipe: Recipe, *, local_only: bool) -> Match:
 
 def _devices(
     recipe: Recipe, dataset: Dataset, clients: ClientTable
-) -> tuple[Mapping[str, npt.NDArray[np.float64]], Trace | None]:
-    """Return the device figures of clients by column, and the trace of their availability.
-
-    Raises:
-        DataError: a client has no example to take a figure from, or the trace cannot be read.
-    """
+) -> tuple[Mapping[str, npt.NDArray[np.float64]], AvailabilityTrace | None]:
+    """Return the device figures of clients by column, and the trace of their availability."""
     figures = {}
     for name in recipe.device_columns:
         values = dataset.train[number_column(name)].to_numpy()
@@ -172,15 +159,13 @@ def _notes(recipe: Recipe, dataset: Dataset, held_out: ClientTable | None) -> tu
             " two examples, and are not tested on any of their own"
         )
     data, wanted = recipe.data, recipe.evaluation.clients
+    default_fraction = type(data).model_fields["test_fraction"].default
     if held_out is not None and wanted != "all" and wanted > held_out.clients:
         notes.append(f"evaluation.clients {wanted}: there are only {held_out.clients} clients")
     rows = dataset.train.num_rows
     if data.max_examples is not None and data.max_examples > rows:
         notes.append(f"data.max_examples {data.max_examples}: there are only {rows} examples")
-    if (
-        dataset.official_test
-        and data.test_fraction != type(data).model_fields["test_fraction"].default
-    ):
+    if dataset.official_test and data.test_fraction != default_fraction:
         notes.append("no effect with a data source that has a test split: data.test_fraction")
     return tuple(notes)
 

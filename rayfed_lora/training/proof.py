@@ -1,7 +1,7 @@
 """The test that clients trained in one batch get the results that each would get alone.
 
 A run tests a few of its examples with its weights. A plan has neither: it uses random examples and
-random weights, for small models only. Source: this project.
+random weights, for small models only.
 """
 
 from __future__ import annotations
@@ -41,12 +41,8 @@ def examined(net: nn.Module, examples: Examples) -> Verdict:
     """Return whether a model computes a few examples in one batch as it does alone.
 
     Long texts are shortened by the same factor, to their first tokens and the last one; except for
-    models that attend to blocks of tokens, which use full attention on short texts. All is
-    computed on the CPU in float32, whatever the run uses.
-
-    Args:
-        net: the plain model on the CPU, with its source's weights.
-        examples: of the training split.
+    models that attend to blocks of tokens, which use full attention on short texts. The net is the
+    plain model with its source's weights, on the CPU in float32, whatever the run uses.
 
     Raises:
         ModelError: the model cannot compute an example alone.

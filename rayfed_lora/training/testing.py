@@ -1,6 +1,8 @@
-"""What a loaded model says of examples, and how well it does. Source: this project."""
+"""A loaded model's predictions, losses and scores."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -15,10 +17,9 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.messages import Evaluate, TestClients
 from rayfed_lora.tasks.training import Starts
 from rayfed_lora.training.drawing import tensors
-from rayfed_lora.training.losses import token_losses
 from rayfed_lora.types import ClientScore, Predictions
 
-# With more classes, probabilities are not worth what they would take to send.
+# With more classes, probabilities would take too long to send.
 _MOST_CLASSES = 200
 
 
@@ -31,14 +32,7 @@ class Testing:
     def __init__(
         self, recipe: Recipe, workload: Workload, model: AdaptedModel, passes: RecordedPasses
     ) -> None:
-        """Load nothing yet.
-
-        Args:
-            recipe: the run.
-            workload: its data.
-            model: is loaded for each test.
-            passes: compute it.
-        """
+        """Test on a model, loaded for each test, whose passes `passes` computes."""
         self._recipe, self._workload = recipe, workload
         self._model, self._passes = model, passes
         self._language = recipe.model.task == LANGUAGE_TASK
@@ -55,7 +49,7 @@ class Testing:
         return found
 
     def predictions(self, examples: Batch) -> Predictions:
-        """Return what the loaded model, in evaluation mode, says of some examples."""
+        """Return the predictions of the loaded model, in evaluation mode."""
         know_threads()
         inputs, labels = tensors(examples, self._model.device)
         logits = self._passes.logits(inputs).float()
@@ -77,7 +71,7 @@ class Testing:
 
     @torch.no_grad()
     def test_clients(self, task: TestClients) -> tuple[ClientScore, ...]:
-        """Return how each client's state does on the client's own held-out examples.
+        """Return the scores of each client's state on the client's own held-out examples.
 
         Clients without any, or without a token to predict in them, are left out. Clients of the
         same state are computed together.
@@ -114,5 +108,27 @@ class Testing:
 
 
 def know_threads() -> None:
-    """Let torch settle how many threads this thread may use: else the first products take all."""
+    """Let torch read the number of threads of this thread: else the first products use all."""
     torch.get_num_threads()
+
+
+def token_losses(
+    logits: torch.Tensor, inputs: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the loss of a causal language model by text, over its tokens from the second on.
+
+    Args:
+        logits: (texts, length, vocabulary).
+        inputs: with `input_ids` and `attention_mask`, (texts, length).
+
+    Returns:
+        Three tensors (texts,): sum of cross entropies, number of tokens, and number of tokens to
+        which the model gives the highest logit.
+
+    Source: as transformers' causal models compute it.
+    """
+    targets, present = inputs["input_ids"][:, 1:], inputs["attention_mask"][:, 1:] > 0
+    predictions = logits[:, :-1]
+    losses = functional.cross_entropy(predictions.transpose(1, 2), targets, reduction="none")
+    right = (predictions.argmax(dim=2) == targets) & present
+    return (losses * present).sum(dim=1), present.sum(dim=1), right.sum(dim=1)

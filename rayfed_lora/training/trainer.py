@@ -39,11 +39,10 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import Task
 from rayfed_lora.tasks.messages import Block, Evaluate, Export, Initial, TestClients, Train
 from rayfed_lora.tasks.training import BlockUpdate, attributed, trained
+from rayfed_lora.training.device import keep_freed_memory, memory_watched, return_freed_memory
 from rayfed_lora.training.drawing import Drawing, GroupWork, tensors
 from rayfed_lora.training.dropout import ClientDropout
 from rayfed_lora.training.finished import Finished, joined
-from rayfed_lora.training.losses import token_losses
-from rayfed_lora.training.memory import keep_freed_memory, memory_watched, return_freed_memory
 from rayfed_lora.training.optimizing import (
     add_proximal_gradient,
     clip_by_client,
@@ -51,7 +50,7 @@ from rayfed_lora.training.optimizing import (
     fresh_optimizer,
 )
 from rayfed_lora.training.proof import examined, judged
-from rayfed_lora.training.testing import Testing, know_threads
+from rayfed_lora.training.testing import Testing, know_threads, token_losses
 from rayfed_lora.types import AdapterState, Base, GlobalModel, LocalPlan, ModelShape
 
 R = TypeVar("R")

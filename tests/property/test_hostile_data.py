@@ -20,7 +20,7 @@ from rayfed_lora.data import tables
 from rayfed_lora.data.traces import read_trace
 from rayfed_lora.errors import DataError
 from rayfed_lora.recipe.data import Data
-from rayfed_lora.types import Trace
+from rayfed_lora.types import AvailabilityTrace
 from tests.property.test_hostile_checkpoints import damage
 
 QUICK = settings(max_examples=40, deadline=None)
@@ -99,7 +99,7 @@ def test_a_file_of_any_bytes_is_a_data_set_or_refused(content: bytes, suffix: st
 TRACE = b"client,start_s,end_s\n0,0.0,10.5\n1,3.0,4.0\n0,20.0,30.0\n"
 
 
-def traced(content: bytes, suffix: str) -> Trace | None:
+def traced(content: bytes, suffix: str) -> AvailabilityTrace | None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"trace{suffix}"
         path.write_bytes(content)

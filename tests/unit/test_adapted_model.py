@@ -62,7 +62,7 @@ def factors(name: str, rank: int, rng: np.random.Generator, scale: float) -> Fac
 def merged(base: Base, *folds: Mapping[str, Factors]) -> Base:
     """Return the base with some updates in it."""
     for added in folds:
-        base = transitions.merged(base, {name: product(f) for name, f in added.items()})
+        base = transitions.with_updates(base, {name: product(f) for name, f in added.items()})
     return base
 
 

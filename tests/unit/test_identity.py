@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rayfed_lora.federation.run import Run, kept_moments
-from rayfed_lora.federation.transitions import enter, protected
+from rayfed_lora.federation.transitions import enter, make_read_only
 from rayfed_lora.types import AdapterState, Base, Factors, GlobalModel, RoundPlan
 from tests.fakes import SHAPE, make_recipe
 
@@ -55,7 +55,8 @@ def test_a_version_is_that_of_one_value_wherever_it_goes() -> None:
 
 
 def test_a_global_state_cannot_be_changed_in_place() -> None:
-    found = protected(state())
+    found = state()
+    make_read_only(found)
     for array in (found.factors["q"].a, found.factors["q"].b, found.dense["head"]):
         with pytest.raises(ValueError, match="read-only"):
             array[...] = 2

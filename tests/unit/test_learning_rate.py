@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rayfed_lora.federation.learning_rate import doubt, factor, learning_rate
+from rayfed_lora.federation.learning_rate import factor, learning_rate, rate_warning
 from rayfed_lora.recipe.clients import LrSchedule
 from tests.fakes import make_recipe
 
@@ -69,7 +69,7 @@ DOUBTFUL = {
 
 
 def test_full_rounds_at_the_rate_of_factors_are_warned_of():
-    said = doubt(make_recipe(**DOUBTFUL))
+    said = rate_warning(make_recipe(**DOUBTFUL))
     assert said is not None
     assert "(0.002)" in said
     assert "annealing.initiating.lr" in said
@@ -87,4 +87,4 @@ def test_full_rounds_at_the_rate_of_factors_are_warned_of():
     ],
 )
 def test_other_rates_are_not_warned_of(otherwise):
-    assert doubt(make_recipe(**{**DOUBTFUL, **otherwise})) is None
+    assert rate_warning(make_recipe(**{**DOUBTFUL, **otherwise})) is None

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.federation.ledger import Bill, Ledger, Totals
 from rayfed_lora.federation.traffic import RoundFacts, Sent
+from rayfed_lora.federation.transitions import Resizing
 from rayfed_lora.types import ModelShape, ModuleShape, Trainable
 
 # q is 4 -> 6: 10 values a rank; v is 3 -> 4: 7 values a rank.
@@ -47,7 +48,9 @@ def book(
 ) -> Bill:
     """Book a round in which the first `arrived` clients of the cohort send something."""
     mask = np.arange(len(cohort)) < arrived
-    return ledger.book(RoundFacts(trainable, cohort, mask, ranks, **facts))
+    cut, folded = facts.pop("ranks_before", None), facts.pop("folded", 0)
+    resizing = Resizing(ranks, cut, folded, facts.pop("resized", False))
+    return ledger.book(RoundFacts(trainable, cohort, mask, resizing, **facts))
 
 
 def test_a_full_round_sends_the_whole_model_both_ways_and_no_base_beside_it(ledger):
@@ -479,7 +482,7 @@ def test_residual_sends_beside_the_averages_what_they_lack_or_the_matrix():
         assert bill.up.tolist() == len(cohort) * [17 + 6]
         assert bill.down.tolist() == len(cohort) * [17 + 6 + lacking]
     # A server's lr other than 1 leaves the start's part in what is lacking: one rank more.
-    alone = RoundFacts("adapter", (0,), np.ones(1, bool), ranks, stepped=True)
+    alone = RoundFacts("adapter", (0,), np.ones(1, bool), Resizing(ranks), stepped=True)
     assert new_ledger("residual").book(alone).down.tolist() == [17 + 6 + 17]
     # Who missed the newest averages and head is sent them to start from; client 3 holds nothing.
     assert book(ledger, "adapter", ranks, ALL, 4).base.tolist() == [0, 23, 23, BASE + 23]
@@ -540,7 +543,9 @@ def test_of_who_left_the_sent_part_is_booked_and_the_rest_of_the_base_comes_late
         down=np.array([1.0, 0.5, 1.0]),
         up=np.array([1.0, 0.0, 0.25]),
     )
-    facts = RoundFacts("adapter", (0, 1, 2), np.array([True, False, False]), RANKS, sent=sent)
+    facts = RoundFacts(
+        "adapter", (0, 1, 2), np.array([True, False, False]), Resizing(RANKS), sent=sent
+    )
     bill = ledger.book(facts)
     # Half of 33 and of 41 values, and a quarter of 33, each rounded down.
     assert bill.up.tolist() == [33, 0, 8]
@@ -554,7 +559,7 @@ def test_of_who_left_the_sent_part_is_booked_and_the_rest_of_the_base_comes_late
 def test_who_left_before_a_rounds_result_is_sent_it_later():
     ledger = new_ledger("stacking")
     sent = Sent(np.array([False, True]), np.array([1.0, 1.0]), np.array([1.0, 0.5]))
-    facts = RoundFacts("adapter", (0, 1), np.array([True, False]), RANKS, sent=sent)
+    facts = RoundFacts("adapter", (0, 1), np.array([True, False]), Resizing(RANKS), sent=sent)
     bill = ledger.book(facts)
     # The result was one client's factors, 27 values, and the head; client 1 got only the base.
     assert (bill.down.tolist(), bill.base.tolist()) == ([27 + 6, 0], [41, 41])
@@ -563,9 +568,9 @@ def test_who_left_before_a_rounds_result_is_sent_it_later():
 
 @pytest.mark.parametrize("rounds_before", [0, 1, 2])
 def test_a_quote_is_the_bill_and_books_nothing(ledger, rounds_before):
-    facts = RoundFacts("adapter", (0, 1), np.ones(2, bool), RANKS, folded=7)
+    facts = RoundFacts("adapter", (0, 1), np.ones(2, bool), Resizing(RANKS, folded_params=7))
     earlier = [
-        RoundFacts("adapter", (t, 2), np.ones(2, bool), RANKS, folded=3)
+        RoundFacts("adapter", (t, 2), np.ones(2, bool), Resizing(RANKS, folded_params=3))
         for t in range(rounds_before)
     ]
     for each in earlier:
@@ -592,7 +597,7 @@ def test_who_missed_a_rounds_result_holds_no_renewed_factors():
     ledger = new_ledger("alternate")
     sent = Sent(np.array([False, True]), np.array([1.0, 1.0]), np.array([1.0, 0.0]))
     arrived = np.array([True, False])
-    ledger.book(RoundFacts("adapter", (0, 1), arrived, RANKS, frozen="a", sent=sent))
+    ledger.book(RoundFacts("adapter", (0, 1), arrived, Resizing(RANKS), frozen="a", sent=sent))
     # B of q, 6 values at rank 2, of v, 4 at rank 1, and the head of 6, which went to client 0 only.
     later = book(ledger, "adapter", RANKS, (0, 1), 2, frozen="b")
     assert later.base.tolist() == [0, 6 * 2 + 4 + 6]

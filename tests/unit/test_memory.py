@@ -14,7 +14,7 @@ STEPS = """
 import resource
 import torch
 from torch import nn
-from rayfed_lora.training.memory import keep_freed_memory
+from rayfed_lora.training.device import keep_freed_memory
 
 assert keep_freed_memory()
 torch.set_num_threads(1)
@@ -40,7 +40,7 @@ def test_a_step_gets_what_the_last_one_has_freed():
 
 RETURNED = """
 import torch
-from rayfed_lora.training.memory import keep_freed_memory, return_freed_memory
+from rayfed_lora.training.device import keep_freed_memory, return_freed_memory
 
 def resident_mb():
     pages = int(open("/proc/self/statm").read().split()[1])

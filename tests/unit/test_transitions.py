@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from rayfed_lora.federation.transitions import allocate, enter, planned, resized
+from rayfed_lora.federation.transitions import allocate, enter, planned, resized_adapter
 from rayfed_lora.types import AdapterState, Base, Factors, FloatArray, GlobalModel, RoundPlan
 from tests.fakes import SHAPE, WEIGHTS, effective, initial, make_recipe
 
@@ -137,7 +137,7 @@ def test_a_shrink_to_rank_1_has_the_scale_of_its_mode(scaling, scale):
     # alpha 6, heating rank 3: 6 / 3, 6 / 1 and 6 / sqrt(1).
     state = trained({"q": 3, "v": 3})
     recipe = make_recipe(adapter__scaling=scaling)
-    new = resized(recipe, state, {"q": 1, "v": 1}, 4)
+    new = resized_adapter(recipe, state, {"q": 1, "v": 1}, 4)
     assert new.factors["q"].scale == scale
 
 
@@ -156,7 +156,9 @@ def test_a_rank_that_rises_leaves_the_update_as_it_is_in_every_scaling(scaling):
 
 def test_new_rows_of_the_same_module_differ_from_round_to_round():
     state = trained({"q": 1, "v": 1})
-    rows = [resized(make_recipe(), state, {"q": 2, "v": 2}, t).factors["q"].a[1] for t in (4, 5)]
+    rows = [
+        resized_adapter(make_recipe(), state, {"q": 2, "v": 2}, t).factors["q"].a[1] for t in (4, 5)
+    ]
     assert not np.array_equal(*rows)
 
 

@@ -1,7 +1,4 @@
-"""The clients of a round: what they are asked to train, and what they send back.
-
-Source: this project.
-"""
+"""The training of a round's clients: the task that starts it, and the updates it gives."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from rayfed_lora.federation import sampling
 from rayfed_lora.federation.cohorts import Cohort
 from rayfed_lora.federation.learning_rate import learning_rate
 from rayfed_lora.federation.sampling import BlockSize
-from rayfed_lora.federation.transitions import Start, protected
+from rayfed_lora.federation.transitions import Start, make_read_only
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import IndexArray, Population, Running
 from rayfed_lora.tasks.messages import Personal, Train, Trained
@@ -25,12 +22,12 @@ from rayfed_lora.types import ClientReport, LocalPlan, RoundPlan
 
 @dataclass(frozen=True)
 class Updates:
-    """What the clients of a round have sent back.
+    """The updates of a round's clients.
 
     Attributes:
-        reports: one a client, in the order of the cohort.
+        reports: one per client, in the order of the cohort.
         means: of the usable updates; None where no client came in time.
-        reruns: how often a block was trained again, since a worker or a result was lost.
+        reruns: how often a block was rerun because a worker or a result was lost.
         joining_s: seconds in which the server joined means.
     """
 
@@ -41,12 +38,12 @@ class Updates:
 
     @property
     def usable(self) -> list[bool]:
-        """Whose update arrived and can be used, in the order of the cohort."""
+        """(cohort,) whether the update arrived and can be used."""
         return [report.usable for report in self.reports]
 
 
-class Clients:
-    """What clients are asked to train, and what comes of it."""
+class ClientTraining:
+    """Makes the training task of each round and collects its updates."""
 
     def __init__(
         self,
@@ -56,11 +53,11 @@ class Clients:
         should_stop: Callable[[], bool],
         tell: Callable[[Sequence[ClientReport]], None],
     ) -> None:
-        """Keep what decides how clients are trained.
+        """Decide how many clients are trained together.
 
         Args:
             recipe: the run.
-            population: what its `open` said.
+            population: as the engine's `open` returned it.
             limits: largest rank of each client, where any is limited.
             should_stop: asked between parts; once true, the round is abandoned.
             tell: told of new reports.
@@ -71,11 +68,11 @@ class Clients:
         self._should_stop = should_stop
         self._tell = tell
         cohort = recipe.cohort_size(population.clients)
-        # How many clients of an adapter round are trained together, and why.
+        # Of an adapter round.
         self.block_size = sampling.block_size(recipe, population.shape, cohort, population.device)
 
     def local_plan(self, plan: RoundPlan, cohort: Cohort) -> LocalPlan:
-        """Return what the clients of a round are told."""
+        """Return the settings that the clients of a round are sent."""
         return LocalPlan(
             plan.round,
             plan.trainable,
@@ -86,18 +83,11 @@ class Clients:
         )
 
     def task(self, local: LocalPlan, start: Start, cohort: Cohort, personal: Personal) -> Train:
-        """Return the training of a round.
-
-        Args:
-            local: what the clients are told.
-            start: what they start from.
-            cohort: the clients.
-            personal: of clients that have a B of their own.
-        """
+        """Return the training of a round; `personal`: of clients that have a B of their own."""
         full = local.trainable == "full"
         size = BlockSize(1, even=True) if full else self.block_size
         limits = None if full else self._limits
-        protected(start.model.state)
+        make_read_only(start.model.state)
         return Train(
             start.model,
             local,
@@ -108,17 +98,12 @@ class Clients:
         )
 
     def collect(self, training: Running[Trained], cohort: Cohort, t: int) -> Updates:
-        """Take in the parts of a training as they come.
-
-        Args:
-            training: of the cohort.
-            cohort: the clients.
-            t: the round.
+        """Collect the parts of the cohort's training in round `t` as they arrive.
 
         Raises:
             InterruptedRunError: the run is to stop.
-            ClientError: more clients raised than may.
-            RunError: clients came, and none with a usable update.
+            ClientError: more clients raised than `clients.max_failed` allows.
+            RunError: clients answered, but none with a usable update.
         """
         means = RULES[self._recipe.aggregation.rule].means()
         reports: list[ClientReport] = []
@@ -128,7 +113,11 @@ class Clients:
                 trained = training.pending.popleft().result()
                 if self._should_stop():
                     raise InterruptedRunError("stopped; the round was abandoned")
-                new = [self._sized(report) for report in trained.reports]
+                # A training that raised does not report the number of examples.
+                new = [
+                    r if r.trace is None else replace(r, examples=int(self._sizes[r.client]))
+                    for r in trained.reports
+                ]
                 self._tell(new)
                 for report in new:
                     reports.append(report)
@@ -146,16 +135,10 @@ class Clients:
                 f" {'; '.join(reasons[:3])}"
             )
         found = self._with_absent(reports, cohort)
-        return Updates(found, means if reports else None, training.reruns(), joining_s)
-
-    def _sized(self, report: ClientReport) -> ClientReport:
-        """Return a report with the number of examples, which a failed training does not tell."""
-        if report.trace is None:
-            return report
-        return replace(report, examples=int(self._sizes[report.client]))
+        return Updates(tuple(found), means if reports else None, training.reruns(), joining_s)
 
     def _check_raised(self, reports: Sequence[ClientReport], cohort: Cohort, t: int) -> None:
-        """End the run where more clients of a round raised than may."""
+        """End the run where more clients of a round raised than allowed."""
         raised = [report for report in reports if report.trace is not None]
         most = self._recipe.most_failed(len(cohort.clients))
         if len(raised) > most:
@@ -163,16 +146,14 @@ class Clients:
             why = f"{len(raised)} clients of the round failed, clients.max_failed allows {most}"
             raise ClientError(last.client, t, f"{last.trace}\n{why}")
 
-    def _with_absent(
-        self, reports: Sequence[ClientReport], cohort: Cohort
-    ) -> tuple[ClientReport, ...]:
+    def _with_absent(self, reports: list[ClientReport], cohort: Cohort) -> list[ClientReport]:
         """Return the reports of a cohort, with those of clients that left or came too late."""
         if cohort.turnout is None:
-            return tuple(reports)
+            return reports
         absent = [
             ClientReport(client, int(self._sizes[client]), float("nan"), 0.0, absent=absence)
             for client, absence in cohort.turnout.absences.items()
         ]
         self._tell(absent)
         found = {report.client: report for report in (*reports, *absent)}
-        return tuple(found[client] for client in cohort.clients)
+        return [found[client] for client in cohort.clients]

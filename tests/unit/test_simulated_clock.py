@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayfed_lora.errors import RunError
-from rayfed_lora.federation.devices import Devices, Turnout
 from rayfed_lora.federation.ledger import Bill
+from rayfed_lora.federation.simulated_clock import SimulatedClock, Turnout
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.types import DeviceFacts, Trace
+from rayfed_lora.types import AvailabilityTrace, DeviceFacts
 from tests.fakes import make_recipe
 
 SIZES = np.array([10, 20, 30, 40, 50, 60])
@@ -22,8 +22,8 @@ VALUES = 31_250
 STEPS = {"clients__local_epochs": 1, "clients__per_round": 6}
 
 
-def devices(facts: DeviceFacts | None = None, **overrides: Any) -> Devices:
-    return Devices(recipe(**overrides), facts or DeviceFacts(SIZES))
+def devices(facts: DeviceFacts | None = None, **overrides: Any) -> SimulatedClock:
+    return SimulatedClock(recipe(**overrides), facts or DeviceFacts(SIZES))
 
 
 def recipe(**overrides: Any) -> Recipe:
@@ -34,7 +34,7 @@ def bill(cohort: int, up: int = VALUES, down: int = VALUES, base: int = 0) -> Bi
     return Bill(np.full(cohort, up), np.full(cohort, down), np.full(cohort, base), arrived=cohort)
 
 
-def turnout(found: Devices, *, full: bool = False, **sizes: int) -> Turnout:
+def turnout(found: SimulatedClock, *, full: bool = False, **sizes: int) -> Turnout:
     return found.turnout(0, tuple(range(6)), bill(6, **sizes), full, now=0.0)
 
 
@@ -92,7 +92,7 @@ def test_of_more_than_are_wanted_the_first_are_taken_and_the_round_ends_with_the
 
 def test_who_arrives_at_the_same_moment_is_taken_by_chance_and_the_same_each_time():
     found = [
-        Devices(
+        SimulatedClock(
             recipe(seed=seed, clients__per_round=3, clients__over_select=2.0), DeviceFacts(SIZES)
         )
         for seed in range(40)
@@ -126,7 +126,7 @@ def test_shares_and_times_make_sense_whatever_happens(seed, dropout):
 
 def test_clients_leave_as_often_as_they_are_said_to():
     sizes = np.full(20_000, 10)
-    own = Devices(
+    own = SimulatedClock(
         recipe(data__partition__clients=20_000, clients__availability=0.3, clients__speed=1.0),
         DeviceFacts(sizes),
     )
@@ -153,7 +153,7 @@ def test_a_lognormal_speed_has_its_median_in_the_middle():
         clients__per_round=1.0,
         clients__speed={"median": 4.0, "sigma": 0.7},
     )
-    found = Devices(wide, DeviceFacts(sizes)).turnout(
+    found = SimulatedClock(wide, DeviceFacts(sizes)).turnout(
         0, tuple(range(20_000)), bill(20_000), full=False, now=0.0
     )
     logs = np.log(10 / found.seconds)
@@ -168,17 +168,17 @@ def test_a_column_gives_each_client_its_number():
     np.testing.assert_allclose(found.seconds, 10)
 
 
-TRACE = Trace(
+TRACE = AvailabilityTrace(
     client=np.array([0, 1, 2, 0]),
     start_s=np.array([0.0, 0.0, 50.0, 80.0]),
     end_s=np.array([30.0, 10.0, 60.0, 90.0]),
 )
 
 
-def traced(**overrides: Any) -> Devices:
+def traced(**overrides: Any) -> SimulatedClock:
     availability = {"trace": "times.csv", **overrides.pop("availability", {})}
     own = recipe(clients__availability=availability, clients__speed=1.0, **overrides)
-    return Devices(own, DeviceFacts(SIZES, trace=TRACE))
+    return SimulatedClock(own, DeviceFacts(SIZES, trace=TRACE))
 
 
 def test_only_who_can_be_reached_is_drawn_and_the_server_waits_for_the_first():
@@ -210,9 +210,9 @@ def test_a_trace_with_a_period_begins_anew(now, expected):
 
 @given(now=st.floats(0, 1e7), period=st.floats(0.7, 1e5))
 def test_the_server_never_waits_for_ever(now, period):
-    trace = Trace(np.array([3]), np.array([0.3]), np.array([0.7]))
+    trace = AvailabilityTrace(np.array([3]), np.array([0.3]), np.array([0.7]))
     own = recipe(clients__availability={"trace": "times.csv", "period_s": period})
-    found = Devices(own, DeviceFacts(SIZES, trace=trace))
+    found = SimulatedClock(own, DeviceFacts(SIZES, trace=trace))
     cohort, began = found.cohort(0, now)
     assert cohort == (3,)
     assert now - 1e-6 <= began <= now + period + 0.3 + 1e-6
@@ -227,8 +227,8 @@ def test_the_clock_goes_on_from_lap_to_lap(period):
         clients__availability={"trace": "times.csv", "period_s": period},
     )
     everyone = np.arange(6)
-    trace = Trace(everyone, np.zeros(6), np.full(6, round(0.9 * period, 6)))
-    found = Devices(own, DeviceFacts(SIZES, trace=trace))
+    trace = AvailabilityTrace(everyone, np.zeros(6), np.full(6, round(0.9 * period, 6)))
+    found = SimulatedClock(own, DeviceFacts(SIZES, trace=trace))
     now = 0.0
     for t in range(200):
         cohort, began = found.cohort(t, now)
@@ -240,11 +240,13 @@ def test_the_clock_goes_on_from_lap_to_lap(period):
 
 
 def test_who_can_be_reached_over_the_end_of_a_lap_stays():
-    trace = Trace(np.array([0, 1, 1]), np.array([0.0, 0, 60]), np.array([100.0, 5, 100]))
+    trace = AvailabilityTrace(
+        np.array([0, 1, 1]), np.array([0.0, 0, 60]), np.array([100.0, 5, 100])
+    )
     own = recipe(
         clients__speed=1.0, clients__availability={"trace": "times.csv", "period_s": 100.0}
     )
-    found = Devices(own, DeviceFacts(SIZES, trace=trace)).turnout(
+    found = SimulatedClock(own, DeviceFacts(SIZES, trace=trace)).turnout(
         0, (0, 1), bill(2), full=False, now=90.0
     )
     # Client 0 is always there and needs 10 s; client 1 needs 20 s and is there for 10 + 5.

@@ -1,9 +1,6 @@
-"""Clients that come, go and take their time: the simulated clock of a run.
+"""The simulated clock: which clients of a cohort arrive in time, and how long a round takes.
 
-Nothing here waits: from the sizes of messages, the clients' devices and a seed follows who of a
-round's cohort is there in time, and how long the round takes. Only those are trained.
-
-Source: this project.
+Nothing here waits: both follow from the sizes of messages, the clients' devices and a seed.
 """
 
 from __future__ import annotations
@@ -15,31 +12,31 @@ import numpy.typing as npt
 
 from rayfed_lora.errors import RunError
 from rayfed_lora.federation import sampling
-from rayfed_lora.federation.ledger import BYTES_A_VALUE, Bill
+from rayfed_lora.federation.ledger import BYTES_PER_VALUE, Bill
 from rayfed_lora.federation.traffic import Sent
 from rayfed_lora.recipe.devices import Spread
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
-from rayfed_lora.types import TRACE_DIGITS, Absence, DeviceFacts, Trace
+from rayfed_lora.types import TRACE_DIGITS, Absence, AvailabilityTrace, DeviceFacts
 
 Times = npt.NDArray[np.float64]
 Clients = npt.NDArray[np.int64]
-# Work of an example: forward, gradients of what the layers give out, gradients of the weights; with
-# a frozen base the last third is left out, but for the adapter.
+# Work of an example: forward, gradients of the layers' outputs, gradients of the weights; with a
+# frozen base the last third is left out, except for the adapter's.
 _FULL_MODEL_WORK = 1.5
-_BYTES_A_MEGABIT = 125_000
+_BYTES_PER_MEGABIT = 125_000
 
 
 @dataclass(frozen=True)
 class Turnout:
-    """What became of a round's cohort by the simulated clock.
+    """Which clients of a cohort arrived, left (`dropped`) or came too late (`late`).
 
     Attributes:
-        absences: of each client that left (`dropped`) or came too late (`late`).
-        seconds: (cohort,) from the start of the round until the client's update was there, or
-            nobody waited for it any more.
-        sent: what went through of the messages.
-        length_s: of the round.
+        absences: by client that did not arrive.
+        seconds: (cohort,) from the start of the round until the update arrived, or the server
+            stopped waiting for it.
+        sent: the shares of the messages that were sent.
+        length_s: length of the round.
     """
 
     absences: dict[int, Absence]
@@ -48,22 +45,17 @@ class Turnout:
     length_s: float
 
 
-class Devices:
-    """The clients' devices and the network between them and the server."""
+class SimulatedClock:
+    """Times a run from the clients' devices and the network between them and the server."""
 
     def __init__(self, recipe: Recipe, facts: DeviceFacts) -> None:
-        """Draw each client's speed and bandwidths.
-
-        Args:
-            recipe: gives `clients`, `network` and the seed.
-            facts: what the data say.
-        """
+        """Draw each client's speed and bandwidths."""
         self._recipe = recipe
         self._facts = facts
-        own, network = recipe.clients, recipe.network
-        self._speed = self._drawn(own.speed, 0)
-        self._up = self._drawn(network.up_mbps, 1) * _BYTES_A_MEGABIT
-        self._down = self._drawn(network.down_mbps, 2) * _BYTES_A_MEGABIT
+        network = recipe.network
+        self._speed = self._drawn(recipe.clients.speed, 0)
+        self._up = self._drawn(network.up_mbps, 1) * _BYTES_PER_MEGABIT
+        self._down = self._drawn(network.down_mbps, 2) * _BYTES_PER_MEGABIT
 
     def _drawn(self, spread: Spread | None, stream: int) -> Times:
         """Return each client's number, (clients,); infinite where there is none."""
@@ -79,11 +71,9 @@ class Devices:
         return middle * np.exp(spread.sigma * rng.standard_normal(clients))
 
     def cohort(self, t: int, now: float) -> tuple[tuple[int, ...], float]:
-        """Return the cohort of a round, and when it is drawn: once any client can be reached.
+        """Return the cohort of round `t`, and when it is drawn: once any client can be reached.
 
-        Args:
-            t: index of the round.
-            now: simulated seconds since the start of the run.
+        `now` and the result are simulated seconds since the start of the run.
 
         Raises:
             RunError: no client can ever be reached again.
@@ -94,7 +84,7 @@ class Devices:
         reachable, now = self._reachable(self._facts.trace, now)
         return sampling.cohort(self._recipe, clients, t, reachable), now
 
-    def _reachable(self, trace: Trace, now: float) -> tuple[Clients, float]:
+    def _reachable(self, trace: AvailabilityTrace, now: float) -> tuple[Clients, float]:
         lap, clock = self._lap(now)
         period = self._recipe.clients.availability.period_s
         there = _at(trace, clock)
@@ -125,7 +115,7 @@ class Devices:
     def turnout(
         self, t: int, cohort: tuple[int, ...], bill: Bill, full: bool, now: float
     ) -> Turnout:
-        """Return what becomes of a cohort.
+        """Return the turnout of a cohort in round `t`.
 
         A client receives its download, trains, and sends its upload; one that leaves does so at a
         uniformly drawn point of that, or when its trace says so. The server waits until all have
@@ -133,22 +123,22 @@ class Devices:
 
         Args:
             t: index of the round.
-            cohort: its clients.
-            bill: sizes of their messages if all arrive.
+            cohort: client ids.
+            bill: sizes of the messages if all arrive.
             full: whether every weight is trained.
             now: simulated seconds since the start of the run.
         """
         k = np.asarray(cohort, np.int64)
         latency = self._recipe.network.latency_s
-        down = (bill.down + bill.base) * BYTES_A_VALUE / self._down[k]
+        down = (bill.down + bill.base) * BYTES_PER_VALUE / self._down[k]
         train = self._examples(k) * (_FULL_MODEL_WORK if full else 1.0) / self._speed[k]
-        up = bill.up * BYTES_A_VALUE / self._up[k]
+        up = bill.up * BYTES_PER_VALUE / self._up[k]
         sending = down + latency + train
         whole = sending + up + latency
         rng = generator(self._recipe.seed, Purpose.DEPARTURES, t)
         leaves = np.minimum(self._departures(rng, whole), self._trace_ends(k, now))
         arrives = np.where(whole < leaves, whole, np.inf)
-        # Who arrives at the same moment is taken in an order of chance, not by its number.
+        # Clients that arrive at the same moment are taken in random order, not by number.
         order = np.lexsort((rng.permutation(len(k)), arrives))
         wanted = self._recipe.cohort_size(len(self._facts.sizes))
         length = self._length(arrives[order], np.minimum(whole, leaves), wanted)
@@ -168,13 +158,14 @@ class Devices:
         return Turnout(absences, np.where(there, whole, stopped), sent, length)
 
     def _examples(self, k: Clients) -> Clients:
-        """Return how many examples each client goes through."""
+        """Return how many examples each client trains on, repeats included."""
         settings, sizes = self._recipe.clients, self._facts.sizes[k]
         if settings.steps is None:
             return sizes * (settings.local_epochs or 1)
         return settings.steps * np.minimum(settings.batch_size, sizes)
 
     def _departures(self, rng: np.random.Generator, whole: Times) -> Times:
+        """Return when each client leaves of its own accord; infinite where it does not."""
         leaving = rng.random(len(whole)) < self._recipe.clients.availability.dropout
         return np.where(leaving, rng.random(len(whole)) * whole, np.inf)
 
@@ -189,7 +180,7 @@ class Devices:
         np.maximum.at(ends, trace.client[there], trace.end_s[there])
         period = self._recipe.clients.availability.period_s
         if period is not None:
-            # Who can be reached until the end of a lap may be there from the start of the next.
+            # A client that is there until the end of a lap may be there at the next one's start.
             first = np.zeros(len(ends))
             early = trace.start_s == 0.0
             np.maximum.at(first, trace.client[early], trace.end_s[early])
@@ -198,26 +189,24 @@ class Devices:
         return ends[k] - clock
 
     def _length(self, arrives: Times, known: Times, wanted: int) -> float:
-        """Return how long the server waits.
+        """Return how long the server waits for `wanted` clients.
 
-        Args:
-            arrives: (cohort,) rising; infinite for who never does.
-            known: (cohort,) when each has arrived or left.
-            wanted: number of clients that are enough.
+        `arrives` rises and is infinite for clients that never arrive; `known` is when each has
+        arrived or left; both (cohort,).
         """
         enough = arrives[wanted - 1] if len(arrives) >= wanted else np.inf
         deadline = self._recipe.clients.deadline_s
         return float(min(enough, known.max(), np.inf if deadline is None else deadline))
 
 
-def _at(trace: Trace, clock: float) -> npt.NDArray[np.bool_]:
+def _at(trace: AvailabilityTrace, clock: float) -> npt.NDArray[np.bool_]:
     """Return which rows of a trace hold at a moment."""
     there: npt.NDArray[np.bool_] = (trace.start_s <= clock) & (clock < trace.end_s)
     return there
 
 
 def _share(elapsed: Times, needed: Times, begun: float) -> Times:
-    """Return which share of a message has been sent; of one that takes no time, `begun` or none."""
+    """Return the share of a message that was sent; one that takes no time: `begun` or nothing."""
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.clip(elapsed / needed, 0.0, 1.0)
     return np.where(needed > 0, share, np.where(elapsed >= 0, begun, 0.0))

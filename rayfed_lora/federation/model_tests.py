@@ -1,7 +1,4 @@
-"""Tests of global models: those that a recipe asks for, and those that the annealing looks at.
-
-Source: this project; the annealing's feedback as in docs/method.md.
-"""
+"""Tests of global models, for the recipe and for the annealing's feedback (docs/method.md)."""
 
 from __future__ import annotations
 
@@ -19,17 +16,18 @@ from rayfed_lora.tasks.messages import Evaluate, TestClients
 from rayfed_lora.types import ClientScore, GlobalModel, Predictions, RoundPlan, Split
 
 _Evaluation = Running[tuple[Predictions, ...]]
+_ClientTest = Running[tuple[ClientScore, ...]]
 
 
 @dataclass(frozen=True)
-class Tested:
-    """How the model of a round does.
+class TestResults:
+    """The scores of the model after a round.
 
     Attributes:
         test: on the test split, where that was due.
-        validation: on the validation split, where the annealing looks at it.
+        validation: on the validation split, where the annealing uses it.
         clients: on clients' own examples, where that was due.
-        own: the same clients with their own factors, by client, where they have some.
+        own: of the same clients with their own factors, where they have some.
     """
 
     test: Scores | None
@@ -39,20 +37,17 @@ class Tested:
 
 
 @dataclass(frozen=True)
-class Tests:
-    """The tests of one round that were started."""
-
-    # Not one of pytest's, whatever its name begins with.
-    __test__ = False
+class RunningTests:
+    """The tests of one round that were started; None: not due."""
 
     test: _Evaluation | None
     validation: _Evaluation | None
-    clients: Running[tuple[ClientScore, ...]] | None
-    own: Running[tuple[ClientScore, ...]] | None
+    clients: _ClientTest | None
+    own: _ClientTest | None
 
-    def result(self) -> Tested:
+    def result(self) -> TestResults:
         """Wait for all tests."""
-        return Tested(
+        return TestResults(
             None if self.test is None else evaluation.scores(self.test.result()),
             None if self.validation is None else evaluation.scores(self.validation.result()),
             () if self.clients is None else self.clients.result(),
@@ -64,51 +59,33 @@ class Tester:
     """Has an engine test global models."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        engine: Engine,
-        population: Population,
-        limits: IndexArray | None,
+        self, recipe: Recipe, engine: Engine, population: Population, limits: IndexArray | None
     ) -> None:
-        """Keep what decides which tests are due.
-
-        Args:
-            recipe: the run.
-            engine: opened.
-            population: what its `open` said.
-            limits: largest rank of each client, where any is limited.
-        """
+        """Test on an opened engine; `limits`: largest rank of each client, if any is limited."""
         self._recipe = recipe
         self._engine = engine
         self._population = population
         self._limits = limits
 
-    def start(self, run: Run) -> Tests:
-        """Start the tests that are due after a round.
-
-        Args:
-            run: the run after it, without its scores.
-        """
-        settings = self._recipe.evaluation
-        last = run.rounds == self._recipe.annealing.total_rounds
-        due = last or run.rounds % settings.every == 0
-        watched = self._recipe.annealing.feedback == "target"
+    def start(self, run: Run) -> RunningTests:
+        """Start the tests that are due after a round; `run` is the run after it."""
+        settings, annealing = self._recipe.evaluation, self._recipe.annealing
+        last = run.rounds == annealing.total_rounds
         every = settings.clients_every
+        clients_due = last or (every is not None and run.rounds % every == 0)
+        watched = annealing.feedback == "target"
         clients, own = None, None
-        if settings.client_fraction > 0.0 and (
-            last or (every is not None and run.rounds % every == 0)
-        ):
+        if settings.client_fraction > 0.0 and clients_due:
             clients, own = self._start_on_clients(run)
-        return Tests(
+        due = last or run.rounds % settings.every == 0
+        return RunningTests(
             test=self._evaluation("test", run.model) if due else None,
             validation=self._evaluation("validation", run.model) if watched else None,
             clients=clients,
             own=own,
         )
 
-    def _start_on_clients(
-        self, run: Run
-    ) -> tuple[Running[tuple[ClientScore, ...]], Running[tuple[ClientScore, ...]] | None]:
+    def _start_on_clients(self, run: Run) -> tuple[_ClientTest, _ClientTest | None]:
         """Start the tests on clients' own examples, with the global model and with their own."""
         clients = sampling.tested_clients(self._recipe, self._population.clients, run.rounds - 1)
         shared = self._engine.submit(TestClients(run.model, tuple(clients)))
@@ -118,8 +95,7 @@ class Tester:
             return shared, None
         tested = [client for block in blocks for client in block]
         limits = {} if self._limits is None else {k: int(self._limits[k]) for k in tested}
-        own = TestClients(run.model, blocks, limits, run.personal)
-        return shared, self._engine.submit(own)
+        return shared, self._engine.submit(TestClients(run.model, blocks, limits, run.personal))
 
     def _evaluation(self, split: Split, model: GlobalModel) -> _Evaluation:
         rows, size = self._population.examples[split], self._recipe.evaluation.batch_size
@@ -129,11 +105,9 @@ class Tester:
         return evaluation.scores(self._evaluation("validation", model).result())["loss"]
 
     def feedback(self, t: int, run: Run) -> Feedback:
-        """Return what the schedule may look at, computing the energies that a proposal needs.
+        """Return the feedback for the plan of round `t`, with the energies that a proposal needs.
 
-        Args:
-            t: the round that is to be planned.
-            run: the run before it.
+        `run` is the run before that round.
         """
         annealing = self._recipe.annealing
         feedback = Feedback(rank=run.rank, best_at_heating=run.best_at_heating)
@@ -144,7 +118,7 @@ class Tester:
             return feedback
         model, shape = run.model, self._population.shape
         ranks = transitions.allocate(self._recipe, shape, model.state, t, proposed)
-        smaller = transitions.resized(self._recipe, model.state, ranks, t)
+        smaller = transitions.resized_adapter(self._recipe, model.state, ranks, t)
         return replace(
             feedback,
             energy_current=self._energy(model),
@@ -155,10 +129,7 @@ class Tester:
     def best_at_heating(self, run: Run, plan: RoundPlan, validation: Scores | None) -> float | None:
         """Return the best validation metric reached at the heating rank so far.
 
-        Args:
-            run: the run before a round.
-            plan: that round.
-            validation: its scores, None where the annealing does not look at them.
+        `run` is the run before a round, `validation` its scores if the annealing uses them.
         """
         target, best = self._recipe.annealing.target, run.best_at_heating
         rank = self._recipe.annealing.heating.rank

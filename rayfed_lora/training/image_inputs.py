@@ -1,4 +1,4 @@
-"""The images of a data set as a model takes them. Source: this project."""
+"""The images of a data set as inputs of a model."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ def fit_images(
 ) -> tuple[ImageProcessor | None, Sequence[str]]:
     """Return the image processor to apply to a data set, and notes for the user.
 
-    Returns:
-        The processor is None where the source has none, or the pixels are floats: these are kept.
+    None where the source has none, or where the pixels are floats, which are kept.
 
     Raises:
         ModelError: the processor cannot be read, or the images have another size than the model's
@@ -40,10 +39,8 @@ def fit_images(
     shape = tuple(dataset.test["image"].type.shape)
     source, notes = where(recipe.model), []
     if processor is None:
-        is_hub = (
-            recipe.model.source != "config"
-            and not Path(base_models.location(recipe.model.source)).is_dir()
-        )
+        given = recipe.model.source
+        is_hub = given != "config" and not Path(base_models.location(given)).is_dir()
         if is_hub and not dataset.floats:
             notes.append(f"{source}: no image processor is found, pixels are scaled to [-1, 1]")
     elif dataset.floats:
@@ -53,9 +50,9 @@ def fit_images(
             " are kept as they are"
         )
     else:
-        given, shape = shape, image_inputs(dataset.test.slice(0, 1), processor).shape[1:]
+        before, shape = shape, image_inputs(dataset.test.slice(0, 1), processor).shape[1:]
         note = (
-            f"images ({_text(given)}) are prepared as {source} does ({_text(shape)}): {processor}"
+            f"images ({_text(before)}) are prepared as {source} does ({_text(shape)}): {processor}"
         )
         if own_size is not None:
             note += f"; the size is model.config.image_size, {own_size}"
@@ -65,7 +62,7 @@ def fit_images(
 
 
 def image_inputs(table: pa.Table, processor: ImageProcessor | None) -> npt.NDArray[np.float32]:
-    """Return the images of a table as the model takes them, (n, channels, height, width)."""
+    """Return the images of a table as inputs of the model, (n, channels, height, width)."""
     column = table["image"].combine_chunks()
     if isinstance(column, pa.ChunkedArray):
         images = np.zeros((0, *column.type.shape), np.float32)
