@@ -23,11 +23,8 @@ from rayfed_lora.types import ClientScore, Predictions
 _MOST_CLASSES = 200
 
 
-class Testing:
+class Evaluator:
     """Tests states on the model that a trainer trains too, always in float32 arithmetic."""
-
-    # Not one of pytest's, whatever its name begins with.
-    __test__ = False
 
     def __init__(
         self, recipe: Recipe, workload: Workload, model: AdaptedModel, passes: RecordedPasses

@@ -50,7 +50,7 @@ from rayfed_lora.training.optimizing import (
     fresh_optimizer,
 )
 from rayfed_lora.training.proof import examined, judged
-from rayfed_lora.training.testing import Testing, know_threads, token_losses
+from rayfed_lora.training.testing import Evaluator, know_threads, token_losses
 from rayfed_lora.types import AdapterState, Base, GlobalModel, LocalPlan, ModelShape
 
 R = TypeVar("R")
@@ -130,7 +130,7 @@ class LocalTrainer:
         self._drops = recipe.adapter.dropout > 0 or drops(net)
         self._drawing = Drawing(recipe, workload, drops=self._drops)
         self._passes = RecordedPasses(self._model, recording=self._recordable())
-        self._testing = Testing(recipe, workload, self._model, self._passes)
+        self._testing = Evaluator(recipe, workload, self._model, self._passes)
 
     def _recordable(self) -> bool:
         """Return whether the operations of a pass follow from shapes alone: not with masks."""
