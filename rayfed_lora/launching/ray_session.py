@@ -7,12 +7,15 @@ as the user.
 
 from __future__ import annotations
 
+import inspect
 import os
 import secrets
+import socket
 import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from rayfed_lora.errors import ResourceError
@@ -30,6 +33,7 @@ _OWN_RAY = {
     # Larger results go through the object store: 1.5 ms later on two busy cores.
     "RAY_max_direct_call_object_size": str(1 << 19),
 }
+_AGENT_PORTS = ("metrics_agent_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
 
 
 @contextmanager
@@ -55,20 +59,46 @@ def ray_session(address: str | None) -> Iterator[None]:
         return
     if where is None:
         keep_token_private()
+    settings = {"namespace": NAMESPACE, "logging_level": "ERROR", "log_to_driver": False}
     try:
-        ray.init(
-            address=where or "local",
-            namespace=NAMESPACE,
-            logging_level="ERROR",
-            log_to_driver=False,
-            **({} if where else {"include_dashboard": False}),
-        )
+        if where is None:
+            with _chosen_agent_ports():
+                ray.init(address="local", include_dashboard=False, **settings)
+        else:
+            ray.init(address=where, **settings)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ResourceError(f"no Ray cluster at {where or 'this machine'}: {error}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _chosen_agent_ports() -> Iterator[None]:
+    """Choose the ports of Ray's agents in `ray.init`, which else waits until they have started.
+
+    An agent that chooses its own port first imports for seconds. `ray.init` has no argument for
+    these ports, `ray start` has. Parameters that this Ray does not have are left out.
+    """
+    from ray._private import parameter
+
+    original = parameter.RayParams
+    known = inspect.signature(original).parameters
+    names = [name for name in _AGENT_PORTS if name in known]
+    parameter.RayParams = partial(original, **{name: _free_port() for name in names})
+    try:
+        yield
+    finally:
+        parameter.RayParams = original
+
+
+def _free_port() -> int:
+    """Return a free port below those that Linux gives to outgoing connections."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 def keep_token_private() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray._private import parameter
 
 from rayfed_lora.launching.ray_session import ray_session
 
@@ -49,6 +50,22 @@ def test_a_ray_of_our_own_starts_quietly_with_a_token_and_without_a_dashboard(
             "RAY_max_direct_call_object_size": "524288",
         }
     assert [call["include_dashboard"] for call in started] == [False]
+
+
+def test_the_agents_of_a_ray_of_our_own_are_told_their_ports(
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, made = parameter.RayParams, []
+    monkeypatch.setattr(ray, "init", lambda **options: made.append(parameter.RayParams()))
+    with ray_session(None):
+        assert parameter.RayParams is original
+    ports = [
+        getattr(made[0], f"{agent}_port")
+        for agent in ("metrics_agent", "dashboard_agent_listen", "runtime_env_agent")
+    ]
+    assert len({*ports}) == 3
+    # Below those that Linux gives to outgoing connections.
+    assert all(20_000 <= port < 32_768 for port in ports)
 
 
 def test_a_ray_that_was_imported_before_decides_on_tokens_itself(
