@@ -15,7 +15,7 @@ from rayfed_lora.runs.status import headline
 from rayfed_lora.units import duration, megabytes, percent
 
 if TYPE_CHECKING:
-    from rayfed_lora.pages.comparison import Comparison, Ended, Standing
+    from rayfed_lora.pages.comparison_tables import Comparison, Ended, Standing
 
 
 @contextmanager

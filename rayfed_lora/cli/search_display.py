@@ -15,7 +15,7 @@ from rayfed_lora.units import megabytes
 if TYPE_CHECKING:
     import pandas as pd
 
-    from rayfed_lora.pages.search import SearchNews
+    from rayfed_lora.pages.search_page import SearchNews
 
 
 @contextmanager

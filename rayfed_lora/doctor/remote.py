@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from rayfed_lora.doctor.findings import Finding
 from rayfed_lora.endpoints import named_in
 from rayfed_lora.errors import ResourceError
-from rayfed_lora.jobs.files import files_named
 from rayfed_lora.jobs.jobs import Jobs
+from rayfed_lora.jobs.local_files import files_named
 from rayfed_lora.jobs.views import JobView
 from rayfed_lora.recipe.loading import recipe_yaml
 from rayfed_lora.recipe.recipe import Recipe

@@ -62,7 +62,7 @@ class JobProgress(BaseModel):
 
     @classmethod
     def of(cls, status: Status, now: float) -> JobProgress:
-        """Return the progress that a status describes at the time `now`."""
+        """Return the progress at the time `now`."""
         values = {name: getattr(status, name) for name in _FROM_STATUS}
         return cls(**values, eta_s=status.eta_s(now), told_at=now)
 
@@ -75,11 +75,7 @@ class JobProgress(BaseModel):
             return None
 
     def line(self, ended: bool = False) -> str:
-        """Return one line for people.
-
-        Args:
-            ended: the job has ended: name only the finished rounds.
-        """
+        """Return one line for people; of a job that has ended, only the finished rounds."""
         status = Status(**{name: getattr(self, name) for name in _FROM_STATUS})
         parts = [f"{self.rounds_done} of {self.rounds} rounds done" if ended else headline(status)]
         if self.loss is not None:

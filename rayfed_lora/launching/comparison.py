@@ -13,8 +13,8 @@ from rayfed_lora.launching.local import local_engine, refuse_address
 from rayfed_lora.launching.ray_session import ray_session
 from rayfed_lora.launching.run_queue import RunQueue, run_name
 from rayfed_lora.launching.signals import interruptible
-from rayfed_lora.pages.comparison import Cell, Comparison, Ended, Standing
-from rayfed_lora.pages.search import SEARCH_FILE
+from rayfed_lora.pages.comparison_tables import Cell, Comparison, Ended, Standing
+from rayfed_lora.pages.search_page import SEARCH_FILE
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.claiming import claim, complete, say
 from rayfed_lora.runs.location import run_location

@@ -10,7 +10,7 @@ from rayfed_lora.engines.on_ray.crew import Crew
 from rayfed_lora.engines.on_ray.engine import RayEngine
 from rayfed_lora.launching.metrics import run_metrics
 from rayfed_lora.launching.run_queue import RunQueue, run_name
-from rayfed_lora.pages.comparison import Cell, Ended, Standing
+from rayfed_lora.pages.comparison_tables import Cell, Ended, Standing
 from rayfed_lora.runs.ownership import Ticket
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.runs.tracking import Tracker

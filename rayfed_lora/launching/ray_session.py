@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rayfed_lora.errors import ResourceError
-from rayfed_lora.jobs.ports import unreachable_cluster
+from rayfed_lora.jobs.dashboard import unreachable_cluster
 from rayfed_lora.launching.token_file import keep_token_private
 
 NAMESPACE = "rayfed_lora"

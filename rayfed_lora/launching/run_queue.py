@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 
 from rayfed_lora.errors import InterruptedRunError, RayfedError
-from rayfed_lora.pages.comparison import Cell, Ended, Standing
+from rayfed_lora.pages.comparison_tables import Cell, Ended, Standing
 from rayfed_lora.pages.run_page import run_page
 from rayfed_lora.runs.claiming import complete
 from rayfed_lora.runs.ownership import Ticket

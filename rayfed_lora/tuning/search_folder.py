@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.locations import child
-from rayfed_lora.pages.search import SEARCH_FILE
+from rayfed_lora.pages.search_page import SEARCH_FILE
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.recipe.yaml_text import parse_yaml, yaml_text
@@ -58,15 +58,8 @@ def claim_search(
 def write_search(
     folder: RunFolder, space: Space, recipe: Recipe, max_concurrent: int | None
 ) -> None:
-    """Write search.yaml unless it exists.
-
-    Raises:
-        RunError: the folder cannot be written.
-    """
+    """Write search.yaml unless it exists."""
     if not folder.exists(SEARCH_FILE):
-        content = {
-            "space": space.model_dump(mode="json"),
-            "recipe": recipe.model_dump(mode="json"),
-            "max_concurrent": max_concurrent,
-        }
-        folder.write(SEARCH_FILE, seals.sealed_text(yaml_text(content)))
+        plain = {"space": space.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json")}
+        content = yaml_text({**plain, "max_concurrent": max_concurrent})
+        folder.write(SEARCH_FILE, seals.sealed_text(content))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -20,30 +20,25 @@ from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.draws import continued, recipe_values, trial_recipe
 from rayfed_lora.tuning.space import Space
 
-CHANGES_FILE = "changes.json"
+_CHANGES_FILE = "changes.json"
 _NOT_COPIED = {TRACKING_FILE, EVENTS_FOLDER, "wandb"}
 # Summed over rounds.
 _SUMMED = ("bytes_up", "bytes_down", "bytes_base", "seconds")
 
 
 def measured(rounds: pa.Table) -> dict[str, Any]:
-    """Return the metrics that a trial reports.
+    """Return the metrics that a trial reports after the rows of rounds.parquet, at least one.
 
-    Args:
-        rounds: rows of rounds.parquet, at least one.
-
-    Returns:
-        The number of finished rounds (`round`), stage, rank and train_loss of the newest round,
-        metrics of the newest test, and the sums of bytes and seconds.
+    These are the number of finished rounds (`round`), stage, rank and train_loss of the newest
+    round, metrics of the newest test, and the sums of bytes and seconds.
     """
-    newest = rounds.slice(rounds.num_rows - 1).to_pylist()[0]
-    found = {name: newest[name] for name in ("stage", "rank", "train_loss")}
+    found: dict[str, Any] = {"round": rounds.num_rows}
+    found |= {name: rounds[name][-1].as_py() for name in ("stage", "rank", "train_loss")}
     for name in TESTED:
         tested = rounds[name].drop_null()
         found[name] = tested[-1].as_py() if len(tested) > 0 else None
     found |= {name: pc.sum(rounds[name]).as_py() for name in _SUMMED}
-    found["total_bytes"] = found["bytes_up"] + found["bytes_down"]
-    return {"round": rounds.num_rows, **found}
+    return found | {"total_bytes": found["bytes_up"] + found["bytes_down"]}
 
 
 def copy_run(source: RunFolder, to: RunFolder, folder: str = "") -> None:
@@ -61,12 +56,7 @@ def copy_run(source: RunFolder, to: RunFolder, folder: str = "") -> None:
 def current_recipe(
     folder: RunFolder, space: Space, recipe: Recipe, draw: Mapping[str, Any]
 ) -> Recipe:
-    """Return the recipe of the run in a trial's folder, or that of its draw if there is none.
-
-    Raises:
-        RunFolderError: the folder's recipe cannot be read.
-        RecipeError: the drawn values do not fit together.
-    """
+    """Return the recipe of the run in a trial's folder, or that of its draw if there is none."""
     # Endpoints of the search's recipe count as named by the user in its trials, too.
     kept = kept_recipe(folder, named_in(recipe.model_dump()))
     return trial_recipe(space, recipe, draw) if kept is None else kept
@@ -89,9 +79,14 @@ def apply_draw(folder: RunFolder, space: Space, recipe: Recipe, draw: Mapping[st
     after = load_recipe(recipe, settings, endpoints=named)
     if after == before:
         return
-    changes: Sequence[Any] = []
-    if folder.exists(CHANGES_FILE):
-        changes = json.loads(folder.read(CHANGES_FILE))
-    changes = [*changes, {"after_round": snapshot.rounds, "settings": settings}]
-    folder.write(CHANGES_FILE, json.dumps(changes, indent=1).encode())
+    all_changes = [*changes(folder), {"after_round": snapshot.rounds, "settings": settings}]
+    folder.write(_CHANGES_FILE, json.dumps(all_changes, indent=1).encode())
     folder.write("recipe.yaml", seals.sealed_text(recipe_yaml(after)))
+
+
+def changes(folder: RunFolder) -> list[dict[str, Any]]:
+    """Return the changes of draws during a run: `after_round` and `settings` of each."""
+    if not folder.exists(_CHANGES_FILE):
+        return []
+    found: list[dict[str, Any]] = json.loads(folder.read(_CHANGES_FILE))
+    return found
