@@ -114,13 +114,10 @@ class Jobs:
     def start(
         self, name: str, command: str, files: Mapping[str, str], endpoints: Collection[str] = ()
     ) -> str:
-        """Start a job that is not a run; return its id.
+        """Start a job that is not a run, with `name` as prefix of its id; return its id.
 
-        Args:
-            name: prefix of its id.
-            command: shell command, quoted.
-            files: texts by name, written into its working folder.
-            endpoints: of object stores that the user has named: the job may send credentials there.
+        The shell command `command`, quoted, finds `files` (texts by name) in its working folder;
+        it may send credentials to `endpoints`, object stores that the user has named.
         """
         return self._start(_new_id(name), command, files, endpoints, {})
 

@@ -5,7 +5,7 @@ Plain mappings, since plotly's own classes take seconds to validate each figure.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -132,24 +132,24 @@ def _spread(runs: Sequence[RunData]) -> Figure:
             name = f"{label}, {kind}" if several else kind
             box = {"type": "box", "orientation": "h", "x": tested[column].tolist(), "name": name}
             marker = {"size": 4, "opacity": 0.5, "color": COLOURS[i % len(COLOURS)]}
-            points = {**_points(tested), "jitter": 0.4, "pointpos": 0, "marker": marker}
-            traces.append({**box, **points})
+            points: dict[str, Any] = {"boxpoints": False}
+            if len(tested) <= _MOST_POINTS:
+                texts = [_tooltip(row) for row in tested.to_dict("records")]
+                points = {"boxpoints": "all", "text": texts}
+            traces.append({**box, **points, "jitter": 0.4, "pointpos": 0, "marker": marker})
     y = {"autorange": "reversed", "automargin": True}
     x = {"title": {"text": "accuracy of the client"}}
     return framed(traces, 160 + 60 * len(traces), x, y)
 
 
-def _points(tested: pd.DataFrame) -> dict[str, Any]:
-    """Return the points of a box: all, or none if there are very many."""
-    if len(tested) > _MOST_POINTS:
-        return {"boxpoints": False}
-    return {"boxpoints": "all", "text": [_tooltip(row) for row in tested.itertuples()]}
+def _tooltip(row: Mapping[Any, Any]) -> str:
+    return f"{label_of_client(row)}, seed {row['seed']}, {row['examples']} examples"
 
 
-def _tooltip(row: Any) -> str:
-    name = getattr(row, CLIENT_NAME, None)
-    shown = client_label(row.client, None if name is None else {row.client: name})
-    return f"{shown}, seed {row.seed}, {row.examples} examples"
+def label_of_client(row: Mapping[Any, Any]) -> str:
+    """Return the label of a row's client, as in the notes of the run."""
+    name = row.get(CLIENT_NAME)
+    return client_label(row["client"], None if name is None else {row["client"]: name})
 
 
 def _partition(partition: pd.DataFrame) -> Figure:

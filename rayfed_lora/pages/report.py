@@ -8,13 +8,11 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from rayfed_lora.client_names import client_label
 from rayfed_lora.errors import BadInputError, RunFolderError
 from rayfed_lora.locations import child, parent
-from rayfed_lora.pages.figures import figures, partitions
+from rayfed_lora.pages.figures import figures, label_of_client, partitions
 from rayfed_lora.pages.page import Rows, even, page, shown
 from rayfed_lora.pages.search_page import TRIALS_FILE, read_search, search_html
-from rayfed_lora.runs.client_rows import CLIENT_NAME
 from rayfed_lora.runs.labelled_runs import FailedRun, read_failed, read_runs
 from rayfed_lora.runs.reading import REPORT_FILE, RunData
 from rayfed_lora.runs.summary import client_summary
@@ -166,7 +164,9 @@ def _rows(table: pd.DataFrame) -> Rows:
 
 def _notes(run: RunData) -> Rows:
     """Return the notes of a run; those of failed clients are in the table of failures."""
-    failed = {f"{_client(row)} failed: {row['error']}" for row in run.failures.to_dict("records")}
+    failed = {
+        f"{label_of_client(row)} failed: {row['error']}" for row in run.failures.to_dict("records")
+    }
     return [
         {"round": str(row["round"] + 1), "note": str(row["text"])}
         for row in run.notes.to_dict("records")
@@ -174,16 +174,10 @@ def _notes(run: RunData) -> Rows:
     ]
 
 
-def _client(row: Mapping[Any, Any]) -> str:
-    """Return the label of a row's client, as in the notes of the run."""
-    name = row.get(CLIENT_NAME)
-    return client_label(row["client"], None if name is None else {row["client"]: name})
-
-
 def _failures(run: RunData) -> Rows:
     rows = []
     for row in run.failures.to_dict("records"):
-        client, error = _client(row).removeprefix("client "), str(row["error"])
+        client, error = label_of_client(row).removeprefix("client "), str(row["error"])
         place = {"run": run.label, "seed": str(run.seed), "round": str(row["round"] + 1)}
         rows.append({**place, "client": client, "error": error})
     left = run.failed - len(rows)

@@ -33,8 +33,8 @@ class SearchNews:
     Attributes:
         trials: number of trials so far.
         running: finished rounds of each running trial.
-        ended: trial and outcome, where one has just ended; else None.
-        warning: a line for the user, or None.
+        ended: id and outcome of a trial that has just ended.
+        warning: a line for the user.
     """
 
     trials: int = 0
@@ -66,11 +66,7 @@ class SearchData:
 
 
 def read_search(folder: RunFolder) -> SearchData:
-    """Read a search's folder.
-
-    Raises:
-        RunFolderError: something is missing or damaged.
-    """
+    """Read a search's folder; raises RunFolderError where something is missing or damaged."""
     try:
         search = parse_yaml(folder.location, seals.text(folder, SEARCH_FILE))
         trials = table(folder, TRIALS_FILE).to_pandas()
@@ -111,16 +107,14 @@ def search_html(search: SearchData) -> str:
         f"{len(search.trials)} trials: {said}",
         even([_row(search, row) for row in search.trials.to_dict("records")]),
         _figures(search),
-        failures=[
-            {"trial": str(row["trial"]), "error": str(row["error"])}
-            for row in failed.to_dict("records")
-        ],
+        failures=failed[["trial", "error"]].astype(str).to_dict("records"),
     )
 
 
 def _row(search: SearchData, row: Mapping[Any, Any]) -> dict[str, str]:
     facts = {"trial": str(row["trial"]), "status": str(row["status"])}
-    facts |= {"front": "yes" if row["on_front"] else ""} if len(search.objectives) > 1 else {}
+    if len(search.objectives) > 1:
+        facts["front"] = "yes" if row["on_front"] else ""
     for name in search.objectives:
         value = row[name]
         sent = "bytes" in name and pd.notna(value)
@@ -140,7 +134,7 @@ def _figures(search: SearchData) -> Iterator[tuple[str, Figure]]:
 def _front(done: pd.DataFrame, upper: str, across: str) -> Figure:
     done = done.sort_values(across)
     (x_label, x), (y_label, y) = (measure(name, done[name]) for name in (across, upper))
-    front, traces = done["on_front"].astype(bool), []
+    front, traces = done["on_front"], []
     for label, own, mode, opacity in (
         ("dominated", ~front, "markers", 0.4),
         ("front", front, "lines+markers", 1.0),
@@ -169,10 +163,6 @@ def _axis(label: str, values: pd.Series[Any]) -> dict[str, Any]:
         return {"label": label, "values": values.tolist()}
     names = values.map(shown)
     known = sorted(names.unique())
-    return {
-        "label": label,
-        "values": [known.index(name) for name in names],
-        "tickvals": list(range(len(known))),
-        "ticktext": known,
-        "range": [0, max(len(known) - 1, 1)],
-    }
+    ticks = {"tickvals": list(range(len(known))), "ticktext": known}
+    places = [known.index(name) for name in names]
+    return {"label": label, "values": places, **ticks, "range": [0, max(len(known) - 1, 1)]}

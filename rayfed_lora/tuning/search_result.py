@@ -24,8 +24,8 @@ from rayfed_lora.runs.tables import ROUNDS_FILE
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning import pareto
 from rayfed_lora.tuning.draws import recipe_values
+from rayfed_lora.tuning.search_folders import changes, measured
 from rayfed_lora.tuning.space import METRICS, Space
-from rayfed_lora.tuning.trial_folders import changes, measured
 
 Status = Literal["finished", "ended early", "failed", "unfinished"]
 

@@ -7,8 +7,8 @@ import os
 import shlex
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 
 from rayfed_lora.errors import InterruptedRunError, RayfedError, RunError
 from rayfed_lora.launching.signals import interruptible
@@ -18,8 +18,8 @@ from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning import tuner
 from rayfed_lora.tuning.distributions import grid, invalid_draws, without_effect
 from rayfed_lora.tuning.schedulers import scheduler, searcher
-from rayfed_lora.tuning.search_folder import write_search
-from rayfed_lora.tuning.search_result import SearchResult, TrialOutcome
+from rayfed_lora.tuning.search_folders import write_search
+from rayfed_lora.tuning.search_result import SearchResult
 from rayfed_lora.tuning.space import Space
 from rayfed_lora.tuning.trial import Search
 
@@ -81,17 +81,18 @@ def run(
 
     with interruptible(stop):
         outcomes = tuner.fit(search, watch, trainable, slots, resume)
-    if not stopped.is_set():
-        if len(outcomes) < trials:
-            raise RunError(f"Tune ended after {len(outcomes)} of {trials} trials; try --resume")
-        return _written(search, folder, outcomes)
-    with suppress(RayfedError):
-        # The tables so far; there are none before the first trial has finished.
-        _written(search, folder, outcomes)
-    raise InterruptedRunError(
-        "stopped; finished trials and the rounds of others are kept; resume with --resume"
-        f" --out {shlex.quote(search.location)}"
-    )
+    if not stopped.is_set() and len(outcomes) < trials:
+        raise RunError(f"Tune ended after {len(outcomes)} of {trials} trials; try --resume")
+    # After a stop, the tables so far; there are none before the first trial has finished.
+    with suppress(RayfedError) if stopped.is_set() else nullcontext():
+        result = SearchResult.of(search.location, space, recipe, outcomes)
+        result.write(space, folder)
+    if stopped.is_set():
+        raise InterruptedRunError(
+            "stopped; finished trials and the rounds of others are kept; resume with --resume"
+            f" --out {shlex.quote(search.location)}"
+        )
+    return result
 
 
 def _warnings(space: Space, recipe: Recipe) -> Iterator[str]:
@@ -105,9 +106,3 @@ def _warnings(space: Space, recipe: Recipe) -> Iterator[str]:
             f"drawn without effect with annealing.mode {recipe.annealing.mode} and the conditions"
             f" of the space: {', '.join(ignored)}"
         )
-
-
-def _written(search: Search, folder: RunFolder, outcomes: Sequence[TrialOutcome]) -> SearchResult:
-    result = SearchResult.of(search.location, search.space, search.recipe, outcomes)
-    result.write(search.space, folder)
-    return result

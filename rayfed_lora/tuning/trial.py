@@ -27,20 +27,15 @@ from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.runs.tables import ROUNDS_FILE, Tables
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.distributions import DRAW
+from rayfed_lora.tuning.search_folders import apply_draw, copy_run, current_recipe, measured
 from rayfed_lora.tuning.space import Space
-from rayfed_lora.tuning.trial_folders import apply_draw, copy_run, current_recipe, measured
 
 
 @dataclass(frozen=True)
 class Search:
-    """The facts that all trials of a search share.
+    """The facts that all trials of a search share; `recipe` has the values that are not drawn.
 
-    Attributes:
-        space: the distributions.
-        recipe: supplies the values that are not drawn.
-        location: of the search's folder.
-        ticket: of the process that owns the search's folder.
-        factory: makes workloads and trainers in the workers.
+    `location` is the search's folder, `ticket` that of the process that owns the folder.
     """
 
     space: Space

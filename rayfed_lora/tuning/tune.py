@@ -19,7 +19,7 @@ from rayfed_lora.runs.location import run_location, with_absolute_paths
 from rayfed_lora.runs.ownership import Ticket, owned
 from rayfed_lora.runs.tracking import check_tracking
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.tuning.search_folder import claim_search
+from rayfed_lora.tuning.search_folders import claim_search
 from rayfed_lora.tuning.space import Space, check_objectives, load_space
 
 if TYPE_CHECKING:
