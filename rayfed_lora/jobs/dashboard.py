@@ -29,13 +29,9 @@ _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def dashboard_url(address: str | None) -> str:
-    """Return the URL of a cluster's dashboard.
+    """Return the URL of the dashboard at a URL or `host:port`; else raise BadInputError.
 
-    Args:
-        address: URL, or host and port; default $RAY_API_SERVER_ADDRESS or $RAY_ADDRESS.
-
-    Raises:
-        BadInputError: no address, or one that is not a dashboard's.
+    The default address is $RAY_API_SERVER_ADDRESS or $RAY_ADDRESS.
     """
     found = address or next(filter(None, map(os.environ.get, _OVERRIDES)), None)
     url = found if found is None or "://" in found else f"http://{found}"
@@ -81,11 +77,7 @@ def unreachable_cluster(address: str) -> str | None:
 
 
 def client_of(address: str | None) -> Any:
-    """Return Ray's client for jobs.
-
-    Raises:
-        ResourceError: nothing answers there, or the dashboard rejects the token.
-    """
+    """Return Ray's client for jobs; ResourceError if nothing answers or the token is rejected."""
     url = dashboard_url(address)
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -119,8 +111,7 @@ def _only(url: str) -> Iterator[None]:
 def translated_errors(job: str | None = None) -> Iterator[None]:
     """Raise errors of Ray's client as errors of this package, without any token in them.
 
-    Args:
-        job: id in the request, if there is one; checked, since it becomes a part of a URL.
+    An id `job` in the request is checked first, since it becomes a part of a URL.
 
     Raises:
         BadInputError: there is no such job.

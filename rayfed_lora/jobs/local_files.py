@@ -12,10 +12,7 @@ from rayfed_lora.runs.location import with_absolute_paths
 def travel_notes(recipe: Recipe, location: str, *, given: bool) -> list[str]:
     """Return notes on files that do not travel, and on a folder that is lost with the cluster.
 
-    Args:
-        recipe: of the job.
-        location: its run folder.
-        given: the user has chosen the folder.
+    `given` says that the user has chosen the run folder `location`.
 
     Raises:
         BadInputError: a relative path names no file here.

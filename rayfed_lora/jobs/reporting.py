@@ -27,13 +27,8 @@ def reporting(
 ) -> Iterator[Callable[[Status], None]]:
     """Report a run to the Ray job whose command this process is; outside a job, change nothing.
 
-    Args:
-        recipe: the run.
-        location: its folder, as the nodes see it.
-        watch: called with each status, too.
-
-    Yields:
-        The function to call with each status in place of `watch`.
+    Yields the function to call with each status in place of `watch`, which it calls, too.
+    `location` is the run folder as the nodes see it.
     """
     job = job_id()
     if job is None:

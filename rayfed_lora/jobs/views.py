@@ -37,14 +37,8 @@ def run_metadata(recipe: Recipe, location: str) -> dict[str, str]:
 class JobProgress(BaseModel):
     """The progress of a run at its job's newest report.
 
-    Attributes:
-        phase: as in `Status`.
-        rounds_done, rounds: number of finished and of all rounds.
-        running: number of the current round, from 1.
-        stage, rank: of the current round; no rank in a full-model round.
-        loss, accuracy: newest training loss and test accuracy, None before the first.
-        eta_s: estimated seconds to the end, None before the first round.
-        told_at: `time.time()` of the report.
+    Fields are those of `Status`, the estimated seconds to the end (`eta_s`, None before the first
+    round) and `time.time()` of the report (`told_at`).
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -173,8 +167,4 @@ def _failure(job: Any) -> str:
 
 def exit_status(job: JobView) -> int:
     """Return the exit status of a job that has ended, as if its command had been run here."""
-    if job.state == "succeeded":
-        return 0
-    if job.state == "stopped":
-        return 130
-    return 1 if job.exit_status in (None, 0) else job.exit_status
+    return {"succeeded": 0, "stopped": 130}.get(job.state, job.exit_status or 1)

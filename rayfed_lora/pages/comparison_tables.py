@@ -113,10 +113,8 @@ class Comparison:
     ) -> Comparison:
         """Read the finished runs of a comparison.
 
-        Args:
-            cells: all of them.
-            failed: the reason, by location, of runs that did not finish.
-            target: accuracy; None: 95 % of the best accuracy of any run.
+        `failed` are the reasons, by location, of runs that did not finish; `target` is an accuracy,
+        None: 95 % of the best accuracy of any run.
 
         Raises:
             RunError: none has finished.
@@ -174,6 +172,7 @@ def _row(
 ) -> dict[str, Any]:
     row = _key(cell, None)
     for name, (section, key) in _FROM_SUMMARY.items():
+        # Missing where clients are not tested.
         row[name] = (summary.get(section) or {}).get(key)
     row["accuracy_per_mb"] = row["final_accuracy"] / (row["total_bytes"] / 1e6)
     row |= dict.fromkeys(_TO_TARGET)

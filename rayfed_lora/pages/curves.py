@@ -61,19 +61,13 @@ class Plot:
         return bool((rounds[self.column].notna() & rounds[self.against].notna()).any())
 
 
+_ACCURACY = ("eval_accuracy", "test accuracy")
 PLOTS = (
-    Plot("Accuracy on the test split", "eval_accuracy", "test accuracy", file="accuracy-by-round"),
-    Plot(
-        "Accuracy against traffic",
-        "eval_accuracy",
-        "test accuracy",
-        "bytes_so_far",
-        file="accuracy-by-bytes",
-    ),
+    Plot("Accuracy on the test split", *_ACCURACY, file="accuracy-by-round"),
+    Plot("Accuracy against traffic", *_ACCURACY, "bytes_so_far", file="accuracy-by-bytes"),
     Plot(
         "Accuracy by the simulated clock",
-        "eval_accuracy",
-        "test accuracy",
+        *_ACCURACY,
         "simulated_so_far",
         file="accuracy-by-simulated-time",
     ),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
@@ -27,10 +26,8 @@ def write_plots(
 ) -> None:
     """Draw a comparison into the folder's `plots/`, but for plots without values.
 
-    Args:
-        folder: of the comparison.
-        rounds: rows of rounds.parquet of all runs, as for `curves`.
-        clients: accuracies on clients' own examples, by method, all seeds together.
+    `rounds` as for `curves`; `clients` are the accuracies on clients' own examples, by method, all
+    seeds together.
     """
     for plot in PLOTS:
         if plot.file is not None and plot.has_points(rounds):
@@ -110,12 +107,11 @@ def _log_scale(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _spread(clients: Mapping[str, Sequence[float] | npt.NDArray[Any]]) -> Figure:
+def _spread(clients: Mapping[str, npt.NDArray[Any]]) -> Figure:
     """Return one box per method: quartiles, whiskers at the 10th and 90th percentile."""
     figure, axes = _axes(1.0 + 0.5 * len(clients), "constrained")
-    values = [np.asarray(accuracies) for accuracies in clients.values()]
-    axes.boxplot(values, orientation="horizontal", whis=(10, 90), showmeans=True)
-    axes.set_yticks(range(1, len(values) + 1), list(clients))
+    axes.boxplot(list(clients.values()), orientation="horizontal", whis=(10, 90), showmeans=True)
+    axes.set_yticks(range(1, len(clients) + 1), list(clients))
     axes.invert_yaxis()
     axes.set(xlabel="accuracy on each client's own examples (whiskers: 10 % and 90 %)")
     return figure

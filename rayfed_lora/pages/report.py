@@ -24,14 +24,11 @@ _WORST = 50
 
 
 def report(locations: Sequence[str], to: str | None = None) -> str:
-    """Write the report of runs and comparisons, or of a search.
+    """Write the report of runs and comparisons, or of a search; return the file's location.
 
     Args:
         locations: folders or URIs; the folder of a search must be the only one.
         to: path or URI of the file; None: report.html in the only folder, or in the current one.
-
-    Returns:
-        The location of the file.
 
     Raises:
         BadInputError: no location, or `to` does not end in .html.
@@ -85,12 +82,8 @@ def report_html(runs: Sequence[RunData], failed: Sequence[FailedRun] = ()) -> st
 
 
 def _overview(run: RunData) -> dict[str, str]:
-    facts = {
-        "run": run.label,
-        "method": run.method,
-        "seed": str(run.seed),
-        "rounds": str(len(run.rounds)),
-    }
+    facts = {"run": run.label, "method": run.method, "seed": str(run.seed)}
+    facts["rounds"] = str(len(run.rounds))
     if run.summary is None:
         return {**facts, "final accuracy": "not finished"}
     final, best = run.summary["final"], run.summary["best"]

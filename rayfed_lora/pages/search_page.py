@@ -92,9 +92,8 @@ def read_search(folder: RunFolder) -> SearchData:
         drawn = tuple({**space["parameters"], **space["rounds"]})
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise RunFolderError(f"{folder.location} cannot be read: {error}") from error
-    return SearchData(
-        recipe["name"], objectives, drawn, trials, pd.concat(rounds, ignore_index=True)
-    )
+    curves = pd.concat(rounds, ignore_index=True)
+    return SearchData(recipe["name"], objectives, drawn, trials, curves)
 
 
 def search_html(search: SearchData) -> str:

@@ -76,11 +76,7 @@ def samples(space: Space, recipe: Recipe) -> Iterator[Mapping[str, Any]]:
 
 
 def invalid_draws(space: Space, recipe: Recipe) -> int:
-    """Return how many of a thousand draws are not valid recipes; 0 for a good space.
-
-    Raises:
-        BadInputError: no draw is valid; the message has the reason of the first.
-    """
+    """Return how many of a thousand draws are not valid recipes; BadInputError if none is."""
     faults: list[BadInputError] = []
     tried = list(samples(space, recipe))
     for draw in tried:
@@ -106,9 +102,7 @@ def without_effect(space: Space, recipe: Recipe) -> list[str]:
 
 
 def _never_met(space: Space, recipe: Recipe, how: Drawn) -> bool:
-    for key, wanted in how.when.items():
-        other = space.drawn.get(key)
-        possible = [value_of(recipe, key)] if other is None else other.choice
-        if possible is not None and wanted not in possible:
-            return True
-    return False
+    """Return whether a key of the condition never has the value that it must have."""
+    fixed = {key: [value_of(recipe, key)] for key in how.when if key not in space.drawn}
+    possible = {key: other.choice for key, other in space.drawn.items()} | fixed
+    return any(wanted not in (possible[key] or [wanted]) for key, wanted in how.when.items())

@@ -23,22 +23,14 @@ from rayfed_lora.types import Stage
 
 
 def trial_recipe(space: Space, recipe: Recipe, draw: Mapping[str, Any]) -> Recipe:
-    """Return the recipe with the values of a draw, which has a value for each key of the space.
-
-    Raises:
-        RecipeError: the values do not fit together.
-    """
+    """Return the recipe of a draw with a value for each key; RecipeError if they conflict."""
     # Only endpoints of the user's recipe get credentials; a space cannot add any.
     endpoints = named_in(recipe.model_dump())
     return load_recipe(recipe, recipe_values(space, draw, recipe), endpoints=endpoints)
 
 
 def recipe_values(space: Space, draw: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe values of a draw, by key.
-
-    Raises:
-        BadInputError: a share (`of`) of a value that is not a number.
-    """
+    """Return the recipe values of a draw, by key; BadInputError for a share of a non-number."""
     found: dict[str, Any] = {}
 
     def value(key: str) -> Any:
@@ -84,11 +76,7 @@ def _optimizer_defaults(recipe: Recipe, drawn: Mapping[str, Any]) -> dict[str, A
 
 
 def value_of(recipe: Recipe, key: str) -> Any:
-    """Return the value of a recipe key such as `annealing.heating.rank`.
-
-    Raises:
-        BadInputError: there is no such key.
-    """
+    """Return the value of a key such as `annealing.heating.rank`; BadInputError if unknown."""
     found: Any = recipe
     for part in key.split("."):
         if isinstance(found, Mapping) and part in found:

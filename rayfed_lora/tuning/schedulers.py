@@ -68,8 +68,7 @@ def scheduler(space: Space, recipe: Recipe) -> TrialScheduler | None:
     """Return the scheduler of trials by the first objective, or None.
 
     Raises:
-        BadInputError: pbt with ranks in the space and an aggregation rule by which clients keep
-            their own factors, or without a key that can change during a run.
+        BadInputError: pbt would change ranks of factors that clients keep, or nothing at all.
     """
     metric, mode = next(iter(space.objectives.items()))
     watched: dict[str, Any] = {"time_attr": "round", "metric": metric, "mode": mode}
@@ -108,11 +107,7 @@ def _most_rounds(space: Space, recipe: Recipe) -> int:
 
 
 def mutations(space: Space) -> dict[str, Any]:
-    """Return the values that population based training may change during a run, by key.
-
-    Raises:
-        BadInputError: the space has no such key.
-    """
+    """Return what pbt may change during a run, by key; BadInputError if there is nothing."""
     found = {
         key: how.choice or domain(how)
         for key, how in space.drawn.items()

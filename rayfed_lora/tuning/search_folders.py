@@ -35,9 +35,8 @@ def claim_search(
 ) -> int | None:
     """Check that a search may use the folder; write nothing but a probe.
 
-    Returns:
-        The maximum number of concurrent trials: of the folder's search if present, since Tune
-        cannot change it, else `max_concurrent`.
+    Returns the maximum number of concurrent trials: of the folder's search if present, since Tune
+    cannot change it, else `max_concurrent`.
 
     Raises:
         RunFolderError: the folder holds another search, other files, or a search and `resume` is

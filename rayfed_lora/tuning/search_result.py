@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,18 +27,12 @@ from rayfed_lora.tuning.draws import recipe_values
 from rayfed_lora.tuning.search_folders import changes, measured
 from rayfed_lora.tuning.space import METRICS, Space
 
-Status = Literal["finished", "ended early", "failed", "unfinished"]
-
 
 @dataclass(frozen=True)
 class TrialOutcome:
-    """The end of a trial as Tune reports it.
+    """The end of a trial as Tune reports it: its id, draw, last report and reason of a failure.
 
-    Attributes:
-        trial: id of the trial.
-        draw: values by key of the space; empty where the trial failed before its draw.
-        metrics: last report; empty where there was none.
-        error: reason of the failure, or None.
+    The draw is empty where the trial failed before it; so are the metrics without a report.
     """
 
     trial: str
@@ -103,9 +97,7 @@ class SearchResult:
     def write(self, space: Space, folder: RunFolder | None = None) -> None:
         """Write trials as Parquet and CSV, best recipes, the plot of the front, and the report.
 
-        Args:
-            space: of the search.
-            folder: the search's folder, guarded by the lease; None: `location`, unguarded.
+        `folder` is the search's folder, guarded by the lease; None: `location`, unguarded.
 
         Raises:
             RunError: the folder cannot be written.
@@ -126,9 +118,7 @@ class SearchResult:
         folder = RunFolder(child(self.location, "trials", trial))
         row = self.trials.set_index("trial").loc[trial]
         heading = [f"# The best trial of a search by {name}: {trial}"]
-        heading += [
-            f"# {metric}: {row[metric]:.6g}" for metric in self.best if metric in self.trials
-        ]
+        heading += [f"# {key}: {row[key]:.6g}" for key in self.best if key in self.trials]
         rounds = ", ".join(str(change["after_round"]) for change in changes(folder))
         if rounds:
             heading.append(
@@ -145,7 +135,7 @@ def _row(location: str, space: Space, recipe: Recipe, outcome: TrialOutcome) -> 
         summary, final = _results(RunFolder(location))
     except (RunFolderError, OSError, ValueError, LookupError) as damage:
         summary, final, error = None, {}, str(damage)
-    status: Status = "unfinished"
+    status = "unfinished"
     if summary is not None:
         status = "finished"
     elif error is not None:

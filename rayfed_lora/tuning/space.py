@@ -16,8 +16,6 @@ from rayfed_lora.runs.summary import TESTED
 from rayfed_lora.types import Stage
 
 Mode = Literal["max", "min"]
-Scheduler = Literal["asha", "pbt", "median", "none"]
-Search = Literal["random", "optuna", "grid"]
 # Metrics that are not measured by each task's tests.
 _NOT_TESTED = {
     "causal-lm": {"eval_auc", "eval_macro_f1"},
@@ -88,16 +86,16 @@ class Space(_Strict):
             stages have in the recipe.
         objectives: metric -> max or min; schedulers use the first one.
         samples: number of trials; a grid has one for each combination.
-        scheduler: asha | pbt | median | none; ends trials early.
-        search: random | optuna | grid; draws the values.
+        scheduler: ends trials early.
+        search: draws the values.
     """
 
     parameters: dict[str, Drawn] = Field(default_factory=dict)
     rounds: dict[str, Drawn] = Field(default_factory=dict)
     objectives: dict[str, Mode] = Field(default={"eval_accuracy": "max"}, min_length=1)
     samples: int = Field(16, gt=0)
-    scheduler: Scheduler = "asha"
-    search: Search = "random"
+    scheduler: Literal["asha", "pbt", "median", "none"] = "asha"
+    search: Literal["random", "optuna", "grid"] = "random"
 
     @model_validator(mode="after")
     def _fits_together(self) -> Space:
@@ -148,11 +146,7 @@ def is_number(value: Any) -> bool:
 
 
 def check_objectives(space: Space, recipe: Recipe) -> None:
-    """Check that tests of the recipe's task measure the objectives.
-
-    Raises:
-        BadInputError: an objective is a metric of other tasks.
-    """
+    """Raise BadInputError if an objective is not measured by tests of the recipe's task."""
     task = recipe.model.task
     wrong = sorted(_NOT_TESTED[task] & set(space.objectives))
     if wrong:
@@ -162,9 +156,7 @@ def check_objectives(space: Space, recipe: Recipe) -> None:
 def load_space(source: str | Path | Mapping[str, Any], **overrides: Any) -> Space:
     """Return the space of a shipped name, a YAML file or a mapping.
 
-    Args:
-        source: the name, the path or the mapping.
-        overrides: values of fields of `Space`; None keeps the space's own value.
+    `overrides` are values of fields of `Space`; None keeps the space's own value.
 
     Raises:
         BadInputError: the space cannot be read, or has faults; the message lists all of them.

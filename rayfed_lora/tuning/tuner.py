@@ -51,10 +51,9 @@ def trial_layout(recipe: Recipe, nodes: Sequence[Node], at_once: int) -> tuple[L
 
 
 def trainable(search: Search, at_once: int) -> tuple[Any, int]:
-    """Read data and base model once for all trials.
+    """Read data and base model once for all trials; return Tune's trainable.
 
-    Returns:
-        Tune's trainable, and the number of trials that can run at once, up to `at_once`.
+    Also returned is the number of trials that can run at once, up to `at_once`.
 
     Raises:
         ResourceError: not even one trial fits the cluster.

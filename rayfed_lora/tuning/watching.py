@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
 from typing import Any
 
 from ray import tune
@@ -53,14 +52,14 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray has no types
 def _notify(
     trials: list[Any],
     ended: tuple[str, str] | None = None,
-    newest: Mapping[str, int] = MappingProxyType({}),
+    newest: Mapping[str, int] | None = None,
 ) -> None:
     running = {
         trial.trial_id: int(trial.last_result.get("round", 0))
         for trial in trials
         if trial.status == "RUNNING" and (ended is None or trial.trial_id != ended[0])
     }
-    WATCH.get()(SearchNews(len(trials), {**running, **newest}, ended))
+    WATCH.get()(SearchNews(len(trials), {**running, **(newest or {})}, ended))
 
 
 def outcomes_of(grid: tune.ResultGrid, location: str) -> list[TrialOutcome]:
