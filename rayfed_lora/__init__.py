@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rayfed_lora.launching.launch import Result as Result
     from rayfed_lora.launching.launch import run as run
     from rayfed_lora.launching.planning import plan as plan
-    from rayfed_lora.pages.comparison import Comparison as Comparison
+    from rayfed_lora.pages.comparison_tables import Comparison as Comparison
     from rayfed_lora.pages.report import report as report
     from rayfed_lora.recipe.loading import load_recipe as load_recipe
     from rayfed_lora.tuning.search_result import SearchResult as SearchResult
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Comparison": "rayfed_lora.pages.comparison",
+    "Comparison": "rayfed_lora.pages.comparison_tables",
     "Jobs": "rayfed_lora.jobs.jobs",
     "Result": "rayfed_lora.launching.launch",
     "SearchResult": "rayfed_lora.tuning.search_result",

@@ -17,8 +17,8 @@ from rayfed_lora.units import duration, megabytes, percent
 if TYPE_CHECKING:
     import pandas as pd
 
-    from rayfed_lora.pages.comparison import Comparison, Ended, Standing
-    from rayfed_lora.pages.search import SearchNews
+    from rayfed_lora.pages.comparison_tables import Comparison, Ended, Standing
+    from rayfed_lora.pages.search_page import SearchNews
 
 
 @contextmanager

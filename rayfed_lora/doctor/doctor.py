@@ -11,8 +11,8 @@ from rayfed_lora.doctor.findings import Finding
 from rayfed_lora.endpoints import named_in
 from rayfed_lora.engines.on_ray.placement import nodes_of
 from rayfed_lora.errors import ResourceError
-from rayfed_lora.jobs.files import files_named
 from rayfed_lora.jobs.jobs import Jobs
+from rayfed_lora.jobs.local_files import files_named
 from rayfed_lora.jobs.views import JobView
 from rayfed_lora.launching.ray_session import ray_session
 from rayfed_lora.recipe.loading import load_recipe, recipe_yaml

@@ -1,19 +1,17 @@
-"""The client of a cluster's dashboard, whose HTTP port serves jobs.
-
-Source: this project.
-"""
+"""Addresses, ports and the jobs client of a cluster's dashboard. Source: this project."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
 from rayfed_lora.errors import BadInputError, ResourceError, RunError
-from rayfed_lora.jobs.ports import unreachable
 
 # Ray prefers these to the address in its arguments.
 _OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -26,18 +24,16 @@ _TOKEN_HINT = (
     "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
     " (default ~/.ray/auth_token) or RAY_AUTH_TOKEN to the token itself"
 )
+_CONNECT_S = 10.0
+_JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def dashboard_url(address: str | None) -> str:
-    """Return the URL of a cluster's dashboard.
+    """Return the URL of the dashboard at a URL or `host:port`; else raise BadInputError.
 
-    Args:
-        address: URL, or host and port; default $RAY_API_SERVER_ADDRESS or $RAY_ADDRESS.
-
-    Raises:
-        BadInputError: no address, or one that is not a dashboard's.
+    The default address is $RAY_API_SERVER_ADDRESS or $RAY_ADDRESS.
     """
-    found = address or next((os.environ[n] for n in _OVERRIDES if os.environ.get(n)), None)
+    found = address or next(filter(None, map(os.environ.get, _OVERRIDES)), None)
     url = found if found is None or "://" in found else f"http://{found}"
     if not _is_http(url or ""):
         raise BadInputError(
@@ -63,24 +59,26 @@ def is_dashboard(address: str | None) -> bool:
     return found.startswith(("http://", "https://"))
 
 
+def unreachable(host: str, port: int) -> str | None:
+    """Return why a TCP port accepts no connection, None if it does; Ray would wait for minutes."""
+    try:
+        socket.create_connection((host, port), _CONNECT_S).close()
+    except (OSError, UnicodeError) as error:
+        return str(error)
+    return None
+
+
+def unreachable_cluster(address: str) -> str | None:
+    """Return why `host:port` accepts no connection, None if it does or is another address."""
+    host, colon, port = address.rpartition(":")
+    if not colon or "/" in address or not port.isdecimal():
+        return None
+    return unreachable(host.strip("[]"), int(port))
+
+
 def client_of(address: str | None) -> Any:
-    """Return Ray's client for jobs.
-
-    Raises:
-        ResourceError: nothing answers there, or the dashboard rejects the token.
-    """
+    """Return Ray's client for jobs; ResourceError if nothing answers or the token is rejected."""
     url = dashboard_url(address)
-    _check_port(url)
-    with translated_errors(), _only(url):
-        from ray.job_submission import JobSubmissionClient
-
-        for name in _VERBOSE_LOGGERS:
-            logging.getLogger(name).setLevel(logging.WARNING)
-        return JobSubmissionClient(url)
-
-
-def _check_port(url: str) -> None:
-    """Check that the port accepts connections: Ray's client would wait for minutes."""
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     reason = unreachable(parts.hostname or "", port)
@@ -89,6 +87,12 @@ def _check_port(url: str) -> None:
             f"no Ray dashboard at {url}: {reason}; is the cluster up, and the tunnel to it open"
             " (ray dashboard cluster.yaml)?"
         )
+    with translated_errors(), _only(url):
+        from ray.job_submission import JobSubmissionClient
+
+        for name in _VERBOSE_LOGGERS:
+            logging.getLogger(name).setLevel(logging.WARNING)
+        return JobSubmissionClient(url)
 
 
 @contextmanager
@@ -107,8 +111,7 @@ def _only(url: str) -> Iterator[None]:
 def translated_errors(job: str | None = None) -> Iterator[None]:
     """Raise errors of Ray's client as errors of this package, without any token in them.
 
-    Args:
-        job: id in the request, if there is one.
+    An id `job` in the request is checked first, since it becomes a part of a URL.
 
     Raises:
         BadInputError: there is no such job.
@@ -118,6 +121,8 @@ def translated_errors(job: str | None = None) -> Iterator[None]:
     import requests
     from ray.exceptions import AuthenticationError
 
+    if job is not None and not _JOB_ID.fullmatch(job):
+        raise BadInputError(f"job: expected an id as rayfed-lora status lists them, got {job!r}")
     try:
         yield
     except AuthenticationError as error:

@@ -6,7 +6,6 @@ A recipe travels as a file; the job's shell command is fixed text. Source: this 
 from __future__ import annotations
 
 import asyncio
-import re
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,14 +16,9 @@ from typing import Any
 from uuid import uuid4
 
 from rayfed_lora.endpoints import OWN_ENDPOINTS, named_in
-from rayfed_lora.errors import (
-    BadInputError,
-    InterruptedRunError,
-    RecipeError,
-    RunError,
-)
+from rayfed_lora.errors import BadInputError, InterruptedRunError, RecipeError, RunError
 from rayfed_lora.jobs.dashboard import client_of, translated_errors
-from rayfed_lora.jobs.files import travel_notes
+from rayfed_lora.jobs.local_files import travel_notes
 from rayfed_lora.jobs.views import JobView, run_metadata, runs_recipe
 from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
 from rayfed_lora.recipe.notes import unused
@@ -40,7 +34,6 @@ STOP_WAIT_S = 120
 _ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
 _POLL_S = 0.5
 _NAME_LENGTH = 40
-_JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -59,7 +52,10 @@ class Submitted:
 
 
 class Jobs:
-    """The jobs of one cluster that run recipes."""
+    """The jobs of one cluster that run recipes.
+
+    Methods with the id of a job raise BadInputError where the cluster has no such job.
+    """
 
     def __init__(self, address: str | None = None, client: Any = None) -> None:
         """Connect.
@@ -105,36 +101,34 @@ class Jobs:
         notes = (*travel_notes(loaded, where, given=location is not None), *unused(loaded))
         storage = loaded.storage.model_copy(update={"path": where})
         loaded = with_absolute_paths(loaded).model_copy(update={"storage": storage})
-        command = f"{COMMAND} --resume" if resume else COMMAND
-        files = {RECIPE_FILE: recipe_yaml(loaded)}
-        # A job does not trust the endpoints in its recipe file: their names travel beside it.
-        endpoints = named_in(loaded.model_dump())
-        self._start(job, command, files, run_metadata(loaded, where), endpoints)
+        self._start(
+            job,
+            f"{COMMAND} --resume" if resume else COMMAND,
+            {RECIPE_FILE: recipe_yaml(loaded)},
+            # A job does not trust the endpoints in its recipe file: their names travel beside it.
+            named_in(loaded.model_dump()),
+            run_metadata(loaded, where),
+        )
         return Submitted(job, where, notes)
 
     def start(
         self, name: str, command: str, files: Mapping[str, str], endpoints: Collection[str] = ()
     ) -> str:
-        """Start a job that is not a run; return its id.
+        """Start a job that is not a run, with `name` as prefix of its id; return its id.
 
-        Args:
-            name: prefix of its id.
-            command: shell command, quoted.
-            files: texts by name, written into its working folder.
-            endpoints: of object stores that the user has named: the job may send credentials there.
+        The shell command `command`, quoted, finds `files` (texts by name) in its working folder;
+        it may send credentials to `endpoints`, object stores that the user has named.
         """
-        job = _new_id(name)
-        self._start(job, command, files, {}, endpoints)
-        return job
+        return self._start(_new_id(name), command, files, endpoints, {})
 
     def _start(
         self,
         job: str,
         command: str,
         files: Mapping[str, str],
-        metadata: Mapping[str, str],
         endpoints: Collection[str],
-    ) -> None:
+        metadata: Mapping[str, str],
+    ) -> str:
         environment = dict(_ENVIRONMENT)
         if endpoints:
             environment[OWN_ENDPOINTS] = ",".join(sorted(endpoints))
@@ -147,6 +141,7 @@ class Jobs:
                 runtime_env={"working_dir": folder, "env_vars": environment},
                 metadata=dict(metadata),
             )
+        return job
 
     def all(self) -> list[JobView]:
         """Return the jobs that run recipes, including those of plain `ray job submit`."""
@@ -155,22 +150,12 @@ class Jobs:
         return [JobView.of(job) for job in found if runs_recipe(job)]
 
     def status(self, job: str) -> JobView:
-        """Return the state and progress of a job.
-
-        Raises:
-            BadInputError: there is no such job.
-        """
-        _check_id(job)
+        """Return the state and progress of a job."""
         with translated_errors(job):
             return JobView.of(self._client.get_job_info(job))
 
     def logs(self, job: str) -> str:
-        """Return the whole output of a job.
-
-        Raises:
-            BadInputError: there is no such job.
-        """
-        _check_id(job)
+        """Return the whole output of a job."""
         with translated_errors(job):
             return str(self._client.get_job_logs(job))
 
@@ -178,7 +163,6 @@ class Jobs:
         """Show the output of a job until it ends; return how the job ended.
 
         Raises:
-            BadInputError: there is no such job.
             InterruptedRunError: SIGINT; the job continues.
         """
         view = self.status(job)
@@ -214,7 +198,7 @@ class Jobs:
         """Stop a job, whose run saves its finished rounds, and wait for its end.
 
         Raises:
-            BadInputError: there is no such job, or it has ended.
+            BadInputError: the job has ended.
             RunError: the job has not ended in time.
         """
         view = self.status(job)
@@ -234,8 +218,7 @@ class Jobs:
         """Continue the run of a stopped or failed job, as a new job.
 
         Raises:
-            BadInputError: there is no such job, it is still running, its run has finished, or its
-                record lacks the recipe.
+            BadInputError: it still runs, its run has finished, or its record lacks the recipe.
         """
         view = self.status(job)
         if not view.ended:
@@ -258,9 +241,3 @@ class Jobs:
 
 def _new_id(name: str) -> str:
     return f"{name[:_NAME_LENGTH]}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid4().hex[:6]}"
-
-
-def _check_id(job: str) -> None:
-    # The id becomes a part of a URL.
-    if not _JOB_ID.fullmatch(job):
-        raise BadInputError(f"job: expected an id as rayfed-lora status lists them, got {job!r}")

@@ -27,61 +27,48 @@ def reporting(
 ) -> Iterator[Callable[[Status], None]]:
     """Report a run to the Ray job whose command this process is; outside a job, change nothing.
 
-    Args:
-        recipe: the run.
-        location: its folder, as the nodes see it.
-        watch: called with each status, too.
-
-    Yields:
-        The function to call with each status in place of `watch`.
+    Yields the function to call with each status in place of `watch`, which it calls, too.
+    `location` is the run folder as the nodes see it.
     """
     job = job_id()
     if job is None:
         yield watch
         return
-    reporter = _Reporter(job, run_metadata(recipe, location), watch)
+    metadata = run_metadata(recipe, location)
+    newest: Status | None = None
+    reported_at = 0.0
+
+    def update(status: Status) -> None:
+        nonlocal newest, reported_at
+        newest = status
+        if time.monotonic() - reported_at >= _EVERY_S:
+            _report(job, metadata, status)
+            reported_at = time.monotonic()
+        watch(status)
+
     try:
-        yield reporter.update
+        yield update
     finally:
-        reporter.flush()
+        if newest is not None:
+            _report(job, metadata, newest)
 
 
-class _Reporter:
-    def __init__(
-        self, job: str, metadata: Mapping[str, str], watch: Callable[[Status], None]
-    ) -> None:
-        self._job = job
-        self._metadata = metadata
-        self._watch = watch
-        self._newest: Status | None = None
-        self._reported_at = 0.0
+def _report(job: str, metadata: Mapping[str, str], status: Status) -> None:
+    from ray.exceptions import RayError
 
-    def update(self, status: Status) -> None:
-        self._newest = status
-        if time.monotonic() - self._reported_at >= _EVERY_S:
-            self.flush()
-        self._watch(status)
-
-    def flush(self) -> None:
-        if self._newest is None:
-            return
-        progress = JobProgress.of(self._newest, time.time())
-        line = progress.line()
-        metadata = {**self._metadata, PROGRESS: line, PROGRESS_JSON: progress.model_dump_json()}
-        from ray.exceptions import RayError
-
-        # A failed report does not end the run.
-        with suppress(RayError, ValueError):
-            _update_record(self._job, metadata, line)
-        self._reported_at = time.monotonic()
+    progress = JobProgress.of(status, time.time())
+    line = progress.line()
+    metadata = {**metadata, PROGRESS: line, PROGRESS_JSON: progress.model_dump_json()}
+    # A failed report does not end the run.
+    with suppress(RayError, ValueError):
+        _update_record(job, metadata, line)
 
 
 def _update_record(job: str, metadata: Mapping[str, str], message: str) -> None:
-    """Write into the record that Ray keeps of a running job.
+    """Write into the record that Ray keeps of a running job, for which it has no public call.
 
-    Ray itself writes the record before the job's command starts and after its end. Ray has no
-    public call for this: if a later version keeps another form of record, nothing is written, and
-    only the progress is missing.
+    Ray itself writes the record before the job's command starts and after its end. A later Ray
+    with another form of record loses the progress only: nothing is written.
     """
     from ray.experimental import internal_kv
 

@@ -37,14 +37,8 @@ def run_metadata(recipe: Recipe, location: str) -> dict[str, str]:
 class JobProgress(BaseModel):
     """The progress of a run at its job's newest report.
 
-    Attributes:
-        phase: as in `Status`.
-        rounds_done, rounds: number of finished and of all rounds.
-        running: number of the current round, from 1.
-        stage, rank: of the current round; no rank in a full-model round.
-        loss, accuracy: newest training loss and test accuracy, None before the first.
-        eta_s: estimated seconds to the end, None before the first round.
-        told_at: `time.time()` of the report.
+    Fields are those of `Status`, the estimated seconds to the end (`eta_s`, None before the first
+    round) and `time.time()` of the report (`told_at`).
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -62,7 +56,7 @@ class JobProgress(BaseModel):
 
     @classmethod
     def of(cls, status: Status, now: float) -> JobProgress:
-        """Return the progress that a status describes at the time `now`."""
+        """Return the progress at the time `now`."""
         values = {name: getattr(status, name) for name in _FROM_STATUS}
         return cls(**values, eta_s=status.eta_s(now), told_at=now)
 
@@ -75,11 +69,7 @@ class JobProgress(BaseModel):
             return None
 
     def line(self, ended: bool = False) -> str:
-        """Return one line for people.
-
-        Args:
-            ended: the job has ended: name only the finished rounds.
-        """
+        """Return one line for people; of a job that has ended, only the finished rounds."""
         status = Status(**{name: getattr(self, name) for name in _FROM_STATUS})
         parts = [f"{self.rounds_done} of {self.rounds} rounds done" if ended else headline(status)]
         if self.loss is not None:
@@ -177,8 +167,4 @@ def _failure(job: Any) -> str:
 
 def exit_status(job: JobView) -> int:
     """Return the exit status of a job that has ended, as if its command had been run here."""
-    if job.state == "succeeded":
-        return 0
-    if job.state == "stopped":
-        return 130
-    return 1 if job.exit_status in (None, 0) else job.exit_status
+    return {"succeeded": 0, "stopped": 130}.get(job.state, job.exit_status or 1)

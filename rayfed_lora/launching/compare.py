@@ -12,8 +12,8 @@ from rayfed_lora.launching.cells import Methods, cells_of
 from rayfed_lora.launching.comparison_server import ComparisonServer, run_name
 from rayfed_lora.launching.ray_session import ray_session
 from rayfed_lora.launching.this_process import absolute, interruptible, refuse_address
-from rayfed_lora.pages.comparison import Cell, Comparison, Ended, Standing
-from rayfed_lora.pages.search import SEARCH_FILE
+from rayfed_lora.pages.comparison_tables import Cell, Comparison, Ended, Standing
+from rayfed_lora.pages.search_page import SEARCH_FILE
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.claiming import claim, complete, say
 from rayfed_lora.runs.location import run_location

@@ -13,7 +13,7 @@ from uuid import uuid4
 from rayfed_lora.engines.factory import Factory
 from rayfed_lora.errors import InterruptedRunError, RayfedError
 from rayfed_lora.launching.this_process import local_engine
-from rayfed_lora.pages.comparison import Cell, Ended, Standing
+from rayfed_lora.pages.comparison_tables import Cell, Ended, Standing
 from rayfed_lora.pages.run_page import run_page
 from rayfed_lora.runs.ownership import Ticket
 from rayfed_lora.runs.session import simulate

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from rayfed_lora.errors import ResourceError
-from rayfed_lora.jobs.ports import unreachable_cluster
+from rayfed_lora.jobs.dashboard import unreachable_cluster
 
 NAMESPACE = "rayfed_lora"
 # Set before an own Ray starts; a value that the user has set stays.

@@ -16,16 +16,7 @@ import pandas as pd
 from rayfed_lora.runs.reading import RunData
 
 # Distinguishable to colour-blind readers.
-COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#000000",
-    "#8a6d00",
-)
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a6d00")
 Against = Literal["round", "bytes_so_far", "simulated_so_far"]
 # Label of the x axis, and the divisor of the column.
 _X_AXES: Mapping[Against, tuple[str, float]] = {
@@ -70,19 +61,13 @@ class Plot:
         return bool((rounds[self.column].notna() & rounds[self.against].notna()).any())
 
 
+_ACCURACY = ("eval_accuracy", "test accuracy")
 PLOTS = (
-    Plot("Accuracy on the test split", "eval_accuracy", "test accuracy", file="accuracy-by-round"),
-    Plot(
-        "Accuracy against traffic",
-        "eval_accuracy",
-        "test accuracy",
-        "bytes_so_far",
-        file="accuracy-by-bytes",
-    ),
+    Plot("Accuracy on the test split", *_ACCURACY, file="accuracy-by-round"),
+    Plot("Accuracy against traffic", *_ACCURACY, "bytes_so_far", file="accuracy-by-bytes"),
     Plot(
         "Accuracy by the simulated clock",
-        "eval_accuracy",
-        "test accuracy",
+        *_ACCURACY,
         "simulated_so_far",
         file="accuracy-by-simulated-time",
     ),
@@ -128,31 +113,19 @@ class Curve:
 def curves(rounds: pd.DataFrame, column: str, against: Against = "round") -> list[Curve]:
     """Return a curve for each label, over the rounds in which the column has values.
 
-    Args:
-        rounds: rows of rounds.parquet of all runs, with `method` (the label), `seed`,
-            `bytes_so_far` and `simulated_so_far`.
-        column: on the y axis.
-        against: column on the x axis.
+    `rounds` are rows of rounds.parquet of all runs, with `method` (the label), `seed`,
+    `bytes_so_far` and `simulated_so_far`.
     """
     found = []
     places = {label: i for i, label in enumerate(rounds["method"].unique())}
     for label, own in rounds.dropna(subset=column).groupby("method", sort=False):
         points = own.groupby("round")
         mean = points[column].mean()
-        if against == "round":
-            x = mean.index.to_numpy() + 1
-        else:
+        x = mean.index.to_numpy() + 1
+        if against != "round":
             x = (points[against].mean() / _X_AXES[against][1]).to_numpy()
-        found.append(
-            Curve(
-                label=str(label),
-                place=places[label],
-                x=x,
-                mean=mean.to_numpy(),
-                std=points[column].std().fillna(0.0).to_numpy(),
-                runs=own["seed"].nunique(),
-            )
-        )
+        std, runs = points[column].std().fillna(0.0).to_numpy(), own["seed"].nunique()
+        found.append(Curve(str(label), places[label], x, mean.to_numpy(), std, runs))
     return found
 
 
@@ -175,7 +148,7 @@ def short(key: str) -> str:
 def accuracies_of_clients(runs: Sequence[RunData]) -> dict[str, npt.NDArray[Any]]:
     """Return the accuracies of the last models on clients' own examples, by label.
 
-    Where clients have models of their own, also those of these, by the label with "(own models)".
+    Those of clients' own models, if any, are under the label with "(own models)".
     """
     found: dict[str, list[npt.NDArray[Any]]] = {}
     for run in runs:

@@ -5,7 +5,7 @@ Plain mappings, since plotly's own classes take seconds to validate each figure.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -44,10 +44,7 @@ def figures(runs: Sequence[RunData]) -> Iterator[tuple[str, Figure]]:
 def curve_figures(rounds: pd.DataFrame, stages: bool) -> Iterator[tuple[str, Figure]]:
     """Yield title and figure of every plot of rounds that has values.
 
-    Args:
-        rounds: rows of rounds.parquet of all runs, with `method` (the label), `seed` and
-            `bytes_so_far`.
-        stages: shade the stages; for a single run.
+    `rounds` as for `curves`; `stages` shades the stages of a single run.
     """
     for plot in PLOTS:
         if plot.has_points(rounds):
@@ -67,11 +64,7 @@ def partitions(runs: Sequence[RunData]) -> Iterator[tuple[str, Figure]]:
 
 
 def framed(
-    traces: list[dict[str, Any]],
-    height: int,
-    x: dict[str, Any],
-    y: dict[str, Any],
-    **layout: Any,
+    traces: list[dict[str, Any]], height: int, x: dict[str, Any], y: dict[str, Any], **layout: Any
 ) -> Figure:
     """Return a figure of some traces with the axes, margins and legend of all plots."""
     return {
@@ -93,30 +86,15 @@ def _curves(plot: Plot, rounds: pd.DataFrame, stages: bool) -> Figure:
     for curve in curves(rounds, plot.column, plot.against):
         if curve.runs > 1:
             low, high = curve.mean - curve.std, curve.mean + curve.std
-            traces.append(
-                {
-                    "x": [*curve.x, *curve.x[::-1]],
-                    "y": [*high, *low[::-1]],
-                    "fill": "toself",
-                    "fillcolor": curve.colour,
-                    "opacity": 0.15,
-                    "mode": "none",
-                    "hoverinfo": "skip",
-                    "showlegend": False,
-                    "legendgroup": curve.label,
-                }
-            )
-        traces.append(
-            {
-                "x": list(curve.x),
-                "y": list(curve.mean),
-                "name": curve.label if curve.runs == 1 else f"{curve.label} ({curve.runs} seeds)",
-                "legendgroup": curve.label,
-                "mode": "lines+markers",
-                "marker": {"size": 5},
-                "line": {"color": curve.colour, "dash": curve.line_style(_LINES)},
-            }
-        )
+            edge = {"x": [*curve.x, *curve.x[::-1]], "y": [*high, *low[::-1]], "mode": "none"}
+            area = {"fill": "toself", "fillcolor": curve.colour, "opacity": 0.15}
+            hidden = {"hoverinfo": "skip", "showlegend": False, "legendgroup": curve.label}
+            traces.append({**edge, **area, **hidden})
+        name = curve.label if curve.runs == 1 else f"{curve.label} ({curve.runs} seeds)"
+        line = {"color": curve.colour, "dash": curve.line_style(_LINES)}
+        points = {"x": list(curve.x), "y": list(curve.mean), "mode": "lines+markers"}
+        legend = {"name": name, "legendgroup": curve.label}
+        traces.append({**points, **legend, "marker": {"size": 5}, "line": line})
     labels = rounds["method"].nunique()
     x: dict[str, Any] = {"title": {"text": plot.x_label}}
     if plot.log_x:
@@ -151,34 +129,27 @@ def _spread(runs: Sequence[RunData]) -> Figure:
             tested = own[own[column].notna()]
             if tested.empty:
                 continue
-            traces.append(
-                {
-                    "type": "box",
-                    "orientation": "h",
-                    "x": tested[column].tolist(),
-                    "name": f"{label}, {kind}" if several else kind,
-                    **_points(tested),
-                    "jitter": 0.4,
-                    "pointpos": 0,
-                    "marker": {"size": 4, "opacity": 0.5, "color": COLOURS[i % len(COLOURS)]},
-                }
-            )
+            name = f"{label}, {kind}" if several else kind
+            box = {"type": "box", "orientation": "h", "x": tested[column].tolist(), "name": name}
+            marker = {"size": 4, "opacity": 0.5, "color": COLOURS[i % len(COLOURS)]}
+            points: dict[str, Any] = {"boxpoints": False}
+            if len(tested) <= _MOST_POINTS:
+                texts = [_tooltip(row) for row in tested.to_dict("records")]
+                points = {"boxpoints": "all", "text": texts}
+            traces.append({**box, **points, "jitter": 0.4, "pointpos": 0, "marker": marker})
     y = {"autorange": "reversed", "automargin": True}
     x = {"title": {"text": "accuracy of the client"}}
     return framed(traces, 160 + 60 * len(traces), x, y)
 
 
-def _points(tested: pd.DataFrame) -> dict[str, Any]:
-    """Return the points of a box: all, or none if there are very many."""
-    if len(tested) > _MOST_POINTS:
-        return {"boxpoints": False}
-    return {"boxpoints": "all", "text": [_tooltip(row) for row in tested.itertuples()]}
+def _tooltip(row: Mapping[Any, Any]) -> str:
+    return f"{label_of_client(row)}, seed {row['seed']}, {row['examples']} examples"
 
 
-def _tooltip(row: Any) -> str:
-    name = getattr(row, CLIENT_NAME, None)
-    shown = client_label(row.client, None if name is None else {row.client: name})
-    return f"{shown}, seed {row.seed}, {row.examples} examples"
+def label_of_client(row: Mapping[Any, Any]) -> str:
+    """Return the label of a row's client, as in the notes of the run."""
+    name = row.get(CLIENT_NAME)
+    return client_label(row["client"], None if name is None else {row["client"]: name})
 
 
 def _partition(partition: pd.DataFrame) -> Figure:

@@ -54,10 +54,7 @@ def _html(figure: Figure) -> str:
     from plotly.io import to_html
 
     config = {"responsive": True, "displaylogo": False}
-    text: str = to_html(
-        figure, full_html=False, include_plotlyjs=False, validate=False, config=config
-    )
-    return text
+    return str(to_html(figure, config, full_html=False, include_plotlyjs=False, validate=False))
 
 
 def even(rows: Rows) -> Rows:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
@@ -24,41 +23,23 @@ _DOTS_PER_INCH = 200
 
 def write_plots(
     folder: RunFolder, rounds: pd.DataFrame, clients: Mapping[str, npt.NDArray[Any]]
-) -> list[str]:
-    """Draw a comparison into `plots/`, but for plots without values.
+) -> None:
+    """Draw a comparison into the folder's `plots/`, but for plots without values.
 
-    Args:
-        folder: of the comparison.
-        rounds: rows of rounds.parquet of all runs, with `method`, `seed` and `bytes_so_far`.
-        clients: accuracies on clients' own examples, by method, all seeds together.
-
-    Returns:
-        Names of the files.
-
-    Raises:
-        RunError: the folder cannot be written.
+    `rounds` as for `curves`; `clients` are the accuracies on clients' own examples, by method, all
+    seeds together.
     """
-    drawn = {
-        plot.file: _drawn(plot, rounds)
-        for plot in PLOTS
-        if plot.file is not None and plot.has_points(rounds)
-    }
+    for plot in PLOTS:
+        if plot.file is not None and plot.has_points(rounds):
+            _write(folder, plot.file, _drawn(plot, rounds))
     if clients:
-        drawn["clients"] = _spread(clients)
-    return [name for stem, figure in drawn.items() for name in _write(folder, stem, figure)]
+        _write(folder, "clients", _spread(clients))
 
 
 def write_front(folder: RunFolder, trials: pd.DataFrame, upper: str, across: str) -> None:
-    """Draw the finished trials of a search and their Pareto front.
+    """Draw finished trials and their Pareto front, objective `upper` over objective `across`.
 
-    Args:
-        folder: of the search.
-        trials: rows of trials.parquet.
-        upper: name of the objective on the y axis.
-        across: name of the objective on the x axis.
-
-    Raises:
-        RunError: the folder cannot be written.
+    `trials` are rows of trials.parquet.
     """
     figure, axes = _axes(layout="constrained")
     done = trials[trials["status"] == "finished"].sort_values(across)
@@ -73,17 +54,14 @@ def write_front(folder: RunFolder, trials: pd.DataFrame, upper: str, across: str
     _write(folder, "front", figure)
 
 
-def _write(folder: RunFolder, stem: str, figure: Figure) -> list[str]:
-    """Write a plot in all formats; return the names of the files."""
-    names = []
+def _write(folder: RunFolder, stem: str, figure: Figure) -> None:
+    """Write a plot in all formats."""
     for kind in _FORMATS:
         content = BytesIO()
         # Without the date, equal runs give equal files.
         dated = {"CreationDate": None} if kind == "pdf" else None
         figure.savefig(content, format=kind, dpi=_DOTS_PER_INCH, metadata=dated)
-        names.append(f"plots/{stem}.{kind}")
-        folder.write(names[-1], content.getvalue())
-    return names
+        folder.write(f"plots/{stem}.{kind}", content.getvalue())
 
 
 def _axes(height: float = 4.0, layout: Literal["constrained"] | None = None) -> tuple[Figure, Axes]:
@@ -129,12 +107,11 @@ def _log_scale(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _spread(clients: Mapping[str, Sequence[float] | npt.NDArray[Any]]) -> Figure:
+def _spread(clients: Mapping[str, npt.NDArray[Any]]) -> Figure:
     """Return one box per method: quartiles, whiskers at the 10th and 90th percentile."""
     figure, axes = _axes(1.0 + 0.5 * len(clients), "constrained")
-    values = [np.asarray(accuracies) for accuracies in clients.values()]
-    axes.boxplot(values, orientation="horizontal", whis=(10, 90), showmeans=True)
-    axes.set_yticks(range(1, len(values) + 1), list(clients))
+    axes.boxplot(list(clients.values()), orientation="horizontal", whis=(10, 90), showmeans=True)
+    axes.set_yticks(range(1, len(clients) + 1), list(clients))
     axes.invert_yaxis()
     axes.set(xlabel="accuracy on each client's own examples (whiskers: 10 % and 90 %)")
     return figure

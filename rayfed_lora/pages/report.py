@@ -10,11 +10,9 @@ import pyarrow as pa
 
 from rayfed_lora.errors import BadInputError, RunFolderError
 from rayfed_lora.locations import child, parent
-from rayfed_lora.pages.figures import figures, partitions
+from rayfed_lora.pages.figures import figures, label_of_client, partitions
 from rayfed_lora.pages.page import Rows, even, page, shown
-from rayfed_lora.pages.search import TRIALS_FILE, read_search, search_html
-from rayfed_lora.printable import client_label
-from rayfed_lora.runs.client_rows import CLIENT_NAME
+from rayfed_lora.pages.search_page import TRIALS_FILE, read_search, search_html
 from rayfed_lora.runs.labelled_runs import FailedRun, read_failed, read_runs
 from rayfed_lora.runs.reading import REPORT_FILE, RunData
 from rayfed_lora.runs.summary import client_summary
@@ -26,14 +24,11 @@ _WORST = 50
 
 
 def report(locations: Sequence[str], to: str | None = None) -> str:
-    """Write the report of runs and comparisons, or of a search.
+    """Write the report of runs and comparisons, or of a search; return the file's location.
 
     Args:
         locations: folders or URIs; the folder of a search must be the only one.
         to: path or URI of the file; None: report.html in the only folder, or in the current one.
-
-    Returns:
-        The location of the file.
 
     Raises:
         BadInputError: no location, or `to` does not end in .html.
@@ -71,12 +66,7 @@ def _content(locations: Sequence[str]) -> str:
 
 
 def report_html(runs: Sequence[RunData], failed: Sequence[FailedRun] = ()) -> str:
-    """Return the page.
-
-    Args:
-        runs: at least one.
-        failed: runs of a comparison that did not finish.
-    """
+    """Return the page of one or more runs; `failed` ones of a comparison did not finish."""
     unfinished = [{"run": f.label, "seed": str(f.seed), "error": f.error} for f in failed]
     several = len(runs) > 1
     return page(
@@ -92,18 +82,13 @@ def report_html(runs: Sequence[RunData], failed: Sequence[FailedRun] = ()) -> st
 
 
 def _overview(run: RunData) -> dict[str, str]:
-    facts = {
-        "run": run.label,
-        "method": run.method,
-        "seed": str(run.seed),
-        "rounds": str(len(run.rounds)),
-    }
+    facts = {"run": run.label, "method": run.method, "seed": str(run.seed)}
+    facts["rounds"] = str(len(run.rounds))
     if run.summary is None:
         return {**facts, "final accuracy": "not finished"}
     final, best = run.summary["final"], run.summary["best"]
-    sent, timing = run.summary["communication"], run.summary["timing"]
-    return {
-        **facts,
+    sent, simulation = run.summary["communication"], run.summary.get("simulation")
+    facts |= {
         "final accuracy": shown(final["eval_accuracy"]),
         "best": f"{shown(best['eval_accuracy'])} (round {best['round'] + 1})",
         "macro F1": shown(final["eval_macro_f1"]),
@@ -113,18 +98,12 @@ def _overview(run: RunData) -> dict[str, str]:
         "sent": megabytes(sent["total_bytes"]),
         "less than FedAvg": percent(sent["reduction_vs_fedavg"]),
         "failed": str(run.failed),
-        "time": duration(timing["wall_s"]),
-        **_simulated(run.summary.get("simulation")),
+        "time": duration(run.summary["timing"]["wall_s"]),
     }
-
-
-def _simulated(simulation: Mapping[str, Any] | None) -> dict[str, str]:
-    if simulation is None:
-        return {}
-    return {
-        "simulated time": duration(simulation["total_s"]),
-        "dropped clients": str(simulation["dropped_clients"]),
-    }
+    if simulation is not None:
+        facts["simulated time"] = duration(simulation["total_s"])
+        facts["dropped clients"] = str(simulation["dropped_clients"])
+    return facts
 
 
 def _details(run: RunData) -> dict[str, Rows]:
@@ -178,7 +157,9 @@ def _rows(table: pd.DataFrame) -> Rows:
 
 def _notes(run: RunData) -> Rows:
     """Return the notes of a run; those of failed clients are in the table of failures."""
-    failed = {f"{_client(row)} failed: {row['error']}" for row in run.failures.to_dict("records")}
+    failed = {
+        f"{label_of_client(row)} failed: {row['error']}" for row in run.failures.to_dict("records")
+    }
     return [
         {"round": str(row["round"] + 1), "note": str(row["text"])}
         for row in run.notes.to_dict("records")
@@ -186,22 +167,11 @@ def _notes(run: RunData) -> Rows:
     ]
 
 
-def _client(row: Mapping[Any, Any]) -> str:
-    """Return the label of a row's client, as in the notes of the run."""
-    name = row.get(CLIENT_NAME)
-    return client_label(row["client"], None if name is None else {row["client"]: name})
-
-
 def _failures(run: RunData) -> Rows:
-    rows = [
-        {
-            "run": run.label,
-            "seed": str(run.seed),
-            "round": str(row["round"] + 1),
-            "client": _client(row).removeprefix("client "),
-            "error": str(row["error"]),
-        }
-        for row in run.failures.to_dict("records")
-    ]
+    rows = []
+    for row in run.failures.to_dict("records"):
+        client, error = label_of_client(row).removeprefix("client "), str(row["error"])
+        place = {"run": run.label, "seed": str(run.seed), "round": str(row["round"] + 1)}
+        rows.append({**place, "client": client, "error": error})
     left = run.failed - len(rows)
     return rows if left == 0 else [*rows, {"run": run.label, "error": f"and {left} more"}]

@@ -9,12 +9,7 @@ from rayfed_lora.storage import RunFolder
 
 
 def run_page(folder: RunFolder, summary: Mapping[str, Any]) -> str:
-    """Return the page of one run.
-
-    Args:
-        folder: of the run.
-        summary: content of summary.json, which is not written yet.
-    """
+    """Return the page of one run; `summary` is the content of summary.json, not written yet."""
     # Here: pandas and plotly would cost each run's start a second.
     from rayfed_lora.pages.report import report_html
     from rayfed_lora.runs.reading import read_run

@@ -1,9 +1,7 @@
-"""The recipe of a draw from a search space.
+"""The recipe of a draw from a search space. Source: this project.
 
 Every draw maps to a recipe that can run: ranks are shares of other ranks, rounds are shares of a
 fixed total, and a value with an unmet condition (`when`) is left out.
-
-Source: this project.
 """
 
 from __future__ import annotations
@@ -20,27 +18,19 @@ from rayfed_lora.errors import BadInputError
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.presets import usual_scaling, usual_server_rate
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.tuning.space import ROUNDS, STAGES, Space, is_number
+from rayfed_lora.tuning.space import ROUNDS, Space, is_number
 from rayfed_lora.types import Stage
 
 
 def trial_recipe(space: Space, recipe: Recipe, draw: Mapping[str, Any]) -> Recipe:
-    """Return the recipe with the values of a draw, which has a value for each key of the space.
-
-    Raises:
-        RecipeError: the values do not fit together.
-    """
+    """Return the recipe of a draw with a value for each key; RecipeError if they conflict."""
     # Only endpoints of the user's recipe get credentials; a space cannot add any.
     endpoints = named_in(recipe.model_dump())
     return load_recipe(recipe, recipe_values(space, draw, recipe), endpoints=endpoints)
 
 
 def recipe_values(space: Space, draw: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe values of a draw, by key.
-
-    Raises:
-        BadInputError: a share (`of`) of a value that is not a number.
-    """
+    """Return the recipe values of a draw, by key; BadInputError for a share of a non-number."""
     found: dict[str, Any] = {}
 
     def value(key: str) -> Any:
@@ -49,7 +39,15 @@ def recipe_values(space: Space, draw: Mapping[str, Any], recipe: Recipe) -> dict
     for key, how in space.parameters.items():
         if any(value(other) != wanted for other, wanted in how.when.items()):
             continue
-        found[key] = draw[key] if how.of is None else _share(key, draw[key], value(how.of))
+        found[key] = draw[key]
+        if how.of is not None:
+            share, whole = draw[key], value(how.of)
+            if not (is_number(share) and is_number(whole)):
+                raise BadInputError(
+                    f"search space: {key}: expected a number and a number to multiply it by, got"
+                    f" {share!r} and {whole!r}"
+                )
+            found[key] = max(1, math.floor(float(share * whole) + 0.5))
     skipped = value("annealing.initiating.trainable") == "none"
     shared = [key for key in space.rounds if not (skipped and key == ROUNDS[0])]
     if shared:
@@ -77,21 +75,8 @@ def _optimizer_defaults(recipe: Recipe, drawn: Mapping[str, Any]) -> dict[str, A
     return found
 
 
-def _share(key: str, share: Any, whole: Any) -> int:
-    if not (is_number(share) and is_number(whole)):
-        raise BadInputError(
-            f"search space: {key}: expected a number and a number to multiply it by, got {share!r}"
-            f" and {whole!r}"
-        )
-    return max(1, math.floor(float(share * whole) + 0.5))
-
-
 def value_of(recipe: Recipe, key: str) -> Any:
-    """Return the value of a recipe key such as `annealing.heating.rank`.
-
-    Raises:
-        BadInputError: there is no such key.
-    """
+    """Return the value of a key such as `annealing.heating.rank`; BadInputError if unknown."""
     found: Any = recipe
     for part in key.split("."):
         if isinstance(found, Mapping) and part in found:
@@ -126,25 +111,21 @@ def apportioned(shares: Mapping[str, float], total: int) -> dict[str, int]:
 
 
 def continued(before: Recipe, after: Recipe, rounds_done: int) -> dict[str, int]:
-    """Return the stage lengths of `after`, changed to keep a run's past and its total.
+    """Return the stage lengths of `after`, changed to keep the past of `before` and its total.
 
-    A finished stage keeps its length, the current stage is no shorter than its finished rounds,
-    and holding takes up the difference. Empty in the modes `full` and `fixed`, without stages.
-
-    Args:
-        before: the recipe of the finished rounds.
-        after: the recipe of the remaining rounds.
-        rounds_done: number of finished rounds, > 0.
+    A finished stage keeps its length, the current stage is no shorter than its finished rounds
+    (`rounds_done` > 0 in all), and holding takes up the difference. Empty in the modes `full` and
+    `fixed`, without stages.
     """
     if before.annealing.mode != "staged":
         return {}
     old, new = stage_lengths(before.annealing), stage_lengths(after.annealing)
     total = sum(old.values())
     found: dict[Stage, int] = {}
-    for stage in STAGES:
+    for stage, rounds in old.items():
         start = sum(found.values())
-        finished = start + old[stage] <= rounds_done
-        length = old[stage] if finished else max(new[stage], rounds_done - start)
+        finished = start + rounds <= rounds_done
+        length = rounds if finished else max(new[stage], rounds_done - start)
         found[stage] = min(length, total - start)
     found["holding"] += total - sum(found.values())
     if before.annealing.initiating.trainable == "none":

@@ -18,9 +18,7 @@ Values = npt.NDArray[np.float64]
 
 def _losses(values: Values, modes: Sequence[Mode]) -> Values:
     """Return the values with signs such that less is better."""
-    signs = np.array([-1.0 if mode == "max" else 1.0 for mode in modes])
-    losses: Values = np.asarray(values, np.float64) * signs
-    return losses
+    return np.where(np.array(modes) == "max", -values, values)
 
 
 def on_front(values: Values, modes: Sequence[Mode]) -> npt.NDArray[np.bool_]:
@@ -36,8 +34,7 @@ def on_front(values: Values, modes: Sequence[Mode]) -> npt.NDArray[np.bool_]:
     losses = _losses(values, modes)
     as_good = (losses[:, None] <= losses[None]).all(axis=2)
     better = (losses[:, None] < losses[None]).any(axis=2)
-    dominated = np.asarray((as_good & better).any(axis=0))
-    return ~dominated
+    return ~np.asarray((as_good & better).any(axis=0))
 
 
 def best(values: Values, modes: Sequence[Mode], objective: int) -> int:

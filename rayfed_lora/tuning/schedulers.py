@@ -18,7 +18,7 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlg
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.tuning.distributions import DRAW, domain, draws
+from rayfed_lora.tuning.distributions import DRAW, domain, samples
 from rayfed_lora.tuning.draws import trial_recipe
 from rayfed_lora.tuning.space import Space
 
@@ -55,12 +55,8 @@ def searcher(space: Space, recipe: Recipe, max_concurrent: int) -> SearchAlgorit
         from ray.tune.search.optuna import OptunaSearch
 
         names, modes = list(space.objectives), list(space.objectives.values())
-        single = len(names) == 1
-        found = OptunaSearch(
-            metric=names[0] if single else names,
-            mode=modes[0] if single else modes,
-            seed=recipe.seed,
-        )
+        metric, mode = (names, modes) if len(names) > 1 else (names[0], modes[0])
+        found = OptunaSearch(metric=metric, mode=mode, seed=recipe.seed)
     except (ImportError, AssertionError):
         raise BadInputError(
             "--search optuna: expected the package optuna; pip install optuna"
@@ -72,30 +68,25 @@ def scheduler(space: Space, recipe: Recipe) -> TrialScheduler | None:
     """Return the scheduler of trials by the first objective, or None.
 
     Raises:
-        BadInputError: pbt with ranks in the space and an aggregation rule by which clients keep
-            their own factors, or without a key that can change during a run.
+        BadInputError: pbt would change ranks of factors that clients keep, or nothing at all.
     """
     metric, mode = next(iter(space.objectives.items()))
+    watched: dict[str, Any] = {"time_attr": "round", "metric": metric, "mode": mode}
     total = recipe.annealing.total_rounds
+    grace = math.ceil(total / 4)
+    if space.scheduler == "none":
+        return None
+    if space.scheduler == "asha":
+        most = _most_rounds(space, recipe)
+        return ASHAScheduler(max_t=most, grace_period=grace, reduction_factor=_REDUCTION, **watched)
+    if space.scheduler == "median":
+        return MedianStoppingRule(grace_period=grace, **watched)
     ranks = [key for key in space.drawn if key.startswith(_RANKS)]
-    if space.scheduler == "pbt" and ranks and RULES[recipe.aggregation.rule].personal:
+    if ranks and RULES[recipe.aggregation.rule].personal:
         raise BadInputError(
             f"--scheduler pbt: expected no {ranks[0]} in the space, since clients keep their own"
             f" factors, at a fixed rank, under rule {recipe.aggregation.rule!r}"
         )
-    watched: dict[str, Any] = {"time_attr": "round", "metric": metric, "mode": mode}
-    grace = math.ceil(total / 4)
-    if space.scheduler == "asha":
-        return ASHAScheduler(
-            max_t=_most_rounds(space, recipe),
-            grace_period=grace,
-            reduction_factor=_REDUCTION,
-            **watched,
-        )
-    if space.scheduler == "median":
-        return MedianStoppingRule(grace_period=grace, **watched)
-    if space.scheduler == "none":
-        return None
     return PopulationBasedTraining(
         perturbation_interval=max(1, total // _PERTURBATIONS),
         hyperparam_mutations={DRAW: mutations(space)},
@@ -107,22 +98,18 @@ def scheduler(space: Space, recipe: Recipe) -> TrialScheduler | None:
 
 
 def _most_rounds(space: Space, recipe: Recipe) -> int:
-    """Return the number of rounds of the longest run among the recipe and `draws`."""
+    """Return the number of rounds of the longest run among the recipe and `samples`."""
     lengths = [recipe.annealing.total_rounds]
-    for draw in draws(space, recipe):
+    for draw in samples(space, recipe):
         with suppress(BadInputError):
             lengths.append(trial_recipe(space, recipe, draw).annealing.total_rounds)
     return max(lengths)
 
 
 def mutations(space: Space) -> dict[str, Any]:
-    """Return the values that population based training may change during a run, by key.
-
-    Raises:
-        BadInputError: the space has no such key.
-    """
+    """Return what pbt may change during a run, by key; BadInputError if there is nothing."""
     found = {
-        key: how.choice if how.choice is not None else domain(how)
+        key: how.choice or domain(how)
         for key, how in space.drawn.items()
         if key.startswith(_CHANGEABLE)
     }

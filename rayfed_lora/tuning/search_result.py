@@ -5,24 +5,40 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 
-from rayfed_lora.errors import RunError
+from rayfed_lora.errors import BadInputError, RunError, RunFolderError
 from rayfed_lora.locations import child
-from rayfed_lora.pages.csv_text import csv_bytes
 from rayfed_lora.pages.plots import write_front
-from rayfed_lora.pages.search import TRIALS_FILE, read_search, search_html
+from rayfed_lora.pages.search_page import read_search, search_html
+from rayfed_lora.pages.table_files import write_table
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import seals
+from rayfed_lora.runs.checked import CheckedFolder
+from rayfed_lora.runs.checksums import read_summary
 from rayfed_lora.runs.reading import REPORT_FILE
+from rayfed_lora.runs.tables import ROUNDS_FILE
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning import pareto
-from rayfed_lora.tuning.run_folders import CHANGES_FILE
-from rayfed_lora.tuning.space import Space
-from rayfed_lora.tuning.trial_rows import TrialOutcome, trial_row
+from rayfed_lora.tuning.draws import recipe_values
+from rayfed_lora.tuning.search_folders import changes, measured
+from rayfed_lora.tuning.space import METRICS, Space
+
+
+@dataclass(frozen=True)
+class TrialOutcome:
+    """The end of a trial as Tune reports it: its id, draw, last report and reason of a failure.
+
+    The draw is empty where the trial failed before it; so are the metrics without a report.
+    """
+
+    trial: str
+    draw: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +72,7 @@ class SearchResult:
         Raises:
             RunError: no trial has finished.
         """
-        rows = [trial_row(child(location, "trials", t.trial), space, recipe, t) for t in outcomes]
+        rows = [_row(child(location, "trials", t.trial), space, recipe, t) for t in outcomes]
         trials = pd.DataFrame(rows)
         for key in space.drawn:
             # A Parquet column has one type.
@@ -81,17 +97,13 @@ class SearchResult:
     def write(self, space: Space, folder: RunFolder | None = None) -> None:
         """Write trials as Parquet and CSV, best recipes, the plot of the front, and the report.
 
-        Args:
-            space: of the search.
-            folder: the search's folder, guarded by the lease; None: `location`, unguarded.
+        `folder` is the search's folder, guarded by the lease; None: `location`, unguarded.
 
         Raises:
             RunError: the folder cannot be written.
         """
         folder = folder or RunFolder(self.location)
-        table = pa.Table.from_pandas(self.trials, preserve_index=False)
-        seals.write_table(folder, TRIALS_FILE, table)
-        folder.write("trials.csv", csv_bytes(self.trials))
+        write_table(folder, "trials", self.trials)
         for i, (name, trial) in enumerate(self.best.items()):
             content = self._recipe_of(name, trial).encode()
             folder.write(f"best-{name}.yaml", content)
@@ -106,14 +118,66 @@ class SearchResult:
         folder = RunFolder(child(self.location, "trials", trial))
         row = self.trials.set_index("trial").loc[trial]
         heading = [f"# The best trial of a search by {name}: {trial}"]
-        heading += [
-            f"# {metric}: {row[metric]:.6g}" for metric in self.best if metric in self.trials
-        ]
-        if folder.exists(CHANGES_FILE):
-            changes = json.loads(folder.read(CHANGES_FILE))
-            rounds = ", ".join(str(change["after_round"]) for change in changes)
+        heading += [f"# {key}: {row[key]:.6g}" for key in self.best if key in self.trials]
+        rounds = ", ".join(str(change["after_round"]) for change in changes(folder))
+        if rounds:
             heading.append(
                 f"# These are the values of its last rounds; they were others up to round {rounds}"
-                f" (trials/{trial}/{CHANGES_FILE}), so a run of this recipe has another result."
+                f" (trials/{trial}/changes.json), so a run of this recipe has another result."
             )
         return "\n".join([*heading, seals.text(folder, "recipe.yaml")])
+
+
+def _row(location: str, space: Space, recipe: Recipe, outcome: TrialOutcome) -> dict[str, Any]:
+    """Return a row of trials.parquet; a trial with a damaged folder at `location` has failed."""
+    error = outcome.error
+    try:
+        summary, final = _results(RunFolder(location))
+    except (RunFolderError, OSError, ValueError, LookupError) as damage:
+        summary, final, error = None, {}, str(damage)
+    status = "unfinished"
+    if summary is not None:
+        status = "finished"
+    elif error is not None:
+        status = "failed"
+    elif outcome.metrics.get("done"):
+        status = "ended early"
+    row: dict[str, Any] = {"trial": outcome.trial, "status": status}
+    row |= {"error": error if status == "failed" else None, "location": location}
+    row |= _drawn_values(space, recipe, outcome.draw)
+    # After a stop, the last report to Tune may be older than the run folder.
+    metrics = {**outcome.metrics, **final}
+    row |= {name: metrics.get(name) for name in ("round", *METRICS, "warnings")}
+    if summary is not None:
+        row["best_accuracy"] = summary["best"]["eval_accuracy"]
+        row["reduction_vs_fedavg"] = summary["communication"]["reduction_vs_fedavg"]
+        row["wall_s"] = summary["timing"]["wall_s"]
+    return row
+
+
+def _results(folder: RunFolder) -> tuple[Mapping[str, Any] | None, Mapping[str, Any]]:
+    """Return a trial's summary and last metrics; None and empty where it has not finished."""
+    summary = read_summary(folder)
+    if summary is None:
+        return None, {}
+    files = CheckedFolder(folder)
+    # Checked since the best trial's recipe is part of the result.
+    files.read("recipe.yaml")
+    return summary, measured(files.table(ROUNDS_FILE))
+
+
+def _drawn_values(space: Space, recipe: Recipe, draw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the drawn values by recipe key; lists and mappings as JSON."""
+    columns = dict.fromkeys(space.drawn)
+    if not draw:
+        return columns
+    try:
+        found = recipe_values(space, draw, recipe)
+    except (BadInputError, LookupError, TypeError):
+        # An invalid draw; the trial has failed with this error.
+        return columns
+    simple = (int, float, str)
+    return {
+        key: value if isinstance(value, simple) or value is None else json.dumps(value)
+        for key, value in {**columns, **found}.items()
+    }

@@ -1,29 +1,55 @@
-"""A search in its folder: checked, run by Tune, written. Source: this project."""
+"""A search in its folder: checked, run by Ray Tune, stopped, written. Source: this project."""
 
 from __future__ import annotations
 
+import logging
+import os
 import shlex
+import signal
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 
 from rayfed_lora.errors import InterruptedRunError, RayfedError, RunError
 from rayfed_lora.launching.this_process import interruptible
-from rayfed_lora.pages.search import SearchNews, Watch
+from rayfed_lora.pages.search_page import SearchNews, Watch
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning import tuner
-from rayfed_lora.tuning.distributions import grid
+from rayfed_lora.tuning.distributions import grid, invalid_draws, without_effect
 from rayfed_lora.tuning.schedulers import scheduler, searcher
-from rayfed_lora.tuning.search_folder import write_search
+from rayfed_lora.tuning.search_folders import write_search
 from rayfed_lora.tuning.search_result import SearchResult
 from rayfed_lora.tuning.space import Space
-from rayfed_lora.tuning.space_checks import invalid_draws, without_effect
 from rayfed_lora.tuning.trial import Search
-from rayfed_lora.tuning.trial_rows import TrialOutcome
-from rayfed_lora.tuning.tune_signals import stop_tune
+
+_ENVIRONMENT = {
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's newer output cannot be silenced
+}
 
 
+@contextmanager
+def _quiet_tune() -> Iterator[None]:
+    """Silence Ray Tune's output and leave SIGINT to our own handler."""
+    before = {name: os.environ.pop(name) for name in _ENVIRONMENT if name in os.environ}
+    os.environ.update(_ENVIRONMENT)
+    logger = logging.getLogger("ray.tune")
+    level, handler = logger.level, signal.getsignal(signal.SIGUSR1)
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if threading.current_thread() is threading.main_thread():
+            # Tune does not restore the handler.
+            signal.signal(signal.SIGUSR1, handler)
+        for name in _ENVIRONMENT:
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@_quiet_tune()
 def run(
     search: Search, folder: RunFolder, watch: Watch, max_concurrent: int | None, resume: bool
 ) -> SearchResult:
@@ -47,21 +73,26 @@ def run(
 
     def stop() -> None:
         stopped.set()
-        stop_tune()
+        if signal.getsignal(signal.SIGUSR1) in (signal.SIG_DFL, None):
+            # Tune has not started.
+            raise KeyboardInterrupt
+        # Tune saves its state and ends.
+        signal.raise_signal(signal.SIGUSR1)
 
     with interruptible(stop):
         outcomes = tuner.fit(search, watch, trainable, slots, resume)
-    if not stopped.is_set():
-        if len(outcomes) < trials:
-            raise RunError(f"Tune ended after {len(outcomes)} of {trials} trials; try --resume")
-        return _written(search, folder, outcomes)
-    with suppress(RayfedError):
-        # The tables so far; there are none before the first trial has finished.
-        _written(search, folder, outcomes)
-    raise InterruptedRunError(
-        "stopped; finished trials and the rounds of others are kept; resume with --resume"
-        f" --out {shlex.quote(search.location)}"
-    )
+    if not stopped.is_set() and len(outcomes) < trials:
+        raise RunError(f"Tune ended after {len(outcomes)} of {trials} trials; try --resume")
+    # After a stop, the tables so far; there are none before the first trial has finished.
+    with suppress(RayfedError) if stopped.is_set() else nullcontext():
+        result = SearchResult.of(search.location, space, recipe, outcomes)
+        result.write(space, folder)
+    if stopped.is_set():
+        raise InterruptedRunError(
+            "stopped; finished trials and the rounds of others are kept; resume with --resume"
+            f" --out {shlex.quote(search.location)}"
+        )
+    return result
 
 
 def _warnings(space: Space, recipe: Recipe) -> Iterator[str]:
@@ -75,9 +106,3 @@ def _warnings(space: Space, recipe: Recipe) -> Iterator[str]:
             f"drawn without effect with annealing.mode {recipe.annealing.mode} and the conditions"
             f" of the space: {', '.join(ignored)}"
         )
-
-
-def _written(search: Search, folder: RunFolder, outcomes: Sequence[TrialOutcome]) -> SearchResult:
-    result = SearchResult.of(search.location, search.space, search.recipe, outcomes)
-    result.write(search.space, folder)
-    return result

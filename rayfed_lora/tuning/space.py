@@ -1,37 +1,29 @@
-"""Search spaces: recipe values and their distributions. Source: this project."""
+"""Search spaces: recipe values, their distributions, and their files. Source: this project."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.recipe.yaml_text import parse_yaml, read_text
 from rayfed_lora.runs.summary import TESTED
 from rayfed_lora.types import Stage
 
 Mode = Literal["max", "min"]
-Scheduler = Literal["asha", "pbt", "median", "none"]
-Search = Literal["random", "optuna", "grid"]
-# Metrics of each task's tests beside accuracy and loss.
-_TESTED_ON: Mapping[str, frozenset[str]] = {
-    "causal-lm": frozenset({"eval_perplexity"}),
-    "image-classification": frozenset({"eval_macro_f1", "eval_auc"}),
-    "text-classification": frozenset({"eval_macro_f1", "eval_auc"}),
+# Metrics that are not measured by each task's tests.
+_NOT_TESTED = {
+    "causal-lm": {"eval_auc", "eval_macro_f1"},
+    "image-classification": {"eval_perplexity"},
+    "text-classification": {"eval_perplexity"},
 }
-METRICS = (
-    *TESTED,
-    "train_loss",
-    "total_bytes",
-    "bytes_up",
-    "bytes_down",
-    "bytes_base",
-    "seconds",
-)
-STAGES: tuple[Stage, ...] = ("initiating", "heating", "cooling", "holding")
-ROUNDS = tuple(f"annealing.{stage}.rounds" for stage in STAGES)
+METRICS = (*TESTED, "train_loss", "total_bytes", "bytes_up", "bytes_down", "bytes_base", "seconds")
+ROUNDS = tuple(f"annealing.{stage}.rounds" for stage in get_args(Stage))
 # Trials share actors and write to their own folders.
 _NOT_SEARCHED = ("runtime", "storage", "tracking", "name")
 
@@ -94,16 +86,16 @@ class Space(_Strict):
             stages have in the recipe.
         objectives: metric -> max or min; schedulers use the first one.
         samples: number of trials; a grid has one for each combination.
-        scheduler: asha | pbt | median | none; ends trials early.
-        search: random | optuna | grid; draws the values.
+        scheduler: ends trials early.
+        search: draws the values.
     """
 
     parameters: dict[str, Drawn] = Field(default_factory=dict)
     rounds: dict[str, Drawn] = Field(default_factory=dict)
     objectives: dict[str, Mode] = Field(default={"eval_accuracy": "max"}, min_length=1)
     samples: int = Field(16, gt=0)
-    scheduler: Scheduler = "asha"
-    search: Search = "random"
+    scheduler: Literal["asha", "pbt", "median", "none"] = "asha"
+    search: Literal["random", "optuna", "grid"] = "random"
 
     @model_validator(mode="after")
     def _fits_together(self) -> Space:
@@ -125,10 +117,10 @@ class Space(_Strict):
         unknown = set(self.objectives) - set(METRICS)
         if unknown:
             raise ValueError(f"objectives: expected metrics of {', '.join(METRICS)}; got {unknown}")
-        self._check_search()
         return self
 
-    def _check_search(self) -> None:
+    @model_validator(mode="after")
+    def _can_search(self) -> Space:
         numbers = [key for key, how in self.drawn.items() if how.uniform or how.loguniform]
         if self.search == "grid" and numbers:
             raise ValueError(f"search grid: expected choice or randint for {numbers[0]}")
@@ -140,6 +132,7 @@ class Space(_Strict):
                 "search optuna with several objectives: expected scheduler none, since metrics of"
                 f" trials that ended early are not comparable; got {self.scheduler}"
             )
+        return self
 
     @property
     def drawn(self) -> dict[str, Drawn]:
@@ -153,13 +146,61 @@ def is_number(value: Any) -> bool:
 
 
 def check_objectives(space: Space, recipe: Recipe) -> None:
-    """Check that tests of the recipe's task measure the objectives.
-
-    Raises:
-        BadInputError: an objective is a metric of other tasks.
-    """
+    """Raise BadInputError if an objective is not measured by tests of the recipe's task."""
     task = recipe.model.task
-    elsewhere = frozenset[str]().union(*_TESTED_ON.values()) - _TESTED_ON[task]
-    wrong = sorted(elsewhere & set(space.objectives))
+    wrong = sorted(_NOT_TESTED[task] & set(space.objectives))
     if wrong:
         raise BadInputError(f"objectives: {wrong[0]} is not measured with model.task {task!r}")
+
+
+def load_space(source: str | Path | Mapping[str, Any], **overrides: Any) -> Space:
+    """Return the space of a shipped name, a YAML file or a mapping.
+
+    `overrides` are values of fields of `Space`; None keeps the space's own value.
+
+    Raises:
+        BadInputError: the space cannot be read, or has faults; the message lists all of them.
+    """
+    name, raw = _read(source)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    if given.get("search", raw.get("search")) == "grid" and "samples" in given:
+        raise BadInputError("--samples: a grid runs each of its combinations once; omit the option")
+    try:
+        return Space.model_validate({**raw, **given})
+    except ValidationError as error:
+        faults = "".join(
+            f"\n  {'.'.join(map(str, fault['loc'])) or 'space'}: {fault['msg']}"
+            for fault in error.errors()
+        )
+        raise BadInputError(
+            f"{name}: faults in the search space; nothing was started{faults}"
+        ) from None
+
+
+def shipped_spaces() -> dict[str, Path]:
+    """Return the files of the shipped spaces, by name."""
+    # A checkout has them beside the package, a wheel among its data files.
+    beside = Path(__file__).parents[2] / "tune_spaces"
+    if beside.is_dir():
+        files = list(beside.glob("*.yaml"))
+    else:
+        installed = metadata.files("rayfed-lora") or []
+        files = [Path(str(f.locate())) for f in installed if f.parent.name == "tune_spaces"]
+    return {file.stem: file for file in sorted(files)}
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    if isinstance(source, Mapping):
+        return "search space", source
+    shipped = shipped_spaces()
+    path = shipped.get(str(source), Path(source))
+    try:
+        raw = parse_yaml(str(source), read_text(path))
+    except (OSError, ValueError) as error:
+        raise BadInputError(
+            f"SPACE: expected one of {', '.join(shipped)}, or a readable YAML file; got {source!r}"
+            f" ({error})"
+        ) from None
+    if not isinstance(raw, Mapping):
+        raise BadInputError(f"{source}: expected a mapping, got {type(raw).__name__}")
+    return str(source), raw

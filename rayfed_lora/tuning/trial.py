@@ -17,7 +17,7 @@ from rayfed_lora.engines.on_ray.placement import Layout
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.launching.ray_metrics import run_metrics
 from rayfed_lora.locations import child
-from rayfed_lora.pages.search import SEARCH_FILE
+from rayfed_lora.pages.search_page import SEARCH_FILE
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.checked import table
 from rayfed_lora.runs.leases.files import is_lease_file
@@ -27,20 +27,15 @@ from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.runs.tables import ROUNDS_FILE, Tables
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.distributions import DRAW
-from rayfed_lora.tuning.run_folders import apply_draw, copy_run, current_recipe, measured
+from rayfed_lora.tuning.search_folders import apply_draw, copy_run, current_recipe, measured
 from rayfed_lora.tuning.space import Space
 
 
 @dataclass(frozen=True)
 class Search:
-    """The facts that all trials of a search share.
+    """The facts that all trials of a search share; `recipe` has the values that are not drawn.
 
-    Attributes:
-        space: the distributions.
-        recipe: supplies the values that are not drawn.
-        location: of the search's folder.
-        ticket: of the process that owns the search's folder.
-        factory: makes workloads and trainers in the workers.
+    `location` is the search's folder, `ticket` that of the process that owns the folder.
     """
 
     space: Space
@@ -126,12 +121,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             self._crew = Crew(recipe, self._layout, places, self._shelf)
         self._total = recipe.annealing.total_rounds
         self._board = StatusBoard(self._total)
-        engine = RayEngine(
-            recipe,
-            search.factory,
-            self._board.note,
-            crew=self._crew,
-        )
+        engine = RayEngine(recipe, search.factory, self._board.note, crew=self._crew)
         name = f"{RunFolder(search.location).name}/{self.trial_id}"
         return sitting(
             recipe,

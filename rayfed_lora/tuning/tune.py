@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rayfed_lora.engines.factory import Factory, TorchFactory
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.launching.ray_session import ray_session
-from rayfed_lora.pages.search import SearchNews, Watch
+from rayfed_lora.pages.search_page import SearchNews, Watch
 from rayfed_lora.recipe.layers import override_pairs
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.notes import given_way_in_search, unused
@@ -19,10 +19,8 @@ from rayfed_lora.runs.location import run_location, with_absolute_paths
 from rayfed_lora.runs.ownership import Ticket, owned
 from rayfed_lora.runs.tracking import check_tracking
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.tuning.search_folder import claim_search
-from rayfed_lora.tuning.space import Space, check_objectives
-from rayfed_lora.tuning.space_files import load_space
-from rayfed_lora.tuning.tune_signals import quiet_tune
+from rayfed_lora.tuning.search_folders import claim_search
+from rayfed_lora.tuning.space import Space, check_objectives, load_space
 
 if TYPE_CHECKING:
     from rayfed_lora.tuning.search_result import SearchResult
@@ -92,7 +90,7 @@ def tune(  # noqa: PLR0913 - options of a command
     # The lease excludes a second command, which would write the same state and tables.
     with owned(folder, Ticket.of_this_process(), wait=resume, tell=say) as (folder, lease):
         claim_search(folder, space, shared, max_concurrent, resume)
-        with ray_session(address), quiet_tune():
+        with ray_session(address):
             # Imports Ray, which reads the session's environment as it is imported.
             from rayfed_lora.tuning.search_run import run
             from rayfed_lora.tuning.trial import Search
@@ -101,8 +99,7 @@ def tune(  # noqa: PLR0913 - options of a command
             ignored = _ignored_settings(space, settings)
             for note in (*unused(given), *given_way_in_search(given), *ignored):
                 watch(SearchNews(warning=note))
-            factory = factory or TorchFactory()
-            found = Search(space, shared, location, lease.ticket, factory)
+            found = Search(space, shared, location, lease.ticket, factory or TorchFactory())
             return run(found, folder, watch, limit, resume)
 
 

@@ -15,13 +15,13 @@ from rayfed_lora.engines.on_ray.calls import result
 from rayfed_lora.engines.on_ray.placement import Layout, Node, layout, nodes_of
 from rayfed_lora.engines.on_ray.shelf import Shelf
 from rayfed_lora.locations import child
-from rayfed_lora.pages.search import Watch
+from rayfed_lora.pages.search_page import Watch
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.distributions import param_space
 from rayfed_lora.tuning.schedulers import scheduler, searcher
+from rayfed_lora.tuning.search_result import TrialOutcome
 from rayfed_lora.tuning.trial import Search, Trial
-from rayfed_lora.tuning.trial_rows import TrialOutcome
 from rayfed_lora.tuning.watching import WATCH, Watcher, outcomes_of
 
 # Tune's own files, in the search's folder.
@@ -35,13 +35,8 @@ _COPIES = 4
 def trial_layout(recipe: Recipe, nodes: Sequence[Node], at_once: int) -> tuple[Layout, int]:
     """Return the client actors of one trial, and how many trials fit the cluster at once.
 
-    With `client_actors: auto` trials share the cluster evenly, with at least one actor each:
-    concurrent trials wait less than the actors of one trial.
-
-    Args:
-        recipe: of the trials.
-        nodes: of the cluster.
-        at_once: maximum number of concurrent trials.
+    At most `at_once` trials run at once. With `client_actors: auto` they share the cluster evenly,
+    with at least one actor each: concurrent trials wait less than the actors of one trial.
 
     Raises:
         ResourceError: not even one trial fits.
@@ -56,10 +51,9 @@ def trial_layout(recipe: Recipe, nodes: Sequence[Node], at_once: int) -> tuple[L
 
 
 def trainable(search: Search, at_once: int) -> tuple[Any, int]:
-    """Read data and base model once for all trials, and return Tune's trainable.
+    """Read data and base model once for all trials; return Tune's trainable.
 
-    Returns:
-        The trainable, and the number of trials that can run at once, up to `at_once`.
+    Also returned is the number of trials that can run at once, up to `at_once`.
 
     Raises:
         ResourceError: not even one trial fits the cluster.
@@ -79,28 +73,23 @@ def trainable(search: Search, at_once: int) -> tuple[Any, int]:
 def fit(
     search: Search, watch: Watch, trainable: Any, slots: int, resume: bool
 ) -> list[TrialOutcome]:
-    """Run `slots` trials at a time until Tune ends or `stop_tune` ends it.
-
-    With `resume`, Tune continues from its saved state, if present.
-    """
+    """Run `slots` trials at a time until Tune ends; `resume` continues a saved state."""
     space, recipe = search.space, search.recipe
     location = child(search.location, _FOLDER)
     folder = RunFolder(location)
     # Tune's own filesystem would wait longer for an object store that does not answer.
-    filesystem = None if folder.local is not None else folder.place[0]
-    path = folder.place[1]
+    filesystem, path = folder.place
+    filesystem = filesystem if folder.local is None else None
     drawn = param_space(space, recipe)
     # Without a saved state of its trials, Tune would restore a search of a single new trial.
     saved = any(name.startswith("experiment_state") for name in folder.names())
     if resume and saved and tune.Tuner.can_restore(path, filesystem):
         tuner = tune.Tuner.restore(
-            path,
-            trainable,
-            resume_unfinished=True,
-            param_space=drawn,
-            storage_filesystem=filesystem,
+            path, trainable, param_space=drawn, storage_filesystem=filesystem
         )
     else:
+        # The run folder is the checkpoint; copies are only for trials that continue it.
+        copies = tune.CheckpointConfig(num_to_keep=_COPIES, checkpoint_at_end=False)
         tuner = tune.Tuner(
             trainable,
             param_space=drawn,
@@ -109,7 +98,7 @@ def fit(
                 search_alg=searcher(space, recipe, slots),
                 scheduler=scheduler(space, recipe),
                 reuse_actors=True,
-                trial_dirname_creator=_folder_name,
+                trial_dirname_creator=lambda trial: str(trial.trial_id),
             ),
             run_config=tune.RunConfig(
                 name=_FOLDER,
@@ -117,10 +106,7 @@ def fit(
                 storage_filesystem=filesystem,
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=_RETRIES),
-                # The run folder is the checkpoint; copies are only for trials that continue it.
-                checkpoint_config=tune.CheckpointConfig(
-                    num_to_keep=_COPIES, checkpoint_at_end=False
-                ),
+                checkpoint_config=copies,
                 callbacks=[Watcher()],
             ),
         )
@@ -129,7 +115,3 @@ def fit(
         return outcomes_of(tuner.fit(), location)
     finally:
         WATCH.reset(token)
-
-
-def _folder_name(trial: Any) -> str:
-    return str(trial.trial_id)

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
 from typing import Any
 
 from ray import tune
@@ -15,10 +14,10 @@ from ray.exceptions import RayTaskError
 
 from rayfed_lora.errors import RayfedError
 from rayfed_lora.locations import child
-from rayfed_lora.pages.search import SearchNews, Watch
+from rayfed_lora.pages.search_page import SearchNews, Watch
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.distributions import DRAW
-from rayfed_lora.tuning.trial_rows import TrialOutcome
+from rayfed_lora.tuning.search_result import TrialOutcome
 
 _FAILURE = re.compile(r"^Failure # \d+ .*\n", re.MULTILINE)
 # The last line of a traceback, the first that is not indented.
@@ -28,7 +27,7 @@ WATCH: ContextVar[Watch] = ContextVar("watch")
 
 
 class Watcher(tune.Callback):  # type: ignore[misc]  # Ray has no types
-    """Passes every report and end of a trial on to `WATCH`."""
+    """Passes every report, end and failure of a trial on to `WATCH`."""
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -53,46 +52,32 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray has no types
 def _notify(
     trials: list[Any],
     ended: tuple[str, str] | None = None,
-    newest: Mapping[str, int] = MappingProxyType({}),
+    newest: Mapping[str, int] | None = None,
 ) -> None:
     running = {
         trial.trial_id: int(trial.last_result.get("round", 0))
         for trial in trials
         if trial.status == "RUNNING" and (ended is None or trial.trial_id != ended[0])
     }
-    WATCH.get()(SearchNews(len(trials), {**running, **newest}, ended))
+    WATCH.get()(SearchNews(len(trials), {**running, **(newest or {})}, ended))
 
 
 def outcomes_of(grid: tune.ResultGrid, location: str) -> list[TrialOutcome]:
-    """Return the trials of Tune's result.
-
-    Args:
-        grid: of `Tuner.fit`.
-        location: of Tune's own files, in a folder for each trial named by its id.
-    """
+    """Return the trials of Tune's result; `location` has a folder for each, named by its id."""
     found = []
     for result in grid:
         trial = PurePosixPath(result.path).name
         metrics: Mapping[str, Any] = result.metrics or {}
-        config = metrics.get("config") or _config(RunFolder(child(location, trial)))
+        config, folder = metrics.get("config"), RunFolder(child(location, trial))
+        if not config and folder.exists("params.json"):
+            config = json.loads(folder.read("params.json"))
         reason = None if result.error is None else _reason(result.error)
-        found.append(TrialOutcome(trial, config.get(DRAW, {}), metrics, reason))
+        found.append(TrialOutcome(trial, (config or {}).get(DRAW, {}), metrics, reason))
     return found
 
 
-def _config(folder: RunFolder) -> Mapping[str, Any]:
-    if not folder.exists("params.json"):
-        return {}
-    config: Mapping[str, Any] = json.loads(folder.read("params.json"))
-    return config
-
-
 def reason_in(text: str) -> str:
-    """Return the newest error in Tune's file of a trial's failures.
-
-    Args:
-        text: headings `Failure # 1 (...)`, each followed by a traceback.
-    """
+    """Return the newest error in Tune's file of failures: headings, a traceback after each."""
     newest = _FAILURE.split(text)[-1]
     last = newest.rpartition("direct cause of the following exception:")[2]
     found = _RAISED.search(last)

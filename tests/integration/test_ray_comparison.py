@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rayfed_lora.launching.compare import compare
-from rayfed_lora.pages.comparison import Comparison
+from rayfed_lora.pages.comparison_tables import Comparison
 from tests.fakes import RECIPE, Behaviour, FakeFactory
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]

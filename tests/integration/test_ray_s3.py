@@ -9,7 +9,7 @@ import pytest
 
 import rayfed_lora
 from rayfed_lora.errors import InterruptedRunError
-from rayfed_lora.pages.search import SearchNews
+from rayfed_lora.pages.search_page import SearchNews
 from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.tune import tune

@@ -14,7 +14,7 @@ import pytest
 
 import rayfed_lora
 from rayfed_lora.errors import BadInputError, InterruptedRunError, ResourceError, RunError
-from rayfed_lora.pages.search import SearchNews
+from rayfed_lora.pages.search_page import SearchNews
 from rayfed_lora.tuning.search_result import SearchResult
 from rayfed_lora.tuning.tune import tune
 from tests.fakes import RECIPE, Behaviour, FakeFactory

@@ -15,7 +15,7 @@ from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.recipe.shipped_recipes import shipped_names, shipped_text
 from rayfed_lora.recipe.yaml_text import parse_yaml
-from rayfed_lora.tuning.space_files import load_space
+from rayfed_lora.tuning.space import load_space
 from tests.fakes import RECIPE
 
 QUICK = settings(

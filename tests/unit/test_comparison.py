@@ -16,7 +16,7 @@ from rayfed_lora.errors import BadInputError, InterruptedRunError, RecipeError, 
 from rayfed_lora.launching import comparison_server
 from rayfed_lora.launching.cells import cells_of
 from rayfed_lora.launching.compare import compare
-from rayfed_lora.pages.comparison import Comparison, Standing
+from rayfed_lora.pages.comparison_tables import Comparison, Standing
 from tests.fakes import RECIPE, Behaviour, FakeFactory, every_round
 
 METHODS = ["sa-fedlora", "fedavg", "flora"]

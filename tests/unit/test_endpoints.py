@@ -23,7 +23,7 @@ from rayfed_lora.runs import seals
 from rayfed_lora.runs.claiming import differences
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.draws import trial_recipe
-from rayfed_lora.tuning.run_folders import current_recipe
+from rayfed_lora.tuning.search_folders import current_recipe
 from rayfed_lora.tuning.space import Space
 from tests.fake_jobs import FakeClient
 from tests.fakes import RECIPE, FakeFactory

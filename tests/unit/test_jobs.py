@@ -13,10 +13,14 @@ from rayfed_lora.cli.cluster_display import show_job, show_jobs, show_stopped, s
 from rayfed_lora.cli.console import PlainConsole
 from rayfed_lora.errors import BadInputError, InterruptedRunError, ResourceError, RunError
 from rayfed_lora.jobs import dashboard
-from rayfed_lora.jobs.dashboard import dashboard_url, is_dashboard, translated_errors
-from rayfed_lora.jobs.files import files_named
+from rayfed_lora.jobs.dashboard import (
+    dashboard_url,
+    is_dashboard,
+    translated_errors,
+    unreachable_cluster,
+)
 from rayfed_lora.jobs.jobs import Jobs
-from rayfed_lora.jobs.ports import unreachable_cluster
+from rayfed_lora.jobs.local_files import files_named
 from rayfed_lora.jobs.views import (
     JobProgress,
     JobView,

@@ -18,8 +18,8 @@ from rayfed_lora.cli.console import PlainConsole
 from rayfed_lora.cli.run_display import watching
 from rayfed_lora.errors import RunError
 from rayfed_lora.jobs.views import JobView
-from rayfed_lora.pages.comparison import Comparison
-from rayfed_lora.pages.csv_text import csv_bytes
+from rayfed_lora.pages.comparison_tables import Comparison
+from rayfed_lora.pages.table_files import csv_bytes
 from rayfed_lora.printable import cell, echo, printable
 from rayfed_lora.runs.status import Status
 from rayfed_lora.storage import RunFolder
@@ -138,13 +138,13 @@ def test_numbers_of_a_table_stay_numbers_and_its_heads_are_texts_too():
 def test_tables_of_a_comparison_are_neutral(tmp_path, monkeypatch):
     evil = '=HYPERLINK("http://evil")'
     runs = pd.DataFrame({"method": [evil], "seed": [-1], "error": [evil]})
-    from rayfed_lora.pages import comparison
+    from rayfed_lora.pages import comparison_tables
 
-    monkeypatch.setattr(comparison, "read_runs", lambda locations, own: [])
-    monkeypatch.setattr(comparison, "read_failed", lambda locations: [])
-    monkeypatch.setattr(comparison, "write_plots", lambda *given: None)
-    monkeypatch.setattr(comparison, "accuracies_of_clients", lambda runs: {})
-    monkeypatch.setattr(comparison, "report_html", lambda runs, failed: "")
+    monkeypatch.setattr(comparison_tables, "read_runs", lambda locations, own: [])
+    monkeypatch.setattr(comparison_tables, "read_failed", lambda locations: [])
+    monkeypatch.setattr(comparison_tables, "write_plots", lambda *given: None)
+    monkeypatch.setattr(comparison_tables, "accuracies_of_clients", lambda runs: {})
+    monkeypatch.setattr(comparison_tables, "report_html", lambda runs, failed: "")
     Comparison(runs, runs, runs, 0.5).write(RunFolder(tmp_path))
     for name in ("runs", "methods", "rounds"):
         read = pd.read_csv(tmp_path / f"{name}.csv")
@@ -160,7 +160,7 @@ def test_no_module_writes_csv_by_itself():
 
     package = Path(rayfed_lora.__file__).parent
     writers = [p.name for p in package.rglob("*.py") if ".to_csv(" in p.read_text()]
-    assert writers == ["csv_text.py"]
+    assert writers == ["table_files.py"]
 
 
 def test_the_test_of_stdout_prints_at_once(monkeypatch):

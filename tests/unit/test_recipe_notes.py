@@ -21,9 +21,8 @@ from rayfed_lora.recipe.presets import PRESETS
 from rayfed_lora.recipe.shipped_recipes import shipped_names
 from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.tuning.space import Space
-from rayfed_lora.tuning.space_checks import without_effect
-from rayfed_lora.tuning.space_files import load_space
+from rayfed_lora.tuning.distributions import without_effect
+from rayfed_lora.tuning.space import Space, load_space
 from rayfed_lora.tuning.tune import _ignored_settings
 from rayfed_lora.types import RoundPlan
 from tests.fakes import RECIPE, FakeFactory, make_recipe

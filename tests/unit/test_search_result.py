@@ -16,7 +16,7 @@ from rayfed_lora.cli.many_runs_display import show_search, watching_search
 from rayfed_lora.engines.on_ray.placement import Layout, Node
 from rayfed_lora.errors import ResourceError, RunError, RunFolderError
 from rayfed_lora.pages.report import report
-from rayfed_lora.pages.search import SearchNews, read_search
+from rayfed_lora.pages.search_page import SearchNews, read_search
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.yaml_text import yaml_text
 from rayfed_lora.runs import checksums, seals
@@ -24,9 +24,8 @@ from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.draws import trial_recipe
-from rayfed_lora.tuning.search_result import SearchResult
-from rayfed_lora.tuning.space_files import load_space
-from rayfed_lora.tuning.trial_rows import TrialOutcome
+from rayfed_lora.tuning.search_result import SearchResult, TrialOutcome
+from rayfed_lora.tuning.space import load_space
 from rayfed_lora.tuning.tuner import trial_layout
 from tests.fakes import local_engine, make_recipe
 

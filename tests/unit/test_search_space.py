@@ -17,8 +17,7 @@ from rayfed_lora.tuning.draws import (
     trial_recipe,
     value_of,
 )
-from rayfed_lora.tuning.space import Space, check_objectives
-from rayfed_lora.tuning.space_files import load_space, shipped_spaces
+from rayfed_lora.tuning.space import Space, check_objectives, load_space, shipped_spaces
 from tests.fakes import make_recipe
 
 RANK = {"annealing.heating.rank": {"choice": [4, 8]}}

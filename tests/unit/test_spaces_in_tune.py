@@ -12,10 +12,10 @@ from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, PopulationBas
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.tuning import distributions, schedulers, space_checks
+from rayfed_lora.tuning import distributions, schedulers
 from rayfed_lora.tuning.distributions import DRAW
 from rayfed_lora.tuning.draws import recipe_values, trial_recipe
-from rayfed_lora.tuning.space_files import load_space
+from rayfed_lora.tuning.space import load_space
 from tests import fakes
 from tests.fakes import make_recipe
 
@@ -71,7 +71,7 @@ def test_a_space_of_recipes_that_cannot_run_is_refused_with_the_reason():
     with pytest.raises(
         BadInputError, match=r"(?s)no draw is a valid recipe.*annealing\.cooling\.shape"
     ):
-        space_checks.invalid_draws(space, make_recipe())
+        distributions.invalid_draws(space, make_recipe())
 
 
 def test_a_space_of_which_some_draws_cannot_run_says_how_many():
@@ -83,8 +83,8 @@ def test_a_space_of_which_some_draws_cannot_run_says_how_many():
         }
     )
     # There are six clients.
-    assert space_checks.invalid_draws(space, make_recipe()) == 250
-    assert space_checks.invalid_draws(load_space({"parameters": RATE}), make_recipe()) == 0
+    assert distributions.invalid_draws(space, make_recipe()) == 250
+    assert distributions.invalid_draws(load_space({"parameters": RATE}), make_recipe()) == 0
 
 
 @pytest.mark.parametrize("recipe", ["trec-minilm", "digits-vit"])
@@ -92,7 +92,7 @@ def test_a_space_of_which_some_draws_cannot_run_says_how_many():
     "space", ["quick", "heating_cooling", "learning_rate", "allocation_and_rule"]
 )
 def test_every_draw_of_a_shipped_space_can_run(space, recipe):
-    assert space_checks.invalid_draws(load_space(space), load_recipe(recipe)) == 0
+    assert distributions.invalid_draws(load_space(space), load_recipe(recipe)) == 0
 
 
 RECIPE = make_recipe()
@@ -170,9 +170,9 @@ def test_keys_that_a_mode_does_not_look_at_are_named(method, idle):
             "rounds": {"annealing.holding.rounds": {"uniform": [0.0, 1.0]}},
         }
     )
-    assert space_checks.without_effect(space, make_recipe(method=method)) == idle
+    assert distributions.without_effect(space, make_recipe(method=method)) == idle
     drawn_too = {"parameters": {**RATE, "method": {"choice": ["fedavg", "fedlora"]}}}
-    assert space_checks.without_effect(load_space(drawn_too), make_recipe(method=method)) == []
+    assert distributions.without_effect(load_space(drawn_too), make_recipe(method=method)) == []
 
 
 def test_a_drawn_optimiser_has_its_usual_values_unless_they_were_changed():

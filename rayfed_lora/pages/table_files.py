@@ -1,10 +1,19 @@
-"""Tables as CSV. Source: this project."""
+"""Tables as Parquet files, and as CSV for spreadsheets. Source: this project."""
 
 from __future__ import annotations
 
 import pandas as pd
+import pyarrow as pa
 
 from rayfed_lora.printable import cell
+from rayfed_lora.runs import seals
+from rayfed_lora.storage import RunFolder
+
+
+def write_table(folder: RunFolder, stem: str, table: pd.DataFrame) -> None:
+    """Write a table as `stem`.parquet, sealed, and as `stem`.csv, without ranks by module."""
+    seals.write_table(folder, f"{stem}.parquet", pa.Table.from_pandas(table, preserve_index=False))
+    folder.write(f"{stem}.csv", csv_bytes(table.drop(columns="ranks", errors="ignore")))
 
 
 def csv_bytes(table: pd.DataFrame) -> bytes:

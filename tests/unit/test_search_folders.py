@@ -17,8 +17,8 @@ from rayfed_lora.runs.session import sitting
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.draws import trial_recipe
-from rayfed_lora.tuning.run_folders import apply_draw, copy_run, measured
-from rayfed_lora.tuning.space_files import load_space
+from rayfed_lora.tuning.search_folders import apply_draw, copy_run, measured
+from rayfed_lora.tuning.space import load_space
 from tests.fakes import local_engine, make_recipe
 
 SPACE = load_space(

@@ -1,4 +1,4 @@
-"""A comparison of runs that differ in method and seed: its tables. Source: this project."""
+"""The tables of a comparison: runs that differ in method and seed. Source: this project."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
 
 from rayfed_lora.errors import RunError, RunFolderError
-from rayfed_lora.pages.csv_text import csv_bytes
 from rayfed_lora.pages.curves import accuracies_of_clients
 from rayfed_lora.pages.plots import write_plots
 from rayfed_lora.pages.report import report_html
+from rayfed_lora.pages.table_files import write_table
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.runs import checksums, seals
+from rayfed_lora.runs import checksums
 from rayfed_lora.runs.damage import damaged
 from rayfed_lora.runs.labelled_runs import read_failed, read_runs
 from rayfed_lora.runs.reading import REPORT_FILE, rounds_so_far
@@ -24,45 +23,32 @@ from rayfed_lora.storage import RunFolder
 
 # Default target: this share of the best accuracy.
 _TARGET_SHARE = 0.95
-# Accuracies on clients' own examples, of the last model and of their own models: columns of `runs`
-# and keys of the summary.
-_OF_CLIENTS = {
-    "clients_accuracy": "accuracy_mean",
-    "clients_accuracy_worst_tenth": "accuracy_worst_tenth",
-    "personal_accuracy": "personal_accuracy_mean",
-    "personal_accuracy_worst_tenth": "personal_accuracy_worst_tenth",
+# Columns of `runs` from a section and key of summary.json. Those of `clients` are accuracies on
+# clients' own examples, of the last model and of their own models.
+_FROM_SUMMARY = {
+    "final_accuracy": ("final", "eval_accuracy"),
+    "best_accuracy": ("best", "eval_accuracy"),
+    "final_loss": ("final", "eval_loss"),
+    "final_macro_f1": ("final", "eval_macro_f1"),
+    "final_auc": ("final", "eval_auc"),
+    "final_perplexity": ("final", "eval_perplexity"),
+    "clients_accuracy": ("clients", "accuracy_mean"),
+    "clients_accuracy_worst_tenth": ("clients", "accuracy_worst_tenth"),
+    "personal_accuracy": ("clients", "personal_accuracy_mean"),
+    "personal_accuracy_worst_tenth": ("clients", "personal_accuracy_worst_tenth"),
+    "total_bytes": ("communication", "total_bytes"),
+    "bytes_base": ("communication", "bytes_base"),
+    "reduction_vs_fedavg": ("communication", "reduction_vs_fedavg"),
+    "reduction_vs_fedavg_with_base": ("communication", "reduction_vs_fedavg_with_base"),
 }
+_TO_TARGET = ("rounds_to_target", "bytes_to_target", "simulated_s_to_target")
 # Columns of `runs` with a mean and a standard deviation over seeds.
-_AVERAGED = (
-    "final_accuracy",
-    "best_accuracy",
-    "final_loss",
-    "final_macro_f1",
-    "final_auc",
-    "final_perplexity",
-    *_OF_CLIENTS,
-    "total_bytes",
-    "bytes_base",
-    "reduction_vs_fedavg",
-    "reduction_vs_fedavg_with_base",
-    "accuracy_per_mb",
-    "rounds_to_target",
-    "bytes_to_target",
-    "simulated_s_to_target",
-    "wall_s",
-)
+_AVERAGED = (*_FROM_SUMMARY, "accuracy_per_mb", *_TO_TARGET, "wall_s")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A run of a comparison.
-
-    Attributes:
-        method: name of the preset, or of a variant by the user.
-        seed: of the run.
-        recipe: of the run.
-        location: of the run folder.
-    """
+    """A run of a comparison; its method is the name of a preset or of the user's variant."""
 
     method: str
     seed: int
@@ -75,7 +61,6 @@ class Ended:
     """A cell that has ended.
 
     Attributes:
-        cell: the cell.
         accuracy: of the last round, None where it failed.
         seconds: wall time in this process; 0 where it had finished before.
         error: the reason of a failure, or None.
@@ -93,8 +78,7 @@ class Standing:
 
     Attributes:
         cells: number of cells.
-        running: the running cell, None between two.
-        status: of the running cell.
+        running: the running cell, None between two; `status` is its status.
         ended: the ended cells, in order.
     """
 
@@ -129,10 +113,8 @@ class Comparison:
     ) -> Comparison:
         """Read the finished runs of a comparison.
 
-        Args:
-            cells: all of them.
-            failed: the reason, by location, of runs that did not finish.
-            target: accuracy; None: 95 % of the best accuracy of any run.
+        `failed` are the reasons, by location, of runs that did not finish; `target` is an accuracy,
+        None: 95 % of the best accuracy of any run.
 
         Raises:
             RunError: none has finished.
@@ -152,16 +134,7 @@ class Comparison:
         best = float(rounds["eval_accuracy"].max())
         target = _TARGET_SHARE * best if target is None else target
         rows = [_row(cell, summary, table, target) for cell, summary, table in found]
-        rows += [
-            {
-                "method": cell.method,
-                "seed": cell.seed,
-                "location": cell.location,
-                "error": failed[cell.location],
-            }
-            for cell in cells
-            if cell.location in failed
-        ]
+        rows += [_key(cell, failed[cell.location]) for cell in cells if cell.location in failed]
         runs = pd.DataFrame(rows)
         return cls(runs, _methods(runs), rounds, target)
 
@@ -172,13 +145,7 @@ class Comparison:
             RunError: the folder cannot be written.
         """
         for name in ("runs", "methods", "rounds"):
-            table: pd.DataFrame = getattr(self, name)
-            seals.write_table(
-                folder, f"{name}.parquet", pa.Table.from_pandas(table, preserve_index=False)
-            )
-            # Ranks by module are in the Parquet file only.
-            flat = table.drop(columns="ranks", errors="ignore")
-            folder.write(f"{name}.csv", csv_bytes(flat))
+            write_table(folder, name, getattr(self, name))
         runs = read_runs([folder.location], own=True)
         write_plots(folder, self.rounds, accuracies_of_clients(runs))
         page = report_html(runs, read_failed([folder.location]))
@@ -196,37 +163,28 @@ def _read(cell: Cell) -> tuple[Mapping[str, Any], pd.DataFrame]:
     return summary, rounds
 
 
+def _key(cell: Cell, error: str | None) -> dict[str, Any]:
+    return {"method": cell.method, "seed": cell.seed, "location": cell.location, "error": error}
+
+
 def _row(
     cell: Cell, summary: Mapping[str, Any], rounds: pd.DataFrame, target: float
 ) -> dict[str, Any]:
-    final, best, sent = summary["final"], summary["best"], summary["communication"]
-    on_clients = summary.get("clients") or {}
-    reached = rounds[rounds["eval_accuracy"] >= target].head(1)
-    return {
-        "method": cell.method,
-        "seed": cell.seed,
-        "location": cell.location,
-        "error": None,
-        "final_accuracy": final["eval_accuracy"],
-        "best_accuracy": best["eval_accuracy"],
-        "final_loss": final["eval_loss"],
-        "final_macro_f1": final["eval_macro_f1"],
-        "final_auc": final["eval_auc"],
-        "final_perplexity": final["eval_perplexity"],
-        **{name: on_clients.get(key) for name, key in _OF_CLIENTS.items()},
-        "total_bytes": sent["total_bytes"],
-        "bytes_base": sent["bytes_base"],
-        "reduction_vs_fedavg": sent["reduction_vs_fedavg"],
-        "reduction_vs_fedavg_with_base": sent["reduction_vs_fedavg_with_base"],
-        "accuracy_per_mb": final["eval_accuracy"] / (sent["total_bytes"] / 1e6),
-        "rounds_to_target": None if reached.empty else int(reached["round"].iloc[0]) + 1,
-        "bytes_to_target": None if reached.empty else int(reached["bytes_so_far"].iloc[0]),
-        # Also missing where no time is simulated.
-        "simulated_s_to_target": None if reached.empty else reached["simulated_so_far"].iloc[0],
-        "wall_s": summary["timing"]["wall_s"],
-        "failed_clients": summary["failed_clients"],
-        "adapter_sha256": summary["adapter_sha256"],
-    }
+    row = _key(cell, None)
+    for name, (section, key) in _FROM_SUMMARY.items():
+        # Missing where clients are not tested.
+        row[name] = (summary.get(section) or {}).get(key)
+    row["accuracy_per_mb"] = row["final_accuracy"] / (row["total_bytes"] / 1e6)
+    row |= dict.fromkeys(_TO_TARGET)
+    reached = rounds[rounds["eval_accuracy"] >= target]
+    if not reached.empty:
+        first = reached.iloc[0]
+        row["rounds_to_target"] = int(first["round"]) + 1
+        row["bytes_to_target"] = int(first["bytes_so_far"])
+        # Missing where no time is simulated.
+        row["simulated_s_to_target"] = first["simulated_so_far"]
+    row["wall_s"] = summary["timing"]["wall_s"]
+    return row | {name: summary[name] for name in ("failed_clients", "adapter_sha256")}
 
 
 def _methods(runs: pd.DataFrame) -> pd.DataFrame:

@@ -1,7 +1,4 @@
-"""The report of a search: trials, Pareto front, drawn values and objectives.
-
-Source: this project.
-"""
+"""The page of a search: trials, Pareto front, drawn values, objectives. Source: this project."""
 
 from __future__ import annotations
 
@@ -36,8 +33,8 @@ class SearchNews:
     Attributes:
         trials: number of trials so far.
         running: finished rounds of each running trial.
-        ended: trial and outcome, where one has just ended; else None.
-        warning: a line for the user, or None.
+        ended: id and outcome of a trial that has just ended.
+        warning: a line for the user.
     """
 
     trials: int = 0
@@ -69,11 +66,7 @@ class SearchData:
 
 
 def read_search(folder: RunFolder) -> SearchData:
-    """Read a search's folder.
-
-    Raises:
-        RunFolderError: something is missing or damaged.
-    """
+    """Read a search's folder; raises RunFolderError where something is missing or damaged."""
     try:
         search = parse_yaml(folder.location, seals.text(folder, SEARCH_FILE))
         trials = table(folder, TRIALS_FILE).to_pandas()
@@ -81,32 +74,26 @@ def read_search(folder: RunFolder) -> SearchData:
         objectives = dict(space["objectives"])
         first, mode = next(iter(objectives.items()))
         ran = trials[trials["round"].notna()].sort_values(first, ascending=mode == "min")
-        # Not the recorded location: the folder may have been moved.
-        folders = {
-            trial: RunFolder(child(folder.location, "trials", trial))
-            for trial in ran["trial"]
-            # In a confined folder this rejects links that lead out of it.
-            if folder.exists(f"trials/{trial}")
-        }
-        # A trial that failed early may have saved nothing.
-        kept = [trial for trial, own in folders.items() if own.exists("rounds.parquet")]
-        failed = {*trials.loc[trials["status"] == "failed", "trial"]}
-        rounds = []
-        for trial in kept[:_MOST_CURVES]:
+        rounds: list[pd.DataFrame] = []
+        for trial, status in zip(ran["trial"], ran["status"], strict=True):
+            if len(rounds) == _MOST_CURVES:
+                break
             try:
-                own = rounds_so_far(folders[trial])
+                # A confined folder rejects links that lead out of it. A trial that failed early
+                # may have saved nothing.
+                if folder.exists(f"trials/{trial}/rounds.parquet"):
+                    # Not the recorded location: the folder may have been moved.
+                    own = rounds_so_far(RunFolder(child(folder.location, "trials", trial)))
+                    rounds.append(own.assign(method=trial, seed=recipe["seed"]))
             except RunFolderError:
-                # The table of trials gives the reason.
-                if trial not in failed:
+                # The table of trials gives the reason of a failure.
+                if status != "failed":
                     raise
-            else:
-                rounds.append(own.assign(method=trial, seed=recipe["seed"]))
         drawn = tuple({**space["parameters"], **space["rounds"]})
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise RunFolderError(f"{folder.location} cannot be read: {error}") from error
-    return SearchData(
-        recipe["name"], objectives, drawn, trials, pd.concat(rounds, ignore_index=True)
-    )
+    curves = pd.concat(rounds, ignore_index=True)
+    return SearchData(recipe["name"], objectives, drawn, trials, curves)
 
 
 def search_html(search: SearchData) -> str:
@@ -119,16 +106,14 @@ def search_html(search: SearchData) -> str:
         f"{len(search.trials)} trials: {said}",
         even([_row(search, row) for row in search.trials.to_dict("records")]),
         _figures(search),
-        failures=[
-            {"trial": str(row["trial"]), "error": str(row["error"])}
-            for row in failed.to_dict("records")
-        ],
+        failures=failed[["trial", "error"]].astype(str).to_dict("records"),
     )
 
 
 def _row(search: SearchData, row: Mapping[Any, Any]) -> dict[str, str]:
     facts = {"trial": str(row["trial"]), "status": str(row["status"])}
-    facts |= {"front": "yes" if row["on_front"] else ""} if len(search.objectives) > 1 else {}
+    if len(search.objectives) > 1:
+        facts["front"] = "yes" if row["on_front"] else ""
     for name in search.objectives:
         value = row[name]
         sent = "bytes" in name and pd.notna(value)
@@ -146,24 +131,19 @@ def _figures(search: SearchData) -> Iterator[tuple[str, Figure]]:
 
 
 def _front(done: pd.DataFrame, upper: str, across: str) -> Figure:
-    traces = []
-    for label, own in (("dominated", done[~done["on_front"]]), ("front", done[done["on_front"]])):
-        ordered = own.sort_values(across)
-        traces.append(
-            {
-                "x": measure(across, ordered[across])[1].tolist(),
-                "y": measure(upper, ordered[upper])[1].tolist(),
-                "text": ordered["trial"].tolist(),
-                "name": label,
-                "mode": "lines+markers" if label == "front" else "markers",
-                "marker": {"size": 8, "opacity": 1.0 if label == "front" else 0.4},
-                "line": {"shape": "hv", "width": 1},
-            }
-        )
-    x_label, y_label = (measure(name, done[name])[0] for name in (across, upper))
+    done = done.sort_values(across)
+    (x_label, x), (y_label, y) = (measure(name, done[name]) for name in (across, upper))
+    front, traces = done["on_front"], []
+    for label, own, mode, opacity in (
+        ("dominated", ~front, "markers", 0.4),
+        ("front", front, "lines+markers", 1.0),
+    ):
+        points = {"x": x[own].tolist(), "y": y[own].tolist(), "text": done["trial"][own].tolist()}
+        style = {"marker": {"size": 8, "opacity": opacity}, "line": {"shape": "hv", "width": 1}}
+        traces.append({**points, "name": label, "mode": mode, **style})
     log = LOG_BYTES if "bytes" in across else {}
-    x, y = {"title": {"text": x_label}, **log}, {"title": {"text": y_label}}
-    return framed(traces, 400, x, y, showlegend=True)
+    x_axis, y_axis = {"title": {"text": x_label}, **log}, {"title": {"text": y_label}}
+    return framed(traces, 400, x_axis, y_axis, showlegend=True)
 
 
 def _parallel(search: SearchData, done: pd.DataFrame) -> Figure:
@@ -182,10 +162,6 @@ def _axis(label: str, values: pd.Series[Any]) -> dict[str, Any]:
         return {"label": label, "values": values.tolist()}
     names = values.map(shown)
     known = sorted(names.unique())
-    return {
-        "label": label,
-        "values": [known.index(name) for name in names],
-        "tickvals": list(range(len(known))),
-        "ticktext": known,
-        "range": [0, max(len(known) - 1, 1)],
-    }
+    ticks = {"tickvals": list(range(len(known))), "ticktext": known}
+    places = [known.index(name) for name in names]
+    return {"label": label, "values": places, **ticks, "range": [0, max(len(known) - 1, 1)]}

@@ -9,13 +9,10 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.location import with_absolute_paths
 
 
-def travel_notes(recipe: Recipe, location: str, *, given: bool) -> tuple[str, ...]:
+def travel_notes(recipe: Recipe, location: str, *, given: bool) -> list[str]:
     """Return notes on files that do not travel, and on a folder that is lost with the cluster.
 
-    Args:
-        recipe: of the job.
-        location: its run folder.
-        given: the user has chosen the folder.
+    `given` says that the user has chosen the run folder `location`.
 
     Raises:
         BadInputError: a relative path names no file here.
@@ -29,7 +26,7 @@ def travel_notes(recipe: Recipe, location: str, *, given: bool) -> tuple[str, ..
             f"run folder {location} is on the head node's disk and is lost with it:"
             " --out s3://bucket/... or a shared folder keeps it"
         )
-    return tuple(notes)
+    return notes
 
 
 def files_named(recipe: Recipe) -> list[tuple[str, str]]:
@@ -38,9 +35,9 @@ def files_named(recipe: Recipe) -> list[tuple[str, str]]:
     Raises:
         BadInputError: a relative path names no file here, and would name none in a job.
     """
-    absolute = dict(_sources(with_absolute_paths(recipe)))
+    absolute = _sources(with_absolute_paths(recipe))
     found = []
-    for key, written in _sources(recipe):
+    for key, written in _sources(recipe).items():
         if absolute[key].startswith("/"):
             found.append((key, absolute[key]))
         elif _is_relative_path(key, written):
@@ -51,14 +48,14 @@ def files_named(recipe: Recipe) -> list[tuple[str, str]]:
     return found
 
 
-def _sources(recipe: Recipe) -> list[tuple[str, str]]:
-    """Return the recipe keys that may name a file, with their values, "" if unset."""
-    return [
-        ("data.source", recipe.data.source),
-        ("clients.availability.trace", recipe.clients.availability.trace or ""),
-        ("model.source", recipe.model.source),
-        ("model.tokenizer", recipe.model.tokenizer or ""),
-    ]
+def _sources(recipe: Recipe) -> dict[str, str]:
+    """Return the values of the recipe keys that may name a file, "" if unset."""
+    return {
+        "data.source": recipe.data.source,
+        "clients.availability.trace": recipe.clients.availability.trace or "",
+        "model.source": recipe.model.source,
+        "model.tokenizer": recipe.model.tokenizer or "",
+    }
 
 
 def _is_relative_path(key: str, source: str) -> bool:
