@@ -13,7 +13,7 @@ from rayfed_lora.launching.run_queue import RunQueue, run_name
 from rayfed_lora.pages.comparison import Cell, Ended, Standing
 from rayfed_lora.runs.ownership import Ticket
 from rayfed_lora.runs.status import StatusBoard
-from rayfed_lora.runs.tracking import Tracker
+from rayfed_lora.runs.trackers import Tracker
 from rayfed_lora.tasks.engine import Engine
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayfed_lora.runs import checkpoints, checksums, seals
-from rayfed_lora.runs.damage import damaged
+from rayfed_lora.runs.seals import damaged
 from rayfed_lora.storage import RunFolder
 
 

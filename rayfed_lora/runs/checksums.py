@@ -17,11 +17,12 @@ from typing import Any
 
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.runs import seals
-from rayfed_lora.runs.damage import damaged
+from rayfed_lora.runs.seals import damaged
 from rayfed_lora.storage import RunFolder
 
 SUMS_FILE = "SHA256SUMS"
 SUMMARY_FILE = "summary.json"
+REPORT_FILE = "report.html"
 # Key of summary.json that names the list; summaries of older versions lack the key.
 CHECKSUMS_KEY = "checksums"
 _ENTRY = re.compile(r"([0-9a-f]{64})  (.+)")

@@ -18,9 +18,9 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.recipe.runtime import Runtime
 from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.runs import checksums, seals
-from rayfed_lora.runs.damage import is_rewritten
 from rayfed_lora.runs.ownership import Lease, Ticket, owner_of, take
-from rayfed_lora.runs.tracking import check_tracking
+from rayfed_lora.runs.seals import is_rewritten
+from rayfed_lora.runs.trackers import check_tracking
 from rayfed_lora.storage import RunFolder
 
 # Keys that may change when a run is resumed: they do not affect its results.
@@ -35,42 +35,31 @@ def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
     """Check that a run may use the folder; write nothing but a probe.
 
     Raises:
-        RunFolderError: it holds a run and `resume` is false, or another run, or cannot be written.
+        RunFolderError: it holds a run and `resume` is false, or another run, or other files, or
+            cannot be written.
         BadInputError: a tracker that the recipe asks for is not installed.
     """
     check_tracking(recipe)
-    check_content(folder, recipe, resume, owner_of(folder))
+    _check_content(folder, recipe, resume, owner_of(folder))
     folder.check_writable()
 
 
-def check_content(
+def _check_content(
     folder: RunFolder, recipe: Recipe, resume: bool, owner: str | None = None
 ) -> None:
-    """Check that a run fits what the folder holds; write nothing.
-
-    Args:
-        folder: the run folder.
-        recipe: of the run.
-        resume: continue a run in the folder.
-        owner: the other process that owns the folder, for messages.
-
-    Raises:
-        RunFolderError: it holds a run and `resume` is false, or another run, or other files.
-    """
+    where = f"run folder {folder.location} holds a run"
     kept = kept_recipe(folder) if resume else None
     if kept is not None:
         changed = differences(kept, recipe)
         if changed:
             raise RunFolderError(
-                f"run folder {folder.location} holds a run of another recipe; these keys differ:"
-                f" {', '.join(changed)}"
+                f"{where} of another recipe; these keys differ: {', '.join(changed)}"
             )
     elif folder.exists("recipe.yaml"):
         raise RunFolderError(
-            f"run folder {folder.location} holds a run already; resume it with --resume,"
-            " or choose another --out"
+            f"{where} already; resume it with --resume, or choose another --out"
             if owner is None
-            else f"run folder {folder.location} holds a run, owned by {owner}: choose another --out"
+            else f"{where}, owned by {owner}: choose another --out"
         )
     else:
         check_unused(folder)
@@ -87,7 +76,7 @@ def claimed(folder: RunFolder, recipe: Recipe, resume: bool) -> Iterator[Lease]:
     """
     lease = take(folder, Ticket.of_this_process(), wait=resume, tell=say)
     try:
-        check_content(folder, recipe, resume)
+        _check_content(folder, recipe, resume)
         yield lease
     finally:
         lease.release()
@@ -129,9 +118,8 @@ def kept_recipe(folder: RunFolder, endpoints: Collection[str] = ()) -> Recipe | 
             raise ValueError(f"expected a mapping, got {type(raw).__name__}")
         return load_recipe(raw, endpoints=endpoints)
     except (OSError, ValueError, RecipeError) as error:
-        raise RunFolderError(
-            f"{child(folder.location, 'recipe.yaml')} cannot be read: {error}"
-        ) from None
+        where = child(folder.location, "recipe.yaml")
+        raise RunFolderError(f"{where} cannot be read: {error}") from None
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
@@ -164,11 +152,7 @@ def complete(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def inspected(folder: RunFolder) -> tuple[dict[str, Any] | None, list[str]]:
-    """Return what `complete` returns, and the files that have to be written again.
-
-    Raises:
-        RunFolderError: a damaged file cannot be written again.
-    """
+    """Return what `complete` returns, raising as it does, and the files to be written again."""
     faults = checksums.faults(folder)
     if not faults:
         return checksums.read_summary(folder), []

@@ -23,7 +23,6 @@ from rayfed_lora.runs.client_rows import CLIENT_METRICS_FILE, CLIENT_NAME, NOTES
 from rayfed_lora.runs.tables import CLIENTS_FILE, PARTITION_FILE, ROUNDS_FILE
 from rayfed_lora.storage import RunFolder
 
-REPORT_FILE = "report.html"
 # Most failures, and most notes, that are read.
 _MOST_ROWS = 200
 _SEED = re.compile(r"seed-\d+")

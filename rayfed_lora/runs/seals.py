@@ -16,7 +16,7 @@ import hashlib
 import io
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import IO, Any
 
@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayfed_lora.errors import RunFolderError
-from rayfed_lora.runs.damage import damaged
+from rayfed_lora.locations import child
 from rayfed_lora.storage import RunFolder
 
 _KEY = "checksum"
@@ -35,6 +35,8 @@ _PARQUET = b"PAR1"
 _TAIL = 8
 _CHUNK = 1 << 22
 _LINE = "# sha256 of what follows: "
+# Written again by a resumed run; any other file has to be restored from a copy.
+_REWRITTEN = ("partition.parquet", "summary.json", "SHA256SUMS", "adapter/", "base/")
 
 
 @contextmanager
@@ -238,3 +240,26 @@ def text(folder: RunFolder, name: str) -> str:
         return rest.decode()
     except UnicodeDecodeError as error:
         raise damaged(folder, name, str(error)) from None
+
+
+def is_rewritten(folder: RunFolder, name: str) -> bool:
+    """Return whether a resumed run writes a file of the run folder again."""
+    return name.startswith(_REWRITTEN) and bool(folder.names("checkpoints"))
+
+
+def damaged(folder: RunFolder, name: str, reason: str) -> RunFolderError:
+    """Return an error that names a damaged or missing file, the reason, and what to do."""
+    advice = "restore it from a copy, or run anew in another folder"
+    # Where a confined folder is not readable, this advice is all that is known.
+    with suppress(RunFolderError):
+        if is_rewritten(folder, name):
+            advice = "a run with --resume writes it again from the last checkpoint"
+        elif name.endswith(".parquet") and _has_no_checkpoint(folder):
+            advice = "a run with --resume begins anew: it has no checkpoint yet"
+    return RunFolderError(f"{child(folder.location, name)} is damaged: {reason}; {advice}")
+
+
+def _has_no_checkpoint(folder: RunFolder) -> bool:
+    """Return whether a folder holds a run that ended before its first checkpoint."""
+    later = ("checkpoints", "summary.json", "SHA256SUMS")
+    return folder.exists("recipe.yaml") and not any(folder.exists(name) for name in later)

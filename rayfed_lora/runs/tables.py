@@ -15,17 +15,14 @@ from rayfed_lora.federation.evaluation import METRICS
 from rayfed_lora.federation.records import ClientRecord, ClientTest, Note, RoundRecord
 from rayfed_lora.runs import seals
 from rayfed_lora.runs.client_rows import (
-    CLIENT_METRICS,
     CLIENT_METRICS_FILE,
     CLIENT_NAME,
-    CLIENTS,
-    NOTES,
     NOTES_FILE,
     ClientRows,
     columns,
-    readable,
+    opened,
 )
-from rayfed_lora.runs.damage import damaged
+from rayfed_lora.runs.seals import damaged
 from rayfed_lora.storage import RunFolder
 
 PARTITION_FILE = "partition.parquet"
@@ -72,7 +69,6 @@ def round_schema(modules: Sequence[str]) -> pa.Schema:
 def round_row(record: RoundRecord) -> dict[str, Any]:
     """Return a round's row; metrics and proposal have columns of their own."""
     tested = {f"eval_{metric}": record.evaluation.get(metric) for metric in METRICS}
-    # Not by `asdict`, which copies what is in the fields too.
     proposal = {
         column: None if record.proposal is None else getattr(record.proposal, name)
         for column, (name, _) in PROPOSAL_COLUMNS.items()
@@ -88,10 +84,7 @@ class Tables:
     """
 
     def __init__(
-        self,
-        folder: RunFolder,
-        modules: Sequence[str],
-        client_names: Sequence[str] | None = None,
+        self, folder: RunFolder, modules: Sequence[str], client_names: Sequence[str] | None = None
     ) -> None:
         """Start empty.
 
@@ -104,9 +97,9 @@ class Tables:
         self._schema = round_schema(modules)
         self._rounds = self._schema.empty_table()
         self._new_rounds: list[dict[str, Any]] = []
-        self._clients = ClientRows(folder, CLIENTS_FILE, CLIENTS, client_names)
-        self._tests = ClientRows(folder, CLIENT_METRICS_FILE, CLIENT_METRICS, client_names)
-        self._notes = ClientRows(folder, NOTES_FILE, NOTES)
+        self._clients = ClientRows(folder, CLIENTS_FILE, ClientRecord, client_names)
+        self._tests = ClientRows(folder, CLIENT_METRICS_FILE, ClientTest, client_names)
+        self._notes = ClientRows(folder, NOTES_FILE, Note)
 
     @property
     def rounds(self) -> pa.Table:
@@ -125,8 +118,9 @@ class Tables:
         self._clients.add(clients)
 
     def add_tests(self, tests: Sequence[ClientTest]) -> None:
-        """Add tests on clients' own examples; raises as `add` does."""
-        self._tests.add(tests)
+        """Add tests on clients' own examples, if any; raises as `add` does."""
+        if tests:
+            self._tests.add(tests)
 
     def add_notes(self, t: int, texts: Sequence[str]) -> None:
         """Add notes of a round; raises as `add` does."""
@@ -134,9 +128,7 @@ class Tables:
             self._notes.add([Note(t, text) for text in texts])
 
     def begin(self) -> None:
-        """Remove the optional tables of a process that wrote no checkpoint.
-
-        The first `save` overwrites the other tables anyway, but these only where they have rows.
+        """Remove the tables of a process that wrote no checkpoint which `save` may not overwrite.
 
         Raises:
             RunError: the folder cannot be written.
@@ -195,18 +187,15 @@ class Tables:
     def _first(self, rounds: int) -> pa.Table:
         if rounds == 0:
             return self._schema.empty_table()
-        with (
-            readable(self._folder, ROUNDS_FILE),
-            seals.open_table(self._folder, ROUNDS_FILE) as file,
-        ):
+        with opened(self._folder, ROUNDS_FILE) as file:
             table = pq.read_table(file).filter(pc.field("round") < rounds)
             if table.num_rows < rounds:
                 reason = f"it has {table.num_rows} rounds, the checkpoint knows of {rounds}"
                 raise damaged(self._folder, ROUNDS_FILE, reason)
             # Columns that an earlier version did not have are null, and orders may differ.
-            missing = [field for field in self._schema if field.name not in table.column_names]
-            for field in missing:
-                table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+            for field in self._schema:
+                if field.name not in table.column_names:
+                    table = table.append_column(field, pa.nulls(table.num_rows, field.type))
             return table.select(self._schema.names).cast(self._schema)
 
 
@@ -220,7 +209,7 @@ def write_partition(
     """Write partition.parquet: client, label and examples where there are any, client_name.
 
     Args:
-        folder: the run folder.
+        folder: of the run.
         clients: (k,) a sample of all clients.
         counts: (k, classes) number of training examples.
         label_names: (classes,) names.
@@ -230,14 +219,9 @@ def write_partition(
         RunError: the folder cannot be written.
     """
     classes, rows = np.nonzero(counts.T)
-    table = pa.table(
-        {
-            "client": clients[rows],
-            "label": pa.array([label_names[i] for i in classes.tolist()], pa.string()),
-            "examples": counts[rows, classes],
-        }
-    )
+    labels = pa.array([label_names[i] for i in classes.tolist()], pa.string())
+    found = {"client": clients[rows], "label": labels, "examples": counts[rows, classes]}
     if client_names is not None:
-        names = [client_names[client] for client in clients[rows].tolist()]
-        table = table.append_column(CLIENT_NAME, pa.array(names, pa.string()))
-    seals.write_table(folder, PARTITION_FILE, table)
+        names = [client_names[client] for client in found["client"].tolist()]
+        found[CLIENT_NAME] = pa.array(names, pa.string())
+    seals.write_table(folder, PARTITION_FILE, pa.table(found))

@@ -1,7 +1,4 @@
-"""pyarrow filesystems of paths and URIs.
-
-Source: this project.
-"""
+"""pyarrow filesystems of paths and URIs. Source: this project."""
 
 from __future__ import annotations
 

@@ -6,11 +6,11 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import copy
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import IO
 from uuid import uuid4
 
@@ -174,15 +174,13 @@ class RunFolder:
                 self._fs.delete_file(info.path)
 
     def check_writable(self) -> None:
-        """Write and remove an empty file; folders that this makes are removed again.
+        """Write and remove an empty file, and the folders made for it.
 
         Raises:
             RunFolderError: the folder cannot be made or written.
         """
         probe = f".writable-{uuid4().hex}"
-        above = [] if self.local is None else [self.local, *self.local.parents]
-        made = [folder for folder in above if not folder.exists()]
-        existed = self.exists("")
+        made = self.missing_folders()
         try:
             for _ in range(_TRIES):
                 # The check of another command may have removed the folder that both had made.
@@ -192,17 +190,29 @@ class RunFolder:
             else:
                 self.write(probe, b"")
             self.remove(probe)
-            for folder in made:
-                with ignoring(_SHARED):
-                    folder.rmdir()
-            if not existed and not self.names():
-                # An object store keeps a marker of an empty folder.
-                self.remove("")
+            self.remove_empty(made)
         except (RunError, OSError) as error:
             raise RunFolderError(
                 f"run folder {self.location}: expected a folder that can be written; {error}"
                 f"{credentials_hint(self.location, self._fs)}"
             ) from error
+
+    def missing_folders(self) -> list[PurePath]:
+        """Return the folders that the first file will make, this one first."""
+        if self.local is None:
+            return [] if self.exists("") else [self._root]
+        folders = [self.local, *self.local.parents]
+        return [folder for folder in folders if not os.path.exists(folder)]
+
+    def remove_empty(self, folders: Sequence[PurePath]) -> None:
+        """Remove the folders that `missing_folders` returned, as far as they are empty."""
+        if self.local is not None:
+            for folder in folders:
+                with ignoring(_SHARED):
+                    os.rmdir(folder)
+        elif folders and not self.names():
+            # An object store keeps a marker of an empty folder.
+            self.remove("")
 
     def _path(self, name: str) -> str:
         try:

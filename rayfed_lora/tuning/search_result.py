@@ -17,7 +17,7 @@ from rayfed_lora.pages.plots import write_front
 from rayfed_lora.pages.search import TRIALS_FILE, read_search, search_html
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import seals
-from rayfed_lora.runs.reading import REPORT_FILE
+from rayfed_lora.runs.checksums import REPORT_FILE
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning import pareto
 from rayfed_lora.tuning.run_folders import CHANGES_FILE

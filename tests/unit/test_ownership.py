@@ -21,13 +21,11 @@ import pytest
 
 from rayfed_lora.errors import InterruptedRunError, RunError, RunFolderError
 from rayfed_lora.runs import ownership
-from rayfed_lora.runs.leases import plain_files
-from rayfed_lora.runs.leases.files import NoConditionalWritesError
-from rayfed_lora.runs.leases.mounted_files import MountedFiles
-from rayfed_lora.runs.leases.plain_files import PlainFiles
+from rayfed_lora.runs.leases import files as lease_files
+from rayfed_lora.runs.leases.files import MountedFiles, PlainFiles
 from rayfed_lora.runs.leases.processes import Process, is_alive, this_process
-from rayfed_lora.runs.leases.s3_files import S3Files, s3_client
-from rayfed_lora.runs.leases.watch import seconds
+from rayfed_lora.runs.leases.record import owner_text, seconds
+from rayfed_lora.runs.leases.s3_files import NoConditionalWritesError, S3Files, s3_client
 from rayfed_lora.runs.ownership import Lease, Pace, Ticket, owned, owner_of, take
 from rayfed_lora.storage import RunFolder
 
@@ -45,7 +43,8 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: Any) -> 
         assert isinstance(ownership.lease_files(found), S3Files)
         return found
     if request.param == "plain":
-        monkeypatch.setattr(ownership, "lease_files", lambda f: PlainFiles(f, settle_s=0.05))
+        monkeypatch.setattr(ownership, "lease_files", PlainFiles)
+        monkeypatch.setattr(lease_files, "_SETTLE_S", 0.05)
     return RunFolder(tmp_path / "new" / "run")
 
 
@@ -84,10 +83,9 @@ def leases() -> Iterator[list[Lease]]:
 
 def test_an_owned_folder_names_its_owner_and_a_released_one_is_as_before(folder):
     lease = take(folder, pace=PATIENT)
-    assert owner_of(folder) == lease._record.owner_text
-    assert (
-        f"process {os.getpid()} on host {this_process().host} since 20" in lease._record.owner_text
-    )
+    owner = owner_of(folder)
+    assert owner == owner_text(lease._record)
+    assert f"process {os.getpid()} on host {this_process().host} since 20" in owner
     lease.check()
     assert folder.names() == [".owner-1.json"]
     lease.release()
@@ -449,7 +447,7 @@ def test_a_store_without_conditional_writes_is_written_by_best_effort(bucket, mo
         raise NoConditionalWritesError("NotImplemented")
 
     monkeypatch.setattr(S3Files, "create", refuses)
-    monkeypatch.setattr(plain_files, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(lease_files, "_SETTLE_S", 0.0)
     lease = take(RunFolder(bucket.uri("runs/a")))
     assert lease.note is not None and "no conditional writes" in lease.note
     lease.check()
@@ -492,7 +490,7 @@ def test_what_is_no_lease_file_under_the_name_of_one_is_named_and_not_waited_for
 
 
 def test_a_lease_file_that_is_listed_and_never_there_ends_the_wait(here, monkeypatch):
-    monkeypatch.setattr(MountedFiles, "numbers", lambda self: [3])
+    monkeypatch.setattr(ownership, "numbers_in", lambda folder: [3])
     with pytest.raises(RunFolderError, match=r"\.owner-3\.json is listed, but is not there"):
         take(here, pace=QUICK)
 

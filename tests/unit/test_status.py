@@ -42,7 +42,7 @@ def play(board: StatusBoard, t: int) -> None:
     board.round_started(RoundPlan(t, "heating", "adapter", 2, 0.0), (0, 2, 5))
     for _ in range(3):
         board.clients_done(1)
-    board.round_done(record(t), [])
+    board.round_done(record(t))
 
 
 def test_a_new_board_is_starting():

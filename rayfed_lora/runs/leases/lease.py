@@ -4,38 +4,50 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import PurePath
 
-from rayfed_lora.errors import RunError
-from rayfed_lora.runs.leases.files import LeaseFiles
+from rayfed_lora.errors import RayfedError, RunError
+from rayfed_lora.runs.leases.files import MountedFiles, PlainFiles, numbers_in
 from rayfed_lora.runs.leases.processes import is_alive
-from rayfed_lora.runs.leases.record import Pace, Record, Ticket, owner_text
-from rayfed_lora.runs.leases.watch import seconds
+from rayfed_lora.runs.leases.record import Pace, Record, Ticket, owner_text, seconds
+from rayfed_lora.runs.leases.s3_files import S3Files
+from rayfed_lora.storage import RunFolder
+
+LeaseFiles = MountedFiles | S3Files | PlainFiles
 
 
 class Lease:
     """A folder that this process owns until `release`; a thread renews the lease."""
 
     def __init__(
-        self, location: str, files: LeaseFiles, number: int, record: Record, pace: Pace
+        self,
+        folder: RunFolder,
+        files: LeaseFiles,
+        number: int,
+        record: Record,
+        pace: Pace,
+        made: Sequence[PurePath],
     ) -> None:
         """Start to renew a lease whose file was just created.
 
         Args:
-            location: of the run folder, for messages.
-            files: the lease files of the folder.
+            folder: the run folder.
+            files: its lease files.
             number: of the created file.
             record: its content.
             pace: of the renewals.
+            made: folders that did not exist before.
         """
-        self._location = location
+        self._folder = folder
         self._files = files
         self._number = number
         self._record = record
         self._content = record.content()
         self._pace = pace
+        self._made = made
         self._loss: str | None = None
         self._kept = False
         # The last successful renewal, and the last time that the file was seen to be this lease's.
@@ -69,6 +81,7 @@ class Lease:
         Raises:
             RunError: another process owns it, or the lease cannot be read.
         """
+        where = f"run folder {self._folder.location}"
         with self._lock:
             began = seconds()
             while self._loss is None:
@@ -78,23 +91,21 @@ class Lease:
                 except OSError as error:
                     if seconds() - began > self._pace.stale_s:
                         raise RunError(
-                            f"run folder {self._location}: its lease cannot be read ({error});"
-                            " nothing more is saved"
+                            f"{where}: its lease cannot be read ({error}); nothing more is saved"
                         ) from error
                 time.sleep(self._pace.renew_s / 3)
             if self._loss is not None:
-                raise RunError(f"run folder {self._location}: {self._loss}; nothing more is saved")
+                raise RunError(f"{where}: {self._loss}; nothing more is saved")
 
     def release(self) -> None:
         """Stop renewing, and remove the lease unless it was lost or kept."""
         self._ended.set()
         if self._kept:
             return
-        with self._lock, suppress(OSError):
-            content = self._files.read(self._number)
-            if content is not None and self._is_own(content):
+        with self._lock, suppress(OSError, RayfedError):
+            if self._own(self._files.read(self._number)) is not None:
                 self._files.remove(self._number)
-            self._files.tidy()
+            self._folder.remove_empty(self._made)
 
     def keep(self) -> None:
         """Stop renewing, and leave the lease to a process with the same ticket."""
@@ -153,19 +164,20 @@ class Lease:
 
     def _read(self) -> None:
         content = self._files.read(self._number)
-        if content is not None and self._is_own(content):
-            self._content, self._seen_at = content, seconds()
-            self._record = Record.read(content) or self._record
-        else:
+        found = self._own(content)
+        if content is None or found is None:
             self._loss = self._loss_text()
+        else:
+            self._record, self._content, self._seen_at = found, content, seconds()
 
-    def _is_own(self, content: bytes) -> bool:
-        found = Record.read(content)
-        return found is not None and found.token == self._record.token
+    def _own(self, content: bytes | None) -> Record | None:
+        """Return the record in a file's content where it is that of this lease."""
+        found = None if content is None else Record.read(content)
+        return None if found is None or found.token != self._record.token else found
 
     def _loss_text(self) -> str:
         with suppress(OSError):
-            for number in self._files.numbers()[-1:]:
+            for number in numbers_in(self._folder)[-1:]:
                 content = self._files.read(number)
                 if content is not None:
                     return f"this process has lost it to {owner_text(Record.read(content))}"

@@ -1,7 +1,6 @@
-"""Identity of a process across machines, containers and reboots.
+"""Identity of a process across machines, containers and reboots, read from Linux's /proc.
 
-Read from Linux's /proc. On other systems a process has no machine identity, and whether it is alive
-is unknown.
+On other systems a process has no machine identity, and whether it is alive is unknown.
 
 Source: this project; proc(5).
 """
@@ -36,10 +35,10 @@ class Process:
 def this_process() -> Process:
     """Return the calling process."""
     pid = os.getpid()
-    found = _stat(pid)
+    _, started = _stat(pid) or ("", 0)
     # JSON cannot hold the surrogates of a host name that is not UTF-8.
     host = socket.gethostname().encode(errors="replace").decode()
-    return Process(host, _machine(), pid, 0 if found is None else found[1])
+    return Process(host, _machine(), pid, started)
 
 
 def is_alive(process: Process) -> bool | None:
@@ -56,10 +55,8 @@ def is_alive(process: Process) -> bool | None:
     try:
         # /proc may hide the processes of other users.
         os.kill(process.pid, 0)
-    except PermissionError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, PermissionError)
     return True
 
 

@@ -1,4 +1,4 @@
-"""Content of a lease file. Source: this project."""
+"""Content of a lease file, and the times that a lease goes by. Source: this project."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from rayfed_lora.runs.leases.processes import Process, this_process
 
 # All records have the same length, so that a file can be rewritten in place.
 _LENGTH = 1024
+
+
+def seconds() -> float:
+    """Return a clock's seconds; where the system has such a clock, it includes suspended time."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
 
 
 @dataclass(frozen=True)
@@ -75,10 +81,6 @@ class Record:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         return cls(uuid4().hex, ticket.run, this_process(), ticket.starter, since)
 
-    def content(self) -> bytes:
-        """Return the file's content, 1024 bytes."""
-        return _RECORDS.dump_json(self).ljust(_LENGTH - 1) + b"\n"
-
     @classmethod
     def read(cls, content: bytes) -> Record | None:
         """Parse a file's content; None where it is half written or of another version."""
@@ -87,10 +89,9 @@ class Record:
         except ValueError:
             return None
 
-    @property
-    def owner_text(self) -> str:
-        """The owner, for messages."""
-        return f"process {self.owner.pid} on host {self.owner.host} since {self.since}"
+    def content(self) -> bytes:
+        """Return the file's content, 1024 bytes."""
+        return _RECORDS.dump_json(self).ljust(_LENGTH - 1) + b"\n"
 
 
 _RECORDS = TypeAdapter(Record)
@@ -100,4 +101,4 @@ def owner_text(record: Record | None) -> str:
     """Return the owner that a record names, for messages."""
     if record is None:
         return "an unknown process (its lease file is empty, half written or of another version)"
-    return record.owner_text
+    return f"process {record.owner.pid} on host {record.owner.host} since {record.since}"
