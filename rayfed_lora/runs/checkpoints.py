@@ -2,8 +2,6 @@
 
 `checkpoints/round-000012/` holds the run after 12 rounds: `state.safetensors`, `state.json` and,
 written last, `manifest.json` with their SHA-256. A replaced base is kept beside them, once.
-
-Source: this project.
 """
 
 from __future__ import annotations
@@ -75,8 +73,7 @@ class CheckpointWriter:
     def write(self, snapshot: Snapshot) -> None:
         """Write a checkpoint; remove old ones, and later ones of a session that was not resumed.
 
-        Raises:
-            RunError: the folder cannot be written; older checkpoints are untouched.
+        Older checkpoints are untouched where the folder cannot be written (RunError).
         """
         name = f"{_FOLDER}/{_round_name(snapshot.rounds)}"
         tensors, own = _flat(snapshot)
@@ -133,9 +130,6 @@ def remove_later(folder: RunFolder, rounds: int) -> None:
     """Remove the checkpoints of later rounds, which `newest` has passed over.
 
     Called before tables are cut back to `rounds`: `saved_rows` of a later one would miss rows.
-
-    Raises:
-        RunError: the folder cannot be written.
     """
     for name in _names(folder):
         if name > _round_name(rounds):
@@ -239,14 +233,16 @@ def _read(folder: RunFolder, name: str) -> Snapshot:
     if manifest["base"] is not None:
         saved = load(_checked(folder, manifest["base"]["name"], manifest["base"]["sha256"]))
     root, merges = int(facts["base_root"]), int(facts["base_merges"])
+    moments = _numbered(tensors, "moment")
+    names = dict.fromkeys(name for named in moments.values() for name in named)
     return Snapshot(
         rounds=rounds,
         state=AdapterState(factors, dense),
         base=Base(root, saved, merges, _named(tensors, "merged")),
         held=_named(tensors, "held"),
         facts=facts,
-        moments=_moments(_named(tensors, "moment")),
-        personal=_personal(_named(tensors, "personal")),
+        moments={name: tuple(moments[i][name] for i in range(len(moments))) for name in names},
+        personal=_numbered(tensors, "personal"),
     )
 
 
@@ -256,15 +252,10 @@ def _named(tensors: Mapping[str, Any], group: str) -> dict[str, Any]:
     return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _moments(flat: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    names = dict.fromkeys(name.partition("|")[2] for name in flat)
-    count = max((int(name.partition("|")[0]) + 1 for name in flat), default=0)
-    return {name: tuple(flat[f"{i}|{name}"] for i in range(count)) for name in names}
-
-
-def _personal(flat: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+def _numbered(tensors: Mapping[str, Any], group: str) -> dict[int, dict[str, Any]]:
+    """Return the tensors of a group by the number and the name in their names."""
     found: dict[int, dict[str, Any]] = {}
-    for name, b in flat.items():
-        client, _, module = name.partition("|")
-        found.setdefault(int(client), {})[module] = b
+    for name, tensor in _named(tensors, group).items():
+        number, _, rest = name.partition("|")
+        found.setdefault(int(number), {})[rest] = tensor
     return found

@@ -1,7 +1,4 @@
-"""Claims on run folders, and the run in a folder: its recipe, and whether it is complete.
-
-Source: this project (docs/design.md, "The run folder").
-"""
+"""Claims on run folders, and the run in a folder: its recipe, and whether it is complete."""
 
 from __future__ import annotations
 
@@ -88,10 +85,9 @@ def say(text: str) -> None:
 
 
 def check_unused(folder: RunFolder) -> None:
-    """Check that a folder is new or empty; scratch files of a killed write do not count.
+    """Check that a folder is new or empty, or raise RunFolderError.
 
-    Raises:
-        RunFolderError: it has other files in it.
+    Scratch files of a killed write do not count.
     """
     if any(not name.startswith(".") for name in folder.names()):
         raise RunFolderError(
@@ -103,12 +99,8 @@ def check_unused(folder: RunFolder) -> None:
 def kept_recipe(folder: RunFolder, endpoints: Collection[str] = ()) -> Recipe | None:
     """Return the recipe of the run in a folder, None where it holds no run.
 
-    Args:
-        folder: of the run.
-        endpoints: object stores that the user has named, as for `load_recipe`.
-
-    Raises:
-        RunFolderError: it cannot be read.
+    `endpoints` are object stores that the user has named, as for `load_recipe`. Raises RunFolderError
+    where the recipe cannot be read.
     """
     if not folder.exists("recipe.yaml"):
         return None

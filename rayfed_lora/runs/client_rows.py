@@ -56,13 +56,10 @@ _WAITING = 4 * _ROW_GROUP
 
 
 class ClientRows:
-    """A file, and the rows that are not in it yet.
+    """A file, and the rows that are not in it yet; `name` is the file's.
 
     Each save copies the file, a row group at a time, and appends to the copy: one whole file exists
     at any moment, and memory does not grow with the run.
-
-    Attributes:
-        name: of the file in the run folder.
     """
 
     def __init__(
@@ -93,11 +90,7 @@ class ClientRows:
         self._counts: Counter[int] = Counter()
 
     def add(self, records: Sequence[ClientRecord | ClientTest | Note]) -> None:
-        """Add rows.
-
-        Raises:
-            RunError: many rows are waiting and are saved, and the folder cannot be written.
-        """
+        """Add rows; many waiting rows are saved, which may raise as `save` does."""
         new = {name: [getattr(record, name) for record in records] for name in self._columns}
         if self._client_names is not None:
             new[CLIENT_NAME] = [self._client_names[client] for client in new["client"]]
@@ -116,12 +109,7 @@ class ClientRows:
         return sum(count for t, count in self._counts.items() if t < rounds)
 
     def save(self) -> None:
-        """Write all rows to the file.
-
-        Raises:
-            RunFolderError: the file is damaged.
-            RunError: the folder cannot be written.
-        """
+        """Write all rows; RunFolderError: the file is damaged, RunError: it cannot be written."""
         if self._written and not self._waiting:
             return
         new = pa.concat_tables([self._schema.empty_table(), *self._waiting])
@@ -140,11 +128,7 @@ class ClientRows:
             return pq.read_table(file, filters=pc.field("round") == t)
 
     def restore(self, rounds: int, rows: int) -> None:
-        """Keep the rows of the first `rounds` rounds only.
-
-        Args:
-            rounds: number of rounds in the checkpoint.
-            rows: number of rows of those rounds in the checkpoint.
+        """Keep the rows of the first `rounds` rounds only, of which the checkpoint knows `rows`.
 
         Raises:
             RunFolderError: the file is missing or damaged, or lacks rows.
@@ -194,11 +178,7 @@ def _row_groups(file: pa.NativeFile, columns: list[str] | None = None) -> Iterat
 
 @contextmanager
 def opened(folder: RunFolder, name: str) -> Iterator[pa.NativeFile]:
-    """Open a table to resume from; all errors name it.
-
-    Raises:
-        RunFolderError: it is missing or damaged, or the block cannot read it.
-    """
+    """Open a table to resume from; all errors, also of the block, are RunFolderErrors."""
     try:
         with seals.open_table(folder, name) as file:
             yield file

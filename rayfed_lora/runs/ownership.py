@@ -71,11 +71,8 @@ def owned(
 ) -> Iterator[tuple[RunFolder, Lease]]:
     """Own a folder while the block runs; arguments and errors as for `take`.
 
-    Yields:
-        The folder, which checks the lease before it changes a file, and the lease.
-
-    Raises:
-        RunError: the folder was lost.
+    Yields the folder, which checks the lease before it changes a file, and the lease. Raises a RunError
+    where the folder was lost.
     """
     lease = take(folder, ticket, wait=wait, tell=tell)
     try:
@@ -194,8 +191,7 @@ class _Watch:
     def is_stale(self, number: int, content: bytes, record: Record | None) -> bool:
         """Compare the lease with the last look, and wait a moment where it is not stale yet.
 
-        Raises:
-            RunFolderError: the owner is alive, or the caller does not want to wait.
+        Raises RunFolderError where the owner is alive, or the caller does not want to wait.
         """
         if not self.wait:
             raise self._refusal(record)

@@ -1,7 +1,4 @@
-"""What a run writes into its folder while it goes on, and at its end.
-
-Source: this project (docs/design.md, "The run folder").
-"""
+"""What a run writes into its folder (docs/design.md, "The run folder"). Source: this project."""
 
 from __future__ import annotations
 
@@ -79,9 +76,7 @@ class Saving:
     def on_stop(self) -> Iterator[None]:
         """Save the newest run where the rounds are stopped, and say how to go on.
 
-        Raises:
-            InterruptedRunError: the run was stopped.
-            ClientError: as it was raised, with the client's name.
+        A ClientError gets the client's name.
         """
         try:
             yield
@@ -125,10 +120,7 @@ class Saving:
     def finish(self, engine: Engine, board: StatusBoard, page: PageWriter | None) -> dict[str, Any]:
         """Export the model, close the engine and write the summary, which is returned.
 
-        Args:
-            engine: opened.
-            board: told of the phase.
-            page: writes report.html; None: no page.
+        `page` writes report.html; None: no page.
         """
         run = self.save()
         board.phase("exporting")

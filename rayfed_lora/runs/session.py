@@ -1,7 +1,4 @@
-"""One run from its folder to its summary, on any engine.
-
-Source: this project (docs/design.md, "The run folder").
-"""
+"""One run from its folder to its summary, on any engine. Source: this project."""
 
 from __future__ import annotations
 
@@ -93,7 +90,7 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
             tables.check(found.rounds)
         _begin(own, recipe, population, board, found)
         for tracker in trackers(recipe, own, name or own.name):
-            tracking.add(tracker)
+            tracking.trackers.append(tracker)
         recorder = RunRecorder(tables, board, tracking, population.client_names)
         server = Server(recipe, engine, population, recorder, lease.or_lost(should_stop))
         for note in _notes(recipe, population, server, lease):

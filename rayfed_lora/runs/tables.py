@@ -77,11 +77,7 @@ def round_row(record: RoundRecord) -> dict[str, Any]:
 
 
 class Tables:
-    """The rows of a run so far and their files.
-
-    Memory holds the rows of all rounds, but the rows of clients, of which there may be many
-    millions, only until they are in their file.
-    """
+    """The rows of a run so far and their files; memory holds the rows of rounds, not of clients."""
 
     def __init__(
         self, folder: RunFolder, modules: Sequence[str], client_names: Sequence[str] | None = None
@@ -109,11 +105,7 @@ class Tables:
         return self._rounds
 
     def add(self, record: RoundRecord, clients: Sequence[ClientRecord]) -> None:
-        """Add the rows of one round.
-
-        Raises:
-            RunError: there are many rows, and the folder cannot be written.
-        """
+        """Add the rows of one round; a RunError where many are saved and cannot be written."""
         self._new_rounds.append(round_row(record))
         self._clients.add(clients)
 
@@ -128,11 +120,7 @@ class Tables:
             self._notes.add([Note(t, text) for text in texts])
 
     def begin(self) -> None:
-        """Remove the tables of a process that wrote no checkpoint which `save` may not overwrite.
-
-        Raises:
-            RunError: the folder cannot be written.
-        """
+        """Remove the tables of an earlier process that `save` overwrites only if they have rows."""
         for rows in (self._tests, self._notes):
             self._folder.remove(rows.name)
 
@@ -141,11 +129,7 @@ class Tables:
         return self._tests.of_round(t)
 
     def save(self) -> None:
-        """Write the files, each whole or not at all; tests and notes where there are any.
-
-        Raises:
-            RunError: the folder cannot be written.
-        """
+        """Write the files, each whole or not at all; tests and notes where there are any."""
         seals.write_table(self._folder, ROUNDS_FILE, self.rounds)
         self._clients.save()
         for rows in (self._tests, self._notes):
@@ -153,10 +137,7 @@ class Tables:
                 rows.save()
 
     def rows(self, rounds: int) -> dict[str, int]:
-        """Return the number of rows of the first `rounds` rounds in each file.
-
-        A checkpoint keeps these numbers, so that a missing or older file is noticed.
-        """
+        """Return the rows of the first `rounds` rounds in each file, for a checkpoint."""
         found = {ROUNDS_FILE: rounds, CLIENTS_FILE: self._clients.rows_before(rounds)}
         for rows in (self._tests, self._notes):
             if not rows.empty:
@@ -176,7 +157,6 @@ class Tables:
 
         Raises:
             RunFolderError: a file is missing or damaged, or lacks rows.
-            RunError: the folder cannot be written.
         """
         self._rounds, self._new_rounds = self._first(rounds), []
         self._clients.restore(rounds, saved.get(CLIENTS_FILE, 0))
@@ -214,9 +194,6 @@ def write_partition(
         counts: (k, classes) number of training examples.
         label_names: (classes,) names.
         client_names: (all clients,) names in the data; None where the clients have none.
-
-    Raises:
-        RunError: the folder cannot be written.
     """
     classes, rows = np.nonzero(counts.T)
     labels = pa.array([label_names[i] for i in classes.tolist()], pa.string())

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -46,13 +47,7 @@ class Tracker(Protocol):
     def round_done(
         self, record: RoundRecord, clients: Sequence[ClientRecord], aggregation_s: float
     ) -> None:
-        """Take a finished round.
-
-        Args:
-            record: of the round.
-            clients: one record for each client of its cohort.
-            aggregation_s: seconds of the server's aggregation.
-        """
+        """Take a finished round, its cohort's records, and the seconds of the aggregation."""
         ...
 
     def close(self, outcome: Outcome) -> None:
@@ -60,17 +55,12 @@ class Tracker(Protocol):
         ...
 
 
+@dataclass
 class Tracking:
-    """The trackers of a run. A tracker that fails is dropped with a note, and the run continues."""
+    """The trackers of a run; one that fails is dropped with a note, and the run continues."""
 
-    def __init__(self, trackers: Sequence[Tracker], note: Callable[[str], None]) -> None:
-        """Keep the trackers; `note` is called with a line about each failure."""
-        self._trackers = list(trackers)
-        self._note = note
-
-    def add(self, tracker: Tracker) -> None:
-        """Add a tracker."""
-        self._trackers.append(tracker)
+    trackers: list[Tracker]
+    note: Callable[[str], None]
 
     def resumed(self, rounds: pa.Table) -> None:
         """Call `resumed` of all trackers."""
@@ -94,23 +84,19 @@ class Tracking:
             raise
         finally:
             self._for_each(lambda tracker: tracker.close(outcome))
-            self._trackers = []
+            self.trackers = []
 
     def _for_each(self, call: Callable[[Tracker], None]) -> None:
-        for tracker in tuple(self._trackers):
+        for tracker in tuple(self.trackers):
             try:
                 call(tracker)
             except Exception as error:  # a failure of a tracker must not end the run
-                self._trackers.remove(tracker)
-                self._note(f"{type(tracker).__name__} failed and gets no more rounds: {error}")
+                self.trackers.remove(tracker)
+                self.note(f"{type(tracker).__name__} failed and gets no more rounds: {error}")
 
 
 def check_tracking(recipe: Recipe) -> None:
-    """Check that the packages of the trackers that a recipe asks for are installed.
-
-    Raises:
-        BadInputError: one is not.
-    """
+    """Raise a BadInputError unless the trackers that a recipe asks for are installed."""
     wanted = [name for name, value in recipe.tracking.model_dump().items() if value]
     missing = [
         f"tracking.{name}: expected the Python package {name} to be installed, it is not;"
@@ -123,15 +109,10 @@ def check_tracking(recipe: Recipe) -> None:
 
 
 def trackers(recipe: Recipe, folder: RunFolder, name: str) -> Iterator[Tracker]:
-    """Start and yield the trackers that `tracking` asks for, one by one.
+    """Start and yield the trackers that a recipe asks for, one by one.
 
-    Args:
-        recipe: of the run.
-        folder: its run folder, which contains its recipe.
-        name: displayed name of the run.
-
-    Raises:
-        RunError: one cannot start, e.g. without a key.
+    `folder` contains the recipe; `name` is displayed. Raises RunError where one cannot start, e.g.
+    without a key.
     """
     asked = recipe.tracking
     project, experiment = asked.wandb, asked.mlflow
@@ -196,7 +177,6 @@ class TensorBoard:
         self, record: RoundRecord, clients: Sequence[ClientRecord], aggregation_s: float
     ) -> None:
         """Write a round, step = round."""
-        del clients
         self._write(record.round, _values(record, aggregation_s))
         if self._scratch is not None and time.monotonic() - self._uploaded > _UPLOAD_S:
             self._writer.flush()
@@ -218,7 +198,6 @@ class TensorBoard:
 
     def close(self, outcome: Outcome) -> None:
         """Write all pending events."""
-        del outcome
         self._writer.close()
         if self._scratch is not None:
             self._upload()
@@ -255,7 +234,6 @@ class WandB:
         self, record: RoundRecord, clients: Sequence[ClientRecord], aggregation_s: float
     ) -> None:
         """Send a round, step = round; W&B ignores a round that it has."""
-        del clients
         self._run.log(_values(record, aggregation_s), step=record.round)
 
     def close(self, outcome: Outcome) -> None:
@@ -301,7 +279,6 @@ class MLflow:
         self, record: RoundRecord, clients: Sequence[ClientRecord], aggregation_s: float
     ) -> None:
         """Send a round, step = round, unless MLflow has it."""
-        del clients
         self._send(record.round, _values(record, aggregation_s))
 
     def _send(self, step: int, values: Mapping[str, float]) -> None:

@@ -19,11 +19,7 @@ _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, e
 
 @contextmanager
 def replacing(target: Path) -> Iterator[IO[bytes]]:
-    """Open a file to be written; it has its name, durably, once the block ends without an error.
-
-    Raises:
-        OSError: it cannot be written; the file that was there before is unchanged.
-    """
+    """Open a file to be written; it has its name, durably, once the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:

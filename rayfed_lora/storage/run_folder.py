@@ -38,11 +38,8 @@ class RunFolder:
     def __init__(self, location: str | Path) -> None:
         """Open the folder; it is made with the first file.
 
-        Args:
-            location: a local path or a URI that `pyarrow.fs` opens, e.g. `s3://bucket/runs/a`.
-
-        Raises:
-            RunFolderError: the URI cannot be opened, or has credentials in it.
+        `location` is a local path or a URI that `pyarrow.fs` opens, e.g. `s3://bucket/runs/a`. Raises a
+        RunFolderError where it cannot be opened, or has credentials in it.
         """
         self.location = str(location)
         refuse_secrets(self.location)
@@ -51,15 +48,14 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise RunFolderError(f"run folder {self.location}: {error}") from error
         self._root = PurePosixPath(root)
-        self._check: Callable[[], None] = _unguarded
+        self._check: Callable[[], None] = lambda: None
         self._confined = False
 
     def guarded(self, check: Callable[[], None]) -> RunFolder:
         """Return the same folder, which calls `check` before each change.
 
-        Args:
-            check: called when a file is complete but does not have its name yet, and before a file
-                is removed; an error that it raises prevents the change.
+        That is: when a file is complete but does not have its name yet, and before a file is removed. An
+        error that `check` raises prevents the change.
         """
         other = copy(self)
         other._check = check
@@ -93,8 +89,7 @@ class RunFolder:
     def write(self, name: str, content: bytes) -> None:
         """Write a file whole or not at all, durable on return.
 
-        Raises:
-            RunError: it cannot be written (no space, no permission).
+        Raises RunError where it cannot be written (no space, no permission).
         """
         with self.open_to_write(name) as stream:
             stream.write(content)
@@ -103,8 +98,7 @@ class RunFolder:
     def open_to_write(self, name: str) -> Iterator[IO[bytes]]:
         """Open a file to be written in parts; it has its name, whole, once the block ends.
 
-        Raises:
-            RunError: it cannot be written; what was there before is kept, as after any error.
+        Raises RunError where it cannot be written; as after any error, what was there before is kept.
         """
         target = self._path(name)
         try:
@@ -129,12 +123,7 @@ class RunFolder:
             shutil.copyfileobj(content, stream, _CHUNK)
 
     def read(self, name: str) -> bytes:
-        """Return a file's content.
-
-        Raises:
-            OSError: it does not exist or cannot be read.
-            RunFolderError: it is not a file.
-        """
+        """Return a file's content; OSError: it cannot be read, RunFolderError: it is no file."""
         with self._fs.open_input_stream(self._file(name)) as stream:
             return bytes(stream.read())
 
@@ -145,8 +134,7 @@ class RunFolder:
     def exists(self, name: str) -> bool:
         """Return whether a file or folder of that name exists.
 
-        Raises:
-            RunFolderError: the storage gives no answer; so do the methods that follow.
+        Raises RunFolderError where the storage gives no answer; so do the methods that follow.
         """
         return bool(self._info(name).type != fs.FileType.NotFound)
 
@@ -174,11 +162,7 @@ class RunFolder:
                 self._fs.delete_file(info.path)
 
     def check_writable(self) -> None:
-        """Write and remove an empty file, and the folders made for it.
-
-        Raises:
-            RunFolderError: the folder cannot be made or written.
-        """
+        """Write and remove an empty file, and the folders made for it; raises RunFolderError."""
         probe = f".writable-{uuid4().hex}"
         made = self.missing_folders()
         try:
@@ -251,7 +235,3 @@ class RunFolder:
                 f"run folder {self.location}: expected a folder that can be read and changed;"
                 f" {error.strerror or error}{credentials_hint(self.location, self._fs)}"
             ) from error
-
-
-def _unguarded() -> None:
-    """Check nothing: the folder of a reader."""

@@ -84,7 +84,7 @@ def leases() -> Iterator[list[Lease]]:
 def test_an_owned_folder_names_its_owner_and_a_released_one_is_as_before(folder):
     lease = take(folder, pace=PATIENT)
     owner = owner_of(folder)
-    assert owner == owner_text(lease._record)
+    assert owner == owner_text(lease.record)
     assert f"process {os.getpid()} on host {this_process().host} since 20" in owner
     lease.check()
     assert folder.names() == [".owner-1.json"]
@@ -371,7 +371,7 @@ def test_a_folder_that_was_taken_during_an_outage_of_its_owner_is_lost(here, lea
     real = MountedFiles.read
 
     def read(self: MountedFiles, number: int) -> bytes | None:
-        if self is lease._files and not out.is_set():
+        if self is lease.files and not out.is_set():
             raise OSError("no route to host")
         return real(self, number)
 
@@ -379,7 +379,7 @@ def test_a_folder_that_was_taken_during_an_outage_of_its_owner_is_lost(here, lea
         raise OSError("no route to host")
 
     monkeypatch.setattr(MountedFiles, "read", read)
-    monkeypatch.setattr(lease._files, "rewrite", rewrite.__get__(lease._files))
+    monkeypatch.setattr(lease.files, "rewrite", rewrite.__get__(lease.files))
     leases.append(take(here, Ticket("a run"), pace=PATIENT))
     time.sleep(1.2)
     assert not lease.lost

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 
 from rayfed_lora.errors import RayfedError, RunError
@@ -19,35 +19,28 @@ from rayfed_lora.storage import RunFolder
 LeaseFiles = MountedFiles | S3Files | PlainFiles
 
 
+@dataclass(eq=False)
 class Lease:
-    """A folder that this process owns until `release`; a thread renews the lease."""
+    """A folder that this process owns until `release`; a thread renews the lease.
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        files: LeaseFiles,
-        number: int,
-        record: Record,
-        pace: Pace,
-        made: Sequence[PurePath],
-    ) -> None:
-        """Start to renew a lease whose file was just created.
+    Attributes:
+        folder: the run folder.
+        files: its lease files.
+        number: of the file of this lease, which was just created.
+        record: content of that file.
+        pace: of the renewals.
+        made: folders that did not exist before.
+    """
 
-        Args:
-            folder: the run folder.
-            files: its lease files.
-            number: of the created file.
-            record: its content.
-            pace: of the renewals.
-            made: folders that did not exist before.
-        """
-        self._folder = folder
-        self._files = files
-        self._number = number
-        self._record = record
-        self._content = record.content()
-        self._pace = pace
-        self._made = made
+    folder: RunFolder
+    files: LeaseFiles
+    number: int
+    record: Record
+    pace: Pace
+    made: Sequence[PurePath]
+
+    def __post_init__(self) -> None:
+        """Start to renew the lease."""
         self._loss: str | None = None
         self._kept = False
         # The last successful renewal, and the last time that the file was seen to be this lease's.
@@ -59,12 +52,12 @@ class Lease:
     @property
     def ticket(self) -> Ticket:
         """The right to take the folder over from this process."""
-        return Ticket(self._record.run, self._record.starter)
+        return Ticket(self.record.run, self.record.starter)
 
     @property
     def note(self) -> str | None:
         """A warning for the user about the folder's storage, or None."""
-        return self._files.note
+        return self.files.note
 
     @property
     def lost(self) -> bool:
@@ -76,12 +69,8 @@ class Lease:
         return lambda: self.lost or should_stop()
 
     def check(self) -> None:
-        """Check that this process still owns the folder: called before each write.
-
-        Raises:
-            RunError: another process owns it, or the lease cannot be read.
-        """
-        where = f"run folder {self._folder.location}"
+        """Raise a RunError unless this process still owns the folder: called before each write."""
+        where = f"run folder {self.folder.location}"
         with self._lock:
             began = seconds()
             while self._loss is None:
@@ -89,11 +78,11 @@ class Lease:
                     self._check_files()
                     break
                 except OSError as error:
-                    if seconds() - began > self._pace.stale_s:
+                    if seconds() - began > self.pace.stale_s:
                         raise RunError(
                             f"{where}: its lease cannot be read ({error}); nothing more is saved"
                         ) from error
-                time.sleep(self._pace.renew_s / 3)
+                time.sleep(self.pace.renew_s / 3)
             if self._loss is not None:
                 raise RunError(f"{where}: {self._loss}; nothing more is saved")
 
@@ -103,9 +92,9 @@ class Lease:
         if self._kept:
             return
         with self._lock, suppress(OSError, RayfedError):
-            if self._own(self._files.read(self._number)) is not None:
-                self._files.remove(self._number)
-            self._folder.remove_empty(self._made)
+            if self._own_record() is not None:
+                self.files.remove(self.number)
+            self.folder.remove_empty(self.made)
 
     def keep(self) -> None:
         """Stop renewing, and leave the lease to a process with the same ticket."""
@@ -115,70 +104,65 @@ class Lease:
     def handed_over(self) -> bool:
         """Return whether another process has taken the folder."""
         with self._lock, suppress(OSError):
-            return self._files.read(self._number) is None
+            return self.files.read(self.number) is None
         return False
 
     def _keep_renewing(self) -> None:
-        while not self._ended.wait(self._pace.renew_s):
+        while not self._ended.wait(self.pace.renew_s):
             # A failed request does not tell who owns the folder: a later one decides.
             with self._lock, suppress(OSError):
                 if not self._ended.is_set() and self._loss is None and not self._is_orphan():
                     self._renew()
 
     def _check_files(self) -> None:
-        """Find out whether the folder is still owned.
-
-        Raises:
-            OSError: the lease cannot be read, and another process may have taken the folder.
-        """
+        """Find out whether the folder is still owned; an OSError where that cannot be known."""
         if self._is_orphan():
             return
         now = seconds()
-        if now - self._renewed_at > self._pace.stale_s / 2:
+        if now - self._renewed_at > self.pace.stale_s / 2:
             # This process or the storage was suspended, so another process may be about to take
             # the folder. It sees the counter change, or has finished after a moment.
             self._renew()
-            time.sleep(self._pace.renew_s / 3)
+            time.sleep(self.pace.renew_s / 3)
             self._read()
-        elif not self._files.remote or now - self._seen_at > self._pace.renew_s / 3:
+        elif not self.files.remote or now - self._seen_at > self.pace.renew_s / 3:
             # No other process takes a lease that was renewed recently.
             with suppress(OSError):
                 self._read()
 
     def _is_orphan(self) -> bool:
         """Give the folder up, and return True, where the command that started the run is gone."""
-        starter = self._record.starter
+        starter = self.record.starter
         if starter is None or is_alive(starter) is not False:
             return False
         self._loss = f"the command that started this run ({starter.pid}) is gone"
         return True
 
     def _renew(self) -> None:
-        record = replace(self._record, counter=self._record.counter + 1)
-        if self._files.rewrite(self._number, self._content, record.content()):
-            self._record, self._content = record, record.content()
-            self._renewed_at = self._seen_at = seconds()
+        record = replace(self.record, counter=self.record.counter + 1)
+        if self.files.rewrite(self.number, self.record.content(), record.content()):
+            self.record, self._renewed_at, self._seen_at = record, seconds(), seconds()
         else:
             # An earlier renewal may have succeeded although its answer was lost.
             self._read()
 
     def _read(self) -> None:
-        content = self._files.read(self._number)
-        found = self._own(content)
-        if content is None or found is None:
+        found = self._own_record()
+        if found is None:
             self._loss = self._loss_text()
         else:
-            self._record, self._content, self._seen_at = found, content, seconds()
+            self.record, self._seen_at = found, seconds()
 
-    def _own(self, content: bytes | None) -> Record | None:
-        """Return the record in a file's content where it is that of this lease."""
+    def _own_record(self) -> Record | None:
+        """Return what the lease's file holds, None where that is not this lease."""
+        content = self.files.read(self.number)
         found = None if content is None else Record.read(content)
-        return None if found is None or found.token != self._record.token else found
+        return None if found is None or found.token != self.record.token else found
 
     def _loss_text(self) -> str:
         with suppress(OSError):
-            for number in numbers_in(self._folder)[-1:]:
-                content = self._files.read(number)
+            for number in numbers_in(self.folder)[-1:]:
+                content = self.files.read(number)
                 if content is not None:
                     return f"this process has lost it to {owner_text(Record.read(content))}"
         return "this process has lost it to another one, or its lease file was removed"

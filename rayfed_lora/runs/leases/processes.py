@@ -1,8 +1,6 @@
-"""Identity of a process across machines, containers and reboots, read from Linux's /proc.
+"""Identity of a process across machines, containers and reboots, read from /proc: see proc(5).
 
-On other systems a process has no machine identity, and whether it is alive is unknown.
-
-Source: this project; proc(5).
+On systems without it a process has no machine identity, and whether it is alive is unknown.
 """
 
 from __future__ import annotations

@@ -38,11 +38,7 @@ class S3Files:
         return bytes(answer["Body"])
 
     def create(self, number: int, content: bytes) -> bool:
-        """Create a file; return False, and change nothing, where it exists.
-
-        Raises:
-            NoConditionalWritesError: the store rejects conditional requests.
-        """
+        """Create a file; return False, and change nothing, where it exists."""
         # A request that was repeated because its answer was lost finds its own file.
         return self._put(number, content, IfNoneMatch="*") or self.read(number) == content
 
