@@ -99,8 +99,8 @@ def check_unused(folder: RunFolder) -> None:
 def kept_recipe(folder: RunFolder, endpoints: Collection[str] = ()) -> Recipe | None:
     """Return the recipe of the run in a folder, None where it holds no run.
 
-    `endpoints` are object stores that the user has named, as for `load_recipe`. Raises RunFolderError
-    where the recipe cannot be read.
+    `endpoints` are object stores that the user has named, as for `load_recipe`. Raises
+    RunFolderError where the recipe cannot be read.
     """
     if not folder.exists("recipe.yaml"):
         return None

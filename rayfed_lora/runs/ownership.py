@@ -71,8 +71,8 @@ def owned(
 ) -> Iterator[tuple[RunFolder, Lease]]:
     """Own a folder while the block runs; arguments and errors as for `take`.
 
-    Yields the folder, which checks the lease before it changes a file, and the lease. Raises a RunError
-    where the folder was lost.
+    Yields the folder, which checks the lease before it changes a file, and the lease. Raises a
+    RunError where the folder was lost.
     """
     lease = take(folder, ticket, wait=wait, tell=tell)
     try:

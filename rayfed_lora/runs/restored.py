@@ -83,8 +83,8 @@ def accepted(
 ) -> Snapshot | None:
     """Return the checkpoint that a run resumes from, None where there is none. Writes nothing.
 
-    `note` is called with a line about each checkpoint that is passed over. Raises RunFolderError where
-    they are damaged, or do not belong to these data.
+    `note` is called with a line about each checkpoint that is passed over. Raises RunFolderError
+    where they are damaged, or do not belong to these data.
     """
     found = checkpoints.newest(folder, note)
     if found is None:

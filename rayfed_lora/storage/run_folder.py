@@ -38,8 +38,8 @@ class RunFolder:
     def __init__(self, location: str | Path) -> None:
         """Open the folder; it is made with the first file.
 
-        `location` is a local path or a URI that `pyarrow.fs` opens, e.g. `s3://bucket/runs/a`. Raises a
-        RunFolderError where it cannot be opened, or has credentials in it.
+        `location` is a local path or a URI that `pyarrow.fs` opens, e.g. `s3://bucket/runs/a`.
+        Raises a RunFolderError where it cannot be opened, or has credentials in it.
         """
         self.location = str(location)
         refuse_secrets(self.location)
@@ -54,8 +54,8 @@ class RunFolder:
     def guarded(self, check: Callable[[], None]) -> RunFolder:
         """Return the same folder, which calls `check` before each change.
 
-        That is: when a file is complete but does not have its name yet, and before a file is removed. An
-        error that `check` raises prevents the change.
+        That is: when a file is complete but does not have its name yet, and before a file is
+        removed. An error that `check` raises prevents the change.
         """
         other = copy(self)
         other._check = check
@@ -98,7 +98,8 @@ class RunFolder:
     def open_to_write(self, name: str) -> Iterator[IO[bytes]]:
         """Open a file to be written in parts; it has its name, whole, once the block ends.
 
-        Raises RunError where it cannot be written; as after any error, what was there before is kept.
+        Raises RunError where it cannot be written; as after any error, what was there before is
+        kept.
         """
         target = self._path(name)
         try:
