@@ -1,4 +1,4 @@
-"""A folder of named files, each written whole or not at all. Source: this project."""
+"""A folder of named files, each written whole or not at all: POSIX rename(2), fsync(2)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -19,10 +19,11 @@ from pyarrow import fs
 
 from rayfed_lora.errors import RunError, RunFolderError
 from rayfed_lora.locations import check_name
-from rayfed_lora.storage.durable import ignoring, replacing
 from rayfed_lora.storage.filesystems import credentials_hint, open_filesystem, refuse_secrets
 
 _CHUNK = 1 << 23
+# Errors of filesystems that lack an operation, e.g. fsync of folders on a network filesystem.
+_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)
 # Errors of a folder that another process uses or has removed.
 _SHARED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
 _TRIES = 5
@@ -103,7 +104,9 @@ class RunFolder:
         """
         target = self._path(name)
         try:
-            with self._uploading(target) if self.local is None else replacing(Path(target)) as file:
+            with (
+                self._uploading(target) if self.local is None else _replacing(Path(target)) as file
+            ):
                 yield file
                 self._check()
         except OSError as error:
@@ -193,7 +196,7 @@ class RunFolder:
         """Remove the folders that `missing_folders` returned, as far as they are empty."""
         if self.local is not None:
             for folder in folders:
-                with ignoring(_SHARED):
+                with _ignoring(_SHARED):
                     os.rmdir(folder)
         elif folders and not self.names():
             # An object store keeps a marker of an empty folder.
@@ -236,3 +239,38 @@ class RunFolder:
                 f"run folder {self.location}: expected a folder that can be read and changed;"
                 f" {error.strerror or error}{credentials_hint(self.location, self._fs)}"
             ) from error
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[IO[bytes]]:
+    """Open a local file to be written; a scratch file is synced and renamed once the block ends."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
+            stream.flush()
+            with _ignoring(_NOT_SUPPORTED):
+                os.fsync(stream.fileno())
+        with _ignoring(_NOT_SUPPORTED):
+            os.chmod(scratch, 0o644)
+        os.replace(scratch, target)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+    with _ignoring(_NOT_SUPPORTED):
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def _ignoring(codes: Collection[int]) -> Iterator[None]:
+    """Ignore an OSError whose errno is one of `codes`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in codes:
+            raise

@@ -23,8 +23,7 @@ from rayfed_lora.errors import InterruptedRunError, RunError, RunFolderError
 from rayfed_lora.runs import ownership
 from rayfed_lora.runs.leases import files as lease_files
 from rayfed_lora.runs.leases.files import MountedFiles, PlainFiles
-from rayfed_lora.runs.leases.processes import Process, is_alive, this_process
-from rayfed_lora.runs.leases.record import owner_text, seconds
+from rayfed_lora.runs.leases.record import Process, is_alive, owner_text, seconds, this_process
 from rayfed_lora.runs.leases.s3_files import NoConditionalWritesError, S3Files, s3_client
 from rayfed_lora.runs.ownership import Lease, Pace, Ticket, owned, owner_of, take
 from rayfed_lora.storage import RunFolder
@@ -535,5 +534,5 @@ def test_a_process_is_alive_until_it_ends_and_a_stopped_one_is():
 
 
 def test_without_proc_nobody_is_known_to_be_dead(tmp_path, monkeypatch):
-    monkeypatch.setattr("rayfed_lora.runs.leases.processes._PROC", tmp_path)
+    monkeypatch.setattr("rayfed_lora.runs.leases.record._PROC", tmp_path)
     assert is_alive(DEAD) is None

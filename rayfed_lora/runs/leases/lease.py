@@ -11,8 +11,7 @@ from pathlib import PurePath
 
 from rayfed_lora.errors import RayfedError, RunError
 from rayfed_lora.runs.leases.files import MountedFiles, PlainFiles, numbers_in
-from rayfed_lora.runs.leases.processes import is_alive
-from rayfed_lora.runs.leases.record import Pace, Record, Ticket, owner_text, seconds
+from rayfed_lora.runs.leases.record import Pace, Record, Ticket, is_alive, owner_text, seconds
 from rayfed_lora.runs.leases.s3_files import S3Files
 from rayfed_lora.storage import RunFolder
 
