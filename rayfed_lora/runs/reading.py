@@ -76,9 +76,6 @@ def read_run(folder: RunFolder, summary: Mapping[str, Any] | None = None) -> Run
         recipe = seals.text(folder, "recipe.yaml")
         values = parse_yaml(folder.location, recipe)
         failed, failures = _failures(checked)
-        rounds = _with_sums(checked.table(ROUNDS_FILE).to_pandas())
-        tests, partition = _last_tests(checked), _table(checked, PARTITION_FILE)
-        notes = _with_warning(_table(checked, NOTES_FILE), checked.unchecked)
         return RunData(
             label=path_of(folder).name,
             location=folder.location,
@@ -87,12 +84,13 @@ def read_run(folder: RunFolder, summary: Mapping[str, Any] | None = None) -> Run
             method=values["method"],
             seed=int(values["seed"]),
             summary=summary,
-            rounds=rounds,
+            rounds=_with_sums(checked.table(ROUNDS_FILE).to_pandas()),
             failures=failures,
             failed=failed,
-            tests=tests,
-            partition=partition,
-            notes=notes.head(_MOST_ROWS),
+            tests=_last_tests(checked),
+            partition=_table(checked, PARTITION_FILE),
+            # Last: all tables have been read, and are noted where they lack a checksum.
+            notes=_with_warning(_table(checked, NOTES_FILE), checked.unchecked).head(_MOST_ROWS),
         )
 
 

@@ -17,12 +17,8 @@ from rayfed_lora.types import ClientReport, RoundPlan
 class RunRecorder:
     """Keeps the rows of a run's tables and tells board and trackers; the round loop's recorder.
 
-    Attributes:
-        tables: get the rows.
-        board: told of every step.
-        tracking: told of finished rounds.
-        client_names: (clients,) what the data call each client; None where they do not.
-        running: the round that is running, to which new notes belong.
+    `client_names`, (clients,), are what the data call the clients, if anything; `running` is the
+    round that is running, to which new notes belong.
     """
 
     tables: Tables

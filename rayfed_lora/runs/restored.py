@@ -55,14 +55,9 @@ _OF_RUN = ("rank", "validation", "best_at_heating", "timing", "clock_s")
 def snapshot(
     run: Run, ledger: Ledger, timing: Timing, tables: Mapping[str, int], data: Mapping[str, str]
 ) -> Snapshot:
-    """Return a checkpoint's content.
+    """Return a checkpoint's content: the run, its ledger, rows by table, fingerprint of the data.
 
-    Args:
-        run: between two rounds.
-        ledger: of all its rounds.
-        timing: seconds so far, this process's share of the wall time included.
-        tables: number of rows, by file.
-        data: fingerprint of the data.
+    `timing` includes this process's share of the wall time.
     """
     booked, held = ledger.snapshot()
     facts = {name: getattr(run, name) for name in _OF_RUN} | {"timing": timing}

@@ -36,13 +36,7 @@ PageWriter = Callable[[RunFolder, Mapping[str, Any]], str]
 class Saving:
     """Saves a run's tables and checkpoints, and what it ends with.
 
-    Attributes:
-        recipe: the run.
-        folder: of the run.
-        population: its data, clients and model.
-        tables: its rows.
-        ledger: its bytes.
-        began: `time.perf_counter()` at which this process began with the run.
+    `began` is `time.perf_counter()` at which this process began with the run.
     """
 
     recipe: Recipe

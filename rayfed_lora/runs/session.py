@@ -87,7 +87,7 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
         found = accepted(own, recipe, population, board.note) if resume else None
         tables = Tables(own, list(population.shape.modules), population.client_names)
         if found is not None:
-            tables.check(found.rounds)
+            tables.first(found.rounds)
         _begin(own, recipe, population, board, found)
         for tracker in trackers(recipe, own, name or own.name):
             tracking.trackers.append(tracker)
@@ -156,8 +156,8 @@ def _begin(
 def _notes(recipe: Recipe, population: Population, server: Server, lease: Lease) -> list[str]:
     """Return what the user should know before the first round."""
     found = [*population.notes, *unused(recipe)]
-    if lease.note is not None:
-        found.insert(0, lease.note)
+    if lease.files.note is not None:
+        found.insert(0, lease.files.note)
     if population.shape.obstacle is not None and recipe.annealing.mode != "full":
         found.insert(0, f"clients are trained {server.clients.block_size.reason}")
     doubtful = doubt(recipe)

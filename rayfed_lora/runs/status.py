@@ -87,9 +87,7 @@ class StatusBoard:
     def __init__(self, rounds: int, on_change: Callable[[Status], None] | None = None) -> None:
         """Start in the phase `starting`.
 
-        Args:
-            rounds: number of rounds of the run.
-            on_change: called after each change with the status and the new record or note, if any.
+        `on_change` is called after each change with the status and the new record or note, if any.
         """
         # Notes are kept apart: each change copies the status.
         self._status = Status(rounds=rounds, board=uuid4().hex)
@@ -98,12 +96,7 @@ class StatusBoard:
         self._on_change = on_change
 
     def status(self, records_seen: int = 0, notes_seen: int = 0) -> Status:
-        """Return the status with the records and notes that the caller has not seen.
-
-        Args:
-            records_seen: number of rounds of this process whose records the caller has.
-            notes_seen: number of notes that the caller has.
-        """
+        """Return the status with the notes, and this process's records, after the first `..._seen`."""
         with self._lock:
             now, notes = self._status, tuple(self._notes[notes_seen:])
         new = max(now.rounds_done - now.rounds_before - records_seen, 0)

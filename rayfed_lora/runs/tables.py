@@ -96,6 +96,7 @@ class Tables:
         self._clients = ClientRows(folder, CLIENTS_FILE, ClientRecord, client_names)
         self._tests = ClientRows(folder, CLIENT_METRICS_FILE, ClientTest, client_names)
         self._notes = ClientRows(folder, NOTES_FILE, Note)
+        self._files = (self._clients, self._tests, self._notes)
 
     @property
     def rounds(self) -> pa.Table:
@@ -120,9 +121,9 @@ class Tables:
             self._notes.add([Note(t, text) for text in texts])
 
     def begin(self) -> None:
-        """Remove the tables of an earlier process that `save` overwrites only if they have rows."""
-        for rows in (self._tests, self._notes):
-            self._folder.remove(rows.name)
+        """Remove the tables of an earlier process that wrote no checkpoint."""
+        for name in (ROUNDS_FILE, *(rows.name for rows in self._files)):
+            self._folder.remove(name)
 
     def last_tests(self, t: int) -> pa.Table:
         """Return the tests on clients after a round, read from the file: save first."""
@@ -131,40 +132,28 @@ class Tables:
     def save(self) -> None:
         """Write the files, each whole or not at all; tests and notes where there are any."""
         seals.write_table(self._folder, ROUNDS_FILE, self.rounds)
-        self._clients.save()
-        for rows in (self._tests, self._notes):
+        for rows in self._files:
             if not rows.empty:
                 rows.save()
 
     def rows(self, rounds: int) -> dict[str, int]:
         """Return the rows of the first `rounds` rounds in each file, for a checkpoint."""
-        found = {ROUNDS_FILE: rounds, CLIENTS_FILE: self._clients.rows_before(rounds)}
-        for rows in (self._tests, self._notes):
-            if not rows.empty:
-                found[rows.name] = rows.rows_before(rounds)
-        return found
-
-    def check(self, rounds: int) -> None:
-        """Check that the first `rounds` rounds can be read; raises as `restore`, writes nothing."""
-        self._first(rounds)
+        counts = {rows.name: rows.rows_before(rounds) for rows in self._files if not rows.empty}
+        return {ROUNDS_FILE: rounds, **counts}
 
     def restore(self, rounds: int, saved: Mapping[str, int]) -> None:
-        """Go back to the first `rounds` rounds; later ones will be run again.
+        """Go back to the first `rounds` rounds, for which `rows` returned `saved`.
 
-        Args:
-            rounds: number of rounds in the checkpoint.
-            saved: what `rows` returned when the checkpoint was written.
-
-        Raises:
-            RunFolderError: a file is missing or damaged, or lacks rows.
+        Raises RunFolderError where a file is missing or damaged, or lacks rows.
         """
-        self._rounds, self._new_rounds = self._first(rounds), []
-        self._clients.restore(rounds, saved.get(CLIENTS_FILE, 0))
-        for rows in (self._tests, self._notes):
-            if rounds == 0 or rows.name in saved or self._folder.exists(rows.name):
+        self._rounds, self._new_rounds = self.first(rounds), []
+        for rows in self._files:
+            wanted = rows is self._clients or rows.name in saved
+            if rounds == 0 or wanted or self._folder.exists(rows.name):
                 rows.restore(rounds, saved.get(rows.name, 0))
 
-    def _first(self, rounds: int) -> pa.Table:
+    def first(self, rounds: int) -> pa.Table:
+        """Return the saved rows of the first `rounds` rounds; raises as `restore` does."""
         if rounds == 0:
             return self._schema.empty_table()
         with opened(self._folder, ROUNDS_FILE) as file:

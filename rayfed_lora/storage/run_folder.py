@@ -114,17 +114,17 @@ class RunFolder:
 
     @contextmanager
     def _uploading(self, target: str) -> Iterator[IO[bytes]]:
+        def upload() -> None:
+            with self._fs.open_output_stream(target) as stream:
+                shutil.copyfileobj(content, stream, _CHUNK)
+
         with tempfile.TemporaryFile() as content:
             yield content
             content.seek(0)
             # An object store shows a closed stream as a complete file, so the upload runs in a
             # thread of its own, which no SIGINT interrupts.
             with ThreadPoolExecutor(1) as thread:
-                thread.submit(self._upload, target, content).result()
-
-    def _upload(self, target: str, content: IO[bytes]) -> None:
-        with self._fs.open_output_stream(target) as stream:
-            shutil.copyfileobj(content, stream, _CHUNK)
+                thread.submit(upload).result()
 
     def read(self, name: str) -> bytes:
         """Return a file's content; OSError: it cannot be read, RunFolderError: it is no file."""

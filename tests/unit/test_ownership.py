@@ -448,7 +448,7 @@ def test_a_store_without_conditional_writes_is_written_by_best_effort(bucket, mo
     monkeypatch.setattr(S3Files, "create", refuses)
     monkeypatch.setattr(lease_files, "_SETTLE_S", 0.0)
     lease = take(RunFolder(bucket.uri("runs/a")))
-    assert lease.note is not None and "no conditional writes" in lease.note
+    assert lease.files.note is not None and "no conditional writes" in lease.files.note
     lease.check()
     lease.release()
     assert bucket.keys("runs") == []

@@ -23,12 +23,10 @@ class Lease:
     """A folder that this process owns until `release`; a thread renews the lease.
 
     Attributes:
-        folder: the run folder.
+        folder: the run folder; `made` are its folders that did not exist before.
         files: its lease files.
-        number: of the file of this lease, which was just created.
-        record: content of that file.
+        number, record: of the file of this lease, which was just created.
         pace: of the renewals.
-        made: folders that did not exist before.
     """
 
     folder: RunFolder
@@ -52,11 +50,6 @@ class Lease:
     def ticket(self) -> Ticket:
         """The right to take the folder over from this process."""
         return Ticket(self.record.run, self.record.starter)
-
-    @property
-    def note(self) -> str | None:
-        """A warning for the user about the folder's storage, or None."""
-        return self.files.note
 
     @property
     def lost(self) -> bool:
