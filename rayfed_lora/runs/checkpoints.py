@@ -105,10 +105,7 @@ def newest(folder: RunFolder, warn: Callable[[str], None]) -> Snapshot | None:
     """Return the newest checkpoint that is whole, or None where there is none.
 
     A half-written or damaged one is passed over, and `warn` is called with a line about it. Nothing
-    is removed.
-
-    Raises:
-        RunFolderError: there are checkpoints, but every one of them is damaged.
+    is removed. Raises RunFolderError where there are checkpoints, but every one of them is damaged.
     """
     names = _names(folder)
     faults = []

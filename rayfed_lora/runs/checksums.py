@@ -70,9 +70,8 @@ def listed(folder: RunFolder) -> dict[str, str] | None:
 def checked(folder: RunFolder, name: str, sums: Mapping[str, str]) -> bytes:
     """Return a file's content, unchecked where the list does not contain the file.
 
-    Raises:
-        OSError: an unlisted file cannot be read.
-        RunFolderError: a listed file is missing or damaged.
+    Raises OSError where an unlisted file cannot be read, RunFolderError where a listed one is
+    missing or damaged.
     """
     try:
         content = folder.read(name)

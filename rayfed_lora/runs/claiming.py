@@ -66,10 +66,8 @@ def _check_content(
 def claimed(folder: RunFolder, recipe: Recipe, resume: bool) -> Iterator[Lease]:
     """Own a folder that `claim` has checked, and check it once more before the run starts.
 
-    The running process takes the folder over by the lease's ticket.
-
-    Raises:
-        RunFolderError: another process owns the folder, or has used it meanwhile.
+    The running process takes the folder over by the lease's ticket. Raises RunFolderError where
+    another process owns the folder, or has used it meanwhile.
     """
     lease = take(folder, Ticket.of_this_process(), wait=resume, tell=say)
     try:
@@ -135,10 +133,8 @@ def complete(folder: RunFolder) -> dict[str, Any] | None:
     """Return the summary of a finished and undamaged run; None where the run has to be resumed.
 
     A finished run with damaged files is not complete: it resumes from its last checkpoint, and
-    writes the summary and the exported model again.
-
-    Raises:
-        RunFolderError: a damaged file cannot be written again.
+    writes the summary and the exported model again. Raises RunFolderError where a damaged file
+    cannot be written again.
     """
     return inspected(folder)[0]
 

@@ -33,10 +33,8 @@ def run_location(given: str | None, name: str) -> str:
     """Return a given location, or that of a new folder.
 
     The name of the new folder is made of `name`, the time and a random number; it is in `runs/`, or
-    in a Ray job in `JOB_RUNS`. `~` is the home folder.
-
-    Raises:
-        BadInputError: a relative path in a Ray job.
+    in a Ray job in `JOB_RUNS`. `~` is the home folder. Raises BadInputError for a relative path in
+    a Ray job.
     """
     in_job = job_id() is not None
     unique = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid4().hex[:6]}"

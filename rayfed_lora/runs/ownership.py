@@ -22,8 +22,8 @@ from uuid import uuid4
 from pyarrow import fs
 
 from rayfed_lora.errors import InterruptedRunError, RunFolderError
-from rayfed_lora.runs.leases.files import MountedFiles, PlainFiles, file_name, numbers_in
 from rayfed_lora.runs.leases.lease import Lease, LeaseFiles
+from rayfed_lora.runs.leases.lease_files import MountedFiles, PlainFiles, file_name, numbers_in
 from rayfed_lora.runs.leases.record import Pace, Record, Ticket, is_alive, owner_text, seconds
 from rayfed_lora.runs.leases.s3_files import NoConditionalWritesError, S3Files
 from rayfed_lora.storage import RunFolder

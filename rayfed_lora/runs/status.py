@@ -96,7 +96,7 @@ class StatusBoard:
         self._on_change = on_change
 
     def status(self, records_seen: int = 0, notes_seen: int = 0) -> Status:
-        """Return the status with the notes, and this process's records, after the first `..._seen`."""
+        """Return the status, with records of this process and notes after the first `..._seen`."""
         with self._lock:
             now, notes = self._status, tuple(self._notes[notes_seen:])
         new = max(now.rounds_done - now.rounds_before - records_seen, 0)

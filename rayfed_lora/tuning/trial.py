@@ -20,7 +20,7 @@ from rayfed_lora.locations import child
 from rayfed_lora.pages.search import SEARCH_FILE
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.checked import table
-from rayfed_lora.runs.leases.files import is_lease_file
+from rayfed_lora.runs.leases.lease_files import is_lease_file
 from rayfed_lora.runs.ownership import Ticket, owned
 from rayfed_lora.runs.session import simulate_rounds
 from rayfed_lora.runs.status import StatusBoard

@@ -21,8 +21,8 @@ import pytest
 
 from rayfed_lora.errors import InterruptedRunError, RunError, RunFolderError
 from rayfed_lora.runs import ownership
-from rayfed_lora.runs.leases import files as lease_files
-from rayfed_lora.runs.leases.files import MountedFiles, PlainFiles
+from rayfed_lora.runs.leases import lease_files
+from rayfed_lora.runs.leases.lease_files import MountedFiles, PlainFiles
 from rayfed_lora.runs.leases.record import Process, is_alive, owner_text, seconds, this_process
 from rayfed_lora.runs.leases.s3_files import NoConditionalWritesError, S3Files, s3_client
 from rayfed_lora.runs.ownership import Lease, Pace, Ticket, owned, owner_of, take

@@ -62,7 +62,7 @@ def test_rounds_clients_and_bytes_are_counted():
     assert status.records == (record(0),)
 
 
-def test_rounds_of_earlier_sittings_are_done_but_not_counted_for_the_speed():
+def test_rounds_of_earlier_sessions_are_done_but_not_counted_for_the_speed():
     board = StatusBoard(10)
     board.resumed(4)
     play(board, 4)

@@ -67,13 +67,13 @@ def events(location: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def test_a_tracker_is_told_of_each_round_and_how_the_sitting_ends(tmp_path):
+def test_a_tracker_is_told_of_each_round_and_how_the_session_ends(tmp_path):
     told = Told()
     run(make_recipe(), tmp_path, metrics=told)
     assert told.news == [("resumed", 0), *((t, 3, True) for t in range(6)), ("done",)]
 
 
-def test_a_stopped_run_tells_so_and_the_next_sitting_what_there_is(tmp_path):
+def test_a_stopped_run_tells_so_and_the_next_session_what_there_is(tmp_path):
     first, second = Told(), Told()
     with pytest.raises(InterruptedRunError):
         run(make_recipe(), tmp_path, stop_after=2, metrics=first)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 
 from rayfed_lora.errors import RayfedError, RunError
-from rayfed_lora.runs.leases.files import MountedFiles, PlainFiles, numbers_in
+from rayfed_lora.runs.leases.lease_files import MountedFiles, PlainFiles, numbers_in
 from rayfed_lora.runs.leases.record import Pace, Record, Ticket, is_alive, owner_text, seconds
 from rayfed_lora.runs.leases.s3_files import S3Files
 from rayfed_lora.storage import RunFolder

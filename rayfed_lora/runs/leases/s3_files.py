@@ -9,7 +9,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from rayfed_lora.runs.leases.files import file_name
+from rayfed_lora.runs.leases.lease_files import file_name
 
 
 class NoConditionalWritesError(OSError):
