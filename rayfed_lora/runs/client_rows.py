@@ -63,11 +63,7 @@ class ClientRows:
     """
 
     def __init__(
-        self,
-        folder: RunFolder,
-        name: str,
-        record: type,
-        client_names: Sequence[str] | None = None,
+        self, folder: RunFolder, name: str, record: type, client_names: Sequence[str] | None = None
     ) -> None:
         """Start with no rows, whatever is in the folder.
 

@@ -132,13 +132,15 @@ class Tables:
     def save(self) -> None:
         """Write the files, each whole or not at all; tests and notes where there are any."""
         seals.write_table(self._folder, ROUNDS_FILE, self.rounds)
-        for rows in self._files:
-            if not rows.empty:
-                rows.save()
+        for rows in self._present():
+            rows.save()
+
+    def _present(self) -> list[ClientRows]:
+        return [rows for rows in self._files if rows is self._clients or not rows.empty]
 
     def rows(self, rounds: int) -> dict[str, int]:
         """Return the rows of the first `rounds` rounds in each file, for a checkpoint."""
-        counts = {rows.name: rows.rows_before(rounds) for rows in self._files if not rows.empty}
+        counts = {rows.name: rows.rows_before(rounds) for rows in self._present()}
         return {ROUNDS_FILE: rounds, **counts}
 
     def restore(self, rounds: int, saved: Mapping[str, int]) -> None:
