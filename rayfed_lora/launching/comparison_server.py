@@ -18,7 +18,7 @@ from rayfed_lora.pages.run_page import run_page
 from rayfed_lora.runs.ownership import Ticket
 from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import StatusBoard
-from rayfed_lora.runs.tracking import Tracker
+from rayfed_lora.runs.trackers import Tracker
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tasks.engine import Engine
 

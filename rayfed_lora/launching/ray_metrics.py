@@ -20,7 +20,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from rayfed_lora.engines.usage import Usage
 from rayfed_lora.federation.records import ClientRecord, RoundRecord
 from rayfed_lora.runs.tables import round_row
-from rayfed_lora.runs.tracking import Outcome
+from rayfed_lora.runs.trackers import Outcome
 from rayfed_lora.types import Stage
 
 # Columns of rounds.parquet, of the newest finished round; the rank of a full-model round is 0.
@@ -102,7 +102,7 @@ class RunMetrics:
         self._closed = threading.Event()
 
     def resumed(self, rounds: pa.Table) -> None:
-        """Start the counters at the sums over the rounds of earlier sittings."""
+        """Start the counters at the sums over the rounds of earlier sessions."""
         threading.Thread(target=self._refresh, name="metrics", daemon=True).start()
         sums = {key: pc.sum(rounds[key]).as_py() or 0 for key in ("clients", *_SUMMED)}
         self._count_round(sums)

@@ -15,9 +15,10 @@ from rayfed_lora.pages.report import report_html
 from rayfed_lora.pages.table_files import write_table
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checksums
-from rayfed_lora.runs.damage import damaged
+from rayfed_lora.runs.checksums import REPORT_FILE
 from rayfed_lora.runs.labelled_runs import read_failed, read_runs
-from rayfed_lora.runs.reading import REPORT_FILE, rounds_so_far
+from rayfed_lora.runs.reading import rounds_so_far
+from rayfed_lora.runs.seals import damaged
 from rayfed_lora.runs.status import Status
 from rayfed_lora.storage import RunFolder
 

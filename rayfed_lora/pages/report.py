@@ -13,8 +13,9 @@ from rayfed_lora.locations import child, parent
 from rayfed_lora.pages.figures import figures, label_of_client, partitions
 from rayfed_lora.pages.page import Rows, even, page, shown
 from rayfed_lora.pages.search_page import TRIALS_FILE, read_search, search_html
+from rayfed_lora.runs.checksums import REPORT_FILE
 from rayfed_lora.runs.labelled_runs import FailedRun, read_failed, read_runs
-from rayfed_lora.runs.reading import REPORT_FILE, RunData
+from rayfed_lora.runs.reading import RunData
 from rayfed_lora.runs.summary import client_summary
 from rayfed_lora.runs.tables import PROPOSAL_COLUMNS
 from rayfed_lora.storage import RunFolder

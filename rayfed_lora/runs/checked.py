@@ -1,7 +1,4 @@
-"""A run folder that checks what it reads, for reports, comparisons and exports.
-
-Source: this project.
-"""
+"""A run folder that checks what it reads, for reports and comparisons. Source: this project."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayfed_lora.runs import checkpoints, checksums, seals
-from rayfed_lora.runs.damage import damaged
+from rayfed_lora.runs.seals import damaged
 from rayfed_lora.storage import RunFolder
 
 
@@ -29,11 +26,7 @@ class CheckedFolder:
     """
 
     def __init__(self, folder: RunFolder) -> None:
-        """Read the checksums, or the row counts of the newest checkpoint.
-
-        Raises:
-            RunFolderError: SHA256SUMS is damaged, or leads out of the folder.
-        """
+        """Read the checksums, or the row counts of the newest checkpoint; raises RunFolderError."""
         self.folder = folder.confined()
         self.unchecked: list[str] = []
         sums = checksums.listed(self.folder)
@@ -42,11 +35,7 @@ class CheckedFolder:
         self._rows = checkpoints.saved_rows(folder) if sums is None else {}
 
     def exists(self, name: str) -> bool:
-        """Return whether a file exists.
-
-        Raises:
-            RunFolderError: it is missing.
-        """
+        """Return whether a file exists; a RunFolderError where it does not, but must."""
         if self.folder.exists(name):
             return True
         # summary.json is listed, but written after the list: without it the run is unfinished.
@@ -55,12 +44,7 @@ class CheckedFolder:
         return False
 
     def read(self, name: str) -> bytes:
-        """Return a file's content.
-
-        Raises:
-            OSError: it cannot be read, and is not listed.
-            RunFolderError: it is damaged, or listed and missing.
-        """
+        """Return a file's content; raises OSError, or where it is listed RunFolderError."""
         return checksums.checked(self.folder, name, self._sums)
 
     def names(self, part: str) -> list[str]:
@@ -71,11 +55,7 @@ class CheckedFolder:
 
     @contextmanager
     def open(self, name: str) -> Iterator[pa.NativeFile]:
-        """Open a table, or any listed file.
-
-        Raises:
-            RunFolderError: it is missing or damaged.
-        """
+        """Open a table, or any listed file; a RunFolderError where it is missing or damaged."""
         saved, sha256 = self._rows.get(name), self._sums.get(name)
         required = saved is not None
         with seals.open_table(self.folder, name, sha256=sha256, seal_required=required) as file:
@@ -90,12 +70,7 @@ class CheckedFolder:
             yield file
 
     def table(self, name: str) -> pa.Table:
-        """Return a whole table.
-
-        Raises:
-            ValueError: it is not a table.
-            RunFolderError: it is missing or damaged.
-        """
+        """Return a whole table; raises as `open`, and ValueError where it is none."""
         with self.open(name) as file:
             return pq.read_table(file)
 

@@ -2,13 +2,10 @@
 
 `checkpoints/round-000012/` holds the run after 12 rounds: `state.safetensors`, `state.json` and,
 written last, `manifest.json` with their SHA-256. A replaced base is kept beside them, once.
-
-Source: this project.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +19,7 @@ from safetensors.numpy import load, save
 from rayfed_lora.aggregation.server_step import Moments
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.locations import child
+from rayfed_lora.runs import checksums
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import AdapterState, Base, Factors, FloatArray
 
@@ -64,69 +62,50 @@ class Snapshot:
     personal: Mapping[int, Mapping[str, FloatArray]] = field(default_factory=dict)
 
 
+@dataclass
 class CheckpointWriter:
-    """Writes a run's checkpoints and removes old ones."""
+    """Writes the checkpoints of a run folder and keeps the `keep` > 0 newest ones."""
 
-    def __init__(self, folder: RunFolder, keep: int) -> None:
-        """Start; writes nothing.
-
-        Args:
-            folder: the run folder.
-            keep: how many of the newest checkpoints to keep, > 0.
-        """
-        self._folder = folder
-        self._keep = keep
-        self._bases: dict[int, dict[str, str]] = {}
+    folder: RunFolder
+    keep: int
+    _bases: dict[int, dict[str, str]] = field(default_factory=dict)
 
     def write(self, snapshot: Snapshot) -> None:
-        """Write a checkpoint, then remove all but the newest.
+        """Write a checkpoint; remove old ones, and later ones of a session that was not resumed.
 
-        Checkpoints of later rounds, left by a sitting that this one does not go on from, are
-        removed too.
-
-        Raises:
-            RunError: the folder cannot be written; older checkpoints are untouched.
+        Older checkpoints are untouched where the folder cannot be written (RunError).
         """
         name = f"{_FOLDER}/{_round_name(snapshot.rounds)}"
-        tensors, scales = _flat(snapshot)
+        tensors, own = _flat(snapshot)
         contents = {
             "state.safetensors": save(tensors),
-            "state.json": _json({**snapshot.facts, **_own_facts(snapshot, scales)}),
+            "state.json": _json({**snapshot.facts, **own}),
         }
         base = self._write_base(snapshot.base)
         for file, content in contents.items():
-            self._folder.write(f"{name}/{file}", content)
-        manifest = {
-            "format": _FORMAT,
-            "base": base,
-            "files": {file: _sha256(content) for file, content in contents.items()},
-        }
-        self._folder.write(f"{name}/manifest.json", _json(manifest))
-        _remove_old(self._folder, snapshot.rounds, self._keep)
+            self.folder.write(f"{name}/{file}", content)
+        sums = {file: checksums.sha256(content) for file, content in contents.items()}
+        manifest = {"format": _FORMAT, "base": base, "files": sums}
+        self.folder.write(f"{name}/manifest.json", _json(manifest))
+        _remove_old(self.folder, snapshot.rounds, self.keep)
 
     def _write_base(self, base: Base) -> dict[str, str] | None:
-        """Write a replaced base once a sitting; return its name and checksum."""
+        """Write a replaced base once a session; return its name and checksum."""
         if base.tensors is None:
             return None
         if base.root not in self._bases:
-            name = f"{_FOLDER}/{_base_name(base.root)}"
+            name = f"{_FOLDER}/base-{base.root:06d}.safetensors"
             content = save({n: np.ascontiguousarray(t) for n, t in base.tensors.items()})
-            self._folder.write(name, content)
-            self._bases = {base.root: {"name": name, "sha256": _sha256(content)}}
+            self.folder.write(name, content)
+            self._bases = {base.root: {"name": name, "sha256": checksums.sha256(content)}}
         return self._bases[base.root]
 
 
 def newest(folder: RunFolder, warn: Callable[[str], None]) -> Snapshot | None:
     """Return the newest checkpoint that is whole, or None where there is none.
 
-    A half-written or damaged one is passed over with a warning. Nothing is removed.
-
-    Args:
-        folder: the run folder.
-        warn: called with one line for each checkpoint passed over.
-
-    Raises:
-        RunFolderError: there are checkpoints, but every one of them is damaged.
+    A half-written or damaged one is passed over, and `warn` is called with a line about it. Nothing
+    is removed. Raises RunFolderError where there are checkpoints, but every one of them is damaged.
     """
     names = _names(folder)
     faults = []
@@ -148,9 +127,6 @@ def remove_later(folder: RunFolder, rounds: int) -> None:
     """Remove the checkpoints of later rounds, which `newest` has passed over.
 
     Called before tables are cut back to `rounds`: `saved_rows` of a later one would miss rows.
-
-    Raises:
-        RunError: the folder cannot be written.
     """
     for name in _names(folder):
         if name > _round_name(rounds):
@@ -158,10 +134,7 @@ def remove_later(folder: RunFolder, rounds: int) -> None:
 
 
 def saved_rows(folder: RunFolder) -> dict[str, int]:
-    """Return the number of rows of each table that the newest whole checkpoint goes with.
-
-    Empty where there is no checkpoint, and where older versions wrote it.
-    """
+    """Return the rows of each table at the newest whole checkpoint; older versions kept none."""
     for name in reversed(_names(folder)):
         try:
             path = f"{_FOLDER}/{name}"
@@ -182,16 +155,8 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, indent=1).encode()
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
 def _round_name(rounds: int) -> str:
     return f"round-{rounds:06d}"
-
-
-def _base_name(root: int) -> str:
-    return f"base-{root:06d}.safetensors"
 
 
 def _remove_old(folder: RunFolder, rounds: int, keep: int) -> None:
@@ -216,38 +181,31 @@ def _base_of(folder: RunFolder, name: str) -> str | None:
         return None
 
 
-def _flat(snapshot: Snapshot) -> tuple[dict[str, npt.NDArray[Any]], dict[str, float]]:
-    """Return all tensors by a flat name, and the scales, which safetensors cannot hold."""
+def _flat(snapshot: Snapshot) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    """Return all tensors by a flat name, and what safetensors cannot hold."""
+    state, base = snapshot.state, snapshot.base
     tensors: dict[str, npt.NDArray[Any]] = {f"held|{n}": v for n, v in snapshot.held.items()}
-    scales: dict[str, float] = {}
-    for name, f in snapshot.state.factors.items():
-        tensors[f"factors|{name}|a"] = np.ascontiguousarray(f.a)
-        tensors[f"factors|{name}|b"] = np.ascontiguousarray(f.b)
-        scales[name] = f.scale
-    for name, tensor in snapshot.state.dense.items():
-        tensors[f"dense|{name}"] = np.ascontiguousarray(tensor)
-    for name, tensor in snapshot.base.merged.items():
-        tensors[f"merged|{name}"] = np.ascontiguousarray(tensor)
+    for name, factors in state.factors.items():
+        tensors |= {f"factors|{name}|a": factors.a, f"factors|{name}|b": factors.b}
+    tensors |= {f"dense|{name}": tensor for name, tensor in state.dense.items()}
+    tensors |= {f"merged|{name}": tensor for name, tensor in base.merged.items()}
     for name, moments in snapshot.moments.items():
         tensors |= {f"moment|{i}|{name}": moment for i, moment in enumerate(moments)}
-    for client, factors in snapshot.personal.items():
-        tensors |= {f"personal|{client}|{n}": np.ascontiguousarray(b) for n, b in factors.items()}
-    return tensors, scales
-
-
-def _own_facts(snapshot: Snapshot, scales: Mapping[str, float]) -> dict[str, Any]:
-    return {
+    for client, own in snapshot.personal.items():
+        tensors |= {f"personal|{client}|{name}": b for name, b in own.items()}
+    facts = {
         "rounds": snapshot.rounds,
-        "base_root": snapshot.base.root,
-        "base_merges": snapshot.base.merges,
-        "scales": dict(scales),
-        "dense_order": list(snapshot.state.dense),
+        "base_root": base.root,
+        "base_merges": base.merges,
+        "scales": {name: factors.scale for name, factors in state.factors.items()},
+        "dense_order": list(state.dense),
     }
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, facts
 
 
 def _checked(folder: RunFolder, name: str, sha256: str) -> bytes:
     content = folder.read(name)
-    if _sha256(content) != sha256:
+    if checksums.sha256(content) != sha256:
         raise ValueError(f"{name} does not match its checksum")
     return content
 
@@ -271,17 +229,17 @@ def _read(folder: RunFolder, name: str) -> Snapshot:
     saved = None
     if manifest["base"] is not None:
         saved = load(_checked(folder, manifest["base"]["name"], manifest["base"]["sha256"]))
-    base = Base(
-        int(facts["base_root"]), saved, int(facts["base_merges"]), _named(tensors, "merged")
-    )
+    root, merges = int(facts["base_root"]), int(facts["base_merges"])
+    moments = _numbered(tensors, "moment")
+    names = dict.fromkeys(name for named in moments.values() for name in named)
     return Snapshot(
         rounds=rounds,
         state=AdapterState(factors, dense),
-        base=base,
+        base=Base(root, saved, merges, _named(tensors, "merged")),
         held=_named(tensors, "held"),
         facts=facts,
-        moments=_moments(_named(tensors, "moment")),
-        personal=_personal(_named(tensors, "personal")),
+        moments={name: tuple(moments[i][name] for i in range(len(moments))) for name in names},
+        personal=_numbered(tensors, "personal"),
     )
 
 
@@ -291,15 +249,10 @@ def _named(tensors: Mapping[str, Any], group: str) -> dict[str, Any]:
     return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _moments(flat: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    names = dict.fromkeys(name.partition("|")[2] for name in flat)
-    count = max((int(name.partition("|")[0]) + 1 for name in flat), default=0)
-    return {name: tuple(flat[f"{i}|{name}"] for i in range(count)) for name in names}
-
-
-def _personal(flat: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+def _numbered(tensors: Mapping[str, Any], group: str) -> dict[int, dict[str, Any]]:
+    """Return the tensors of a group by the number and the name in their names."""
     found: dict[int, dict[str, Any]] = {}
-    for name, b in flat.items():
-        client, _, module = name.partition("|")
-        found.setdefault(int(client), {})[module] = b
+    for name, tensor in _named(tensors, group).items():
+        number, _, rest = name.partition("|")
+        found.setdefault(int(number), {})[rest] = tensor
     return found

@@ -3,8 +3,6 @@
 The file covers the recipe, the tables, the exported model and summary.json. It does not cover the
 checkpoints, which have manifests of their own, nor report.html, which `rayfed-lora report` writes
 anew. It is written just before summary.json, and its first line is a checksum of the other lines.
-
-Source: this project.
 """
 
 from __future__ import annotations
@@ -17,11 +15,12 @@ from typing import Any
 
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.runs import seals
-from rayfed_lora.runs.damage import damaged
+from rayfed_lora.runs.seals import damaged
 from rayfed_lora.storage import RunFolder
 
 SUMS_FILE = "SHA256SUMS"
 SUMMARY_FILE = "summary.json"
+REPORT_FILE = "report.html"
 # Key of summary.json that names the list; summaries of older versions lack the key.
 CHECKSUMS_KEY = "checksums"
 _ENTRY = re.compile(r"([0-9a-f]{64})  (.+)")
@@ -33,21 +32,13 @@ def sha256(content: bytes) -> str:
 
 
 def table_sha256(folder: RunFolder, name: str) -> str:
-    """Return the checksum of a whole table, after a check of its seal.
-
-    Raises:
-        RunFolderError: the table is missing or damaged.
-    """
+    """Return the checksum of a whole table; a RunFolderError where its seal does not match."""
     with seals.open_table(folder, name) as file:
         return seals.file_sha256(file)
 
 
 def write(folder: RunFolder, sums: Mapping[str, str]) -> None:
-    """Write the list; `sums` has the checksum of each file by relative name.
-
-    Raises:
-        RunError: the folder cannot be written.
-    """
+    """Write the list: the checksum of each file by relative name."""
     lines = "".join(f"{digits}  {name}\n" for name, digits in sorted(sums.items()))
     folder.write(SUMS_FILE, seals.sealed_text(lines))
 
@@ -63,11 +54,7 @@ def withdraw(folder: RunFolder) -> None:
 
 
 def listed(folder: RunFolder) -> dict[str, str] | None:
-    """Return the checksums by name; None where there is no list.
-
-    Raises:
-        RunFolderError: the list is damaged.
-    """
+    """Return the checksums by name, None without a list; raises RunFolderError: it is damaged."""
     if not folder.exists(SUMS_FILE):
         return None
     try:
@@ -83,9 +70,8 @@ def listed(folder: RunFolder) -> dict[str, str] | None:
 def checked(folder: RunFolder, name: str, sums: Mapping[str, str]) -> bytes:
     """Return a file's content, unchecked where the list does not contain the file.
 
-    Raises:
-        OSError: an unlisted file cannot be read.
-        RunFolderError: a listed file is missing or damaged.
+    Raises OSError where an unlisted file cannot be read, RunFolderError where a listed one is
+    missing or damaged.
     """
     try:
         content = folder.read(name)
@@ -101,8 +87,7 @@ def checked(folder: RunFolder, name: str, sums: Mapping[str, str]) -> bytes:
 def read_summary(folder: RunFolder) -> dict[str, Any] | None:
     """Return the checked summary of a finished run; None where the run is not finished.
 
-    Raises:
-        RunFolderError: the summary, or the list of checksums, is damaged or missing.
+    Raises RunFolderError where the summary, or the list of checksums, is damaged or missing.
     """
     if not folder.exists(SUMMARY_FILE):
         return None

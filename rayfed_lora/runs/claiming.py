@@ -1,7 +1,4 @@
-"""Claims on run folders, and the run in a folder: its recipe, and whether it is complete.
-
-Source: this project (docs/design.md, "The run folder").
-"""
+"""Claims on run folders, and the run in a folder: its recipe, and whether it is complete."""
 
 from __future__ import annotations
 
@@ -18,9 +15,9 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.recipe.runtime import Runtime
 from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.runs import checksums, seals
-from rayfed_lora.runs.damage import is_rewritten
 from rayfed_lora.runs.ownership import Lease, Ticket, owner_of, take
-from rayfed_lora.runs.tracking import check_tracking
+from rayfed_lora.runs.seals import is_rewritten
+from rayfed_lora.runs.trackers import check_tracking
 from rayfed_lora.storage import RunFolder
 
 # Keys that may change when a run is resumed: they do not affect its results.
@@ -35,42 +32,31 @@ def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
     """Check that a run may use the folder; write nothing but a probe.
 
     Raises:
-        RunFolderError: it holds a run and `resume` is false, or another run, or cannot be written.
+        RunFolderError: it holds a run and `resume` is false, or another run, or other files, or
+            cannot be written.
         BadInputError: a tracker that the recipe asks for is not installed.
     """
     check_tracking(recipe)
-    check_content(folder, recipe, resume, owner_of(folder))
+    _check_content(folder, recipe, resume, owner_of(folder))
     folder.check_writable()
 
 
-def check_content(
+def _check_content(
     folder: RunFolder, recipe: Recipe, resume: bool, owner: str | None = None
 ) -> None:
-    """Check that a run fits what the folder holds; write nothing.
-
-    Args:
-        folder: the run folder.
-        recipe: of the run.
-        resume: continue a run in the folder.
-        owner: the other process that owns the folder, for messages.
-
-    Raises:
-        RunFolderError: it holds a run and `resume` is false, or another run, or other files.
-    """
+    where = f"run folder {folder.location} holds a run"
     kept = kept_recipe(folder) if resume else None
     if kept is not None:
         changed = differences(kept, recipe)
         if changed:
             raise RunFolderError(
-                f"run folder {folder.location} holds a run of another recipe; these keys differ:"
-                f" {', '.join(changed)}"
+                f"{where} of another recipe; these keys differ: {', '.join(changed)}"
             )
     elif folder.exists("recipe.yaml"):
         raise RunFolderError(
-            f"run folder {folder.location} holds a run already; resume it with --resume,"
-            " or choose another --out"
+            f"{where} already; resume it with --resume, or choose another --out"
             if owner is None
-            else f"run folder {folder.location} holds a run, owned by {owner}: choose another --out"
+            else f"{where}, owned by {owner}: choose another --out"
         )
     else:
         check_unused(folder)
@@ -80,14 +66,12 @@ def check_content(
 def claimed(folder: RunFolder, recipe: Recipe, resume: bool) -> Iterator[Lease]:
     """Own a folder that `claim` has checked, and check it once more before the run starts.
 
-    The running process takes the folder over by the lease's ticket.
-
-    Raises:
-        RunFolderError: another process owns the folder, or has used it meanwhile.
+    The running process takes the folder over by the lease's ticket. Raises RunFolderError where
+    another process owns the folder, or has used it meanwhile.
     """
     lease = take(folder, Ticket.of_this_process(), wait=resume, tell=say)
     try:
-        check_content(folder, recipe, resume)
+        _check_content(folder, recipe, resume)
         yield lease
     finally:
         lease.release()
@@ -99,10 +83,9 @@ def say(text: str) -> None:
 
 
 def check_unused(folder: RunFolder) -> None:
-    """Check that a folder is new or empty; scratch files of a killed write do not count.
+    """Check that a folder is new or empty, or raise RunFolderError.
 
-    Raises:
-        RunFolderError: it has other files in it.
+    Scratch files of a killed write do not count.
     """
     if any(not name.startswith(".") for name in folder.names()):
         raise RunFolderError(
@@ -114,12 +97,8 @@ def check_unused(folder: RunFolder) -> None:
 def kept_recipe(folder: RunFolder, endpoints: Collection[str] = ()) -> Recipe | None:
     """Return the recipe of the run in a folder, None where it holds no run.
 
-    Args:
-        folder: of the run.
-        endpoints: object stores that the user has named, as for `load_recipe`.
-
-    Raises:
-        RunFolderError: it cannot be read.
+    `endpoints` are object stores that the user has named, as for `load_recipe`. Raises
+    RunFolderError where the recipe cannot be read.
     """
     if not folder.exists("recipe.yaml"):
         return None
@@ -129,9 +108,8 @@ def kept_recipe(folder: RunFolder, endpoints: Collection[str] = ()) -> Recipe | 
             raise ValueError(f"expected a mapping, got {type(raw).__name__}")
         return load_recipe(raw, endpoints=endpoints)
     except (OSError, ValueError, RecipeError) as error:
-        raise RunFolderError(
-            f"{child(folder.location, 'recipe.yaml')} cannot be read: {error}"
-        ) from None
+        where = child(folder.location, "recipe.yaml")
+        raise RunFolderError(f"{where} cannot be read: {error}") from None
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
@@ -155,20 +133,14 @@ def complete(folder: RunFolder) -> dict[str, Any] | None:
     """Return the summary of a finished and undamaged run; None where the run has to be resumed.
 
     A finished run with damaged files is not complete: it resumes from its last checkpoint, and
-    writes the summary and the exported model again.
-
-    Raises:
-        RunFolderError: a damaged file cannot be written again.
+    writes the summary and the exported model again. Raises RunFolderError where a damaged file
+    cannot be written again.
     """
     return inspected(folder)[0]
 
 
 def inspected(folder: RunFolder) -> tuple[dict[str, Any] | None, list[str]]:
-    """Return what `complete` returns, and the files that have to be written again.
-
-    Raises:
-        RunFolderError: a damaged file cannot be written again.
-    """
+    """Return what `complete` returns, raising as it does, and the files to be written again."""
     faults = checksums.faults(folder)
     if not faults:
         return checksums.read_summary(folder), []

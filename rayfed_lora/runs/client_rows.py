@@ -16,7 +16,7 @@ from rayfed_lora.errors import RunFolderError
 from rayfed_lora.federation.records import ClientRecord, ClientTest, Count, Note
 from rayfed_lora.locations import child
 from rayfed_lora.runs import seals
-from rayfed_lora.runs.damage import damaged
+from rayfed_lora.runs.seals import damaged
 from rayfed_lora.storage import RunFolder
 
 _ARROW = {
@@ -29,10 +29,7 @@ _ARROW = {
 
 
 def columns(record: type) -> dict[str, pa.DataType | None]:
-    """Return the columns of a table by the types of its record's fields.
-
-    None for a field that is more than one column.
-    """
+    """Return the columns of a table by the fields of its record; None: more than one column."""
     return {
         name: _arrow(hint) for name, hint in get_type_hints(record, include_extras=True).items()
     }
@@ -49,11 +46,8 @@ def _arrow(hint: Any) -> pa.DataType | None:
         return None
 
 
-CLIENTS = pa.schema(list(columns(ClientRecord).items()))
-CLIENT_METRICS = pa.schema(list(columns(ClientTest).items()))
 # Where the data name the clients (partition kind `column`): the value that makes the client.
 CLIENT_NAME = "client_name"
-NOTES = pa.schema(list(columns(Note).items()))
 NOTES_FILE = "notes.parquet"
 CLIENT_METRICS_FILE = "client_metrics.parquet"
 _ROW_GROUP = 65_536
@@ -62,54 +56,42 @@ _WAITING = 4 * _ROW_GROUP
 
 
 class ClientRows:
-    """A file, and the rows that are not in it yet.
+    """A file, and the rows that are not in it yet; `name` is the file's.
 
     Each save copies the file, a row group at a time, and appends to the copy: one whole file exists
     at any moment, and memory does not grow with the run.
-
-    Attributes:
-        name: of the file in the run folder.
     """
 
     def __init__(
-        self,
-        folder: RunFolder,
-        name: str,
-        schema: pa.Schema,
-        client_names: Sequence[str] | None = None,
+        self, folder: RunFolder, name: str, record: type, client_names: Sequence[str] | None = None
     ) -> None:
         """Start with no rows, whatever is in the folder.
 
         Args:
             folder: the run folder.
             name: of the file in it.
-            schema: its columns; the first is the round.
+            record: type of the rows, with a field `round`; each field is a column.
             client_names: (clients,) names, written to a further column `client_name`.
         """
         self._folder = folder
         self.name = name
-        self._schema = schema
+        self._schema = pa.schema(list(columns(record).items()))
+        self._columns = self._schema.names
         self._client_names = client_names
         if client_names is not None:
-            self._schema = schema.append(pa.field(CLIENT_NAME, pa.string()))
+            self._schema = self._schema.append(pa.field(CLIENT_NAME, pa.string()))
         self._waiting: list[pa.Table] = []
         self._written = False
-        # Number of rows of rounds in a checkpoint, and (round, number of rows) of later rounds.
-        self._settled = 0
-        self._later: list[tuple[int, int]] = []
+        # Number of rows of each round, in the file or not.
+        self._counts: Counter[int] = Counter()
 
     def add(self, records: Sequence[ClientRecord | ClientTest | Note]) -> None:
-        """Add the rows of a round.
-
-        Raises:
-            RunError: many rows are waiting and are saved, and the folder cannot be written.
-        """
-        names = [name for name in self._schema.names if name != CLIENT_NAME]
-        columns = {name: [getattr(record, name) for record in records] for name in names}
+        """Add rows; many waiting rows are saved, which may raise as `save` does."""
+        new = {name: [getattr(record, name) for record in records] for name in self._columns}
         if self._client_names is not None:
-            columns[CLIENT_NAME] = [self._client_names[client] for client in columns["client"]]
-        self._waiting.append(pa.Table.from_pydict(columns, schema=self._schema))
-        self._later += [(t, count) for t, count in Counter(columns["round"]).items()]
+            new[CLIENT_NAME] = [self._client_names[client] for client in new["client"]]
+        self._waiting.append(pa.Table.from_pydict(new, schema=self._schema))
+        self._counts.update(new["round"])
         if sum(table.num_rows for table in self._waiting) > _WAITING:
             self.save()
 
@@ -119,23 +101,16 @@ class ClientRows:
         return not self._written and not self._waiting
 
     def rows_before(self, rounds: int) -> int:
-        """Return the number of rows of the first `rounds` rounds, which never decreases."""
-        self._settled += sum(count for t, count in self._later if t < rounds)
-        self._later = [(t, count) for t, count in self._later if t >= rounds]
-        return self._settled
+        """Return the number of rows of the first `rounds` rounds."""
+        return sum(count for t, count in self._counts.items() if t < rounds)
 
     def save(self) -> None:
-        """Write all rows to the file.
-
-        Raises:
-            RunFolderError: the file is damaged.
-            RunError: the folder cannot be written.
-        """
+        """Write all rows; RunFolderError: the file is damaged, RunError: it cannot be written."""
         if self._written and not self._waiting:
             return
         new = pa.concat_tables([self._schema.empty_table(), *self._waiting])
         if self._written:
-            with self._open() as file:
+            with opened(self._folder, self.name) as file:
                 self._write(_row_groups(file), new)
         else:
             self._write(iter(()), new)
@@ -145,47 +120,36 @@ class ClientRows:
         """Return the saved rows of a round."""
         if not self._written:
             return self._schema.empty_table()
-        with self._open() as file:
+        with opened(self._folder, self.name) as file:
             return pq.read_table(file, filters=pc.field("round") == t)
 
     def restore(self, rounds: int, rows: int) -> None:
-        """Keep the rows of the first `rounds` rounds only.
-
-        Args:
-            rounds: number of rounds in the checkpoint.
-            rows: number of rows of those rounds in the checkpoint.
+        """Keep the rows of the first `rounds` rounds only, of which the checkpoint knows `rows`.
 
         Raises:
             RunFolderError: the file is missing or damaged, or lacks rows.
             RunError: the folder cannot be written.
         """
-        self._waiting, self._written = [], rounds > 0
-        self._settled, self._later = 0, []
+        self._waiting, self._written, self._counts = [], rounds > 0, Counter()
         if rounds == 0:
             return
-        with self._open() as file:
+        with opened(self._folder, self.name) as file:
             schema = pq.read_schema(file)
             if schema != self._schema:
                 raise ValueError(f"expected columns {self._schema.names}, got {schema.names}")
             found: Counter[int] = Counter()
             for group in _row_groups(file, columns=["round"]):
                 found.update(group["round"].to_pylist())
-            self._settled = sum(count for t, count in found.items() if t < rounds)
-            if self._settled < rows:
-                raise damaged(
-                    self._folder,
-                    self.name,
-                    f"it has {self._settled} rows of the first {rounds} rounds, the checkpoint"
-                    f" knows of {rows}",
+            self._counts = Counter({t: count for t, count in found.items() if t < rounds})
+            if self._counts.total() < rows:
+                reason = (
+                    f"it has {self._counts.total()} rows of the first {rounds} rounds, the"
+                    f" checkpoint knows of {rows}"
                 )
-            if max(found, default=0) >= rounds:
+                raise damaged(self._folder, self.name, reason)
+            if found.keys() != self._counts.keys():
                 first = (group.filter(pc.field("round") < rounds) for group in _row_groups(file))
                 self._write(first, self._schema.empty_table())
-
-    @contextmanager
-    def _open(self) -> Iterator[pa.NativeFile]:
-        with readable(self._folder, self.name), seals.open_table(self._folder, self.name) as file:
-            yield file
 
     def _write(self, groups: Iterator[pa.Table], new: pa.Table) -> None:
         """Write row groups and new rows; all row groups but the last get the same size."""
@@ -209,15 +173,11 @@ def _row_groups(file: pa.NativeFile, columns: list[str] | None = None) -> Iterat
 
 
 @contextmanager
-def readable(folder: RunFolder, name: str) -> Iterator[None]:
-    """Convert the errors of a missing or damaged file to one that names it.
-
-    Raises:
-        RunFolderError: it cannot be read.
-    """
+def opened(folder: RunFolder, name: str) -> Iterator[pa.NativeFile]:
+    """Open a table to resume from; all errors, also of the block, are RunFolderErrors."""
     try:
-        yield
+        with seals.open_table(folder, name) as file:
+            yield file
     except (OSError, ValueError) as error:
-        raise RunFolderError(
-            f"cannot resume from {child(folder.location, name)}: {error}"
-        ) from None
+        where = child(folder.location, name)
+        raise RunFolderError(f"cannot resume from {where}: {error}") from None

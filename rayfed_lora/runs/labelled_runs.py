@@ -1,7 +1,4 @@
-"""Runs of several folders and comparisons, with labels that tell them apart.
-
-Source: this project.
-"""
+"""Runs of several folders and comparisons, labelled so as to differ. Source: this project."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ class FailedRun:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A run, the group that its label names, and alternative labels.
+    """A run and its possible labels.
 
     Attributes:
         run: as read.
@@ -55,11 +52,10 @@ def read_runs(locations: Sequence[str], *, own: bool = False) -> list[RunData]:
 
     Args:
         locations: folders or URIs.
-        own: the user made the comparisons, so that their links may lead to runs elsewhere.
+        own: the user made the comparisons: their links may lead to runs elsewhere.
 
     Raises:
-        RunFolderError: one is damaged, or holds neither a comparison nor a run with a finished
-            round.
+        RunFolderError: one is damaged, or holds no comparison and no run with a finished round.
     """
     found = [run for location in locations for run in _read(location, own)]
     if not found:
@@ -69,11 +65,7 @@ def read_runs(locations: Sequence[str], *, own: bool = False) -> list[RunData]:
 
 
 def read_failed(locations: Sequence[str]) -> list[FailedRun]:
-    """Return the failed runs of those folders that are comparisons.
-
-    Raises:
-        RunFolderError: one is damaged.
-    """
+    """Return the failed runs of those folders that are comparisons; RunFolderError: damaged."""
     folders = [folder for folder in map(RunFolder, locations) if folder.exists(_COMPARISON)]
     return [
         FailedRun(str(row["method"]), int(row["seed"]), str(row["error"]))
@@ -99,10 +91,8 @@ def _read(location: str, own: bool) -> list[_Candidate]:
         run = read_run(folder)
         return [_Candidate(run, _recipe_but_the_seed(run), _endings(parts, 3))]
     if not folder.exists(_COMPARISON):
-        raise RunFolderError(
-            f"{location}: expected the folder of a run (recipe.yaml) or of a comparison"
-            " (runs.parquet)"
-        )
+        wanted = "the folder of a run (recipe.yaml) or of a comparison (runs.parquet)"
+        raise RunFolderError(f"{location}: expected {wanted}")
     found = []
     for row in _cells(folder).query("error.isna()").to_dict("records"):
         method, seed = str(row["method"]), row["seed"]

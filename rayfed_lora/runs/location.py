@@ -33,10 +33,8 @@ def run_location(given: str | None, name: str) -> str:
     """Return a given location, or that of a new folder.
 
     The name of the new folder is made of `name`, the time and a random number; it is in `runs/`, or
-    in a Ray job in `JOB_RUNS`. `~` is the home folder.
-
-    Raises:
-        BadInputError: a relative path in a Ray job.
+    in a Ray job in `JOB_RUNS`. `~` is the home folder. Raises BadInputError for a relative path in
+    a Ray job.
     """
     in_job = job_id() is not None
     unique = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid4().hex[:6]}"
@@ -52,11 +50,7 @@ def absolute_place(location: str) -> str:
 
 
 def refuse_relative(location: str) -> None:
-    """Check that a run folder outlives the Ray job that writes it.
-
-    Raises:
-        BadInputError: it is a relative path.
-    """
+    """Raise a BadInputError for a relative path, which would not outlive a Ray job."""
     if not is_uri(location) and not location.startswith(("/", "~")):
         raise BadInputError(
             f"run folder {location!r}: expected an absolute path that the cluster's nodes see, or a"
@@ -66,15 +60,13 @@ def refuse_relative(location: str) -> None:
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """Make the paths of local files and folders absolute: workers may run in another folder."""
-    clients = recipe.clients
-    availability = _with_absolute(clients.availability, "trace")
-    return recipe.model_copy(
-        update={
-            "clients": clients.model_copy(update={"availability": availability}),
-            "data": _with_absolute(recipe.data, "source"),
-            "model": _with_absolute(recipe.model, "source", "tokenizer"),
-        }
-    )
+    availability = _with_absolute(recipe.clients.availability, "trace")
+    changed = {
+        "clients": recipe.clients.model_copy(update={"availability": availability}),
+        "data": _with_absolute(recipe.data, "source"),
+        "model": _with_absolute(recipe.model, "source", "tokenizer"),
+    }
+    return recipe.model_copy(update=changed)
 
 
 def _with_absolute(section: BaseModel, *keys: str) -> BaseModel:

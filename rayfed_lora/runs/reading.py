@@ -23,7 +23,6 @@ from rayfed_lora.runs.client_rows import CLIENT_METRICS_FILE, CLIENT_NAME, NOTES
 from rayfed_lora.runs.tables import CLIENTS_FILE, PARTITION_FILE, ROUNDS_FILE
 from rayfed_lora.storage import RunFolder
 
-REPORT_FILE = "report.html"
 # Most failures, and most notes, that are read.
 _MOST_ROWS = 200
 _SEED = re.compile(r"seed-\d+")
@@ -63,15 +62,9 @@ class RunData:
 
 
 def read_run(folder: RunFolder, summary: Mapping[str, Any] | None = None) -> RunData:
-    """Read one run.
+    """Read one run; `summary` is what summary.json is about to hold, None: read it if it exists.
 
-    Args:
-        folder: of the run.
-        summary: the content that summary.json is about to get; None: read summary.json if it
-            exists.
-
-    Raises:
-        RunFolderError: the run has no finished round, or is damaged.
+    Raises RunFolderError where the run has no finished round, or is damaged.
     """
     checked = CheckedFolder(folder)
     folder = checked.folder
@@ -83,9 +76,6 @@ def read_run(folder: RunFolder, summary: Mapping[str, Any] | None = None) -> Run
         recipe = seals.text(folder, "recipe.yaml")
         values = parse_yaml(folder.location, recipe)
         failed, failures = _failures(checked)
-        rounds = _with_sums(checked.table(ROUNDS_FILE).to_pandas())
-        tests = _last_tests(checked)
-        partition, notes = _table(checked, PARTITION_FILE), _table(checked, NOTES_FILE)
         return RunData(
             label=path_of(folder).name,
             location=folder.location,
@@ -94,21 +84,20 @@ def read_run(folder: RunFolder, summary: Mapping[str, Any] | None = None) -> Run
             method=values["method"],
             seed=int(values["seed"]),
             summary=summary,
-            rounds=rounds,
+            rounds=_with_sums(checked.table(ROUNDS_FILE).to_pandas()),
             failures=failures,
             failed=failed,
-            tests=tests,
-            partition=partition,
-            notes=_with_warning(notes, checked.unchecked).head(_MOST_ROWS),
+            tests=_last_tests(checked),
+            partition=_table(checked, PARTITION_FILE),
+            # Last: all tables have been read, and are noted where they lack a checksum.
+            notes=_with_warning(_table(checked, NOTES_FILE), checked.unchecked).head(_MOST_ROWS),
         )
 
 
 def rounds_so_far(folder: RunFolder) -> pd.DataFrame:
-    """Return the rows of rounds.parquet with `bytes_so_far`, up and down, and `simulated_so_far`.
+    """Return rounds.parquet with `bytes_so_far`, up and down, and `simulated_so_far`.
 
-    Raises:
-        RunFolderError: it is missing or damaged.
-        ValueError, LookupError: it is no such table.
+    Raises RunFolderError where it is missing or damaged; ValueError, LookupError for another table.
     """
     return _with_sums(table(folder, ROUNDS_FILE).to_pandas())
 
@@ -121,11 +110,7 @@ def path_of(folder: RunFolder) -> PurePosixPath:
 
 @contextmanager
 def read_errors(folder: RunFolder) -> Iterator[None]:
-    """Convert the errors of unexpected files to one that names the folder.
-
-    Raises:
-        RunFolderError: it cannot be read.
-    """
+    """Convert the errors of unexpected files to a RunFolderError that names the folder."""
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError) as error:

@@ -1,7 +1,4 @@
-"""A run as a checkpoint holds it, and whether a checkpoint belongs to the run that goes on.
-
-Source: this project.
-"""
+"""A run as a checkpoint holds it, and whether it may resume from there. Source: this project."""
 
 from __future__ import annotations
 
@@ -58,14 +55,9 @@ _OF_RUN = ("rank", "validation", "best_at_heating", "timing", "clock_s")
 def snapshot(
     run: Run, ledger: Ledger, timing: Timing, tables: Mapping[str, int], data: Mapping[str, str]
 ) -> Snapshot:
-    """Return a checkpoint's content.
+    """Return a checkpoint's content: the run, its ledger, rows by table, fingerprint of the data.
 
-    Args:
-        run: to go on from.
-        ledger: of all its rounds.
-        timing: seconds so far, this process's share of the wall time included.
-        tables: number of rows, by file.
-        data: fingerprint of the data.
+    `timing` includes this process's share of the wall time.
     """
     booked, held = ledger.snapshot()
     facts = {name: getattr(run, name) for name in _OF_RUN} | {"timing": timing}
@@ -84,16 +76,10 @@ def snapshot(
 def accepted(
     folder: RunFolder, recipe: Recipe, population: Population, note: Callable[[str], None]
 ) -> Snapshot | None:
-    """Return the checkpoint that a run goes on from, None where there is none. Writes nothing.
+    """Return the checkpoint that a run resumes from, None where there is none. Writes nothing.
 
-    Args:
-        folder: of the run.
-        recipe: the run.
-        population: the data and the model as they are now.
-        note: told of checkpoints that are passed over.
-
-    Raises:
-        RunFolderError: the checkpoints are damaged, or do not belong to these data.
+    `note` is called with a line about each checkpoint that is passed over. Raises RunFolderError
+    where they are damaged, or do not belong to these data.
     """
     found = checkpoints.newest(folder, note)
     if found is None:
@@ -140,19 +126,15 @@ def changed_data(snapshot: Snapshot, population: Population) -> str | None:
             "an earlier version wrote it, which may have numbered classes and clients and prepared"
             " images and texts otherwise, and did not keep how"
         )
-    parts = [part for part in now if before.get(part) != now[part]]
-    if not parts:
-        return None
-    return f"the data are not those that the run began with; these differ: {', '.join(parts)}"
+    parts = ", ".join(part for part in now if before.get(part) != now[part])
+    text = f"the data are not those that the run began with; these differ: {parts}"
+    return text if parts else None
 
 
 def check(snapshot: Snapshot, recipe: Recipe, population: Population) -> None:
-    """Check the kinds of a checkpoint's facts, and its arrays against model and clients.
+    """Check a checkpoint's facts, and its arrays against model and clients, or raise ValueError.
 
     Moments are not looked at: those of another shape start anew (`OptimizerStep`).
-
-    Raises:
-        ValueError: something is missing, or of another kind or shape.
     """
     _FACTS.validate_json(json.dumps(dict(snapshot.facts)), strict=True)
     if "base" not in snapshot.held:
@@ -181,9 +163,8 @@ def check(snapshot: Snapshot, recipe: Recipe, population: Population) -> None:
         _expect(f"B of {name}", factors.b, (modules[name].d_out, rank), "f")
     for client, own in snapshot.personal.items():
         if not 0 <= client < population.clients:
-            raise ValueError(
-                f"own factors: expected clients 0 to {population.clients - 1}, got {client}"
-            )
+            last = population.clients - 1
+            raise ValueError(f"own factors: expected clients 0 to {last}, got {client}")
         _expect_names(f"own factors of client {client}", own, snapshot.state.factors)
         for name, b in own.items():
             _expect(f"B of {name} of client {client}", b, snapshot.state.factors[name].b.shape, "f")
@@ -191,9 +172,8 @@ def check(snapshot: Snapshot, recipe: Recipe, population: Population) -> None:
 
 def _expect_names(what: str, found: Iterable[str], expected: Iterable[str]) -> None:
     if set(found) != set(expected):
-        raise ValueError(
-            f"expected {what} of {', '.join(expected) or 'nothing'}, got {', '.join(found)}"
-        )
+        names = ", ".join(expected) or "nothing"
+        raise ValueError(f"expected {what} of {names}, got {', '.join(found)}")
 
 
 def _expect(name: str, array: Any, shape: tuple[int, ...], kind: str) -> None:

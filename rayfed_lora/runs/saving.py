@@ -1,7 +1,4 @@
-"""What a run writes into its folder while it goes on, and at its end.
-
-Source: this project (docs/design.md, "The run folder").
-"""
+"""What a run writes into its folder (docs/design.md, "The run folder"). Source: this project."""
 
 from __future__ import annotations
 
@@ -9,20 +6,19 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rayfed_lora.errors import ClientError, InterruptedRunError
 from rayfed_lora.federation.ledger import Ledger
 from rayfed_lora.federation.run import Run, Timing, fresh
-from rayfed_lora.lora.states import sha256
 from rayfed_lora.printable import client_label
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checkpoints, checksums
 from rayfed_lora.runs.checkpoints import CheckpointWriter, Snapshot
-from rayfed_lora.runs.reading import REPORT_FILE
+from rayfed_lora.runs.checksums import REPORT_FILE, SUMMARY_FILE
 from rayfed_lora.runs.restored import run_of, snapshot
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.runs.summary import client_summary, summary
@@ -35,50 +31,37 @@ from rayfed_lora.tasks.messages import Export
 PageWriter = Callable[[RunFolder, Mapping[str, Any]], str]
 
 
+@dataclass
 class Saving:
-    """Saves a run's tables and checkpoints, and what it ends with."""
+    """Saves a run's tables and checkpoints, and what it ends with.
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        folder: RunFolder,
-        population: Population,
-        tables: Tables,
-        ledger: Ledger,
-        began: float,
-    ) -> None:
-        """Save nothing yet.
+    `began` is `time.perf_counter()` at which this process began with the run.
+    """
 
-        Args:
-            recipe: the run.
-            folder: of the run.
-            population: its data, clients and model.
-            tables: its rows.
-            ledger: its bytes.
-            began: `time.perf_counter()` at which this process began with the run.
-        """
-        self._recipe = recipe
-        self._folder = folder
-        self._population = population
-        self._tables = tables
-        self._ledger = ledger
-        self._checkpoints = CheckpointWriter(folder, recipe.storage.keep)
-        # Earlier wall time, `time.perf_counter()` at this process's start, rounds that are saved.
-        self._wall_s, self._began, self._saved = 0.0, began, 0
-        # The newest run.
-        self._run: Run | None = None
+    recipe: Recipe
+    folder: RunFolder
+    population: Population
+    tables: Tables
+    ledger: Ledger
+    began: float
+    # Wall time of earlier processes, and number of rounds that are saved.
+    _wall_s: float = field(default=0.0, init=False)
+    _saved: int = field(default=0, init=False)
+    _run: Run = field(init=False)
+    _checkpoints: CheckpointWriter = field(init=False)
 
     def begin(self, found: Snapshot | None, engine: Engine) -> Run:
         """Return the run before its next round, and bring the tables to it."""
+        self._checkpoints = CheckpointWriter(self.folder, self.recipe.storage.keep)
         if found is None:
-            self._tables.begin()
-            run = fresh(self._recipe, engine)
+            self.tables.begin()
+            run = fresh(self.recipe, engine)
         else:
-            run = run_of(found, self._ledger)
-            checkpoints.remove_later(self._folder, run.rounds)
-            self._tables.restore(run.rounds, found.facts["tables"])
+            run = run_of(found, self.ledger)
+            checkpoints.remove_later(self.folder, run.rounds)
+            self.tables.restore(run.rounds, found.facts["tables"])
         self._wall_s, self._saved = run.timing.wall_s, run.rounds
-        startup_s = run.timing.startup_s + time.perf_counter() - self._began
+        startup_s = run.timing.startup_s + time.perf_counter() - self.began
         self._run = replace(run, timing=replace(run.timing, startup_s=startup_s))
         return self._run
 
@@ -86,14 +69,12 @@ class Saving:
     def on_stop(self) -> Iterator[None]:
         """Save the newest run where the rounds are stopped, and say how to go on.
 
-        Raises:
-            InterruptedRunError: the run was stopped.
-            ClientError: as it was raised, with the client's name.
+        A ClientError gets the client's name.
         """
         try:
             yield
         except ClientError as error:
-            name = client_label(error.client, self._population.client_names)
+            name = client_label(error.client, self.population.client_names)
             raise ClientError(error.client, error.round_index, error.trace, name) from error
         except GeneratorExit:
             self.save()
@@ -101,73 +82,67 @@ class Saving:
         except InterruptedRunError as stop:
             run = self.save()
             raise InterruptedRunError(
-                f"stopped with {run.rounds} of {self._recipe.annealing.total_rounds} rounds done;"
-                f" go on with --resume --out {shlex.quote(self._folder.location)}"
+                f"stopped with {run.rounds} of {self.recipe.annealing.total_rounds} rounds done;"
+                f" go on with --resume --out {shlex.quote(self.folder.location)}"
             ) from stop
-
-    def timing(self, run: Run) -> Timing:
-        """Return the seconds so far, the wall time up to now."""
-        return replace(run.timing, wall_s=self._wall_s + time.perf_counter() - self._began)
 
     def offer(self, run: Run) -> None:
         """Take the run after one more round, and save it where that is due."""
         self._run = run
-        if run.rounds % self._recipe.storage.checkpoint_every == 0:
+        if run.rounds % self.recipe.storage.checkpoint_every == 0:
             self.save()
 
     def save(self) -> Run:
-        """Save the rounds that are not yet saved: a checkpoint is never written a second time.
+        """Save the rounds that are not yet saved, and return the newest run.
 
-        Tables go first: a checkpoint never knows of a round that they lack.
-
-        Returns:
-            The newest run.
+        Tables go first: a checkpoint never knows of a round that they lack. A checkpoint is never
+        written a second time.
         """
         run = self._run
-        if run is None:
-            raise RuntimeError("the run has not begun: call begin() first")
         if run.rounds != self._saved:
-            self._tables.save()
-            rows, data = self._tables.rows(run.rounds), self._population.fingerprint
-            self._checkpoints.write(snapshot(run, self._ledger, self.timing(run), rows, data))
+            self.tables.save()
+            rows, data = self.tables.rows(run.rounds), self.population.fingerprint
+            self._checkpoints.write(snapshot(run, self.ledger, self._timing(run), rows, data))
             self._saved = run.rounds
         return run
+
+    def _timing(self, run: Run) -> Timing:
+        """Return the seconds so far, the wall time up to now."""
+        return replace(run.timing, wall_s=self._wall_s + time.perf_counter() - self.began)
 
     def finish(self, engine: Engine, board: StatusBoard, page: PageWriter | None) -> dict[str, Any]:
         """Export the model, close the engine and write the summary, which is returned.
 
-        Args:
-            engine: opened.
-            board: told of the phase.
-            page: writes report.html; None: no page.
+        `page` writes report.html; None: no page.
         """
         run = self.save()
         board.phase("exporting")
-        folder, tables, model = self._folder, self._tables, run.model
+        folder, tables, model = self.folder, self.tables, run.model
         exported = engine.submit(Export(model)).result()
         for name, content in exported.items():
             folder.write(name, content)
         # What follows needs no actors, and their memory may be others'.
         engine.close()
-        result = summary(
-            self._recipe,
-            tables.rounds,
-            self._ledger.totals,
-            self.timing(run),
-            sha256(model.state, model.base),
-        )
+        digest = sha256(model.state, model.base)
+        totals, timing = self.ledger.totals, self._timing(run)
+        result = summary(self.recipe, tables.rounds, totals, timing, digest)
         tests = tables.last_tests(run.rounds - 1)
         if tests.num_rows > 0:
             result["clients"] = client_summary(tests)
-        result["labels"] = list(self._population.label_names)
+        result["labels"] = list(self.population.label_names)
         if page is not None:
             _write_page(folder, board, page, result)
         result[checksums.CHECKSUMS_KEY] = checksums.SUMS_FILE
         content = json.dumps(_finite(result), indent=1, allow_nan=False).encode()
-        names = [*tables.rows(run.rounds), PARTITION_FILE]
-        _list_files(folder, {**exported, checksums.SUMMARY_FILE: content}, names)
+        recipe = folder.read("recipe.yaml")
+        contents = {**exported, SUMMARY_FILE: content, "recipe.yaml": recipe}
+        sums = {name: checksums.sha256(content) for name, content in contents.items()}
+        for name in (*tables.rows(run.rounds), PARTITION_FILE):
+            if name != PARTITION_FILE or folder.exists(name):
+                sums[name] = checksums.table_sha256(folder, name)
+        checksums.write(folder, sums)
         # Last: a folder with a summary is a finished run.
-        folder.write(checksums.SUMMARY_FILE, content)
+        folder.write(SUMMARY_FILE, content)
         board.phase("done")
         return result
 
@@ -177,16 +152,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _list_files(folder: RunFolder, contents: Mapping[str, bytes], tables: Sequence[str]) -> None:
-    """Write SHA256SUMS: of these contents, and of what the folder has already."""
-    sums = {name: checksums.sha256(content) for name, content in contents.items()}
-    sums["recipe.yaml"] = checksums.sha256(folder.read("recipe.yaml"))
-    for name in tables:
-        if name != PARTITION_FILE or folder.exists(name):
-            sums[name] = checksums.table_sha256(folder, name)
-    checksums.write(folder, sums)
 
 
 def _write_page(

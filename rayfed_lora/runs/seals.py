@@ -1,4 +1,4 @@
-"""Files that contain their own checksum: Parquet tables and texts.
+"""Files that contain their own checksum, Parquet tables and texts, and errors about damaged files.
 
 A sealed table has the SHA-256 of its bytes in the footer's key-value metadata; while the checksum
 is computed, its 64 digits count as zeros. A sealed text has the SHA-256 of all further lines in its
@@ -16,7 +16,7 @@ import hashlib
 import io
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import IO, Any
 
@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayfed_lora.errors import RunFolderError
-from rayfed_lora.runs.damage import damaged
+from rayfed_lora.locations import child
 from rayfed_lora.storage import RunFolder
 
 _KEY = "checksum"
@@ -35,16 +35,13 @@ _PARQUET = b"PAR1"
 _TAIL = 8
 _CHUNK = 1 << 22
 _LINE = "# sha256 of what follows: "
+# Written again by a resumed run; any other file has to be restored from a copy.
+_REWRITTEN = ("partition.parquet", "summary.json", "SHA256SUMS", "adapter/", "base/")
 
 
 @contextmanager
 def table_writer(sink: IO[bytes], schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """Open a sealed table to be written row group by row group.
-
-    Args:
-        sink: where the bytes go, in order; stays open.
-        schema: of the columns.
-    """
+    """Open a sealed table to be written row group by row group into a sink that stays open."""
     sealing = _Sealing(sink)
     with pq.ParquetWriter(sealing, schema) as writer:
         yield writer
@@ -54,11 +51,7 @@ def table_writer(sink: IO[bytes], schema: pa.Schema) -> Iterator[pq.ParquetWrite
 
 
 def write_table(folder: RunFolder, name: str, table: pa.Table) -> None:
-    """Write a sealed table, whole or not at all.
-
-    Raises:
-        RunError: the folder cannot be written.
-    """
+    """Write a sealed table, whole or not at all; a RunError where it cannot be written."""
     with folder.open_to_write(name) as sink, table_writer(sink, table.schema) as writer:
         writer.write_table(table)
 
@@ -106,7 +99,7 @@ def open_table(
     Args:
         folder: the run folder.
         name: of the table, or of any file where `sha256` is given.
-        sha256: of the whole file, from another file; None: the table's own seal is checked.
+        sha256: of the whole file, as listed elsewhere; None: the table's own seal is checked.
         seal_required: a table without a seal is damaged; False: it is returned unchecked.
 
     Raises:
@@ -114,15 +107,12 @@ def open_table(
     """
     with _fetched(folder, name) as file:
         try:
-            fault = None
             if sha256 is None:
-                fault = _seal_fault(file, seal_required)
+                _check_seal(file, seal_required)
             elif file_sha256(file) != sha256:
-                fault = "its bytes do not match SHA256SUMS"
+                raise OSError("its bytes do not match SHA256SUMS")
         except OSError as error:
-            fault = str(error)
-        if fault is not None:
-            raise damaged(folder, name, fault)
+            raise damaged(folder, name, str(error)) from None
         file.seek(0)
         yield file
 
@@ -193,16 +183,18 @@ def _digits_at(file: pa.NativeFile) -> int | None:
     return None if mark < 0 else start + mark + len(_MARK)
 
 
-def _seal_fault(file: pa.NativeFile, required: bool) -> str | None:
+def _check_seal(file: pa.NativeFile, required: bool) -> None:
+    """Raise an OSError where a table does not match its seal, or lacks one that is required."""
     start = _digits_at(file)
     if start is None:
-        return "it has lost its checksum" if required else None
+        if required:
+            raise OSError("it has lost its checksum")
+        return
     end, size = start + len(_ZEROS), file.size()
     digits = b"".join(_blocks(file, start, min(end, size)))
     content = chain(_blocks(file, 0, start), [_ZEROS], _blocks(file, end, size))
-    if digits == _sha256(content).encode():
-        return None
-    return "its bytes do not match the checksum in it"
+    if digits != _sha256(content).encode():
+        raise OSError("its bytes do not match the checksum in it")
 
 
 def sealed_text(text: str) -> bytes:
@@ -218,9 +210,7 @@ def sealed_text(text: str) -> bytes:
 def text(folder: RunFolder, name: str) -> str:
     """Return a text without its seal; a text without a seal is returned unchecked.
 
-    Raises:
-        OSError: it does not exist or cannot be read.
-        RunFolderError: it is damaged.
+    Raises OSError where it cannot be read, RunFolderError where it is damaged.
     """
     content = folder.read(name)
     first, _, rest = content.partition(b"\n")
@@ -229,12 +219,31 @@ def text(folder: RunFolder, name: str) -> str:
             # Written by the user.
             return content.decode()
         if first != f"{_LINE}{hashlib.sha256(rest).hexdigest()}".encode():
-            raise damaged(
-                folder,
-                name,
-                "its lines do not match the checksum in the first one (if you edited the file,"
-                " remove that line)",
-            )
+            reason = "its lines do not match the checksum in the first one"
+            raise damaged(folder, name, f"{reason} (if you edited the file, remove that line)")
         return rest.decode()
     except UnicodeDecodeError as error:
         raise damaged(folder, name, str(error)) from None
+
+
+def is_rewritten(folder: RunFolder, name: str) -> bool:
+    """Return whether a resumed run writes a file of the run folder again."""
+    return name.startswith(_REWRITTEN) and bool(folder.names("checkpoints"))
+
+
+def damaged(folder: RunFolder, name: str, reason: str) -> RunFolderError:
+    """Return an error that names a damaged or missing file, the reason, and what to do."""
+    advice = "restore it from a copy, or run anew in another folder"
+    # Where a confined folder is not readable, this advice is all that is known.
+    with suppress(RunFolderError):
+        if is_rewritten(folder, name):
+            advice = "a run with --resume writes it again from the last checkpoint"
+        elif name.endswith(".parquet") and _has_no_checkpoint(folder):
+            advice = "a run with --resume begins anew: it has no checkpoint yet"
+    return RunFolderError(f"{child(folder.location, name)} is damaged: {reason}; {advice}")
+
+
+def _has_no_checkpoint(folder: RunFolder) -> bool:
+    """Return whether a folder holds a run that ended before its first checkpoint."""
+    later = ("checkpoints", "summary.json", "SHA256SUMS")
+    return folder.exists("recipe.yaml") and not any(folder.exists(name) for name in later)

@@ -1,16 +1,12 @@
-"""One run from its folder to its summary, on any engine.
-
-Source: this project (docs/design.md, "The run folder").
-"""
+"""One run from its folder to its summary, on any engine. Source: this project."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Generator
+from contextlib import closing
+from typing import Any, ParamSpec
 
-from rayfed_lora.errors import InterruptedRunError
 from rayfed_lora.federation.learning_rate import rate_warning
 from rayfed_lora.federation.server import Server
 from rayfed_lora.recipe.loading import recipe_yaml
@@ -19,19 +15,20 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checksums, seals
 from rayfed_lora.runs.checkpoints import Snapshot
 from rayfed_lora.runs.claiming import inspected
-from rayfed_lora.runs.ownership import Lease, Ticket, take
+from rayfed_lora.runs.ownership import Lease, Ticket, owned
 from rayfed_lora.runs.recording import RunRecorder
 from rayfed_lora.runs.restored import accepted
 from rayfed_lora.runs.saving import PageWriter, Saving
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.runs.tables import PARTITION_FILE, Tables, write_partition
-from rayfed_lora.runs.trackers import trackers
-from rayfed_lora.runs.tracking import Outcome, Tracker, Tracking, check_tracking
+from rayfed_lora.runs.trackers import Tracker, Tracking, check_tracking, trackers
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tasks.engine import Engine, Population
 
+_P = ParamSpec("_P")
 
-def sitting(  # noqa: PLR0913 - the callers name them
+
+def simulate_rounds(  # noqa: PLR0913 - the callers name them
     recipe: Recipe,
     engine: Engine,
     folder: RunFolder,
@@ -44,9 +41,7 @@ def sitting(  # noqa: PLR0913 - the callers name them
     metrics: Tracker | None = None,
     ticket: Ticket | None = None,
 ) -> Generator[Tables, None, dict[str, Any]]:
-    """Run a recipe round by round.
-
-    Closed before its end, it saves the finished rounds.
+    """Run a recipe round by round; closed before its end, save the finished rounds.
 
     Args:
         recipe: the run.
@@ -72,10 +67,14 @@ def sitting(  # noqa: PLR0913 - the callers name them
         RayfedError: whatever else ends a run; the last checkpoint is kept.
     """
     began = time.perf_counter()
-    # Here too: the process that claimed the folder may be on another machine.
-    check_tracking(recipe)
     tracking = Tracking([] if metrics is None else [metrics], board.note)
-    with _owned(folder, ticket, engine, tracking, board, wait=resume) as (own, lease):
+    with (
+        closing(engine),
+        owned(folder, ticket, wait=resume, tell=board.note) as (own, lease),
+        tracking.told_of_the_end(),
+    ):
+        # Here too: the process that claimed the folder may be on another machine.
+        check_tracking(recipe)
         # Another process may have finished it while its lease was watched.
         done, damaged = inspected(own) if resume else (None, [])
         if done is not None:
@@ -88,10 +87,10 @@ def sitting(  # noqa: PLR0913 - the callers name them
         found = accepted(own, recipe, population, board.note) if resume else None
         tables = Tables(own, list(population.shape.modules), population.client_names)
         if found is not None:
-            tables.check(found.rounds)
+            tables.first(found.rounds)
         _begin(own, recipe, population, board, found)
         for tracker in trackers(recipe, own, name or own.name):
-            tracking.add(tracker)
+            tracking.trackers.append(tracker)
         recorder = RunRecorder(tables, board, tracking, population.client_names)
         server = Server(recipe, engine, population, recorder, lease.or_lost(should_stop))
         for note in _notes(recipe, population, server, lease):
@@ -100,7 +99,7 @@ def sitting(  # noqa: PLR0913 - the callers name them
         run = saving.begin(found, engine)
         if found is not None:
             board.resumed(run.rounds)
-            recorder.resumed(run.rounds)
+            recorder.running = run.rounds
         tracking.resumed(tables.rounds)
         with saving.on_stop():
             for after in server.rounds(run):
@@ -109,42 +108,23 @@ def sitting(  # noqa: PLR0913 - the callers name them
         return saving.finish(engine, board, page)
 
 
-@contextmanager
-def _owned(
-    folder: RunFolder,
-    ticket: Ticket | None,
-    engine: Engine,
-    tracking: Tracking,
-    board: StatusBoard,
-    *,
-    wait: bool,
-) -> Iterator[tuple[RunFolder, Lease]]:
-    """Own a run folder; at the end, whatever happens, close trackers and engine and let it go.
+def _exhausted(
+    rounds: Callable[_P, Generator[Any, None, dict[str, Any]]],
+) -> Callable[_P, dict[str, Any]]:
+    def simulate(*args: _P.args, **options: _P.kwargs) -> dict[str, Any]:
+        """Run a recipe to its end and return its summary; arguments as `simulate_rounds`."""
+        left = rounds(*args, **options)
+        while True:
+            try:
+                next(left)
+            except StopIteration as end:
+                summary: dict[str, Any] = end.value
+                return summary
 
-    Yields:
-        The folder, which is written to only while it is owned, and its lease.
-    """
-    try:
-        lease = take(folder, ticket, wait=wait, tell=board.note)
-    except BaseException:
-        engine.close()
-        raise
-    outcome: Outcome = "failed"
-    try:
-        yield folder.guarded(lease.check), lease
-        outcome = "done"
-    except (InterruptedRunError, GeneratorExit):
-        outcome = "stopped"
-        if lease.lost:
-            # It was not the user that stopped the run.
-            lease.check()
-        raise
-    finally:
-        try:
-            tracking.close(outcome)
-            engine.close()
-        finally:
-            lease.release()
+    return simulate
+
+
+simulate = _exhausted(simulate_rounds)
 
 
 def _begin(
@@ -176,48 +156,9 @@ def _begin(
 def _notes(recipe: Recipe, population: Population, server: Server, lease: Lease) -> list[str]:
     """Return what the user should know before the first round."""
     found = [*population.notes, *unused(recipe)]
-    if lease.note is not None:
-        found.insert(0, lease.note)
+    if lease.files.note is not None:
+        found.insert(0, lease.files.note)
     if population.shape.obstacle is not None and recipe.annealing.mode != "full":
         found.insert(0, f"clients are trained {server.clients.block_size.reason}")
     doubtful = rate_warning(recipe)
     return found if doubtful is None else [*found, doubtful]
-
-
-def simulate(  # noqa: PLR0913 - the callers name them
-    recipe: Recipe,
-    engine: Engine,
-    folder: RunFolder,
-    board: StatusBoard,
-    should_stop: Callable[[], bool],
-    *,
-    resume: bool,
-    page: PageWriter | None = None,
-    name: str | None = None,
-    metrics: Tracker | None = None,
-    ticket: Ticket | None = None,
-) -> dict[str, Any]:
-    """Run a recipe to its end, or go on with it, and return its summary; arguments as `sitting`.
-
-    Raises:
-        InterruptedRunError: `should_stop` said so; the finished rounds are saved.
-        RayfedError: whatever else ends a run; the last checkpoint is kept.
-    """
-    left = sitting(
-        recipe,
-        engine,
-        folder,
-        board,
-        should_stop,
-        resume=resume,
-        page=page,
-        name=name,
-        metrics=metrics,
-        ticket=ticket,
-    )
-    while True:
-        try:
-            next(left)
-        except StopIteration as end:
-            summary: dict[str, Any] = end.value
-            return summary

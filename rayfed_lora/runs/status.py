@@ -6,9 +6,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 from uuid import uuid4
 
-from rayfed_lora.federation.records import ClientRecord, RoundRecord
+from rayfed_lora.federation.records import RoundRecord
 from rayfed_lora.types import RoundPlan, Stage
 
 # Most records in memory; all of them are in rounds.parquet.
@@ -86,9 +87,7 @@ class StatusBoard:
     def __init__(self, rounds: int, on_change: Callable[[Status], None] | None = None) -> None:
         """Start in the phase `starting`.
 
-        Args:
-            rounds: number of rounds of the run.
-            on_change: called after each change with the status and the new record or note, if any.
+        `on_change` is called after each change with the status and the new record or note, if any.
         """
         # Notes are kept apart: each change copies the status.
         self._status = Status(rounds=rounds, board=uuid4().hex)
@@ -97,12 +96,7 @@ class StatusBoard:
         self._on_change = on_change
 
     def status(self, records_seen: int = 0, notes_seen: int = 0) -> Status:
-        """Return the status with the records and notes that the caller has not seen.
-
-        Args:
-            records_seen: number of rounds of this process whose records the caller has.
-            notes_seen: number of notes that the caller has.
-        """
+        """Return the status, with records of this process and notes after the first `..._seen`."""
         with self._lock:
             now, notes = self._status, tuple(self._notes[notes_seen:])
         new = max(now.rounds_done - now.rounds_before - records_seen, 0)
@@ -113,60 +107,52 @@ class StatusBoard:
         """Add a warning for the user, one line."""
         with self._lock:
             self._notes.append(text)
-        self._change(self._status, note=text)
+        self._change(note=text)
 
     def phase(self, phase: str) -> None:
         """Set the phase."""
-        self._change(replace(self._status, phase=phase))
+        self._change(phase=phase)
 
     def resumed(self, rounds_done: int) -> None:
         """Set the rounds that earlier processes finished."""
-        self._change(replace(self._status, rounds_done=rounds_done, rounds_before=rounds_done))
+        self._change(rounds_done=rounds_done, rounds_before=rounds_done)
 
     def round_started(self, plan: RoundPlan, cohort: tuple[int, ...]) -> None:
         """Set the running round."""
-        now = self._status
-        since = time.time() if now.training_since is None else now.training_since
+        since = self._status.training_since
         self._change(
-            replace(
-                now,
-                phase="training",
-                running=plan.round + 1,
-                stage=plan.stage,
-                rank=None if plan.trainable == "full" else plan.rank,
-                clients_done=0,
-                clients=len(cohort),
-                training_since=since,
-            )
+            phase="training",
+            running=plan.round + 1,
+            stage=plan.stage,
+            rank=None if plan.trainable == "full" else plan.rank,
+            clients_done=0,
+            clients=len(cohort),
+            training_since=time.time() if since is None else since,
         )
 
     def clients_done(self, count: int) -> None:
         """Count the collected updates of clients."""
         now = self._status
-        done, updates = now.clients_done + count, now.updates + count
-        self._change(replace(now, clients_done=done, updates=updates))
+        self._change(clients_done=now.clients_done + count, updates=now.updates + count)
 
-    def round_done(self, record: RoundRecord, clients: list[ClientRecord]) -> None:
+    def round_done(self, record: RoundRecord) -> None:
         """Add a finished round."""
-        del clients
         now = self._status
         self._change(
-            replace(
-                now,
-                rounds_done=record.round + 1,
-                bytes_total=now.bytes_total + record.bytes_up + record.bytes_down,
-                loss=record.train_loss,
-                accuracy=now.accuracy if record.accuracy is None else record.accuracy,
-                records=(*now.records, record)[-_NEWEST:],
-            ),
             record,
+            rounds_done=record.round + 1,
+            bytes_total=now.bytes_total + record.bytes_up + record.bytes_down,
+            loss=record.train_loss,
+            accuracy=now.accuracy if record.accuracy is None else record.accuracy,
+            records=(*now.records, record)[-_NEWEST:],
         )
 
     def _change(
-        self, status: Status, record: RoundRecord | None = None, note: str | None = None
+        self, record: RoundRecord | None = None, note: str | None = None, **fields: Any
     ) -> None:
+        """Set fields of the status, and call `on_change` with what is new."""
         with self._lock:
-            self._status = status
+            self._status = status = replace(self._status, **fields)
         if self._on_change is not None:
             records = () if record is None else (record,)
             self._on_change(replace(status, records=records, notes=() if note is None else (note,)))

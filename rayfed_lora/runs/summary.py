@@ -24,17 +24,10 @@ _METRICS = ("round", *TESTED, "train_loss")
 def summary(
     recipe: Recipe, rounds: pa.Table, totals: Totals, timing: Timing, adapter_sha256: str
 ) -> dict[str, Any]:
-    """Return the summary of a finished run.
+    """Return the summary of a finished run: JSON values.
 
-    Args:
-        recipe: the run.
-        rounds: rows of rounds.parquet.
-        totals: the ledger's.
-        timing: seconds, over all processes of the run.
-        adapter_sha256: checksum of the final state.
-
-    Returns:
-        JSON values; `final` is the last round, `best` the tested round of highest accuracy.
+    `final` is the last round, `best` the tested round of highest accuracy. `rounds` are the rows of
+    rounds.parquet, `timing` covers all processes of the run.
     """
     tested = [row for row in rounds.to_pylist() if row["eval_accuracy"] is not None]
     best = max(tested, key=lambda row: row["eval_accuracy"])

@@ -15,17 +15,14 @@ from rayfed_lora.federation.evaluation import METRICS
 from rayfed_lora.federation.records import ClientRecord, ClientTest, Note, RoundRecord
 from rayfed_lora.runs import seals
 from rayfed_lora.runs.client_rows import (
-    CLIENT_METRICS,
     CLIENT_METRICS_FILE,
     CLIENT_NAME,
-    CLIENTS,
-    NOTES,
     NOTES_FILE,
     ClientRows,
     columns,
-    readable,
+    opened,
 )
-from rayfed_lora.runs.damage import damaged
+from rayfed_lora.runs.seals import damaged
 from rayfed_lora.storage import RunFolder
 
 PARTITION_FILE = "partition.parquet"
@@ -72,7 +69,6 @@ def round_schema(modules: Sequence[str]) -> pa.Schema:
 def round_row(record: RoundRecord) -> dict[str, Any]:
     """Return a round's row; metrics and proposal have columns of their own."""
     tested = {f"eval_{metric}": record.evaluation.get(metric) for metric in METRICS}
-    # Not by `asdict`, which copies what is in the fields too.
     proposal = {
         column: None if record.proposal is None else getattr(record.proposal, name)
         for column, (name, _) in PROPOSAL_COLUMNS.items()
@@ -81,17 +77,10 @@ def round_row(record: RoundRecord) -> dict[str, Any]:
 
 
 class Tables:
-    """The rows of a run so far and their files.
-
-    Memory holds the rows of all rounds, but the rows of clients, of which there may be many
-    millions, only until they are in their file.
-    """
+    """The rows of a run so far and their files; memory holds the rows of rounds, not of clients."""
 
     def __init__(
-        self,
-        folder: RunFolder,
-        modules: Sequence[str],
-        client_names: Sequence[str] | None = None,
+        self, folder: RunFolder, modules: Sequence[str], client_names: Sequence[str] | None = None
     ) -> None:
         """Start empty.
 
@@ -104,9 +93,10 @@ class Tables:
         self._schema = round_schema(modules)
         self._rounds = self._schema.empty_table()
         self._new_rounds: list[dict[str, Any]] = []
-        self._clients = ClientRows(folder, CLIENTS_FILE, CLIENTS, client_names)
-        self._tests = ClientRows(folder, CLIENT_METRICS_FILE, CLIENT_METRICS, client_names)
-        self._notes = ClientRows(folder, NOTES_FILE, NOTES)
+        self._clients = ClientRows(folder, CLIENTS_FILE, ClientRecord, client_names)
+        self._tests = ClientRows(folder, CLIENT_METRICS_FILE, ClientTest, client_names)
+        self._notes = ClientRows(folder, NOTES_FILE, Note)
+        self._files = (self._clients, self._tests, self._notes)
 
     @property
     def rounds(self) -> pa.Table:
@@ -116,17 +106,14 @@ class Tables:
         return self._rounds
 
     def add(self, record: RoundRecord, clients: Sequence[ClientRecord]) -> None:
-        """Add the rows of one round.
-
-        Raises:
-            RunError: there are many rows, and the folder cannot be written.
-        """
+        """Add the rows of one round; a RunError where many are saved and cannot be written."""
         self._new_rounds.append(round_row(record))
         self._clients.add(clients)
 
     def add_tests(self, tests: Sequence[ClientTest]) -> None:
-        """Add tests on clients' own examples; raises as `add` does."""
-        self._tests.add(tests)
+        """Add tests on clients' own examples, if any; raises as `add` does."""
+        if tests:
+            self._tests.add(tests)
 
     def add_notes(self, t: int, texts: Sequence[str]) -> None:
         """Add notes of a round; raises as `add` does."""
@@ -134,79 +121,52 @@ class Tables:
             self._notes.add([Note(t, text) for text in texts])
 
     def begin(self) -> None:
-        """Remove the optional tables of a process that wrote no checkpoint.
-
-        The first `save` overwrites the other tables anyway, but these only where they have rows.
-
-        Raises:
-            RunError: the folder cannot be written.
-        """
-        for rows in (self._tests, self._notes):
-            self._folder.remove(rows.name)
+        """Remove the tables of an earlier process that wrote no checkpoint."""
+        for name in (ROUNDS_FILE, *(rows.name for rows in self._files)):
+            self._folder.remove(name)
 
     def last_tests(self, t: int) -> pa.Table:
         """Return the tests on clients after a round, read from the file: save first."""
         return self._tests.of_round(t)
 
     def save(self) -> None:
-        """Write the files, each whole or not at all; tests and notes where there are any.
-
-        Raises:
-            RunError: the folder cannot be written.
-        """
+        """Write the files, each whole or not at all; tests and notes where there are any."""
         seals.write_table(self._folder, ROUNDS_FILE, self.rounds)
-        self._clients.save()
-        for rows in (self._tests, self._notes):
-            if not rows.empty:
-                rows.save()
+        for rows in self._present():
+            rows.save()
+
+    def _present(self) -> list[ClientRows]:
+        return [rows for rows in self._files if rows is self._clients or not rows.empty]
 
     def rows(self, rounds: int) -> dict[str, int]:
-        """Return the number of rows of the first `rounds` rounds in each file.
-
-        A checkpoint keeps these numbers, so that a missing or older file is noticed.
-        """
-        found = {ROUNDS_FILE: rounds, CLIENTS_FILE: self._clients.rows_before(rounds)}
-        for rows in (self._tests, self._notes):
-            if not rows.empty:
-                found[rows.name] = rows.rows_before(rounds)
-        return found
-
-    def check(self, rounds: int) -> None:
-        """Check that the first `rounds` rounds can be read; raises as `restore`, writes nothing."""
-        self._first(rounds)
+        """Return the rows of the first `rounds` rounds in each file, for a checkpoint."""
+        counts = {rows.name: rows.rows_before(rounds) for rows in self._present()}
+        return {ROUNDS_FILE: rounds, **counts}
 
     def restore(self, rounds: int, saved: Mapping[str, int]) -> None:
-        """Go back to the first `rounds` rounds; later ones will be run again.
+        """Go back to the first `rounds` rounds, for which `rows` returned `saved`.
 
-        Args:
-            rounds: number of rounds in the checkpoint.
-            saved: what `rows` returned when the checkpoint was written.
-
-        Raises:
-            RunFolderError: a file is missing or damaged, or lacks rows.
-            RunError: the folder cannot be written.
+        Raises RunFolderError where a file is missing or damaged, or lacks rows.
         """
-        self._rounds, self._new_rounds = self._first(rounds), []
-        self._clients.restore(rounds, saved.get(CLIENTS_FILE, 0))
-        for rows in (self._tests, self._notes):
-            if rounds == 0 or rows.name in saved or self._folder.exists(rows.name):
+        self._rounds, self._new_rounds = self.first(rounds), []
+        for rows in self._files:
+            wanted = rows is self._clients or rows.name in saved
+            if rounds == 0 or wanted or self._folder.exists(rows.name):
                 rows.restore(rounds, saved.get(rows.name, 0))
 
-    def _first(self, rounds: int) -> pa.Table:
+    def first(self, rounds: int) -> pa.Table:
+        """Return the saved rows of the first `rounds` rounds; raises as `restore` does."""
         if rounds == 0:
             return self._schema.empty_table()
-        with (
-            readable(self._folder, ROUNDS_FILE),
-            seals.open_table(self._folder, ROUNDS_FILE) as file,
-        ):
+        with opened(self._folder, ROUNDS_FILE) as file:
             table = pq.read_table(file).filter(pc.field("round") < rounds)
             if table.num_rows < rounds:
                 reason = f"it has {table.num_rows} rounds, the checkpoint knows of {rounds}"
                 raise damaged(self._folder, ROUNDS_FILE, reason)
             # Columns that an earlier version did not have are null, and orders may differ.
-            missing = [field for field in self._schema if field.name not in table.column_names]
-            for field in missing:
-                table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+            for field in self._schema:
+                if field.name not in table.column_names:
+                    table = table.append_column(field, pa.nulls(table.num_rows, field.type))
             return table.select(self._schema.names).cast(self._schema)
 
 
@@ -220,24 +180,16 @@ def write_partition(
     """Write partition.parquet: client, label and examples where there are any, client_name.
 
     Args:
-        folder: the run folder.
+        folder: of the run.
         clients: (k,) a sample of all clients.
         counts: (k, classes) number of training examples.
         label_names: (classes,) names.
         client_names: (all clients,) names in the data; None where the clients have none.
-
-    Raises:
-        RunError: the folder cannot be written.
     """
     classes, rows = np.nonzero(counts.T)
-    table = pa.table(
-        {
-            "client": clients[rows],
-            "label": pa.array([label_names[i] for i in classes.tolist()], pa.string()),
-            "examples": counts[rows, classes],
-        }
-    )
+    labels = pa.array([label_names[i] for i in classes.tolist()], pa.string())
+    found = {"client": clients[rows], "label": labels, "examples": counts[rows, classes]}
     if client_names is not None:
-        names = [client_names[client] for client in clients[rows].tolist()]
-        table = table.append_column(CLIENT_NAME, pa.array(names, pa.string()))
-    seals.write_table(folder, PARTITION_FILE, table)
+        names = [client_names[client] for client in found["client"].tolist()]
+        found[CLIENT_NAME] = pa.array(names, pa.string())
+    seals.write_table(folder, PARTITION_FILE, pa.table(found))

@@ -1,32 +1,34 @@
-"""Trackers that draw curves: TensorBoard, Weights & Biases, MLflow.
+"""Trackers: observers of finished rounds, beside tables and status.
 
-Each is imported only where a recipe asks for it. Their own environment variables give addresses and
-keys of servers.
+Those that draw curves (TensorBoard, Weights & Biases, MLflow) are imported only where a recipe asks
+for them. Their own environment variables give addresses and keys of servers.
 
 Source: this project.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, Protocol
 
-import pandas as pd
 import pyarrow as pa
 
-from rayfed_lora.errors import RunError, RunFolderError
+from rayfed_lora.errors import BadInputError, InterruptedRunError, RunError, RunFolderError
 from rayfed_lora.federation.records import ClientRecord, RoundRecord
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.runs.damage import damaged
+from rayfed_lora.runs.checksums import sha256
+from rayfed_lora.runs.seals import damaged
 from rayfed_lora.runs.tables import round_row
-from rayfed_lora.runs.tracking import Outcome, Tracker
 from rayfed_lora.storage import RunFolder
 
+Outcome = Literal["done", "stopped", "failed"]
 # Ids of the W&B and MLflow runs that a resumed run continues.
 TRACKING_FILE = "tracking.json"
 EVENTS_FOLDER = "tensorboard"
@@ -35,16 +37,82 @@ _FLUSH_S = 5
 _UPLOAD_S = 30.0
 
 
+class Tracker(Protocol):
+    """Receives the finished rounds of a run."""
+
+    def resumed(self, rounds: pa.Table) -> None:
+        """Take the rows of rounds.parquet of earlier processes of the run; called first, once."""
+        ...
+
+    def round_done(
+        self, record: RoundRecord, clients: Sequence[ClientRecord], aggregation_s: float
+    ) -> None:
+        """Take a finished round, its cohort's records, and the seconds of the aggregation."""
+        ...
+
+    def close(self, outcome: Outcome) -> None:
+        """End the records of this process."""
+        ...
+
+
+@dataclass
+class Tracking:
+    """The trackers of a run; one that fails is dropped with a note, and the run continues."""
+
+    trackers: list[Tracker]
+    note: Callable[[str], None]
+
+    def resumed(self, rounds: pa.Table) -> None:
+        """Call `resumed` of all trackers."""
+        self._for_each(lambda tracker: tracker.resumed(rounds))
+
+    def round_done(
+        self, record: RoundRecord, clients: Sequence[ClientRecord], aggregation_s: float
+    ) -> None:
+        """Call `round_done` of all trackers."""
+        self._for_each(lambda tracker: tracker.round_done(record, clients, aggregation_s))
+
+    @contextmanager
+    def told_of_the_end(self) -> Iterator[None]:
+        """Call `close` of all trackers with how the block ended, and drop them."""
+        outcome: Outcome = "failed"
+        try:
+            yield
+            outcome = "done"
+        except (InterruptedRunError, GeneratorExit):
+            outcome = "stopped"
+            raise
+        finally:
+            self._for_each(lambda tracker: tracker.close(outcome))
+            self.trackers = []
+
+    def _for_each(self, call: Callable[[Tracker], None]) -> None:
+        for tracker in tuple(self.trackers):
+            try:
+                call(tracker)
+            except Exception as error:  # a failure of a tracker must not end the run
+                self.trackers.remove(tracker)
+                self.note(f"{type(tracker).__name__} failed and gets no more rounds: {error}")
+
+
+def check_tracking(recipe: Recipe) -> None:
+    """Raise a BadInputError unless the trackers that a recipe asks for are installed."""
+    wanted = [name for name, value in recipe.tracking.model_dump().items() if value]
+    missing = [
+        f"tracking.{name}: expected the Python package {name} to be installed, it is not;"
+        f" pip install 'rayfed-lora[{name}]'"
+        for name in wanted
+        if find_spec(name) is None
+    ]
+    if missing:
+        raise BadInputError("\n".join(missing))
+
+
 def trackers(recipe: Recipe, folder: RunFolder, name: str) -> Iterator[Tracker]:
-    """Start and yield the trackers that `tracking` asks for, one by one.
+    """Start and yield the trackers that a recipe asks for, one by one.
 
-    Args:
-        recipe: of the run.
-        folder: its run folder, which contains its recipe.
-        name: displayed name of the run.
-
-    Raises:
-        RunError: one cannot start, e.g. without a key.
+    `folder` contains the recipe; `name` is displayed. Raises RunError where one cannot start, e.g.
+    without a key.
     """
     asked = recipe.tracking
     project, experiment = asked.wandb, asked.mlflow
@@ -109,7 +177,6 @@ class TensorBoard:
         self, record: RoundRecord, clients: Sequence[ClientRecord], aggregation_s: float
     ) -> None:
         """Write a round, step = round."""
-        del clients
         self._write(record.round, _values(record, aggregation_s))
         if self._scratch is not None and time.monotonic() - self._uploaded > _UPLOAD_S:
             self._writer.flush()
@@ -131,7 +198,6 @@ class TensorBoard:
 
     def close(self, outcome: Outcome) -> None:
         """Write all pending events."""
-        del outcome
         self._writer.close()
         if self._scratch is not None:
             self._upload()
@@ -168,7 +234,6 @@ class WandB:
         self, record: RoundRecord, clients: Sequence[ClientRecord], aggregation_s: float
     ) -> None:
         """Send a round, step = round; W&B ignores a round that it has."""
-        del clients
         self._run.log(_values(record, aggregation_s), step=record.round)
 
     def close(self, outcome: Outcome) -> None:
@@ -179,10 +244,11 @@ class WandB:
 class MLflow:
     """A run of an MLflow experiment; a resumed run continues it."""
 
-    _STATUS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}  # noqa: RUF012
+    _STATUS: ClassVar = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
     def __init__(self, experiment: str, recipe: Recipe, folder: RunFolder, name: str) -> None:
         """Start a run at MLFLOW_TRACKING_URI, or continue that of the folder."""
+        import pandas as pd
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
@@ -213,7 +279,6 @@ class MLflow:
         self, record: RoundRecord, clients: Sequence[ClientRecord], aggregation_s: float
     ) -> None:
         """Send a round, step = round, unless MLflow has it."""
-        del clients
         self._send(record.round, _values(record, aggregation_s))
 
     def _send(self, step: int, values: Mapping[str, float]) -> None:
@@ -244,16 +309,16 @@ def _run_ids(folder: RunFolder) -> dict[str, str]:
         seal = found.pop("sha256", None)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(folder, TRACKING_FILE, str(error)) from None
-    if seal != _sha256(found):
+    if seal != _seal(found):
         raise damaged(folder, TRACKING_FILE, "its values do not match its checksum")
     return found
 
 
-def _sha256(runs: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(runs, sort_keys=True).encode()).hexdigest()
+def _seal(runs: Mapping[str, str]) -> str:
+    return sha256(json.dumps(runs, sort_keys=True).encode())
 
 
 def _store_run_id(folder: RunFolder, name: str, run_id: str) -> None:
     runs = {**_run_ids(folder), name: run_id}
-    content = json.dumps({**runs, "sha256": _sha256(runs)}, indent=1)
+    content = json.dumps({**runs, "sha256": _seal(runs)}, indent=1)
     folder.write(TRACKING_FILE, content.encode())

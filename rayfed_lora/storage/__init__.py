@@ -1,7 +1,4 @@
-"""Files of a run folder, on a local disk or in an object store.
-
-Source: this project.
-"""
+"""Files of a run folder, on a local disk or in an object store. Source: this project."""
 
 from rayfed_lora.storage.filesystems import open_filesystem, refuse_secrets
 from rayfed_lora.storage.run_folder import RunFolder

@@ -1,7 +1,4 @@
-"""pyarrow filesystems of paths and URIs.
-
-Source: this project.
-"""
+"""pyarrow filesystems of paths and URIs. Source: this project."""
 
 from __future__ import annotations
 
@@ -35,11 +32,7 @@ _S3_ATTEMPTS = 3
 
 
 def open_filesystem(location: str) -> tuple[fs.FileSystem, str]:
-    """Return the filesystem of a path or URI, and the path in it.
-
-    Raises:
-        OSError, ValueError: the URI cannot be opened.
-    """
+    """Return the filesystem of a path or URI, and the path in it; raises OSError, ValueError."""
     if "\0" in location:
         raise ValueError("expected a path or URI without NUL characters")
     if not is_uri(location):
@@ -92,10 +85,9 @@ def _s3(bucket: str, query: str, endpoint: str | None) -> fs.S3FileSystem:
 
 
 def refuse_secrets(location: str) -> None:
-    """Check that a run folder's location, which is stored and shown, has no credentials in it.
+    """Raise a RunFolderError, which does not repeat them, where a location has credentials in it.
 
-    Raises:
-        RunFolderError: it has credentials; the message does not repeat them.
+    The location of a run folder is stored and shown.
     """
     if holds_secret(location):
         raise RunFolderError(

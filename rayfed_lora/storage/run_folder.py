@@ -1,4 +1,4 @@
-"""A folder of named files, each written whole or not at all. Source: this project."""
+"""A folder of named files, each written whole or not at all: POSIX rename(2), fsync(2)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import copy
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import IO
 from uuid import uuid4
 
@@ -19,10 +19,11 @@ from pyarrow import fs
 
 from rayfed_lora.errors import RunError, RunFolderError
 from rayfed_lora.locations import check_name
-from rayfed_lora.storage.durable import ignoring, replacing
 from rayfed_lora.storage.filesystems import credentials_hint, open_filesystem, refuse_secrets
 
 _CHUNK = 1 << 23
+# Errors of filesystems that lack an operation, e.g. fsync of folders on a network filesystem.
+_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)
 # Errors of a folder that another process uses or has removed.
 _SHARED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
 _TRIES = 5
@@ -38,11 +39,8 @@ class RunFolder:
     def __init__(self, location: str | Path) -> None:
         """Open the folder; it is made with the first file.
 
-        Args:
-            location: a local path or a URI that `pyarrow.fs` opens, e.g. `s3://bucket/runs/a`.
-
-        Raises:
-            RunFolderError: the URI cannot be opened, or has credentials in it.
+        `location` is a local path or a URI that `pyarrow.fs` opens, e.g. `s3://bucket/runs/a`.
+        Raises a RunFolderError where it cannot be opened, or has credentials in it.
         """
         self.location = str(location)
         refuse_secrets(self.location)
@@ -51,15 +49,14 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise RunFolderError(f"run folder {self.location}: {error}") from error
         self._root = PurePosixPath(root)
-        self._check: Callable[[], None] = _unguarded
+        self._check: Callable[[], None] = lambda: None
         self._confined = False
 
     def guarded(self, check: Callable[[], None]) -> RunFolder:
         """Return the same folder, which calls `check` before each change.
 
-        Args:
-            check: called when a file is complete but does not have its name yet, and before a file
-                is removed; an error that it raises prevents the change.
+        That is: when a file is complete but does not have its name yet, and before a file is
+        removed. An error that `check` raises prevents the change.
         """
         other = copy(self)
         other._check = check
@@ -93,8 +90,7 @@ class RunFolder:
     def write(self, name: str, content: bytes) -> None:
         """Write a file whole or not at all, durable on return.
 
-        Raises:
-            RunError: it cannot be written (no space, no permission).
+        Raises RunError where it cannot be written (no space, no permission).
         """
         with self.open_to_write(name) as stream:
             stream.write(content)
@@ -103,12 +99,14 @@ class RunFolder:
     def open_to_write(self, name: str) -> Iterator[IO[bytes]]:
         """Open a file to be written in parts; it has its name, whole, once the block ends.
 
-        Raises:
-            RunError: it cannot be written; what was there before is kept, as after any error.
+        Raises RunError where it cannot be written; as after any error, what was there before is
+        kept.
         """
         target = self._path(name)
         try:
-            with self._uploading(target) if self.local is None else replacing(Path(target)) as file:
+            with (
+                self._uploading(target) if self.local is None else _replacing(Path(target)) as file
+            ):
                 yield file
                 self._check()
         except OSError as error:
@@ -116,25 +114,20 @@ class RunFolder:
 
     @contextmanager
     def _uploading(self, target: str) -> Iterator[IO[bytes]]:
+        def upload() -> None:
+            with self._fs.open_output_stream(target) as stream:
+                shutil.copyfileobj(content, stream, _CHUNK)
+
         with tempfile.TemporaryFile() as content:
             yield content
             content.seek(0)
             # An object store shows a closed stream as a complete file, so the upload runs in a
             # thread of its own, which no SIGINT interrupts.
             with ThreadPoolExecutor(1) as thread:
-                thread.submit(self._upload, target, content).result()
-
-    def _upload(self, target: str, content: IO[bytes]) -> None:
-        with self._fs.open_output_stream(target) as stream:
-            shutil.copyfileobj(content, stream, _CHUNK)
+                thread.submit(upload).result()
 
     def read(self, name: str) -> bytes:
-        """Return a file's content.
-
-        Raises:
-            OSError: it does not exist or cannot be read.
-            RunFolderError: it is not a file.
-        """
+        """Return a file's content; OSError: it cannot be read, RunFolderError: it is no file."""
         with self._fs.open_input_stream(self._file(name)) as stream:
             return bytes(stream.read())
 
@@ -145,8 +138,7 @@ class RunFolder:
     def exists(self, name: str) -> bool:
         """Return whether a file or folder of that name exists.
 
-        Raises:
-            RunFolderError: the storage gives no answer; so do the methods that follow.
+        Raises RunFolderError where the storage gives no answer; so do the methods that follow.
         """
         return bool(self._info(name).type != fs.FileType.NotFound)
 
@@ -174,15 +166,9 @@ class RunFolder:
                 self._fs.delete_file(info.path)
 
     def check_writable(self) -> None:
-        """Write and remove an empty file; folders that this makes are removed again.
-
-        Raises:
-            RunFolderError: the folder cannot be made or written.
-        """
+        """Write and remove an empty file, and the folders made for it; raises RunFolderError."""
         probe = f".writable-{uuid4().hex}"
-        above = [] if self.local is None else [self.local, *self.local.parents]
-        made = [folder for folder in above if not folder.exists()]
-        existed = self.exists("")
+        made = self.missing_folders()
         try:
             for _ in range(_TRIES):
                 # The check of another command may have removed the folder that both had made.
@@ -192,17 +178,29 @@ class RunFolder:
             else:
                 self.write(probe, b"")
             self.remove(probe)
-            for folder in made:
-                with ignoring(_SHARED):
-                    folder.rmdir()
-            if not existed and not self.names():
-                # An object store keeps a marker of an empty folder.
-                self.remove("")
+            self.remove_empty(made)
         except (RunError, OSError) as error:
             raise RunFolderError(
                 f"run folder {self.location}: expected a folder that can be written; {error}"
                 f"{credentials_hint(self.location, self._fs)}"
             ) from error
+
+    def missing_folders(self) -> list[PurePath]:
+        """Return the folders that the first file will make, this one first."""
+        if self.local is None:
+            return [] if self.exists("") else [self._root]
+        folders = [self.local, *self.local.parents]
+        return [folder for folder in folders if not os.path.exists(folder)]
+
+    def remove_empty(self, folders: Sequence[PurePath]) -> None:
+        """Remove the folders that `missing_folders` returned, as far as they are empty."""
+        if self.local is not None:
+            for folder in folders:
+                with _ignoring(_SHARED):
+                    os.rmdir(folder)
+        elif folders and not self.names():
+            # An object store keeps a marker of an empty folder.
+            self.remove("")
 
     def _path(self, name: str) -> str:
         try:
@@ -243,5 +241,36 @@ class RunFolder:
             ) from error
 
 
-def _unguarded() -> None:
-    """Check nothing: the folder of a reader."""
+@contextmanager
+def _replacing(target: Path) -> Iterator[IO[bytes]]:
+    """Open a local file to be written; a scratch file is synced and renamed once the block ends."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
+            stream.flush()
+            with _ignoring(_NOT_SUPPORTED):
+                os.fsync(stream.fileno())
+        with _ignoring(_NOT_SUPPORTED):
+            os.chmod(scratch, 0o644)
+        os.replace(scratch, target)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+    with _ignoring(_NOT_SUPPORTED):
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def _ignoring(codes: Collection[int]) -> Iterator[None]:
+    """Ignore an OSError whose errno is one of `codes`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in codes:
+            raise

@@ -18,8 +18,7 @@ from rayfed_lora.pages.table_files import write_table
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import seals
 from rayfed_lora.runs.checked import CheckedFolder
-from rayfed_lora.runs.checksums import read_summary
-from rayfed_lora.runs.reading import REPORT_FILE
+from rayfed_lora.runs.checksums import REPORT_FILE, read_summary
 from rayfed_lora.runs.tables import ROUNDS_FILE
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning import pareto

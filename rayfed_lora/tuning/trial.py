@@ -20,9 +20,9 @@ from rayfed_lora.locations import child
 from rayfed_lora.pages.search_page import SEARCH_FILE
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.checked import table
-from rayfed_lora.runs.leases.files import is_lease_file
+from rayfed_lora.runs.leases.lease_files import is_lease_file
 from rayfed_lora.runs.ownership import Ticket, owned
-from rayfed_lora.runs.session import sitting
+from rayfed_lora.runs.session import simulate_rounds
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.runs.tables import ROUNDS_FILE, Tables
 from rayfed_lora.storage import RunFolder
@@ -123,7 +123,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         self._board = StatusBoard(self._total)
         engine = RayEngine(recipe, search.factory, self._board.note, crew=self._crew)
         name = f"{RunFolder(search.location).name}/{self.trial_id}"
-        return sitting(
+        return simulate_rounds(
             recipe,
             engine,
             folder,

@@ -17,7 +17,7 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.claiming import say
 from rayfed_lora.runs.location import run_location, with_absolute_paths
 from rayfed_lora.runs.ownership import Ticket, owned
-from rayfed_lora.runs.tracking import check_tracking
+from rayfed_lora.runs.trackers import check_tracking
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.search_folders import claim_search
 from rayfed_lora.tuning.space import Space, check_objectives, load_space

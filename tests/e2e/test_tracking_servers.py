@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 
-def in_two_sittings(location: Path, key: str, value: str) -> pd.DataFrame:
+def in_two_sessions(location: Path, key: str, value: str) -> pd.DataFrame:
     recipe = make_recipe(**{f"tracking__{key}": value})
     with pytest.raises(InterruptedRunError):
         run(recipe, location, stop_after=3)
@@ -32,7 +32,7 @@ def test_mlflow_has_each_round_once_and_the_recipe(tmp_path, monkeypatch):
     pytest.importorskip("sqlalchemy", reason="a local database of MLflow needs it")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     mlflow.set_tracking_uri(None)
-    rounds = in_two_sittings(tmp_path / "run", "mlflow", "digits")
+    rounds = in_two_sessions(tmp_path / "run", "mlflow", "digits")
     client = mlflow.MlflowClient()
     (kept,) = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
     assert (kept.info.run_name, kept.info.status) == ("run", "FINISHED")
@@ -45,12 +45,12 @@ def test_mlflow_has_each_round_once_and_the_recipe(tmp_path, monkeypatch):
         assert [metric.value for metric in found] == wanted[name].tolist(), name
 
 
-def test_wandb_keeps_one_run_over_sittings_and_its_files_in_the_run_folder(tmp_path, monkeypatch):
+def test_wandb_keeps_one_run_over_sessions_and_its_files_in_the_run_folder(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    in_two_sittings(tmp_path / "run", "wandb", "digits")
+    in_two_sessions(tmp_path / "run", "wandb", "digits")
     known = json.loads((tmp_path / "run" / "tracking.json").read_text())["wandb"]
-    # A file a sitting, of the same run; `wandb sync` sends both.
+    # A file a session, of the same run; `wandb sync` sends both.
     assert len(list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{known}"))) == 2
 
 

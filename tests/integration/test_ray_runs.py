@@ -697,7 +697,7 @@ def test_a_server_that_is_killed_comes_back_and_goes_on_to_the_same_result(tmp_p
     import ray
 
     expected_summary(tmp_path / "local")
-    # 3 of 4 CPUs: the second sitting can only start if what the first one reserved was freed.
+    # 3 of 4 CPUs: the second session can only start if what the first one reserved was freed.
     recipe = on_ray(name="killed", runtime__cpus_per_actor=3.0, runtime__start_timeout_s=30.0)
     with server_of(recipe, tmp_path / "run", False, FakeFactory(SLOW)) as server:
         result = server.run.remote()

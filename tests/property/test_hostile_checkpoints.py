@@ -19,7 +19,7 @@ from rayfed_lora.pages.report import report
 from rayfed_lora.runs import checkpoints
 from rayfed_lora.runs.checksums import read_summary
 from rayfed_lora.runs.claiming import kept_recipe
-from rayfed_lora.runs.session import sitting
+from rayfed_lora.runs.session import simulate_rounds
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
 from tests.fakes import local_engine, make_recipe
@@ -48,7 +48,7 @@ def run_of_two_rounds() -> dict[str, bytes]:
     """Return the files of a run with two whole checkpoints, the base replaced."""
     with TemporaryDirectory() as path:
         folder, recipe = RunFolder(path), make_recipe()
-        going = sitting(
+        going = simulate_rounds(
             recipe, local_engine(recipe), folder, StatusBoard(6), lambda: False, resume=False
         )
         for tables in going:
@@ -78,7 +78,7 @@ def newest(folder: RunFolder) -> checkpoints.Snapshot | None:
 
 def go_on(folder: RunFolder) -> dict[str, Any]:
     recipe = make_recipe()
-    going = sitting(
+    going = simulate_rounds(
         recipe,
         local_engine(recipe),
         folder,

@@ -24,7 +24,7 @@ from rayfed_lora.launching.launch import Result
 from rayfed_lora.runs import checksums, seals, trackers
 from rayfed_lora.runs.claiming import complete, kept_recipe
 from rayfed_lora.runs.reading import read_run
-from rayfed_lora.runs.session import sitting
+from rayfed_lora.runs.session import simulate_rounds
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
 from tests.fakes import Behaviour, local_engine, make_recipe
@@ -47,7 +47,7 @@ def go_on(folder: RunFolder, rounds: int | None = None) -> tuple[dict[str, Any],
     recipe = kept_recipe(folder) or RECIPE
     board = StatusBoard(6)
     executor = local_engine(recipe, FAILING)
-    going = sitting(recipe, executor, folder, board, lambda: False, resume=True)
+    going = simulate_rounds(recipe, executor, folder, board, lambda: False, resume=True)
     while True:
         try:
             tables = next(going)
@@ -300,7 +300,7 @@ def test_tables_cut_back_to_an_older_checkpoint_are_not_taken_for_damage(tmp_pat
     def stop() -> bool:
         raise Killed
 
-    going = sitting(recipe, local_engine(recipe, FAILING), folder, board, stop, resume=True)
+    going = simulate_rounds(recipe, local_engine(recipe, FAILING), folder, board, stop, resume=True)
     with pytest.raises(Killed):
         next(going)
     rows = pq.read_metadata(tmp_path / "clients.parquet").num_rows

@@ -26,7 +26,7 @@ from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checkpoints, restored
 from rayfed_lora.runs.reading import read_run
-from rayfed_lora.runs.session import sitting
+from rayfed_lora.runs.session import simulate_rounds
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.training.preparing import outline, prepare
@@ -58,7 +58,9 @@ def stopped(folder: Path, factory: FakeFactory, rounds: int) -> None:
     recipe = make_recipe()
     board = StatusBoard(recipe.annealing.total_rounds)
     place = RunFolder(str(folder))
-    going = sitting(recipe, executor(recipe, factory), place, board, lambda: False, resume=True)
+    going = simulate_rounds(
+        recipe, executor(recipe, factory), place, board, lambda: False, resume=True
+    )
     for tables in going:
         if tables.rounds.num_rows == rounds:
             going.close()

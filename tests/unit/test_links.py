@@ -11,7 +11,7 @@ import pytest
 import rayfed_lora
 from rayfed_lora.errors import BadInputError, RunFolderError
 from rayfed_lora.launching.exporting import export_run
-from rayfed_lora.runs.damage import damaged
+from rayfed_lora.runs.seals import damaged
 from rayfed_lora.storage import RunFolder
 from tests.fakes import RECIPE, FakeFactory, make_recipe
 

@@ -16,7 +16,7 @@ import rayfed_lora
 from rayfed_lora.errors import DataError, RunError, RunFolderError
 from rayfed_lora.launching.compare import compare
 from rayfed_lora.runs import location, ownership
-from rayfed_lora.runs.leases.processes import Process, this_process
+from rayfed_lora.runs.leases.record import Process, this_process
 from rayfed_lora.runs.ownership import Pace, Ticket, take
 from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import Status, StatusBoard

@@ -21,13 +21,10 @@ import pytest
 
 from rayfed_lora.errors import InterruptedRunError, RunError, RunFolderError
 from rayfed_lora.runs import ownership
-from rayfed_lora.runs.leases import plain_files
-from rayfed_lora.runs.leases.files import NoConditionalWritesError
-from rayfed_lora.runs.leases.mounted_files import MountedFiles
-from rayfed_lora.runs.leases.plain_files import PlainFiles
-from rayfed_lora.runs.leases.processes import Process, is_alive, this_process
-from rayfed_lora.runs.leases.s3_files import S3Files, s3_client
-from rayfed_lora.runs.leases.watch import seconds
+from rayfed_lora.runs.leases import lease_files
+from rayfed_lora.runs.leases.lease_files import MountedFiles, PlainFiles
+from rayfed_lora.runs.leases.record import Process, is_alive, owner_text, seconds, this_process
+from rayfed_lora.runs.leases.s3_files import NoConditionalWritesError, S3Files, s3_client
 from rayfed_lora.runs.ownership import Lease, Pace, Ticket, owned, owner_of, take
 from rayfed_lora.storage import RunFolder
 
@@ -45,7 +42,8 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: Any) -> 
         assert isinstance(ownership.lease_files(found), S3Files)
         return found
     if request.param == "plain":
-        monkeypatch.setattr(ownership, "lease_files", lambda f: PlainFiles(f, settle_s=0.05))
+        monkeypatch.setattr(ownership, "lease_files", PlainFiles)
+        monkeypatch.setattr(lease_files, "_SETTLE_S", 0.05)
     return RunFolder(tmp_path / "new" / "run")
 
 
@@ -84,10 +82,9 @@ def leases() -> Iterator[list[Lease]]:
 
 def test_an_owned_folder_names_its_owner_and_a_released_one_is_as_before(folder):
     lease = take(folder, pace=PATIENT)
-    assert owner_of(folder) == lease._record.owner_text
-    assert (
-        f"process {os.getpid()} on host {this_process().host} since 20" in lease._record.owner_text
-    )
+    owner = owner_of(folder)
+    assert owner == owner_text(lease.record)
+    assert f"process {os.getpid()} on host {this_process().host} since 20" in owner
     lease.check()
     assert folder.names() == [".owner-1.json"]
     lease.release()
@@ -373,7 +370,7 @@ def test_a_folder_that_was_taken_during_an_outage_of_its_owner_is_lost(here, lea
     real = MountedFiles.read
 
     def read(self: MountedFiles, number: int) -> bytes | None:
-        if self is lease._files and not out.is_set():
+        if self is lease.files and not out.is_set():
             raise OSError("no route to host")
         return real(self, number)
 
@@ -381,7 +378,7 @@ def test_a_folder_that_was_taken_during_an_outage_of_its_owner_is_lost(here, lea
         raise OSError("no route to host")
 
     monkeypatch.setattr(MountedFiles, "read", read)
-    monkeypatch.setattr(lease._files, "rewrite", rewrite.__get__(lease._files))
+    monkeypatch.setattr(lease.files, "rewrite", rewrite.__get__(lease.files))
     leases.append(take(here, Ticket("a run"), pace=PATIENT))
     time.sleep(1.2)
     assert not lease.lost
@@ -449,9 +446,9 @@ def test_a_store_without_conditional_writes_is_written_by_best_effort(bucket, mo
         raise NoConditionalWritesError("NotImplemented")
 
     monkeypatch.setattr(S3Files, "create", refuses)
-    monkeypatch.setattr(plain_files, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(lease_files, "_SETTLE_S", 0.0)
     lease = take(RunFolder(bucket.uri("runs/a")))
-    assert lease.note is not None and "no conditional writes" in lease.note
+    assert lease.files.note is not None and "no conditional writes" in lease.files.note
     lease.check()
     lease.release()
     assert bucket.keys("runs") == []
@@ -492,7 +489,7 @@ def test_what_is_no_lease_file_under_the_name_of_one_is_named_and_not_waited_for
 
 
 def test_a_lease_file_that_is_listed_and_never_there_ends_the_wait(here, monkeypatch):
-    monkeypatch.setattr(MountedFiles, "numbers", lambda self: [3])
+    monkeypatch.setattr(ownership, "numbers_in", lambda folder: [3])
     with pytest.raises(RunFolderError, match=r"\.owner-3\.json is listed, but is not there"):
         take(here, pace=QUICK)
 
@@ -537,5 +534,5 @@ def test_a_process_is_alive_until_it_ends_and_a_stopped_one_is():
 
 
 def test_without_proc_nobody_is_known_to_be_dead(tmp_path, monkeypatch):
-    monkeypatch.setattr("rayfed_lora.runs.leases.processes._PROC", tmp_path)
+    monkeypatch.setattr("rayfed_lora.runs.leases.record._PROC", tmp_path)
     assert is_alive(DEAD) is None

@@ -12,7 +12,7 @@ from rayfed_lora.errors import RunFolderError
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checkpoints, restored
 from rayfed_lora.runs.checkpoints import Snapshot
-from rayfed_lora.runs.session import sitting
+from rayfed_lora.runs.session import simulate_rounds
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tasks.engine import Population
@@ -24,7 +24,7 @@ POPULATION = Population(SHAPE, clients=6, examples={"test": 5})
 
 def begun(folder: RunFolder, recipe: Recipe, rounds: int) -> None:
     board = StatusBoard(recipe.annealing.total_rounds)
-    going = sitting(recipe, local_engine(recipe), folder, board, lambda: False, resume=True)
+    going = simulate_rounds(recipe, local_engine(recipe), folder, board, lambda: False, resume=True)
     for tables in going:
         if tables.rounds.num_rows == rounds:
             going.close()
@@ -116,6 +116,8 @@ def test_a_run_whose_data_have_other_clients_now_is_refused_in_a_line(tmp_path):
     folder = RunFolder(tmp_path)
     begun(folder, make_recipe(), 2)
     more = make_recipe(data__partition__clients=7)
-    going = sitting(more, local_engine(more), folder, StatusBoard(6), lambda: False, resume=True)
+    going = simulate_rounds(
+        more, local_engine(more), folder, StatusBoard(6), lambda: False, resume=True
+    )
     with pytest.raises(RunFolderError, match="cannot go on from the checkpoint of round 2"):
         next(going)

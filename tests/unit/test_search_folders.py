@@ -13,7 +13,7 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checkpoints
 from rayfed_lora.runs.checked import table
 from rayfed_lora.runs.claiming import kept_recipe
-from rayfed_lora.runs.session import sitting
+from rayfed_lora.runs.session import simulate_rounds
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.draws import trial_recipe
@@ -44,7 +44,7 @@ DRAW = {
 def run(recipe: Recipe, folder: RunFolder, rounds: int | None = None) -> None:
     """Run some rounds, or to the end."""
     board = StatusBoard(recipe.annealing.total_rounds)
-    going = sitting(
+    going = simulate_rounds(
         recipe, local_engine(recipe), folder, board, lambda: False, resume=True, page=False
     )
     for tables in going:

@@ -549,14 +549,14 @@ def test_going_on_with_a_finished_run_returns_its_summary_and_starts_nothing(tmp
     assert (tmp_path / "summary.json").stat().st_mtime_ns == before
 
 
-def test_times_add_up_over_sittings(tmp_path):
+def test_times_add_up_over_sessions(tmp_path):
     recipe = make_recipe()
     slow = local_engine(recipe, Behaviour(sleep_s=dict.fromkeys(range(6), 0.05)))
     stop = StopAfter(updates=7)
     with pytest.raises(InterruptedRunError):
         run(recipe, tmp_path, engine=slow, should_stop=stop)
     summary, _ = run(recipe, tmp_path, resume=True)
-    # Two rounds of three clients of 0.05 s in the first sitting.
+    # Two rounds of three clients of 0.05 s in the first session.
     assert summary["timing"]["training_s"] >= 6 * 0.05
     assert summary["timing"]["wall_s"] >= summary["timing"]["training_s"]
     rate = 18 / summary["timing"]["training_s"]

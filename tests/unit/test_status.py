@@ -42,7 +42,7 @@ def play(board: StatusBoard, t: int) -> None:
     board.round_started(RoundPlan(t, "heating", "adapter", 2, 0.0), (0, 2, 5))
     for _ in range(3):
         board.clients_done(1)
-    board.round_done(record(t), [])
+    board.round_done(record(t))
 
 
 def test_a_new_board_is_starting():
@@ -62,7 +62,7 @@ def test_rounds_clients_and_bytes_are_counted():
     assert status.records == (record(0),)
 
 
-def test_rounds_of_earlier_sittings_are_done_but_not_counted_for_the_speed():
+def test_rounds_of_earlier_sessions_are_done_but_not_counted_for_the_speed():
     board = StatusBoard(10)
     board.resumed(4)
     play(board, 4)

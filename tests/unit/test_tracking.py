@@ -14,8 +14,7 @@ from rayfed_lora.runs.checked import table
 from rayfed_lora.runs.claiming import claim
 from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import StatusBoard
-from rayfed_lora.runs.trackers import TensorBoard
-from rayfed_lora.runs.tracking import check_tracking
+from rayfed_lora.runs.trackers import TensorBoard, check_tracking
 from rayfed_lora.storage import RunFolder
 from tests.fakes import local_engine, make_recipe
 
@@ -68,13 +67,13 @@ def events(location: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def test_a_tracker_is_told_of_each_round_and_how_the_sitting_ends(tmp_path):
+def test_a_tracker_is_told_of_each_round_and_how_the_session_ends(tmp_path):
     told = Told()
     run(make_recipe(), tmp_path, metrics=told)
     assert told.news == [("resumed", 0), *((t, 3, True) for t in range(6)), ("done",)]
 
 
-def test_a_stopped_run_tells_so_and_the_next_sitting_what_there_is(tmp_path):
+def test_a_stopped_run_tells_so_and_the_next_session_what_there_is(tmp_path):
     first, second = Told(), Told()
     with pytest.raises(InterruptedRunError):
         run(make_recipe(), tmp_path, stop_after=2, metrics=first)
@@ -138,7 +137,7 @@ def test_event_files_of_a_remote_run_folder_are_uploaded(tmp_path):
 )
 def test_a_missing_package_is_named_before_anything_starts(tmp_path, monkeypatch, name, value):
     monkeypatch.setattr(
-        "rayfed_lora.runs.tracking.find_spec",
+        "rayfed_lora.runs.trackers.find_spec",
         lambda package: None if package == name else object(),
     )
     recipe = make_recipe(**{f"tracking__{name}": value})
@@ -152,7 +151,7 @@ def test_a_missing_package_is_named_before_anything_starts(tmp_path, monkeypatch
 
 
 def test_what_is_not_asked_for_need_not_be_there(monkeypatch):
-    monkeypatch.setattr("rayfed_lora.runs.tracking.find_spec", lambda package: None)
+    monkeypatch.setattr("rayfed_lora.runs.trackers.find_spec", lambda package: None)
     check_tracking(make_recipe())
 
 

@@ -4,38 +4,40 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import PurePath
 
-from rayfed_lora.errors import RunError
-from rayfed_lora.runs.leases.files import LeaseFiles
-from rayfed_lora.runs.leases.processes import is_alive
-from rayfed_lora.runs.leases.record import Pace, Record, Ticket, owner_text
-from rayfed_lora.runs.leases.watch import seconds
+from rayfed_lora.errors import RayfedError, RunError
+from rayfed_lora.runs.leases.lease_files import MountedFiles, PlainFiles, numbers_in
+from rayfed_lora.runs.leases.record import Pace, Record, Ticket, is_alive, owner_text, seconds
+from rayfed_lora.runs.leases.s3_files import S3Files
+from rayfed_lora.storage import RunFolder
+
+LeaseFiles = MountedFiles | S3Files | PlainFiles
 
 
+@dataclass(eq=False)
 class Lease:
-    """A folder that this process owns until `release`; a thread renews the lease."""
+    """A folder that this process owns until `release`; a thread renews the lease.
 
-    def __init__(
-        self, location: str, files: LeaseFiles, number: int, record: Record, pace: Pace
-    ) -> None:
-        """Start to renew a lease whose file was just created.
+    Attributes:
+        folder: the run folder; `made` are its folders that did not exist before.
+        files: its lease files.
+        number, record: of the file of this lease, which was just created.
+        pace: of the renewals.
+    """
 
-        Args:
-            location: of the run folder, for messages.
-            files: the lease files of the folder.
-            number: of the created file.
-            record: its content.
-            pace: of the renewals.
-        """
-        self._location = location
-        self._files = files
-        self._number = number
-        self._record = record
-        self._content = record.content()
-        self._pace = pace
+    folder: RunFolder
+    files: LeaseFiles
+    number: int
+    record: Record
+    pace: Pace
+    made: Sequence[PurePath]
+
+    def __post_init__(self) -> None:
+        """Start to renew the lease."""
         self._loss: str | None = None
         self._kept = False
         # The last successful renewal, and the last time that the file was seen to be this lease's.
@@ -47,12 +49,7 @@ class Lease:
     @property
     def ticket(self) -> Ticket:
         """The right to take the folder over from this process."""
-        return Ticket(self._record.run, self._record.starter)
-
-    @property
-    def note(self) -> str | None:
-        """A warning for the user about the folder's storage, or None."""
-        return self._files.note
+        return Ticket(self.record.run, self.record.starter)
 
     @property
     def lost(self) -> bool:
@@ -64,11 +61,8 @@ class Lease:
         return lambda: self.lost or should_stop()
 
     def check(self) -> None:
-        """Check that this process still owns the folder: called before each write.
-
-        Raises:
-            RunError: another process owns it, or the lease cannot be read.
-        """
+        """Raise a RunError unless this process still owns the folder: called before each write."""
+        where = f"run folder {self.folder.location}"
         with self._lock:
             began = seconds()
             while self._loss is None:
@@ -76,25 +70,23 @@ class Lease:
                     self._check_files()
                     break
                 except OSError as error:
-                    if seconds() - began > self._pace.stale_s:
+                    if seconds() - began > self.pace.stale_s:
                         raise RunError(
-                            f"run folder {self._location}: its lease cannot be read ({error});"
-                            " nothing more is saved"
+                            f"{where}: its lease cannot be read ({error}); nothing more is saved"
                         ) from error
-                time.sleep(self._pace.renew_s / 3)
+                time.sleep(self.pace.renew_s / 3)
             if self._loss is not None:
-                raise RunError(f"run folder {self._location}: {self._loss}; nothing more is saved")
+                raise RunError(f"{where}: {self._loss}; nothing more is saved")
 
     def release(self) -> None:
         """Stop renewing, and remove the lease unless it was lost or kept."""
         self._ended.set()
         if self._kept:
             return
-        with self._lock, suppress(OSError):
-            content = self._files.read(self._number)
-            if content is not None and self._is_own(content):
-                self._files.remove(self._number)
-            self._files.tidy()
+        with self._lock, suppress(OSError, RayfedError):
+            if self._own_record() is not None:
+                self.files.remove(self.number)
+            self.folder.remove_empty(self.made)
 
     def keep(self) -> None:
         """Stop renewing, and leave the lease to a process with the same ticket."""
@@ -104,69 +96,65 @@ class Lease:
     def handed_over(self) -> bool:
         """Return whether another process has taken the folder."""
         with self._lock, suppress(OSError):
-            return self._files.read(self._number) is None
+            return self.files.read(self.number) is None
         return False
 
     def _keep_renewing(self) -> None:
-        while not self._ended.wait(self._pace.renew_s):
+        while not self._ended.wait(self.pace.renew_s):
             # A failed request does not tell who owns the folder: a later one decides.
             with self._lock, suppress(OSError):
                 if not self._ended.is_set() and self._loss is None and not self._is_orphan():
                     self._renew()
 
     def _check_files(self) -> None:
-        """Find out whether the folder is still owned.
-
-        Raises:
-            OSError: the lease cannot be read, and another process may have taken the folder.
-        """
+        """Find out whether the folder is still owned; an OSError where that cannot be known."""
         if self._is_orphan():
             return
         now = seconds()
-        if now - self._renewed_at > self._pace.stale_s / 2:
+        if now - self._renewed_at > self.pace.stale_s / 2:
             # This process or the storage was suspended, so another process may be about to take
             # the folder. It sees the counter change, or has finished after a moment.
             self._renew()
-            time.sleep(self._pace.renew_s / 3)
+            time.sleep(self.pace.renew_s / 3)
             self._read()
-        elif not self._files.remote or now - self._seen_at > self._pace.renew_s / 3:
+        elif not self.files.remote or now - self._seen_at > self.pace.renew_s / 3:
             # No other process takes a lease that was renewed recently.
             with suppress(OSError):
                 self._read()
 
     def _is_orphan(self) -> bool:
         """Give the folder up, and return True, where the command that started the run is gone."""
-        starter = self._record.starter
+        starter = self.record.starter
         if starter is None or is_alive(starter) is not False:
             return False
         self._loss = f"the command that started this run ({starter.pid}) is gone"
         return True
 
     def _renew(self) -> None:
-        record = replace(self._record, counter=self._record.counter + 1)
-        if self._files.rewrite(self._number, self._content, record.content()):
-            self._record, self._content = record, record.content()
-            self._renewed_at = self._seen_at = seconds()
+        record = replace(self.record, counter=self.record.counter + 1)
+        if self.files.rewrite(self.number, self.record.content(), record.content()):
+            self.record, self._renewed_at, self._seen_at = record, seconds(), seconds()
         else:
             # An earlier renewal may have succeeded although its answer was lost.
             self._read()
 
     def _read(self) -> None:
-        content = self._files.read(self._number)
-        if content is not None and self._is_own(content):
-            self._content, self._seen_at = content, seconds()
-            self._record = Record.read(content) or self._record
-        else:
+        found = self._own_record()
+        if found is None:
             self._loss = self._loss_text()
+        else:
+            self.record, self._seen_at = found, seconds()
 
-    def _is_own(self, content: bytes) -> bool:
-        found = Record.read(content)
-        return found is not None and found.token == self._record.token
+    def _own_record(self) -> Record | None:
+        """Return what the lease's file holds, None where that is not this lease."""
+        content = self.files.read(self.number)
+        found = None if content is None else Record.read(content)
+        return None if found is None or found.token != self.record.token else found
 
     def _loss_text(self) -> str:
         with suppress(OSError):
-            for number in self._files.numbers()[-1:]:
-                content = self._files.read(number)
+            for number in numbers_in(self.folder)[-1:]:
+                content = self.files.read(number)
                 if content is not None:
                     return f"this process has lost it to {owner_text(Record.read(content))}"
         return "this process has lost it to another one, or its lease file was removed"

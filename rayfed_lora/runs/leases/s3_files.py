@@ -5,17 +5,19 @@ Source: this project; Amazon S3 User Guide, "Conditional requests".
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 from pyarrow import fs
 
-from rayfed_lora.runs.leases.files import NoConditionalWritesError, file_name, numbers_in
+from rayfed_lora.runs.leases.lease_files import file_name
+
+
+class NoConditionalWritesError(OSError):
+    """The object store rejects conditional requests."""
 
 
 class S3Files:
-    """Lease files on S3, see `LeaseFiles`: If-None-Match to create, If-Match to rewrite, remove."""
+    """Lease files, see `MountedFiles`: If-None-Match to create, If-Match to rewrite and remove."""
 
     remote = True
     note: str | None = None
@@ -27,30 +29,16 @@ class S3Files:
         self._client = s3_client(filesystem)
         self._tags: dict[int, str] = {}
 
-    def numbers(self) -> list[int]:
-        """Return the numbers of all files, ascending."""
-        with _as_os_errors():
-            prefix = f"{self._prefix}.owner-"
-            answer = self._client.list_objects_v2(Bucket=self._bucket, Prefix=prefix)
-        keys = [entry["Key"] for entry in answer.get("Contents", ())]
-        return numbers_in([key.rpartition("/")[2] for key in keys])
-
     def read(self, number: int) -> bytes | None:
         """Return a file's content, None where the file is gone."""
         answer = self._request("get_object", number)
         if answer is None:
             return None
-        with _as_os_errors():
-            content: bytes = answer["Body"].read()
         self._tags[number] = answer["ETag"]
-        return content
+        return bytes(answer["Body"])
 
     def create(self, number: int, content: bytes) -> bool:
-        """Create a file; return False, and change nothing, where it exists.
-
-        Raises:
-            NoConditionalWritesError: the store rejects conditional requests.
-        """
+        """Create a file; return False, and change nothing, where it exists."""
         # A request that was repeated because its answer was lost finds its own file.
         return self._put(number, content, IfNoneMatch="*") or self.read(number) == content
 
@@ -69,9 +57,6 @@ class S3Files:
             # Some stores support conditions for writes only.
             self._request("delete_object", number)
 
-    def tidy(self) -> None:
-        """Do nothing: an object store has no folders."""
-
     def _put(self, number: int, content: bytes, **condition: str) -> bool:
         answer = self._request("put_object", number, Body=content, **condition)
         if answer is None:
@@ -79,26 +64,26 @@ class S3Files:
         self._tags[number] = answer["ETag"]
         return True
 
-    def _request(self, operation: str, number: int, **arguments: Any) -> Mapping[str, Any] | None:
-        """Return the answer to a request; None where the file is gone or a condition failed."""
-        from botocore.exceptions import ClientError
+    def _request(self, operation: str, number: int, **arguments: Any) -> dict[str, Any] | None:
+        """Return the answer, its body read; None where the file is gone or a condition failed."""
+        from botocore.exceptions import BotoCoreError, ClientError
 
-        with _as_os_errors():
-            try:
-                call = getattr(self._client, operation)
-                answer: Mapping[str, Any] = call(
-                    Bucket=self._bucket, Key=self._prefix + file_name(number), **arguments
-                )
-            except ClientError as error:
-                status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-                code = error.response.get("Error", {}).get("Code")
-                if code == "NotImplemented" or status == 501:
-                    raise NoConditionalWritesError(str(error)) from error
-                # 409: another conditional write of the same object was in progress.
-                if code == "NoSuchBucket" or status not in (404, 409, 412):
-                    raise
-                return None
-            return answer
+        key = self._prefix + file_name(number)
+        try:
+            call = getattr(self._client, operation)
+            answer: dict[str, Any] = call(Bucket=self._bucket, Key=key, **arguments)
+            return answer | {"Body": answer["Body"].read()} if "Body" in answer else answer
+        except BotoCoreError as error:
+            raise OSError(str(error)) from error
+        except ClientError as error:
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            code = error.response.get("Error", {}).get("Code")
+            if code == "NotImplemented" or status == 501:
+                raise NoConditionalWritesError(str(error)) from error
+            # 409: another conditional write of the same object was in progress.
+            if code == "NoSuchBucket" or status not in (404, 409, 412):
+                raise OSError(str(error)) from error
+            return None
 
 
 def s3_client(filesystem: fs.S3FileSystem) -> Any:
@@ -133,13 +118,3 @@ def s3_client(filesystem: fs.S3FileSystem) -> Any:
         verify=options.get("tls_ca_file_path") or None,
         config=config,
     )
-
-
-@contextmanager
-def _as_os_errors() -> Iterator[None]:
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        yield
-    except (BotoCoreError, ClientError) as error:
-        raise OSError(str(error)) from error
