@@ -14,6 +14,7 @@ from typing import Any
 from rayfed_lora.errors import ClientError, InterruptedRunError
 from rayfed_lora.federation.ledger import Ledger
 from rayfed_lora.federation.run import Run, Timing, fresh
+from rayfed_lora.lora.states import sha256
 from rayfed_lora.printable import client_label
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checkpoints, checksums
