@@ -10,9 +10,8 @@ from rayfed_lora.doctor.findings import Finding
 from rayfed_lora.engines.on_ray.placement import nodes_of
 from rayfed_lora.errors import ResourceError
 from rayfed_lora.launching.ray_session import ray_session
-from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.loading import load_recipe, shipped_names
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.recipe.shipped_recipes import shipped_names
 from rayfed_lora.runs.location import absolute_place, with_absolute_paths
 from rayfed_lora.storage import refuse_secrets
 

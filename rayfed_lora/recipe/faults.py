@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from rayfed_lora.errors import Fault, RecipeError
-from rayfed_lora.recipe.conflict import ConflictError
+from rayfed_lora.recipe.checks import ConflictError
 from rayfed_lora.recipe.fields import ENDPOINTS
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.recipe.yaml_text import MOST_SHOWN, shortened

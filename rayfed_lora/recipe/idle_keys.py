@@ -1,4 +1,4 @@
-"""Keys that have no effect because of the values of other keys. Source: this project."""
+"""Keys that have no effect because of the values of other keys."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from rayfed_lora.recipe.settings import Settings
 
 # The reason, and the keys that have no effect for it; a trailing dot stands for a whole section.
 Reason = tuple[str, tuple[str, ...]]
-_FEEDBACK = ("annealing.temperature", "annealing.temperature_decay", "annealing.target.")
+
+
+def _keys(section: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{section}.{name}" for name in names)
+
+
+_TEMPERATURE = _keys("annealing", "temperature", "temperature_decay")
+_TARGET = ("annealing.target.",)
+_ACCEPTANCE = ("annealing.acceptance", *_TEMPERATURE, *_TARGET)
+_INITIATING = _keys("annealing.initiating", "proximal_weight", "lr")
 _STAGED_ONLY = (
     "annealing.heating.shape",
-    "annealing.cooling.rank",
-    "annealing.cooling.shape",
-    "annealing.cooling.steps",
-    "annealing.cooling.residual",
-    "annealing.acceptance",
-    *_FEEDBACK,
+    *_keys("annealing.cooling", "rank", "shape", "steps", "residual"),
+    *_ACCEPTANCE,
 )
 _FACTORS = (
-    "adapter.target_modules",
-    "adapter.alpha",
-    "adapter.dropout",
-    "adapter.scaling",
+    *_keys("adapter", "target_modules", "alpha", "dropout", "scaling"),
     "annealing.allocation",
     "clients.ranks",
 )
-_ADAM = tuple(f"aggregation.server_optimizer.{name}" for name in ("beta1", "beta2", "tau"))
+_ADAM = _keys("aggregation.server_optimizer", "beta1", "beta2", "tau")
 
 
 def idle_keys(recipe: Settings) -> Iterator[Reason]:
@@ -38,8 +40,7 @@ def idle_keys(recipe: Settings) -> Iterator[Reason]:
         keys = ("annealing.heating.rank", "adapter.train_head", "adapter.train_biases")
         yield "annealing.mode full", (*_STAGED_ONLY, *_FACTORS, "aggregation.rule", *keys)
     elif annealing.mode == "fixed":
-        own = ("annealing.initiating.proximal_weight", "annealing.initiating.lr")
-        yield "annealing.mode fixed", (*_STAGED_ONLY, *own)
+        yield "annealing.mode fixed", (*_STAGED_ONLY, *_INITIATING)
     else:
         yield from _idle_by_stages(annealing)
     if annealing.mode != "full" and annealing.heating.rank == 0:
@@ -54,37 +55,30 @@ def idle_keys(recipe: Settings) -> Iterator[Reason]:
 
 
 def _idle_by_stages(annealing: Annealing) -> Iterator[Reason]:
-    heating, cooling = annealing.heating, annealing.cooling
-    initiating = tuple(f"annealing.initiating.{key}" for key in ("proximal_weight", "lr"))
-    if annealing.initiating.trainable == "none":
-        rounds = ("annealing.initiating.rounds",) * (annealing.initiating.rounds > 0)
-        yield "annealing.initiating.trainable none", (*initiating, *rounds)
-    elif annealing.initiating.rounds == 0:
-        keys = (*initiating, "annealing.initiating.trainable")
-        yield "annealing.initiating.rounds 0", keys
-    ramps = heating.shape == "ramp" and heating.rounds > 0
+    initiating, heating, cooling = annealing.initiating, annealing.heating, annealing.cooling
+    if initiating.trainable == "none":
+        rounds = ("annealing.initiating.rounds",) * (initiating.rounds > 0)
+        yield "annealing.initiating.trainable none", (*_INITIATING, *rounds)
+    elif initiating.rounds == 0:
+        yield "annealing.initiating.rounds 0", (*_INITIATING, "annealing.initiating.trainable")
     # The initiating stage trains the adapter at rank R0; a ramp cuts it.
-    cut = ramps and annealing.initiating_rounds > 0 and annealing.initiating.trainable == "adapter"
-    residual = () if cut else ("annealing.cooling.residual",)
+    adapter_first = annealing.initiating_rounds > 0 and initiating.trainable == "adapter"
+    residual = ("annealing.cooling.residual",) * (not (heating.ramps and adapter_first))
+    rank = ("annealing.cooling.rank",) * (not heating.ramps)
     if heating.rounds == 0:
         yield "annealing.heating.rounds 0", ("annealing.heating.shape",)
     if cooling.rounds == 0:
-        falls = annealing.holding.rounds > 0 and cooling.shape != "constant"
-        shape = () if annealing.holding.rounds > 0 else ("annealing.cooling.shape",)
-        rank = () if falls or ramps else ("annealing.cooling.rank",)
-        keys = ("annealing.cooling.steps", *shape, *rank)
-        rest = () if falls else (*residual, "annealing.acceptance", *_FEEDBACK)
-        yield "annealing.cooling.rounds 0", (*keys, *rest)
+        shape = ("annealing.cooling.shape",) * (annealing.holding.rounds == 0)
+        rest = () if annealing.cools else (*rank, *residual, *_ACCEPTANCE)
+        yield "annealing.cooling.rounds 0", ("annealing.cooling.steps", *shape, *rest)
     if cooling.shape == "constant":
-        rank = () if ramps else ("annealing.cooling.rank",)
-        idle = (*residual, "annealing.acceptance", *_FEEDBACK)
-        yield "annealing.cooling.shape constant", (*rank, *idle)
+        yield "annealing.cooling.shape constant", (*rank, *residual, *_ACCEPTANCE)
     if cooling.shape != "step":
         yield f"annealing.cooling.shape {cooling.shape}", ("annealing.cooling.steps",)
     if annealing.acceptance != "metropolis":
-        yield f"annealing.acceptance {annealing.acceptance}", _FEEDBACK[:2]
+        yield f"annealing.acceptance {annealing.acceptance}", _TEMPERATURE
     if annealing.acceptance != "target":
-        yield f"annealing.acceptance {annealing.acceptance}", _FEEDBACK[2:]
+        yield f"annealing.acceptance {annealing.acceptance}", _TARGET
 
 
 def _idle_by_ranks(recipe: Settings) -> Iterator[Reason]:
@@ -105,28 +99,23 @@ def _idle_by_cohort(recipe: Settings) -> Iterator[Reason]:
 
 
 def _idle_by_optimizers(recipe: Settings) -> Iterator[Reason]:
-    server, schedule = recipe.aggregation.server_optimizer.name, recipe.clients.lr_schedule
+    server, local = recipe.aggregation.server_optimizer.name, recipe.clients.optimizer.name
     momentum = ("aggregation.server_optimizer.momentum",)
     idle = {"sgd": (*_ADAM, *momentum), "momentum": _ADAM}.get(server, momentum)
     yield f"aggregation.server_optimizer.name {server}", idle
-    if recipe.clients.optimizer.name != "sgd":
-        yield (
-            f"clients.optimizer.name {recipe.clients.optimizer.name}",
-            ("clients.optimizer.momentum",),
-        )
+    if local != "sgd":
+        yield f"clients.optimizer.name {local}", ("clients.optimizer.momentum",)
+    schedule = recipe.clients.lr_schedule
     if schedule.shape == "constant":
         yield "clients.lr_schedule.shape constant", ("clients.lr_schedule.final_factor",)
     if schedule.warmup_rounds >= recipe.annealing.total_rounds:
-        keys = ("clients.lr_schedule.shape", "clients.lr_schedule.final_factor")
-        yield (
-            f"clients.lr_schedule.warmup_rounds {schedule.warmup_rounds}, which covers all rounds",
-            keys,
-        )
+        warmup = f"clients.lr_schedule.warmup_rounds {schedule.warmup_rounds}"
+        keys = _keys("clients.lr_schedule", "shape", "final_factor")
+        yield f"{warmup}, which covers all rounds", keys
 
 
 def _idle_by_data(recipe: Settings) -> Iterator[Reason]:
-    partition, task = recipe.data.partition, recipe.model.task
-    key = "data.partition."
+    kind, task = recipe.data.partition.kind, recipe.model.task
     readers = {
         "alpha": ("dirichlet", "quantity"),
         "min_examples": ("dirichlet", "quantity"),
@@ -134,21 +123,18 @@ def _idle_by_data(recipe: Settings) -> Iterator[Reason]:
         "column": ("column",),
         "clients": ("iid", "dirichlet", "shards", "quantity"),
     }
-    idle = tuple(f"{key}{name}" for name, kinds in readers.items() if partition.kind not in kinds)
-    yield f"{key}kind {partition.kind}", idle
-    if task == "image-classification":
-        keys = ("data.text_column", "data.max_length", "model.tokenizer")
-        yield f"model.task {task}", keys
-    else:
-        yield f"model.task {task}", ("data.image_column",)
+    idle = (name for name, kinds in readers.items() if kind not in kinds)
+    yield f"data.partition.kind {kind}", _keys("data.partition", *idle)
+    texts = ("data.text_column", "data.max_length", "model.tokenizer")
+    yield f"model.task {task}", texts if task == "image-classification" else ("data.image_column",)
 
 
 def _idle_by_runtime(recipe: Settings) -> Iterator[Reason]:
     runtime = recipe.runtime
     # `gpus_per_actor: 0` does not contradict a run without GPUs.
-    gpus = () if runtime.gpus_per_actor == 0 else ("runtime.gpus_per_actor",)
+    gpus = ("runtime.gpus_per_actor",) * (runtime.gpus_per_actor != 0)
     if runtime.executor == "local":
-        keys = ("start_timeout_s", "scale_up_s", "block_timeout_s")
-        yield "runtime.executor local", (*(f"runtime.{key}" for key in keys), *gpus)
+        keys = _keys("runtime", "start_timeout_s", "scale_up_s", "block_timeout_s")
+        yield "runtime.executor local", (*keys, *gpus)
     if runtime.device == "cpu":
         yield "runtime.device cpu", gpus

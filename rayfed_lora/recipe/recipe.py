@@ -13,8 +13,7 @@ from typing import Any
 
 from pydantic import PrivateAttr, ValidationInfo, model_validator
 
-from rayfed_lora.recipe.checks import conflicts
-from rayfed_lora.recipe.conflict import ConflictError
+from rayfed_lora.recipe.checks import ConflictError, conflicts
 from rayfed_lora.recipe.fields import ENDPOINTS
 from rayfed_lora.recipe.plain_values import values_of
 from rayfed_lora.recipe.presets import filled

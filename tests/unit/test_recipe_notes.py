@@ -15,10 +15,9 @@ from rayfed_lora.errors import BadInputError, DataError
 from rayfed_lora.launching.cells import cells_of
 from rayfed_lora.launching.planning import plan
 from rayfed_lora.recipe.annealing import Annealing
-from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
+from rayfed_lora.recipe.loading import load_recipe, recipe_yaml, shipped_names
 from rayfed_lora.recipe.notes import given_way_in_search, unused
 from rayfed_lora.recipe.presets import PRESETS
-from rayfed_lora.recipe.shipped_recipes import shipped_names
 from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.space import Space
