@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from rayfed_lora.data.sources import RawData
+from rayfed_lora.data.raw_tables import RawData
 from rayfed_lora.errors import DataError
 
 _FOLDER_VARIABLE = "RAYFED_LORA_DATA"

@@ -1,4 +1,4 @@
-"""Columns of a raw table: found by name, checked and cast. Source: this project."""
+"""Columns of a raw table: found by name, checked and cast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model-ready examples in an Arrow table that processes share. Source: this project."""
+"""Model-ready examples in an Arrow table that processes share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image columns of every form, converted to float tensors. Source: this project."""
+"""Image columns of every form, converted to float tensors."""
 
 from __future__ import annotations
 

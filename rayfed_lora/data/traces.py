@@ -1,4 +1,4 @@
-"""Availability traces: when each client can be reached. Source: this project."""
+"""Availability traces: when each client can be reached."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rayfed_lora.data import columns, naming, sources
+from rayfed_lora.data import columns, naming, raw_tables
 from rayfed_lora.errors import DataError
 from rayfed_lora.types import TRACE_DIGITS, Trace
 
@@ -39,9 +39,9 @@ def read_trace(
         DataError: the table cannot be read, or has a wrong row; the message names the first one.
     """
     where = f"{_OPTION} {source!r}"
-    if sources.suffix_of(source) not in sources.READERS:
-        raise DataError(f"{where}: need a path or URI ending in {' '.join(sources.READERS)}")
-    raw = sources.read_file(source, () if names is None else ("client",), _OPTION)
+    if raw_tables.suffix_of(source) not in raw_tables.READERS:
+        raise DataError(f"{where}: need a path or URI ending in {' '.join(raw_tables.READERS)}")
+    raw = raw_tables.read_file(source, () if names is None else ("client",), _OPTION)
     table = raw.train
     missing = [name for name in _COLUMNS if table.column_names.count(name) != 1]
     if missing:

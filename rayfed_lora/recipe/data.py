@@ -1,4 +1,4 @@
-"""The data and how they are dealt to clients: sections of the recipe. Source: this project."""
+"""The data and how they are dealt to clients: sections of the recipe."""
 
 from __future__ import annotations
 

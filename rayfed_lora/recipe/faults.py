@@ -1,7 +1,4 @@
-"""Validation of a recipe's values, with one error that lists every fault.
-
-Source: this project.
-"""
+"""Validation of a recipe's values, with one error that lists every fault."""
 
 from __future__ import annotations
 
@@ -28,12 +25,7 @@ def validated(name: str, raw: dict[str, Any], endpoints: Collection[str]) -> Rec
     """Return the recipe of some values.
 
     Faulty values are dropped and the rest is validated again, so that faults hidden behind others
-    are found too.
-
-    Args:
-        name: of the recipe, for the error.
-        raw: nested plain values.
-        endpoints: of object stores that the user has named; see `endpoints`.
+    are found too. `endpoints` are those of object stores that the user has named.
 
     Raises:
         RecipeError: the values have faults; all are listed.
@@ -79,10 +71,7 @@ def closest(word: str, known: Sequence[str], cutoff: float = 0.5) -> str | None:
 
 
 def _conflicts(error: ValidationError, faulty: Sequence[str]) -> list[Fault] | None:
-    """Return the conflicts of an error that do not involve a faulty value.
-
-    None where the error is not about conflicts.
-    """
+    """Return the conflicts that involve no faulty value; None where the error lists none."""
     cause = error.errors()[0].get("ctx", {}).get("error")
     if not isinstance(cause, ConflictError):
         return None
@@ -150,10 +139,10 @@ def _location(loc: Sequence[int | str]) -> tuple[str, ...]:
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:
-    node: Any = Recipe
+    fields = fields_of(Recipe) or {}
     for part in path:
-        node = (fields_of(node) or {}).get(part)
-    return list(fields_of(node) or {})
+        fields = fields_of(fields.get(part)) or {}
+    return list(fields)
 
 
 def _all_paths(node: Any = Recipe, prefix: str = "") -> list[str]:

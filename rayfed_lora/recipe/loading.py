@@ -57,8 +57,10 @@ def load_recipe(
     name, raw = _read(source)
     check_size(name, raw)
     raw = given = plain(raw)
-    by_path = isinstance(overrides, Mapping)
-    pairs = list(overrides.items()) if by_path else override_pairs(name, overrides)
+    if isinstance(overrides, Mapping):
+        pairs = list(overrides.items())
+    else:
+        pairs = override_pairs(name, overrides)
     settings, own = _nested(name, pairs), _nested(name, (variant or {}).items())
     changed: dict[str, Any] = {}
     if endpoints is None:

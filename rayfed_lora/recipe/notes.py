@@ -2,8 +2,6 @@
 
 A note names keys that the user set (`Recipe.asked`) and whose value differs from the default of the
 recipe's method. A resolved recipe, in which every key is written, gets no such notes.
-
-Source: this project.
 """
 
 from __future__ import annotations
@@ -24,7 +22,8 @@ def unused(recipe: Recipe) -> tuple[str, ...]:
     notes = [*recipe.overruled, *_without_credentials(recipe)]
     left = _chosen(recipe)
     for reason, keys in idle_keys(recipe):
-        idle = [key for key in left if any(_covers(each, key) for each in keys)]
+        sections = tuple(key for key in keys if key.endswith("."))
+        idle = [key for key in left if key in keys or key.startswith(sections)]
         left = [key for key in left if key not in idle]
         if idle:
             notes.append(f"no effect with {reason}: {', '.join(idle)}")
@@ -51,10 +50,6 @@ def given_way_in_search(recipe: Recipe) -> Iterator[str]:
         yield "runtime.executor has no effect in a search, which runs on Ray"
 
 
-def _covers(key: str, other: str) -> bool:
-    return other.startswith(key) if key.endswith(".") else other == key
-
-
 def _without_credentials(recipe: Recipe) -> Iterator[str]:
     for key, server in strangers_in(recipe.model_dump()):
         yield (
@@ -71,10 +66,10 @@ def _chosen(recipe: Recipe) -> list[str]:
         "clients": {"optimizer": {"name": recipe.clients.optimizer.name}},
     }
     chosen = [key for key, value, usual in _values(recipe, filled(given)) if value != usual]
-    asked = recipe.asked
-    if asked is None:
+    if recipe.asked is None:
         return chosen
-    return [key for key in chosen if any(f"{key}.".startswith(f"{path}.") for path in asked)]
+    asked = tuple(f"{path}." for path in recipe.asked)
+    return [key for key in chosen if f"{key}.".startswith(asked)]
 
 
 def _values(section: BaseModel, usual: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -123,8 +123,10 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(under)
     for key, value in over.items():
         below = result.get(key)
-        deeper = is_section(value) and is_section(below)
-        result[key] = merged(below, value) if deeper else value
+        if is_section(value) and is_section(below):
+            result[key] = merged(below, value)
+        else:
+            result[key] = value
     return result
 
 

@@ -1,9 +1,6 @@
 """The recipe: settings that go together, and the record of how they were made.
 
-The keys are a contract (they stand in every recipe that users keep); `loading` reads them from
-YAML. Nothing here imports torch, transformers or Ray.
-
-Source: this project.
+The keys are a contract: they stand in every recipe that users keep.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rayfed_lora.data.tables import Dataset
+from rayfed_lora.data.dataset import Dataset
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models.labels import HeadMatch
 from rayfed_lora.models.loading import LoadReport, class_tensors

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from rayfed_lora.data.tables import IMAGE_TASK, LANGUAGE_TASK, Dataset
+from rayfed_lora.data.dataset import IMAGE_TASK, LANGUAGE_TASK, Dataset
 from rayfed_lora.models import sources
 from rayfed_lora.models.causality import check_causal
 from rayfed_lora.models.fit import fit_notes

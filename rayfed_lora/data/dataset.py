@@ -1,22 +1,26 @@
-"""The data set of a recipe: loaded, labels numbered, rows split. Source: this project."""
+"""The data set of a recipe: loaded, labels numbered, rows split."""
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
-from rayfed_lora.data import builtin, classes, columns, hub, images, naming, sources
-from rayfed_lora.data.splits import split, subset
+from rayfed_lora import seeds
+from rayfed_lora.data import builtin, classes, columns, images, naming, raw_tables
 from rayfed_lora.errors import DataError
 from rayfed_lora.recipe.data import Data
 
 IMAGE_TASK, LANGUAGE_TASK = "image-classification", "causal-lm"
 # The only class of texts without labels.
 _UNLABELLED = classes.Classes(("text",), ("text",))
+# Counters of the split stream.
+_COUNTERS = {"test": 0, "validation": 1, "subset": 2}
 
 
 @dataclass(frozen=True)
@@ -88,16 +92,16 @@ def load(
     keep_only = data.labels is not None
     train = _numbered(rows, found, keep_only, where)
     if raw.test is None:
-        train, test = split(train, data.test_fraction, seed, "test", where)
+        train, test = _split(train, data.test_fraction, seed, "test", where)
         test = test.drop_columns([number_column(name) for name in numbers])
     else:
         test = _numbered(_select(raw.test, data, task), found, keep_only, f"{where}, test split")
         _require_one_shape(train, test, where)
     validation = None
     if validation_fraction > 0:
-        train, validation = split(train, validation_fraction, seed, "validation", where)
+        train, validation = _split(train, validation_fraction, seed, "validation", where)
     return Dataset(
-        train=subset(train, data.max_examples, seed),
+        train=_subset(train, data.max_examples, seed),
         validation=validation,
         test=test,
         label_names=found.names,
@@ -115,23 +119,23 @@ def _are_floats(table: pa.Table, data: Data, task: str) -> bool:
     return images.are_floats(table[columns.pick(table, names, "image_column", data.source)].type)
 
 
-def _read(data: Data, task: str) -> sources.RawData:
+def _read(data: Data, task: str) -> raw_tables.RawData:
     source = data.source
     labels = columns.candidates(data, "label_column")
     if source in builtin.BUILTIN:
         return builtin.read(source, task)
-    if source.startswith(hub.PREFIX):
-        return hub.read_hub(source, labels)
-    if sources.suffix_of(source) not in sources.READERS:
+    if source.startswith(raw_tables.HUB_PREFIX):
+        return raw_tables.read_hub(source, labels)
+    if raw_tables.suffix_of(source) not in raw_tables.READERS:
         near = difflib.get_close_matches(source, builtin.BUILTIN, n=1)
         raise DataError(
             f"data.source {source!r}: need a built-in name ({', '.join(builtin.BUILTIN)}), a path"
-            f" or URI ending in {' '.join(sources.READERS)}, or hf:<id>"
+            f" or URI ending in {' '.join(raw_tables.READERS)}, or hf:<id>"
             + (f" (did you mean {near[0]!r}?)" if near else "")
         )
     client = () if data.partition.column is None else (data.partition.column,)
     texts = columns.candidates(data, "text_column")
-    return sources.read_file(source, (*texts, *labels, *client))
+    return raw_tables.read_file(source, (*texts, *labels, *client))
 
 
 def _select(
@@ -177,7 +181,7 @@ def number_column(name: str) -> str:
 
 
 def _with_numbers(
-    rows: pa.Table, raw: sources.RawData, numbers: Sequence[str], source: str
+    rows: pa.Table, raw: raw_tables.RawData, numbers: Sequence[str], source: str
 ) -> pa.Table:
     for name in numbers:
         where = f"data.source {source!r}, column {name!r}"
@@ -222,3 +226,37 @@ def _require_one_shape(train: pa.Table, test: pa.Table, where: str) -> None:
             f"{where}: need test images of the training images' shape"
             f" {train['image'].type.shape}, got {test['image'].type.shape}"
         )
+
+
+def _split(
+    table: pa.Table, fraction: float, seed: int, name: Literal["test", "validation"], where: str
+) -> tuple[pa.Table, pa.Table]:
+    """Return the remaining rows, and ceil(fraction * rows) random ones; both keep their order.
+
+    Stratified by `label` where every class has enough members. Each name has its own stream.
+    """
+    from sklearn.model_selection import train_test_split
+
+    total = table.num_rows
+    cut = math.ceil(fraction * total)
+    if cut >= total:
+        raise DataError(
+            f"{where}: need rows left for training, got {total} rows of which a share of"
+            f" {fraction:g} is kept for the {name} split"
+        )
+    labels = table["label"].to_numpy()
+    members = np.unique(labels, return_counts=True)[1]
+    stratify = members.min() >= 2 and len(members) <= min(cut, total - cut)
+    state = int(seeds.sequence(seed, seeds.Purpose.SPLIT, _COUNTERS[name]).generate_state(1)[0])
+    rest, kept = train_test_split(
+        np.arange(total), test_size=cut, random_state=state, stratify=labels if stratify else None
+    )
+    return table.take(np.sort(rest)), table.take(np.sort(kept))
+
+
+def _subset(table: pa.Table, size: int | None, seed: int) -> pa.Table:
+    """Return `size` random rows in their order, or all where there are no more than that."""
+    if size is None or size >= table.num_rows:
+        return table
+    rng = seeds.generator(seed, seeds.Purpose.SPLIT, _COUNTERS["subset"])
+    return table.take(np.sort(rng.choice(table.num_rows, size, replace=False)))
