@@ -55,10 +55,7 @@ class OptimizerStep:
     """
 
     def __init__(
-        self,
-        settings: Optimizer,
-        moments: Moments | None = None,
-        frozen: Frozen | None = None,
+        self, settings: Optimizer, moments: Moments | None = None, frozen: Frozen | None = None
     ) -> None:
         """Continue from the moments of the step before.
 

@@ -55,11 +55,7 @@ class Dataset:
 
 
 def load(
-    data: Data,
-    task: str,
-    seed: int,
-    validation_fraction: float,
-    numbers: Sequence[str] = (),
+    data: Data, task: str, seed: int, validation_fraction: float, numbers: Sequence[str] = ()
 ) -> Dataset:
     """Read, clean and split the data set that a recipe names.
 
@@ -139,11 +135,7 @@ def _read(data: Data, task: str) -> raw_tables.RawData:
 
 
 def _select(
-    table: pa.Table,
-    data: Data,
-    task: str,
-    with_client: bool = False,
-    typed: bool = True,
+    table: pa.Table, data: Data, task: str, with_client: bool = False, typed: bool = True
 ) -> pa.Table:
     """Return `text` or `image`, the raw `label`, and `client`, each in its final type."""
     source = data.source

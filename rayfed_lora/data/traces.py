@@ -74,12 +74,7 @@ def read_trace(
 
 
 def _numbered(
-    table: pa.Table,
-    where: str,
-    names: Sequence[str],
-    known: Collection[str],
-    *,
-    typed: bool,
+    table: pa.Table, where: str, names: Sequence[str], known: Collection[str], *, typed: bool
 ) -> pa.Table:
     """Return the rows of clients with training examples, with numbers in place of names."""
     column, place = table["client"], f"{where}, column 'client'"

@@ -33,9 +33,7 @@ class Partition(Section):
     )
     clients: Positive = option(100, "number of clients (column: found in the data)", "clients")
     min_examples: Count = option(
-        4,
-        "clients with fewer get more from the largest clients (dirichlet, quantity)",
-        "examples",
+        4, "clients with fewer get more from the largest clients (dirichlet, quantity)", "examples"
     )
     shards_per_client: Positive = option(2, "pieces for each client (shards)", "shards")
     column: str | None = option(None, "the column that names the client (column)")

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import feather, parquet
 
-from rayfed_lora.data import naming
+from rayfed_lora.data import naming, raw_tables
 from rayfed_lora.data.columns import MOST_CHARACTERS
 from rayfed_lora.data.dataset import load
 from rayfed_lora.errors import DataError
