@@ -10,11 +10,14 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 
-from rayfed_lora.aggregation.step import Float64Array, Product
 from rayfed_lora.lora.products import WeightedProduct
 from rayfed_lora.types import Factors, FloatArray
 
+Float64Array = npt.NDArray[np.float64]
+# (b, a), (d_out, R) and (R, d_in), scales in b.
+Product = tuple[Float64Array, Float64Array]
 # Values; 512 kB in float64.
 _PART = 1 << 16
 

@@ -8,8 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from rayfed_lora.aggregation.mean import ProductMean, TensorMean
-from rayfed_lora.aggregation.step import Float64Array, Product
+from rayfed_lora.aggregation.mean import Float64Array, Product, ProductMean, TensorMean
 from rayfed_lora.lora.products import norm
 from rayfed_lora.lora.stacked import StackedStates, named
 from rayfed_lora.types import AdapterState, Factors

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from rayfed_lora.aggregation.means import Kept, Means
 from rayfed_lora.aggregation.messages import AdapterRound, Traffic, trained_factors
-from rayfed_lora.aggregation.step import Aggregate, ServerStep
+from rayfed_lora.aggregation.server_step import OptimizerStep
+from rayfed_lora.aggregation.step import Aggregate
 from rayfed_lora.types import AdapterState, Frozen
 
 
@@ -41,7 +42,7 @@ class Rule:
     name: str
     source: str
     summary: str
-    aggregate: Callable[[AdapterState, Means, ServerStep], Aggregate]
+    aggregate: Callable[[AdapterState, Means, OptimizerStep], Aggregate]
     kept: frozenset[Kept] = frozenset()
     messages: Callable[[AdapterRound], Traffic] = trained_factors
     frozen: Callable[[int], Frozen | None] = lambda turn: None

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from rayfed_lora.aggregation.averaging import step_error
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.aggregation.rule import Rule
-from rayfed_lora.aggregation.step import Aggregate, ServerStep
+from rayfed_lora.aggregation.server_step import OptimizerStep
+from rayfed_lora.aggregation.step import Aggregate, step_error
 from rayfed_lora.lora.stacked import A, B, named
 from rayfed_lora.types import AdapterState, Factors
 
 
-def zero_pad(start: AdapterState, means: Means, step: ServerStep) -> Aggregate:
+def zero_pad(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregate:
     """Return sum w_k pad(A_k), sum w_k pad(B_k); dense tensors averaged by examples.
 
     w_k = ||D_k|| / sum over clients of ||D_k||, with ||D_k|| the Frobenius norm over all modules.
