@@ -1,7 +1,6 @@
-"""Running weighted means of tensors and updates, in float64 and in order; two can be joined.
+"""Running weighted means of tensors and updates, in float64 and in client order.
 
-Source: this project (docs/method.md, "Randomness": reductions in client order, float64
-accumulators).
+Source: docs/method.md, "Randomness".
 """
 
 from __future__ import annotations
@@ -52,8 +51,8 @@ class TensorMean:
 
         Args:
             weights: (clients,), each > 0.
-            rows: (clients, values), a client's tensors side by side.
-            shapes: of the tensors, by name, in the order of a row.
+            rows: (clients, values), a client's tensors side by side, in the order of `shapes`.
+            shapes: of the tensors, by name.
         """
         self._check(shapes)
         self._add(weights, rows)
@@ -135,12 +134,7 @@ class ProductMean:
         self._take((weight, factors))
 
     def add_total(self, weight: float, total: WeightedProduct) -> None:
-        """Add several clients at once.
-
-        Args:
-            weight: the sum of their weights.
-            total: the sum of their weighted updates.
-        """
+        """Add several clients at once: the sums of their weights and of their weighted updates."""
         self._weight += weight
         self._take(total)
 
@@ -164,11 +158,9 @@ class ProductMean:
             self._dense, self._terms, self._rank = self._matrix(), [], 0
 
     def _sum(self) -> WeightedProduct:
+        terms = self._terms
         return WeightedProduct.sum(
-            [
-                term if isinstance(term, WeightedProduct) else WeightedProduct.of(*term)
-                for term in self._terms
-            ]
+            [t if isinstance(t, WeightedProduct) else WeightedProduct.of(*t) for t in terms]
         )
 
     def _matrix(self) -> Float64Array:

@@ -1,4 +1,4 @@
-"""The weighted means that rules aggregate from. Source: this project."""
+"""The weighted means that rules aggregate from."""
 
 from __future__ import annotations
 
@@ -25,23 +25,13 @@ class Means:
     """
 
     def __init__(self, kept: frozenset[Kept] = frozenset()) -> None:
-        """Start with no client.
-
-        Args:
-            kept: means that the rule needs beside the dense tensors and the exact updates.
-        """
         self._kept = kept
         self._tensors = TensorMean()
         self._products: dict[str, ProductMean] = {}
         self._padded = PaddedMean()
 
     def add(self, weight: float, state: AdapterState) -> None:
-        """Add one client.
-
-        Args:
-            weight: > 0, in any unit, e.g. examples.
-            state: its trained state.
-        """
+        """Add one client's trained state with its weight, > 0 (any unit, e.g. examples)."""
         self._tensors.add(weight, named(state) if "factors" in self._kept else state.dense)
         for name, sent in state.factors.items():
             self._products.setdefault(name, ProductMean()).add(weight, sent)
@@ -49,14 +39,10 @@ class Means:
             self._padded.add(state.factors)
 
     def add_all(self, weights: Sequence[float], states: Sequence[AdapterState]) -> None:
-        """Take clients in, as `add` does one: at once where they were trained together.
+        """Add several clients in order, at once where they were trained together.
 
         Sums of tensors are the same bit for bit; exact updates are summed by a matrix product,
         whose order of summation may differ.
-
-        Args:
-            weights: one a client, each > 0.
-            states: trained, in the same order.
         """
         if not (isinstance(states, StackedStates) and len(states) > 1 and states.alike):
             for weight, state in zip(weights, states, strict=True):

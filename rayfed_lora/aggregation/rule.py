@@ -1,8 +1,6 @@
 """An aggregation rule as one object: its facts, its code and its messages.
 
 A new rule is a file that defines a `Rule`, and a line in `rules`.
-
-Source: docs/method.md, "Aggregation rules".
 """
 
 from __future__ import annotations
@@ -31,8 +29,7 @@ class Rule:
         messages: computes the sizes of an adapter round's messages.
         frozen: returns the factor that clients do not train, from the number of adapter rounds
             before this one.
-        method: name of the preset that trains an adapter of one rank under this rule; None: there
-            is none.
+        method: name of the preset that trains an adapter of one rank under this rule, if any.
         mixed_ranks: whether clients may have different ranks.
         optimizers: whether server optimisers beside sgd make sense: the step is one of A and B.
         personal: whether each client keeps its own B, and sends A only.

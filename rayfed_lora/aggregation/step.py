@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rayfed_lora.aggregation.mean import Product
+from rayfed_lora.aggregation.mean import Float64Array, Product
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.lora.products import WeightedProduct, norm
@@ -39,13 +39,20 @@ class Aggregate:
 
 def averaged(start: AdapterState, means: Means, step: OptimizerStep) -> AdapterState:
     """Return the state after a step towards the means of all tensors but the frozen ones."""
+    return stepped_towards(means.tensors(), start, step)
+
+
+def stepped_towards(
+    targets: Mapping[str, Float64Array], start: AdapterState, step: OptimizerStep
+) -> AdapterState:
+    """Return the state after a step towards tensors, by `named`; frozen ones stay."""
     frozen = {"a": A, "b": B, None: None}[step.frozen]
     live = {
         name: tensor
         for name, tensor in named(start).items()
         if frozen is None or not name.startswith(frozen)
     }
-    stepped = step(live, means.tensors())
+    stepped = step(live, targets)
     factors = {
         name: Factors(stepped.get(A + name, f.a), stepped.get(B + name, f.b), f.scale)
         for name, f in start.factors.items()

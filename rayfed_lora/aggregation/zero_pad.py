@@ -11,9 +11,9 @@ import numpy as np
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.aggregation.rule import Rule
 from rayfed_lora.aggregation.server_step import OptimizerStep
-from rayfed_lora.aggregation.step import Aggregate, step_error
-from rayfed_lora.lora.stacked import A, B, named
-from rayfed_lora.types import AdapterState, Factors
+from rayfed_lora.aggregation.step import Aggregate, step_error, stepped_towards
+from rayfed_lora.lora.stacked import A, B
+from rayfed_lora.types import AdapterState
 
 
 def zero_pad(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregate:
@@ -31,12 +31,7 @@ def zero_pad(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregat
             rank = mean[1].shape[0]
             b[:, :rank], a[:rank] = mean[0], mean[1]
         found |= {A + name: a, B + name: b}
-    stepped = step(named(start), found)
-    factors = {
-        name: Factors(stepped[A + name], stepped[B + name], f.scale)
-        for name, f in start.factors.items()
-    }
-    state = AdapterState(factors, {name: stepped[name] for name in start.dense})
+    state = stepped_towards(found, start, step)
     return Aggregate(state, {}, lambda: step_error(start, state, means, step))
 
 
