@@ -1,7 +1,6 @@
 """LoRA-FAIR: the factor average, with B corrected towards the exact mean.
 
-Source: arXiv:2411.14961, "LoRA-FAIR: federated LoRA fine-tuning with aggregation and
-initialization refinement". The paper measures the distance to the exact mean by cosine similarity;
+Source: arXiv:2411.14961. The paper measures the distance to the exact mean by cosine similarity;
 this is the least-squares form, which has a closed solution.
 """
 
@@ -9,8 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rayfed_lora.aggregation.mean import Product
-from rayfed_lora.aggregation.means import Means
+from rayfed_lora.aggregation.means import Means, Product
 from rayfed_lora.aggregation.rule import Rule
 from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.aggregation.step import Aggregate, averaged, error_of, stepped_mean

@@ -1,15 +1,10 @@
-"""FlexLoRA and HLoRA: the exact mean of the products, cut back to the rank.
-
-Source: arXiv:2402.11505, "Federated fine-tuning of large language models under heterogeneous
-tasks and client resources".
-"""
+"""FlexLoRA, HLoRA: the exact mean product, cut back to the rank. Source: arXiv:2402.11505."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from rayfed_lora.aggregation.mean import Product
-from rayfed_lora.aggregation.means import Means
+from rayfed_lora.aggregation.means import Means, Product
 from rayfed_lora.aggregation.rule import Rule
 from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.aggregation.step import Aggregate, error_of, stepped_mean

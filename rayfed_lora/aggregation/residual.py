@@ -1,7 +1,4 @@
-"""FedEx-LoRA: the factor average, and the rest of the exact mean goes into the base.
-
-Source: arXiv:2410.09432.
-"""
+"""FedEx-LoRA: means of A and of B, the residual into the base. Source: arXiv:2410.09432."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from rayfed_lora.aggregation.mean import Float64Array
+from rayfed_lora.aggregation.means import Float64Array
 from rayfed_lora.types import FloatArray, Frozen
 
 # By tensor: its mean update and, for adam and yogi, the mean of its square.

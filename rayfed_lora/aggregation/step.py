@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rayfed_lora.aggregation.mean import Float64Array, Product
-from rayfed_lora.aggregation.means import Means
+from rayfed_lora.aggregation.means import Float64Array, Means, Product
 from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.lora.products import WeightedProduct, norm
 from rayfed_lora.lora.stacked import A, B, named

@@ -1,7 +1,6 @@
 """HetLoRA: factors padded to the largest rank, clients weighted by the size of their update.
 
-Source: arXiv:2401.06432, "Heterogeneous LoRA for federated fine-tuning of on-device foundation
-models" (its sparsity-weighted aggregation; its pruning of ranks is not part of this rule).
+Source: arXiv:2401.06432, its sparsity-weighted aggregation; not its pruning of ranks.
 """
 
 from __future__ import annotations

@@ -39,10 +39,8 @@ def spectral(
     if it still fits. Directions beyond a module's spectrum have energy 0, so that a surplus
     (re-heating) is spread evenly. A module may end at rank 0.
 
-    Args:
-        shapes: adapted modules.
-        spectra: singular values of each module's effective update D, falling.
-        rank: uniform rank that sets the budget, >= 0: the result costs no more than it.
+    `spectra` are the singular values of each module's effective update D, falling. The result
+    never costs more than uniform `rank`, >= 0.
 
     >>> shapes = {"q": ModuleShape(4, 4), "v": ModuleShape(4, 4)}
     >>> spectral(shapes, {"q": [3.0, 2.0], "v": [0.1, 0.0]}, rank=1)

@@ -78,12 +78,7 @@ def constant(start: float, end: float, u: float) -> float:
 
 
 CURVES: Mapping[str, Curve] = {
-    "linear": linear,
-    "cosine": cosine,
-    "cubic": cubic,
-    "exponential": exponential,
-    "logarithmic": logarithmic,
-    "constant": constant,
+    curve.__name__: curve for curve in (linear, cosine, cubic, exponential, logarithmic, constant)
 }
 
 

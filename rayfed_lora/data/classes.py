@@ -33,11 +33,8 @@ def find_classes(
 ) -> Classes:
     """Return the classes among the labels: sorted, or as `wanted` lists them.
 
-    Args:
-        labels: the result of `columns.as_labels`.
-        wanted: the labels to keep; each may be written as an integer, a string or a class name.
-        class_names: the name of integer label i at place i, or None.
-        where: source and column, for messages.
+    `labels` come from `columns.as_labels`. Each of `wanted` may be written as an integer, a string
+    or a class name; `class_names` has the name of integer label i at place i.
 
     Raises:
         DataError: a wanted label is missing or listed twice, or fewer than two classes are left.

@@ -39,15 +39,9 @@ class ClientTable:
     def label_counts(
         self, labels: IndexArray, classes: int, most: int = 1000
     ) -> tuple[IndexArray, IndexArray]:
-        """Return the label distribution of a sample of clients.
+        """Return (k,) clients, and their (k, classes) numbers of examples of each class.
 
-        Args:
-            labels: (rows,) class of each row.
-            classes: number of classes.
-            most: maximum number of clients; more are sampled evenly.
-
-        Returns:
-            (k,) clients and (k, classes) number of examples of each class.
+        `labels` has the class of each row, (rows,); more than `most` clients are sampled evenly.
         """
         step = -(-self.clients // most)
         clients = np.arange(0, self.clients, step)
@@ -68,13 +62,10 @@ class ClientTable:
 def hold_out(
     table: ClientTable, fraction: float, seed: int
 ) -> tuple[ClientTable, ClientTable | None]:
-    """Split each client's examples into training and test examples.
+    """Return each client's training examples and test examples (None where `fraction` is 0).
 
     A client with n examples is tested on floor(n * fraction + 0.5) of them, where n >= 2 on at
     least one and at most n - 1; a client with a single example only trains.
-
-    Returns:
-        The training examples, and the test examples (None where `fraction` is 0).
     """
     if fraction == 0.0:
         return table, None

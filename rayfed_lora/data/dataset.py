@@ -60,14 +60,8 @@ def load(
     """Read, clean and split the data set that a recipe names.
 
     Rows are drawn in this order: the test split (where the source has none), the validation split
-    out of the rest, then `data.max_examples` of what is left for training.
-
-    Args:
-        data: the recipe's section.
-        task: the recipe's `model.task`.
-        seed: the run's seed.
-        validation_fraction: share of the training rows kept for validation, 0 for none.
-        numbers: columns of positive numbers to keep with the training rows.
+    out of the rest, then `data.max_examples` of what is left for training. `numbers` are columns of
+    positive numbers to keep with the training rows.
 
     Raises:
         DataError: the source cannot be found, read or used as the recipe asks.
@@ -75,7 +69,10 @@ def load(
     where = f"data.source {data.source!r}"
     raw = _read(data, task)
     rows = _select(raw.train, data, task, data.partition.kind == "column", raw.typed)
-    rows = _with_numbers(rows, raw, numbers, data.source)
+    for name in numbers:
+        column, place = columns.pick(raw.train, (name,), "source", data.source)
+        values = columns.as_positive(column, place, raw.typed)
+        rows = rows.append_column(number_column(name), values)
     found = _UNLABELLED
     if "label" in rows.column_names:
         found = classes.find_classes(rows["label"], data.labels, raw.class_names, where)
@@ -92,7 +89,11 @@ def load(
         test = test.drop_columns([number_column(name) for name in numbers])
     else:
         test = _numbered(_select(raw.test, data, task), found, keep_only, f"{where}, test split")
-        _require_one_shape(train, test, where)
+        if train.schema.field(0).type != test.schema.field(0).type:
+            raise DataError(
+                f"{where}: need test images of the training images' shape"
+                f" {train['image'].type.shape}, got {test['image'].type.shape}"
+            )
     validation = None
     if validation_fraction > 0:
         train, validation = _split(train, validation_fraction, seed, "validation", where)
@@ -111,8 +112,8 @@ def load(
 def _are_floats(table: pa.Table, data: Data, task: str) -> bool:
     if task != IMAGE_TASK or data.source in builtin.BUILTIN:
         return False
-    names = columns.candidates(data, "image_column")
-    return images.are_floats(table[columns.pick(table, names, "image_column", data.source)].type)
+    column, _ = columns.find(table, data, "image_column")
+    return images.are_floats(column.type)
 
 
 def _read(data: Data, task: str) -> raw_tables.RawData:
@@ -138,51 +139,25 @@ def _select(
     table: pa.Table, data: Data, task: str, with_client: bool = False, typed: bool = True
 ) -> pa.Table:
     """Return `text` or `image`, the raw `label`, and `client`, each in its final type."""
-    source = data.source
     if table.num_rows == 0:
-        raise DataError(f"data.source {source!r}: need rows, got an empty table")
-
-    def find(option: str, names: Sequence[str]) -> tuple[pa.ChunkedArray, str]:
-        name = columns.pick(table, names, option, source)
-        return table[name], f"data.source {source!r}, column {name!r}"
-
-    def usual(option: str) -> tuple[pa.ChunkedArray, str]:
-        return find(option, columns.candidates(data, option))
-
+        raise DataError(f"data.source {data.source!r}: need rows, got an empty table")
     selected = {}
     if task == IMAGE_TASK:
-        selected["image"] = images.as_tensors(*usual("image_column"))
+        selected["image"] = images.as_tensors(*columns.find(table, data, "image_column"))
     else:
-        selected["text"] = columns.as_strings(*usual("text_column"))
+        selected["text"] = columns.as_strings(*columns.find(table, data, "text_column"))
     if task != LANGUAGE_TASK or _uses_labels(data):
-        column, where = usual("label_column")
-        if not typed and naming.is_text(column.type):
-            column = naming.csv_labels(column, where)
-        selected["label"] = columns.as_labels(column, where)
-    if with_client and data.partition.column is not None:
-        column, where = find("partition.column", (data.partition.column,))
-        if not typed and naming.is_text(column.type):
-            column = naming.csv_names(column)
-        selected["client"] = columns.as_client_names(column, where)
+        selected["label"] = columns.as_labels(*columns.find(table, data, "label_column"), typed)
+    name = data.partition.column
+    if with_client and name is not None:
+        found = columns.pick(table, (name,), "partition.column", data.source)
+        selected["client"] = columns.as_client_names(*found, typed)
     return pa.table(selected)
 
 
 def number_column(name: str) -> str:
     """Return the name that a source's column of numbers has among the training rows."""
     return f"number {name}"
-
-
-def _with_numbers(
-    rows: pa.Table, raw: raw_tables.RawData, numbers: Sequence[str], source: str
-) -> pa.Table:
-    for name in numbers:
-        where = f"data.source {source!r}, column {name!r}"
-        column = raw.train[columns.pick(raw.train, (name,), "source", source)]
-        if not raw.typed and naming.is_text(column.type):
-            # The column also names classes or clients, and was read as texts for that.
-            column = columns.parse_numbers(column, where)
-        rows = rows.append_column(number_column(name), columns.as_positive(column, where))
-    return rows
 
 
 def _uses_labels(data: Data) -> bool:
@@ -210,14 +185,6 @@ def _numbered(rows: pa.Table, known: classes.Classes, keep_only: bool, where: st
     if numbered.num_rows == 0:
         raise DataError(f"{where}: need rows with data.labels, got none")
     return numbered
-
-
-def _require_one_shape(train: pa.Table, test: pa.Table, where: str) -> None:
-    if train.schema.field(0).type != test.schema.field(0).type:
-        raise DataError(
-            f"{where}: need test images of the training images' shape"
-            f" {train['image'].type.shape}, got {test['image'].type.shape}"
-        )
 
 
 def _split(

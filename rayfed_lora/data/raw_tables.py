@@ -43,12 +43,10 @@ class RawData:
 
 
 def read_file(source: str, string_columns: Sequence[str], option: str = "data.source") -> RawData:
-    """Read a table from a path or any URI that pyarrow.fs opens.
+    """Read a table from a path or any URI that pyarrow.fs opens, ending in one of `READERS`.
 
-    Args:
-        source: a path or URI that ends in one of `READERS`.
-        string_columns: CSV columns to read as texts, never as numbers or dates.
-        option: the recipe's key that names the file, for messages.
+    The CSV columns `string_columns` are read as texts, never as numbers or dates; `option` is the
+    recipe's key that names the file, for messages.
 
     Raises:
         DataError: no such file, or content of another format.
@@ -73,9 +71,7 @@ def read_hub(source: str, label_columns: Sequence[str]) -> RawData:
     Labels get the names of the data set's own ClassLabel feature. A test split whose labels are
     all -1, the hub's mark for hidden ones, counts as absent.
 
-    Args:
-        source: `hf:` and the id of a public or cached data set.
-        label_columns: possible names of the label column, in the order of the search.
+    The id is that of a public or cached data set; the first of `label_columns` there is the label.
 
     Raises:
         DataError: `datasets` is not installed or cannot load the id, or there is no train split.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -41,10 +42,11 @@ def validated(name: str, raw: dict[str, Any], endpoints: Collection[str]) -> Rec
             if conflicts is not None:
                 faults += conflicts
                 break
-            found = _faults(error)
-            faults += [f for f in found if f.path not in {seen.path for seen in faults}]
-            for location in {_location(e["loc"]) for e in error.errors()[:_MOST_FAULTS]}:
-                rest = _without(rest, location)
+            known = {fault.path for fault in faults}
+            for path, entries in _by_path(error).items():
+                fault = _fault(path, entries)
+                faults += [] if fault.path in known else [fault]
+                rest = _without(rest, path)
         else:
             if not faults:
                 return recipe
@@ -86,13 +88,12 @@ def _overlap(path: str, other: str) -> bool:
     return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
 
 
-def _faults(error: ValidationError) -> Iterator[Fault]:
-    """Yield one fault for each location of an error."""
-    by_path: dict[tuple[str, ...], list[Any]] = {}
+def _by_path(error: ValidationError) -> dict[tuple[str, ...], list[Any]]:
+    """Return the errors that pydantic lists, by key path: a union has one a member."""
+    entries: dict[tuple[str, ...], list[Any]] = defaultdict(list)
     for entry in error.errors()[:_MOST_FAULTS]:
-        by_path.setdefault(_location(entry["loc"]), []).append(entry)
-    for path, entries in by_path.items():
-        yield _fault(path, entries)
+        entries[_location(entry["loc"])].append(entry)
+    return entries
 
 
 def _fault(path: tuple[str, ...], entries: Sequence[Any]) -> Fault:

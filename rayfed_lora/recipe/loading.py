@@ -23,7 +23,6 @@ from rayfed_lora.recipe.plain_values import (
     plain,
     value_at,
     values_of,
-    without,
 )
 from rayfed_lora.recipe.presets import method_of, preset, task_defaults
 from rayfed_lora.recipe.recipe import Recipe
@@ -125,10 +124,6 @@ def shipped_text(name: str) -> str:
 def override_pairs(name: str, overrides: Iterable[str]) -> list[tuple[str, Any]]:
     """Return the key paths and values of `key.path=value` texts, values read as YAML.
 
-    Args:
-        name: of the recipe, for the error.
-        overrides: the texts.
-
     Raises:
         RecipeError: a text has no `=`, or its value is not YAML.
     """
@@ -193,7 +188,7 @@ def _layered(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, A
         under = merged(preset(own, merged(raw, settings)), raw)
     else:
         # A resolved recipe holds the values of its own preset as if the user had written them.
-        rest = without(raw, preset(own, raw))
+        rest = changes(preset(own, raw), raw)
         if value_at(rest, "annealing", "initiating", "trainable") == "none":
             rest = merged(rest, {"annealing": {"initiating": {"rounds": 0}}})
         under = merged(rest, preset(settings["method"], merged(rest, settings)))

@@ -147,21 +147,6 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]
     return changed
 
 
-def without(values: Mapping[str, Any], removed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values without those that are equal in `removed`.
-
-    >>> without({"a": {"x": 1, "y": 2}}, {"a": {"x": 1, "y": 3}})
-    {'a': {'y': 2}}
-    """
-    rest = dict(values)
-    for key, value in removed.items():
-        if isinstance(value, Mapping) and isinstance(rest.get(key), Mapping):
-            rest[key] = without(rest[key], value)
-        elif key in rest and rest[key] == value:
-            del rest[key]
-    return rest
-
-
 def key_paths(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Yield the dotted key path of every value.
 

@@ -3,8 +3,6 @@
 A preset sets only the keys that distinguish its method. An aggregation rule that names a method
 (`Rule.method`) brings its preset.
 
-Every `Recipe` passes `filled`, whether it comes from a file, a mapping or a call in Python.
-
 Source: docs/method.md's tables; FedAvg arXiv:1602.05629, FedProx arXiv:1812.06127, SA-FedLoRA
 arXiv:2405.09394 v1 and v2 (SPD-CFL; target mode is a surrogate for its SGC measure, which is not
 public); BitFit arXiv:2106.10199; the papers of the rules: `rayfed_lora.aggregation`.
@@ -86,11 +84,8 @@ def usual_server_rate(optimizer: object) -> float:
 def filled(given: Mapping[str, Any], endpoints: Collection[str] = ()) -> dict[str, Any]:
     """Return a recipe's values with the keys that its method's preset and its task fill in.
 
-    Idempotent: a key that is there wins.
-
-    Args:
-        given: the values as written.
-        endpoints: of object stores that the user has named elsewhere; see `endpoints`.
+    Idempotent: a key that is there wins. `endpoints` are those of object stores that the user has
+    named elsewhere; see the module `endpoints`.
 
     Raises:
         ValueError: the values exceed the limits of `plain_values`.

@@ -24,13 +24,8 @@ _BREAKS = re.compile("[\x85\u2028\u2029\ufeff]")
 def parse_yaml(name: str, text: str, where: str = "(file)") -> Any:
     """Return a YAML 1.2 document (`1e-3` is a number, `no` is a text).
 
-    Args:
-        name: of the recipe, for the error.
-        text: the document.
-        where: the place that the error names.
-
     Raises:
-        RecipeError: `text` is not YAML, or exceeds a limit.
+        RecipeError: `text` is not YAML, or exceeds a limit; names the recipe and the place.
     """
     if len(text) > _MOST_CHARACTERS:
         expected = f"expected at most {_MOST_CHARACTERS:,} characters of YAML"

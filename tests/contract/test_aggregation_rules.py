@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayfed_lora.aggregation.correct import RIDGE
-from rayfed_lora.aggregation.mean import ProductMean, TensorMean
+from rayfed_lora.aggregation.means import ProductMean, TensorMean
 from rayfed_lora.aggregation.rule import Rule
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.aggregation.server_step import OptimizerStep
