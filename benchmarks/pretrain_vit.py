@@ -21,7 +21,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import ViTConfig, ViTForImageClassification
 
-from rayfed_lora import data, seeds
+from rayfed_lora import seeds
+from rayfed_lora.data.client_table import batch_indices
+from rayfed_lora.data.dataset import load
 from rayfed_lora.recipe.data import Data
 
 SEED = 0
@@ -46,7 +48,7 @@ def tensors(table: pa.Table) -> tuple[torch.Tensor, torch.Tensor]:
 
 def train(model: ViTForImageClassification, images: torch.Tensor, labels: torch.Tensor) -> None:
     rng = seeds.generator(SEED, seeds.Purpose.BATCHES)
-    batches = data.batch_indices(np.arange(len(labels)), BATCH_SIZE, rng, steps=STEPS)
+    batches = batch_indices(np.arange(len(labels)), BATCH_SIZE, rng, steps=STEPS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=STEPS)
     model.train()
@@ -93,7 +95,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(seeds.torch_seed(SEED, seeds.Purpose.MODEL_INIT))
     source = Data(source="fashion-mnist", labels=LABELS)
-    dataset = data.load(source, "image-classification", SEED, validation_fraction=0.0)
+    dataset = load(source, "image-classification", SEED, validation_fraction=0.0)
     model = ViTForImageClassification(ViTConfig(**CONFIG, num_labels=len(LABELS)))
     started = time.process_time()
     train(model, *tensors(dataset.train))

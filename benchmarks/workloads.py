@@ -16,8 +16,7 @@ import numpy as np
 
 from rayfed_lora import load_recipe
 from rayfed_lora.annealing.stages import Feedback, plan_round
-from rayfed_lora.data.batches import batch_indices
-from rayfed_lora.data.client_table import ClientTable
+from rayfed_lora.data.client_table import ClientTable, batch_indices
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.engines.factory import TorchFactory
 from rayfed_lora.federation import sampling, transitions

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from rayfed_lora.aggregation.averaging import averaged
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.aggregation.messages import AdapterRound, Traffic
 from rayfed_lora.aggregation.rule import Rule
-from rayfed_lora.aggregation.step import Aggregate, ServerStep
+from rayfed_lora.aggregation.server_step import OptimizerStep
+from rayfed_lora.aggregation.step import Aggregate, averaged
 from rayfed_lora.types import AdapterState, Factors, FloatArray
 
 
-def half_way(start: AdapterState, means: Means, step: ServerStep) -> Aggregate:
+def half_way(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregate:
     """Return the middle between the start and its step towards the means."""
     stepped = averaged(start, means, step)
 

@@ -1,7 +1,6 @@
 """LoRA-FAIR: the factor average, with B corrected towards the exact mean.
 
-Source: arXiv:2411.14961, "LoRA-FAIR: federated LoRA fine-tuning with aggregation and
-initialization refinement". The paper measures the distance to the exact mean by cosine similarity;
+Source: arXiv:2411.14961. The paper measures the distance to the exact mean by cosine similarity;
 this is the least-squares form, which has a closed solution.
 """
 
@@ -9,17 +8,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from rayfed_lora.aggregation.averaging import averaged, stepped_mean
-from rayfed_lora.aggregation.means import Means
+from rayfed_lora.aggregation.means import Means, Product
 from rayfed_lora.aggregation.rule import Rule
-from rayfed_lora.aggregation.step import Aggregate, Product, ServerStep, error_of
+from rayfed_lora.aggregation.server_step import OptimizerStep
+from rayfed_lora.aggregation.step import Aggregate, averaged, error_of, stepped_mean
 from rayfed_lora.types import AdapterState, Factors, FloatArray
 
 # Share of the mean eigenvalue of A A^T that the ridge adds to it.
 RIDGE = 0.01
 
 
-def correct(start: AdapterState, means: Means, step: ServerStep) -> Aggregate:
+def correct(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregate:
     """Return the factor average with B + dB in place of B.
 
     dB minimises ||s (B + dB) A - D||^2 + s^2 ridge ||dB||^2, with D = sum p_k D_k (a step of the

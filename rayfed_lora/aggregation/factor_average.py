@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from rayfed_lora.aggregation.averaging import averaged, step_error
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.aggregation.rule import Rule
-from rayfed_lora.aggregation.step import Aggregate, ServerStep
+from rayfed_lora.aggregation.server_step import OptimizerStep
+from rayfed_lora.aggregation.step import Aggregate, averaged, step_error
 from rayfed_lora.types import AdapterState
 
 
-def factor_average(start: AdapterState, means: Means, step: ServerStep) -> Aggregate:
+def factor_average(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregate:
     """Return A = sum p_k A_k and B = sum p_k B_k for each module; dense tensors likewise.
 
     p_k = weight_k / sum of weights; all clients have the same ranks. Biased: the product of the

@@ -1,4 +1,7 @@
-"""The weighted means that rules aggregate from. Source: this project."""
+"""The weighted means that rules aggregate from: running, in float64 and in client order.
+
+Source: docs/method.md, "Randomness".
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,18 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from rayfed_lora.aggregation.mean import ProductMean, TensorMean
-from rayfed_lora.aggregation.step import Float64Array, Product
-from rayfed_lora.lora.products import norm
+from rayfed_lora.lora.products import WeightedProduct, norm
 from rayfed_lora.lora.stacked import StackedStates, named
-from rayfed_lora.types import AdapterState, Factors
+from rayfed_lora.types import AdapterState, Factors, FloatArray
 
 Kept = Literal["factors", "padded"]
+Float64Array = npt.NDArray[np.float64]
+# (b, a), (d_out, R) and (R, d_in), scales in b.
+Product = tuple[Float64Array, Float64Array]
+# Values; 512 kB in float64.
+_PART = 1 << 16
 
 
 class Means:
@@ -26,23 +33,13 @@ class Means:
     """
 
     def __init__(self, kept: frozenset[Kept] = frozenset()) -> None:
-        """Start with no client.
-
-        Args:
-            kept: means that the rule needs beside the dense tensors and the exact updates.
-        """
         self._kept = kept
         self._tensors = TensorMean()
         self._products: dict[str, ProductMean] = {}
         self._padded = PaddedMean()
 
     def add(self, weight: float, state: AdapterState) -> None:
-        """Add one client.
-
-        Args:
-            weight: > 0, in any unit, e.g. examples.
-            state: its trained state.
-        """
+        """Add one client's trained state with its weight, > 0 (any unit, e.g. examples)."""
         self._tensors.add(weight, named(state) if "factors" in self._kept else state.dense)
         for name, sent in state.factors.items():
             self._products.setdefault(name, ProductMean()).add(weight, sent)
@@ -50,14 +47,10 @@ class Means:
             self._padded.add(state.factors)
 
     def add_all(self, weights: Sequence[float], states: Sequence[AdapterState]) -> None:
-        """Take clients in, as `add` does one: at once where they were trained together.
+        """Add several clients in order, at once where they were trained together.
 
         Sums of tensors are the same bit for bit; exact updates are summed by a matrix product,
         whose order of summation may differ.
-
-        Args:
-            weights: one a client, each > 0.
-            states: trained, in the same order.
         """
         if not (isinstance(states, StackedStates) and len(states) > 1 and states.alike):
             for weight, state in zip(weights, states, strict=True):
@@ -139,3 +132,166 @@ def _padded_sum(one: Product, other: Product) -> Product:
     b[:, :rank] += small_b
     a[:rank] += small_a
     return b, a
+
+
+class TensorMean:
+    """The weighted mean of equally named tensors.
+
+    Holds the first client's tensors unchanged, and from the second client on one float64 sum.
+    """
+
+    def __init__(self) -> None:
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._first: tuple[float, FloatArray] | None = None
+        self._sum: Float64Array | None = None
+        self._weight = 0.0
+
+    def add(self, weight: float, tensors: Mapping[str, FloatArray]) -> None:
+        """Add one client's tensors with its weight, > 0 (any unit, e.g. examples).
+
+        Raises:
+            ValueError: names or shapes differ from those of the first client.
+        """
+        flat = [tensor.ravel() for tensor in tensors.values()]
+        row = np.concatenate(flat) if flat else np.zeros(0, np.float32)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.add_rows(np.array([weight]), row[None], shapes)
+
+    def add_rows(
+        self, weights: Float64Array, rows: FloatArray, shapes: dict[str, tuple[int, ...]]
+    ) -> None:
+        """Add several clients in order; raises as `add` does.
+
+        Args:
+            weights: (clients,), each > 0.
+            rows: (clients, values), a client's tensors side by side, in the order of `shapes`.
+            shapes: of the tensors, by name.
+        """
+        self._check(shapes)
+        self._add(weights, rows)
+
+    def join(self, other: TensorMean) -> None:
+        """Add the clients of another mean; raises as `add` does."""
+        if other._weight > 0.0:
+            self._check(other._shapes)
+        if other._first is not None:
+            weight, flat = other._first
+            self._add(np.array([weight]), flat[None])
+        if other._sum is not None:
+            own = self._summed()
+            # The other sum may be read-only, e.g. from Ray's object store.
+            self._sum = other._sum.copy() if own is None else np.add(own, other._sum, out=own)
+            self._weight += other._weight
+
+    def _check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        expected = self._shapes = self._shapes if self._weight > 0.0 else shapes
+        if shapes != expected:
+            wrong = next(n for n in {**expected, **shapes} if expected.get(n) != shapes.get(n))
+            raise ValueError(
+                f"{wrong}: expected shape {expected.get(wrong)} as of the first client, got"
+                f" {shapes.get(wrong)}"
+            )
+
+    def _add(self, weights: Float64Array, rows: FloatArray) -> None:
+        own = self._summed()
+        self._weight += sum(weights.tolist())
+        if own is None and len(rows) == 1:
+            self._first = float(weights[0]), rows[0]
+            return
+        total = self._sum = np.empty(rows.shape[1]) if own is None else own
+        # In parts that fit a processor's cache: all products together are as large as the clients.
+        step = max(_PART // len(rows), 2)
+        for i in range(0, len(total), step):
+            products = np.multiply(rows[:, i : i + step], weights[:, None], dtype=np.float64)
+            if own is not None:
+                products[0] += own[i : i + step]
+            # Row by row: the same bits as one client at a time.
+            np.add.reduce(products, axis=0, out=total[i : i + step])
+
+    def _summed(self) -> Float64Array | None:
+        """Return the sum, the first client included; None without clients."""
+        if self._first is not None:
+            weight, flat = self._first
+            self._sum, self._first = np.multiply(flat, weight, dtype=np.float64), None
+        return self._sum
+
+    def mean(self) -> dict[str, Float64Array]:
+        """Return sum of weight * tensor / sum of weight, by name."""
+        if self._first is not None:
+            flat = self._first[1].astype(np.float64)
+        else:
+            flat = np.zeros(0) if self._sum is None else self._sum / self._weight
+        sizes = [math.prod(shape) for shape in self._shapes.values()]
+        parts = np.split(flat, np.cumsum(sizes)[:-1]) if sizes else []
+        named = zip(self._shapes.items(), parts, strict=True)
+        return {name: part.reshape(shape) for (name, shape), part in named}
+
+
+class ProductMean:
+    """The weighted mean of one module's effective updates, exactly.
+
+    Holds the clients' factors while these are smaller than two d_out x d_in matrices, and one such
+    matrix from then on: memory is bounded, whatever the number of clients.
+    """
+
+    def __init__(self) -> None:
+        # Weighted factors in order of arrival; `_rank` is the sum of their ranks.
+        self._terms: list[tuple[float, Factors] | WeightedProduct] = []
+        self._rank = 0
+        self._dense: Float64Array | None = None
+        self._weight = 0.0
+
+    def add(self, weight: float, factors: Factors) -> None:
+        """Add one client's factors with its weight, > 0; ranks and scales may differ."""
+        self._weight += weight
+        self._take((weight, factors))
+
+    def add_total(self, weight: float, total: WeightedProduct) -> None:
+        """Add several clients at once: the sums of their weights and of their weighted updates."""
+        self._weight += weight
+        self._take(total)
+
+    def join(self, other: ProductMean) -> None:
+        """Add the clients of another mean."""
+        self._weight += other._weight
+        if other._dense is not None:
+            self._dense = other._dense if self._dense is None else self._dense + other._dense
+        for term in other._terms:
+            self._take(term)
+
+    def _take(self, term: tuple[float, Factors] | WeightedProduct) -> None:
+        product = term if isinstance(term, WeightedProduct) else term[1]
+        # One product of rank 0 is kept, for its shape.
+        if product.rank == 0 and (self._terms or self._dense is not None):
+            return
+        self._terms.append(term)
+        self._rank += product.rank
+        d_out, d_in = product.b.shape[0], product.a.shape[1]
+        if self._rank * (d_out + d_in) > 2 * d_out * d_in:
+            self._dense, self._terms, self._rank = self._matrix(), [], 0
+
+    def _sum(self) -> WeightedProduct:
+        terms = self._terms
+        return WeightedProduct.sum(
+            [t if isinstance(t, WeightedProduct) else WeightedProduct.of(*t) for t in terms]
+        )
+
+    def _matrix(self) -> Float64Array:
+        b, a = self._sum().weighted()
+        matrix: Float64Array = b @ a
+        return matrix if self._dense is None else self._dense + matrix
+
+    def pack(self) -> None:
+        """Reduce the number of arrays held, each of which costs time when it is sent."""
+        if self._dense is None:
+            self._terms = [self._sum()] if self._terms else []
+        elif self._terms:
+            self._dense, self._terms, self._rank = self._matrix(), [], 0
+
+    def mean(self) -> Product:
+        """Return (b, a), (d_out, R) and (R, d_in), whose product is the mean update."""
+        if self._dense is None:
+            b, a = self._sum().weighted()
+            return b / self._weight, a
+        matrix = self._matrix() if self._terms else self._dense
+        return matrix / self._weight, np.eye(matrix.shape[1])

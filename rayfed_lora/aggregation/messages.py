@@ -5,6 +5,7 @@ Source: docs/method.md, "Aggregation rules" (sent up / down) and "The communicat
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -75,33 +76,26 @@ class AdapterRound:
 
     def down(self, *kinds: Frozen) -> Counts:
         """Return the same at the ranks that clients are sent."""
-        return _values(self.modules, self.received, self.limits, kinds) + self.head
+        return self._values(self.received, kinds) + self.head
 
     def factors(self, *kinds: Frozen) -> Counts:
         """Return (cohort,) the values of these factors at each client's rank."""
-        return _values(self.modules, self.ranks, self.limits, kinds)
+        return self._values(self.ranks, kinds)
 
     def whole(self, *kinds: Frozen) -> dict[str, int]:
         """Return by kind the values of the global factors that the round starts from."""
         sides = {name: {"a": m.d_in, "b": m.d_out} for name, m in self.modules.items()}
         return {k: sum(self.received[n] * side[k] for n, side in sides.items()) for k in kinds}
 
+    def _values(self, ranks: Ranks, kinds: tuple[Frozen, ...]) -> Counts:
+        # Grouped by rank: ranks are few, modules many.
+        sides: dict[int, int] = defaultdict(int)
+        for name, module in self.modules.items():
+            sides[ranks[name]] += module.d_in * ("a" in kinds) + module.d_out * ("b" in kinds)
+        each = [np.minimum(self.limits, rank) * side for rank, side in sides.items()]
+        return sum(each, np.zeros(len(self.limits), np.int64))
+
 
 def trained_factors(sizes: AdapterRound) -> Traffic:
     """Return the messages of most rules: the trained factors and the head, down and up again."""
     return Traffic(sizes.up(*sizes.trained), sizes.down(*sizes.trained))
-
-
-def _values(
-    modules: Mapping[str, ModuleShape], ranks: Ranks, limits: Counts, kinds: tuple[Frozen, ...]
-) -> Counts:
-    """Return the values in some kinds of factors, (cohort,)."""
-    # Grouped by rank: ranks are few, modules many.
-    sides: dict[int, int] = {}
-    for name, module in modules.items():
-        side = module.d_in * ("a" in kinds) + module.d_out * ("b" in kinds)
-        sides[ranks[name]] = sides.get(ranks[name], 0) + side
-    total = np.zeros(len(limits), np.int64)
-    for rank, side in sides.items():
-        total += np.minimum(limits, rank) * side
-    return total

@@ -1,23 +1,19 @@
-"""FlexLoRA and HLoRA: the exact mean of the products, cut back to the rank.
-
-Source: arXiv:2402.11505, "Federated fine-tuning of large language models under heterogeneous
-tasks and client resources".
-"""
+"""FlexLoRA, HLoRA: the exact mean product, cut back to the rank. Source: arXiv:2402.11505."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from rayfed_lora.aggregation.averaging import stepped_mean
-from rayfed_lora.aggregation.means import Means
+from rayfed_lora.aggregation.means import Means, Product
 from rayfed_lora.aggregation.rule import Rule
-from rayfed_lora.aggregation.step import Aggregate, Product, ServerStep, error_of
+from rayfed_lora.aggregation.server_step import OptimizerStep
+from rayfed_lora.aggregation.step import Aggregate, error_of, stepped_mean
 from rayfed_lora.lora.products import product_svd as svd_of_product
 from rayfed_lora.lora.resize import from_svd
 from rayfed_lora.types import AdapterState, Factors
 
 
-def product_svd(start: AdapterState, means: Means, step: ServerStep) -> Aggregate:
+def product_svd(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregate:
     """Return the best approximation of sum p_k D_k at each module's rank; dense tensors averaged.
 
     D_k = scale_k * B_k @ A_k and p_k = weight_k / sum of weights. The sum is exact; its SVD runs

@@ -1,19 +1,16 @@
-"""FedEx-LoRA: the factor average, and the rest of the exact mean goes into the base.
-
-Source: arXiv:2410.09432.
-"""
+"""FedEx-LoRA: means of A and of B, the residual into the base. Source: arXiv:2410.09432."""
 
 from __future__ import annotations
 
-from rayfed_lora.aggregation.averaging import averaged, stepped_mean
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.aggregation.messages import AdapterRound, Traffic
 from rayfed_lora.aggregation.rule import Rule
-from rayfed_lora.aggregation.step import Aggregate, ServerStep, difference, product
+from rayfed_lora.aggregation.server_step import OptimizerStep
+from rayfed_lora.aggregation.step import Aggregate, averaged, difference, product, stepped_mean
 from rayfed_lora.types import AdapterState
 
 
-def residual(start: AdapterState, means: Means, step: ServerStep) -> Aggregate:
+def residual(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregate:
     """Average the factors, and merge sum p_k D_k minus their product into the base."""
     state = averaged(start, means, step)
     exact = stepped_mean(start, means, step.lr)

@@ -1,8 +1,6 @@
 """An aggregation rule as one object: its facts, its code and its messages.
 
 A new rule is a file that defines a `Rule`, and a line in `rules`.
-
-Source: docs/method.md, "Aggregation rules".
 """
 
 from __future__ import annotations
@@ -12,7 +10,8 @@ from dataclasses import dataclass
 
 from rayfed_lora.aggregation.means import Kept, Means
 from rayfed_lora.aggregation.messages import AdapterRound, Traffic, trained_factors
-from rayfed_lora.aggregation.step import Aggregate, ServerStep
+from rayfed_lora.aggregation.server_step import OptimizerStep
+from rayfed_lora.aggregation.step import Aggregate
 from rayfed_lora.types import AdapterState, Frozen
 
 
@@ -30,8 +29,7 @@ class Rule:
         messages: computes the sizes of an adapter round's messages.
         frozen: returns the factor that clients do not train, from the number of adapter rounds
             before this one.
-        method: name of the preset that trains an adapter of one rank under this rule; None: there
-            is none.
+        method: name of the preset that trains an adapter of one rank under this rule, if any.
         mixed_ranks: whether clients may have different ranks.
         optimizers: whether server optimisers beside sgd make sense: the step is one of A and B.
         personal: whether each client keeps its own B, and sends A only.
@@ -41,7 +39,7 @@ class Rule:
     name: str
     source: str
     summary: str
-    aggregate: Callable[[AdapterState, Means, ServerStep], Aggregate]
+    aggregate: Callable[[AdapterState, Means, OptimizerStep], Aggregate]
     kept: frozenset[Kept] = frozenset()
     messages: Callable[[AdapterRound], Traffic] = trained_factors
     frozen: Callable[[int], Frozen | None] = lambda turn: None

@@ -1,7 +1,4 @@
-"""The one table of aggregation rules: a new rule is one file, and one line here.
-
-Source: docs/method.md, "Aggregation rules"; each rule's own file names its paper.
-"""
+"""The one table of aggregation rules; each rule's own file names its paper."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from rayfed_lora.aggregation.step import Float64Array
+from rayfed_lora.aggregation.means import Float64Array
 from rayfed_lora.types import FloatArray, Frozen
 
 # By tensor: its mean update and, for adam and yogi, the mean of its square.
@@ -52,26 +52,21 @@ class OptimizerStep:
     sgd: f(d) = d | momentum: m = momentum * m + d, f = m | adam, yogi:
     m = beta1 * m + (1 - beta1) * d, v as each has it, f = m / (sqrt(v) + tau). As in the paper
     there is no bias correction, and v starts at tau^2.
+
+    Attributes:
+        lr: server learning rate, 1 for plain averaging.
+        linear: whether the step is lr * (mean - x), as for sgd.
+        frozen: the factor that no client trains in this round, if any.
+        moments: after the step, those that the next one continues from.
     """
 
     def __init__(
-        self,
-        settings: Optimizer,
-        moments: Moments | None = None,
-        frozen: Frozen | None = None,
+        self, settings: Optimizer, moments: Moments | None = None, frozen: Frozen | None = None
     ) -> None:
-        """Continue from the moments of the step before.
-
-        Args:
-            settings: of the optimiser.
-            moments: of the step before; a tensor that is missing there, or has another shape,
-                starts anew.
-            frozen: the factor that no client trains in this round.
-        """
+        """Continue from the moments of the step before; a tensor of another shape starts anew."""
         self.lr = settings.lr
         self.linear = settings.name == "sgd"
         self.frozen = frozen
-        # After the step: the moments that the next one continues from.
         self.moments: dict[str, tuple[Float64Array, ...]] = dict(moments or {})
         self._settings = settings
 

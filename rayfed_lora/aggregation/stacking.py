@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from rayfed_lora.aggregation.averaging import stepped_mean
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.aggregation.messages import AdapterRound, Traffic
 from rayfed_lora.aggregation.rule import Rule
-from rayfed_lora.aggregation.step import Aggregate, ServerStep
+from rayfed_lora.aggregation.server_step import OptimizerStep
+from rayfed_lora.aggregation.step import Aggregate, stepped_mean
 from rayfed_lora.types import AdapterState
 
 
-def stacking(start: AdapterState, means: Means, step: ServerStep) -> Aggregate:
+def stacking(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregate:
     """Merge sum p_k D_k, exactly, into the base; LoRA starts anew. Clients' ranks may differ.
 
     The clients' factors, stacked, are the factors of the sum: their rank is the sum of r_k.

@@ -1,6 +1,6 @@
-"""The result of a rule, the server's step, and the distance from the exact mean.
+"""What rules are made of: averages, exact means, steps towards them, distances from them.
 
-Source: this project; the server's step: `server_step`.
+Source: docs/method.md, "Aggregation rules"; the server's step: `server_step`.
 """
 
 from __future__ import annotations
@@ -8,17 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from rayfed_lora.aggregation.means import Float64Array, Means, Product
+from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.lora.products import WeightedProduct, norm
-from rayfed_lora.types import AdapterState, Factors, FloatArray, Frozen
-
-Float64Array = npt.NDArray[np.float64]
-# (b, a), (d_out, R) and (R, d_in), scales in b.
-Product = tuple[Float64Array, Float64Array]
+from rayfed_lora.lora.stacked import A, B, named
+from rayfed_lora.types import AdapterState, Factors
 
 
 @dataclass(frozen=True)
@@ -39,37 +36,49 @@ class Aggregate:
     measure: Callable[[], float | None]
 
 
-class ServerStep(Protocol):
-    """The server's step from the state that the clients started from towards their mean.
-
-    Attributes:
-        lr: server learning rate, 1 for plain averaging.
-        linear: whether the step is lr * (mean - start), as for sgd.
-        frozen: the factor that no client trained in this round, if any.
-    """
-
-    lr: float
-    linear: bool
-    frozen: Frozen | None
-
-    def __call__(
-        self, start: Mapping[str, FloatArray], means: Mapping[str, Float64Array]
-    ) -> dict[str, FloatArray]:
-        """Return the stepped tensors, by name, in the order of `start`; float32."""
-        ...
+def averaged(start: AdapterState, means: Means, step: OptimizerStep) -> AdapterState:
+    """Return the state after a step towards the means of all tensors but the frozen ones."""
+    return stepped_towards(means.tensors(), start, step)
 
 
-def product(factors: Factors) -> Product:
-    """Return the effective update of some factors."""
-    return WeightedProduct.of(1.0, factors).weighted()
+def stepped_towards(
+    targets: Mapping[str, Float64Array], start: AdapterState, step: OptimizerStep
+) -> AdapterState:
+    """Return the state after a step towards tensors, by `named`; frozen ones stay."""
+    frozen = {"a": A, "b": B, None: None}[step.frozen]
+    live = {
+        name: tensor
+        for name, tensor in named(start).items()
+        if frozen is None or not name.startswith(frozen)
+    }
+    stepped = step(live, targets)
+    factors = {
+        name: Factors(stepped.get(A + name, f.a), stepped.get(B + name, f.b), f.scale)
+        for name, f in start.factors.items()
+    }
+    return AdapterState(factors, {name: stepped[name] for name in start.dense})
 
 
-def stepped_product(start: Factors, mean: Product, lr: float) -> Product:
-    """Return D_start + lr * (D_mean - D_start), exactly."""
+def stepped_mean(start: AdapterState, means: Means, lr: float) -> dict[str, Product]:
+    """Return D_start + lr * (D_mean - D_start), exactly, by module in the order of `start`."""
+    return {name: _stepped(f, means.product(name), lr) for name, f in start.factors.items()}
+
+
+def _stepped(start: Factors, mean: Product, lr: float) -> Product:
     if lr == 1.0:
         return mean
     old_b, old_a = WeightedProduct.of(1.0 - lr, start).weighted()
     return np.concatenate([old_b, lr * mean[0]], axis=1), np.concatenate([old_a, mean[1]])
+
+
+def step_error(
+    start: AdapterState, state: AdapterState, means: Means, step: OptimizerStep
+) -> float | None:
+    """Return how far a stepped state is from the same step towards the exact mean.
+
+    None without factors, and where the step is not linear.
+    """
+    return error_of(state, stepped_mean(start, means, step.lr)) if step.linear else None
 
 
 def error_of(state: AdapterState, exact: Mapping[str, Product]) -> float | None:
@@ -80,21 +89,20 @@ def error_of(state: AdapterState, exact: Mapping[str, Product]) -> float | None:
 def relative_error(used: Mapping[str, Product], exact: Mapping[str, Product]) -> float | None:
     """Return ||D_used - D_exact||_F / ||D_exact||_F over all modules.
 
-    Args:
-        used: by module.
-        exact: likewise.
-
-    Returns:
-        The ratio; 0 where both vanish, inf where only the exact one does, None without modules.
+    0 where both vanish, inf where only the exact one does, None without modules.
     """
     if not exact:
         return None
-    apart = [_distance(used[m], exact[m]) for m in exact]
+    distance = float(np.linalg.norm([_distance(used[m], exact[m]) for m in exact]))
     size = float(np.linalg.norm([norm(b, a) for b, a in exact.values()]))
-    distance = float(np.linalg.norm(apart))
     if size == 0.0:
         return 0.0 if distance == 0.0 else math.inf
     return distance / size
+
+
+def product(factors: Factors) -> Product:
+    """Return the effective update of some factors."""
+    return WeightedProduct.of(1.0, factors).weighted()
 
 
 def difference(one: Product, other: Product) -> Product:

@@ -1,22 +1,21 @@
 """HetLoRA: factors padded to the largest rank, clients weighted by the size of their update.
 
-Source: arXiv:2401.06432, "Heterogeneous LoRA for federated fine-tuning of on-device foundation
-models" (its sparsity-weighted aggregation; its pruning of ranks is not part of this rule).
+Source: arXiv:2401.06432, its sparsity-weighted aggregation; not its pruning of ranks.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from rayfed_lora.aggregation.averaging import step_error
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.aggregation.rule import Rule
-from rayfed_lora.aggregation.step import Aggregate, ServerStep
-from rayfed_lora.lora.stacked import A, B, named
-from rayfed_lora.types import AdapterState, Factors
+from rayfed_lora.aggregation.server_step import OptimizerStep
+from rayfed_lora.aggregation.step import Aggregate, step_error, stepped_towards
+from rayfed_lora.lora.stacked import A, B
+from rayfed_lora.types import AdapterState
 
 
-def zero_pad(start: AdapterState, means: Means, step: ServerStep) -> Aggregate:
+def zero_pad(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregate:
     """Return sum w_k pad(A_k), sum w_k pad(B_k); dense tensors averaged by examples.
 
     w_k = ||D_k|| / sum over clients of ||D_k||, with ||D_k|| the Frobenius norm over all modules.
@@ -31,12 +30,7 @@ def zero_pad(start: AdapterState, means: Means, step: ServerStep) -> Aggregate:
             rank = mean[1].shape[0]
             b[:, :rank], a[:rank] = mean[0], mean[1]
         found |= {A + name: a, B + name: b}
-    stepped = step(named(start), found)
-    factors = {
-        name: Factors(stepped[A + name], stepped[B + name], f.scale)
-        for name, f in start.factors.items()
-    }
-    state = AdapterState(factors, {name: stepped[name] for name in start.dense})
+    state = stepped_towards(found, start, step)
     return Aggregate(state, {}, lambda: step_error(start, state, means, step))
 
 

@@ -16,12 +16,10 @@ Verdict = Literal["accepted", "rejected", "reheated"]
 
 
 def temperature(first: float, decay: float, cooling_rounds: int) -> float:
-    """Return tau = first * decay ** cooling_rounds.
+    """Return tau = first * decay ** cooling_rounds, nats of loss.
 
-    Args:
-        first: temperature of the first cooling round, > 0, nats of loss.
-        decay: factor for each cooling round so far, in (0, 1].
-        cooling_rounds: number of cooling rounds before this one, >= 0.
+    `first` > 0 is the temperature of the first cooling round, and `decay` in (0, 1] the factor for
+    each of the `cooling_rounds` before this one.
 
     >>> temperature(0.1, 0.5, 2)
     0.025
@@ -32,10 +30,7 @@ def temperature(first: float, decay: float, cooling_rounds: int) -> float:
 def metropolis_probability(current: float, proposed: float, tau: float) -> float:
     """Return min(1, exp(-(proposed - current) / tau)); 0 where that is not a number.
 
-    Args:
-        current: validation loss (energy) E0, nats.
-        proposed: validation loss E1, nats.
-        tau: temperature, > 0, same unit.
+    `current` and `proposed` are validation losses (energies), `tau` >= 0 is a temperature, in nats.
 
     Source: Metropolis et al. 1953, J. Chem. Phys. 21:1087.
 

@@ -13,11 +13,7 @@ from rayfed_lora.types import ModuleShape
 
 
 def uniform(shapes: Mapping[str, ModuleShape], rank: int) -> dict[str, int]:
-    """Return the same rank for every module, at most the largest that the module can have.
-
-    Args:
-        shapes: adapted modules.
-        rank: >= 0.
+    """Return the same rank >= 0 for every module, at most the largest that the module can have.
 
     >>> uniform({"q": ModuleShape(4, 4), "v": ModuleShape(4, 2)}, 3)
     {'q': 3, 'v': 2}
@@ -43,13 +39,8 @@ def spectral(
     if it still fits. Directions beyond a module's spectrum have energy 0, so that a surplus
     (re-heating) is spread evenly. A module may end at rank 0.
 
-    Args:
-        shapes: adapted modules.
-        spectra: singular values of each module's effective update D, falling.
-        rank: uniform rank that sets the budget, >= 0.
-
-    Returns:
-        Rank by module; `cost` of it never exceeds that of `uniform(shapes, rank)`.
+    `spectra` are the singular values of each module's effective update D, falling. The result
+    never costs more than uniform `rank`, >= 0.
 
     >>> shapes = {"q": ModuleShape(4, 4), "v": ModuleShape(4, 4)}
     >>> spectral(shapes, {"q": [3.0, 2.0], "v": [0.1, 0.0]}, rank=1)

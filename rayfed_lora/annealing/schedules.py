@@ -15,7 +15,7 @@ Curve = Callable[[float, float, float], float]
 
 
 def linear(start: float, end: float, u: float) -> float:
-    """Return start + (end - start) * u. Source: this project.
+    """Return start + (end - start) * u.
 
     >>> linear(16, 2, 0.5)
     9.0
@@ -59,8 +59,7 @@ def exponential(start: float, end: float, u: float) -> float:
 def logarithmic(start: float, end: float, u: float) -> float:
     """Return start + (end - start) * log(1 + 9 u) / log 10.
 
-    Source: the logarithmic cooling of Geman and Geman 1984, rescaled to meet both ends (this
-    project).
+    Source: the logarithmic cooling of Geman and Geman 1984, rescaled to meet both ends.
 
     >>> logarithmic(10, 0, 1.0)
     0.0
@@ -79,12 +78,7 @@ def constant(start: float, end: float, u: float) -> float:
 
 
 CURVES: Mapping[str, Curve] = {
-    "linear": linear,
-    "cosine": cosine,
-    "cubic": cubic,
-    "exponential": exponential,
-    "logarithmic": logarithmic,
-    "constant": constant,
+    curve.__name__: curve for curve in (linear, cosine, cubic, exponential, logarithmic, constant)
 }
 
 
@@ -121,14 +115,10 @@ def cooling(shape: str, start: float, end: float, rounds: int, steps: int = 4) -
 
 
 def ramp(start: float, end: float, rounds: int) -> Schedule:
-    """Return a linear rise whose first round is at `start` and whose last is at `end`.
-
-    With one round only, that round is at `end`.
+    """Return a linear rise from `start` in the first round to `end` in the last, or only, one.
 
     Raises:
         ValueError: `rounds` is not positive.
-
-    Source: this project.
 
     >>> value = ramp(2, 16, rounds=3)
     >>> [value(i) for i in range(3)]

@@ -40,17 +40,16 @@ def stage_lengths(annealing: Annealing) -> dict[Stage, int]:
 
     Mode `full` makes all rounds initiating ones, mode `fixed` all rounds heating ones.
     """
-    total = annealing.total_rounds
-    if annealing.mode == "full":
-        return {"initiating": total, "heating": 0, "cooling": 0, "holding": 0}
-    if annealing.mode == "fixed":
-        return {"initiating": 0, "heating": total, "cooling": 0, "holding": 0}
-    return {
+    lengths: dict[Stage, int] = {
         "initiating": annealing.initiating_rounds,
         "heating": annealing.heating.rounds,
         "cooling": annealing.cooling.rounds,
         "holding": annealing.holding.rounds,
     }
+    if annealing.mode == "staged":
+        return lengths
+    only = "initiating" if annealing.mode == "full" else "heating"
+    return {stage: annealing.total_rounds * (stage == only) for stage in lengths}
 
 
 def locate(annealing: Annealing, t: int) -> tuple[Stage, int]:
@@ -101,13 +100,9 @@ def scheduled_rank(annealing: Annealing, t: int) -> int:
     return schedules.to_rank(value(i), high, low)
 
 
-def ladder(annealing: Annealing) -> list[int]:
-    """Return the distinct ranks from the heating rank down that target acceptance steps on."""
-    return list(_ladder(annealing))
-
-
 @lru_cache(maxsize=16)  # every round needs it, and it looks at all rounds
-def _ladder(annealing: Annealing) -> tuple[int, ...]:
+def ladder(annealing: Annealing) -> tuple[int, ...]:
+    """Return the distinct ranks from the heating rank down that target acceptance steps on."""
     start = stage_lengths(annealing)["initiating"] + stage_lengths(annealing)["heating"]
     rounds = range(start, annealing.total_rounds)
     ranks = {annealing.heating.rank, *(scheduled_rank(annealing, t) for t in rounds)}
@@ -136,12 +131,11 @@ def plan_round(annealing: Annealing, t: int, feedback: Feedback) -> RoundPlan:
         ValueError: `t` is out of range, or the acceptance rule lacks its feedback.
     """
     stage, _ = locate(annealing, t)
-    full = is_full(annealing, t)
     weight = annealing.initiating.proximal_weight if stage == "initiating" else 0.0
-    rank, proposal = 0, None
-    if not full:
-        rank, proposal = _decide(annealing, t, feedback)
-    return RoundPlan(t, stage, "full" if full else "adapter", rank, weight, proposal)
+    if is_full(annealing, t):
+        return RoundPlan(t, stage, "full", 0, weight, None)
+    rank, proposal = _decide(annealing, t, feedback)
+    return RoundPlan(t, stage, "adapter", rank, weight, proposal)
 
 
 def _decide(annealing: Annealing, t: int, feedback: Feedback) -> tuple[int, Proposal | None]:

@@ -204,8 +204,7 @@ def recipes(
     schema: Annotated[bool, Option("--schema", help="Print the JSON Schema.")] = False,
 ) -> None:
     """List the shipped recipes, or print one."""
-    from rayfed_lora.recipe.loading import recipe_schema
-    from rayfed_lora.recipe.shipped_recipes import shipped_names, shipped_text
+    from rayfed_lora.recipe.loading import recipe_schema, shipped_names, shipped_text
 
     if schema:
         typer.echo(json.dumps(recipe_schema(), indent=1))

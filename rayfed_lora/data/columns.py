@@ -1,4 +1,4 @@
-"""Columns of a raw table: found by name, checked and cast. Source: this project."""
+"""Columns of a raw table: found by name, checked and cast."""
 
 from __future__ import annotations
 
@@ -28,8 +28,15 @@ def candidates(data: Data, option: str) -> tuple[str, ...]:
     return _USUAL_NAMES[option] if name == AUTO else (name,)
 
 
-def pick(table: pa.Table, names: Sequence[str], option: str, source: str) -> str:
-    """Return the first of `names` that is a column of the table; `option` and `source` are shown.
+def find(table: pa.Table, data: Data, option: str) -> tuple[pa.ChunkedArray, str]:
+    """Return the column that an option such as `text_column` names, as `pick` does."""
+    return pick(table, candidates(data, option), option, data.source)
+
+
+def pick(
+    table: pa.Table, names: Sequence[str], option: str, source: str
+) -> tuple[pa.ChunkedArray, str]:
+    """Return the first of some columns that the table has, and its place, for messages.
 
     Raises:
         DataError: no such column (the message lists the columns of the table), or several.
@@ -42,7 +49,7 @@ def pick(table: pa.Table, names: Sequence[str], option: str, source: str) -> str
         )
     if table.column_names.count(found) > 1:
         raise DataError(f"data.source {source!r}: need one column {found!r}, got several")
-    return found
+    return table[found], f"data.source {source!r}, column {found!r}"
 
 
 def reject_nulls(column: pa.ChunkedArray | pa.Array, where: str) -> None:
@@ -77,27 +84,41 @@ def as_strings(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     return pc.cast(plain, pa.string())
 
 
-def as_client_names(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+def as_client_names(column: pa.ChunkedArray, where: str, typed: bool = True) -> pa.ChunkedArray:
     """Return a column of client names as strings; whole numbers are written in decimal.
+
+    Texts of a source that is not `typed` are read by `naming.csv_names`.
 
     Raises:
         DataError: values that cannot be names (`naming.as_names`), or a null.
     """
+    if not typed and naming.is_text(column.type):
+        column = naming.csv_names(column)
     plain = naming.plain(column)
     reject_nulls(plain, where)
     return pc.cast(naming.as_names(plain, where), pa.string())
 
 
-def parse_numbers(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
-    """Return the numbers in a text column as float64; nulls stay.
+def as_labels(column: pa.ChunkedArray, where: str, typed: bool) -> pa.ChunkedArray:
+    """Return a label column as int64 or strings (booleans become `false` and `true`).
+
+    Texts of a source that is not `typed` are read by `naming.csv_labels`.
 
     Raises:
-        DataError: a text is not a number.
+        DataError: values that cannot be names (`naming.as_names`), a whole number of 2^63 or
+            more, or a null.
     """
+    if not typed and naming.is_text(column.type):
+        column = naming.csv_labels(column, where)
+    plain = naming.plain(column)
+    reject_nulls(plain, where)
+    names = naming.as_names(plain, where, naming.NO_CLASSES)
+    if not pa.types.is_integer(names.type):
+        return names
     try:
-        return pc.cast(pc.utf8_trim_whitespace(column), pa.float64())
+        return pc.cast(names, pa.int64())
     except pa.ArrowInvalid as error:
-        raise DataError(f"{where}: need numbers, got {error}") from error
+        raise DataError(f"{where}: need labels that fit int64, got {error}") from error
 
 
 def as_numbers(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
@@ -112,32 +133,21 @@ def as_numbers(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     return pc.cast(column, pa.float64(), safe=False)
 
 
-def as_positive(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+def as_positive(column: pa.ChunkedArray, where: str, typed: bool) -> pa.ChunkedArray:
     """Return a column of positive, finite numbers as float64.
+
+    A source that is not `typed` may hold them as texts, if the column names classes or clients too.
 
     Raises:
         DataError: values of another kind, or a null.
     """
+    if not typed and naming.is_text(column.type):
+        try:
+            column = pc.cast(pc.utf8_trim_whitespace(column), pa.float64())
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{where}: need numbers, got {error}") from error
     values = as_numbers(column, where)
     wrong = values.filter(pc.invert(pc.and_(pc.is_finite(values), pc.greater(values, 0))))
     if len(wrong) > 0:
         raise DataError(f"{where}: need positive numbers, got {wrong[0].as_py():g}")
     return values
-
-
-def as_labels(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
-    """Return a label column as int64 or strings (booleans become `false` and `true`).
-
-    Raises:
-        DataError: values that cannot be names (`naming.as_names`), a whole number of 2^63 or
-            more, or a null.
-    """
-    plain = naming.plain(column)
-    reject_nulls(plain, where)
-    names = naming.as_names(plain, where, naming.NO_CLASSES)
-    if not pa.types.is_integer(names.type):
-        return names
-    try:
-        return pc.cast(names, pa.int64())
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{where}: need labels that fit int64, got {error}") from error

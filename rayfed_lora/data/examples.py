@@ -1,4 +1,4 @@
-"""Model-ready examples in an Arrow table that processes share. Source: this project."""
+"""Model-ready examples in an Arrow table that processes share."""
 
 from __future__ import annotations
 
@@ -19,12 +19,7 @@ PIXELS = "pixel_values"
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs and labels of some examples.
-
-    Attributes:
-        inputs: arrays by the model's own input names, one row an example.
-        labels: (rows,) int64.
-    """
+    """Arrays by the model's own input names, one row an example, and (rows,) int64 labels."""
 
     inputs: Mapping[str, Array]
     labels: npt.NDArray[np.int64]

@@ -1,4 +1,4 @@
-"""Image columns of every form, converted to float tensors. Source: this project."""
+"""Image columns of every form, converted to float tensors."""
 
 from __future__ import annotations
 
@@ -49,15 +49,11 @@ def as_tensors(column: pa.ChunkedArray, where: str) -> pa.FixedShapeTensorArray:
 
 def are_floats(kind: pa.DataType) -> bool:
     """Return whether the pixels of an image column are floats, which stay unscaled."""
-    while True:
-        if isinstance(kind, pa.FixedShapeTensorType):
-            kind = kind.value_type
-        elif pa.types.is_nested(kind) and not pa.types.is_struct(kind):
-            kind = kind.value_type
-        elif isinstance(kind, pa.BaseExtensionType):
-            kind = kind.storage_type
-        else:
-            return bool(pa.types.is_floating(kind))
+    if isinstance(kind, pa.BaseExtensionType):
+        return are_floats(kind.storage_type)
+    if pa.types.is_nested(kind) and not pa.types.is_struct(kind):
+        return are_floats(kind.value_type)
+    return bool(pa.types.is_floating(kind))
 
 
 def _encoded(array: pa.Array, where: str) -> pa.Array | None:

@@ -2,8 +2,6 @@
 
 A name is spelled as in the file: `07` and `7` are two names, and so are `NA` and an empty cell.
 Columns of whole numbers stay numeric, so that they sort by value.
-
-Source: this project.
 """
 
 from __future__ import annotations
@@ -52,9 +50,7 @@ def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def is_text(kind: pa.DataType) -> bool:
     """Return whether a type is one of Arrow's types of text."""
-    return bool(
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )
+    return kind in (pa.string(), pa.large_string(), pa.string_view())
 
 
 def is_number(kind: pa.DataType) -> bool:
@@ -65,9 +61,8 @@ def is_number(kind: pa.DataType) -> bool:
 def as_names(column: pa.ChunkedArray, where: str, advice: str = "") -> pa.ChunkedArray:
     """Return integers as they are, whole floats and decimals as int64, other values as texts.
 
-    Booleans become `false` and `true`, dates and times ISO texts.
-
-    The column has neither nulls nor a dictionary; `advice` ends the message on fractions.
+    Booleans become `false` and `true`, dates and times ISO texts. The column has neither nulls nor
+    a dictionary; `advice` ends the message on fractions.
 
     Raises:
         DataError: fractions, or values of a type that cannot be names.
@@ -121,14 +116,11 @@ def csv_names(column: pa.ChunkedArray) -> pa.ChunkedArray:
     texts = _distinct(column)
     stripped = [text.strip() for text in texts]
     wholes = [text.partition(".")[0] for text in stripped]
-    if (
-        all(map(_WHOLE_OR_POINT_ZERO.fullmatch, stripped))
-        and len(set(wholes)) == len(texts)
-        and all(len(whole) <= _MOST_DIGITS for whole in wholes)
-    ):
-        places = pc.index_in(column, value_set=pa.array(texts, column.type))
-        return pc.take(pa.array([int(whole) for whole in wholes], pa.int64()), places)
-    return column
+    usual = all(map(_WHOLE_OR_POINT_ZERO.fullmatch, stripped))
+    if not usual or len(set(wholes)) < len(texts) or any(len(w) > _MOST_DIGITS for w in wholes):
+        return column
+    places = pc.index_in(column, value_set=pa.array(texts, column.type))
+    return pc.take(pa.array([int(whole) for whole in wholes], pa.int64()), places)
 
 
 def csv_labels(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:

@@ -46,11 +46,7 @@ def deal(
     With dirichlet and quantity, a client short of `min_examples` then gets random examples, each
     taken from the largest client at that moment.
 
-    Args:
-        labels: (n,) labels of the training rows.
-        partition: the recipe's section.
-        seed: the run's seed.
-        column: (n,) each row's client (kind column only).
+    `labels` are those of the training rows, (n,); `column` has each row's client (kind column).
 
     Raises:
         DataError: no examples, a client without an example, or fewer examples than
@@ -68,11 +64,9 @@ def deal(
         case "shards":
             owner = _by_shards(labels, clients, partition.shards_per_client, rng)
         case "dirichlet":
-            _require_examples(len(labels), partition)
             owner = _by_label(labels, clients, partition.alpha, rng)
             owner = _top_up(owner, clients, partition.min_examples, rng)
         case "quantity":
-            _require_examples(len(labels), partition)
             shares = rng.dirichlet(np.full(clients, partition.alpha))
             owner = _by_shares(len(labels), shares, rng)
             owner = _top_up(owner, clients, partition.min_examples, rng)
@@ -86,9 +80,7 @@ def deal(
 def _sizes(total: int, shares: npt.NDArray[np.float64], offset: float) -> IndexArray:
     """Round total * shares to whole numbers that sum to total, each less than one off.
 
-    With `offset` uniform in [0, 1) every expected size is exact.
-
-    Source: systematic sampling.
+    Systematic sampling: with `offset` uniform in [0, 1) every expected size is exact.
     """
     edges = np.floor(np.cumsum(shares) * total + offset).astype(np.int64)
     edges = np.minimum(edges, total)
@@ -129,11 +121,7 @@ def _by_shards(
 
 
 def client_names(column: Sequence[str]) -> list[str]:
-    """Return the distinct clients of a column, sorted by value if all are whole numbers.
-
-    Args:
-        column: (n,) each row's client.
-    """
+    """Return the distinct clients of a column, sorted by value if all are whole numbers."""
     return naming.in_order(pa.array(column, type=pa.string()).unique().to_pylist())
 
 
@@ -205,11 +193,8 @@ def _require_possible(total: int, partition: Partition) -> None:
             f" pieces each (shards_per_client) need {pieces:,} training examples, got {total:,};"
             f" keep clients * shards_per_client at {total} or below"
         )
-
-
-def _require_examples(total: int, partition: Partition) -> None:
     needed = partition.clients * partition.min_examples
-    if total < needed:
+    if partition.kind in ("dirichlet", "quantity") and total < needed:
         raise DataError(
             f"data.partition: {partition.clients} clients with min_examples"
             f" {partition.min_examples} need {needed} training examples, got {total};"

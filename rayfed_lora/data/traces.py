@@ -1,4 +1,4 @@
-"""Availability traces: when each client can be reached. Source: this project."""
+"""Availability traces: when each client can be reached."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rayfed_lora.data import columns, naming, sources
+from rayfed_lora.data import columns, raw_tables
 from rayfed_lora.errors import DataError
 from rayfed_lora.types import TRACE_DIGITS, AvailabilityTrace
 
@@ -39,12 +39,11 @@ def read_trace(
         DataError: the table cannot be read, or has a wrong row; the message names the first one.
     """
     where = f"{_OPTION} {source!r}"
-    if sources.suffix_of(source) not in sources.READERS:
-        raise DataError(f"{where}: need a path or URI ending in {' '.join(sources.READERS)}")
-    raw = sources.read_file(source, () if names is None else ("client",), _OPTION)
+    if raw_tables.suffix_of(source) not in raw_tables.READERS:
+        raise DataError(f"{where}: need a path or URI ending in {' '.join(raw_tables.READERS)}")
+    raw = raw_tables.read_file(source, () if names is None else ("client",), _OPTION)
     table = raw.train
-    missing = [name for name in _COLUMNS if table.column_names.count(name) != 1]
-    if missing:
+    if any(table.column_names.count(name) != 1 for name in _COLUMNS):
         raise DataError(
             f"{where}: need one column each of {', '.join(_COLUMNS)}, got the columns"
             f" {', '.join(table.column_names)}"
@@ -57,9 +56,9 @@ def read_trace(
     rows = rows.round({"start_s": TRACE_DIGITS, "end_s": TRACE_DIGITS})
     limit = np.inf if period_s is None else round(period_s, TRACE_DIGITS)
     client, start, end = (rows[name] for name in _COLUMNS)
+    is_client = (client % 1 == 0) & client.between(0, clients - 1)
     rules = {
-        f"a whole number from 0 to {clients - 1} as client": (client % 1 == 0)
-        & client.between(0, clients - 1),
+        f"a whole number from 0 to {clients - 1} as client": is_client,
         "0 <= start_s < end_s": (start >= 0) & (start < end),
         f"end_s up to period_s ({limit:g})": end <= limit,
     }
@@ -74,19 +73,14 @@ def read_trace(
 
 
 def _numbered(
-    table: pa.Table,
-    where: str,
-    names: Sequence[str],
-    known: Collection[str],
-    *,
-    typed: bool,
+    table: pa.Table, where: str, names: Sequence[str], known: Collection[str], *, typed: bool
 ) -> pa.Table:
     """Return the rows of clients with training examples, with numbers in place of names."""
     column, place = table["client"], f"{where}, column 'client'"
     named, every = columns.as_client_names(column, place), pa.array({*names, *known}, pa.string())
-    if not typed and not pc.all(pc.is_in(named, value_set=every)).as_py():
+    if not pc.all(pc.is_in(named, value_set=every)).as_py():
         # As in a CSV source of data, 7.0 is client 7.
-        named = columns.as_client_names(naming.csv_names(column), place)
+        named = columns.as_client_names(column, place, typed)
     is_known = pc.is_in(named, value_set=every)
     if not pc.all(is_known).as_py():
         row = pc.index(is_known, False).as_py()
@@ -117,7 +111,6 @@ def _numbers(column: pa.ChunkedArray, where: str, name: str) -> npt.NDArray[np.f
     values: npt.NDArray[np.float64] = columns.as_numbers(column, where).to_numpy()
     if not np.isfinite(values).all():
         row = int(np.isfinite(values).argmin())
-        raise DataError(
-            f"{where}: need a number in every row, got {values[row]:g} in row {row + 1}"
-        )
+        got = f"{values[row]:g} in row {row + 1}"
+        raise DataError(f"{where}: need a number in every row, got {got}")
     return values

@@ -15,9 +15,8 @@ from rayfed_lora.jobs.jobs import Jobs
 from rayfed_lora.jobs.local_files import files_named
 from rayfed_lora.jobs.views import JobView
 from rayfed_lora.launching.ray_session import ray_session
-from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
+from rayfed_lora.recipe.loading import load_recipe, recipe_yaml, shipped_names
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.recipe.shipped_recipes import shipped_names
 from rayfed_lora.runs.location import absolute_place, refuse_relative, with_absolute_paths
 from rayfed_lora.storage import refuse_secrets
 

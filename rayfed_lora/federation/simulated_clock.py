@@ -14,7 +14,7 @@ from rayfed_lora.errors import RunError
 from rayfed_lora.federation import sampling
 from rayfed_lora.federation.ledger import BYTES_PER_VALUE, Bill
 from rayfed_lora.federation.traffic import Sent
-from rayfed_lora.recipe.devices import Spread
+from rayfed_lora.recipe.clients import Spread
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.types import TRACE_DIGITS, Absence, AvailabilityTrace, DeviceFacts

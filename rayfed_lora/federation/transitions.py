@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from rayfed_lora.aggregation.step import Product, product
+from rayfed_lora.aggregation.means import Product
+from rayfed_lora.aggregation.step import product
 from rayfed_lora.annealing import budget
 from rayfed_lora.annealing.stages import locate
 from rayfed_lora.lora import resize

@@ -10,8 +10,7 @@ from typing import Any
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.locations import child
 from rayfed_lora.pages.comparison_tables import Cell
-from rayfed_lora.recipe.layers import override_pairs
-from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.loading import load_recipe, override_pairs
 from rayfed_lora.recipe.notes import given_way_in_comparison
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.location import with_absolute_paths

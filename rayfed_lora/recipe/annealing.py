@@ -1,4 +1,4 @@
-"""The schedule of the parameter budget: sections of the recipe. Source: this project."""
+"""The schedule of the parameter budget: sections of the recipe."""
 
 from __future__ import annotations
 
@@ -44,6 +44,11 @@ class Heating(Section):
     shape: Literal["hold", "ramp"] = option(
         "hold", "hold: R0 throughout | ramp: linearly from cooling.rank up to R0"
     )
+
+    @property
+    def ramps(self) -> bool:
+        """Whether the rank rises from cooling.rank in this stage."""
+        return self.shape == "ramp" and self.rounds > 0
 
 
 class Cooling(Section):
@@ -104,6 +109,11 @@ class Annealing(Section):
     def feedback(self) -> Acceptance:
         """The acceptance rule in force: `always` where ranks never fall."""
         return self.acceptance if self.mode == "staged" else "always"
+
+    @property
+    def cools(self) -> bool:
+        """Whether the cooling curve sets the rank of a round; holding keeps its last value."""
+        return self.cooling.shape != "constant" and self.cooling.rounds + self.holding.rounds > 0
 
     @property
     def initiating_rounds(self) -> int:

@@ -1,18 +1,34 @@
-"""Checks of a recipe's values against each other, once each is valid on its own.
-
-Source: this project.
-"""
+"""Checks of a recipe's values against each other, once each is valid on its own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.locations import holds_secret, repeated_option
-from rayfed_lora.recipe.conflict import Conflict
-from rayfed_lora.recipe.devices import Spread
+from rayfed_lora.recipe.annealing import Annealing
+from rayfed_lora.recipe.clients import Spread
 from rayfed_lora.recipe.runtime import Runtime
-from rayfed_lora.recipe.schedule_checks import acceptance_conflicts, rule_conflicts, stage_conflicts
 from rayfed_lora.recipe.settings import Settings
+
+# Each round is a row of a table, in memory and in files that are rewritten many times.
+MOST_ROUNDS = 100_000
+
+
+class Conflict(NamedTuple):
+    """Values that do not go together: their keys, the one to change first, and what is wrong."""
+
+    paths: tuple[str, ...]
+    message: str
+
+
+class ConflictError(ValueError):
+    """Carries every conflict of a recipe through pydantic."""
+
+    def __init__(self, conflicts: Sequence[Conflict]) -> None:
+        self.conflicts = tuple(conflicts)
+        super().__init__("; ".join(f"{c.paths[0]}: {c.message}" for c in self.conflicts))
 
 
 def conflicts(recipe: Settings) -> list[Conflict]:
@@ -20,12 +36,11 @@ def conflicts(recipe: Settings) -> list[Conflict]:
     return [
         *_location_conflicts(recipe),
         *_data_and_model_conflicts(recipe),
-        *stage_conflicts(recipe.annealing),
-        *acceptance_conflicts(recipe),
+        *_stage_conflicts(recipe.annealing),
+        *_acceptance_conflicts(recipe),
         *_client_conflicts(recipe),
-        *rule_conflicts(recipe),
+        *_rule_conflicts(recipe),
         *_device_conflicts(recipe),
-        *_evaluation_conflicts(recipe),
         *_actor_conflicts(recipe.runtime),
     ]
 
@@ -40,13 +55,15 @@ def _location_conflicts(recipe: Settings) -> Iterator[Conflict]:
         "storage.path": recipe.storage.path,
     }
     for key, location in named.items():
-        if location is not None and location.lower().startswith("fsspec+"):
+        if location is None:
+            continue
+        if location.lower().startswith("fsspec+"):
             # fsspec has many filesystems, each with its own way to find credentials.
             yield Conflict((key,), "expected a path, or a URI of s3, gs, abfs, hdfs or file")
-        twice = None if location is None else repeated_option(location)
+        twice = repeated_option(location)
         if twice is not None:
             yield Conflict((key,), f"expected each option of a URI once, got {twice!r} again")
-        if location is not None and holds_secret(location):
+        if holds_secret(location):
             yield Conflict(
                 (key,),
                 "expected a URI without credentials; they come from the environment, ~/.aws or the"
@@ -74,6 +91,53 @@ def _data_and_model_conflicts(recipe: Settings) -> Iterator[Conflict]:
         )
 
 
+def _stage_conflicts(annealing: Annealing) -> Iterator[Conflict]:
+    heating, cooling, total = annealing.heating, annealing.cooling, annealing.total_rounds
+    if total == 0:
+        yield Conflict(
+            tuple(f"annealing.{s}.rounds" for s in ("heating", "initiating", "cooling", "holding")),
+            "need at least one round, the stages' rounds sum to 0",
+        )
+    if total > MOST_ROUNDS:
+        stages = ("initiating", "heating", "cooling", "holding")
+        longest = sorted(stages, key=lambda stage: -getattr(annealing, stage).rounds)
+        yield Conflict(
+            tuple(f"annealing.{stage}.rounds" for stage in longest),
+            f"expected at most {MOST_ROUNDS:,} rounds in all stages together, got {total:,}",
+        )
+    changes = heating.ramps or annealing.cools
+    if annealing.mode == "staged" and changes and cooling.rank > heating.rank:
+        yield Conflict(
+            ("annealing.cooling.rank", "annealing.heating.rank"),
+            f"expected at most heating.rank ({heating.rank}), got {cooling.rank}",
+        )
+
+
+def _acceptance_conflicts(recipe: Settings) -> Iterator[Conflict]:
+    annealing = recipe.annealing
+    if annealing.feedback == "always":
+        return
+    if recipe.data.validation_fraction == 0:
+        yield Conflict(
+            ("data.validation_fraction", "annealing.acceptance"),
+            f"annealing.acceptance '{annealing.acceptance}' needs a value above 0 (or auto), got 0",
+        )
+    if annealing.feedback == "metropolis" and annealing.cooling.residual == "fold":
+        yield Conflict(
+            ("annealing.acceptance", "annealing.cooling.residual"),
+            "'metropolis' does not go with residual 'fold': a folded cut does not change the model,"
+            " so every proposal would be accepted; use 'always', or residual 'drop'",
+        )
+    adapter_initiating = annealing.initiating.trainable == "adapter" and annealing.initiating_rounds
+    at_heating_rank = annealing.heating.rounds > 0 or adapter_initiating
+    value_is_sought = annealing.feedback == "target" and annealing.target.value is None
+    if value_is_sought and not at_heating_rank:
+        yield Conflict(
+            ("annealing.target.value", "annealing.heating.rounds"),
+            "acceptance 'target' expects a number here, or heating.rounds above 0 to find it in",
+        )
+
+
 def _client_conflicts(recipe: Settings) -> Iterator[Conflict]:
     clients, partition = recipe.clients, recipe.data.partition
     if clients.local_steps is not None and clients.local_epochs is not None:
@@ -90,28 +154,71 @@ def _client_conflicts(recipe: Settings) -> Iterator[Conflict]:
         )
 
 
-def _evaluation_conflicts(recipe: Settings) -> Iterator[Conflict]:
-    settings = recipe.evaluation
-    if settings.clients_every is not None and settings.client_fraction == 0:
+def _rule_conflicts(recipe: Settings) -> Iterator[Conflict]:
+    """Yield settings that an aggregation rule does not support in its adapter rounds."""
+    name, annealing, adapter = recipe.aggregation.rule, recipe.annealing, recipe.adapter
+    rule, optimizer = RULES[name], recipe.aggregation.server_optimizer.name
+    key = "aggregation.rule"
+    if annealing.heating.rank == 0 and not (adapter.train_head or adapter.train_biases):
         yield Conflict(
-            ("evaluation.client_fraction", "evaluation.clients_every"),
-            "evaluation.clients_every needs examples to test clients on: expected a share above 0,"
-            " got 0",
+            ("annealing.heating.rank", "adapter.train_head"),
+            "rank 0 leaves nothing to train; expected train_head, train_biases or a higher rank",
         )
+    if annealing.mode == "full":
+        return
+    if optimizer != "sgd" and not rule.optimizers:
+        fitting = ", ".join(n for n, entry in RULES.items() if entry.optimizers)
+        yield Conflict(
+            ("aggregation.server_optimizer.name", key),
+            f"'{optimizer}' steps along A and B, rule '{name}' does not average them; expected sgd,"
+            f" or one of the rules {fitting}",
+        )
+    lowest = recipe.clients.lowest_rank
+    if not rule.mixed_ranks and lowest is not None and lowest < annealing.heating.rank:
+        fitting = ", ".join(n for n, entry in RULES.items() if entry.mixed_ranks)
+        yield Conflict(
+            ("clients.ranks", key),
+            f"rule '{name}' averages factors of the round's rank; for clients of other ranks"
+            f" expected one of the rules {fitting}",
+        )
+    if rule.personal and annealing.mode == "staged" and _has_several_ranks(annealing):
+        yield Conflict(
+            (key, "annealing.cooling.rank"),
+            f"'{name}' needs one rank: a cut gives each client another A, and A is shared;"
+            " expected annealing.mode fixed, cooling.rank equal to heating.rank, or another rule",
+        )
+    if lowest is not None and annealing.cooling.residual == "fold":
+        yield Conflict(
+            ("clients.ranks", "annealing.cooling.residual"),
+            "'fold' needs clients that hold every direction that a cut folds; use residual drop, or"
+            " no clients.ranks",
+        )
+    if rule.restarts and annealing.feedback == "metropolis":
+        yield Conflict(
+            (key, "annealing.acceptance"),
+            f"'{name}' starts LoRA anew each round: a lower rank cuts nothing that 'metropolis'"
+            " could evaluate; use acceptance always or target, or another rule",
+        )
+    if annealing.allocation == "spectral" and (rule.personal or rule.restarts):
+        reason = (
+            "needs one rank: 'spectral' would give each client another A, and A is shared"
+            if rule.personal
+            else "starts LoRA anew each round: 'spectral' needs a trained adapter"
+        )
+        paths = (key, "annealing.allocation")
+        yield Conflict(paths, f"'{name}' {reason}; use uniform, or another rule")
+
+
+def _has_several_ranks(annealing: Annealing) -> bool:
+    ramps = annealing.heating.ramps and annealing.heating.rounds > 1
+    return (annealing.cools or ramps) and annealing.cooling.rank != annealing.heating.rank
 
 
 def _device_conflicts(recipe: Settings) -> Iterator[Conflict]:
-    clients, network = recipe.clients, recipe.network
-    spreads = {
-        "clients.speed": clients.speed,
-        "network.up_mbps": network.up_mbps,
-        "network.down_mbps": network.down_mbps,
-    }
+    clients, evaluation, spreads = recipe.clients, recipe.evaluation, recipe.spreads
     for path, spread in spreads.items():
-        if spread is not None:
-            yield from _spread_conflicts(path, spread)
-    time_passes = network.latency_s > 0 or any(spread is not None for spread in spreads.values())
-    if clients.deadline_s is not None and not time_passes:
+        yield from _spread_conflicts(path, spread)
+    if clients.deadline_s is not None and recipe.network.latency_s == 0 and not spreads:
         yield Conflict(
             ("clients.deadline_s", "clients.speed", "network"),
             "no client can be late without simulated time: expected clients.speed or network too",
@@ -120,6 +227,12 @@ def _device_conflicts(recipe: Settings) -> Iterator[Conflict]:
         yield Conflict(
             ("clients.availability.period_s", "clients.availability.trace"),
             "expected a trace to repeat, got none",
+        )
+    if evaluation.clients_every is not None and evaluation.client_fraction == 0:
+        yield Conflict(
+            ("evaluation.client_fraction", "evaluation.clients_every"),
+            "evaluation.clients_every needs examples to test clients on: expected a share above 0,"
+            " got 0",
         )
 
 
@@ -133,19 +246,15 @@ def _spread_conflicts(path: str, spread: Spread) -> Iterator[Conflict]:
             f" instead, got {', '.join(given) or 'none of them'}",
         )
     elif spread.low is not None and spread.high is not None and spread.low > spread.high:
-        yield Conflict(
-            (f"{path}.low", f"{path}.high"),
-            f"expected at most high ({spread.high:g}), got {spread.low:g}",
-        )
+        message = f"expected at most high ({spread.high:g}), got {spread.low:g}"
+        yield Conflict((f"{path}.low", f"{path}.high"), message)
     elif spread.sigma > 0 and spread.median is None:
-        yield Conflict(
-            (f"{path}.sigma", path),
-            f"expected 0 without a lognormal distribution's median, got {spread.sigma:g}",
-        )
+        message = f"expected 0 without a lognormal distribution's median, got {spread.sigma:g}"
+        yield Conflict((f"{path}.sigma", path), message)
 
 
 def _actor_conflicts(runtime: Runtime) -> Iterator[Conflict]:
-    share = runtime.gpus_per_actor
+    share, key = runtime.gpus_per_actor, "runtime.gpus_per_actor"
     if runtime.scale_up_s is not None and "auto" in (runtime.client_actors, runtime.device):
         yield Conflict(
             ("runtime.scale_up_s", "runtime.client_actors", "runtime.device"),
@@ -155,12 +264,8 @@ def _actor_conflicts(runtime: Runtime) -> Iterator[Conflict]:
     if share == "auto":
         return
     if share > 1 and share != int(share):
-        yield Conflict(
-            ("runtime.gpus_per_actor",), f"above 1 expected a whole number, got {share:g}"
-        )
+        yield Conflict((key,), f"above 1 expected a whole number, got {share:g}")
     if abs(share * 1e4 - round(share * 1e4)) > 1e-6:
-        yield Conflict(("runtime.gpus_per_actor",), f"expected steps of 0.0001, got {share:g}")
+        yield Conflict((key,), f"expected steps of 0.0001, got {share:g}")
     if runtime.device == "cuda" and share == 0:
-        yield Conflict(
-            ("runtime.gpus_per_actor", "runtime.device"), "device 'cuda' needs a share above 0"
-        )
+        yield Conflict((key, "runtime.device"), "device 'cuda' needs a share above 0")

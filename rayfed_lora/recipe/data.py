@@ -1,4 +1,4 @@
-"""The data and how they are dealt to clients: sections of the recipe. Source: this project."""
+"""The data and how they are dealt to clients: sections of the recipe."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ class Partition(Section):
     )
     clients: Positive = option(100, "number of clients (column: found in the data)", "clients")
     min_examples: Count = option(
-        4,
-        "clients with fewer get more from the largest clients (dirichlet, quantity)",
-        "examples",
+        4, "clients with fewer get more from the largest clients (dirichlet, quantity)", "examples"
     )
     shards_per_client: Positive = option(2, "pieces for each client (shards)", "shards")
     column: str | None = option(None, "the column that names the client (column)")

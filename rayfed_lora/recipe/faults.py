@@ -1,20 +1,18 @@
-"""Validation of a recipe's values, with one error that lists every fault.
-
-Source: this project.
-"""
+"""Validation of a recipe's values, with one error that lists every fault."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from rayfed_lora.errors import Fault, RecipeError
-from rayfed_lora.recipe.conflict import ConflictError
+from rayfed_lora.recipe.checks import ConflictError
 from rayfed_lora.recipe.fields import ENDPOINTS
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.recipe.yaml_text import MOST_SHOWN, shortened
@@ -28,12 +26,7 @@ def validated(name: str, raw: dict[str, Any], endpoints: Collection[str]) -> Rec
     """Return the recipe of some values.
 
     Faulty values are dropped and the rest is validated again, so that faults hidden behind others
-    are found too.
-
-    Args:
-        name: of the recipe, for the error.
-        raw: nested plain values.
-        endpoints: of object stores that the user has named; see `endpoints`.
+    are found too. `endpoints` are those of object stores that the user has named.
 
     Raises:
         RecipeError: the values have faults; all are listed.
@@ -49,10 +42,11 @@ def validated(name: str, raw: dict[str, Any], endpoints: Collection[str]) -> Rec
             if conflicts is not None:
                 faults += conflicts
                 break
-            found = _faults(error)
-            faults += [f for f in found if f.path not in {seen.path for seen in faults}]
-            for location in {_location(e["loc"]) for e in error.errors()[:_MOST_FAULTS]}:
-                rest = _without(rest, location)
+            known = {fault.path for fault in faults}
+            for path, entries in _by_path(error).items():
+                fault = _fault(path, entries)
+                faults += [] if fault.path in known else [fault]
+                rest = _without(rest, path)
         else:
             if not faults:
                 return recipe
@@ -79,10 +73,7 @@ def closest(word: str, known: Sequence[str], cutoff: float = 0.5) -> str | None:
 
 
 def _conflicts(error: ValidationError, faulty: Sequence[str]) -> list[Fault] | None:
-    """Return the conflicts of an error that do not involve a faulty value.
-
-    None where the error is not about conflicts.
-    """
+    """Return the conflicts that involve no faulty value; None where the error lists none."""
     cause = error.errors()[0].get("ctx", {}).get("error")
     if not isinstance(cause, ConflictError):
         return None
@@ -97,13 +88,12 @@ def _overlap(path: str, other: str) -> bool:
     return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
 
 
-def _faults(error: ValidationError) -> Iterator[Fault]:
-    """Yield one fault for each location of an error."""
-    by_path: dict[tuple[str, ...], list[Any]] = {}
+def _by_path(error: ValidationError) -> dict[tuple[str, ...], list[Any]]:
+    """Return the errors that pydantic lists, by key path: a union has one a member."""
+    entries: dict[tuple[str, ...], list[Any]] = defaultdict(list)
     for entry in error.errors()[:_MOST_FAULTS]:
-        by_path.setdefault(_location(entry["loc"]), []).append(entry)
-    for path, entries in by_path.items():
-        yield _fault(path, entries)
+        entries[_location(entry["loc"])].append(entry)
+    return entries
 
 
 def _fault(path: tuple[str, ...], entries: Sequence[Any]) -> Fault:
@@ -150,10 +140,10 @@ def _location(loc: Sequence[int | str]) -> tuple[str, ...]:
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:
-    node: Any = Recipe
+    fields = fields_of(Recipe) or {}
     for part in path:
-        node = (fields_of(node) or {}).get(part)
-    return list(fields_of(node) or {})
+        fields = fields_of(fields.get(part)) or {}
+    return list(fields)
 
 
 def _all_paths(node: Any = Recipe, prefix: str = "") -> list[str]:

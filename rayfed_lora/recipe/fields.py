@@ -1,4 +1,4 @@
-"""Types of keys, and the base class of a recipe's sections. Source: this project."""
+"""Types of keys, and the base class of a recipe's sections."""
 
 from __future__ import annotations
 

@@ -2,28 +2,33 @@
 
 Layers, each winning over the one before: defaults, the preset of the recipe's `method`, the
 recipe's own keys, the preset of a `method` named by `--set`, the other `--set` values.
-
-Source: this project.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from rayfed_lora.endpoints import named_in
 from rayfed_lora.errors import Fault, RecipeError
-from rayfed_lora.recipe.faults import fields_of, validated
-from rayfed_lora.recipe.layers import keeps_method, layered, nested, override_pairs
-from rayfed_lora.recipe.nested import changes, key_paths, merged
-from rayfed_lora.recipe.plain_values import plain, values_of
-from rayfed_lora.recipe.presets import method_of, task_defaults
+from rayfed_lora.recipe.faults import closest, fields_of, validated
+from rayfed_lora.recipe.plain_values import (
+    MOST_LEVELS,
+    changes,
+    is_section,
+    key_paths,
+    merged,
+    plain,
+    value_at,
+    values_of,
+)
+from rayfed_lora.recipe.presets import method_of, preset, task_defaults
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.recipe.shipped_recipes import shipped_text
 from rayfed_lora.recipe.yaml_text import check_size, parse_yaml, read_text, yaml_text
+
+_SHIPPED = resources.files("rayfed_lora") / "recipe" / "shipped"
 
 
 def load_recipe(
@@ -51,12 +56,11 @@ def load_recipe(
     name, raw = _read(source)
     check_size(name, raw)
     raw = given = plain(raw)
-    pairs = (
-        list(overrides.items())
-        if isinstance(overrides, Mapping)
-        else override_pairs(name, overrides)
-    )
-    settings, own = nested(name, pairs), nested(name, (variant or {}).items())
+    if isinstance(overrides, Mapping):
+        pairs = list(overrides.items())
+    else:
+        pairs = override_pairs(name, overrides)
+    settings, own = _nested(name, pairs), _nested(name, (variant or {}).items())
     changed: dict[str, Any] = {}
     if endpoints is None:
         endpoints = named_in(settings) | named_in(own)
@@ -65,13 +69,13 @@ def load_recipe(
         # `model.config` has no preset, and may have lost keys: it is taken as it is.
         made = {**source.made, "model": raw["model"]}
         changed = changes(made, raw)
-        raw = layered(made, changed)
+        raw = _layered(made, changed)
     if variant is None:
-        content = layered(raw, settings)
+        content = _layered(raw, settings)
     else:
         # The preset of a method that stays may depend on the variant: it is applied below it.
-        raw = merged(raw, settings) if keeps_method(raw, settings) else layered(raw, settings)
-        content = layered(raw, own)
+        raw = merged(raw, settings) if _keeps_method(raw, settings) else _layered(raw, settings)
+        content = _layered(raw, own)
     recipe = validated(name, merged(task_defaults(content), content), endpoints)
     asked = frozenset([*(path for path, _ in pairs), *(variant or {}), *key_paths(changed)])
     own_method = source.preset if isinstance(source, Recipe) else method_of(given)
@@ -98,6 +102,40 @@ def recipe_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
+def shipped_names() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    files = (Path(item.name) for item in _SHIPPED.iterdir())
+    return sorted(file.stem for file in files if file.suffix == ".yaml")
+
+
+def shipped_text(name: str) -> str:
+    """Return the YAML text of a shipped recipe.
+
+    Raises:
+        RecipeError: no recipe of that name is shipped.
+    """
+    names = shipped_names()
+    if name not in names:
+        expected = f"a shipped recipe ({', '.join(names)}) or a path"
+        raise RecipeError(name, [Fault("RECIPE", expected, repr(name), closest(name, names))])
+    return (_SHIPPED / f"{name}.yaml").read_text("utf-8")
+
+
+def override_pairs(name: str, overrides: Iterable[str]) -> list[tuple[str, Any]]:
+    """Return the key paths and values of `key.path=value` texts, values read as YAML.
+
+    Raises:
+        RecipeError: a text has no `=`, or its value is not YAML.
+    """
+    pairs = []
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        if not equals or not path.strip():
+            raise RecipeError(name, [Fault("--set", "expected key.path=value", repr(text))])
+        pairs.append((path.strip(), parse_yaml(name, value, f"--set {path.strip()}")))
+    return pairs
+
+
 def _read(source: str | Path | Mapping[str, Any] | Recipe) -> tuple[str, dict[str, Any]]:
     """Return a name for errors, and the nested values."""
     if isinstance(source, Recipe):
@@ -119,26 +157,59 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe) -> tuple[str, dict[st
     return str(source), raw
 
 
+def _nested(name: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return values by key path as nested mappings; a later pair wins."""
+    result: dict[str, Any] = {}
+    for path, value in pairs:
+        check_size(name, value, f"--set {path}")
+        keys = path.split(".")
+        if not all(keys) or len(keys) > MOST_LEVELS:
+            raise RecipeError(name, [Fault("--set", "expected key.path=value", repr(path))])
+        inner = plain(value)
+        for key in reversed(keys):
+            inner = {key: inner}
+        result = merged(result, inner)
+    return result
+
+
+def _keeps_method(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    own = method_of(raw)
+    return bool(settings.get("method", own) == own)
+
+
+def _layered(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe with the preset of its method, and settings over both.
+
+    A recipe's own keys win over the preset of its method; the preset of another method that
+    `settings` name wins over them.
+    """
+    own = method_of(raw)
+    if _keeps_method(raw, settings):
+        under = merged(preset(own, merged(raw, settings)), raw)
+    else:
+        # A resolved recipe holds the values of its own preset as if the user had written them.
+        rest = changes(preset(own, raw), raw)
+        if value_at(rest, "annealing", "initiating", "trainable") == "none":
+            rest = merged(rest, {"annealing": {"initiating": {"rounds": 0}}})
+        under = merged(rest, preset(settings["method"], merged(rest, settings)))
+    return merged(under, settings)
+
+
 def _is_resolved(raw: Any, kind: Any = Recipe) -> bool:
     """Return whether every key of a recipe is written, as `recipe_yaml` does."""
     fields = fields_of(kind)
-    return (
-        fields is None
-        or raw is None
-        or (
-            isinstance(raw, Mapping)
-            and all(key in raw and _is_resolved(raw[key], inner) for key, inner in fields.items())
-        )
+    if fields is None or raw is None:
+        return True
+    return isinstance(raw, Mapping) and all(
+        key in raw and _is_resolved(raw[key], inner) for key, inner in fields.items()
     )
 
 
 def _overruled(recipe: Recipe, settings: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for each setting that the preset of a variant's method overrules."""
+    values = values_of(recipe)
     for path in key_paths(settings):
-        value: Any = settings
-        found: Any = recipe
-        for key in path.split("."):
-            value = value[key]
-            found = found.get(key) if isinstance(found, Mapping) else getattr(found, key, None)
-        if not isinstance(found, BaseModel) and path != "method" and found != value:
+        keys = path.split(".")
+        value, found = value_at(settings, *keys), value_at(values, *keys)
+        if not is_section(found) and path != "method" and found != value:
             yield f"{path}: {value} of --set gives way to the preset of {recipe.method}: {found}"

@@ -1,4 +1,4 @@
-"""The base model and its adapter: sections of the recipe. Source: this project."""
+"""The base model and its adapter: sections of the recipe."""
 
 from __future__ import annotations
 

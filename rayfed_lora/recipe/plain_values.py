@@ -1,14 +1,11 @@
-"""Plain values: what YAML and JSON can hold, and limits on their depth, number and size.
-
-Source: this project.
-"""
+"""Plain nested values, as YAML and JSON hold them: made, limited, merged, compared, walked."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from pydantic import BaseModel
@@ -51,13 +48,10 @@ def values_of(section: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def excess(value: Any) -> str | None:
-    """Return the limit that a document exceeds, None where it exceeds none.
+    """Return the limit that a document of any objects exceeds; it may contain itself.
 
     >>> excess({"seed": 2**64})
     'expected numbers of at most 64 bits'
-
-    Args:
-        value: nested mappings and lists of any objects; may contain itself.
     """
     left = MOST_VALUES
     waiting = [(value, 0)]
@@ -90,22 +84,77 @@ def unsupported(value: Any) -> str | None:
     >>> unsupported({"a": [1, 2.5, "x", None]})
     >>> unsupported({"a": [float("nan")]})
     'nan'
-
-    Args:
-        value: a document within the limits of `excess`.
     """
     if isinstance(value, (Mapping, list)):
         return next((s for item in _inside(value) if (s := unsupported(item))), None)
     if isinstance(value, str):
-        return None if _is_text(value) else ascii(value)
+        lone_surrogates = any("\ud800" <= character <= "\udfff" for character in value)
+        return ascii(value) if lone_surrogates else None
     if isinstance(value, float):
         return None if math.isfinite(value) else repr(value)
     return None if value is None or isinstance(value, int) else f"a {type(value).__name__}"
 
 
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def is_section(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Return whether a value is a mapping whose keys are names.
+
+    Other mappings, such as ranks with their shares, are values.
+    """
+    return isinstance(value, Mapping) and all(str(key).isidentifier() for key in value)
+
+
+def value_at(values: Any, *path: str) -> Any:
+    """Return the value at a key path, None where there is none.
+
+    >>> value_at({"model": {"task": "causal-lm"}}, "model", "task")
+    'causal-lm'
+    """
+    for key in path:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values
+
+
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the deep merge of two mappings; values of `over` win.
+
+    >>> merged({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}})
+    {'a': {'x': 1, 'y': 3}}
+    """
+    result = dict(under)
+    for key, value in over.items():
+        below = result.get(key)
+        if is_section(value) and is_section(below):
+            result[key] = merged(below, value)
+        else:
+            result[key] = value
+    return result
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of `now` that differ from those of `before`.
+
+    >>> changes({"a": {"x": 1, "y": 2}, "b": 3}, {"a": {"x": 1, "y": 4}, "b": 3})
+    {'a': {'y': 4}}
+    """
+    changed: dict[str, Any] = {}
+    for key, value in now.items():
+        old = before.get(key)
+        if is_section(value) and is_section(old):
+            inner = changes(old, value)
+            changed |= {key: inner} if inner else {}
+        elif key not in before or old != value:
+            changed[key] = value
+    return changed
+
+
+def key_paths(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted key path of every value.
+
+    >>> list(key_paths({"seed": 1, "clients": {"ranks": {4: 0.5}}}))
+    ['seed', 'clients.ranks']
+    """
+    for key, value in values.items():
+        if is_section(value) and value:
+            yield from key_paths(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"

@@ -3,8 +3,6 @@
 A preset sets only the keys that distinguish its method. An aggregation rule that names a method
 (`Rule.method`) brings its preset.
 
-Every `Recipe` passes `filled`, whether it comes from a file, a mapping or a call in Python.
-
 Source: docs/method.md's tables; FedAvg arXiv:1602.05629, FedProx arXiv:1812.06127, SA-FedLoRA
 arXiv:2405.09394 v1 and v2 (SPD-CFL; target mode is a surrogate for its SGC measure, which is not
 public); BitFit arXiv:2106.10199; the papers of the rules: `rayfed_lora.aggregation`.
@@ -17,60 +15,36 @@ from typing import Any
 
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.endpoints import guarded_in
-from rayfed_lora.recipe.nested import merged
-from rayfed_lora.recipe.plain_values import excess, plain
+from rayfed_lora.recipe.plain_values import excess, merged, plain, value_at
 
 
 def _method(
-    mode: str,
-    *,
-    trainable: str = "full",
-    proximal_weight: float = 0.0,
-    acceptance: str = "always",
-    **others: Any,
-) -> dict[str, Any]:
-    """Return the keys that every preset sets, so that any preset can replace any other."""
-    return {
-        "annealing": {
-            "mode": mode,
-            "initiating": {"trainable": trainable, "proximal_weight": proximal_weight},
-            "acceptance": acceptance,
-        },
-        **others,
-    }
-
-
-def _fixed(rule: str) -> dict[str, Any]:
-    """Return a method that trains an adapter of one rank in all rounds under a given rule."""
-    method = _method("fixed", aggregation={"rule": rule})
-    method["annealing"] |= {"allocation": "uniform"}
-    return method
-
-
-def _initiated_by_adapter(mode: str, **others: Any) -> dict[str, Any]:
-    """Return a method whose first stage trains the adapter, at the adapter's learning rate."""
-    method = _method(mode, trainable="adapter", **others)
-    method["annealing"]["initiating"] |= {"lr": None}
-    return method
-
-
-def _without_factors(*, train_biases: bool) -> dict[str, Any]:
-    """Return a method without LoRA, which trains the head and, if asked, the biases."""
-    method = _method("fixed", adapter={"train_head": True, "train_biases": train_biases})
-    method["annealing"] |= {"allocation": "uniform", "heating": {"rank": 0}}
-    return method
+    mode: str, annealing: Mapping[str, Any] | None = None, **others: Any
+) -> Mapping[str, Any]:
+    """Return a preset with the keys that all set, so that any preset can replace any other."""
+    initiating = {"trainable": "full", "proximal_weight": 0.0}
+    usual = {"mode": mode, "initiating": initiating, "acceptance": "always"}
+    return {"annealing": merged(usual, annealing or {}), **others}
 
 
 # No rate: the default of the optimiser that the recipe asks for.
 _AVERAGED = {"server_optimizer": {"name": "sgd", "lr": None}}
+_PROXIMAL = {"initiating": {"proximal_weight": 0.01}}
+_ADAPTER_FIRST = {"initiating": {"trainable": "adapter", "proximal_weight": 0.01, "lr": None}}
+_ONE_RANK = {"allocation": "uniform"}
+_NO_FACTORS = {**_ONE_RANK, "heating": {"rank": 0}}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "sa-fedlora": _method("staged", proximal_weight=0.01),
+    "sa-fedlora": _method("staged", _PROXIMAL),
     "fedavg": _method("full", aggregation=_AVERAGED),
-    "fedprox": _method("full", proximal_weight=0.01, aggregation=_AVERAGED),
-    **{rule.method: _fixed(rule.name) for rule in RULES.values() if rule.method is not None},
-    "spd-cfl": _initiated_by_adapter("staged", proximal_weight=0.01, acceptance="target"),
-    "head-only": _without_factors(train_biases=False),
-    "bitfit": _without_factors(train_biases=True),
+    "fedprox": _method("full", _PROXIMAL, aggregation=_AVERAGED),
+    **{
+        rule.method: _method("fixed", _ONE_RANK, aggregation={"rule": rule.name})
+        for rule in RULES.values()
+        if rule.method is not None
+    },
+    "spd-cfl": _method("staged", {**_ADAPTER_FIRST, "acceptance": "target"}),
+    "head-only": _method("fixed", _NO_FACTORS, adapter={"train_head": True, "train_biases": False}),
+    "bitfit": _method("fixed", _NO_FACTORS, adapter={"train_head": True, "train_biases": True}),
 }
 
 
@@ -82,23 +56,20 @@ def preset(method: object, recipe: Mapping[str, Any]) -> Mapping[str, Any]:
     and under a constant scale a cut from rank 16 to 4 divides the learning rate by four too
     (source: this project; measured in benchmarks/README.md).
 
-    Args:
-        method: a preset's name.
-        recipe: the values that the user has written.
+    `recipe` holds the values that the user has written.
     """
-    keys = PRESETS.get(method, {}) if isinstance(method, str) else {}
-    clients = recipe.get("clients")
-    optimizer = clients.get("optimizer") if isinstance(clients, Mapping) else None
-    name = optimizer.get("name") if isinstance(optimizer, Mapping) else None
-    if usual_scaling(method, name) != "constant":
-        return merged(keys, {"adapter": {"scaling": usual_scaling(method, name)}})
-    return keys
+    scaling = usual_scaling(method, value_at(recipe, "clients", "optimizer", "name"))
+    keys = _preset_of(method)
+    return keys if scaling == "constant" else merged(keys, {"adapter": {"scaling": scaling}})
+
+
+def _preset_of(method: object) -> Mapping[str, Any]:
+    return PRESETS.get(method, {}) if isinstance(method, str) else {}
 
 
 def usual_scaling(method: object, optimizer: object) -> str:
     """Return the default of `adapter.scaling`: see `preset`."""
-    keys = PRESETS.get(method, {}) if isinstance(method, str) else {}
-    falls = keys.get("annealing", {}).get("mode") == "staged"
+    falls = value_at(_preset_of(method), "annealing", "mode") == "staged"
     return "alpha_over_rank" if falls and optimizer == "adamw" else "constant"
 
 
@@ -113,11 +84,8 @@ def usual_server_rate(optimizer: object) -> float:
 def filled(given: Mapping[str, Any], endpoints: Collection[str] = ()) -> dict[str, Any]:
     """Return a recipe's values with the keys that its method's preset and its task fill in.
 
-    Idempotent: a key that is there wins.
-
-    Args:
-        given: the values as written.
-        endpoints: of object stores that the user has named elsewhere; see `endpoints`.
+    Idempotent: a key that is there wins. `endpoints` are those of object stores that the user has
+    named elsewhere; see the module `endpoints`.
 
     Raises:
         ValueError: the values exceed the limits of `plain_values`.
@@ -137,6 +105,5 @@ def method_of(raw: Mapping[str, Any]) -> Any:
 
 def task_defaults(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the defaults that differ for a recipe's task: a language model has no head."""
-    model = raw.get("model")
-    language = isinstance(model, Mapping) and model.get("task") == "causal-lm"
+    language = value_at(raw, "model", "task") == "causal-lm"
     return {"adapter": {"train_head": False}} if language else {}

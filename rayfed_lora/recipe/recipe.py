@@ -1,9 +1,6 @@
 """The recipe: settings that go together, and the record of how they were made.
 
-The keys are a contract (they stand in every recipe that users keep); `loading` reads them from
-YAML. Nothing here imports torch, transformers or Ray.
-
-Source: this project.
+The keys are a contract: they stand in every recipe that users keep.
 """
 
 from __future__ import annotations
@@ -13,8 +10,7 @@ from typing import Any
 
 from pydantic import PrivateAttr, ValidationInfo, model_validator
 
-from rayfed_lora.recipe.checks import conflicts
-from rayfed_lora.recipe.conflict import ConflictError
+from rayfed_lora.recipe.checks import ConflictError, conflicts
 from rayfed_lora.recipe.fields import ENDPOINTS
 from rayfed_lora.recipe.plain_values import values_of
 from rayfed_lora.recipe.presets import filled

@@ -1,11 +1,40 @@
-"""Devices and actors: a section of the recipe. Source: this project."""
+"""How a run executes: tests, actors, run folder, trackers; sections of the recipe."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
-from rayfed_lora.recipe.fields import Auto, NonNegative, Positive, PositiveFloat, Section, option
+from pydantic import Field
+
+from rayfed_lora.recipe.fields import (
+    Auto,
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Section,
+    option,
+)
+
+Label = Annotated[str, Field(min_length=1)]
+
+
+class Evaluation(Section):
+    """When and how the global model is tested."""
+
+    every: Positive = option(1, "test after every n-th round, and after the last one", "rounds")
+    batch_size: Positive = option(256, "examples in a forward pass", "examples")
+    client_fraction: Fraction = option(
+        0.0, "share of each client's examples that is held out to test that client; 0: none"
+    )
+    clients: Positive | Literal["all"] = option(
+        "all", "clients tested on their own held-out examples: all, or a number drawn for each test"
+    )
+    clients_every: Positive | None = option(
+        None,
+        "test clients after every n-th round, and after the last one; null: after the last only",
+    )
 
 
 class Runtime(Section):
@@ -65,3 +94,25 @@ class Runtime(Section):
         2
         """
         return max(1, math.floor(self.cpus_per_actor / self.threads_per_actor))
+
+
+class Storage(Section):
+    """The run folder, and how often the run is saved."""
+
+    path: str | None = option(
+        None, "run folder, or a URI that pyarrow.fs opens; null: runs/<name>-<time>"
+    )
+    checkpoint_every: Positive = option(1, "save after every n-th round", "rounds")
+    keep: Positive = option(2, "number of newest checkpoints to keep", "checkpoints")
+
+
+class Tracking(Section):
+    """Trackers that receive the rows of rounds.parquet during the run.
+
+    Addresses and keys of servers are no part of a recipe: W&B and MLflow read them from their own
+    environment variables.
+    """
+
+    tensorboard: bool = option(False, "write TensorBoard event files into the run folder")
+    wandb: Label | None = option(None, "Weights & Biases project; null: none")
+    mlflow: Label | None = option(None, "MLflow experiment; null: none")

@@ -1,29 +1,63 @@
-"""All settings of a run, each valid on its own; `checks` compares them with each other.
-
-Source: this project (the formulas behind the options: `annealing`, `lora`, `aggregation`).
-"""
+"""All settings of a run, each valid on its own; `checks` compares them with each other."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from rayfed_lora.recipe.aggregation import Aggregation
+from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.recipe.annealing import Annealing
-from rayfed_lora.recipe.clients import Clients
+from rayfed_lora.recipe.clients import Clients, Network, Spread
 from rayfed_lora.recipe.data import Data
-from rayfed_lora.recipe.devices import Network
-from rayfed_lora.recipe.evaluation import Evaluation
-from rayfed_lora.recipe.fields import Count, NameIn, Section, option, section
+from rayfed_lora.recipe.fields import (
+    Count,
+    Fraction,
+    NameIn,
+    PositiveFloat,
+    Section,
+    option,
+    section,
+)
 from rayfed_lora.recipe.model import Adapter, Model
-from rayfed_lora.recipe.presets import PRESETS
-from rayfed_lora.recipe.runtime import Runtime
-from rayfed_lora.recipe.storage import Storage, Tracking
+from rayfed_lora.recipe.presets import PRESETS, usual_server_rate
+from rayfed_lora.recipe.runtime import Evaluation, Runtime, Storage, Tracking
 
 # 100 * 1.1 is a little more than 110 in floating point.
 _ROUNDING = 1e-9
+
+
+class ServerOptimizer(Section):
+    """The step the server takes along the averaged update."""
+
+    name: Literal["sgd", "momentum", "adam", "yogi"] = option(
+        "sgd", "sgd with lr 1 is plain averaging | momentum (FedAvgM) | adam, yogi (FedOpt)"
+    )
+    lr: PositiveFloat = option(
+        1.0, "server learning rate; default 1 for sgd and momentum, 0.01 for adam and yogi"
+    )
+    momentum: Fraction = option(0.9, "share of the earlier updates that is kept (momentum)")
+    beta1: Fraction = option(0.9, "decay of the mean update (adam, yogi)")
+    beta2: Fraction = option(0.99, "decay of the mean squared update (adam, yogi)")
+    tau: PositiveFloat = option(1e-3, "added to the root of the mean square (adam, yogi)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_rate(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or given.get("lr") is not None:
+            return given
+        return {**given, "lr": usual_server_rate(given.get("name"))}
+
+
+class Aggregation(Section):
+    """How client updates become the next global state."""
+
+    rule: Annotated[str, NameIn(RULES)] = option(
+        "factor-average", " | ".join(f"{name}: {rule.summary}" for name, rule in RULES.items())
+    )
+    server_optimizer: ServerOptimizer = section(ServerOptimizer, "the server's step")
 
 
 class Settings(Section):
@@ -67,19 +101,27 @@ class Settings(Section):
         return min(clients, math.ceil(wanted - _ROUNDING))
 
     @property
+    def spreads(self) -> dict[str, Spread]:
+        """The given properties of devices that differ between clients, by key path."""
+        named = {
+            "clients.speed": self.clients.speed,
+            "network.up_mbps": self.network.up_mbps,
+            "network.down_mbps": self.network.down_mbps,
+        }
+        return {path: spread for path, spread in named.items() if spread is not None}
+
+    @property
     def simulates_time(self) -> bool:
         """Whether clients arrive, leave or take time by the simulated clock."""
-        own, network = self.clients, self.network
-        spreads = (own.speed, network.up_mbps, network.down_mbps)
+        own = self.clients
         varies = own.availability.dropout > 0 or own.availability.trace is not None
-        takes_time = network.latency_s > 0 or any(spread is not None for spread in spreads)
+        takes_time = self.network.latency_s > 0 or bool(self.spreads)
         return varies or takes_time or own.over_select > 1 or own.deadline_s is not None
 
     @property
     def device_columns(self) -> tuple[str, ...]:
         """Columns of the data that describe clients' devices."""
-        spreads = (self.clients.speed, self.network.up_mbps, self.network.down_mbps)
-        named = [spread.column for spread in spreads if spread is not None]
+        named = (spread.column for spread in self.spreads.values())
         return tuple(dict.fromkeys(name for name in named if name is not None))
 
     def most_failed(self, cohort: int) -> int:

@@ -1,11 +1,7 @@
-"""YAML 1.2 text of recipes and other documents, with limits on its size and depth.
-
-Source: this project.
-"""
+"""YAML 1.2 text of recipes and other documents, with limits on its size and depth."""
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Mapping
 from io import StringIO
@@ -28,13 +24,8 @@ _BREAKS = re.compile("[\x85\u2028\u2029\ufeff]")
 def parse_yaml(name: str, text: str, where: str = "(file)") -> Any:
     """Return a YAML 1.2 document (`1e-3` is a number, `no` is a text).
 
-    Args:
-        name: of the recipe, for the error.
-        text: the document.
-        where: the place that the error names.
-
     Raises:
-        RecipeError: `text` is not YAML, or exceeds a limit.
+        RecipeError: `text` is not YAML, or exceeds a limit; names the recipe and the place.
     """
     if len(text) > _MOST_CHARACTERS:
         expected = f"expected at most {_MOST_CHARACTERS:,} characters of YAML"
@@ -49,17 +40,14 @@ def parse_yaml(name: str, text: str, where: str = "(file)") -> Any:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a YAML file, cut a little above the longest that `parse_yaml` accepts.
+    """Return the text of a YAML file, cut well above the longest that `parse_yaml` accepts.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: the file is not UTF-8.
     """
-    with path.open("rb") as file:
-        content = file.read(4 * _MOST_CHARACTERS + 4)
-    return codecs.getincrementaldecoder("utf-8")().decode(
-        content, len(content) <= 4 * _MOST_CHARACTERS
-    )
+    with path.open(encoding="utf-8", newline="") as file:
+        return file.read(4 * _MOST_CHARACTERS)
 
 
 def yaml_text(content: Mapping[str, Any]) -> str:
@@ -70,11 +58,7 @@ def yaml_text(content: Mapping[str, Any]) -> str:
 
 
 def check_size(name: str, value: Any, where: str = "(file)") -> None:
-    """Check a document against the limits of `plain_values`.
-
-    Raises:
-        RecipeError: the document exceeds one.
-    """
+    """Raise a `RecipeError` where a document exceeds a limit of `plain_values`."""
     found = excess(value)
     if found is not None:
         raise RecipeError(name, [Fault(where, found)])

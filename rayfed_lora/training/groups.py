@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rayfed_lora.data.batches import IndexArray, batch_indices
+from rayfed_lora.data.client_table import IndexArray, batch_indices
 from rayfed_lora.recipe.clients import Clients
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.types import FloatArray, LocalPlan

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from rayfed_lora.data.tables import Dataset
+from rayfed_lora.data.dataset import Dataset
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import base_models
 from rayfed_lora.models.image_processor import ImageProcessor, read_image_processor

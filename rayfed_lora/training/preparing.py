@@ -10,12 +10,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from rayfed_lora.data.client_table import ClientTable, hold_out
+from rayfed_lora.data.dataset import LANGUAGE_TASK, Dataset, load, number_column
 from rayfed_lora.data.examples import PIXELS, Examples
-from rayfed_lora.data.fingerprint import with_fingerprint
 from rayfed_lora.data.partition import client_names, deal
-from rayfed_lora.data.tables import LANGUAGE_TASK, Dataset, load, number_column
 from rayfed_lora.data.traces import read_trace
-from rayfed_lora.data.workload import Workload
+from rayfed_lora.data.workload import Workload, with_fingerprint
 from rayfed_lora.errors import DataError
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.models.tokenizer import check_length, check_tokens

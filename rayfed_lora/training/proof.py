@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from rayfed_lora.data.dataset import IMAGE_TASK
 from rayfed_lora.data.examples import PIXELS, Batch, Examples
-from rayfed_lora.data.tables import IMAGE_TASK
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import base_weights
 from rayfed_lora.models.mixing import Verdict, verdict_on

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from rayfed_lora.data.dataset import LANGUAGE_TASK
 from rayfed_lora.data.examples import Batch
-from rayfed_lora.data.tables import LANGUAGE_TASK
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.recorded import RecordedPasses

@@ -24,8 +24,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from rayfed_lora.data.dataset import LANGUAGE_TASK
 from rayfed_lora.data.examples import PIXELS
-from rayfed_lora.data.tables import LANGUAGE_TASK
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import BlockMemoryError, RunError
 from rayfed_lora.models import base_models, base_weights

@@ -10,8 +10,7 @@ from rayfed_lora.engines.factory import Factory, TorchFactory
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.launching.ray_session import ray_session
 from rayfed_lora.pages.search_page import SearchNews, Watch
-from rayfed_lora.recipe.layers import override_pairs
-from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.loading import load_recipe, override_pairs
 from rayfed_lora.recipe.notes import given_way_in_search, unused
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.claiming import say

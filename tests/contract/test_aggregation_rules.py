@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayfed_lora.aggregation.correct import RIDGE
-from rayfed_lora.aggregation.mean import ProductMean, TensorMean
+from rayfed_lora.aggregation.means import ProductMean, TensorMean
 from rayfed_lora.aggregation.rule import Rule
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.aggregation.step import Aggregate, relative_error
 from rayfed_lora.lora.stacked import StackedStates, named
-from rayfed_lora.recipe.aggregation import Aggregation, ServerOptimizer
+from rayfed_lora.recipe.settings import Aggregation, ServerOptimizer
 from rayfed_lora.types import AdapterState, Factors, Frozen
 
 SHAPES = {"q": (6, 5), "v": (4, 7)}  # (d_out, d_in)

@@ -18,8 +18,8 @@ import pytest
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.errors import ClientError, RunError
-from rayfed_lora.recipe.aggregation import ServerOptimizer
 from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.recipe.settings import ServerOptimizer
 from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder

@@ -25,8 +25,7 @@ from transformers import (
 )
 
 from rayfed_lora.aggregation.rules import RULES
-from rayfed_lora.data.batches import batch_indices
-from rayfed_lora.data.client_table import ClientTable
+from rayfed_lora.data.client_table import ClientTable, batch_indices
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import ClientError

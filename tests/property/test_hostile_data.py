@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyarrow import csv, parquet
 
-from rayfed_lora.data import tables
+from rayfed_lora.data import dataset
 from rayfed_lora.data.traces import read_trace
 from rayfed_lora.errors import DataError
 from rayfed_lora.recipe.data import Data
@@ -59,12 +59,12 @@ def written(table: pa.Table, suffix: str) -> bytes:
     return out.getvalue()
 
 
-def loaded(content: bytes, suffix: str, task: str, **options: Any) -> tables.Dataset | None:
+def loaded(content: bytes, suffix: str, task: str, **options: Any) -> dataset.Dataset | None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"data{suffix}"
         path.write_bytes(content)
         try:
-            return tables.load(Data(source=str(path), **options), task, 0, 0.0)
+            return dataset.load(Data(source=str(path), **options), task, 0, 0.0)
         except DataError as error:
             assert str(error)
             return None
@@ -173,4 +173,4 @@ def test_brackets_in_texts_are_no_levels(suffix: str) -> None:
 )
 def test_a_source_that_cannot_be_is_refused(source: str) -> None:
     with pytest.raises(DataError):
-        tables.load(Data(source=source), TEXTS, 0, 0.0)
+        dataset.load(Data(source=source), TEXTS, 0, 0.0)

@@ -11,9 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rayfed_lora.errors import BadInputError, RecipeError
-from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
+from rayfed_lora.recipe.loading import load_recipe, recipe_yaml, shipped_names, shipped_text
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.recipe.shipped_recipes import shipped_names, shipped_text
 from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.tuning.space import load_space
 from tests.fakes import RECIPE

@@ -24,9 +24,8 @@ from rayfed_lora.cli import commands as cli
 from rayfed_lora.cli.console import PlainConsole
 from rayfed_lora.cli.run_display import watching
 from rayfed_lora.federation.records import RoundRecord
-from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.recipe.loading import load_recipe, shipped_names, shipped_text
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.recipe.shipped_recipes import shipped_names, shipped_text
 from rayfed_lora.runs.status import Status
 from rayfed_lora.types import Proposal
 

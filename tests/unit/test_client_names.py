@@ -14,9 +14,8 @@ import pytest
 from pyarrow import parquet
 
 import rayfed_lora
-from rayfed_lora.data.fingerprint import with_fingerprint
 from rayfed_lora.data.traces import read_trace
-from rayfed_lora.data.workload import Workload
+from rayfed_lora.data.workload import Workload, with_fingerprint
 from rayfed_lora.engines.factory import in_process
 from rayfed_lora.engines.local import LocalEngine
 from rayfed_lora.errors import ClientError, DataError, RunFolderError

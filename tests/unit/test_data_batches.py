@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rayfed_lora.data.batches import batch_indices
+from rayfed_lora.data.client_table import batch_indices
 
 EXAMPLES = np.array([10, 20, 30, 40, 50])
 

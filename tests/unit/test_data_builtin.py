@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rayfed_lora.data.builtin import BUILTIN, FASHION_NAMES, VADER_DOMAINS
-from rayfed_lora.data.tables import load
+from rayfed_lora.data.dataset import load
 from rayfed_lora.errors import DataError
 from rayfed_lora.recipe.data import Data, Partition
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import csv, feather, parquet
 
-from rayfed_lora.data.tables import load
+from rayfed_lora.data.dataset import load
 from rayfed_lora.errors import DataError
 from rayfed_lora.recipe.data import Data, Partition
 

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pyarrow as pa
 import pytest
 
-from rayfed_lora.data.tables import load
+from rayfed_lora.data.dataset import load
 from rayfed_lora.errors import DataError
 from rayfed_lora.recipe.data import Data, Partition
 

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from rayfed_lora.data.dataset import load
 from rayfed_lora.data.images import as_tensors
-from rayfed_lora.data.tables import load
 from rayfed_lora.errors import DataError
 from rayfed_lora.recipe.data import Data
 

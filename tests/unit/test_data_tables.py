@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from rayfed_lora.data.tables import load, number_column
+from rayfed_lora.data.dataset import load, number_column
 from rayfed_lora.errors import DataError
 from rayfed_lora.recipe.data import Data, Partition
 

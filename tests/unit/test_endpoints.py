@@ -11,7 +11,7 @@ import pytest
 
 import rayfed_lora
 from rayfed_lora import storage
-from rayfed_lora.data.sources import read_file
+from rayfed_lora.data.raw_tables import read_file
 from rayfed_lora.endpoints import endpoint, guarded, own_endpoints, unguarded
 from rayfed_lora.errors import DataError, RecipeError, RunFolderError
 from rayfed_lora.jobs.jobs import Jobs

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import rayfed_lora
-from rayfed_lora.data.batches import batch_indices
+from rayfed_lora.data.client_table import batch_indices
 from rayfed_lora.errors import DataError, RecipeError
 from rayfed_lora.models.tokens import tokenize_whole
 from rayfed_lora.recipe.loading import load_recipe

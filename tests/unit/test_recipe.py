@@ -17,11 +17,16 @@ from pydantic import BaseModel, ValidationError
 import rayfed_lora
 from rayfed_lora import errors
 from rayfed_lora.errors import ClientError, Fault, RecipeError
-from rayfed_lora.recipe.loading import load_recipe, recipe_schema, recipe_yaml
-from rayfed_lora.recipe.nested import merged
+from rayfed_lora.recipe.loading import (
+    load_recipe,
+    recipe_schema,
+    recipe_yaml,
+    shipped_names,
+    shipped_text,
+)
+from rayfed_lora.recipe.plain_values import merged
 from rayfed_lora.recipe.presets import PRESETS
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.recipe.shipped_recipes import shipped_names, shipped_text
 from rayfed_lora.recipe.yaml_text import parse_yaml
 
 VIT: dict[str, Any] = {"model": {"config": {"architecture": "vit"}}}

@@ -9,16 +9,15 @@ import pytest
 
 import rayfed_lora
 from rayfed_lora.annealing import stages
-from rayfed_lora.data import tables
-from rayfed_lora.data.sources import RawData
+from rayfed_lora.data import dataset
+from rayfed_lora.data.raw_tables import RawData
 from rayfed_lora.errors import BadInputError, DataError
 from rayfed_lora.launching.cells import cells_of
 from rayfed_lora.launching.planning import plan
 from rayfed_lora.recipe.annealing import Annealing
-from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
+from rayfed_lora.recipe.loading import load_recipe, recipe_yaml, shipped_names
 from rayfed_lora.recipe.notes import given_way_in_search, unused
 from rayfed_lora.recipe.presets import PRESETS
-from rayfed_lora.recipe.shipped_recipes import shipped_names
 from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.distributions import without_effect
@@ -396,9 +395,9 @@ def test_client_tests_without_examples_are_refused_or_noted(tmp_path):
 
 
 def test_a_share_for_testing_of_a_source_with_a_test_split_is_told(monkeypatch):
-    rows = tables._read(load_recipe("trec-minilm").data, "text-classification").train
+    rows = dataset._read(load_recipe("trec-minilm").data, "text-classification").train
     split = RawData(rows.slice(100), rows.slice(0, 100))
-    monkeypatch.setattr(tables, "_read", lambda data, task: split)
+    monkeypatch.setattr(dataset, "_read", lambda data, task: split)
     assert plan("trec-minilm").notes == ()
     found = plan(load_recipe("trec-minilm", {"data.test_fraction": 0.5})).notes
     assert found == ("no effect with a data source that has a test split: data.test_fraction",)

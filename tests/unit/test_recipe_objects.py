@@ -16,7 +16,6 @@ from rayfed_lora.errors import RecipeError
 from rayfed_lora.jobs.jobs import Jobs
 from rayfed_lora.launching.cells import cells_of
 from rayfed_lora.launching.launch import start
-from rayfed_lora.recipe.aggregation import Aggregation, ServerOptimizer
 from rayfed_lora.recipe.annealing import Annealing, Heating
 from rayfed_lora.recipe.clients import Clients, Optimizer
 from rayfed_lora.recipe.data import Data
@@ -24,7 +23,8 @@ from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
 from rayfed_lora.recipe.model import Model
 from rayfed_lora.recipe.presets import PRESETS
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.recipe.storage import Storage
+from rayfed_lora.recipe.runtime import Storage
+from rayfed_lora.recipe.settings import Aggregation, ServerOptimizer
 from tests.fake_jobs import FakeClient
 from tests.fakes import FakeFactory, make_recipe
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from rayfed_lora.errors import BadInputError
-from rayfed_lora.recipe.loading import load_recipe
-from rayfed_lora.recipe.shipped_recipes import shipped_names
+from rayfed_lora.recipe.loading import load_recipe, shipped_names
 from rayfed_lora.tuning.draws import (
     apportioned,
     continued,

@@ -256,9 +256,9 @@ def target(**changes: Any) -> Annealing:
 
 
 def test_the_ladder_has_the_heating_rank_and_the_scheduled_ranks_after_it():
-    assert stages.ladder(annealing()) == [16, 13, 9, 6, 2]
-    assert stages.ladder(annealing(heating={"rounds": 5, "shape": "ramp"})) == [16, 13, 9, 6, 2]
-    assert stages.ladder(annealing(cooling={"shape": "constant"})) == [16]
+    assert stages.ladder(annealing()) == (16, 13, 9, 6, 2)
+    assert stages.ladder(annealing(heating={"rounds": 5, "shape": "ramp"})) == (16, 13, 9, 6, 2)
+    assert stages.ladder(annealing(cooling={"shape": "constant"})) == (16,)
 
 
 @pytest.mark.parametrize(("rank", "lower"), [(16, 13), (13, 9), (9, 6), (6, 2)])

@@ -1,4 +1,4 @@
-"""Raw tables from files and URIs, with clear errors. Source: this project."""
+"""Raw tables from files, URIs and the Hugging Face hub, with clear errors."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from rayfed_lora.errors import DataError
 from rayfed_lora.locations import is_uri
 
 BLOCK_BYTES = 1 << 26  # the longest CSV or JSON record, such as an image written out in numbers
+HUB_PREFIX = "hf:"
 _MOST_LEVELS = 100
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _OPENING, _CLOSING = list(b"[{"), list(b"]}")
@@ -42,12 +43,10 @@ class RawData:
 
 
 def read_file(source: str, string_columns: Sequence[str], option: str = "data.source") -> RawData:
-    """Read a table from a path or any URI that pyarrow.fs opens.
+    """Read a table from a path or any URI that pyarrow.fs opens, ending in one of `READERS`.
 
-    Args:
-        source: a path or URI that ends in one of `READERS`.
-        string_columns: CSV columns to read as texts, never as numbers or dates.
-        option: the recipe's key that names the file, for messages.
+    The CSV columns `string_columns` are read as texts, never as numbers or dates; `option` is the
+    recipe's key that names the file, for messages.
 
     Raises:
         DataError: no such file, or content of another format.
@@ -66,6 +65,46 @@ def read_file(source: str, string_columns: Sequence[str], option: str = "data.so
         return RawData(table, typed=suffix != ".csv")
 
 
+def read_hub(source: str, label_columns: Sequence[str]) -> RawData:
+    """Read the `train` and, if present, the `test` split of `hf:<id>`.
+
+    Labels get the names of the data set's own ClassLabel feature. A test split whose labels are
+    all -1, the hub's mark for hidden ones, counts as absent.
+
+    The id is that of a public or cached data set; the first of `label_columns` there is the label.
+
+    Raises:
+        DataError: `datasets` is not installed or cannot load the id, or there is no train split.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"data.source {source!r}: need the package `datasets`, which is not installed;"
+            " pip install 'rayfed-lora[hub]'"
+        ) from error
+    try:
+        splits = datasets.load_dataset(source.removeprefix(HUB_PREFIX))
+    except Exception as error:  # the hub's client has no common error
+        raise DataError(
+            f"data.source {source!r}: need a data set that `datasets` can load, got"
+            f" {type(error).__name__}: {_first_line(error)}"
+        ) from error
+    if "train" not in splits:
+        raise DataError(
+            f"data.source {source!r}: need a split `train`, got {', '.join(sorted(splits))}"
+        )
+    train, *tests = (splits[s].with_format("arrow")[:] for s in ("train", "test") if s in splits)
+    label = next((name for name in label_columns if name in train.column_names), None)
+    test = None if not tests or _has_hidden_labels(tests[0], label) else tests[0]
+    names = getattr(splits["train"].features.get(label), "names", None)
+    return RawData(train, test, None if names is None else tuple(names))
+
+
+def _has_hidden_labels(table: pa.Table, label: str | None) -> bool:
+    return label in table.column_names and table[label].unique().to_pylist() == [-1]
+
+
 def suffix_of(source: str) -> str:
     """Return the lower-case extension of a path or URI, with its dot."""
     path = urlsplit(source).path if "://" in source else source
@@ -79,13 +118,13 @@ def _naming_failures(what: str, expected: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise DataError(f"{what}: need {expected}, there is no such file") from error
     except (OSError, ValueError, OverflowError, RecursionError, pa.ArrowException) as error:
-        reason = first_line(error)
+        reason = _first_line(error)
         if "straddling object" in reason:
             reason = f"a row of more than {BLOCK_BYTES:,} bytes"
         raise DataError(f"{what}: need {expected}, got {reason}") from error
 
 
-def first_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its type where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 

@@ -1,22 +1,26 @@
-"""The data set of a recipe: loaded, labels numbered, rows split. Source: this project."""
+"""The data set of a recipe: loaded, labels numbered, rows split."""
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
-from rayfed_lora.data import builtin, classes, columns, hub, images, naming, sources
-from rayfed_lora.data.splits import split, subset
+from rayfed_lora import seeds
+from rayfed_lora.data import builtin, classes, columns, images, naming, raw_tables
 from rayfed_lora.errors import DataError
 from rayfed_lora.recipe.data import Data
 
 IMAGE_TASK, LANGUAGE_TASK = "image-classification", "causal-lm"
 # The only class of texts without labels.
 _UNLABELLED = classes.Classes(("text",), ("text",))
+# Counters of the split stream.
+_COUNTERS = {"test": 0, "validation": 1, "subset": 2}
 
 
 @dataclass(frozen=True)
@@ -51,23 +55,13 @@ class Dataset:
 
 
 def load(
-    data: Data,
-    task: str,
-    seed: int,
-    validation_fraction: float,
-    numbers: Sequence[str] = (),
+    data: Data, task: str, seed: int, validation_fraction: float, numbers: Sequence[str] = ()
 ) -> Dataset:
     """Read, clean and split the data set that a recipe names.
 
     Rows are drawn in this order: the test split (where the source has none), the validation split
-    out of the rest, then `data.max_examples` of what is left for training.
-
-    Args:
-        data: the recipe's section.
-        task: the recipe's `model.task`.
-        seed: the run's seed.
-        validation_fraction: share of the training rows kept for validation, 0 for none.
-        numbers: columns of positive numbers to keep with the training rows.
+    out of the rest, then `data.max_examples` of what is left for training. `numbers` are columns of
+    positive numbers to keep with the training rows.
 
     Raises:
         DataError: the source cannot be found, read or used as the recipe asks.
@@ -75,7 +69,10 @@ def load(
     where = f"data.source {data.source!r}"
     raw = _read(data, task)
     rows = _select(raw.train, data, task, data.partition.kind == "column", raw.typed)
-    rows = _with_numbers(rows, raw, numbers, data.source)
+    for name in numbers:
+        column, place = columns.pick(raw.train, (name,), "source", data.source)
+        values = columns.as_positive(column, place, raw.typed)
+        rows = rows.append_column(number_column(name), values)
     found = _UNLABELLED
     if "label" in rows.column_names:
         found = classes.find_classes(rows["label"], data.labels, raw.class_names, where)
@@ -88,16 +85,20 @@ def load(
     keep_only = data.labels is not None
     train = _numbered(rows, found, keep_only, where)
     if raw.test is None:
-        train, test = split(train, data.test_fraction, seed, "test", where)
+        train, test = _split(train, data.test_fraction, seed, "test", where)
         test = test.drop_columns([number_column(name) for name in numbers])
     else:
         test = _numbered(_select(raw.test, data, task), found, keep_only, f"{where}, test split")
-        _require_one_shape(train, test, where)
+        if train.schema.field(0).type != test.schema.field(0).type:
+            raise DataError(
+                f"{where}: need test images of the training images' shape"
+                f" {train['image'].type.shape}, got {test['image'].type.shape}"
+            )
     validation = None
     if validation_fraction > 0:
-        train, validation = split(train, validation_fraction, seed, "validation", where)
+        train, validation = _split(train, validation_fraction, seed, "validation", where)
     return Dataset(
-        train=subset(train, data.max_examples, seed),
+        train=_subset(train, data.max_examples, seed),
         validation=validation,
         test=test,
         label_names=found.names,
@@ -111,82 +112,52 @@ def load(
 def _are_floats(table: pa.Table, data: Data, task: str) -> bool:
     if task != IMAGE_TASK or data.source in builtin.BUILTIN:
         return False
-    names = columns.candidates(data, "image_column")
-    return images.are_floats(table[columns.pick(table, names, "image_column", data.source)].type)
+    column, _ = columns.find(table, data, "image_column")
+    return images.are_floats(column.type)
 
 
-def _read(data: Data, task: str) -> sources.RawData:
+def _read(data: Data, task: str) -> raw_tables.RawData:
     source = data.source
     labels = columns.candidates(data, "label_column")
     if source in builtin.BUILTIN:
         return builtin.read(source, task)
-    if source.startswith(hub.PREFIX):
-        return hub.read_hub(source, labels)
-    if sources.suffix_of(source) not in sources.READERS:
+    if source.startswith(raw_tables.HUB_PREFIX):
+        return raw_tables.read_hub(source, labels)
+    if raw_tables.suffix_of(source) not in raw_tables.READERS:
         near = difflib.get_close_matches(source, builtin.BUILTIN, n=1)
         raise DataError(
             f"data.source {source!r}: need a built-in name ({', '.join(builtin.BUILTIN)}), a path"
-            f" or URI ending in {' '.join(sources.READERS)}, or hf:<id>"
+            f" or URI ending in {' '.join(raw_tables.READERS)}, or hf:<id>"
             + (f" (did you mean {near[0]!r}?)" if near else "")
         )
     client = () if data.partition.column is None else (data.partition.column,)
     texts = columns.candidates(data, "text_column")
-    return sources.read_file(source, (*texts, *labels, *client))
+    return raw_tables.read_file(source, (*texts, *labels, *client))
 
 
 def _select(
-    table: pa.Table,
-    data: Data,
-    task: str,
-    with_client: bool = False,
-    typed: bool = True,
+    table: pa.Table, data: Data, task: str, with_client: bool = False, typed: bool = True
 ) -> pa.Table:
     """Return `text` or `image`, the raw `label`, and `client`, each in its final type."""
-    source = data.source
     if table.num_rows == 0:
-        raise DataError(f"data.source {source!r}: need rows, got an empty table")
-
-    def find(option: str, names: Sequence[str]) -> tuple[pa.ChunkedArray, str]:
-        name = columns.pick(table, names, option, source)
-        return table[name], f"data.source {source!r}, column {name!r}"
-
-    def usual(option: str) -> tuple[pa.ChunkedArray, str]:
-        return find(option, columns.candidates(data, option))
-
+        raise DataError(f"data.source {data.source!r}: need rows, got an empty table")
     selected = {}
     if task == IMAGE_TASK:
-        selected["image"] = images.as_tensors(*usual("image_column"))
+        selected["image"] = images.as_tensors(*columns.find(table, data, "image_column"))
     else:
-        selected["text"] = columns.as_strings(*usual("text_column"))
+        selected["text"] = columns.as_strings(*columns.find(table, data, "text_column"))
     if task != LANGUAGE_TASK or _uses_labels(data):
-        column, where = usual("label_column")
-        if not typed and naming.is_text(column.type):
-            column = naming.csv_labels(column, where)
-        selected["label"] = columns.as_labels(column, where)
-    if with_client and data.partition.column is not None:
-        column, where = find("partition.column", (data.partition.column,))
-        if not typed and naming.is_text(column.type):
-            column = naming.csv_names(column)
-        selected["client"] = columns.as_client_names(column, where)
+        selected["label"] = columns.as_labels(*columns.find(table, data, "label_column"), typed)
+    name = data.partition.column
+    if with_client and name is not None:
+        found = columns.pick(table, (name,), "partition.column", data.source)
+        selected["client"] = columns.as_client_names(*found, typed)
     return pa.table(selected)
 
 
 def number_column(name: str) -> str:
     """Return the name that a source's column of numbers has among the training rows."""
     return f"number {name}"
-
-
-def _with_numbers(
-    rows: pa.Table, raw: sources.RawData, numbers: Sequence[str], source: str
-) -> pa.Table:
-    for name in numbers:
-        where = f"data.source {source!r}, column {name!r}"
-        column = raw.train[columns.pick(raw.train, (name,), "source", source)]
-        if not raw.typed and naming.is_text(column.type):
-            # The column also names classes or clients, and was read as texts for that.
-            column = columns.parse_numbers(column, where)
-        rows = rows.append_column(number_column(name), columns.as_positive(column, where))
-    return rows
 
 
 def _uses_labels(data: Data) -> bool:
@@ -216,9 +187,35 @@ def _numbered(rows: pa.Table, known: classes.Classes, keep_only: bool, where: st
     return numbered
 
 
-def _require_one_shape(train: pa.Table, test: pa.Table, where: str) -> None:
-    if train.schema.field(0).type != test.schema.field(0).type:
+def _split(
+    table: pa.Table, fraction: float, seed: int, name: Literal["test", "validation"], where: str
+) -> tuple[pa.Table, pa.Table]:
+    """Return the remaining rows, and ceil(fraction * rows) random ones; both keep their order.
+
+    Stratified by `label` where every class has enough members. Each name has its own stream.
+    """
+    from sklearn.model_selection import train_test_split
+
+    total = table.num_rows
+    cut = math.ceil(fraction * total)
+    if cut >= total:
         raise DataError(
-            f"{where}: need test images of the training images' shape"
-            f" {train['image'].type.shape}, got {test['image'].type.shape}"
+            f"{where}: need rows left for training, got {total} rows of which a share of"
+            f" {fraction:g} is kept for the {name} split"
         )
+    labels = table["label"].to_numpy()
+    members = np.unique(labels, return_counts=True)[1]
+    stratify = members.min() >= 2 and len(members) <= min(cut, total - cut)
+    state = int(seeds.sequence(seed, seeds.Purpose.SPLIT, _COUNTERS[name]).generate_state(1)[0])
+    rest, kept = train_test_split(
+        np.arange(total), test_size=cut, random_state=state, stratify=labels if stratify else None
+    )
+    return table.take(np.sort(rest)), table.take(np.sort(kept))
+
+
+def _subset(table: pa.Table, size: int | None, seed: int) -> pa.Table:
+    """Return `size` random rows in their order, or all where there are no more than that."""
+    if size is None or size >= table.num_rows:
+        return table
+    rng = seeds.generator(seed, seeds.Purpose.SPLIT, _COUNTERS["subset"])
+    return table.take(np.sort(rng.choice(table.num_rows, size, replace=False)))
