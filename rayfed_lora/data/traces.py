@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayfed_lora.data import columns, raw_tables
 from rayfed_lora.errors import DataError
 from rayfed_lora.types import TRACE_DIGITS, AvailabilityTrace
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _OPTION = "clients.availability.trace"
 _COLUMNS = ("client", "start_s", "end_s")
@@ -52,6 +55,9 @@ def read_trace(
         raise DataError(f"{where}: need rows, got an empty table")
     if names is not None:
         table = _numbered(table, where, names, known, typed=raw.typed)
+    # Most runs have no trace: pandas takes half a second.
+    import pandas as pd
+
     rows = pd.DataFrame({name: _numbers(table[name], where, name) for name in _COLUMNS})
     rows = rows.round({"start_s": TRACE_DIGITS, "end_s": TRACE_DIGITS})
     limit = np.inf if period_s is None else round(period_s, TRACE_DIGITS)
