@@ -14,7 +14,7 @@ import socket
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -81,24 +81,33 @@ def _chosen_agent_ports() -> Iterator[None]:
     An agent that chooses its own port first imports for seconds. `ray.init` has no argument for
     these ports, `ray start` has. Parameters that this Ray does not have are left out.
     """
-    from ray._private import parameter
+    try:
+        from ray._private import parameter
 
-    original = parameter.RayParams
+        original = parameter.RayParams
+    except (ImportError, AttributeError):
+        yield
+        return
     known = inspect.signature(original).parameters
     names = [name for name in _AGENT_PORTS if name in known]
-    parameter.RayParams = partial(original, **{name: _free_port() for name in names})
+    ports = dict(zip(names, _free_ports(len(names)), strict=True))
+    parameter.RayParams = partial(original, **ports)
     try:
         yield
     finally:
         parameter.RayParams = original
 
 
-def _free_port() -> int:
-    """Return a free port below those that Linux gives to outgoing connections."""
-    while True:
-        port = 20_000 + secrets.randbelow(12_000)
-        with suppress(OSError), socket.create_server(("", port)):
-            return port
+def _free_ports(count: int) -> list[int]:
+    """Return different free ports, below those that Linux gives to outgoing connections."""
+    ports: list[int] = []
+    with ExitStack() as stack:
+        while len(ports) < count:
+            port = 20_000 + secrets.randbelow(12_000)
+            with suppress(OSError):
+                stack.enter_context(socket.create_server(("", port)))
+                ports.append(port)
+    return ports
 
 
 def keep_token_private() -> None:

@@ -60,7 +60,7 @@ class SimulationServer:
                 process that made it, and not be repeated after a restart.
         """
         self._name = f"server of {recipe.name}"
-        self._recipe, self._folder, self._ticket = recipe, RunFolder(location), ticket
+        self._recipe, self._location, self._ticket = recipe, location, ticket
         self._factory = factory or TorchFactory()
         self._stop = threading.Event()
         self._board = StatusBoard(recipe.annealing.total_rounds)
@@ -78,7 +78,7 @@ class SimulationServer:
 
     def run(self) -> dict[str, Any]:
         """Run to the end and return the summary; raises what `simulate` raises."""
-        recipe, folder, board = self._recipe, self._folder, self._board
+        recipe, folder, board = self._recipe, RunFolder(self._location), self._board
         engine = RayEngine(recipe, self._factory, board.note, self._run_id, again=self._restarted)
         return simulate(
             recipe,

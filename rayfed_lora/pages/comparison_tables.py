@@ -63,7 +63,7 @@ class Ended:
 
     Attributes:
         accuracy: of the last round, None where it failed.
-        seconds: wall time in this process; 0 where it had finished before.
+        seconds: wall time in this process.
         error: the reason of a failure, or None.
     """
 

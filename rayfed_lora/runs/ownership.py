@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from uuid import uuid4
 
 from pyarrow import fs
@@ -44,7 +43,9 @@ def lease_files(folder: RunFolder) -> LeaseFiles:
         return MountedFiles(folder.local)
     if not isinstance(folder.place[0], fs.S3FileSystem):
         return PlainFiles(folder)
-    if find_spec("boto3") is None:
+    try:
+        import boto3  # noqa: F401
+    except ImportError:
         return PlainFiles(folder, _NO_BOTO3)
     return S3Files(*folder.place)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import ExitStack, closing
+from functools import update_wrapper
 from typing import Any, ParamSpec
 
 from rayfed_lora.federation.learning_rate import rate_warning
@@ -68,13 +69,14 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
     """
     began = time.perf_counter()
     tracking = Tracking([] if metrics is None else [metrics], board.note)
-    with (
-        closing(engine),
-        owned(folder, ticket, wait=resume, tell=board.note) as (own, lease),
-        tracking.told_of_the_end(),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(closing(engine))
         # Here too: the process that claimed the folder may be on another machine.
         check_tracking(recipe)
+        own, lease = stack.enter_context(owned(folder, ticket, wait=resume, tell=board.note))
+        # Before the folder is released: whoever waits for it may need the actors' resources.
+        stack.enter_context(closing(engine))
+        stack.enter_context(tracking.told_of_the_end())
         # Another process may have finished it while its lease was watched.
         done, damaged = inspected(own) if resume else (None, [])
         if done is not None:
@@ -121,7 +123,7 @@ def _exhausted(
                 summary: dict[str, Any] = end.value
                 return summary
 
-    return simulate
+    return update_wrapper(simulate, rounds, assigned=(), updated=())
 
 
 simulate = _exhausted(simulate_rounds)

@@ -73,11 +73,12 @@ def round_row(record: RoundRecord) -> dict[str, Any]:
         column: None if record.proposal is None else getattr(record.proposal, name)
         for column, (name, _) in PROPOSAL_COLUMNS.items()
     }
+    # `asdict` would copy what is in the fields too.
     return {**vars(record), **tested, **proposal}
 
 
 class Tables:
-    """The rows of a run so far and their files; memory holds the rows of rounds, not of clients."""
+    """The rows of a run so far and their files; memory holds all rows of rounds, few of clients."""
 
     def __init__(
         self, folder: RunFolder, modules: Sequence[str], client_names: Sequence[str] | None = None
@@ -139,7 +140,10 @@ class Tables:
         return [rows for rows in self._files if rows is self._clients or not rows.empty]
 
     def rows(self, rounds: int) -> dict[str, int]:
-        """Return the rows of the first `rounds` rounds in each file, for a checkpoint."""
+        """Return the rows of the first `rounds` rounds in each file.
+
+        A checkpoint keeps these numbers, so that a missing or older file is noticed.
+        """
         counts = {rows.name: rows.rows_before(rounds) for rows in self._present()}
         return {ROUNDS_FILE: rounds, **counts}
 

@@ -70,6 +70,11 @@ def trainable(search: Search, at_once: int) -> tuple[Any, int]:
     return tune.with_resources(trial, group), slots
 
 
+def _folder_name(trial: Any) -> str:
+    """Return a trial's folder; a saved search refers to this function by its name."""
+    return str(trial.trial_id)
+
+
 def fit(
     search: Search, watch: Watch, trainable: Any, slots: int, resume: bool
 ) -> list[TrialOutcome]:
@@ -98,7 +103,7 @@ def fit(
                 search_alg=searcher(space, recipe, slots),
                 scheduler=scheduler(space, recipe),
                 reuse_actors=True,
-                trial_dirname_creator=lambda trial: str(trial.trial_id),
+                trial_dirname_creator=_folder_name,
             ),
             run_config=tune.RunConfig(
                 name=_FOLDER,

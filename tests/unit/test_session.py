@@ -678,10 +678,18 @@ def test_an_executor_that_cannot_open_is_closed_and_the_run_can_start_again(tmp_
         def open(self) -> Any:
             raise RunError("no data")
 
+        def close(self) -> None:
+            # The next owner may need what the engine holds.
+            owned.append([*tmp_path.glob(".owner-*.json")])
+            super().close()
+
+    owned: list[list[Path]] = []
     engine = Unopenable(recipe, 0, 0)
     with pytest.raises(RunError, match="no data"):
         run(recipe, tmp_path, engine=engine)
     assert engine.closed
+    assert owned[0]
+    assert not [*tmp_path.glob(".owner-*.json")]
     summary, _ = run(recipe, tmp_path, resume=True)
     assert summary["rounds"] == 6
 

@@ -86,7 +86,9 @@ class Lease:
         with self._lock, suppress(OSError, RayfedError):
             if self._own_record() is not None:
                 self.files.remove(self.number)
-            self.folder.remove_empty(self.made)
+            # An object store removes a folder with whatever another process has just put there.
+            if not isinstance(self.files, S3Files):
+                self.folder.remove_empty(self.made)
 
     def keep(self) -> None:
         """Stop renewing, and leave the lease to a process with the same ticket."""

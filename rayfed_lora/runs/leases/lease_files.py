@@ -48,7 +48,7 @@ def _as_os_errors() -> Iterator[None]:
     try:
         yield
     except RayfedError as error:
-        raise OSError(str(error)) from error
+        raise OSError(str(error.__cause__ or error)) from error
 
 
 @_as_os_errors()
