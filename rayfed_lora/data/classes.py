@@ -14,12 +14,7 @@ from rayfed_lora.errors import DataError
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes in the order of their numbers.
-
-    Attributes:
-        values: the labels as the source writes them, strings or integers.
-        names: display names.
-    """
+    """The classes in the order of their numbers: labels as the source has them, display names."""
 
     values: tuple[int | str, ...]
     names: tuple[str, ...]

@@ -24,12 +24,9 @@ _LISTS = (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)
 def as_tensors(column: pa.ChunkedArray, where: str) -> pa.FixedShapeTensorArray:
     """Return images as float32 tensors (channels, height, width), all of one size.
 
-    Whole numbers 0 .. 255 become x / 127.5 - 1; floats are kept unscaled.
-
-    Args:
-        column: tensors or nested lists H x W, H x W x C or C x H x W with 1, 3 or 4 channels, or
-            encoded images (binary, or a struct with the field `bytes`). Nothing is resized.
-        where: source and column, for messages.
+    Whole numbers 0 .. 255 become x / 127.5 - 1; floats are kept unscaled. Images are tensors or
+    nested lists H x W, H x W x C or C x H x W with 1, 3 or 4 channels, or encoded (binary, or a
+    struct with the field `bytes`). Nothing is resized.
 
     Raises:
         DataError: another type, images of several sizes, a missing or undecodable image, more

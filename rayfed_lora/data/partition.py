@@ -17,11 +17,9 @@ import pyarrow.compute as pc
 
 from rayfed_lora import seeds
 from rayfed_lora.data import naming
-from rayfed_lora.data.client_table import ClientTable
+from rayfed_lora.data.client_table import ClientTable, IndexArray
 from rayfed_lora.errors import DataError
 from rayfed_lora.recipe.data import Partition
-
-IndexArray = npt.NDArray[np.int64]
 
 _MOST_CLIENTS = 1_000_000  # partitions of more clients than examples are tried up to this number
 _MOST_SHARDS = 100  # shards an example; more are rejected before their arrays are made

@@ -55,7 +55,7 @@ class Availability(Section):
 
 
 def short_for(stands_for: Mapping[type, str]) -> Any:
-    """Return a validator that lets a plain value stand for the key that its type is given."""
+    """Return a validator that lets a plain value stand for one key of a section, by type."""
 
     def expanded(value: Any) -> Any:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
