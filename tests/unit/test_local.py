@@ -85,6 +85,7 @@ def test_once_an_engine_is_closed_no_more_parts_are_begun():
     until(lambda: len(trainer.threads) == 2)
     engine.close()
     trainer.go_on.set()
+    until(lambda: len(trainer.seen) >= 2)
     time.sleep(0.1)
     assert set(trainer.seen) == {0, 1}
 
