@@ -7,19 +7,17 @@ as the user.
 
 from __future__ import annotations
 
-import inspect
 import os
 import secrets
-import socket
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rayfed_lora.errors import ResourceError
 from rayfed_lora.jobs.dashboard import unreachable_cluster
+from rayfed_lora.launching.agent_ports import chosen_agent_ports
 
 NAMESPACE = "rayfed_lora"
 # Set before an own Ray starts; a value that the user has set stays.
@@ -33,7 +31,6 @@ _OWN_RAY = {
     # Larger results go through the object store: 1.5 ms later on two busy cores.
     "RAY_max_direct_call_object_size": str(1 << 19),
 }
-_AGENT_PORTS = ("metrics_agent_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
 
 
 @contextmanager
@@ -62,7 +59,7 @@ def ray_session(address: str | None) -> Iterator[None]:
     settings = {"namespace": NAMESPACE, "logging_level": "ERROR", "log_to_driver": False}
     try:
         if where is None:
-            with _chosen_agent_ports():
+            with chosen_agent_ports():
                 ray.init(address="local", include_dashboard=False, **settings)
         else:
             ray.init(address=where, **settings)
@@ -72,42 +69,6 @@ def ray_session(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def _chosen_agent_ports() -> Iterator[None]:
-    """Choose the ports of Ray's agents in `ray.init`, which else waits until they have started.
-
-    An agent that chooses its own port first imports for seconds. `ray.init` has no argument for
-    these ports, `ray start` has. Parameters that this Ray does not have are left out.
-    """
-    try:
-        from ray._private import parameter
-
-        original = parameter.RayParams
-    except (ImportError, AttributeError):
-        yield
-        return
-    known = inspect.signature(original).parameters
-    names = [name for name in _AGENT_PORTS if name in known]
-    ports = dict(zip(names, _free_ports(len(names)), strict=True))
-    parameter.RayParams = partial(original, **ports)
-    try:
-        yield
-    finally:
-        parameter.RayParams = original
-
-
-def _free_ports(count: int) -> list[int]:
-    """Return different free ports, below those that Linux gives to outgoing connections."""
-    ports: list[int] = []
-    with ExitStack() as stack:
-        while len(ports) < count:
-            port = 20_000 + secrets.randbelow(12_000)
-            with suppress(OSError):
-                stack.enter_context(socket.create_server(("", port)))
-                ports.append(port)
-    return ports
 
 
 def keep_token_private() -> None:

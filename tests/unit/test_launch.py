@@ -12,6 +12,7 @@ import pytest
 import ray
 from ray._private import parameter
 
+from rayfed_lora.launching import agent_ports
 from rayfed_lora.launching.ray_session import ray_session
 
 SWITCHED_OFF = ("RAY_USAGE_STATS_ENABLED", "RAY_SCHEDULER_EVENTS", "RAY_enable_metrics_collection")
@@ -64,8 +65,24 @@ def test_the_agents_of_a_ray_of_our_own_are_told_their_ports(
         for agent in ("metrics_agent", "dashboard_agent_listen", "runtime_env_agent")
     ]
     assert len({*ports}) == 3
-    # Below those that Linux gives to outgoing connections.
-    assert all(20_000 <= port < 32_768 for port in ports)
+    # Below those that Linux gives to outgoing connections by default.
+    assert all(10_000 <= port < 32_768 for port in ports)
+
+
+def test_agents_choose_their_ports_where_no_free_ones_are_found(
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    monkeypatch.setattr(ray, "init", lambda **options: made.append(parameter.RayParams()))
+    # Another own Ray has reserved every port.
+    monkeypatch.setattr(agent_ports, "_reserved", lambda port: False)
+    with ray_session(None):
+        assert made[0].metrics_agent_port is None
+
+
+def test_a_port_is_reserved_once() -> None:
+    ports = agent_ports._free_ports(["one"])
+    assert not agent_ports._reserved(ports["one"])
 
 
 def test_a_ray_that_was_imported_before_decides_on_tokens_itself(

@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import ray
 from threadpoolctl import threadpool_limits
 
 from rayfed_lora.engines.factory import Factory, population, prepared
+from rayfed_lora.engines.on_ray.messages import Message, packed, unpacked
 from rayfed_lora.engines.threads import TrainerThreads
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import Population, Reduces, Task
-from rayfed_lora.types import AdapterState, Base
 
 if TYPE_CHECKING:
     from rayfed_lora.data.workload import Workload
     from rayfed_lora.training.trainer import Weights
-
-R = TypeVar("R")
 
 
 def calls_at_once(trainers: int) -> int:
@@ -102,8 +100,8 @@ class ClientActor:
         return population(workload, trainers[0], device)
 
     def run(
-        self, task: Task[R], state: AdapterState, base: Base, apart: bool, halvings: int = 0
-    ) -> tuple[Any, Any]:
+        self, task: Message, state: Message, base: Message, apart: bool, halvings: int = 0
+    ) -> Message | tuple[Message, Message]:
         """Answer a task.
 
         Args:
@@ -115,25 +113,27 @@ class ClientActor:
             halvings: how often to halve it, memory being short.
 
         Returns:
-            Seconds that it took and the result, as a pair; where a part of the result is kept
-            apart, it follows.
+            A message of the seconds that it took and the result; where a part of the result is
+            kept apart, its message follows.
 
         Raises:
             NotOpenError: the process is a new one.
         """
         if self._threads is None:
             raise NotOpenError(f"{self._name} was restarted while it was idle")
-        whole = task.on(replace(task.model, state=state, base=base))
+        hollow: Task[Any] = unpacked(task)
+        model = replace(hollow.model, state=unpacked(state), base=unpacked(base))
+        whole = hollow.on(model)
         answer = self._threads.submit(whole, halvings).result()
         if apart and isinstance(whole, Reduces):
             told, kept = whole.told_and_kept(answer.value)
-            return (answer.seconds, told), kept
-        return answer.seconds, answer.value
+            return packed((answer.seconds, told)), packed(kept)
+        return packed((answer.seconds, answer.value))
 
-    def join(self, task: Task[R], *results: R, halvings: int = 0) -> R:
+    def join(self, task: Message, *results: Message, halvings: int = 0) -> Message:
         """Join results of consecutive parts of a task, in order; raises NotOpenError as `run`."""
         del halvings
         if self._threads is None:
             raise NotOpenError(f"{self._name} was restarted while it was idle")
         with threadpool_limits(limits=1, user_api="blas"):
-            return task.joined(results)
+            return packed(unpacked(task).joined([*map(unpacked, results)]))

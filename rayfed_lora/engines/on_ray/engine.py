@@ -16,6 +16,7 @@ from ray.exceptions import ObjectLostError
 from rayfed_lora.engines.factory import Factory
 from rayfed_lora.engines.on_ray.calls import LOST, Job, PartsLostError, Work, result
 from rayfed_lora.engines.on_ray.crew import Crew
+from rayfed_lora.engines.on_ray.messages import Message, packed, sent, unpacked
 from rayfed_lora.engines.on_ray.pool import ATTEMPTS, ActorPool, Revival
 from rayfed_lora.engines.usage import Usage
 from rayfed_lora.errors import RunError
@@ -127,22 +128,22 @@ class RayEngine:
 
     def submit(self, task: Task[R]) -> Running[R]:
         """Start a task's parts on the actors; results of many are joined there."""
-        pool, sent = self._opened(), self._models.sent(task.model)
+        pool, model = self._opened(), self._models.sent(task.model)
         pending: deque[Pending[R]] = deque()
         jobs: list[Job] = []
         for run in runs(task):
             apart = len(run) > 1
-            own = pool.submit([self._work(part, sent, apart) for part in run])
+            own = pool.submit([self._work(part, model, apart) for part in run])
             jobs += own
             pending += [_Result(self, task, own, i) for i in range(len(own))]
         return Running(task, pending, lambda: sum(job.reruns * job.work.units for job in jobs))
 
-    def _work(self, part: Task[R], sent: tuple[ray.ObjectRef, ...], apart: bool) -> Work:
+    def _work(self, part: Task[R], model: Sequence[Message | ray.ObjectRef], apart: bool) -> Work:
         """Return the call that answers a part.
 
         Args:
             part: of a task.
-            sent: references of its model.
+            model: its state and its base, as they were sent.
             apart: whether its result stays in the object store.
         """
         named = len(self._names) < _MOST_NAMES or part.name in self._names
@@ -153,7 +154,7 @@ class RayEngine:
         return Work(
             part.name,
             "run",
-            (hollow, *sent, apart),
+            (packed(hollow), *model, apart),
             {"name": name, "num_returns": 2 if apart else 1},
             limited=part.limited,
             clients=part.size,
@@ -162,7 +163,7 @@ class RayEngine:
 
     def taken(self, job: Job) -> Any:
         """Wait for a job; return its result, and book the time that it took."""
-        seconds, value = self._opened().result(job)
+        seconds, value = unpacked(self._opened().result(job))
         self._busy_s += seconds
         # It has been told: it need not stay until the round is over.
         job.value = None
@@ -192,11 +193,10 @@ class RayEngine:
         for job in jobs:
             job.rest = []
 
-    def _fetched(self, task: Task[R], parts: list[ray.ObjectRef]) -> R:
+    def _fetched(self, task: Message, parts: list[ray.ObjectRef]) -> Any:
         work = Work("joining results", "join", (task, *parts), {"name": "join results"})
         (join,) = self._opened().submit([work], urgent=True)
-        whole: R = self._opened().result(join)
-        return whole
+        return unpacked(self._opened().result(join))
 
     def drop(self, jobs: Sequence[Job]) -> None:
         """Begin none of some jobs that still wait."""
@@ -236,19 +236,19 @@ class _Result:
 
 
 class SentModels:
-    """References of models in the object store: each state and each base is put there once."""
+    """Models as they are sent: each state and each base is packed once."""
 
     def __init__(self) -> None:
         """Start with none."""
-        self._state: tuple[str, ray.ObjectRef] | None = None
+        self._state: tuple[str, Message | ray.ObjectRef] | None = None
         # The newest two: a round may start from another base than the one before was tested with.
-        self._bases: dict[tuple[int, int], ray.ObjectRef] = {}
+        self._bases: dict[tuple[int, int], Message | ray.ObjectRef] = {}
 
-    def sent(self, model: GlobalModel) -> tuple[ray.ObjectRef, ray.ObjectRef]:
-        """Return the references of a model's state and base."""
+    def sent(self, model: GlobalModel) -> tuple[Message | ray.ObjectRef, Message | ray.ObjectRef]:
+        """Return the messages of a model's state and base, or their references."""
         if self._state is None or self._state[0] != model.state.version:
-            self._state = model.state.version, ray.put(model.state)
+            self._state = model.state.version, sent(model.state)
         key = model.base.version
         if key not in self._bases:
-            self._bases = {**dict([*self._bases.items()][-1:]), key: ray.put(model.base)}
+            self._bases = {**dict([*self._bases.items()][-1:]), key: sent(model.base)}
         return self._state[1], self._bases[key]
