@@ -18,7 +18,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 from scipy import stats
 
@@ -76,9 +76,9 @@ class Worker:
             raise RuntimeError("a worker ended; its own error stands above")
         return line
 
-    def run(self, name: str, way: str) -> tuple[float, str]:
+    def run(self, name: str, way: str, rounds: int) -> tuple[float, str]:
         """Run a workload; return client updates per second, and the adapter's SHA-256."""
-        settings = {"annealing.heating.rounds": ROUNDS[name], **WAYS[way]}
+        settings = {"annealing.heating.rounds": rounds, **WAYS[way]}
         keys = {key.replace(".", "__"): value for key, value in settings.items()}
         print(json.dumps([name, keys]), file=self._process.stdin, flush=True)
         rate, sha256 = json.loads(self._answer())
@@ -90,16 +90,18 @@ class Worker:
         self._process.wait()
 
 
-def compared(checkouts: tuple[Path, Path], name: str, way: str, pairs: int) -> dict[str, object]:
+def compared(
+    checkouts: tuple[Path, Path], name: str, way: str, pairs: int, rounds: int
+) -> dict[str, object]:
     """Run a workload with both checkouts in turns; return the ratios and their interval."""
     workers = [Worker(checkout, ray=way == "ray") for checkout in checkouts]
     try:
         # What is only done once (compiling, reading files) is not a matter of the device.
-        shas = [worker.run(name, way)[1] for worker in workers]
+        shas = [worker.run(name, way, rounds)[1] for worker in workers]
         ratios = []
         for i in range(pairs):
             order = (0, 1) if i % 2 == 0 else (1, 0)
-            rate = {which: workers[which].run(name, way)[0] for which in order}
+            rate = {which: workers[which].run(name, way, rounds)[0] for which in order}
             ratios.append(rate[0] / rate[1])
     finally:
         for worker in workers:
@@ -111,6 +113,8 @@ def compared(checkouts: tuple[Path, Path], name: str, way: str, pairs: int) -> d
         "workload": name,
         "way": way,
         "pairs": pairs,
+        "rounds": rounds,
+        "median": round(median(ratios), 4),
         "gain": round(middle, 4),
         "low": round(low, 4),
         "high": round(high, 4),
@@ -135,11 +139,13 @@ def main() -> None:
     parser.add_argument("--ways", default="local,threads,ray")
     parser.add_argument("--workloads", default="W,W3")
     parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--rounds", type=int, help="default: fewer than the workload has")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "devices.json")
     args = parser.parse_args()
     for way in args.ways.split(","):
         for name in args.workloads.split(","):
-            found = compared(tuple(args.checkouts), name, way, args.pairs)
+            rounds = args.rounds or ROUNDS[name]
+            found = compared(tuple(args.checkouts), name, way, args.pairs, rounds)
             kept = json.loads(args.results.read_text()) if args.results.exists() else []
             kept.append({"device": args.name, **found})
             args.results.write_text("".join(["[\n", ",\n".join(map(json.dumps, kept)), "\n]\n"]))
