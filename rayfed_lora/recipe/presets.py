@@ -30,6 +30,7 @@ def _method(
 # No rate: the default of the optimiser that the recipe asks for.
 _AVERAGED = {"server_optimizer": {"name": "sgd", "lr": None}}
 _PROXIMAL = {"initiating": {"proximal_weight": 0.01}}
+# Its first stage trains an adapter too, so at the adapter's learning rate.
 _ADAPTER_FIRST = {"initiating": {"trainable": "adapter", "proximal_weight": 0.01, "lr": None}}
 _ONE_RANK = {"allocation": "uniform"}
 _NO_FACTORS = {**_ONE_RANK, "heating": {"rank": 0}}
