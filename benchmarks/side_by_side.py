@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,12 @@ class Runner:
     Attributes:
         environment: whose Python it takes, `own` for this project's.
         command: after the Python, `--work` and `--out` are added.
-        cohort: clients of a round, to be filled in by the workload.
+        checkout: whose scripts, and whose package, are run.
     """
 
     environment: str
     command: tuple[str, ...]
+    checkout: Path = HERE.parent
 
 
 # Two threads of one process train, where the others have two processes.
@@ -147,14 +148,15 @@ class Memory:
 
 def once(runner: Runner, work: Path, scratch: Path) -> dict[str, Any]:
     """Run one runner once; return what was measured."""
+    folder = runner.checkout / "benchmarks"
     out = scratch / "out.json"
     command = [python_of(runner.environment), *runner.command]
     scripts = [i for i, part in enumerate(command) if part.endswith(".py")]
-    command[scripts[-1]] = str(HERE / command[scripts[-1]])
+    command[scripts[-1]] = str(folder / command[scripts[-1]])
     # Options of the script stand behind it.
     command += ["--work", str(work), "--out", str(out)]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE / "peers")]),
+        "PYTHONPATH": os.pathsep.join(map(str, [runner.checkout, folder, folder / "peers"])),
         "HF_HUB_OFFLINE": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
@@ -280,8 +282,15 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", default=str(HERE / "results"))
+    parser.add_argument(
+        "--before", type=Path, help="a checkout of another version: own runners of it too"
+    )
     args = parser.parse_args()
     runners = args.runners.split(",") + ["plain, 2 processes"] * (args.runners.count("plain") > 0)
+    if args.before:
+        for runner in [runner for runner in runners if runner in OURS]:
+            RUNNERS[f"{runner}, before"] = replace(RUNNERS[runner], checkout=args.before.resolve())
+            runners.append(f"{runner}, before")
     for runner in runners:
         python_of(RUNNERS[runner].environment)
     for name in args.workloads.split(","):
