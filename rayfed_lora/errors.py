@@ -5,6 +5,7 @@
     |   |-- RecipeError          2   the recipe is faulty; lists every fault
     |   |-- DataError            2   a data set cannot be read or partitioned
     |   |-- ModelError           2   a model, target module or rank does not fit
+    |   |-- PluginError          2   a plug-in cannot be imported, or its methods do not fit
     |   |-- ResourceError        2   the cluster lacks what the recipe asks for
     |   `-- RunFolderError       2   the run folder cannot be written or holds another run
     |-- ClientError              1   a client's training raised
@@ -82,6 +83,10 @@ class DataError(BadInputError):
 
 class ModelError(BadInputError):
     """A model cannot be built, or its layers do not fit the recipe."""
+
+
+class PluginError(BadInputError):
+    """A plug-in is not allowed, cannot be imported, or its methods do not fit."""
 
 
 class ResourceError(BadInputError):

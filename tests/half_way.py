@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.aggregation.messages import AdapterRound, Traffic
-from rayfed_lora.aggregation.rule import Rule
+from rayfed_lora.aggregation.rule import rule
 from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.aggregation.step import Aggregate, averaged
 from rayfed_lora.types import AdapterState, Factors, FloatArray
 
 
+def messages(sizes: AdapterRound) -> Traffic:
+    """Return half of A, all of B and the head up; A, B and the head down."""
+    return Traffic(sizes.up("b") + sizes.factors("a") // 2, sizes.down("a", "b"))
+
+
+@rule(needs="means", kept=("factors",), messages=messages)
 def half_way(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregate:
-    """Return the middle between the start and its step towards the means."""
+    """Go half of the way to the means of A and of B."""
     stepped = averaged(start, means, step)
 
     def middle(one: FloatArray, other: FloatArray) -> FloatArray:
@@ -25,18 +31,3 @@ def half_way(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregat
     }
     dense = {name: middle(x, stepped.dense[name]) for name, x in start.dense.items()}
     return Aggregate(AdapterState(factors, dense), {}, lambda: None)
-
-
-def messages(sizes: AdapterRound) -> Traffic:
-    """Return half of A, all of B and the head up; A, B and the head down."""
-    return Traffic(sizes.up("b") + sizes.factors("a") // 2, sizes.down("a", "b"))
-
-
-RULE = Rule(
-    name="half-way",
-    source="0000.00000",
-    summary="half of the way to the means of A and of B",
-    aggregate=half_way,
-    kept=frozenset({"factors"}),
-    messages=messages,
-)

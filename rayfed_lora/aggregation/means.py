@@ -12,11 +12,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from rayfed_lora.aggregation.updates import ClientUpdates, EachUpdate
 from rayfed_lora.lora.products import WeightedProduct, norm
 from rayfed_lora.lora.stacked import StackedStates, named
 from rayfed_lora.types import AdapterState, Factors, FloatArray
 
-Kept = Literal["factors", "padded"]
+Kept = Literal["factors", "padded", "updates"]
 Float64Array = npt.NDArray[np.float64]
 # (b, a), (d_out, R) and (R, d_in), scales in b.
 Product = tuple[Float64Array, Float64Array]
@@ -29,7 +30,8 @@ class Means:
 
     A block of clients is reduced where it was trained; the means are joined in block order. They
     always hold the dense tensors and the exact mean update of each module; a rule asks for more:
-    `factors`, the means of A and of B; `padded`, the sums of HetLoRA.
+    `factors`, the means of A and of B; `padded`, the sums of HetLoRA; `updates`, every client's
+    tensors, whose size does grow with the number of clients.
     """
 
     def __init__(self, kept: frozenset[Kept] = frozenset()) -> None:
@@ -37,26 +39,41 @@ class Means:
         self._tensors = TensorMean()
         self._products: dict[str, ProductMean] = {}
         self._padded = PaddedMean()
+        self._updates = EachUpdate()
 
-    def add(self, weight: float, state: AdapterState) -> None:
+    def add(self, weight: float, state: AdapterState, client: int = -1) -> None:
         """Add one client's trained state with its weight, > 0 (any unit, e.g. examples)."""
+        if "updates" in self._kept:
+            tensors = named(state)
+            flat = [tensor.ravel() for tensor in tensors.values()]
+            row = np.concatenate(flat) if flat else np.zeros(0, np.float32)
+            shapes = {name: tensor.shape for name, tensor in tensors.items()}
+            self._updates.add([client], np.array([weight]), row[None], shapes)
         self._tensors.add(weight, named(state) if "factors" in self._kept else state.dense)
         for name, sent in state.factors.items():
             self._products.setdefault(name, ProductMean()).add(weight, sent)
         if "padded" in self._kept:
             self._padded.add(state.factors)
 
-    def add_all(self, weights: Sequence[float], states: Sequence[AdapterState]) -> None:
+    def add_all(
+        self,
+        weights: Sequence[float],
+        states: Sequence[AdapterState],
+        clients: Sequence[int] | None = None,
+    ) -> None:
         """Add several clients in order, at once where they were trained together.
 
         Sums of tensors are the same bit for bit; exact updates are summed by a matrix product,
         whose order of summation may differ.
         """
+        ids = [-1] * len(weights) if clients is None else clients
         if not (isinstance(states, StackedStates) and len(states) > 1 and states.alike):
-            for weight, state in zip(weights, states, strict=True):
-                self.add(weight, state)
+            for weight, state, client in zip(weights, states, ids, strict=True):
+                self.add(weight, state, client)
             return
         each = np.array(weights)
+        if "updates" in self._kept:
+            self._updates.add(ids, each, *states.values(dense=False))
         rows, shapes = states.values(dense="factors" not in self._kept)
         self._tensors.add_rows(each, rows, shapes)
         for name, total in states.products(each).items():
@@ -71,6 +88,7 @@ class Means:
         for name, mean in other._products.items():
             self._products.setdefault(name, ProductMean()).join(mean)
         self._padded.join(other._padded)
+        self._updates.join(other._updates)
 
     def pack(self) -> None:
         """Reduce the number of arrays held, before they are sent."""
@@ -80,6 +98,10 @@ class Means:
     def tensors(self) -> dict[str, Float64Array]:
         """Return the means of the dense tensors and, where kept, of A and B, by `step.named`."""
         return self._tensors.mean()
+
+    def updates(self) -> ClientUpdates:
+        """Return every client's tensors, where kept."""
+        return self._updates.all()
 
     def product(self, module: str) -> Product:
         """Return the exact mean of a module's updates."""

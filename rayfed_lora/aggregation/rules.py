@@ -1,31 +1,16 @@
-"""The one table of aggregation rules; each rule's own file names its paper."""
+"""The one table of aggregation rules; each built-in one's own file names its paper."""
 
 from __future__ import annotations
 
-from rayfed_lora.aggregation import (
-    alternate,
-    correct,
-    factor_average,
-    freeze_a,
-    product_svd,
-    residual,
-    share_a,
-    stacking,
-    zero_pad,
-)
-from rayfed_lora.aggregation.rule import Rule
+from importlib import import_module
+from pkgutil import iter_modules
 
-RULES: dict[str, Rule] = {
-    rule.name: rule
-    for rule in (
-        factor_average.RULE,
-        product_svd.RULE,
-        stacking.RULE,
-        residual.RULE,
-        freeze_a.RULE,
-        alternate.RULE,
-        zero_pad.RULE,
-        share_a.RULE,
-        correct.RULE,
-    )
-}
+from rayfed_lora.aggregation import built_in
+from rayfed_lora.aggregation.rule import Rule
+from rayfed_lora.plugins import tables
+from rayfed_lora.plugins.registry import Table
+
+for _module in iter_modules(built_in.__path__):
+    import_module(f"{built_in.__name__}.{_module.name}")
+
+RULES: Table[Rule] = tables.RULES

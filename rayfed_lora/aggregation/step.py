@@ -41,6 +41,15 @@ def averaged(start: AdapterState, means: Means, step: OptimizerStep) -> AdapterS
     return stepped_towards(means.tensors(), start, step)
 
 
+def averaged_factors(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregate:
+    """Return A = sum p_k A_k and B = sum p_k B_k for each module; dense tensors likewise.
+
+    p_k = weight_k / sum of weights; all clients have the same ranks.
+    """
+    state = averaged(start, means, step)
+    return Aggregate(state, {}, lambda: step_error(start, state, means, step))
+
+
 def stepped_towards(
     targets: Mapping[str, Float64Array], start: AdapterState, step: OptimizerStep
 ) -> AdapterState:

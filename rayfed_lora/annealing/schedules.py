@@ -9,11 +9,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from rayfed_lora.plugins.tables import SHAPES
 
 Schedule = Callable[[int], float]
-Curve = Callable[[float, float, float], float]
 
 
+def shape(name: str | None = None) -> Callable[[Callable[..., float]], Any]:
+    """Register a cooling curve: a function of (start, end, u), u in (0, 1].
+
+    In round i of the stage u = (i + 1) / rounds; the last round is at `end` whatever the curve
+    says. Keyword-only parameters are its options: keys beside `annealing.cooling.shape`.
+
+    Args:
+        name: value of `annealing.cooling.shape`; default: the function's, with hyphens.
+
+    Raises:
+        PluginError: the name is taken, or an option is not typed.
+    """
+    return lambda function: SHAPES.add(function, name)
+
+
+@shape()
 def linear(start: float, end: float, u: float) -> float:
     """Return start + (end - start) * u.
 
@@ -23,6 +43,7 @@ def linear(start: float, end: float, u: float) -> float:
     return start + (end - start) * u
 
 
+@shape()
 def cosine(start: float, end: float, u: float) -> float:
     """Return end + (start - end) * (1 + cos(pi * u)) / 2.
 
@@ -34,6 +55,7 @@ def cosine(start: float, end: float, u: float) -> float:
     return end + (start - end) * (1.0 + math.cos(math.pi * u)) / 2.0
 
 
+@shape()
 def cubic(start: float, end: float, u: float) -> float:
     """Return end + (start - end) * (1 - u) ** 3: steep at first.
 
@@ -45,6 +67,7 @@ def cubic(start: float, end: float, u: float) -> float:
     return end + (start - end) * (1.0 - u) ** 3
 
 
+@shape()
 def exponential(start: float, end: float, u: float) -> float:
     """Return start * (end / start) ** u, 0 where `end` is 0.
 
@@ -56,6 +79,7 @@ def exponential(start: float, end: float, u: float) -> float:
     return 0.0 if start == 0 or end == 0 else start * (end / start) ** u
 
 
+@shape()
 def logarithmic(start: float, end: float, u: float) -> float:
     """Return start + (end - start) * log(1 + 9 u) / log 10.
 
@@ -67,6 +91,7 @@ def logarithmic(start: float, end: float, u: float) -> float:
     return start + (end - start) * math.log(1.0 + 9.0 * u) / math.log(10.0)
 
 
+@shape()
 def constant(start: float, end: float, u: float) -> float:
     """Return `start` throughout: fixed-rank LoRA, the baseline.
 
@@ -77,40 +102,57 @@ def constant(start: float, end: float, u: float) -> float:
     return start
 
 
-CURVES: Mapping[str, Curve] = {
-    curve.__name__: curve for curve in (linear, cosine, cubic, exponential, logarithmic, constant)
-}
+@shape()
+def step(start: float, end: float, u: float, *, steps: int = 4) -> float:
+    """Return one of `steps` equal plateaus, start + (end - start) * ceil(u * steps) / steps.
+
+    >>> step(16, 0, 0.5, steps=4)
+    8.0
+    """
+    # u * steps can land just above a whole number in floating point.
+    return linear(start, end, math.ceil(round(u * steps, 9)) / steps)
 
 
-def cooling(shape: str, start: float, end: float, rounds: int, steps: int = 4) -> Schedule:
+@shape()
+def cyclic(start: float, end: float, u: float, *, cycles: Annotated[int, Field(ge=1)] = 2) -> float:
+    """Return the half cosine from `start` to `end`, `cycles` times: SGDR with equal cycles.
+
+    Source: warm restarts, arXiv:1608.03983, applied to the rank.
+
+    >>> [round(cyclic(16, 2, u), 12) for u in (0.25, 0.5, 0.75)]
+    [9.0, 2.0, 9.0]
+    """
+    # The end of a cycle belongs to it; u * cycles can miss a whole number in floating point.
+    done = round(u * cycles, 9)
+    return cosine(start, end, done - math.ceil(done) + 1.0)
+
+
+def cooling(
+    name: str, start: float, end: float, rounds: int, options: Mapping[str, Any] | None = None
+) -> Schedule:
     """Return the value of each cooling round.
 
     Args:
-        shape: a key of `CURVES`, or `step`: `steps` equal plateaus, start + (end - start) *
-            ceil(u * steps) / steps.
+        name: of a shape.
         start: R0, the value before the first round.
         end: R1, the value of the last round (but for `constant`).
         rounds: length of the stage, > 0.
-        steps: number of plateaus of `step`, > 0.
+        options: values that options of the shape take.
 
     Raises:
         ValueError: an unknown shape, or a count that is not positive.
 
-    >>> value = cooling("step", 16, 0, rounds=4, steps=2)
+    >>> value = cooling("step", 16, 0, rounds=4, options={"steps": 2})
     >>> [value(i) for i in range(4)]
     [8.0, 8.0, 0.0, 0.0]
     """
-    if rounds <= 0 or steps <= 0:
-        raise ValueError(f"need rounds > 0 and steps > 0, got {rounds} and {steps}")
-    if shape == "step":
-        # ceil((i + 1) * steps / rounds) in integers: u * steps in floats can land just above.
-        return lambda i: linear(start, end, -(-(i + 1) * steps // rounds) / steps)
-    if shape not in CURVES:
-        known = ", ".join([*CURVES, "step"])
-        raise ValueError(f"need a cooling shape of {known}, got {shape!r}")
-    curve = CURVES[shape]
+    if rounds <= 0:
+        raise ValueError(f"need rounds > 0, got {rounds}")
+    if name not in SHAPES:
+        raise ValueError(f"need a cooling shape of {', '.join(SHAPES)}, got {name!r}")
+    curve = SHAPES.with_options(name, options or {})
     # The last round is at `end` exactly; the curves reach it only up to rounding.
-    last = start if shape == "constant" else end
+    last = start if name == "constant" else end
     return lambda i: last if i + 1 == rounds else curve(start, end, (i + 1) / rounds)
 
 

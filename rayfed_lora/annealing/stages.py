@@ -95,8 +95,8 @@ def scheduled_rank(annealing: Annealing, t: int) -> int:
         return schedules.to_rank(schedules.ramp(low, high, annealing.heating.rounds)(i), low, high)
     if stage == "holding":
         return high if annealing.cooling.shape == "constant" else low
-    shape, rounds = annealing.cooling.shape, annealing.cooling.rounds
-    value = schedules.cooling(shape, high, low, rounds, annealing.cooling.steps)
+    settings = annealing.cooling
+    value = schedules.cooling(settings.shape, high, low, settings.rounds, settings.options)
     return schedules.to_rank(value(i), high, low)
 
 

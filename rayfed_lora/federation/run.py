@@ -97,7 +97,8 @@ def aggregate(
     state = start.model.state
     if updates.means is None:
         return Aggregated(Aggregate(state, {}, lambda: None), step.moments, 0.0)
-    result = RULES[recipe.aggregation.rule].aggregate(state, updates.means, step)
+    rule = RULES.with_options(recipe.aggregation.rule, recipe.aggregation.options)
+    result = rule.aggregate(state, updates.means, step)
     seconds = updates.joining_s + time.perf_counter() - began
     return Aggregated(result, step.moments, seconds)
 

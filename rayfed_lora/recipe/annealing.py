@@ -6,9 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from rayfed_lora.plugins.tables import SHAPES
 from rayfed_lora.recipe.fields import (
+    Choosing,
     Count,
     Finite,
+    NameIn,
     NonNegative,
     Positive,
     PositiveFloat,
@@ -18,7 +21,6 @@ from rayfed_lora.recipe.fields import (
 )
 
 Acceptance = Literal["always", "metropolis", "target"]
-Shape = Literal["linear", "cosine", "cubic", "exponential", "logarithmic", "step", "constant"]
 
 
 class Initiating(Section):
@@ -51,12 +53,16 @@ class Heating(Section):
         return self.shape == "ramp" and self.rounds > 0
 
 
-class Cooling(Section):
+class Cooling(Choosing):
     """The stage of the shrinking parameter budget."""
+
+    choice = ("shape", SHAPES)
 
     rounds: Count = option(10, "length of the stage", "rounds")
     rank: Count = option(2, "LoRA rank R1 at its end", "rank")
-    shape: Shape = option("cosine", "curve from heating.rank to cooling.rank")
+    shape: Annotated[str, NameIn(SHAPES)] = option(
+        "cosine", "curve from heating.rank to cooling.rank"
+    )
     steps: Positive = option(4, "number of plateaus (shape step)", "steps")
     residual: Literal["drop", "fold"] = option(
         "drop", "the part of the update that a cut removes: dropped, or folded into the frozen base"

@@ -103,6 +103,11 @@ def _fault(path: tuple[str, ...], entries: Sequence[Any]) -> Fault:
         siblings = _known_keys(path[:-1])
         expected = f"unknown key; known here: {', '.join(siblings)}"
         return Fault(dotted, expected, None, _nearest_key(path, siblings))
+    if first["type"] == "unknown_option":
+        known = list(first["ctx"]["known"])
+        near = closest(path[-1], known)
+        nearest = None if near is None else ".".join((*path[:-1], near))
+        return Fault(dotted, f"unknown key; known here: {', '.join(known)}", None, nearest)
     if first["type"] == "missing":
         return Fault(dotted, "this key is required, and is missing")
     expected = " or ".join(dict.fromkeys(_expectation(e) for e in entries))
@@ -135,6 +140,7 @@ def _location(loc: Sequence[int | str]) -> tuple[str, ...]:
         if fields is None or not isinstance(part, str):
             break
         path.append(part)
+        # An option of a method has no section below it.
         node = fields.get(part)
     return tuple(path)
 

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
-from pydantic_core import CoreSchema, PydanticKnownError, core_schema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+from pydantic_core import (
+    CoreSchema,
+    InitErrorDetails,
+    PydanticCustomError,
+    PydanticKnownError,
+    core_schema,
+)
 
+from rayfed_lora.plugins.options import Options
+from rayfed_lora.plugins.registry import Table
 from rayfed_lora.recipe.plain_values import plain
 
 Auto = Literal["auto"]
@@ -73,3 +91,52 @@ class Section(BaseModel):
     def _of_plain_values(cls, given: Any) -> Any:
         """Accept sections made in Python, paths, and numpy's numbers."""
         return plain(given)
+
+
+class Choosing(Section):
+    """A section in which one key names a method; the method's options stand beside it.
+
+    Keys that are neither the section's own nor options of the method are faults.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    # The key, and the table of its methods.
+    choice: ClassVar[tuple[str, Table[Any]]]
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_options(cls, given: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        if not isinstance(given, Mapping):
+            return handler(given)
+        own = {key: value for key, value in given.items() if key in cls.model_fields}
+        made = handler(own)
+        others = {key: value for key, value in given.items() if key not in own}
+        options = cls._checked(str(getattr(made, cls.choice[0])), others)
+        return handler({**own, **options}) if options else made
+
+    @classmethod
+    def _checked(cls, name: str, others: Mapping[Any, Any]) -> dict[str, Any]:
+        """Return the values of all options of a method that are no keys of the section."""
+        _, table = cls.choice
+        model = table.method(name).options
+        known = [option for option in model.model_fields if option not in cls.model_fields]
+        unknown = [option for option in others if option not in known]
+        if unknown:
+            expected = [*cls.model_fields, *known]
+            raise ValidationError.from_exception_data(
+                cls.__name__, [_unknown(option, others[option], expected) for option in unknown]
+            )
+        fields = model.model_fields.items()
+        left: Any = {option: (f.annotation, f) for option, f in fields if option in known}
+        beside = create_model(model.__name__, __base__=Options, **left)
+        return beside.model_validate(dict(others)).model_dump(mode="json")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The values that options of the method take: keys beside the name of the method."""
+        return {**dict(self), **(self.__pydantic_extra__ or {})}
+
+
+def _unknown(key: str, value: Any, known: list[str]) -> InitErrorDetails:
+    kind = PydanticCustomError("unknown_option", "", {"known": known})  # type: ignore[arg-type]
+    return InitErrorDetails(type=kind, loc=(key,), input=value)

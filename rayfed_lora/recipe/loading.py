@@ -13,6 +13,7 @@ from typing import Any
 
 from rayfed_lora.endpoints import named_in
 from rayfed_lora.errors import Fault, RecipeError
+from rayfed_lora.plugins.modules import missing, permit
 from rayfed_lora.recipe.faults import closest, fields_of, validated
 from rayfed_lora.recipe.plain_values import (
     MOST_LEVELS,
@@ -37,6 +38,7 @@ def load_recipe(
     variant: Mapping[str, Any] | None = None,
     *,
     endpoints: Collection[str] | None = None,
+    plugins: Sequence[Any] = (),
 ) -> Recipe:
     """Return the validated recipe.
 
@@ -49,8 +51,12 @@ def load_recipe(
             it names brings its preset, which wins over `source` and `overrides`.
         endpoints: of object stores, named by the user: requests to them carry credentials. None:
             those of `overrides`, of `variant`, and of a `Recipe`; never those of a file or mapping.
+        plugins: own methods that may be used: names of modules, modules, and methods decorated by
+            `rayfed_lora.plugins`; one with options, or an instance, is chosen too. Nothing else
+            that a recipe names is imported.
 
     Raises:
+        PluginError: a plug-in cannot be imported.
         RecipeError: the file cannot be read, is not YAML, or has faults; all are listed.
     """
     name, raw = _read(source)
@@ -60,7 +66,9 @@ def load_recipe(
         pairs = list(overrides.items())
     else:
         pairs = override_pairs(name, overrides)
+    modules, chosen = permit(plugins)
     settings, own = _nested(name, pairs), _nested(name, (variant or {}).items())
+    settings = merged(_nested(name, chosen.items()), settings)
     changed: dict[str, Any] = {}
     if endpoints is None:
         endpoints = named_in(settings) | named_in(own)
@@ -76,6 +84,7 @@ def load_recipe(
         # The preset of a method that stays may depend on the variant: it is applied below it.
         raw = merged(raw, settings) if _keeps_method(raw, settings) else _layered(raw, settings)
         content = _layered(raw, own)
+    content = _with_modules(name, content, modules)
     recipe = validated(name, merged(task_defaults(content), content), endpoints)
     asked = frozenset([*(path for path, _ in pairs), *(variant or {}), *key_paths(changed)])
     own_method = source.preset if isinstance(source, Recipe) else method_of(given)
@@ -170,6 +179,22 @@ def _nested(name: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             inner = {key: inner}
         result = merged(result, inner)
     return result
+
+
+def _with_modules(name: str, content: dict[str, Any], modules: Sequence[str]) -> dict[str, Any]:
+    """Return a recipe that names the allowed modules; raises RecipeError where it names others."""
+    named = content.get("plugins", [])
+    if not isinstance(named, list) or not all(isinstance(each, str) for each in named):
+        return content  # a fault, found by the validation
+    wanted = [*dict.fromkeys([*named, *modules])]
+    lacking = missing(wanted)
+    if lacking:
+        expected = (
+            "the recipe asks for code that is not allowed here; expected each module to be allowed"
+            " by --plugins NAME, or run(plugins=[NAME])"
+        )
+        raise RecipeError(name, [Fault("plugins", expected, ", ".join(lacking))])
+    return {**content, "plugins": wanted} if wanted else content
 
 
 def _keeps_method(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:

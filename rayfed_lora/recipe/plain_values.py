@@ -27,7 +27,7 @@ def plain(given: Any) -> Any:
     {'ranks': [4, 8], 'path': 'runs/a'}
     """
     if isinstance(given, BaseModel):
-        return plain({k: v for k, v in vars(given).items() if k in given.model_fields_set})
+        return plain({k: v for k, v in _held(given).items() if k in given.model_fields_set})
     if isinstance(given, Mapping):
         return {plain(key): plain(value) for key, value in given.items()}
     if isinstance(given, (list, tuple)):
@@ -43,8 +43,12 @@ def values_of(section: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
     Includes values that a changed copy holds under names that are no fields: the validation
     rejects them.
     """
-    held = vars(section) if isinstance(section, BaseModel) else section
+    held = _held(section) if isinstance(section, BaseModel) else section
     return {k: values_of(v) if isinstance(v, BaseModel) else v for k, v in held.items()}
+
+
+def _held(section: BaseModel) -> Mapping[str, Any]:
+    return {**vars(section), **(section.model_extra or {})}
 
 
 def excess(value: Any) -> str | None:

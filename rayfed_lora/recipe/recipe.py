@@ -10,7 +10,9 @@ from typing import Any
 
 from pydantic import PrivateAttr, ValidationInfo, model_validator
 
+from rayfed_lora.plugins.modules import Plugins, carried
 from rayfed_lora.recipe.checks import ConflictError, conflicts
+from rayfed_lora.recipe.chosen import chosen_methods
 from rayfed_lora.recipe.fields import ENDPOINTS
 from rayfed_lora.recipe.plain_values import values_of
 from rayfed_lora.recipe.presets import filled
@@ -27,6 +29,8 @@ class Recipe(Settings):
     _made: Mapping[str, Any] = PrivateAttr(default_factory=dict)
     _asked: frozenset[str] | None = PrivateAttr(None)
     _overruled: tuple[str, ...] = PrivateAttr(())
+    # Pickled with the recipe: own methods are there in every process that it reaches.
+    _own_methods: Plugins = PrivateAttr(Plugins())
 
     def __eq__(self, other: object) -> bool:
         """Whether all values are equal, wherever they come from."""
@@ -44,6 +48,7 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _values_go_together(self) -> Recipe:
         self._made = dict(vars(self))
+        self._own_methods = carried(self.plugins, chosen_methods(self))
         found = conflicts(self)
         if found:
             raise ConflictError(found)

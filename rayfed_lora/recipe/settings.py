@@ -13,6 +13,7 @@ from rayfed_lora.recipe.annealing import Annealing
 from rayfed_lora.recipe.clients import Clients, Network, Spread
 from rayfed_lora.recipe.data import Data
 from rayfed_lora.recipe.fields import (
+    Choosing,
     Count,
     Fraction,
     NameIn,
@@ -51,8 +52,10 @@ class ServerOptimizer(Section):
         return {**given, "lr": usual_server_rate(given.get("name"))}
 
 
-class Aggregation(Section):
+class Aggregation(Choosing):
     """How client updates become the next global state."""
+
+    choice = ("rule", RULES)
 
     rule: Annotated[str, NameIn(RULES)] = option(
         "factor-average", " | ".join(f"{name}: {rule.summary}" for name, rule in RULES.items())
@@ -67,6 +70,10 @@ class Settings(Section):
         "run", min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run"
     )
     seed: Count = option(0, "seed of every random draw")
+    plugins: list[Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*$")]] = option(
+        [],
+        "modules of own methods; each is imported only where the caller allows it (--plugins)",
+    )
     method: Annotated[str, NameIn(PRESETS)] = option(
         "sa-fedlora", "preset that fills in keys; a key that is written wins"
     )

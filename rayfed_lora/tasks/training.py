@@ -65,8 +65,9 @@ def trained(task: Train, train_block: TrainBlock) -> Trained:
                     raise
                 failure = ClientError(left[0], task.plan.round, str(error))
             else:
-                weights = [float(report.examples) for report in update.reports if report.usable]
-                means.add_all(weights, update.states)
+                usable = [report for report in update.reports if report.usable]
+                weights = [float(report.examples) for report in usable]
+                means.add_all(weights, update.states, [report.client for report in usable])
                 reports += _with_own(update) if rule.personal else update.reports
                 break
             if not task.plan.tolerant:

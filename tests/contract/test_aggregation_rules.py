@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayfed_lora.aggregation.correct import RIDGE
+from rayfed_lora.aggregation.built_in.correct import RIDGE
 from rayfed_lora.aggregation.means import ProductMean, TensorMean
 from rayfed_lora.aggregation.rule import Rule
 from rayfed_lora.aggregation.rules import RULES

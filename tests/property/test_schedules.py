@@ -37,7 +37,7 @@ def curve_from_the_method(shape: str, r0: int, r1: int, n: int, steps: int) -> n
 
 
 def code_values(shape: str, r0: int, r1: int, n: int, steps: int) -> np.ndarray:
-    value = schedules.cooling(shape, r0, r1, n, steps)
+    value = schedules.cooling(shape, r0, r1, n, {"steps": steps})
     return np.array([value(i) for i in range(n)])
 
 
@@ -78,7 +78,7 @@ def test_the_last_value_is_the_end_without_any_rounding(shape, r0, r1, n, steps)
 @given(r0=st.integers(1, 128), r1=RANK, n=ROUNDS, steps=STEPS)
 def test_the_first_cooling_round_has_already_moved(shape, r0, r1, n, steps):
     assume(r1 < r0)
-    assert schedules.cooling(shape, r0, r1, n, steps)(0) < r0
+    assert schedules.cooling(shape, r0, r1, n, {"steps": steps})(0) < r0
 
 
 @cheap

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.errors import RecipeError
 from rayfed_lora.federation.run import fresh
 from rayfed_lora.federation.server import Server
+from rayfed_lora.plugins.registry import method_of
 from rayfed_lora.recipe.loading import load_recipe, recipe_schema, recipe_yaml
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.recipe.yaml_text import parse_yaml
@@ -17,10 +20,17 @@ from tests import half_way
 from tests.fakes import FakeFactory, initial, local_engine, make_recipe
 from tests.unit.test_methods import Silent
 
+HALF_WAY = method_of(half_way.half_way)
+assert HALF_WAY is not None
+# The tests here decide when it is in the table.
+RULES.remove("half-way")
+
 
 @pytest.fixture
-def rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RULES, half_way.RULE.name, half_way.RULE)
+def rule() -> Iterator[None]:
+    HALF_WAY.again(HALF_WAY.target)
+    yield
+    RULES.remove("half-way")
 
 
 def own_recipe() -> Recipe:
@@ -50,7 +60,8 @@ def test_a_rule_that_is_not_in_the_table_is_a_fault_that_lists_those_that_are():
         own_recipe()
     (fault,) = raised.value.faults
     assert fault.path == "aggregation.rule"
-    assert fault.expected == f"expected {', '.join(map(repr, [*RULES][:-1]))} or 'correct'"
+    *first, last = map(repr, RULES)
+    assert fault.expected == f"expected {', '.join(first)} or {last}"
 
 
 @pytest.mark.usefixtures("rule")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from rayfed_lora.aggregation.means import Means, Product
-from rayfed_lora.aggregation.rule import Rule
+from rayfed_lora.aggregation.rule import rule
 from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.aggregation.step import Aggregate, averaged, error_of, stepped_mean
 from rayfed_lora.types import AdapterState, Factors, FloatArray
@@ -18,6 +18,14 @@ from rayfed_lora.types import AdapterState, Factors, FloatArray
 RIDGE = 0.01
 
 
+@rule(
+    "correct",
+    needs="means",
+    source="2411.14961",
+    summary="factor-average with B moved towards the exact mean (LoRA-FAIR)",
+    method="lora-fair",
+    kept=("factors",),
+)
 def correct(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregate:
     """Return the factor average with B + dB in place of B.
 
@@ -43,13 +51,3 @@ def _corrected(mean: Factors, exact: Product) -> Factors:
     delta = np.linalg.solve(gram + ridge * np.eye(mean.rank), missing.T).T
     moved: FloatArray = (b + delta).astype(np.float32)
     return Factors(mean.a, moved, mean.scale)
-
-
-RULE = Rule(
-    name="correct",
-    source="2411.14961",
-    summary="factor-average with B moved towards the exact mean (LoRA-FAIR)",
-    method="lora-fair",
-    aggregate=correct,
-    kept=frozenset({"factors"}),
-)

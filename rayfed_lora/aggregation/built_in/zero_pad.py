@@ -8,13 +8,23 @@ from __future__ import annotations
 import numpy as np
 
 from rayfed_lora.aggregation.means import Means
-from rayfed_lora.aggregation.rule import Rule
+from rayfed_lora.aggregation.rule import rule
 from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.aggregation.step import Aggregate, step_error, stepped_towards
 from rayfed_lora.lora.stacked import A, B
 from rayfed_lora.types import AdapterState
 
 
+@rule(
+    "zero-pad",
+    needs="means",
+    source="2401.06432",
+    summary="padded to the largest rank, weighted by update size (HetLoRA)",
+    method="hetlora",
+    kept=("padded",),
+    mixed_ranks=True,
+    optimizers=True,
+)
 def zero_pad(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregate:
     """Return sum w_k pad(A_k), sum w_k pad(B_k); dense tensors averaged by examples.
 
@@ -32,15 +42,3 @@ def zero_pad(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregat
         found |= {A + name: a, B + name: b}
     state = stepped_towards(found, start, step)
     return Aggregate(state, {}, lambda: step_error(start, state, means, step))
-
-
-RULE = Rule(
-    name="zero-pad",
-    source="2401.06432",
-    summary="padded to the largest rank, weighted by update size (HetLoRA)",
-    method="hetlora",
-    aggregate=zero_pad,
-    kept=frozenset({"padded"}),
-    mixed_ranks=True,
-    optimizers=True,
-)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rayfed_lora.aggregation.means import Means, Product
-from rayfed_lora.aggregation.rule import Rule
+from rayfed_lora.aggregation.rule import rule
 from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.aggregation.step import Aggregate, error_of, stepped_mean
 from rayfed_lora.lora.products import product_svd as svd_of_product
@@ -13,6 +13,14 @@ from rayfed_lora.lora.resize import from_svd
 from rayfed_lora.types import AdapterState, Factors
 
 
+@rule(
+    "product-svd",
+    needs="means",
+    source="2402.11505",
+    summary="the exact mean of the products, cut back to the rank (FlexLoRA)",
+    method="flexlora",
+    mixed_ranks=True,
+)
 def product_svd(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregate:
     """Return the best approximation of sum p_k D_k at each module's rank; dense tensors averaged.
 
@@ -38,13 +46,3 @@ def _cut(start: Factors, target: Product) -> Factors:
     return Factors(
         np.concatenate([cut.a, rows]), np.concatenate([cut.b, columns], axis=1), cut.scale
     )
-
-
-RULE = Rule(
-    name="product-svd",
-    source="2402.11505",
-    summary="the exact mean of the products, cut back to the rank (FlexLoRA)",
-    method="flexlora",
-    aggregate=product_svd,
-    mixed_ranks=True,
-)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rayfed_lora.aggregation.factor_average import factor_average
+from rayfed_lora.aggregation.means import Means
 from rayfed_lora.aggregation.messages import AdapterRound, Traffic, trained_factors
-from rayfed_lora.aggregation.rule import Rule
+from rayfed_lora.aggregation.rule import rule
+from rayfed_lora.aggregation.server_step import OptimizerStep
+from rayfed_lora.aggregation.step import Aggregate, averaged_factors
+from rayfed_lora.types import AdapterState
 
 
 def messages(sizes: AdapterRound) -> Traffic:
@@ -14,14 +17,17 @@ def messages(sizes: AdapterRound) -> Traffic:
     return replace(trained_factors(sizes), frozen=sizes.whole("a"))
 
 
-RULE = Rule(
-    name="freeze-a",
+@rule(
+    "freeze-a",
+    needs="means",
     source="2403.12313",
     summary="A stays as drawn (FFA-LoRA)",
     method="ffa-lora",
-    aggregate=factor_average,
-    kept=frozenset({"factors"}),
+    kept=("factors",),
     messages=messages,
     frozen=lambda turn: "a",
     optimizers=True,
 )
+def freeze_a(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregate:
+    """Return the means of A and of B apart, as `factor_average` does."""
+    return averaged_factors(start, means, step)

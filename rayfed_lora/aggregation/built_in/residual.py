@@ -4,20 +4,10 @@ from __future__ import annotations
 
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.aggregation.messages import AdapterRound, Traffic
-from rayfed_lora.aggregation.rule import Rule
+from rayfed_lora.aggregation.rule import rule
 from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.aggregation.step import Aggregate, averaged, difference, product, stepped_mean
 from rayfed_lora.types import AdapterState
-
-
-def residual(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregate:
-    """Average the factors, and merge sum p_k D_k minus their product into the base."""
-    state = averaged(start, means, step)
-    exact = stepped_mean(start, means, step.lr)
-    merged = {
-        name: difference(exact[name], product(f)) for name, f in state.factors.items() if f.rank > 0
-    }
-    return Aggregate(state, merged, lambda: 0.0 if exact else None)
 
 
 def messages(sizes: AdapterRound) -> Traffic:
@@ -37,12 +27,20 @@ def messages(sizes: AdapterRound) -> Traffic:
     return Traffic(up, up + merge, merge, frozen=frozen, renewed=("a", "b", "head"))
 
 
-RULE = Rule(
-    name="residual",
+@rule(
+    "residual",
+    needs="means",
     source="2410.09432",
     summary="factor-average, its residual to the exact mean goes into the base (FedEx-LoRA)",
     method="fedex-lora",
-    aggregate=residual,
-    kept=frozenset({"factors"}),
+    kept=("factors",),
     messages=messages,
 )
+def residual(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregate:
+    """Average the factors, and merge sum p_k D_k minus their product into the base."""
+    state = averaged(start, means, step)
+    exact = stepped_mean(start, means, step.lr)
+    merged = {
+        name: difference(exact[name], product(f)) for name, f in state.factors.items() if f.rank > 0
+    }
+    return Aggregate(state, merged, lambda: 0.0 if exact else None)

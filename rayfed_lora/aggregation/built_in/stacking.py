@@ -6,21 +6,10 @@ import numpy as np
 
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.aggregation.messages import AdapterRound, Traffic
-from rayfed_lora.aggregation.rule import Rule
+from rayfed_lora.aggregation.rule import rule
 from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.aggregation.step import Aggregate, stepped_mean
 from rayfed_lora.types import AdapterState
-
-
-def stacking(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregate:
-    """Merge sum p_k D_k, exactly, into the base; LoRA starts anew. Clients' ranks may differ.
-
-    The clients' factors, stacked, are the factors of the sum: their rank is the sum of r_k.
-    """
-    exact = stepped_mean(start, means, step.lr)
-    merged = {name: update for name, update in exact.items() if update[0].shape[1] > 0}
-    state = AdapterState({}, step(start.dense, means.tensors()))
-    return Aggregate(state, merged, lambda: 0.0 if exact else None)
 
 
 def messages(sizes: AdapterRound) -> Traffic:
@@ -34,13 +23,22 @@ def messages(sizes: AdapterRound) -> Traffic:
     return Traffic(up, down, merge, frozen={"head": sizes.head}, renewed=("head",))
 
 
-RULE = Rule(
-    name="stacking",
+@rule(
+    "stacking",
+    needs="means",
     source="2409.05976",
     summary="the exact mean goes into the base, LoRA starts anew each round (FLoRA)",
     method="flora",
-    aggregate=stacking,
     messages=messages,
     mixed_ranks=True,
     restarts=True,
 )
+def stacking(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregate:
+    """Merge sum p_k D_k, exactly, into the base; LoRA starts anew. Clients' ranks may differ.
+
+    The clients' factors, stacked, are the factors of the sum: their rank is the sum of r_k.
+    """
+    exact = stepped_mean(start, means, step.lr)
+    merged = {name: update for name, update in exact.items() if update[0].shape[1] > 0}
+    state = AdapterState({}, step(start.dense, means.tensors()))
+    return Aggregate(state, merged, lambda: 0.0 if exact else None)

@@ -1,0 +1,1 @@
+"""The aggregation rules that come with the package: a file each, found by `rules`."""
