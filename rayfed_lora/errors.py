@@ -100,12 +100,12 @@ class ClientError(RunError):
     """A client's local training raised an exception."""
 
     def __init__(self, client: int, round_index: int, trace: str, label: str | None = None) -> None:
-        """Keep client and round, the client's own traceback, and the client's label."""
+        """Keep client, round (from 0), the client's own traceback, and the client's label."""
         self.client = client
         self.round_index = round_index
         self.trace = trace
         self.label = f"client {client}" if label is None else label
-        super().__init__(f"{self.label} failed in round {round_index}:\n{trace.rstrip()}")
+        super().__init__(f"{self.label} failed in round {round_index + 1}:\n{trace.rstrip()}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the arguments: errors are sent between processes."""
