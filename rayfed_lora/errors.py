@@ -57,8 +57,12 @@ class Fault:
 
     def __str__(self) -> str:
         came = "" if self.came is None else f", got {self.came}"
-        nearest = "" if self.nearest is None else f" (did you mean {self.nearest!r}?)"
-        return f"{self.path}: {self.expected}{came}{nearest}"
+        return f"{self.path}: {self.expected}{came}{did_you_mean(self.nearest)}"
+
+
+def did_you_mean(nearest: str | None) -> str:
+    """Return the end of a message that names the nearest known word; empty where there is none."""
+    return "" if nearest is None else f" (did you mean {nearest!r}?)"
 
 
 class RecipeError(BadInputError):

@@ -145,7 +145,7 @@ def compare(
 @app.command(
     epilog=examples(
         "tune heating_cooling --recipe digits-vit --samples 8 --out runs/t",
-        "tune quick --recipe my.yaml --objectives eval_accuracy:max,total_bytes:min",
+        "tune quick --recipe my.yaml --objectives train_loss:min",
         "run runs/t/best.yaml",
     )
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -46,9 +47,9 @@ class PlainConsole(Console):
     def print_line(self, text: str, style: str | None = None) -> None:
         """Print a line; in a terminal it is wrapped between words, which stay whole."""
         if self.is_terminal:
-            self.print(text, style=style, overflow="ignore", crop=False)
-        else:
-            self.print(text, style=style, soft_wrap=True)
+            whole = {"break_long_words": False, "break_on_hyphens": False}
+            text = "\n".join(textwrap.fill(line, self.width, **whole) for line in text.split("\n"))
+        self.print(text, style=style, soft_wrap=True)
 
     def print_facts(self, facts: Mapping[str, str]) -> None:
         """Print a line for each name and text, never wrapped: commands and paths are copied."""
@@ -81,14 +82,20 @@ class PlainConsole(Console):
         widths = {name: _width(name, rows) for name in names}
         needed = widths | ({} if prose is None else {prose: min(widths[prose], _PROSE)})
         dropped: list[str] = []
-        for name in optional:
-            if sum(needed[n] + _GAP for n in names) - _GAP > self.width and name in names:
-                names.remove(name)
-                dropped.append(name)
+        while (too_wide := sum(needed[n] + _GAP for n in names) - _GAP > self.width) and (
+            left_out := next((name for name in optional if name in names), None)
+        ):
+            names.remove(left_out)
+            dropped.append(left_out)
+        # With room to spare, the names of columns take one line.
+        unbroken = {n: max(needed[n], cell_len(n)) for n in names}
+        if sum(unbroken.values()) + _GAP * (len(names) - 1) <= self.width:
+            widths |= {n: max(widths[n], cell_len(n)) for n in names}
         table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
         for i, name in enumerate(names):
             side = "left" if i == 0 or name in left or name == prose else "right"
-            width = None if name == prose else widths[name]
+            # Where it is all too wide, the names in the first column take several lines.
+            width = None if name == prose or (i == 0 and too_wide) else widths[name]
             table.add_column(name, justify=side, width=width, overflow="fold")  # type: ignore[arg-type]
         for row in rows:
             # As Text, never markup: anyone may have written these.

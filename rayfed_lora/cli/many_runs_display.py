@@ -33,7 +33,9 @@ def _one_line(console: PlainConsole) -> Iterator[Callable[[str, float | None], N
         def update(text: str, eta_s: float | None) -> None:
             spent = duration(time.monotonic() - began)
             # Two columns are the spinner's.
-            parts = [(0, text), (1, f"ETA {duration(eta_s)}"), (2, f"elapsed {spent}")]
+            parts = [(0, text), (2, f"elapsed {spent}")]
+            if eta_s is not None:
+                parts.insert(1, (1, f"ETA {duration(eta_s)}"))
             line.update(Text(fitted(console.width - 2, parts)))
 
         yield update
@@ -62,6 +64,8 @@ def watching_comparison(
             cell, status = standing.running, standing.status
             if cell is None:
                 running = running or "-"
+                if ended_shown == standing.cells:
+                    update("writing tables, plots and report", None)
                 return
             if running != cell.location:
                 running, notes_shown = cell.location, 0
@@ -86,7 +90,7 @@ def show_comparison(console: PlainConsole, comparison: Comparison, location: str
     goal = f"{comparison.target:.3f}"
     rows = [_method(row, goal) for row in comparison.methods.to_dict("records")]
     optional = ("accuracy per MB", "saved with base", "runs", f"sent to {goal}", "time")
-    console.print_rows(rows, optional=(*optional, f"rounds to {goal}"))
+    console.print_rows(rows, optional=(*optional, f"rounds to {goal}", "saved", "sent in total"))
     console.print_line(
         "test accuracy of the last and of the best round, mean (standard deviation) over seeds;"
         " saved: bytes against FedAvg's"

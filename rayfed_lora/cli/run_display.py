@@ -93,12 +93,14 @@ def _round_lines(record: RoundRecord, rounds: int, width: int) -> Iterator[str]:
         (4, f"{record.clients / record.seconds:5.1f} clients/s"),
         (1, duration(record.seconds)),
     ]
-    line = fitted(width, [part for part in parts if part[1]])
     counts = {"failed": record.failed_clients, "dropped": record.dropped_clients}
     remarks = [f"{count} {what}" for what, count in counts.items() if count]
-    if record.proposal is not None:
-        remarks.insert(0, f"proposal {record.proposal.verdict}")
-    rest = "  ".join(remarks)
+    verdict = None if record.proposal is None else record.proposal.verdict
+    if verdict == "accepted":
+        parts.append((5, verdict))
+    elif verdict is not None:
+        remarks.insert(0, verdict)
+    line, rest = fitted(width, [part for part in parts if part[1]]), "  ".join(remarks)
     if len(line) + 2 + len(rest) <= width:
         yield f"{line}  {rest}".rstrip()
     else:

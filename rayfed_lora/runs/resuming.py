@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rayfed_lora.errors import BadInputError, RunFolderError
+from rayfed_lora.errors import BadInputError, RunFolderError, did_you_mean
 from rayfed_lora.locations import child, is_uri, parent
 from rayfed_lora.recipe.faults import closest
 from rayfed_lora.recipe.loading import load_recipe, shipped_names
@@ -107,6 +107,4 @@ def _nearest(location: str) -> str:
 
     where, name = parent(location.rstrip("/"))
     found = closest(name, [other for other in RunFolder(where).names() if other != name])
-    if found is None:
-        return ""
-    return f" (did you mean {found if where == '.' else child(where, found)!r}?)"
+    return did_you_mean(found if found is None or where == "." else child(where, found))
