@@ -53,9 +53,8 @@ class PlainConsole(Console):
 
     def print_facts(self, facts: Mapping[str, str]) -> None:
         """Print a line for each name and text, never wrapped: commands and paths are copied."""
-        width = max(map(len, facts)) + 1
         for name, text in facts.items():
-            self.print(f"{name + ':':<{width}} {printable(text, lines=False)}", soft_wrap=True)
+            self.print(f"{name}: {printable(text, lines=False)}", soft_wrap=True)
 
     def warn(self, note: str) -> None:
         """Print a note to the user as a warning; its lines after the first are indented."""

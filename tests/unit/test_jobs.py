@@ -90,10 +90,10 @@ def test_a_job_without_a_folder_gets_one_that_outlives_it_and_says_where_it_is()
     text = shown(show_submitted, submitted, "http://a b:1", False)
     lines = text.splitlines()[-4:]
     assert lines == [
-        f"job:        {submitted.id}",
+        f"job: {submitted.id}",
         f"run folder: {submitted.location}",
-        f"progress:   rayfed-lora status {submitted.id} --address 'http://a b:1'",
-        f"output:     rayfed-lora logs {submitted.id} --follow --address 'http://a b:1'",
+        f"progress: rayfed-lora status {submitted.id} --address 'http://a b:1'",
+        f"output: rayfed-lora logs {submitted.id} --follow --address 'http://a b:1'",
     ]
 
 
@@ -246,20 +246,20 @@ def test_stop_waits_for_the_end_and_says_how_to_go_on() -> None:
     job = Jobs(client=client).submit(make_recipe(), "/out").id
     told(client.jobs[job])
     view = Jobs(client=client).stop(job)
-    text = shown(show_stopped, view)
+    text = shown(show_stopped, view, None)
     assert text.startswith(
         f"job {job} stopped: 6 of 30 rounds done, train loss 0.300, test accuracy 0.800;"
     )
-    assert f"its checkpoint is kept in /out; to resume: rayfed-lora resume {job}" in text
+    assert f"its checkpoint is kept in /out\nto resume: rayfed-lora resume {job}\n" in text
     with pytest.raises(BadInputError, match="has ended already"):
         Jobs(client=client).stop(job)
 
 
 def test_a_stop_before_the_first_round_and_one_that_came_too_late_say_so() -> None:
     early = JobView("a", "fake", "stopped", "/out", progress(rounds_done=0))
-    assert shown(show_stopped, early) == "job a stopped before its first round was done\n"
+    assert shown(show_stopped, early, None) == "job a stopped before its first round was done\n"
     late = JobView("a", "fake", "succeeded", "/out", progress())
-    assert shown(show_stopped, late) == "job a had finished; run folder: /out\n"
+    assert shown(show_stopped, late, None) == "job a had finished; run folder: /out\n"
 
 
 @pytest.mark.parametrize("state", ["stopped", "failed"])
@@ -268,17 +268,24 @@ def test_a_stop_of_a_job_whose_run_has_finished_says_that_and_not_that_it_can_go
 ) -> None:
     # Its command was still at its last lines, or at ending Ray, when the signal came.
     done = JobView("a", "fake", state, "/out", progress(phase="done", rounds_done=30))
-    assert shown(show_stopped, done) == "job a had finished; run folder: /out\n"
+    assert shown(show_stopped, done, None) == "job a had finished; run folder: /out\n"
 
 
 def test_a_stop_after_the_last_round_and_before_the_export_can_go_on() -> None:
-    last = JobView("a", "fake", "stopped", "/out", progress(phase="exporting", rounds_done=30))
-    assert "to resume: rayfed-lora resume a" in shown(show_stopped, last)
+    last = JobView(
+        "a",
+        "fake",
+        "stopped",
+        "/out",
+        progress(phase="exporting", rounds_done=30),
+        recipe_yaml="name: fake",
+    )
+    assert "to resume: rayfed-lora resume a" in shown(show_stopped, last, None)
 
 
 def test_a_stop_of_a_job_that_had_told_nothing_claims_nothing() -> None:
     silent = JobView("a", "fake", "stopped", "/out")
-    text = shown(show_stopped, silent)
+    text = shown(show_stopped, silent, None)
     assert text == "job a stopped; it had reported no progress of its run; run folder: /out\n"
 
 

@@ -234,6 +234,6 @@ def test_a_search_is_shown_in_the_terminal(found):
         "2 finished, 1 ended early, 1 failed, 1 unfinished",
         "best-knee.yaml",
         "failed: d: annealing.cooling.shape: expected a shape",
-        f"best:   rayfed-lora run {found.location}/best.yaml",
+        f"best: rayfed-lora run {found.location}/best.yaml",
     ):
         assert part in said.replace("\n", " ") or part in said
