@@ -7,8 +7,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
 from rayfed_lora.cli.console import PlainConsole
 from rayfed_lora.cli.run_display import bill
@@ -35,7 +33,7 @@ def show_plan(console: PlainConsole, recipe: Recipe, plan: Plan) -> None:
         f" head of {shape.head_params:,}"
     )
     rows = shown_rounds(plan.rounds)
-    console.print(_schedule(plan.rounds, rows))
+    _print_schedule(console, plan.rounds, rows)
     left_out = sum(len(row) for row in rows if isinstance(row, range))
     if left_out > 0:
         console.print_line(
@@ -54,31 +52,32 @@ def show_plan(console: PlainConsole, recipe: Recipe, plan: Plan) -> None:
         console.warn(note)
 
 
-def _schedule(rounds: Sequence[PlannedRound], rows: Sequence[int | range]) -> Table:
+def _print_schedule(
+    console: PlainConsole, rounds: Sequence[PlannedRound], rows: Sequence[int | range]
+) -> None:
     timed = rounds[0].simulated_s is not None
-    names = ["round", "stage", "rank", "trained", "lr", "clients", "up", "down", "base"]
-    table = Table(*names, *["simulated"] * timed, box=box.SIMPLE)
-    for column in table.columns:
-        column.no_wrap = True
-        column.justify = "left" if column.header in ("round", "stage") else "right"
-    for row in rows:
+    shown = [_row(rounds[row], timed) for row in rows if isinstance(row, int)]
+    for i, row in enumerate(rows):
         if isinstance(row, range):
-            table.add_row("...", f"{len(row):,} rounds")
-            continue
-        r = rounds[row]
-        table.add_row(
-            str(r.round),
-            r.stage,
-            "full" if r.rank is None else str(r.rank),
-            f"{r.trainable_params:,}",
-            f"{r.learning_rate:.3g}",
-            str(r.clients) if r.arriving == r.clients else f"{r.arriving} of {r.clients}",
-            megabytes(r.bytes_up),
-            megabytes(r.bytes_down),
-            megabytes(r.bytes_base),
-            *([duration(r.simulated_s)] if timed else []),
-        )
-    return table
+            rest = dict.fromkeys(shown[0], "")
+            shown.insert(i, rest | {"round": "...", "stage": f"{len(row):,} rounds"})
+    console.print_rows(shown, optional=("values trained", "lr", "base a round"), left=["stage"])
+
+
+def _row(r: PlannedRound, timed: bool) -> dict[str, str]:
+    """Return a row of the schedule: sent values are of one round and of all its clients."""
+    return {
+        "round": str(r.round + 1),
+        "stage": r.stage,
+        "rank": "full" if r.rank is None else str(r.rank),
+        "values trained": f"{r.trainable_params:,}",
+        "lr": f"{r.learning_rate:.3g}",
+        "clients": str(r.clients) if r.arriving == r.clients else f"{r.arriving} of {r.clients}",
+        "up a round": megabytes(r.bytes_up),
+        "down a round": megabytes(r.bytes_down),
+        "base a round": megabytes(r.bytes_base),
+        **({"simulated time": duration(r.simulated_s)} if timed else {}),
+    }
 
 
 def shown_rounds(rounds: Sequence[PlannedRound]) -> list[int | range]:

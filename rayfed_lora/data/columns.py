@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayfed_lora.data import naming
-from rayfed_lora.errors import DataError
+from rayfed_lora.errors import DataError, did_you_mean
 from rayfed_lora.recipe.data import Data
+from rayfed_lora.recipe.faults import closest
 
 # Models read a few thousand tokens; tokenizing a text of this length takes 160 MB.
 MOST_CHARACTERS = 1_000_000
@@ -46,6 +47,7 @@ def pick(
         raise DataError(
             f"data.source {source!r}: need a column {' or '.join(names)}, got the columns"
             f" {', '.join(table.column_names)}; name it in `data.{option}`"
+            f"{did_you_mean(closest(names[0], table.column_names))}"
         )
     if table.column_names.count(found) > 1:
         raise DataError(f"data.source {source!r}: need one column {found!r}, got several")

@@ -88,6 +88,21 @@ class Standing:
     status: Status = field(default_factory=Status)
     ended: tuple[Ended, ...] = ()
 
+    def eta_s(self, now: float) -> float | None:
+        """Return the remaining seconds by the mean of the ended runs; None before one is known.
+
+        The running one counts by its own rounds, and as the only one where none has ended.
+        """
+        own, since = self.status.eta_s(now), self.status.training_since
+        known = [ended.seconds for ended in self.ended if ended.error is None]
+        if not known and own is not None and since is not None:
+            known = [now - since + own]
+        if not known:
+            return None
+        left = self.cells - len(self.ended)
+        mean = sum(known) / len(known)
+        return left * mean if own is None else own + (left - 1) * mean
+
 
 @dataclass(frozen=True)
 class Comparison:

@@ -86,17 +86,17 @@ def _overview(run: RunData) -> dict[str, str]:
     facts = {"run": run.label, "method": run.method, "seed": str(run.seed)}
     facts["rounds"] = str(len(run.rounds))
     if run.summary is None:
-        return {**facts, "final accuracy": "not finished"}
+        return {**facts, "last test accuracy": "not finished"}
     final, best = run.summary["final"], run.summary["best"]
     sent, simulation = run.summary["communication"], run.summary.get("simulation")
     facts |= {
-        "final accuracy": shown(final["eval_accuracy"]),
-        "best": f"{shown(best['eval_accuracy'])} (round {best['round'] + 1})",
-        "macro F1": shown(final["eval_macro_f1"]),
-        "AUC": shown(final["eval_auc"]),
-        "loss": shown(final["eval_loss"]),
-        "perplexity": shown(final["eval_perplexity"]),
-        "sent": megabytes(sent["total_bytes"]),
+        "last test accuracy": shown(final["eval_accuracy"]),
+        "best test accuracy": f"{shown(best['eval_accuracy'])} (round {best['round'] + 1})",
+        "test macro F1": shown(final["eval_macro_f1"]),
+        "test AUC": shown(final["eval_auc"]),
+        "test loss": shown(final["eval_loss"]),
+        "test perplexity": shown(final["eval_perplexity"]),
+        "sent in total": megabytes(sent["total_bytes"]),
         "less than FedAvg": percent(sent["reduction_vs_fedavg"]),
         "failed": str(run.failed),
         "time": duration(run.summary["timing"]["wall_s"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -54,7 +55,8 @@ def _check_content(
             )
     elif folder.exists("recipe.yaml"):
         raise RunFolderError(
-            f"{where} already; resume it with --resume, or choose another --out"
+            f"{where} already; `rayfed-lora run {shlex.quote(folder.location)} --resume` continues"
+            " it, --out starts another one elsewhere"
             if owner is None
             else f"{where}, owned by {owner}: choose another --out"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -83,8 +82,8 @@ class Saving:
         except InterruptedRunError as stop:
             run = self.save()
             raise InterruptedRunError(
-                f"stopped with {run.rounds} of {self.recipe.annealing.total_rounds} rounds done;"
-                f" go on with --resume --out {shlex.quote(self.folder.location)}"
+                f"stopped with {run.rounds} of {self.recipe.annealing.total_rounds} rounds done,"
+                f" kept in {self.folder.location}; --resume continues"
             ) from stop
 
     def offer(self, run: Run) -> None:

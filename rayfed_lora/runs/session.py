@@ -85,6 +85,7 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
             board.note(
                 f"{file} is damaged or missing: it is written again from the last checkpoint"
             )
+        board.step("loading data and model")
         population = engine.open()
         found = accepted(own, recipe, population, board.note) if resume else None
         tables = Tables(own, list(population.shape.modules), population.client_names)

@@ -199,7 +199,7 @@ class LocalTrainer:
         if together is not None:
             # Each of them can be trained alone: it is the block that fails.
             raise RunError(
-                f"round {plan.round}: {len(block)} clients from {block[0]} on cannot be trained"
+                f"round {plan.round + 1}: {len(block)} clients from {block[0]} on cannot be trained"
                 f" together; lower runtime.cohort_size\n{together}"
             )
         return joined(updates)

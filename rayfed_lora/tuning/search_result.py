@@ -143,7 +143,7 @@ def _row(location: str, space: Space, recipe: Recipe, outcome: TrialOutcome) -> 
         status = "ended early"
     row: dict[str, Any] = {"trial": outcome.trial, "status": status}
     row |= {"error": error if status == "failed" else None, "location": location}
-    row |= _drawn_values(space, recipe, outcome.draw)
+    row |= drawn_values(space, recipe, outcome.draw)
     # After a stop, the last report to Tune may be older than the run folder.
     metrics = {**outcome.metrics, **final}
     row |= {name: metrics.get(name) for name in ("round", *METRICS, "warnings")}
@@ -165,7 +165,7 @@ def _results(folder: RunFolder) -> tuple[Mapping[str, Any] | None, Mapping[str, 
     return summary, measured(files.table(ROUNDS_FILE))
 
 
-def _drawn_values(space: Space, recipe: Recipe, draw: Mapping[str, Any]) -> dict[str, Any]:
+def drawn_values(space: Space, recipe: Recipe, draw: Mapping[str, Any]) -> dict[str, Any]:
     """Return the drawn values by recipe key; lists and mappings as JSON."""
     columns = dict.fromkeys(space.drawn)
     if not draw:

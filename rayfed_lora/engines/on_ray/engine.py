@@ -41,6 +41,7 @@ class RayEngine:
         crew: Crew | None = None,
         *,
         again: bool = False,
+        step: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Keep the run; Ray must be initialised before `open`.
 
@@ -52,10 +53,12 @@ class RayEngine:
                 None: a new one.
             crew: actors that others use after this run; None: own ones.
             again: a lost driver goes on, maybe on fewer nodes: with as many actors as they hold.
+            step: told of each step of `open`, in a few words.
         """
         self._recipe = recipe
         self._factory = factory
         self._note = note
+        self._step = step
         self._name = f"clients of {recipe.name} {run_id or uuid4().hex}"
         self._lent = crew is not None
         self._again = again
@@ -75,6 +78,7 @@ class RayEngine:
             DataError: the data cannot be read or dealt.
             ModelError: the model does not fit the recipe.
         """
+        self._step("starting client actors")
         crew = self._crew or Crew.reserved(self._recipe, self._name, fewer=self._again)
         self._crew = crew
         asked = self._recipe.runtime.client_actors
@@ -82,6 +86,7 @@ class RayEngine:
             self._note(
                 f"nodes were lost: going on with {len(crew.actors)} of {asked} client actors"
             )
+        self._step("loading data and model")
         prepared, self._shared = crew.prepare(self._recipe, self._factory)
         opened = [self._open(actor) for actor in crew.actors]
         try:
@@ -93,6 +98,7 @@ class RayEngine:
                     f"a client actor was lost while it read the data: {error}"
                 ) from error
             raise
+        self._step(f"opening {len(crew.actors)} client actors")
         try:
             populations = [result(ready) for ready in opened]
         except LOST as error:
