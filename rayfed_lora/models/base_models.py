@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from rayfed_lora.errors import ModelError
 from rayfed_lora.locations import check_name
+from rayfed_lora.models.limits import check_numbers, few_modules
 from rayfed_lora.models.wording import one_line, where
 from rayfed_lora.recipe.model import Model
 
@@ -26,6 +28,8 @@ _LOADER_ARGUMENTS = frozenset(
     " pretrained_model_name_or_path proxies return_unused_kwargs revision subfolder token"
     " trust_remote_code use_auth_token".split()
 )
+# The rest of the package reads logits by name, and nothing else of an output.
+_OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 _CLASSES = {
     "image-classification": "AutoModelForImageClassification",
@@ -57,6 +61,11 @@ def attributed(subject: str) -> Iterator[None]:
             yield
     except ModelError:
         raise
+    except StrictDataclassFieldValidationError as error:
+        field = str(error).partition("'")[2].partition("'")[0]
+        joint = "." if subject == "model.config" else ", "
+        reason = one_line(error.__cause__ or error)
+        raise ModelError(f"{subject}{joint}{field}: {reason}") from error
     except Exception as error:  # of many types, for unsuitable files and values
         raise ModelError(f"{subject}: {one_line(error)}") from error
 
@@ -113,16 +122,38 @@ def configuration(model: Model, overrides: dict[str, Any]) -> Any:
             f"model.config.{arguments[0]}: expected values of the model's configuration; how a"
             " model is loaded is fixed: safetensors only, and no code that comes with a model"
         )
-    values = overrides | own
+    if "model_type" in own:
+        raise ModelError("model.config.model_type: expected the key architecture instead")
+    for name, value in _OUTPUTS.items():
+        if own.get(name, value) is not value:
+            raise ModelError(
+                f"model.config.{name}: expected {str(value).lower()}, since only the logits of a"
+                f" model are read, got {own[name]!r}"
+            )
+    check_numbers(own, "model.config")
+    values = _OUTPUTS | overrides | own
     with attributed(where(model)):
         if model.source == "config":
+            _check_architecture(model.config["architecture"])
             config = AutoConfig.for_model(model.config["architecture"], **values)
         else:
             place = location(model.source)
             _check_folder(Path(place), where(model))
+            written, _ = PreTrainedConfig.get_config_dict(place, trust_remote_code=False)
+            check_numbers(written, where(model))
             config = AutoConfig.from_pretrained(place, trust_remote_code=False, **values)
     _check_keys(list(own), config)
     return config
+
+
+def _check_architecture(name: str) -> None:
+    if name not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(name.lower(), CONFIG_MAPPING.keys(), n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ModelError(
+            "model.config.architecture: expected a model type of transformers, such as vit, bert"
+            f" or llama, got {name!r}{hint}"
+        )
 
 
 def _check_folder(folder: Path, subject: str) -> None:
@@ -177,8 +208,13 @@ def skeleton(model: Model, config: Any) -> nn.Module:
     Raises:
         ModelError: transformers has no such model for the task.
     """
+    if type(config) not in auto_class(model)._model_mapping:
+        raise ModelError(
+            f"{where(model)}: transformers has no model of type {config.model_type!r} for"
+            f" model.task {model.task!r} ({_CLASSES[model.task]})"
+        )
     with attributed(where(model)):
-        with torch.device("meta"):
+        with torch.device("meta"), few_modules(where(model)):
             net = auto_class(model).from_config(config)
         # Some models ignore torch's default device for a few tensors.
         return net.to("meta")  # type: ignore[no-any-return]
