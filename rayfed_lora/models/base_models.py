@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib.util
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,7 +13,10 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassFieldValidationError
+from huggingface_hub.errors import (
+    StrictDataclassClassValidationError,
+    StrictDataclassFieldValidationError,
+)
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
@@ -66,6 +71,8 @@ def attributed(subject: str) -> Iterator[None]:
         joint = "." if subject == "model.config" else ", "
         reason = one_line(error.__cause__ or error)
         raise ModelError(f"{subject}{joint}{field}: {reason}") from error
+    except StrictDataclassClassValidationError as error:
+        raise ModelError(f"{subject}: {one_line(error.__cause__ or error)}") from error
     except Exception as error:  # of many types, for unsuitable files and values
         raise ModelError(f"{subject}: {one_line(error)}") from error
 
@@ -115,7 +122,8 @@ def configuration(model: Model, overrides: dict[str, Any]) -> Any:
         ModelError: the configuration cannot be read, a key is unknown, or transformers rejects a
             value.
     """
-    own = {k: v for k, v in model.config.items() if k != "architecture"}
+    # A copy: transformers changes nested values.
+    own = copy.deepcopy({k: v for k, v in model.config.items() if k != "architecture"})
     arguments = sorted(own.keys() & _LOADER_ARGUMENTS)
     if arguments:
         raise ModelError(
@@ -143,6 +151,9 @@ def configuration(model: Model, overrides: dict[str, Any]) -> Any:
             check_numbers(written, where(model))
             config = AutoConfig.from_pretrained(place, trust_remote_code=False, **values)
     _check_keys(list(own), config)
+    if config.architectures is None:
+        # transformers iterates over it where a type has several models (DeiT, LeViT).
+        config.architectures = []
     return config
 
 
@@ -214,7 +225,9 @@ def skeleton(model: Model, config: Any) -> nn.Module:
             f" model.task {model.task!r} ({_CLASSES[model.task]})"
         )
     with attributed(where(model)):
-        with torch.device("meta"), few_modules(where(model)):
+        with torch.device("meta"), few_modules(where(model)), warnings.catch_warnings():
+            # `check_size` rejects them.
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
             net = auto_class(model).from_config(config)
         # Some models ignore torch's default device for a few tensors.
         return net.to("meta")  # type: ignore[no-any-return]

@@ -11,6 +11,11 @@ from rayfed_lora.models import base_models
 from rayfed_lora.recipe.model import Model
 
 R = TypeVar("R")
+# Entries of a configuration that follow from data and tokenizer.
+_FROM_DATA = (
+    *("num_labels", "id2label", "label2id", "problem_type", "image_size", "num_channels"),
+    *("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"),
+)
 
 
 def tried(model: Model, config: Any, attempt: Callable[[Any], R]) -> R:
@@ -40,21 +45,19 @@ def tried(model: Model, config: Any, attempt: Callable[[Any], R]) -> R:
 
 def _causes(model: Model, config: Any, attempt: Callable[[Any], object]) -> dict[str, Any]:
     """Return the keys of which another value lets the attempt succeed, each with that value."""
-    if model.source == "config":
-        usual = type(config)().to_dict()
-    else:
-        plain = model.model_copy(update={"config": {}})
-        usual = base_models.configuration(plain, {}).to_dict()
-    values, found = config.to_dict(), {}
+    facts = {name: getattr(config, name) for name in _FROM_DATA if hasattr(config, name)}
+    found = {}
     for key in model.config:
-        name = config.attribute_map.get(key, key)
-        if name not in usual:
+        if key == "architecture":
             continue
+        others = {k: value for k, value in model.config.items() if k != key}
         # Usual images are larger than those of small data: a patch of 1 always fits.
-        others = [usual[name], *([1] if isinstance(usual[name], int) else [])]
-        for other in others:
+        for changed in (others, {**others, key: 1}):
             with suppress(Exception):  # of many types: with this value, too, it fails
-                attempt(base_models.restored({**values, name: other}))
-                found[key] = other
+                own = model.model_copy(update={"config": changed})
+                given = {name: value for name, value in facts.items() if name != key}
+                fitting = base_models.configuration(own, given)
+                attempt(fitting)
+                found[key] = getattr(fitting, key)
                 break
     return found

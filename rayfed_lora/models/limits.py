@@ -24,7 +24,7 @@ from rayfed_lora.units import megabytes
 # 4 TB in float32, which every client actor holds.
 MOST_PARAMETERS = 10**12
 # Building a module takes 20 to 100 us, whatever its size.
-MOST_MODULES = 100_000
+MOST_MODULES = 200_000
 # A configuration may list its layers, and a model the sizes of its tensors, one by one.
 _MOST_LAYERS, _MOST_VALUE = 10_000, 10**8
 _COUNTS = re.compile(r"(n|num|encoder|decoder)_(.*_)?(layers?|blocks|stages|experts|heads)|depths?")
@@ -100,10 +100,9 @@ def check_size(net: nn.Module, model: Model, *, here: bool) -> None:
         shape = " x ".join(map(str, net.get_parameter(empty).shape))
         raise ModelError(f"{where(model)}: expected sizes of at least 1, {empty} is {shape}")
     total = sum(sizes.values())
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limits = {"float32 weights that an actor can hold": MOST_PARAMETERS * _BYTES}
     if here:
-        limits["memory of this machine"] = memory
+        limits["memory of this machine"] = memory_bytes()
     for name, limit in limits.items():
         if total * _BYTES > limit:
             largest = max(sizes, key=lambda each: sizes[each])
@@ -113,3 +112,8 @@ def check_size(net: nn.Module, model: Model, *, here: bool) -> None:
                 f" {total:,} parameters of {megabytes(total * _BYTES)}; its largest weight,"
                 f" {largest}, is {shape}"
             )
+
+
+def memory_bytes() -> int:
+    """Return the size of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

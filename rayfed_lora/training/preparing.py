@@ -85,7 +85,8 @@ def prepare(recipe: Recipe) -> Workload:
     validated = dataset.test.slice(0, 0) if dataset.validation is None else dataset.validation
     splits = [_examples(each, matched, recipe) for each in (dataset.train, dataset.test, validated)]
     train, test, validation = splits
-    rehearse(recipe, config, train, clients.counts)
+    # Faults of the adapter are found here, before the weights are read.
+    model_shape(rehearse(recipe, config, train, clients.counts), recipe)
     workload = Workload(
         train=train,
         validation=_by_length(validation),

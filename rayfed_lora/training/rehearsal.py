@@ -120,13 +120,14 @@ def _compute(
             ) from error
         use, count = "training" if training else "a test", len(first)
         raise ModelError(
-            f"{name} cannot compute a batch of {count} of the data in {use}: {one_line(error)}"
+            f"{where(recipe.model)}: {name} cannot compute a batch of {count} of the data in {use}:"
+            f" {one_line(error)}"
         ) from error
     expected = first.shape[:2] if recipe.model.task == LANGUAGE_TASK else first.shape[:1]
     if logits.shape[:-1] != expected:
         raise ModelError(
-            f"model.config: expected logits of ({', '.join(map(str, expected))}, classes), one"
-            f" vector for each example or token, {name} gives {tuple(logits.shape)}"
+            f"{where(recipe.model)}: expected a vector of logits for each example or token,"
+            f" ({', '.join(map(str, expected))}, classes), {name} gives {tuple(logits.shape)}"
         )
 
 

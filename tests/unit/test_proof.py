@@ -45,7 +45,7 @@ def planned(architecture: str, sizes: Mapping[str, Any] = SIZES, **overrides: An
         model__task="text-classification", adapter__target_modules="all-linear", **overrides
     )
     shape = model_shape(base_models.skeleton(recipe.model, config), recipe)
-    ids = np.arange(1, 13, dtype=np.int32) * (np.arange(12) < np.array([[2], [7], [12]]))
+    ids = np.arange(1, 29, dtype=np.int32) * (np.arange(28) < np.array([[2], [16], [28]]))
     inputs = {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int32)}
     examples = Examples.of(inputs, np.zeros(3, np.int64))
     return judged_without_weights(shape, config, examples, recipe)
@@ -227,7 +227,7 @@ def test_trainers_that_share_weights_share_the_verdict(monkeypatch: pytest.Monke
     def unexpected(*_: Any) -> Verdict:
         raise AssertionError("tried again")
 
-    monkeypatch.setattr("rayfed_lora.training.trainer.examined", unexpected)
+    monkeypatch.setattr("rayfed_lora.training.trainer.tried_on", unexpected)
     assert LocalTrainer(recipe, workload, weights=weights).shape().obstacle is None
     query = next(iter(LocalTrainer(recipe, workload, weights=weights).shape().modules))
     for verdict, obstacle, notes in (

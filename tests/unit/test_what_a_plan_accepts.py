@@ -12,6 +12,7 @@ import pytest
 
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.launching import launch, planning
+from rayfed_lora.models import limits
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
 from tests.small_sources import write_words
@@ -146,12 +147,24 @@ BAD: list[tuple[Any, ...]] = [
         "resnet",
         {},
         r"clients\.batch_size: .* single",
+        {
+            "annealing.mode": "full",
+            # Six clients of ten images each: a batch of nine, and one of one.
+            "data.partition.kind": "iid",
+            "clients.local_steps": None,
+            "clients.local_epochs": 1,
+            "clients.batch_size": 9,
+        },
+    ),
+    (
+        "resnet",
+        {},
+        r"clients\.batch_size: .* single",
         {"annealing.mode": "full", "clients.batch_size": 1},
     ),
     ("bert", {"hidden_size": 15}, r"hidden_size.*num_attention_heads"),
     ("bert", {"num_attention_heads": 3}, r"num_attention_heads"),
     ("bert", {"hidden_size": 10**13}, r"config\.hidden_size: expected at most"),
-    ("bert", {"num_hidden_layers": 9999}, r"config\.num_hidden_layers: .* 100,000 modules"),
     (
         "bert",
         {"max_position_embeddings": 4},
@@ -190,6 +203,7 @@ RIGHT: list[tuple[Any, ...]] = [
     ("vit", {"hidden_size": 15}),
     ("vit", {"hidden_dropout_prob": 1.0}),
     ("vit", {"num_hidden_layers": 30, "hidden_size": 2}),
+    ("deit", VIT, {"task": "image-classification"}),
     ("resnet", {}, {"annealing.mode": "full"}),
     ("bert", {"use_cache": False}),
     ("bert", {"max_position_embeddings": 8}),
@@ -230,3 +244,37 @@ def test_what_a_plan_accepts_runs_to_its_end(
     planned = planning.plan(odd)
     done = launch.run(odd, str(tmp_path / "run"))
     assert planned.totals.communication() == done.summary["communication"]
+
+
+def test_a_model_of_too_many_modules_is_given_up_while_it_is_built(
+    words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MOST_MODULES", 200)
+    planning.plan(recipe(words, "bert", {"num_hidden_layers": 2}, {}))
+    with pytest.raises(BadInputError, match=r"num_hidden_layers: .* at most 200 modules"):
+        planning.plan(recipe(words, "bert", {"num_hidden_layers": 20}, {}))
+
+
+def test_a_model_larger_than_the_memory_of_this_machine_is_refused_where_it_would_run(
+    words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = recipe(words, "bert", {}, {})
+    monkeypatch.setattr(limits, "memory_bytes", lambda: 10_000)
+    for refusing in (planning.plan, launch.run):
+        with pytest.raises(BadInputError, match=r"at most 10\.00 kB, the memory of this machine"):
+            refusing(small)
+    # The machines of a cluster are unknown to a plan.
+    planning.plan(recipe(words, "bert", {}, {"runtime.executor": "ray"}))
+
+
+def test_a_text_that_is_too_long_is_found_wherever_it_is(words: Path, tmp_path: Path) -> None:
+    lines = (words / "texts.jsonl").read_text().splitlines() * 10
+    # Few characters, many tokens: not among the longest by characters.
+    lines.insert(100, '{"text": "a b c d e f g h", "label": "c0"}')
+    source = tmp_path / "texts.jsonl"
+    source.write_text("\n".join(lines) + "\n")
+    own = {"data.source": str(source), "data.max_length": 64}
+    bad = recipe(words, "bert", {"max_position_embeddings": 7}, own)
+    for refusing in (planning.plan, launch.run):
+        with pytest.raises(BadInputError, match=r"at most 7, .* longest text has 8 tokens"):
+            refusing(bad)
