@@ -239,10 +239,13 @@ def plan(recipe: RecipeArgument, set_: SetOption = None) -> None:
     from rayfed_lora.recipe.loading import load_recipe
 
     loaded = load_recipe(recipe, set_ or ())
-    from rayfed_lora.cli.plan_table import show_plan
-    from rayfed_lora.launching import planning
+    from rayfed_lora.cli.plan_table import show_plan, show_stages
 
     console = PlainConsole()
+    # Before torch is imported and data are read, which take seconds.
+    show_stages(console, loaded)
+    from rayfed_lora.launching import planning
+
     show_plan(console, loaded, planning.plan(loaded))
     settings = [word for text in set_ or () for word in ("--set", text)]
     console.print_facts({"to run it": command("run", recipe, *settings)})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rayfed_lora.annealing.stages import schedule
 from rayfed_lora.cli.console import PlainConsole
 from rayfed_lora.cli.run_display import bill
 from rayfed_lora.recipe.recipe import Recipe
@@ -17,15 +18,32 @@ if TYPE_CHECKING:
     from rayfed_lora.launching.planning import Plan, PlannedRound
 
 MOST_ROWS = 60  # of the schedule, without those of omitted rounds
-_AT_AN_END = 3  # rounds shown at each end of a stage
+_AT_AN_END = 3  # rounds or ranks shown at each end of a stage
+_MOST_RANKS = 12  # of a stage, in one line
+
+
+def show_stages(console: PlainConsole, recipe: Recipe) -> None:
+    """Print each stage with its number of rounds and its ranks, which the recipe alone gives."""
+    total = recipe.annealing.total_rounds
+    console.print_line(f"{recipe.name}: {recipe.method}, {total:,} rounds")
+    for stage, planned in groupby(schedule(recipe.annealing), lambda plan: plan.stage):
+        rounds = list(planned)
+        if rounds[0].trainable == "full":
+            trained = "full model"
+        else:
+            ranks = [str(rank) for rank, _ in groupby(rounds, lambda plan: plan.rank)]
+            if len(ranks) > _MOST_RANKS:
+                ranks[_AT_AN_END:-_AT_AN_END] = ["..."]
+            trained = f"rank {', '.join(ranks)}"
+        plural = "s" if len(rounds) > 1 else ""
+        console.print_line(f"  {stage}: {len(rounds):,} round{plural}, {trained}")
 
 
 def show_plan(console: PlainConsole, recipe: Recipe, plan: Plan) -> None:
     """Print the schedule round by round, the bill, and what the run needs."""
     shape, examples = plan.outline.shape, plan.outline.devices.sizes
     console.print_line(
-        f"{recipe.name}: {recipe.method}, {len(plan.rounds)} rounds,"
-        f" {len(examples)} clients with {examples.min()} to {examples.max()} examples,"
+        f"{len(examples)} clients with {examples.min()} to {examples.max()} examples,"
         f" {len(plan.outline.label_names)} classes, {plan.outline.test_examples} test examples"
     )
     console.print_line(

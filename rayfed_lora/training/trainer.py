@@ -49,7 +49,7 @@ from rayfed_lora.training.optimizing import (
     cut_to,
     fresh_optimizer,
 )
-from rayfed_lora.training.proof import examined, judged
+from rayfed_lora.training.proof import judged, tried_on
 from rayfed_lora.training.testing import Evaluator, know_threads, token_losses
 from rayfed_lora.types import AdapterState, Base, GlobalModel, LocalPlan, ModelShape
 
@@ -81,8 +81,9 @@ def built_weights(recipe: Recipe, workload: Workload) -> Weights:
     Raises:
         ModelError: they cannot be read, or the model cannot compute an example.
     """
-    net = base_weights.build(recipe.model, base_models.restored(workload.config), recipe.seed)
-    return Weights(base_weights.arrays_of(net), examined(net, workload.train))
+    config = base_models.restored(workload.config)
+    net = base_weights.build(recipe.model, config, recipe.seed)
+    return Weights(base_weights.arrays_of(net), tried_on(recipe, config, net, workload.train))
 
 
 class LocalTrainer:

@@ -44,6 +44,13 @@ annealing:
 clients: {per_round: 2, local_steps: 1, batch_size: 4}
 runtime: {executor: local, device: cpu}
 """
+# What a plan shows of TINY before it reads data and model.
+STAGES = """\
+tiny: sa-fedlora, 3 rounds
+  initiating: 1 round, full model
+  heating: 1 round, rank 2
+  cooling: 1 round, rank 1
+"""
 
 
 @dataclass(frozen=True)
@@ -116,13 +123,15 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def assert_refused(outcome: Outcome, *parts: str, begun: bool = False) -> None:
+def assert_refused(
+    outcome: Outcome, *parts: str, shown: str = "", begun: bool = False
+) -> None:
     """Check for status 2 and one message without a traceback, with all of the parts in it.
 
-    With `begun` the run had said where it is, and that it starts.
+    `shown` was printed before; with `begun` the run had said where it is, and that it starts.
     """
     assert outcome.status == 2
-    assert outcome.out == "" or (begun and "loading data and model" in outcome.out)
+    assert outcome.out == shown or (begun and "loading data and model" in outcome.out)
     assert outcome.err.startswith("rayfed-lora: ")
     assert "Traceback" not in outcome.err
     for part in parts:
@@ -372,9 +381,9 @@ def test_a_data_file_that_cannot_be_read_is_refused_by_name(
 ) -> None:
     (elsewhere / "broken.parquet").write_bytes(b"PAR1 but no more")
     source = str(elsewhere / name)
-    for verb in ("plan", "run"):
-        refused = command(verb, recipe, "--set", f"data.source={source}")
-        assert_refused(refused, source, begun=verb == "run")
+    for verb, shown in (("plan", STAGES), ("run", "")):
+        outcome = command(verb, recipe, "--set", f"data.source={source}")
+        assert_refused(outcome, source, shown=shown, begun=verb == "run")
 
 
 @pytest.mark.parametrize(
@@ -393,8 +402,10 @@ def test_a_data_file_that_cannot_be_read_is_refused_by_name(
 def test_a_model_that_does_not_fit_is_refused(
     setting: str, parts: list[str], command: Command, recipe: Path
 ) -> None:
-    for verb in ("plan", "run"):
-        assert_refused(command(verb, recipe, "--set", setting), *parts, begun=verb == "run")
+    stages = STAGES.replace("rank 2", "rank 17") if "rank=17" in setting else STAGES
+    for verb, shown in (("plan", stages), ("run", "")):
+        outcome = command(verb, recipe, "--set", setting)
+        assert_refused(outcome, *parts, shown=shown, begun=verb == "run")
 
 
 def test_a_refused_run_leaves_its_folder_free_for_a_mended_recipe(
@@ -419,6 +430,16 @@ def test_the_plan_shows_every_round_and_the_bill_without_ray(recipe: Path, elsew
     assert rows == [("1", "initiating", "full"), ("2", "heating", "2"), ("3", "cooling", "1")]
     assert any("reduction against FedAvg" in line for line in shown)
     assert list(elsewhere.iterdir()) == []
+
+
+def test_the_stages_of_a_plan_are_shown_before_torch_is_imported(recipe: Path) -> None:
+    without = (
+        "import sys; sys.modules['torch'] = None; import rayfed_lora.cli.commands as c; c.main()"
+    )
+    command = [sys.executable, "-c", without, "plan", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "import of torch halted" in done.stderr
+    assert done.stdout == STAGES
 
 
 @pytest.fixture
