@@ -12,7 +12,6 @@ DECODER = {**ENCODER, "num_key_value_heads": 2}
 HEADS = {**DECODER, "head_dim": 8}
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 40, **ENDS}
 DISTIL = {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2, "vocab_size": 40}
-T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
 BART = {
     **{"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2},
     **{"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24},
@@ -65,14 +64,13 @@ TEXT: dict[str, dict[str, Any]] = {
         **{f"{part}_groups": 1 for part in ("q", "k", "v", "post_attention", "intermediate")},
         "output_groups": 1,
     },
-    "t5": {**T5, "pad_token_id": 0, "eos_token_id": 1},
     "xlm-roberta": ENCODER,
     "xlnet": {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24, "vocab_size": 40, **ENDS},
 }
 CAUSAL: dict[str, dict[str, Any]] = {
     "biogpt": ENCODER,
     "bloom": TEXT["bloom"],
-    "codegen": ROTARY,
+    "codegen": {**ROTARY, "n_embd": 32, "n_head": 4},
     "cohere": DECODER,
     "falcon": FALCON,
     "gemma": HEADS,
@@ -125,6 +123,7 @@ IMAGE: dict[str, dict[str, Any]] = {
         **{"image_size": 32, "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 2]},
         **{"depths": [1, 1, 1], "mlp_ratio": [2, 2, 2]},
         **{"attention_ratio": [2, 2, 2], "patch_size": 8, "key_dim": [8, 8, 8]},
+        "architectures": ["LevitForImageClassification"],
     },
     "mobilevit": {
         **{"image_size": 64, "hidden_sizes": [8, 12, 16], "num_attention_heads": 2},
@@ -136,6 +135,7 @@ IMAGE: dict[str, dict[str, Any]] = {
         **{"num_attention_heads": [1, 2], "mlp_ratios": [2, 2]},
     },
     "segformer": {
+        "image_size": 32,
         **{"hidden_sizes": [8, 16], "depths": [1, 1], "num_encoder_blocks": 2},
         **{"sr_ratios": [2, 1], "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2]},
         **{"num_attention_heads": [1, 2], "decoder_hidden_size": 8},

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from rayfed_lora.errors import ModelError
 from rayfed_lora.locations import check_name
 from rayfed_lora.models.wording import one_line, where
-from rayfed_lora.recipe.model import Model
+from rayfed_lora.recipe.model import AUTO_CLASSES, Model
 
 # Arguments of transformers' loaders that are no values of a configuration; some run foreign code.
 _LOADER_ARGUMENTS = frozenset(
@@ -27,11 +27,6 @@ _LOADER_ARGUMENTS = frozenset(
     " trust_remote_code use_auth_token".split()
 )
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
-_CLASSES = {
-    "image-classification": "AutoModelForImageClassification",
-    "text-classification": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
-}
 
 
 @contextmanager
@@ -198,4 +193,4 @@ def load_code(model: Model) -> None:
 
 def auto_class(model: Model) -> Any:
     """Return transformers' auto class for the model's task."""
-    return getattr(transformers, _CLASSES[model.task])
+    return getattr(transformers, AUTO_CLASSES[model.task])

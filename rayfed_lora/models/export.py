@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from rayfed_lora.data.workload import Workload
-from rayfed_lora.errors import BadInputError, ModelError
+from rayfed_lora.errors import BadInputError
 from rayfed_lora.lora.resize import pad
 from rayfed_lora.models import base_models, base_weights
 from rayfed_lora.models.heads import head_modules
@@ -116,9 +116,6 @@ def write_adapter(
         name, f = next(iter(state.factors.items()))
         factors = {name: pad(Factors(f.a, f.b, 1.0), 1)}
     config = _lora_config(factors, net, recipe.adapter, recipe.model.task)
-    config.base_model_name_or_path = os.path.abspath(base) if Path(base).is_dir() else base
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
     with torch.no_grad():
         for name, values in state.dense.items():
             net.get_parameter(name).copy_(torch.tensor(values))
@@ -130,6 +127,9 @@ def write_adapter(
     arrays = {f"{_PREFIX}{name}.lora_A.weight": f.a for name, f in factors.items()}
     arrays |= {f"{_PREFIX}{name}.lora_B.weight": f.b for name, f in factors.items()}
     arrays |= {name: t.numpy() for name, t in tensors.items() if name not in arrays}
+    folder.mkdir(parents=True, exist_ok=True)
+    config.base_model_name_or_path = os.path.abspath(base) if Path(base).is_dir() else base
+    config.save_pretrained(str(folder))
     copies = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     save_file(copies, str(folder / _WEIGHTS), metadata={"format": "pt"})
 
@@ -205,7 +205,7 @@ def write_model(folder: Path, net: Any, model: Model, dtype: Any, beside: Path |
         folder: where to.
         net: the model.
         model: its section of the recipe.
-        dtype: torch dtype of the written weights.
+        dtype: torch dtype of the written weights; None: as in `net`.
         beside: a folder whose tokenizer or image processor is copied; None: the source's tokenizer.
 
     Raises:
@@ -214,7 +214,7 @@ def write_model(folder: Path, net: Any, model: Model, dtype: Any, beside: Path |
     if folder.exists() and any(folder.iterdir()):
         raise BadInputError(f"--to: expected a new or empty folder, {folder} has files in it")
     with base_models.quiet():
-        net.to(dtype).save_pretrained(str(folder))
+        (net if dtype is None else net.to(dtype)).save_pretrained(str(folder))
     if beside is not None:
         for file in beside.iterdir():
             if not file.name.startswith(_MODEL_FILES):

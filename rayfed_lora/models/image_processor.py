@@ -138,9 +138,9 @@ def write_image_processor(folder: Path, model: Model, config: Any, float_pixels:
     if processor is not None:
         processor.write(folder)
     elif not float_pixels and channels == 3 and isinstance(size, int):
-        half = [0.5] * channels
-        scaled = {"image_processor_type": "ViTImageProcessor", "image_mean": half, "image_std": half}
-        scaled |= {"size": {"height": size, "width": size}}
+        half, square = [0.5] * channels, {"height": size, "width": size}
+        scaled: dict[str, Any] = {"image_processor_type": "ViTImageProcessor", "size": square}
+        scaled |= {"image_mean": half, "image_std": half}
         (folder / _FILE).write_text(json.dumps(scaled, indent=1))
 
 
