@@ -208,7 +208,10 @@ class FakeTrainer:
         found = energy(model.state, model.base, model.trainable)
         facts = {"device": self._device, "energy": found}
         facts["gpus"] = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return {"adapter/fake.json": json.dumps(facts).encode()}
+        config = json.dumps({"base_model_name_or_path": "none"}).encode()
+        adapter = {"fake.json": json.dumps(facts).encode(), "adapter_config.json": config}
+        adapter["adapter_model.safetensors"] = b""
+        return {f"adapter/{name}": content for name, content in adapter.items()}
 
 
 def _taken(marker: str) -> bool:

@@ -25,7 +25,7 @@ from rayfed_lora.errors import ModelError
 from rayfed_lora.locations import check_name
 from rayfed_lora.models.limits import check_numbers, few_modules
 from rayfed_lora.models.wording import one_line, where
-from rayfed_lora.recipe.model import Model
+from rayfed_lora.recipe.model import AUTO_CLASSES, Model
 
 # Arguments of transformers' loaders that are no values of a configuration; some run foreign code.
 _LOADER_ARGUMENTS = frozenset(
@@ -36,11 +36,6 @@ _LOADER_ARGUMENTS = frozenset(
 # The rest of the package reads logits by name, and nothing else of an output.
 _OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
-_CLASSES = {
-    "image-classification": "AutoModelForImageClassification",
-    "text-classification": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
-}
 
 
 @contextmanager
@@ -247,4 +242,4 @@ def load_code(model: Model) -> None:
 
 def auto_class(model: Model) -> Any:
     """Return transformers' auto class for the model's task."""
-    return getattr(transformers, _CLASSES[model.task])
+    return getattr(transformers, AUTO_CLASSES[model.task])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,19 @@ def give_padding_token(tokenizer: Any) -> str | None:
         return None
     tokenizer.pad_token = token
     return token
+
+
+def write_tokenizer(folder: Path, model: Model) -> None:
+    """Write the tokenizer of a model, with its chat template, as it is used in training.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    tokenizer = read_tokenizer(model)
+    if model.task == "text-classification":
+        give_padding_token(tokenizer)
+    with base_models.quiet():
+        tokenizer.save_pretrained(str(folder))
 
 
 def token_facts(tokenizer: Any, *, padding: bool) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rayfed_lora.errors import ClientError, InterruptedRunError
@@ -19,6 +20,12 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checkpoints, checksums
 from rayfed_lora.runs.checkpoints import CheckpointWriter, Snapshot
 from rayfed_lora.runs.checksums import REPORT_FILE, SUMMARY_FILE
+from rayfed_lora.runs.model_card import (
+    ADAPTER_FILES,
+    CARD_FILE,
+    describe_adapter,
+    describe_model,
+)
 from rayfed_lora.runs.restored import run_of, snapshot
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.runs.summary import client_summary, summary
@@ -119,8 +126,6 @@ class Saving:
         board.phase("exporting")
         folder, tables, model = self.folder, self.tables, run.model
         exported = engine.submit(Export(model)).result()
-        for name, content in exported.items():
-            folder.write(name, content)
         # What follows needs no actors, and their memory may be others'.
         engine.close()
         digest = sha256(model.state, model.base)
@@ -130,6 +135,9 @@ class Saving:
         if tests.num_rows > 0:
             result["clients"] = client_summary(tests)
         result["labels"] = list(self.population.label_names)
+        exported = _described(exported, folder.local or Path(), self.recipe, result)
+        for name, content in exported.items():
+            folder.write(name, content)
         if page is not None:
             _write_page(folder, board, page, result)
         result[checksums.CHECKSUMS_KEY] = checksums.SUMS_FILE
@@ -145,6 +153,22 @@ class Saving:
         folder.write(SUMMARY_FILE, content)
         board.phase("done")
         return result
+
+
+def _described(
+    exported: Mapping[str, bytes], root: Path, recipe: Recipe, result: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """Return an exported model with its card, its parts in folders of `root`."""
+    files, own_base = dict(exported), "base/config.json" in exported
+    config = f"adapter/{ADAPTER_FILES[0]}"
+    names = [name.partition("/")[2] for name in files]
+    if config in files:
+        base = root / "base" if own_base else None
+        made = describe_adapter(files[config], root / "adapter", base, names, recipe, result)
+        files |= {f"adapter/{name}": content for name, content in made.items()}
+    elif own_base:
+        files[f"base/{CARD_FILE}"] = describe_model(root / "base", names, recipe, result)
+    return files
 
 
 def _finite(value: Any) -> Any:

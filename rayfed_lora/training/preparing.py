@@ -99,6 +99,7 @@ def prepare(recipe: Recipe) -> Workload:
         trace=trace,
         notes=(*dataset.notes, *_notes(recipe, dataset, held_out), *matched.notes),
         client_names=None if names is None else pa.array(names, pa.string()),
+        float_pixels=dataset.floats,
     )
     return with_fingerprint(workload)
 

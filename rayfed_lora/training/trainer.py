@@ -293,14 +293,7 @@ class LocalTrainer:
 
         self._model.load([model.state], model.base, model.trainable)
         everything = self._model.tensors("full")
-        return export.trained_files(
-            self._recipe,
-            self._workload.config,
-            model.state,
-            model.base,
-            model.trainable,
-            everything,
-        )
+        return export.trained_files(self._recipe, self._workload, model, everything)
 
 
 def _seed(seed: int, device: torch.device) -> None:
