@@ -69,7 +69,7 @@ def load(
         DataError: the source cannot be found, read or used as the recipe asks.
     """
     raw = sources.read(data, task, numbers)
-    where = Place(f"data.source {data.source!r}", raw.files if len(raw.files) > 1 else ())
+    where = sources.place("data.source", data.source, raw.files)
     rows = _select(raw.train, where, data, task, data.partition.kind == "column", raw.typed)
     for name in numbers:
         column, place = columns.pick(raw.train, (name,), "source", where)
@@ -104,15 +104,15 @@ def load(
         validation=validation,
         test=test,
         label_names=found.names,
-        floats=_are_floats(raw.train, data, task),
+        floats=_are_floats(raw.train, data.source, data, task),
         official_test=raw.test is not None,
         clients=clients,
         notes=notes,
     )
 
 
-def _are_floats(table: pa.Table, data: Data, task: str) -> bool:
-    if task != IMAGE_TASK or data.source in builtin.BUILTIN:
+def _are_floats(table: pa.Table, source: str | Sequence[str], data: Data, task: str) -> bool:
+    if task != IMAGE_TASK or (isinstance(source, str) and source in builtin.BUILTIN):
         return False
     column, _ = columns.find(table, data, "image_column", Place(""))
     return images.are_floats(column.type)
@@ -120,13 +120,16 @@ def _are_floats(table: pa.Table, data: Data, task: str) -> bool:
 
 def _official_test(raw: RawData, data: Data, task: str, found: classes.Classes) -> pa.Table:
     """Return the test rows of the source, or of `data.test_source`, as the training rows are."""
-    own = data.test_source is not None
-    text = (
-        f"data.test_source {data.test_source!r}"
-        if own
-        else f"data.source {data.source!r}, test split"
-    )
-    where = Place(text, raw.test_files if len(raw.test_files) > 1 else ())
+    where = sources.place("data.source", data.source, raw.test_files).inside("test split")
+    if data.test_source is not None:
+        where = sources.place("data.test_source", data.test_source, raw.test_files)
+    tested = data.source if data.test_source is None else data.test_source
+    floats = _are_floats(raw.train, data.source, data, task)
+    if _are_floats(raw.test, tested, data, task) != floats:
+        raise DataError(
+            f"{where}: need pixels like the training images', which are"
+            f" {'floats, used unscaled' if floats else 'whole numbers from 0 to 255'}"
+        )
     # Labels are texts where those of the training rows are, even if all of these are numbers.
     texts = isinstance(found.values[0], str) and not {*found.values} <= {"false", "true"}
     test = _select(raw.test, where, data, task, typed=raw.test_typed or texts)
@@ -147,7 +150,7 @@ def _select(
     selected = {}
     if task == IMAGE_TASK:
         selected["image"] = images.as_tensors(
-            *columns.find(table, data, "image_column", where), data.image_size
+            *columns.find(table, data, "image_column", where), data.resize
         )
     else:
         selected["text"] = columns.as_strings(*columns.find(table, data, "text_column", where))

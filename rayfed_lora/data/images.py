@@ -47,9 +47,11 @@ def as_tensors(
         pixels = _stack(storage, where) if encoded is None else _decode(encoded, where, size)
     if size is not None and encoded is None:
         raise DataError(
-            f"{where}: need encoded images or paths of images for data.image_size, got {array.type}"
+            f"{where}: need encoded images or paths of images for data.resize, got {array.type}"
         )
-    scaled = _scale(_channels_first(pixels, where), where)
+    if encoded is None:
+        pixels = _channels_first(pixels, where)
+    scaled = _scale(pixels, where)
     return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(scaled))
 
 
@@ -98,7 +100,10 @@ def _stack(array: pa.Array, where: Place) -> npt.NDArray[Any]:
 
 
 def _decode(encoded: pa.Array, where: Place, size: int | None) -> npt.NDArray[np.uint8]:
-    """Decode with Pillow: grey where all images are, else RGB; see `as_tensors`."""
+    """Decode with Pillow: grey where all images are, else RGB; see `as_tensors`.
+
+    Channels come first.
+    """
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
@@ -125,10 +130,12 @@ def _decode(encoded: pa.Array, where: Place, size: int | None) -> npt.NDArray[np
     if len(sizes) > 1:
         raise DataError(
             f"{where}: need images of one size, got {len(sizes)} sizes, among them"
-            f" {sizes[0]} and {sizes[-1]}; data.image_size scales and crops them to one"
+            f" {sizes[0]} and {sizes[-1]}; data.resize scales and crops them to one"
         )
     grey = all(image.mode == "L" for image in images)
-    return np.stack([np.asarray(image if grey else image.convert("RGB")) for image in images])
+    if grey:
+        return np.stack([np.asarray(image) for image in images])[:, np.newaxis]
+    return np.moveaxis(np.stack([np.asarray(image.convert("RGB")) for image in images]), -1, 1)
 
 
 def _channels_first(pixels: npt.NDArray[Any], where: Place) -> npt.NDArray[Any]:

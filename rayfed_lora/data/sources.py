@@ -14,6 +14,7 @@ import pyarrow as pa
 from rayfed_lora.data import builtin, columns, folders, hub, image_files, raw_tables
 from rayfed_lora.data.folders import Located
 from rayfed_lora.data.hub import TEST_OPTION, Wanted
+from rayfed_lora.data.place import Place
 from rayfed_lora.data.raw_tables import RawData
 from rayfed_lora.errors import DataError
 from rayfed_lora.recipe.data import Data
@@ -53,7 +54,7 @@ def read(data: Data, task: str, numbers: Sequence[str] = ()) -> RawData:
     if data.test_source is None:
         return raw
     other = _read(data.test_source, TEST_OPTION, data, task, ())
-    where = f"{TEST_OPTION} {data.test_source!r}"
+    where = place(TEST_OPTION, data.test_source, ())
     test, typed, files = other.train, other.typed, other.files
     if other.test is not None:
         test, typed, files = other.test, other.test_typed, other.test_files
@@ -69,8 +70,18 @@ def read(data: Data, task: str, numbers: Sequence[str] = ()) -> RawData:
         raise DataError(f"{where}: need rows that are not trained on, got {both} of data.source")
     notes = [*raw.notes, *other.notes]
     if raw.test is not None:
-        notes.append(f"data.source {data.source!r}: its test split gives way to {TEST_OPTION}")
+        notes.append(
+            f"{place('data.source', data.source, ())}: its test split gives way to {TEST_OPTION}"
+        )
     return replace(raw, test=test, test_typed=typed, test_files=files, notes=tuple(notes))
+
+
+def place(option: str, source: str | Sequence[str], files: Files) -> Place:
+    """Return the place of a source: its key and location, and its files where there are several."""
+    shown = repr(source)
+    if not isinstance(source, str) and len(source) > 1:
+        shown = f"{source[0]!r} and {len(source) - 1} more"
+    return Place(f"{option} {shown}", files if len(files) > 1 else ())
 
 
 def _read(
@@ -104,7 +115,7 @@ def _read(
     if not groups[0]:
         got = sorted({split for each in located for split in each.splits})
         raise DataError(
-            f"{option} {source!r}: need files of a split `{main}`, got {', '.join(got)}"
+            f"{place(option, source, ())}: need files of a split `{main}`, got {', '.join(got)}"
         )
     read_group = _images if first.kind == "images" else _tables
     (train, files), *tests = (read_group(group, data, wanted, numbers) for group in groups)

@@ -102,7 +102,7 @@ class Data(Section):
     image_column: str | Auto = option(
         "auto", "column of the image, or of its path from the table's folder (image tasks)"
     )
-    image_size: Annotated[int, Field(ge=1, le=10_000)] | None = option(
+    resize: Annotated[int, Field(ge=1, le=10_000)] | None = option(
         None,
         "side of the square to which encoded images and image files are scaled and cropped at the"
         " centre; null: they must all have one size",

@@ -212,7 +212,7 @@ def _idle_by_data(recipe: Recipe) -> Iterator[_Reason]:
     if recipe.data.test_source is not None:
         yield "data.test_source", ("data.test_fraction",)
     texts = ("data.text_column", "data.max_length", "model.tokenizer")
-    images = ("data.image_column", "data.image_size")
+    images = ("data.image_column", "data.resize")
     yield f"model.task {task}", texts if task == "image-classification" else images
 
 

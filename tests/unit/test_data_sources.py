@@ -450,7 +450,7 @@ def test_paths_of_images_are_relative_to_their_table(tmp_path, form, monkeypatch
         (["a.png", "https://x.org/b.png"], False, "row 2: need the path of a file.*download"),
         (["a.png", "../b.png"], True, "row 2: need a path inside the table's folder"),
         (["a.png", "rows.txt"], False, "need an image in row 2, got cannot identify"),
-        (["a.png", "large.png"], False, r"2 sizes.*data\.image_size"),
+        (["a.png", "large.png"], False, r"2 sizes.*data\.resize"),
     ],
 )
 def test_paths_that_lead_to_no_image_are_an_error_that_names_the_row(
@@ -468,15 +468,15 @@ def test_paths_that_lead_to_no_image_are_an_error_that_names_the_row(
 def test_images_are_scaled_and_cropped_to_the_size_that_the_recipe_asks_for(tmp_path):
     for i in range(4):
         draw(tmp_path / LABELS[i % 2] / f"{i}.png", 10 * i, (5 + i, 9 - i))
-    found = read(str(tmp_path), IMAGES, image_size=4)
+    found = read(str(tmp_path), IMAGES, resize=4)
     assert found.train["image"].type.shape == [1, 4, 4]
     rows = [*values(found.train, found.label_names), *values(found.test, found.label_names)]
     assert sorted(rows) == [(10 * i, LABELS[i % 2]) for i in range(4)]
 
 
 def test_a_size_for_images_that_are_not_encoded_is_an_error():
-    with pytest.raises(DataError, match=r"need encoded images .* data\.image_size"):
-        read("digits", IMAGES, image_size=4)
+    with pytest.raises(DataError, match=r"need encoded images .* data\.resize"):
+        read("digits", IMAGES, resize=4)
 
 
 def test_clients_and_columns_of_numbers_go_over_all_files(tmp_path):
@@ -494,3 +494,18 @@ def test_clients_and_columns_of_numbers_go_over_all_files(tmp_path):
         i = int(row["text"].removeprefix("text "))
         assert row["number pace"] == i // 6 + 1
         assert row["client"] == ("both" if i % 2 else f"c{i // 6}")
+
+
+def test_test_images_of_another_scale_are_an_error(tmp_path):
+    paths = []
+    for name, values in (("train", [1, 2]), ("test", [0.5, 0.25])):
+        path = tmp_path / f"{name}.json"
+        rows = [{"image": [[v] * 4] * 4, "label": i} for i, v in enumerate(values)]
+        path.write_text(json.dumps(rows))
+        paths.append(str(path))
+    with pytest.raises(DataError, match=r"test\.json'.* training images', .*numbers from 0 to 255"):
+        read(paths[0], IMAGES, test_source=paths[1])
+    with pytest.raises(
+        DataError, match=r"train\.json'.* training images', .*floats, used unscaled"
+    ):
+        read(paths[1], IMAGES, test_source=paths[0])
