@@ -125,6 +125,8 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
         return [
             p for k in keys for p in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)
         ]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [path] if any(_differences(x, y, path) for x, y in zip(a, b, strict=True)) else []
     if isinstance(a, str) and isinstance(b, str):
         # The location is the same with and without credentials.
         a, b = unguarded(a), unguarded(b)

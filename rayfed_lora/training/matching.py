@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 from torch import nn
 
-from rayfed_lora.data.dataset import IMAGE_TASK, LANGUAGE_TASK, Dataset
+from rayfed_lora.data.columns import IMAGE_TASK
+from rayfed_lora.data.dataset import LANGUAGE_TASK, Dataset
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import base_models
 from rayfed_lora.models.base_weights import LoadReport, class_tensors, load_report

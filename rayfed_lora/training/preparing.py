@@ -173,7 +173,8 @@ def _notes(recipe: Recipe, dataset: Dataset, held_out: ClientTable | None) -> tu
     rows = dataset.train.num_rows
     if data.max_examples is not None and data.max_examples > rows:
         notes.append(f"data.max_examples {data.max_examples}: there are only {rows} examples")
-    if dataset.official_test and data.test_fraction != default_fraction:
+    own = data.test_source is None
+    if own and dataset.official_test and data.test_fraction != default_fraction:
         notes.append("no effect with a data source that has a test split: data.test_fraction")
     return tuple(notes)
 

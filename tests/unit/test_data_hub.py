@@ -37,7 +37,8 @@ def hub(monkeypatch):
     """A fake `datasets` whose data sets are what the test puts into the returned dict."""
     ids: dict[str, dict[str, FakeSplit]] = {}
 
-    def load_dataset(name: str) -> dict[str, FakeSplit]:
+    def load_dataset(name: str, configuration: str = "default") -> dict[str, FakeSplit]:
+        name = name if configuration == "default" else f"{name} {configuration}"
         if name not in ids:
             raise RuntimeError(f"Dataset '{name}' doesn't exist on the Hub\nmore lines")
         return ids[name]
