@@ -14,6 +14,7 @@ from typer import Argument, Option
 from rayfed_lora.cli import cluster
 from rayfed_lora.cli.console import PlainConsole
 from rayfed_lora.cli.options import AddressOption, OutOption, RecipeArgument, SetOption
+from rayfed_lora.cli.output import safe_output
 from rayfed_lora.errors import RayfedError
 from rayfed_lora.printable import echo
 
@@ -232,14 +233,15 @@ def _repeated(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Run the command line; an error becomes one message and an exit status."""
-    try:
-        app(_repeated(sys.argv[1:]))
-    except RayfedError as error:
-        echo(f"rayfed-lora: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("rayfed-lora: ended at once; resume with --resume --out", file=sys.stderr)
-        sys.exit(130)
-    except Exception:  # a bug; its text may still come from a stranger's file
-        echo(traceback.format_exc(), end="", file=sys.stderr)
-        sys.exit(1)
+    with safe_output():
+        try:
+            app(_repeated(sys.argv[1:]))
+        except RayfedError as error:
+            echo(f"rayfed-lora: {error}", file=sys.stderr)
+            sys.exit(error.exit_status)
+        except KeyboardInterrupt:
+            print("rayfed-lora: ended at once; resume with --resume --out", file=sys.stderr)
+            sys.exit(130)
+        except Exception:  # a bug; its text may still come from a stranger's file
+            echo(traceback.format_exc(), end="", file=sys.stderr)
+            sys.exit(1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from rayfed_lora.cli.console import PlainConsole
 from rayfed_lora.runs.status import headline
@@ -41,7 +42,7 @@ def watching_comparison(console: PlainConsole) -> Iterator[Callable[[Standing], 
                 console.warn(note)
             notes_shown = len(status.notes)
             at = f"run {ended_shown + 1}/{standing.cells}: {cell.method}, seed {cell.seed}"
-            line.update(f"{at}: {headline(status)}")
+            line.update(Text(f"{at}: {headline(status)}"))
 
         yield show
 
@@ -97,7 +98,9 @@ def watching_search(console: PlainConsole) -> Iterator[Callable[[SearchNews], No
             if news.ended is not None:
                 console.print_line("trial {}: {}".format(*news.ended))
             rounds = ", ".join(str(done) for done in news.running.values())
-            line.update(f"{len(news.running)} of {news.trials} trials running, rounds {rounds}")
+            line.update(
+                Text(f"{len(news.running)} of {news.trials} trials running, rounds {rounds}")
+            )
 
         yield show
 
