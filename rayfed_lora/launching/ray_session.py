@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rayfed_lora.errors import BadInputError, InterruptedRunError, ResourceError
+from rayfed_lora.errors import BadInputError, InterruptedRunError, ResourceError, RunError
 from rayfed_lora.jobs.dashboard import unreachable_cluster
 from rayfed_lora.launching import session_folders
 from rayfed_lora.launching.agent_ports import chosen_agent_ports
@@ -35,6 +35,10 @@ _OWN_RAY = {
     # Larger results go through the object store: 1.5 ms later on two busy cores.
     "RAY_max_direct_call_object_size": str(1 << 19),
 }
+
+
+class RayLostError(RunError):
+    """Ray has ended under a run; nothing can be asked of it any more."""
 
 
 @contextmanager
@@ -91,6 +95,10 @@ def _own_ray(settings: Mapping[str, Any]) -> Iterator[None]:
         failed = False
     except (InterruptedRunError, BadInputError):
         failed = False
+        raise
+    except RayLostError:
+        # Ray's own shutdown would first wait for what is lost.
+        ray._private.worker._global_node.kill_all_processes(check_alive=False)
         raise
     finally:
         ray.shutdown(wait_for_processes=True)

@@ -375,7 +375,7 @@ def test_notes_of_a_server_that_was_started_again_are_all_seen():
 
     seen: list[str] = []
     server = Server.remote()
-    follow(server, status_poll(server, lambda status: seen.extend(status.notes)))
+    follow(server, status_poll(server, lambda status: seen.extend(status.notes)), "")
     assert seen == ["first", "second", "third"]
 
 

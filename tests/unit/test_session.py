@@ -231,6 +231,16 @@ def test_a_page_that_cannot_be_drawn_costs_no_result(tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_page_that_cannot_be_written_costs_no_result(tmp_path):
+    def in_the_way(*args: Any) -> str:
+        (tmp_path / "report.html" / "x").mkdir(parents=True)
+        return "<p>"
+
+    _, board = run(make_recipe(), tmp_path, page=in_the_way)
+    assert f"to make one: rayfed-lora report {tmp_path}" in board.status().notes[-1]
+    assert (tmp_path / "summary.json").exists()
+
+
 # --- a run without disturbance ------------------------------------------------------------------
 
 
