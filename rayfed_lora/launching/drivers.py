@@ -24,6 +24,8 @@ from rayfed_lora.runs.status import Status
 # Each poll costs the driver CPU time that clients need.
 _POLL_S = 0.5
 _ANSWER_S = 30.0
+# A driver that dies in each of its starts must end some time; each restart resumes the run.
+_MOST_RESTARTS = 20
 # How long a stopped run may take to save its rounds.
 _SAVE_S = 120.0
 
@@ -55,7 +57,7 @@ def start_server(
     name = f"rayfed-lora {location}"
     _end_finished(name)
     lifetime = "detached" if detached else None
-    again = {"max_restarts": -1, "max_task_retries": -1}
+    again = {"max_restarts": _MOST_RESTARTS, "max_task_retries": -1}
     driver = driver_class(
         SimulationServer, name=name, namespace=NAMESPACE, lifetime=lifetime, **again
     )

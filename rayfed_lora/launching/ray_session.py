@@ -63,12 +63,16 @@ def ray_session(address: str | None) -> Iterator[None]:
         yield
         return
     settings = {"namespace": NAMESPACE, "logging_level": "ERROR", "log_to_driver": False}
-    if where is None:
-        with _own_ray(settings):
-            yield
-        return
-    with _errors_of(f"no Ray cluster at {where}"):
-        ray.init(address=where, **settings)
+    with _without_prints(), _own_ray(settings) if where is None else _cluster(where, settings):
+        yield
+
+
+@contextmanager
+def _cluster(address: str, settings: Mapping[str, Any]) -> Iterator[None]:
+    import ray
+
+    with _errors_of(f"no Ray cluster at {address}"):
+        ray.init(address=address, **settings)
     try:
         yield
     finally:
@@ -97,13 +101,41 @@ def _own_ray(settings: Mapping[str, Any]) -> Iterator[None]:
         failed = False
         raise
     except RayLostError:
-        # Ray's own shutdown would first wait for what is lost.
-        ray._private.worker._global_node.kill_all_processes(check_alive=False)
+        with _without_stderr():
+            # First: Ray's own shutdown would wait for what is lost.
+            ray._private.worker._global_node.kill_all_processes(check_alive=False)
+            ray.shutdown()
         raise
     finally:
         ray.shutdown(wait_for_processes=True)
         if not failed:
             session_folders.remove(session)
+
+
+@contextmanager
+def _without_prints() -> Iterator[None]:
+    """Keep Ray from printing to stdout what `log_to_driver` does not keep back: a raylet's log."""
+    from ray._private import worker
+
+    original = worker.print_to_stdstream
+    worker.print_to_stdstream = lambda *args, **options: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = original
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Drop what this process writes to stderr: Ray's threads tell each second of what is lost."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @contextmanager

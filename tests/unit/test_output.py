@@ -55,15 +55,19 @@ def test_errors_that_cannot_be_printed_keep_their_status(shell: str) -> None:
     assert program(MAIN, "run", "no-such-recipe", shell=shell)[0] == 2
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
-    ids=["encoding", "locale"],
-)
-def test_texts_that_the_encoding_lacks_are_escaped(environment: dict[str, str]) -> None:
-    status, err = program(MAIN, "run", "süß.yaml", **environment)
+ASCII_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def test_texts_that_the_encoding_lacks_are_escaped() -> None:
+    status, err = program(MAIN, "run", "süß.yaml", PYTHONIOENCODING="ascii")
     assert status == 2
     assert "Traceback" not in err and "s\\xfc\\xdf.yaml" in err
+
+
+def test_a_folder_whose_name_python_cannot_read_is_one_message(tmp_path: Path) -> None:
+    status, err = program(MAIN, "report", str(tmp_path / "süß"), **ASCII_LOCALE)
+    assert status == 2
+    assert "Traceback" not in err and "PYTHONUTF8=1" in err
 
 
 def test_the_streams_are_given_back() -> None:
