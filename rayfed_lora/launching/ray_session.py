@@ -88,7 +88,7 @@ def _own_ray(settings: Mapping[str, Any]) -> Iterator[None]:
     folder, note = session_folders.usable_folder()
     if note is not None:
         say(note)
-    with _errors_of("Ray cannot start on this machine"), chosen_agent_ports():
+    with _errors_of("Ray did not start on this machine"), chosen_agent_ports():
         context = ray.init(address="local", include_dashboard=False, _temp_dir=folder, **settings)
     session = Path(context.address_info["session_dir"])
     session_folders.mark(session)
@@ -144,8 +144,8 @@ def _errors_of(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        local = "runtime.executor local needs no Ray"
-        raise ResourceError(f"{what}: {error}; {local}") from error
+        hint = "is it busy, or short of memory? runtime.executor local runs without Ray"
+        raise ResourceError(f"{what} ({hint}): {error}") from error
 
 
 def keep_token_private() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -40,10 +41,11 @@ def marked_by_a_process_that_has_ended(session: Path) -> None:
     subprocess.run([sys.executable, "-c", mark, str(session)], check=True)
 
 
-def test_ray_chooses_its_folder_where_that_can_be_used(tmp_path, monkeypatch):
+def test_ray_chooses_its_folder_where_that_can_be_used(monkeypatch):
     assert session_folders.usable_folder() == (None, None)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    assert session_folders.usable_folder() == (None, None)
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        monkeypatch.setenv("TMPDIR", short)
+        assert session_folders.usable_folder() == (None, None)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Ray reads TMPDIR only on Linux")
@@ -58,12 +60,17 @@ def test_a_path_too_long_for_sockets_gives_way_to_a_short_one(name, monkeypatch)
     assert note is not None and "1 bytes too long" in note and name in note
 
 
-@pytest.mark.parametrize("given", ["file", "/proc/self/nothing"])
-def test_a_folder_that_cannot_be_written_gives_way_to_another(given, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / given))
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [("/dev/null", "/dev/null is no folder"), ("/proc/self/x", "/proc/self cannot be written")],
+)
+def test_a_folder_that_cannot_be_written_gives_way_to_another(given, fault, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", given)
     folder, note = session_folders.usable_folder()
-    assert folder == "/tmp/ray" and note is not None
+    assert folder == "/tmp/ray"
+    assert (
+        note == f"Ray cannot keep its files in {given} (RAY_TMPDIR): {fault}; they are in {folder}"
+    )
     monkeypatch.setattr(session_folders, "_DEFAULT", "/proc/self/nothing")
     with pytest.raises(ResourceError, match="set RAY_TMPDIR to a folder that can be written"):
         session_folders.usable_folder()
