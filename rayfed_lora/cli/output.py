@@ -7,6 +7,10 @@ import io
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 class _Droppable(io.FileIO):
@@ -17,13 +21,13 @@ class _Droppable(io.FileIO):
 
     error: OSError | None = None
 
-    def write(self, content: bytes | memoryview) -> int | None:  # type: ignore[override]
+    def write(self, content: ReadableBuffer, /) -> int:
         if self.error is None:
             try:
                 return super().write(content)
             except OSError as error:
                 self.error = error
-        return len(content)
+        return memoryview(content).nbytes
 
 
 @contextmanager
