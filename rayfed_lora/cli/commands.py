@@ -25,6 +25,7 @@ from rayfed_lora.cli.options import (
     SetOption,
     examples,
 )
+from rayfed_lora.cli.output import safe_output
 from rayfed_lora.errors import RayfedError
 from rayfed_lora.printable import echo
 
@@ -327,14 +328,15 @@ def _repeated(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Run the command line; an error becomes one message and an exit status."""
-    try:
-        app(_repeated(sys.argv[1:]))
-    except RayfedError as error:
-        echo(f"rayfed-lora: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        echo("rayfed-lora: ended at once", file=sys.stderr)
-        sys.exit(130)
-    except Exception:  # a bug; its text may still come from a stranger's file
-        echo(traceback.format_exc(), end="", file=sys.stderr)
-        sys.exit(1)
+    with safe_output():
+        try:
+            app(_repeated(sys.argv[1:]))
+        except RayfedError as error:
+            echo(f"rayfed-lora: {error}", file=sys.stderr)
+            sys.exit(error.exit_status)
+        except KeyboardInterrupt:
+            echo("rayfed-lora: ended at once", file=sys.stderr)
+            sys.exit(130)
+        except Exception:  # a bug; its text may still come from a stranger's file
+            echo(traceback.format_exc(), end="", file=sys.stderr)
+            sys.exit(1)

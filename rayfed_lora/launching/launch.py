@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -120,7 +121,8 @@ def run(
             from rayfed_lora.launching.drivers import follow, start_server, status_poll
 
             server, _ = start_server(recipe, where, resume=resume, factory=factory, ticket=ticket)
-            return Result(location, follow(server, status_poll(server, report)))
+            again = f"resume with --resume --out {shlex.quote(location)}"
+            return Result(location, follow(server, status_poll(server, report), again))
 
 
 def start(

@@ -217,7 +217,7 @@ def skeleton(model: Model, config: Any) -> nn.Module:
     if type(config) not in auto_class(model)._model_mapping:
         raise ModelError(
             f"{where(model)}: transformers has no model of type {config.model_type!r} for"
-            f" model.task {model.task!r} ({_CLASSES[model.task]})"
+            f" model.task {model.task!r} ({AUTO_CLASSES[model.task]})"
         )
     with attributed(where(model)):
         with torch.device("meta"), few_modules(where(model)), warnings.catch_warnings():

@@ -11,6 +11,7 @@ from typing import Any
 from rayfed_lora.endpoints import unguarded
 from rayfed_lora.errors import RecipeError, RunFolderError
 from rayfed_lora.locations import child
+from rayfed_lora.printable import echo
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.recipe.runtime import Runtime
@@ -81,7 +82,7 @@ def claimed(folder: RunFolder, recipe: Recipe, resume: bool) -> Iterator[Lease]:
 
 def say(text: str) -> None:
     """Print a line for the user before the run has a status to show it."""
-    print(f"rayfed-lora: {text}", file=sys.stderr, flush=True)
+    echo(f"rayfed-lora: {text}", file=sys.stderr)
 
 
 def check_unused(folder: RunFolder) -> None:

@@ -139,7 +139,8 @@ class Saving:
         for name, content in exported.items():
             folder.write(name, content)
         if page is not None:
-            _write_page(folder, board, page, result)
+            with optional_page(folder, board.note):
+                folder.write(REPORT_FILE, page(folder, result).encode())
         result[checksums.CHECKSUMS_KEY] = checksums.SUMS_FILE
         content = json.dumps(_finite(result), indent=1, allow_nan=False).encode()
         recipe = folder.read("recipe.yaml")
@@ -178,12 +179,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write_page(
-    folder: RunFolder, board: StatusBoard, page: PageWriter, result: Mapping[str, Any]
-) -> None:
+@contextmanager
+def optional_page(folder: RunFolder, tell: Callable[[str], None]) -> Iterator[None]:
+    """Turn any error of the block into a note: the runs are done, and a page can be made again."""
     try:
-        content = page(folder, result)
-    except Exception as error:  # whatever it is, the run is done, and a page can be made again
-        board.note(f"no {REPORT_FILE} ({error}); rayfed-lora report makes one")
-    else:
-        folder.write(REPORT_FILE, content.encode())
+        yield
+    except Exception as error:
+        where = shlex.quote(folder.location)
+        tell(f"no {REPORT_FILE} ({error}); to make one: rayfed-lora report {where}")

@@ -14,8 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from rayfed_lora.data.columns import IMAGE_TASK
-from rayfed_lora.data.examples import PIXELS, Batch, Examples
+from rayfed_lora.data.examples import Batch, Examples
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import base_models, base_weights
 from rayfed_lora.models.causes import tried

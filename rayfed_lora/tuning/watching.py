@@ -14,6 +14,7 @@ from ray import tune
 from ray.exceptions import RayTaskError
 
 from rayfed_lora.errors import RayfedError
+from rayfed_lora.launching.ray_health import RayHealth
 from rayfed_lora.locations import child
 from rayfed_lora.pages.search_page import SearchNews, Watch
 from rayfed_lora.storage import RunFolder
@@ -25,10 +26,15 @@ _FAILURE = re.compile(r"^Failure # \d+ .*\n", re.MULTILINE)
 _RAISED = re.compile(r"^(?P<ours>rayfed_lora\.errors\.)?(?:\w+\.)*(?P<kind>\w+): ", re.MULTILINE)
 # Not an attribute of Watcher, since Tune pickles its callbacks and restores them on resume.
 WATCH: ContextVar[Watch] = ContextVar("watch")
+HEALTH: ContextVar[RayHealth] = ContextVar("health")
 
 
 class Watcher(tune.Callback):  # type: ignore[misc]  # Ray has no types
-    """Passes every report, end and failure of a trial on to `WATCH`."""
+    """Passes every report, end and failure of a trial on to `WATCH`; looks at `HEALTH`."""
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Raise a RayLostError where Ray has ended: Tune would wait for it."""
+        HEALTH.get().check()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any

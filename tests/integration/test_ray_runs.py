@@ -97,6 +97,26 @@ def test_a_client_actor_killed_in_a_block_is_told_and_the_result_is_the_same(
     assert_same_result(summary, tmp_path / "run", tmp_path / "local")
 
 
+@pytest.mark.parametrize("place", ["workload", "trainer"])
+def test_a_client_actor_lost_while_it_starts_is_started_again(place, tmp_path):
+    expected_summary(tmp_path / "local")
+    marker = tmp_path / "marker"
+    marker.touch()
+    factory = FakeFactory(Behaviour(marker=str(marker)), 64, dying_in=place)
+    summary, board = run(on_ray(runtime__client_actors=2), tmp_path / "run", factory)
+    assert not marker.exists()
+    (note,) = (note for note in board.status().notes if "lost" in note)
+    assert "it is started again" in note
+    assert_same_result(summary, tmp_path / "run", tmp_path / "local")
+
+
+@pytest.mark.e2e
+def test_a_client_actor_that_is_lost_in_each_of_its_starts_ends_the_run(tmp_path):
+    factory = FakeFactory(Behaviour(marker="/dev/null"), dying_in="trainer")
+    with pytest.raises(RunError, match="4 times one after another"):
+        run(on_ray(runtime__client_actors=1), tmp_path / "run", factory)
+
+
 def test_an_actor_of_two_trainers_is_lost_with_both_of_its_blocks_and_the_result_is_the_same(
     tmp_path,
 ):
@@ -355,7 +375,7 @@ def test_notes_of_a_server_that_was_started_again_are_all_seen():
 
     seen: list[str] = []
     server = Server.remote()
-    follow(server, status_poll(server, lambda status: seen.extend(status.notes)))
+    follow(server, status_poll(server, lambda status: seen.extend(status.notes)), "")
     assert seen == ["first", "second", "third"]
 
 

@@ -123,9 +123,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def assert_refused(
-    outcome: Outcome, *parts: str, shown: str = "", begun: bool = False
-) -> None:
+def assert_refused(outcome: Outcome, *parts: str, shown: str = "", begun: bool = False) -> None:
     """Check for status 2 and one message without a traceback, with all of the parts in it.
 
     `shown` was printed before; with `begun` the run had said where it is, and that it starts.

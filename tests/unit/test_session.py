@@ -233,6 +233,28 @@ def test_a_page_that_cannot_be_drawn_costs_no_result(tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_resumed_run_removes_what_killed_writes_have_left(tmp_path):
+    run(make_recipe(), tmp_path)
+    (tmp_path / "summary.json").unlink()
+    scratch = [tmp_path / ".rounds.parquet.ab12cd_4.scratch", tmp_path / "checkpoints/.x.y.scratch"]
+    for path in scratch:
+        path.write_bytes(b"half")
+    (tmp_path / ".mine").touch()
+    run(make_recipe(), tmp_path, resume=True)
+    assert not any(path.exists() for path in scratch)
+    assert (tmp_path / ".mine").exists()
+
+
+def test_a_page_that_cannot_be_written_costs_no_result(tmp_path):
+    def in_the_way(*args: Any) -> str:
+        (tmp_path / "report.html" / "x").mkdir(parents=True)
+        return "<p>"
+
+    _, board = run(make_recipe(), tmp_path, page=in_the_way)
+    assert f"to make one: rayfed-lora report {tmp_path}" in board.status().notes[-1]
+    assert (tmp_path / "summary.json").exists()
+
+
 # --- a run without disturbance ------------------------------------------------------------------
 
 
