@@ -27,8 +27,8 @@ from rayfed_lora.training.proof import judged_without_weights
 from rayfed_lora.training.rehearsal import rehearse
 from rayfed_lora.types import AvailabilityTrace, DeviceFacts, ModelShape
 
-# Texts that a plan tokenises: the longest, and as many others.
-_FEW = 32
+# Texts that a plan tokenises (the longest, and as many others), and images that it prepares.
+_FEW, _IMAGES = 32, 3
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,7 @@ def prepare(recipe: Recipe) -> Workload:
     validated = dataset.test.slice(0, 0) if dataset.validation is None else dataset.validation
     splits = [_examples(each, matched, recipe) for each in (dataset.train, dataset.test, validated)]
     train, test, validation = splits
-    # Faults of the adapter are found here, before the weights are read.
-    model_shape(rehearse(recipe, config, train, clients.counts), recipe)
+    rehearse(recipe, config, train, clients.counts)
     workload = Workload(
         train=train,
         validation=_by_length(validation),
@@ -203,7 +202,7 @@ def _some_examples(dataset: Dataset, matched: Match, recipe: Recipe) -> Examples
     """Return a few examples, the longest texts among them; every text where one may be too long."""
     tokenizer = matched.tokenizer
     if tokenizer is None:
-        return _examples(dataset.train.slice(0, _FEW), matched, recipe)
+        return _examples(dataset.train.slice(0, _IMAGES), matched, recipe)
     splits = (dataset.train, dataset.test, dataset.validation)
     texts = pa.concat_tables(s.select(["text", "label"]) for s in splits if s is not None)
     if not may_exceed(matched.net, matched.config, tokenizer, recipe.data.max_length):

@@ -79,9 +79,12 @@ def built_weights(recipe: Recipe, workload: Workload) -> Weights:
         workload: from `prepare`.
 
     Raises:
-        ModelError: they cannot be read, or the model cannot compute an example.
+        ModelError: they cannot be read, the model cannot compute an example, or the adapter does
+            not fit it.
     """
     config = base_models.restored(workload.config)
+    # Faults of the adapter are found before the weights are read.
+    model_shape(base_models.skeleton(recipe.model, config), recipe)
     net = base_weights.build(recipe.model, config, recipe.seed)
     return Weights(base_weights.arrays_of(net), tried_on(recipe, config, net, workload.train))
 

@@ -437,7 +437,7 @@ def test_the_stages_of_a_plan_are_shown_before_torch_is_imported(recipe: Path) -
     command = [sys.executable, "-c", without, "plan", str(recipe)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "import of torch halted" in done.stderr
-    assert done.stdout == STAGES
+    assert done.stdout == STAGES, done.stderr
 
 
 @pytest.fixture
