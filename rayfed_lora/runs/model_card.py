@@ -26,19 +26,19 @@ _PEFT_CLASSES = {
 # What follows the model in the code, by task; images: with and without a processor.
 _TEXT = """\
 predict = pipeline("{pipeline}", model=model, tokenizer=AutoTokenizer.from_pretrained(folder))
-print(predict("A text."))
+print(predict("A text."{options}))
 """
 _IMAGE = """\
 image = Image.open("image.png")
 inputs = AutoImageProcessor.from_pretrained(folder)(images=image, return_tensors="pt")
-scores = model(**inputs).logits[0].softmax(-1)
-print({model.config.id2label[i]: float(score) for i, score in enumerate(scores)})
+scores = model(**inputs).logits[0].softmax(-1).tolist()
+print({model.config.id2label[i]: score for i, score in enumerate(scores)})
 """
 _PIXELS = """\
 # Images as in training: whole numbers 0 .. 255 as x / 127.5 - 1, floats as they are.
 size, channels = model.config.image_size, model.config.num_channels
-scores = model(pixel_values=torch.zeros(1, channels, size, size)).logits[0].softmax(-1)
-print({model.config.id2label[i]: float(score) for i, score in enumerate(scores)})
+scores = model(pixel_values=torch.zeros(1, channels, size, size)).logits[0].softmax(-1).tolist()
+print({model.config.id2label[i]: score for i, score in enumerate(scores)})
 """
 
 
@@ -117,7 +117,8 @@ def _code(task: str, folder: Path, model: list[str], names: Collection[str]) -> 
     imports, extra, use = [AUTO_CLASSES[task]], [], _PIXELS
     if task != "image-classification":
         imports += ["AutoTokenizer", "pipeline"]
-        use = _TEXT.format(pipeline=_PIPELINES.get(task, task))
+        options = ", max_new_tokens=20" if task == "causal-lm" else ""
+        use = _TEXT.format(pipeline=_PIPELINES.get(task, task), options=options)
     elif "preprocessor_config.json" in names:
         imports.append("AutoImageProcessor")
         extra, use = ["from PIL import Image"], _IMAGE
@@ -151,7 +152,7 @@ def _card(recipe: Recipe, summary: Mapping[str, Any], library: str, code: str, n
         "model-index": [index],
     }
     local = model.source == "config" or model.source.startswith("package:")
-    if not local and not Path(model.source).exists():
+    if not local and not Path(model.source).is_absolute() and not Path(model.source).exists():
         metadata["base_model"] = model.source
     # JSON is YAML, with every text quoted.
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items())

@@ -54,7 +54,7 @@ VIT = {
     **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
     **{"intermediate_size": 24, "patch_size": 4},
 }
-GPT2 = {"architecture": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+GPT2 = {"architecture": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
