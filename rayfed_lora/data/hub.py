@@ -161,7 +161,9 @@ def _joined(
         if label in test.column_names and test[label].unique().to_pylist() == [-1]:
             test = None
             notes.append(f"{wanted.option} {source!r}: its test split, of labels -1, is not used")
-    files = ((f"{source}, split {main}" if main else source, train.num_rows),)
+    # The same split of a data set is the same source, whether it is named or not.
+    where = source if chosen is not None else advice.replace("SPLIT", main)
+    files = ((where, train.num_rows),)
     class_names = None if names is None else tuple(map(str, names))
     return RawData(train, test, class_names, files=files, notes=tuple(notes))
 
