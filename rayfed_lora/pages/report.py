@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from rayfed_lora.errors import BadInputError, RunFolderError
+from rayfed_lora.errors import BadInputError, RunError, RunFolderError
 from rayfed_lora.locations import child, parent
 from rayfed_lora.pages.figures import figures, label_of_client, partitions
 from rayfed_lora.pages.page import Rows, even, page, shown
@@ -50,7 +50,10 @@ def report(locations: Sequence[str], to: str | None = None) -> str:
             f"{', '.join(locations)}: expected folders as rayfed-lora writes them; their"
             f" content cannot be shown: {type(error).__name__}: {error}"
         ) from error
-    RunFolder(folder).write(name, content)
+    try:
+        RunFolder(folder).write(name, content)
+    except RunError as error:
+        raise RunError(f"{error}; --out FILE.html writes it elsewhere") from error
     return to
 
 

@@ -24,7 +24,7 @@ from rayfed_lora.tuning.distributions import param_space
 from rayfed_lora.tuning.schedulers import scheduler, searcher
 from rayfed_lora.tuning.search_result import TrialOutcome
 from rayfed_lora.tuning.trial import Search, Trial
-from rayfed_lora.tuning.watching import HEALTH, WATCH, Watcher, outcomes_of
+from rayfed_lora.tuning.watching import HEALTH, WATCH, SearchLost, Watcher, outcomes_of
 
 # Tune's own files, in the search's folder.
 _FOLDER = "tune"
@@ -121,6 +121,8 @@ def fit(
     token, health = WATCH.set(watch), HEALTH.set(RayHealth(again))
     try:
         return outcomes_of(tuner.fit(), location)
+    except SearchLost as lost:
+        raise (lost.__cause__ or lost) from None
     finally:
         WATCH.reset(token)
         HEALTH.reset(health)

@@ -15,6 +15,7 @@ from ray.exceptions import RayTaskError
 
 from rayfed_lora.errors import RayfedError
 from rayfed_lora.launching.ray_health import RayHealth
+from rayfed_lora.launching.ray_session import RayLostError
 from rayfed_lora.locations import child
 from rayfed_lora.pages.search_page import SearchNews, Watch
 from rayfed_lora.storage import RunFolder
@@ -29,12 +30,19 @@ WATCH: ContextVar[Watch] = ContextVar("watch")
 HEALTH: ContextVar[RayHealth] = ContextVar("health")
 
 
+class SearchLost(BaseException):
+    """Its cause is the loss. Not an Exception: Tune would first ask the lost Ray to clean up."""
+
+
 class Watcher(tune.Callback):  # type: ignore[misc]  # Ray has no types
     """Passes every report, end and failure of a trial on to `WATCH`; looks at `HEALTH`."""
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Raise a RayLostError where Ray has ended: Tune would wait for it."""
-        HEALTH.get().check()
+        """Raise a SearchLost where Ray has ended: Tune would wait for it."""
+        try:
+            HEALTH.get().check()
+        except RayLostError as error:
+            raise SearchLost from error
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
