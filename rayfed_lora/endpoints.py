@@ -27,7 +27,9 @@ _ANONYMOUS = {
     "abfss": "credential_kind=anonymous",
 }
 # Keys of a recipe whose values may be URIs to open.
-LOCATION_KEYS = ("data.source", "clients.availability.trace", "storage.path")
+# The keys, and at the end the place in a list, that lead to a location in a recipe.
+_Path = tuple[str | int, ...]
+LOCATION_KEYS = ("data.source", "data.test_source", "clients.availability.trace", "storage.path")
 
 
 def endpoint(location: str) -> str | None:
@@ -148,23 +150,29 @@ def strangers_in(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for path, value in _locations(recipe):
         server = endpoint(value)
         if server is not None and anonymous(value):
-            yield ".".join(path), server
+            yield ".".join(part for part in path if isinstance(part, str)), server
 
 
-def _locations(recipe: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+def _locations(recipe: Mapping[str, Any]) -> Iterator[tuple[_Path, str]]:
     for key in LOCATION_KEYS:
         found: Any = recipe
-        path: tuple[str, ...] = ()
+        path: _Path = ()
         for part in key.split("."):
             if not isinstance(found, Mapping) or part not in found:
                 break
             found, path = found[part], (*path, part)
-        # A trace may be a plain text in place of a section.
+        # A trace may be a plain text in place of a section, a source a list.
         if isinstance(found, str):
             yield path, found
+        elif isinstance(found, list):
+            yield from (((*path, i), one) for i, one in enumerate(found) if isinstance(one, str))
 
 
-def _replaced(recipe: Mapping[str, Any], path: tuple[str, ...], value: str) -> dict[str, Any]:
-    first, *rest = path
-    inner = _replaced(recipe[first], tuple(rest), value) if rest else value
-    return {**recipe, first: inner}
+def _replaced(values: Any, path: _Path, value: str) -> Any:
+    if not path:
+        return value
+    first, rest = path[0], path[1:]
+    inner = _replaced(values[first], rest, value)
+    if isinstance(values, list):
+        return [inner if i == first else other for i, other in enumerate(values)]
+    return {**values, first: inner}

@@ -58,8 +58,12 @@ class Fault:
 
     def __str__(self) -> str:
         came = "" if self.came is None else f", got {self.came}"
-        nearest = "" if self.nearest is None else f" (did you mean {self.nearest!r}?)"
-        return f"{self.path}: {self.expected}{came}{nearest}"
+        return f"{self.path}: {self.expected}{came}{did_you_mean(self.nearest)}"
+
+
+def did_you_mean(nearest: str | None) -> str:
+    """Return the end of a message that names the nearest known word; empty where there is none."""
+    return "" if nearest is None else f" (did you mean {nearest!r}?)"
 
 
 class RecipeError(BadInputError):
@@ -105,12 +109,12 @@ class ClientError(RunError):
     """A client's local training raised an exception."""
 
     def __init__(self, client: int, round_index: int, trace: str, label: str | None = None) -> None:
-        """Keep client and round, the client's own traceback, and the client's label."""
+        """Keep client, round (from 0), the client's own traceback, and the client's label."""
         self.client = client
         self.round_index = round_index
         self.trace = trace
         self.label = f"client {client}" if label is None else label
-        super().__init__(f"{self.label} failed in round {round_index}:\n{trace.rstrip()}")
+        super().__init__(f"{self.label} failed in round {round_index + 1}:\n{trace.rstrip()}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the arguments: errors are sent between processes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from urllib.parse import parse_qsl, quote, urlsplit
 
 # Names of URI parameters with a secret, for all object stores.
@@ -22,6 +23,15 @@ def is_uri(location: str) -> bool:
     (True, False)
     """
     return "://" in location
+
+
+def each(source: str | Sequence[str] | None) -> list[str]:
+    """Return the locations of a key that holds one, several or none.
+
+    >>> each("a.csv"), each(["a.csv", "b.csv"]), each(None)
+    (['a.csv'], ['a.csv', 'b.csv'], [])
+    """
+    return [source] if isinstance(source, str) else [*(source or ())]
 
 
 def child(location: str, *names: str) -> str:
@@ -54,6 +64,24 @@ def parent(location: str) -> tuple[str, str]:
     path, mark, options = location.partition("?") if is_uri(location) else (location, "", "")
     folder, slash, name = path.rpartition("/")
     return (folder or slash or ".") + mark + options, name
+
+
+def pattern_start(location: str) -> tuple[str, list[str]] | None:
+    """Return the folder before the first wildcard and the parts after it, None without any.
+
+    >>> pattern_start("s3://bucket/a/*/rows-[0-9].csv?region=eu-central-1")
+    ('s3://bucket/a?region=eu-central-1', ['*', 'rows-[0-9].csv'])
+    >>> pattern_start("*.csv"), pattern_start("a.csv")
+    (('.', ['*.csv']), None)
+    """
+    # In a URI, options follow a question mark.
+    path, mark, options = location.partition("?") if is_uri(location) else (location, "", "")
+    parts = path.split("/")
+    first = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), None)
+    if first is None:
+        return None
+    folder = "/".join(parts[:first]) or ("/" if first > 0 else ".")
+    return folder + mark + options, parts[first:]
 
 
 def check_name(name: str) -> None:

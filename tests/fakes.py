@@ -62,7 +62,7 @@ RECIPE: dict[str, Any] = {
     "name": "fake",
     "seed": 3,
     "data": {"partition": {"clients": 6, "kind": "iid"}},
-    "model": {"config": {"architecture": "vit"}},
+    "model": {"config": {"architecture": "vit", "patch_size": 4}},
     "adapter": {"alpha": 6.0},
     "annealing": {
         "initiating": {"rounds": 1},
@@ -208,7 +208,10 @@ class FakeTrainer:
         found = energy(model.state, model.base, model.trainable)
         facts = {"device": self._device, "energy": found}
         facts["gpus"] = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return {"adapter/fake.json": json.dumps(facts).encode()}
+        config = json.dumps({"base_model_name_or_path": "none"}).encode()
+        adapter = {"fake.json": json.dumps(facts).encode(), "adapter_config.json": config}
+        adapter["adapter_model.safetensors"] = b""
+        return {f"adapter/{name}": content for name, content in adapter.items()}
 
 
 def _taken(marker: str) -> bool:
@@ -260,12 +263,14 @@ class FakeFactory:
         side: height and width of the images; 64 makes a workload that Ray keeps in shared memory.
         start_s: seconds that a process takes to start, where this travels to it.
         log: path of a file; a line is added each time a workload is made.
+        dying_in: workload or trainer: its making kills the process, as `dying` of the behaviour.
     """
 
     behaviour: Behaviour = field(default_factory=Behaviour)
     side: int = 2
     start_s: float = 0.0
     log: str | None = None
+    dying_in: str = ""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -275,6 +280,7 @@ class FakeFactory:
         """Import nothing: the fakes need neither torch nor transformers."""
 
     def workload(self, recipe: Recipe) -> Workload:
+        self._die("workload")
         if self.log is not None:
             with Path(self.log).open("a") as log:
                 log.write("workload\n")
@@ -295,7 +301,12 @@ class FakeFactory:
     def trainer(
         self, recipe: Recipe, workload: Workload, weights: Mapping[str, FloatArray], device: str
     ) -> FakeTrainer:
+        self._die("trainer")
         return FakeTrainer(self.behaviour, device)
+
+    def _die(self, place: str) -> None:
+        if self.dying_in == place and _taken(self.behaviour.marker):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _examples(rows: int, side: int) -> Examples:

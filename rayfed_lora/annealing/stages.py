@@ -6,6 +6,7 @@ formulas are this project's (docs/method.md), the paper's own are not public.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -136,6 +137,16 @@ def plan_round(annealing: Annealing, t: int, feedback: Feedback) -> RoundPlan:
         return RoundPlan(t, stage, "full", 0, weight, None)
     rank, proposal = _decide(annealing, t, feedback)
     return RoundPlan(t, stage, "adapter", rank, weight, proposal)
+
+
+def schedule(annealing: Annealing) -> Iterator[RoundPlan]:
+    """Yield the plan of every round, as if each proposal were accepted."""
+    accepting = annealing.model_copy(update={"acceptance": "always"})
+    rank = None
+    for t in range(annealing.total_rounds):
+        planned = plan_round(accepting, t, Feedback(rank=rank))
+        rank = None if planned.trainable == "full" else planned.rank
+        yield planned
 
 
 def _decide(annealing: Annealing, t: int, feedback: Feedback) -> tuple[int, Proposal | None]:

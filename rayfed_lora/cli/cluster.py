@@ -10,7 +10,7 @@ import typer
 from typer import Argument, Option
 
 from rayfed_lora.cli.console import PlainConsole
-from rayfed_lora.cli.options import OutOption, RecipeArgument, SetOption
+from rayfed_lora.cli.options import OutOption, RecipeArgument, SetOption, examples
 from rayfed_lora.printable import echo
 
 if TYPE_CHECKING:
@@ -25,7 +25,12 @@ JobArgument = Annotated[str, Argument(metavar="ID", help="As printed by submit."
 FollowOption = Annotated[bool, Option("--follow", help="Show the job's output until it ends.")]
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "submit digits-vit --address http://127.0.0.1:8265",
+        "submit my.yaml --out s3://bucket/runs/a --follow",
+    )
+)
 def submit(
     recipe: RecipeArgument,
     address: DashboardOption = None,
@@ -39,14 +44,14 @@ def submit(
 
     loaded = load_recipe(recipe, set_ or ())
     jobs = _jobs(address)
-    _submitted(jobs, jobs.submit(loaded, out, resume=resume), follow)
+    _submitted(jobs, jobs.submit(loaded, out, resume=resume), follow, address)
 
 
-@app.command()
+@app.command(epilog=examples("resume digits-vit-20260101-120000-abc123"))
 def resume(job: JobArgument, address: DashboardOption = None, follow: FollowOption = False) -> None:
     """Continue the run of a stopped or failed job."""
     jobs = _jobs(address)
-    _submitted(jobs, jobs.resume(job), follow)
+    _submitted(jobs, jobs.resume(job), follow, address)
 
 
 def _jobs(address: str | None) -> Jobs:
@@ -55,10 +60,10 @@ def _jobs(address: str | None) -> Jobs:
     return Jobs(address)
 
 
-def _submitted(jobs: Jobs, submitted: Submitted, follow: bool) -> None:
+def _submitted(jobs: Jobs, submitted: Submitted, follow: bool, address: str | None) -> None:
     from rayfed_lora.cli.cluster_display import show_submitted
 
-    show_submitted(PlainConsole(), submitted.id, submitted.location, submitted.notes)
+    show_submitted(PlainConsole(), submitted, address, follow)
     if follow:
         raise typer.Exit(_follow(jobs, submitted.id))
 
@@ -69,7 +74,7 @@ def _follow(jobs: Jobs, job: str) -> int:
     return exit_status(jobs.follow(job, partial(echo, end="")))
 
 
-@app.command()
+@app.command(epilog=examples("status", "status digits-vit-20260101-120000-abc123"))
 def status(
     job: Annotated[str | None, Argument(metavar="ID", help="One job; default all.")] = None,
     address: DashboardOption = None,
@@ -79,12 +84,12 @@ def status(
 
     jobs, console = _jobs(address), PlainConsole()
     if job is None:
-        show_jobs(console.widened(160), jobs.all())
+        show_jobs(console, jobs.all(), address)
     else:
-        show_job(console, jobs.status(job), time.time())
+        show_job(console, jobs.status(job), time.time(), address)
 
 
-@app.command()
+@app.command(epilog=examples("logs digits-vit-20260101-120000-abc123 --follow"))
 def logs(job: JobArgument, address: DashboardOption = None, follow: FollowOption = False) -> None:
     """Print the output of a job."""
     jobs = _jobs(address)
@@ -93,15 +98,19 @@ def logs(job: JobArgument, address: DashboardOption = None, follow: FollowOption
     echo(jobs.logs(job), end="")
 
 
-@app.command()
+@app.command(epilog=examples("stop digits-vit-20260101-120000-abc123"))
 def stop(job: JobArgument, address: DashboardOption = None) -> None:
     """Stop a job; its finished rounds are kept."""
     from rayfed_lora.cli.cluster_display import show_stopped
 
-    show_stopped(PlainConsole(), _jobs(address).stop(job))
+    show_stopped(PlainConsole(), _jobs(address).stop(job), address)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "doctor", "doctor --recipe my.yaml --probe", "doctor --address http://127.0.0.1:8265"
+    )
+)
 def doctor(
     address: Annotated[
         str | None,

@@ -11,69 +11,123 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from rayfed_lora import __version__
 from rayfed_lora.cli import cluster
+from rayfed_lora.cli.completion import complete_methods, complete_recipes, complete_spaces, paths
 from rayfed_lora.cli.console import PlainConsole
-from rayfed_lora.cli.options import AddressOption, OutOption, RecipeArgument, SetOption
+from rayfed_lora.cli.next_steps import command, resumable, resume_command, same_command
+from rayfed_lora.cli.options import (
+    AddressOption,
+    OutOption,
+    RecipeArgument,
+    RecipeOption,
+    RunArgument,
+    SetOption,
+    examples,
+)
+from rayfed_lora.cli.output import safe_output
 from rayfed_lora.errors import RayfedError
 from rayfed_lora.printable import echo
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Federated LoRA fine-tuning simulated on Ray, with annealed parameter budgets.",
 )
 app.add_typer(cluster.app)
 
 
-@app.command()
+def _show_version(asked: bool) -> None:
+    if asked:
+        echo(f"rayfed-lora {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog=examples("run digits-vit", "recipes"))
+def _options(
+    version: Annotated[
+        bool,
+        Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog=examples(
+        "run digits-vit --out runs/a",
+        "run my.yaml --set seed=1 clients.per_round=8",
+        "run runs/a --resume",
+    )
+)
 def run(
-    recipe: RecipeArgument,
+    recipe: RunArgument,
     set_: SetOption = None,
     out: OutOption = None,
-    resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False,
+    resume: Annotated[
+        bool, Option("--resume", help="Continue the run in the folder RECIPE or --out.")
+    ] = False,
     detach: Annotated[bool, Option("--detach", help="Start in a cluster, return.")] = False,
     address: AddressOption = None,
 ) -> None:
-    """Run a recipe."""
-    from rayfed_lora.recipe.loading import load_recipe
+    """Run a recipe, or continue a run."""
+    from rayfed_lora.runs.resuming import recipe_and_place
 
     # Before heavy imports: most mistakes are in the recipe.
-    loaded = load_recipe(recipe, set_ or ())
+    loaded, location = recipe_and_place(recipe, out, resume, set_ or ())
     from rayfed_lora.cli.run_display import show_summary, watching
-    from rayfed_lora.launching import launch
 
-    if resume and out is None and loaded.storage.path is None:
-        missing = "give --out, the folder of the run to continue"
-        raise typer.BadParameter(missing, param_hint="--resume")
     console = PlainConsole()
     if detach:
-        started = launch.start(loaded, out, resume=resume, address=address)
-        console.print_line(f"started as actor '{started.actor}'; run folder: {started.location}")
+        from rayfed_lora.launching import launch
+
+        started = launch.start(loaded, location, resume=resume, address=address)
+        facts = {"actor": started.actor, "run folder": started.location}
+        console.print_facts(facts | {"at its end": command("report", started.location)})
         return
-    with watching(console) as watch:
-        result = launch.run(loaded, out, resume=resume, address=address, watch=watch)
+    with (
+        resumable(lambda: resume_command(location, address)),
+        watching(console, location) as watch,
+    ):
+        from rayfed_lora.launching import launch
+
+        result = launch.run(loaded, location, resume=resume, address=address, watch=watch)
     show_summary(console, result.summary, result.location)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "compare digits-vit --methods sa-fedlora,fedavg --out runs/b",
+        "compare my.yaml --methods fedlora,flora --seeds 0,1,2 --out runs/c",
+    )
+)
 def compare(
     recipe: RecipeArgument,
-    methods: Annotated[str, Option(help="Presets, e.g. sa-fedlora,fedavg,fedlora.")],
-    out: Annotated[str, Option(help="Folder or URI of the comparison.")],
+    methods: Annotated[
+        str,
+        Option(
+            help="Presets, separated by commas: sa-fedlora, fedavg, fedprox, fedlora, flexlora,"
+            " flora, fedex-lora, ffa-lora, rolora, hetlora, fedsa-lora, lora-fair, spd-cfl,"
+            " head-only, bitfit.",
+            autocompletion=complete_methods,
+        ),
+    ],
+    out: Annotated[str, Option(help="Folder or URI of the comparison.", autocompletion=paths)],
     seeds: Annotated[str, Option(help="Seeds, e.g. 0,1,2.")] = "0",
     target: Annotated[
-        float | None, Option(help="Accuracy to reach; default 95 % of the best.")
+        float | None, Option(help="Test accuracy to reach; default 95 % of the best.")
     ] = None,
     set_: SetOption = None,
     address: AddressOption = None,
 ) -> None:
     """Run a recipe under several methods and seeds; rerunning resumes."""
     from rayfed_lora.cli.many_runs_display import show_comparison, watching_comparison
-    from rayfed_lora.launching.compare import compare as run_all
 
     console = PlainConsole()
-    with watching_comparison(console) as watch:
+    with resumable(same_command), watching_comparison(console, out) as watch:
+        from rayfed_lora.launching.compare import compare as run_all
+
         comparison = run_all(
             recipe,
             _list(methods),
@@ -84,22 +138,41 @@ def compare(
             address=address,
             watch=watch,
         )
-    show_comparison(console.widened(120), comparison, out)
+    show_comparison(console, comparison, out)
     if comparison.runs["error"].notna().any():
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "tune heating_cooling --recipe digits-vit --samples 8 --out runs/t",
+        "tune quick --recipe my.yaml --objectives train_loss:min",
+        "run runs/t/best.yaml",
+    )
+)
 def tune(  # noqa: PLR0913, PLR0917 - options
-    space: Annotated[str, Argument(metavar="SPACE", help="A shipped name or a path.")],
-    recipe: Annotated[str, Option(help="Values outside the space: a shipped name or a path.")],
+    space: Annotated[
+        str,
+        Argument(
+            metavar="SPACE",
+            help="A path, or a shipped name: allocation_and_rule, heating_cooling, learning_rate,"
+            " quick.",
+            autocompletion=complete_spaces,
+        ),
+    ],
+    recipe: RecipeOption,
     samples: Annotated[int | None, Option(help="Number of trials.")] = None,
     scheduler: Annotated[
         str | None, Option(help="Stops trials early: asha, pbt, median or none.")
     ] = None,
     search: Annotated[str | None, Option(help="Chooses values: random, optuna or grid.")] = None,
     objectives: Annotated[
-        str | None, Option(help="E.g. eval_accuracy:max,total_bytes:min.")
+        str | None,
+        Option(
+            help="METRIC:max or METRIC:min, separated by commas; metrics: eval_accuracy, eval_loss,"
+            " eval_macro_f1, eval_auc, eval_perplexity, train_loss, total_bytes, bytes_up,"
+            " bytes_down, bytes_base, seconds."
+        ),
     ] = None,
     max_concurrent: Annotated[int | None, Option(help="Maximum concurrent trials.")] = None,
     out: OutOption = None,
@@ -112,12 +185,17 @@ def tune(  # noqa: PLR0913, PLR0917 - options
     An option overrides the same key of the space.
     """
     from rayfed_lora.cli.many_runs_display import show_search, watching_search
-    from rayfed_lora.tuning.tune import tune as search_all
 
     if resume and out is None:
         raise typer.BadParameter("give --out, the folder of the search", param_hint="--resume")
-    console = PlainConsole()
-    with watching_search(console) as watch:
+    console, places = PlainConsole(), list[str]()
+    with (
+        resumable(lambda: same_command("--resume", out=places[0] if places else None)),
+        watching_search(console, places) as watch,
+    ):
+        from rayfed_lora.tuning.space import load_space
+        from rayfed_lora.tuning.tune import tune as search_all
+
         found = search_all(
             space,
             recipe,
@@ -132,7 +210,7 @@ def tune(  # noqa: PLR0913, PLR0917 - options
             address=address,
             watch=watch,
         )
-    show_search(console, found.trials, found.best, found.location)
+    show_search(console, found, list(load_space(space).drawn))
 
 
 def _objectives(text: str) -> dict[str, str]:
@@ -156,23 +234,33 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-@app.command()
+@app.command(epilog=examples("plan digits-vit", "plan my.yaml --set annealing.heating.rank=32"))
 def plan(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Print the schedule with ranks, traffic and resources, without running it."""
     from rayfed_lora.recipe.loading import load_recipe
 
     loaded = load_recipe(recipe, set_ or ())
-    from rayfed_lora.cli.plan_table import show_plan
+    from rayfed_lora.cli.plan_table import show_plan, show_stages
+
+    console = PlainConsole()
+    # Before torch is imported and data are read, which take seconds.
+    show_stages(console, loaded)
     from rayfed_lora.launching import planning
 
-    show_plan(PlainConsole().widened(110), loaded, planning.plan(loaded))
+    show_plan(console, loaded, planning.plan(loaded))
+    settings = [word for text in set_ or () for word in ("--set", text)]
+    console.print_facts({"to run it": command("run", recipe, *settings)})
 
 
-@app.command()
+@app.command(epilog=examples("report runs/a", "report runs/a runs/b --out both.html"))
 def report(
     folders: Annotated[
         list[str],
-        Argument(metavar="DIR...", help="Folders of runs or comparisons, or of one search."),
+        Argument(
+            metavar="DIR...",
+            help="Folders of runs or comparisons, or of one search.",
+            autocompletion=paths,
+        ),
     ],
     out: Annotated[
         str | None,
@@ -185,22 +273,29 @@ def report(
     echo(f"report: {write_report(folders, out)}")
 
 
-@app.command()
+@app.command(epilog=examples("export runs/a --to adapter", "export runs/a --to model --merge"))
 def export(
-    folder: Annotated[str, Argument(metavar="DIR", help="A finished run's folder.")],
+    folder: Annotated[
+        str, Argument(metavar="DIR", help="A finished run's folder.", autocompletion=paths)
+    ],
     to: Annotated[Path, Option(help="A new or empty folder.")],
     merge: Annotated[bool, Option("--merge", help="One model instead of an adapter.")] = False,
 ) -> None:
-    """Write the trained PEFT adapter, or the merged model."""
+    """Write the trained PEFT adapter, or the merged model.
+
+    Example: rayfed-lora export runs/a --to adapter
+    """
     from rayfed_lora.launching.exporting import export_run
 
     for line in export_run(folder, to, merge=merge):
         echo(line)
 
 
-@app.command()
+@app.command(epilog=examples("recipes", "recipes digits-vit > my.yaml", "recipes --schema"))
 def recipes(
-    name: Annotated[str | None, Argument(help="Print this recipe.")] = None,
+    name: Annotated[
+        str | None, Argument(help="Print this recipe.", autocompletion=complete_recipes)
+    ] = None,
     schema: Annotated[bool, Option("--schema", help="Print the JSON Schema.")] = False,
 ) -> None:
     """List the shipped recipes, or print one."""
@@ -211,9 +306,10 @@ def recipes(
     elif name is not None:
         typer.echo(shipped_text(name), nl=False)
     else:
+        console = PlainConsole()
         for shipped in shipped_names():
             first_line = shipped_text(shipped).splitlines()[0]
-            typer.echo(f"{shipped:<20} {first_line.lstrip('# ')}")
+            console.print_line(f"{shipped:<20} {first_line.lstrip('# ')}")
 
 
 def _repeated(arguments: list[str]) -> list[str]:
@@ -232,14 +328,15 @@ def _repeated(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Run the command line; an error becomes one message and an exit status."""
-    try:
-        app(_repeated(sys.argv[1:]))
-    except RayfedError as error:
-        echo(f"rayfed-lora: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("rayfed-lora: ended at once; resume with --resume --out", file=sys.stderr)
-        sys.exit(130)
-    except Exception:  # a bug; its text may still come from a stranger's file
-        echo(traceback.format_exc(), end="", file=sys.stderr)
-        sys.exit(1)
+    with safe_output():
+        try:
+            app(_repeated(sys.argv[1:]))
+        except RayfedError as error:
+            echo(f"rayfed-lora: {error}", file=sys.stderr)
+            sys.exit(error.exit_status)
+        except KeyboardInterrupt:
+            echo("rayfed-lora: ended at once", file=sys.stderr)
+            sys.exit(130)
+        except Exception:  # a bug; its text may still come from a stranger's file
+            echo(traceback.format_exc(), end="", file=sys.stderr)
+            sys.exit(1)

@@ -7,9 +7,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
+from rayfed_lora.annealing.stages import schedule
 from rayfed_lora.cli.console import PlainConsole
 from rayfed_lora.cli.run_display import bill
 from rayfed_lora.recipe.recipe import Recipe
@@ -19,15 +18,32 @@ if TYPE_CHECKING:
     from rayfed_lora.launching.planning import Plan, PlannedRound
 
 MOST_ROWS = 60  # of the schedule, without those of omitted rounds
-_AT_AN_END = 3  # rounds shown at each end of a stage
+_AT_AN_END = 3  # rounds or ranks shown at each end of a stage
+_MOST_RANKS = 12  # of a stage, in one line
+
+
+def show_stages(console: PlainConsole, recipe: Recipe) -> None:
+    """Print each stage with its number of rounds and its ranks, which the recipe alone gives."""
+    total = recipe.annealing.total_rounds
+    console.print_line(f"{recipe.name}: {recipe.method}, {total:,} rounds")
+    for stage, planned in groupby(schedule(recipe.annealing), lambda plan: plan.stage):
+        rounds = list(planned)
+        if rounds[0].trainable == "full":
+            trained = "full model"
+        else:
+            ranks = [str(rank) for rank, _ in groupby(rounds, lambda plan: plan.rank)]
+            if len(ranks) > _MOST_RANKS:
+                ranks[_AT_AN_END:-_AT_AN_END] = ["..."]
+            trained = f"rank {', '.join(ranks)}"
+        plural = "s" if len(rounds) > 1 else ""
+        console.print_line(f"  {stage}: {len(rounds):,} round{plural}, {trained}")
 
 
 def show_plan(console: PlainConsole, recipe: Recipe, plan: Plan) -> None:
     """Print the schedule round by round, the bill, and what the run needs."""
     shape, examples = plan.outline.shape, plan.outline.devices.sizes
     console.print_line(
-        f"{recipe.name}: {recipe.method}, {len(plan.rounds)} rounds,"
-        f" {len(examples)} clients with {examples.min()} to {examples.max()} examples,"
+        f"{len(examples)} clients with {examples.min()} to {examples.max()} examples,"
         f" {len(plan.outline.label_names)} classes, {plan.outline.test_examples} test examples"
     )
     console.print_line(
@@ -35,7 +51,7 @@ def show_plan(console: PlainConsole, recipe: Recipe, plan: Plan) -> None:
         f" head of {shape.head_params:,}"
     )
     rows = shown_rounds(plan.rounds)
-    console.print(_schedule(plan.rounds, rows))
+    _print_schedule(console, plan.rounds, rows)
     left_out = sum(len(row) for row in rows if isinstance(row, range))
     if left_out > 0:
         console.print_line(
@@ -54,31 +70,32 @@ def show_plan(console: PlainConsole, recipe: Recipe, plan: Plan) -> None:
         console.warn(note)
 
 
-def _schedule(rounds: Sequence[PlannedRound], rows: Sequence[int | range]) -> Table:
+def _print_schedule(
+    console: PlainConsole, rounds: Sequence[PlannedRound], rows: Sequence[int | range]
+) -> None:
     timed = rounds[0].simulated_s is not None
-    names = ["round", "stage", "rank", "trained", "lr", "clients", "up", "down", "base"]
-    table = Table(*names, *["simulated"] * timed, box=box.SIMPLE)
-    for column in table.columns:
-        column.no_wrap = True
-        column.justify = "left" if column.header in ("round", "stage") else "right"
-    for row in rows:
+    shown = [_row(rounds[row], timed) for row in rows if isinstance(row, int)]
+    for i, row in enumerate(rows):
         if isinstance(row, range):
-            table.add_row("...", f"{len(row):,} rounds")
-            continue
-        r = rounds[row]
-        table.add_row(
-            str(r.round),
-            r.stage,
-            "full" if r.rank is None else str(r.rank),
-            f"{r.trainable_params:,}",
-            f"{r.learning_rate:.3g}",
-            str(r.clients) if r.arriving == r.clients else f"{r.arriving} of {r.clients}",
-            megabytes(r.bytes_up),
-            megabytes(r.bytes_down),
-            megabytes(r.bytes_base),
-            *([duration(r.simulated_s)] if timed else []),
-        )
-    return table
+            rest = dict.fromkeys(shown[0], "")
+            shown.insert(i, rest | {"round": "...", "stage": f"{len(row):,} rounds"})
+    console.print_rows(shown, optional=("values trained", "lr", "base a round"), left=["stage"])
+
+
+def _row(r: PlannedRound, timed: bool) -> dict[str, str]:
+    """Return a row of the schedule: sent values are of one round and of all its clients."""
+    return {
+        "round": str(r.round + 1),
+        "stage": r.stage,
+        "rank": "full" if r.rank is None else str(r.rank),
+        "values trained": f"{r.trainable_params:,}",
+        "lr": f"{r.learning_rate:.3g}",
+        "clients": str(r.clients) if r.arriving == r.clients else f"{r.arriving} of {r.clients}",
+        "up a round": megabytes(r.bytes_up),
+        "down a round": megabytes(r.bytes_down),
+        "base a round": megabytes(r.bytes_base),
+        **({"simulated time": duration(r.simulated_s)} if timed else {}),
+    }
 
 
 def shown_rounds(rounds: Sequence[PlannedRound]) -> list[int | range]:

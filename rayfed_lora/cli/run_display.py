@@ -5,98 +5,135 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from rayfed_lora.cli.console import PlainConsole
-from rayfed_lora.federation.records import RoundRecord
-from rayfed_lora.runs.status import Status, headline
+from rayfed_lora.cli.console import PlainConsole, fitted
+from rayfed_lora.cli.next_steps import after_run
 from rayfed_lora.units import duration, megabytes, percent
+
+if TYPE_CHECKING:
+    from rayfed_lora.federation.records import RoundRecord
+    from rayfed_lora.runs.status import Status
+
+# Columns of a terminal that the bar and the elapsed time take.
+_BAR = 22
 
 
 @contextmanager
-def watching(console: PlainConsole) -> Iterator[Callable[[Status], None]]:
-    """Show a live bar, or plain lines without a terminal; yield the function to call."""
+def watching(console: PlainConsole, location: str = "") -> Iterator[Callable[[Status], None]]:
+    """Show a live bar, or plain lines without a terminal; yield the function to call.
+
+    Its first call prints the run folder `location`.
+    """
     if not console.is_terminal:
-        yield _plain(console)
+        yield _plain(console, location)
         return
     name = TextColumn("{task.description}", markup=False)
     detail = TextColumn("{task.fields[detail]}", markup=False)
     bar = BarColumn(bar_width=None)
-    with Progress(name, bar, detail, console=console, transient=True) as progress:
-        task = progress.add_task("starting", total=None, detail="")
+    with Progress(
+        name, bar, TimeElapsedColumn(), detail, console=console, transient=True, expand=True
+    ) as progress:
+        task = progress.add_task("starting: importing", total=None, detail="")
+        told: list[Status] = []
 
         def show(status: Status) -> None:
-            _print_news(console, status)
+            from rayfed_lora.runs.status import headline
+
+            _print_news(console, status, "" if told else location)
+            told[:] = [status]
             total = None if status.phase == "starting" else status.rounds
-            progress.update(task, description=headline(status), detail=_detail(status))
+            text = headline(status)
+            detail = _detail(status, console.width - len(text) - _BAR)
+            progress.update(task, description=text, detail=detail)
             progress.update(task, completed=status.rounds_trained, total=total)
 
         yield show
 
 
-def _plain(console: PlainConsole) -> Callable[[Status], None]:
-    phases: list[str] = []
+def _plain(console: PlainConsole, location: str) -> Callable[[Status], None]:
+    began, told = time.monotonic(), list[str]()
 
     def show(status: Status) -> None:
-        _print_news(console, status)
-        if status.phase not in phases:
-            phases.append(status.phase)
-            if status.phase != "done":
-                console.print_line(status.phase)
+        from rayfed_lora.runs.status import headline
+
+        _print_news(console, status, "" if told else location)
+        text = headline(status) if status.phase == "starting" else status.phase
+        if text not in told:
+            told.append(text)
+            if text != "done":
+                console.print_line(f"{duration(time.monotonic() - began)} {text}")
 
     return show
 
 
-def _print_news(console: PlainConsole, status: Status) -> None:
+def _print_news(console: PlainConsole, status: Status, location: str) -> None:
+    if location:
+        console.print_facts({"run folder": location})
     for note in status.notes:
         console.warn(note)
     for record in status.records:
-        console.print_line(_round_line(record, status.rounds))
+        for line in _round_lines(record, status.rounds, console.width):
+            console.print_line(line)
 
 
-def _round_line(record: RoundRecord, rounds: int) -> str:
-    """Return one line about a finished round."""
-    width = len(str(rounds))
-    rank = "full model" if record.rank is None else f"rank {record.rank:g}"
-    tested = "" if record.accuracy is None else f"  accuracy {record.accuracy:.3f}"
-    failed = f"  {record.failed_clients} failed" if record.failed_clients else ""
-    dropped = f"  {record.dropped_clients} dropped" if record.dropped_clients else ""
-    verdict = "" if record.proposal is None else f"  {record.proposal.verdict}"
-    return (
-        f"round {record.round + 1:{width}d}/{rounds}  {record.stage:<10}  {rank:<10}"
-        f"  loss {record.train_loss:.3f}{tested}"
-        f"  sent {megabytes(record.bytes_up + record.bytes_down):>9}"
-        f"  {record.clients / record.seconds:5.1f} clients/s  {record.seconds:5.1f} s"
-        f"{verdict}{failed}{dropped}"
-    )
+def _round_lines(record: RoundRecord, rounds: int, width: int) -> Iterator[str]:
+    """Yield a line about a finished round, of at most `width` columns, and one of remarks."""
+    number = f"{record.round + 1:{len(str(rounds))}d}/{rounds}"
+    rank = "full" if record.rank is None else f"rank {record.rank:.3g}"
+    loss, accuracy = record.evaluation.get("loss"), record.accuracy
+    parts = [
+        (0, f"round {number}  {record.stage:<10} {rank:<9}  train loss {record.train_loss:.3f}"),
+        (0, "" if accuracy is None else f"test accuracy {accuracy:.3f}"),
+        (3, "" if loss is None else f"test loss {loss:.3f}"),
+        (2, f"sent in round {megabytes(record.bytes_up + record.bytes_down):>9}"),
+        (4, f"{record.clients / record.seconds:5.1f} clients/s"),
+        (1, duration(record.seconds)),
+    ]
+    counts = {"failed": record.failed_clients, "dropped": record.dropped_clients}
+    remarks = [f"{count} {what}" for what, count in counts.items() if count]
+    verdict = None if record.proposal is None else record.proposal.verdict
+    if verdict == "accepted":
+        parts.append((5, verdict))
+    elif verdict is not None:
+        remarks.insert(0, verdict)
+    line, rest = fitted(width, [part for part in parts if part[1]]), "  ".join(remarks)
+    if len(line) + 2 + len(rest) <= width:
+        yield f"{line}  {rest}".rstrip()
+    else:
+        yield from (line, f"    {rest}")
 
 
-def _detail(status: Status) -> str:
-    now = time.time()
-    if status.training_since is None:
+def _detail(status: Status, width: int) -> str:
+    if status.training_since is None or status.phase != "training":
         return ""
-    loss = "" if status.loss is None else f"loss {status.loss:.3f}  "
-    accuracy = "" if status.accuracy is None else f"accuracy {status.accuracy:.3f}  "
-    return (
-        f"{loss}{accuracy}{status.clients_done}/{status.clients} clients"
-        f"  {megabytes(status.bytes_total)} sent"
-        f"  {status.clients_per_s(now):.1f} clients/s  ETA {duration(status.eta_s(now))}"
-    )
+    now = time.time()
+    parts = [
+        (4, "" if status.loss is None else f"train loss {status.loss:.3f}"),
+        (4, "" if status.accuracy is None else f"test accuracy {status.accuracy:.3f}"),
+        (1, f"{status.clients_done}/{status.clients} clients"),
+        (2, f"{megabytes(status.bytes_total)} sent in total"),
+        (3, f"{status.clients_per_s(now):.1f} clients/s"),
+        (0, f"ETA {duration(status.eta_s(now))}"),
+    ]
+    return fitted(width, [part for part in parts if part[1]])
 
 
 def show_summary(console: PlainConsole, summary: Mapping[str, Any], location: str) -> None:
-    """Print a finished run's metrics, its bill and its folder."""
+    """Print a finished run's metrics, its bill, its folder, and the next command."""
     final, best, timing = summary["final"], summary["best"], summary["timing"]
+    console.print_line(f"{summary['name']} ({summary['method']}, seed {summary['seed']})")
     # Only language models have a perplexity.
     shown = ["accuracy", "loss"] + ["perplexity"] * (final["eval_perplexity"] is not None)
-    table = Table("", *shown, "round", title=f"{summary['name']} ({summary['method']})")
-    for name, row in (("final", final), ("best", best)):
-        numbers = [_metric(row[f"eval_{metric}"]) for metric in shown]
-        table.add_row(name, *numbers, str(row["round"] + 1))
-    console.print(table)
+    rows = []
+    for name, row in (("last tested", final), ("best test accuracy", best)):
+        numbers = {f"test {metric}": _metric(row[f"eval_{metric}"]) for metric in shown}
+        loss = {"train loss": _metric(row["train_loss"])}
+        rows.append({"round": f"{row['round'] + 1} ({name})", **numbers, **loss})
+    console.print_rows(rows, optional=("train loss", "test perplexity"))
     console.print(bill(summary["communication"]))
     rate = timing["client_updates_per_s"]
     console.print_line(
@@ -110,7 +147,7 @@ def show_summary(console: PlainConsole, summary: Mapping[str, Any], location: st
             f"simulated time {duration(simulation['total_s'])},"
             f" {simulation['dropped_clients']} clients left or came too late"
         )
-    console.print_line(f"run folder: {location}")
+    console.print_facts(after_run(location))
 
 
 def _metric(value: float | None) -> str:

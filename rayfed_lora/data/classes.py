@@ -11,6 +11,9 @@ import pyarrow.compute as pc
 from rayfed_lora.data import naming
 from rayfed_lora.errors import DataError
 
+# So many rows without two of the same class have no classes, but numbers or names of their own.
+_MANY = 20
+
 
 @dataclass(frozen=True)
 class Classes:
@@ -41,6 +44,12 @@ def find_classes(
         if len(set(chosen)) < len(chosen):
             raise DataError(f"{where}: need every one of data.labels once, got {list(wanted)}")
         values, names = [values[i] for i in chosen], [names[i] for i in chosen]
+    if wanted is None and len(values) == len(labels) > _MANY:
+        raise DataError(
+            f"{where}: need labels that several rows share, got another one in each of the"
+            f" {len(labels)} rows, such as {values[0]!r}; name the column of the classes in"
+            " data.label_column"
+        )
     if len(values) < 2:
         raise DataError(f"{where}: need at least 2 classes, got {len(values)}: {values}")
     return Classes(tuple(values), tuple(names))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +11,14 @@ import numpy as np
 import pyarrow as pa
 
 from rayfed_lora import seeds
-from rayfed_lora.data import builtin, classes, columns, images, naming, raw_tables
+from rayfed_lora.data import builtin, classes, columns, images, naming, sources
+from rayfed_lora.data.columns import IMAGE_TASK
+from rayfed_lora.data.place import Place
+from rayfed_lora.data.raw_tables import RawData
 from rayfed_lora.errors import DataError
 from rayfed_lora.recipe.data import Data
 
-IMAGE_TASK, LANGUAGE_TASK = "image-classification", "causal-lm"
+LANGUAGE_TASK = "causal-lm"
 # The only class of texts without labels.
 _UNLABELLED = classes.Classes(("text",), ("text",))
 # Counters of the split stream.
@@ -66,17 +68,17 @@ def load(
     Raises:
         DataError: the source cannot be found, read or used as the recipe asks.
     """
-    where = f"data.source {data.source!r}"
-    raw = _read(data, task)
-    rows = _select(raw.train, data, task, data.partition.kind == "column", raw.typed)
+    raw = sources.read(data, task, numbers)
+    where = sources.place("data.source", data.source, raw.files)
+    rows = _select(raw.train, where, data, task, data.partition.kind == "column", raw.typed)
     for name in numbers:
-        column, place = columns.pick(raw.train, (name,), "source", data.source)
+        column, place = columns.pick(raw.train, (name,), "source", where)
         values = columns.as_positive(column, place, raw.typed)
         rows = rows.append_column(number_column(name), values)
     found = _UNLABELLED
     if "label" in rows.column_names:
-        found = classes.find_classes(rows["label"], data.labels, raw.class_names, where)
-    notes = classes.notes_on(found, raw.class_names)
+        found = classes.find_classes(rows["label"], data.labels, raw.class_names, str(where))
+    notes = raw.notes + classes.notes_on(found, raw.class_names)
     clients = None
     if "client" in rows.column_names:
         clients = tuple(naming.in_order(rows["client"].unique().to_pylist()))
@@ -88,7 +90,7 @@ def load(
         train, test = _split(train, data.test_fraction, seed, "test", where)
         test = test.drop_columns([number_column(name) for name in numbers])
     else:
-        test = _numbered(_select(raw.test, data, task), found, keep_only, f"{where}, test split")
+        test = _official_test(raw, data, task, found)
         if train.schema.field(0).type != test.schema.field(0).type:
             raise DataError(
                 f"{where}: need test images of the training images' shape"
@@ -102,55 +104,62 @@ def load(
         validation=validation,
         test=test,
         label_names=found.names,
-        floats=_are_floats(raw.train, data, task),
+        floats=_are_floats(raw.train, data.source, data, task),
         official_test=raw.test is not None,
         clients=clients,
         notes=notes,
     )
 
 
-def _are_floats(table: pa.Table, data: Data, task: str) -> bool:
-    if task != IMAGE_TASK or data.source in builtin.BUILTIN:
+def _are_floats(table: pa.Table, source: str | Sequence[str], data: Data, task: str) -> bool:
+    if task != IMAGE_TASK or (isinstance(source, str) and source in builtin.BUILTIN):
         return False
-    column, _ = columns.find(table, data, "image_column")
+    column, _ = columns.find(table, data, "image_column", Place(""))
     return images.are_floats(column.type)
 
 
-def _read(data: Data, task: str) -> raw_tables.RawData:
-    source = data.source
-    labels = columns.candidates(data, "label_column")
-    if source in builtin.BUILTIN:
-        return builtin.read(source, task)
-    if source.startswith(raw_tables.HUB_PREFIX):
-        return raw_tables.read_hub(source, labels)
-    if raw_tables.suffix_of(source) not in raw_tables.READERS:
-        near = difflib.get_close_matches(source, builtin.BUILTIN, n=1)
+def _official_test(raw: RawData, data: Data, task: str, found: classes.Classes) -> pa.Table:
+    """Return the test rows of the source, or of `data.test_source`, as the training rows are."""
+    where = sources.place("data.source", data.source, raw.test_files).inside("test split")
+    if data.test_source is not None:
+        where = sources.place("data.test_source", data.test_source, raw.test_files)
+    tested = data.source if data.test_source is None else data.test_source
+    floats = _are_floats(raw.train, data.source, data, task)
+    if _are_floats(raw.test, tested, data, task) != floats:
         raise DataError(
-            f"data.source {source!r}: need a built-in name ({', '.join(builtin.BUILTIN)}), a path"
-            f" or URI ending in {' '.join(raw_tables.READERS)}, or hf:<id>"
-            + (f" (did you mean {near[0]!r}?)" if near else "")
+            f"{where}: need pixels like the training images', which are"
+            f" {'floats, used unscaled' if floats else 'whole numbers from 0 to 255'}"
         )
-    client = () if data.partition.column is None else (data.partition.column,)
-    texts = columns.candidates(data, "text_column")
-    return raw_tables.read_file(source, (*texts, *labels, *client))
+    # Labels are texts where those of the training rows are, even if all of these are numbers.
+    texts = isinstance(found.values[0], str) and not {*found.values} <= {"false", "true"}
+    test = _select(raw.test, where, data, task, typed=raw.test_typed or texts)
+    return _numbered(test, found, data.labels is not None, where)
 
 
 def _select(
-    table: pa.Table, data: Data, task: str, with_client: bool = False, typed: bool = True
+    table: pa.Table,
+    where: Place,
+    data: Data,
+    task: str,
+    with_client: bool = False,
+    typed: bool = True,
 ) -> pa.Table:
     """Return `text` or `image`, the raw `label`, and `client`, each in its final type."""
     if table.num_rows == 0:
-        raise DataError(f"data.source {data.source!r}: need rows, got an empty table")
+        raise DataError(f"{where}: need rows, got an empty table")
     selected = {}
     if task == IMAGE_TASK:
-        selected["image"] = images.as_tensors(*columns.find(table, data, "image_column"))
+        selected["image"] = images.as_tensors(
+            *columns.find(table, data, "image_column", where), data.resize
+        )
     else:
-        selected["text"] = columns.as_strings(*columns.find(table, data, "text_column"))
+        selected["text"] = columns.as_strings(*columns.find(table, data, "text_column", where))
     if task != LANGUAGE_TASK or _uses_labels(data):
-        selected["label"] = columns.as_labels(*columns.find(table, data, "label_column"), typed)
+        labels = columns.find(table, data, "label_column", where)
+        selected["label"] = columns.as_labels(*labels, typed)
     name = data.partition.column
     if with_client and name is not None:
-        found = columns.pick(table, (name,), "partition.column", data.source)
+        found = columns.pick(table, (name,), "partition.column", where)
         selected["client"] = columns.as_client_names(*found, typed)
     return pa.table(selected)
 
@@ -166,7 +175,7 @@ def _uses_labels(data: Data) -> bool:
     return by_label or data.labels is not None or data.label_column != columns.AUTO
 
 
-def _numbered(rows: pa.Table, known: classes.Classes, keep_only: bool, where: str) -> pa.Table:
+def _numbered(rows: pa.Table, known: classes.Classes, keep_only: bool, where: Place) -> pa.Table:
     """Replace labels by class numbers; rows of no class are dropped, or an error."""
     if "label" not in rows.column_names:
         return rows.append_column("label", pa.array(np.zeros(rows.num_rows, np.int64)))
@@ -188,7 +197,7 @@ def _numbered(rows: pa.Table, known: classes.Classes, keep_only: bool, where: st
 
 
 def _split(
-    table: pa.Table, fraction: float, seed: int, name: Literal["test", "validation"], where: str
+    table: pa.Table, fraction: float, seed: int, name: Literal["test", "validation"], where: Place
 ) -> tuple[pa.Table, pa.Table]:
     """Return the remaining rows, and ceil(fraction * rows) random ones; both keep their order.
 

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rayfed_lora.data.place import Place
 from rayfed_lora.errors import DataError
 
 # float64 is not exact for larger whole numbers: two of them may have been read as one.
@@ -58,7 +59,7 @@ def is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
-def as_names(column: pa.ChunkedArray, where: str, advice: str = "") -> pa.ChunkedArray:
+def as_names(column: pa.ChunkedArray, where: Place, advice: str = "") -> pa.ChunkedArray:
     """Return integers as they are, whole floats and decimals as int64, other values as texts.
 
     Booleans become `false` and `true`, dates and times ISO texts. The column has neither nulls nor
@@ -83,26 +84,26 @@ def as_names(column: pa.ChunkedArray, where: str, advice: str = "") -> pa.Chunke
     raise DataError(f"{where}: need whole numbers or text, got {kind}")
 
 
-def _whole(column: pa.ChunkedArray, where: str, advice: str) -> pa.ChunkedArray:
+def _whole(column: pa.ChunkedArray, where: Place, advice: str) -> pa.ChunkedArray:
     values = pc.cast(column, pa.float64(), safe=False).to_numpy()
     missing = np.flatnonzero(np.isnan(values))
     if len(missing) > 0:
         raise DataError(
-            f"{where}: need a value in every row, got nan in row {missing[0] + 1}"
+            f"{where}: need a value in every row, got nan in {where.row(int(missing[0]))}"
             f" (the first row is 1; {len(missing)} in all)"
         )
     odd = np.flatnonzero((np.floor(values) != values) | ~np.isfinite(values))
     if len(odd) > 0:
         raise DataError(
             f"{where}: need whole numbers or text, got {column.type} and"
-            f" {values[odd[0]]:g} in row {odd[0] + 1}{advice}"
+            f" {values[odd[0]]:g} in {where.row(int(odd[0]))}{advice}"
         )
     large = np.flatnonzero(np.abs(values) > _MOST_EXACT)
     if len(large) > 0:
         raise DataError(
             f"{where}: need whole numbers up to 2^53 where they are {column.type}, got"
-            f" {values[large[0]]:.17g} in row {large[0] + 1}, which may stand for several; write"
-            " them as text"
+            f" {values[large[0]]:.17g} in {where.row(int(large[0]))}, which may stand for"
+            " several; write them as text"
         )
     return pa.chunked_array([pa.array(values.astype(np.int64))])
 
@@ -123,7 +124,7 @@ def csv_names(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.take(pa.array([int(whole) for whole in wholes], pa.int64()), places)
 
 
-def csv_labels(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+def csv_labels(column: pa.ChunkedArray, where: Place) -> pa.ChunkedArray:
     """Return a CSV column of labels as `csv_names` does; booleans become `false` and `true`.
 
     Labels are booleans where every text is `false` or `true`, in any case. Nulls stay.
@@ -143,7 +144,7 @@ def csv_labels(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
         if odd is not None:
             row = pc.index(column, texts[stripped.index(odd)]).as_py()
             raise DataError(
-                f"{where}: need whole numbers or text, got {odd} in row {row + 1}{NO_CLASSES}"
+                f"{where}: need whole numbers or text, got {odd} in {where.row(row)}{NO_CLASSES}"
             )
     return names
 

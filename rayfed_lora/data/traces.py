@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayfed_lora.data import columns, raw_tables
+from rayfed_lora.data.place import Place
 from rayfed_lora.errors import DataError
 from rayfed_lora.types import TRACE_DIGITS, AvailabilityTrace
 
@@ -42,7 +43,7 @@ def read_trace(
         DataError: the table cannot be read, or has a wrong row; the message names the first one.
     """
     where = f"{_OPTION} {source!r}"
-    if raw_tables.suffix_of(source) not in raw_tables.READERS:
+    if not raw_tables.is_table(source):
         raise DataError(f"{where}: need a path or URI ending in {' '.join(raw_tables.READERS)}")
     raw = raw_tables.read_file(source, () if names is None else ("client",), _OPTION)
     table = raw.train
@@ -82,7 +83,7 @@ def _numbered(
     table: pa.Table, where: str, names: Sequence[str], known: Collection[str], *, typed: bool
 ) -> pa.Table:
     """Return the rows of clients with training examples, with numbers in place of names."""
-    column, place = table["client"], f"{where}, column 'client'"
+    column, place = table["client"], Place(f"{where}, column 'client'")
     named, every = columns.as_client_names(column, place), pa.array({*names, *known}, pa.string())
     if not pc.all(pc.is_in(named, value_set=every)).as_py():
         # As in a CSV source of data, 7.0 is client 7.
@@ -114,7 +115,7 @@ def _joined(rows: pd.DataFrame) -> AvailabilityTrace:
 
 def _numbers(column: pa.ChunkedArray, where: str, name: str) -> npt.NDArray[np.float64]:
     where = f"{where}, column {name!r}"
-    values: npt.NDArray[np.float64] = columns.as_numbers(column, where).to_numpy()
+    values: npt.NDArray[np.float64] = columns.as_numbers(column, Place(where)).to_numpy()
     if not np.isfinite(values).all():
         row = int(np.isfinite(values).argmin())
         got = f"{values[row]:g} in row {row + 1}"

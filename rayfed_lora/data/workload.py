@@ -30,6 +30,7 @@ class Workload:
         trace: when clients are available; None: always.
         notes: messages for the user on how the data were read, one line each.
         client_names: (clients,) the clients' names in the data; None where they have none.
+        float_pixels: whether the pixels of images are given as floats, and kept as they are.
         fingerprint: digest by part of the data; empty where none was computed.
     """
 
@@ -44,6 +45,7 @@ class Workload:
     trace: AvailabilityTrace | None = None
     notes: tuple[str, ...] = ()
     client_names: pa.Array | None = None
+    float_pixels: bool = False
     fingerprint: Mapping[str, str] = field(default_factory=dict)
 
     @property

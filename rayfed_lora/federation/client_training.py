@@ -131,7 +131,7 @@ class ClientTraining:
         if reports and not any(report.usable for report in reports):
             reasons = sorted({str(report.error) for report in reports})
             raise RunError(
-                f"round {t}: none of {len(reports)} clients sent a usable update;"
+                f"round {t + 1}: none of {len(reports)} clients sent a usable update;"
                 f" {'; '.join(reasons[:3])}"
             )
         found = self._with_absent(reports, cohort)

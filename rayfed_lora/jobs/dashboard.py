@@ -6,12 +6,13 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from rayfed_lora.errors import BadInputError, ResourceError, RunError
+from rayfed_lora.errors import BadInputError, ResourceError, RunError, did_you_mean
+from rayfed_lora.recipe.faults import closest
 
 # Ray prefers these to the address in its arguments.
 _OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -108,10 +109,13 @@ def _only(url: str) -> Iterator[None]:
 
 
 @contextmanager
-def translated_errors(job: str | None = None) -> Iterator[None]:
+def translated_errors(
+    job: str | None = None, known: Callable[[], Sequence[str]] = tuple
+) -> Iterator[None]:
     """Raise errors of Ray's client as errors of this package, without any token in them.
 
-    An id `job` in the request is checked first, since it becomes a part of a URL.
+    An id `job` in the request is checked first, since it becomes a part of a URL. `known` returns
+    the ids that there are, for the message.
 
     Raises:
         BadInputError: there is no such job.
@@ -132,5 +136,6 @@ def translated_errors(job: str | None = None) -> Iterator[None]:
         raise ResourceError(f"the Ray dashboard does not answer as expected: {error}") from None
     except RuntimeError as error:
         if job is not None and "status code 404" in str(error):
-            raise BadInputError(f"no job {job!r} in this cluster") from None
+            nearest = did_you_mean(closest(job, known()))
+            raise BadInputError(f"no job {job!r} in this cluster{nearest}") from None
         raise RunError(f"the cluster rejected the request: {error}") from None

@@ -16,7 +16,13 @@ from typing import Any
 from uuid import uuid4
 
 from rayfed_lora.endpoints import OWN_ENDPOINTS, named_in
-from rayfed_lora.errors import BadInputError, InterruptedRunError, RecipeError, RunError
+from rayfed_lora.errors import (
+    BadInputError,
+    InterruptedRunError,
+    RayfedError,
+    RecipeError,
+    RunError,
+)
 from rayfed_lora.jobs.dashboard import client_of, translated_errors
 from rayfed_lora.jobs.local_files import travel_notes
 from rayfed_lora.jobs.views import JobView, run_metadata, runs_recipe
@@ -149,14 +155,19 @@ class Jobs:
             found = self._client.list_jobs()
         return [JobView.of(job) for job in found if runs_recipe(job)]
 
+    def _ids(self) -> list[str]:
+        with suppress(RayfedError):
+            return [view.id for view in self.all()]
+        return []
+
     def status(self, job: str) -> JobView:
         """Return the state and progress of a job."""
-        with translated_errors(job):
+        with translated_errors(job, self._ids):
             return JobView.of(self._client.get_job_info(job))
 
     def logs(self, job: str) -> str:
         """Return the whole output of a job."""
-        with translated_errors(job):
+        with translated_errors(job, self._ids):
             return str(self._client.get_job_logs(job))
 
     def follow(self, job: str, show: Callable[[str], None]) -> JobView:
@@ -204,7 +215,7 @@ class Jobs:
         view = self.status(job)
         if view.ended:
             raise BadInputError(f"job {job} has ended already ({view.state}); nothing was stopped")
-        with translated_errors(job):
+        with translated_errors(job, self._ids):
             self._client.stop_job(job)
         deadline = time.monotonic() + STOP_WAIT_S + 10
         while not view.ended:

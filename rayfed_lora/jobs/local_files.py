@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rayfed_lora.errors import BadInputError
+from rayfed_lora.locations import each
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.location import with_absolute_paths
 
@@ -37,9 +38,9 @@ def files_named(recipe: Recipe) -> list[tuple[str, str]]:
     """
     absolute = _sources(with_absolute_paths(recipe))
     found = []
-    for key, written in _sources(recipe).items():
-        if absolute[key].startswith("/"):
-            found.append((key, absolute[key]))
+    for (key, written), (_, path) in zip(_sources(recipe), absolute, strict=True):
+        if path.startswith("/"):
+            found.append((key, path))
         elif _is_relative_path(key, written):
             raise BadInputError(
                 f"{key}: {written!r} is not here, and a job runs in another folder: give a URI, or"
@@ -48,14 +49,16 @@ def files_named(recipe: Recipe) -> list[tuple[str, str]]:
     return found
 
 
-def _sources(recipe: Recipe) -> dict[str, str]:
-    """Return the values of the recipe keys that may name a file, "" if unset."""
-    return {
+def _sources(recipe: Recipe) -> list[tuple[str, str]]:
+    """Return the recipe keys that may name files, each with every value that it has."""
+    values = {
         "data.source": recipe.data.source,
-        "clients.availability.trace": recipe.clients.availability.trace or "",
+        "data.test_source": recipe.data.test_source,
+        "clients.availability.trace": recipe.clients.availability.trace,
         "model.source": recipe.model.source,
-        "model.tokenizer": recipe.model.tokenizer or "",
+        "model.tokenizer": recipe.model.tokenizer,
     }
+    return [(key, one) for key, value in values.items() for one in each(value)]
 
 
 def _is_relative_path(key: str, source: str) -> bool:

@@ -26,7 +26,9 @@ ENDED: tuple[State, ...] = ("stopped", "succeeded", "failed")
 # Exit status of a shell that does not find its command.
 _NO_COMMAND = 127
 # Fields of a job's progress that are those of a `Status`.
-_FROM_STATUS = ("phase", "rounds_done", "rounds", "running", "stage", "rank", "loss", "accuracy")
+_FROM_STATUS = (
+    *("phase", "step", "rounds_done", "rounds", "running", "stage", "rank", "loss", "accuracy"),
+)
 
 
 def run_metadata(recipe: Recipe, location: str) -> dict[str, str]:
@@ -44,6 +46,7 @@ class JobProgress(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     phase: str
+    step: str = ""
     rounds_done: int
     rounds: int
     running: int = 0
@@ -73,9 +76,9 @@ class JobProgress(BaseModel):
         status = Status(**{name: getattr(self, name) for name in _FROM_STATUS})
         parts = [f"{self.rounds_done} of {self.rounds} rounds done" if ended else headline(status)]
         if self.loss is not None:
-            parts.append(f"loss {self.loss:.3f}")
+            parts.append(f"train loss {self.loss:.3f}")
         if self.accuracy is not None:
-            parts.append(f"accuracy {self.accuracy:.3f}")
+            parts.append(f"test accuracy {self.accuracy:.3f}")
         if self.phase == "training" and not ended:
             parts.append(f"ETA {duration(self.eta_s)}")
         return ", ".join(parts)

@@ -105,5 +105,9 @@ def _run_cells(
         from rayfed_lora.launching.drivers import driver_class, follow
 
         server = driver_class(ComparisonServer).remote(cells, factory, ticket)
-        ended: tuple[Ended, ...] = follow(server, lambda: watch(ray.get(server.standing.remote())))
+        ended: tuple[Ended, ...] = follow(
+            server,
+            lambda: watch(ray.get(server.standing.remote())),
+            "rerun the same command to resume",
+        )
         return ended

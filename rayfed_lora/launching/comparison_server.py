@@ -105,7 +105,7 @@ class ComparisonServer:
             self._crew = None
         if self._crew is None:
             self._crew = Crew.reserved(recipe, f"clients of a comparison {uuid4().hex}")
-        engine = RayEngine(recipe, self._factory, board.note, crew=self._crew)
+        engine = RayEngine(recipe, self._factory, board.note, crew=self._crew, step=board.step)
         rounds = recipe.annealing.total_rounds
         return engine, run_metrics(run_name(cell), rounds, engine.usage)
 

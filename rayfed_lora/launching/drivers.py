@@ -13,7 +13,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayfed_lora.errors import BadInputError, RayfedError, RunError
-from rayfed_lora.launching.ray_session import NAMESPACE
+from rayfed_lora.launching.ray_health import RayHealth
+from rayfed_lora.launching.ray_session import NAMESPACE, RayLostError
 from rayfed_lora.launching.simulation_server import SimulationServer
 from rayfed_lora.launching.this_process import interruptible
 from rayfed_lora.recipe.recipe import Recipe
@@ -23,6 +24,8 @@ from rayfed_lora.runs.status import Status
 # Each poll costs the driver CPU time that clients need.
 _POLL_S = 0.5
 _ANSWER_S = 30.0
+# A driver that dies in each of its starts must end some time; each restart resumes the run.
+_MOST_RESTARTS = 20
 # How long a stopped run may take to save its rounds.
 _SAVE_S = 120.0
 
@@ -54,7 +57,7 @@ def start_server(
     name = f"rayfed-lora {location}"
     _end_finished(name)
     lifetime = "detached" if detached else None
-    again = {"max_restarts": -1, "max_task_retries": -1}
+    again = {"max_restarts": _MOST_RESTARTS, "max_task_retries": -1}
     driver = driver_class(
         SimulationServer, name=name, namespace=NAMESPACE, lifetime=lifetime, **again
     )
@@ -90,16 +93,17 @@ def wait_for_handover(server: Any, lease: Lease) -> None:
         time.sleep(_POLL_S)
 
 
-def follow(server: Any, poll: Callable[[], None]) -> Any:
+def follow(server: Any, poll: Callable[[], None], resume: str) -> Any:
     """Start a driver's `run`, wait for it and return its result.
 
     `poll` is called about twice a second, and once more after the end. The first SIGINT or SIGTERM
-    calls the driver's `stop`.
+    calls the driver's `stop`. `resume` tells the user how to resume after a loss.
 
     Raises:
         RayfedError: as the driver raised it.
-        RunError: the driver failed otherwise, or was lost.
+        RunError: the driver failed otherwise, or was lost, alone or with its Ray.
     """
+    health = RayHealth(resume)
     result = server.run.remote()
     stop, forwarded = threading.Event(), False
     with _ended_on_error(server, result), interruptible(stop.set):
@@ -108,7 +112,8 @@ def follow(server: Any, poll: Callable[[], None]) -> Any:
             if stop.is_set() and not forwarded:
                 server.stop.remote()
                 forwarded = True
-            with _unwrapped_errors():
+            with _unwrapped_errors(health):
+                health.check()
                 poll()
                 if ready:
                     return ray.get(result)
@@ -141,6 +146,8 @@ def _ended_on_error(server: Any, result: Any) -> Iterator[None]:
     """
     try:
         yield
+    except RayLostError:
+        raise
     except BaseException as error:
         if isinstance(error, Exception) and not ray.wait([result], timeout=0)[0]:
             # Ray warns of calls that are unfinished when their actor is killed.
@@ -151,7 +158,7 @@ def _ended_on_error(server: Any, result: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _unwrapped_errors() -> Iterator[None]:
+def _unwrapped_errors(health: RayHealth) -> Iterator[None]:
     """Raise a driver's own RayfedError as it is, and any other error of Ray as a RunError."""
     try:
         yield
@@ -160,4 +167,7 @@ def _unwrapped_errors() -> Iterator[None]:
             raise error.cause from None
         raise RunError(f"the server failed:\n{error}") from error
     except RayError as error:
-        raise RunError(f"the server was lost: {error}") from error
+        health.check()
+        # Ray indents ids and names.
+        lines = [line for line in str(error).splitlines() if line and not line.startswith("\t")]
+        raise RunError(f"the server was lost: {' '.join(lines)} {health.hint}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ from rayfed_lora.jobs.reporting import reporting
 from rayfed_lora.launching.ray_session import ray_session
 from rayfed_lora.launching.this_process import absolute, interruptible, local_engine, refuse_address
 from rayfed_lora.pages.run_page import run_page
-from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.claiming import claim, claimed, complete
-from rayfed_lora.runs.location import run_location, with_absolute_paths
+from rayfed_lora.runs.location import with_absolute_paths
+from rayfed_lora.runs.resuming import recipe_and_place
 from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import Status, StatusBoard
 from rayfed_lora.storage import RunFolder
@@ -74,9 +75,10 @@ def run(
     ends the run at once.
 
     Args:
-        recipe: a `Recipe`, a shipped name, a path or a mapping; its values are checked here.
+        recipe: a `Recipe`, a shipped name, a path or a mapping; its values are checked here. With
+            `resume` also the folder or URI of a run, which is continued by its stored recipe.
         out: run folder or URI; default `storage.path`, or a new one under `runs/`.
-        resume: continue the run in `out`.
+        resume: continue the run in `out`, which has to exist.
         address: of a running Ray cluster; default $RAY_ADDRESS, or an own Ray.
         watch: called with the status from time to time, with each record and note once.
         factory: builds workload and trainers in the workers; for tests.
@@ -86,9 +88,9 @@ def run(
         InterruptedRunError: stopped by a signal.
         RunError: the run failed; the last checkpoint is kept.
     """
-    recipe = with_absolute_paths(load_recipe(recipe))
+    recipe, location = recipe_and_place(recipe, out, resume)
+    recipe = with_absolute_paths(recipe)
     refuse_address(recipe, address)
-    location = run_location(out or recipe.storage.path, recipe.name)
     folder = RunFolder(location)
     claim(folder, recipe, resume)
     done = complete(folder) if resume else None
@@ -113,12 +115,14 @@ def run(
                 )
             return Result(location, summary)
         where = absolute(folder)
+        watch(Status(step="starting Ray", rounds=recipe.annealing.total_rounds))
         with ray_session(address), reporting(recipe, where, watch) as report:
             # After `ray_session`: Ray reads its settings at import.
             from rayfed_lora.launching.drivers import follow, start_server, status_poll
 
             server, _ = start_server(recipe, where, resume=resume, factory=factory, ticket=ticket)
-            return Result(location, follow(server, status_poll(server, report)))
+            again = f"resume with --resume --out {shlex.quote(location)}"
+            return Result(location, follow(server, status_poll(server, report), again))
 
 
 def start(
@@ -135,13 +139,13 @@ def start(
     Raises:
         BadInputError: no cluster is named, or the run is rejected.
     """
-    recipe = with_absolute_paths(load_recipe(recipe))
+    recipe, location = recipe_and_place(recipe, out, resume)
+    recipe = with_absolute_paths(recipe)
     if recipe.runtime.executor != "ray" or (address or os.environ.get("RAY_ADDRESS")) is None:
         raise BadInputError(
             "--detach needs executor ray and a running cluster: give --address (or RAY_ADDRESS);"
             " a cluster on this machine is started by `ray start --head`"
         )
-    location = run_location(out or recipe.storage.path, recipe.name)
     folder = RunFolder(location)
     claim(folder, recipe, resume)
     with claimed(folder, recipe, resume) as lease, ray_session(address):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfed_lora.aggregation.rules import RULES
-from rayfed_lora.annealing.stages import Feedback, plan_round
+from rayfed_lora.annealing.stages import schedule
 from rayfed_lora.federation.cohorts import Cohort, Cohorts
 from rayfed_lora.federation.learning_rate import learning_rate, rate_warning
 from rayfed_lora.federation.ledger import BYTES_PER_VALUE, Bill, Ledger, Totals
@@ -89,13 +89,10 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
     clients = len(sizes.devices.sizes)
     ledger = Ledger(sizes.shape, clients, RULES[recipe.aggregation.rule])
     cohorts = Cohorts(recipe, sizes.devices, clients, ledger)
-    # As if each proposal were accepted: what is proposed depends on the training.
-    annealing = recipe.annealing.model_copy(update={"acceptance": "always"})
     anew = RULES[recipe.aggregation.rule].restarts
     rounds: list[PlannedRound] = []
     rank, clock_s = None, 0.0
-    for t in range(recipe.annealing.total_rounds):
-        scheduled = plan_round(annealing, t, Feedback(rank=rank))
+    for scheduled in schedule(recipe.annealing):
         resizing = planned(recipe, sizes.shape, None if anew else rank, scheduled)
         cohort = cohorts.draw(scheduled, resizing, clock_s)
         bill = ledger.book(cohort.facts)

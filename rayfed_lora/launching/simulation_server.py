@@ -79,7 +79,9 @@ class SimulationServer:
     def run(self) -> dict[str, Any]:
         """Run to the end and return the summary; raises what `simulate` raises."""
         recipe, folder, board = self._recipe, RunFolder(self._location), self._board
-        engine = RayEngine(recipe, self._factory, board.note, self._run_id, again=self._restarted)
+        engine = RayEngine(
+            recipe, self._factory, board.note, self._run_id, again=self._restarted, step=board.step
+        )
         return simulate(
             recipe,
             engine,

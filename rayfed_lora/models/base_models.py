@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib.util
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,14 +13,19 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import (
+    StrictDataclassClassValidationError,
+    StrictDataclassFieldValidationError,
+)
 from torch import nn
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from rayfed_lora.errors import ModelError
 from rayfed_lora.locations import check_name
+from rayfed_lora.models.limits import check_numbers, few_modules
 from rayfed_lora.models.wording import one_line, where
-from rayfed_lora.recipe.model import Model
+from rayfed_lora.recipe.model import AUTO_CLASSES, Model
 
 # Arguments of transformers' loaders that are no values of a configuration; some run foreign code.
 _LOADER_ARGUMENTS = frozenset(
@@ -26,12 +33,9 @@ _LOADER_ARGUMENTS = frozenset(
     " pretrained_model_name_or_path proxies return_unused_kwargs revision subfolder token"
     " trust_remote_code use_auth_token".split()
 )
+# The rest of the package reads logits by name, and nothing else of an output.
+_OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
-_CLASSES = {
-    "image-classification": "AutoModelForImageClassification",
-    "text-classification": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
-}
 
 
 @contextmanager
@@ -57,6 +61,13 @@ def attributed(subject: str) -> Iterator[None]:
             yield
     except ModelError:
         raise
+    except StrictDataclassFieldValidationError as error:
+        field = str(error).partition("'")[2].partition("'")[0]
+        joint = "." if subject == "model.config" else ", "
+        reason = one_line(error.__cause__ or error)
+        raise ModelError(f"{subject}{joint}{field}: {reason}") from error
+    except StrictDataclassClassValidationError as error:
+        raise ModelError(f"{subject}: {one_line(error.__cause__ or error)}") from error
     except Exception as error:  # of many types, for unsuitable files and values
         raise ModelError(f"{subject}: {one_line(error)}") from error
 
@@ -106,23 +117,49 @@ def configuration(model: Model, overrides: dict[str, Any]) -> Any:
         ModelError: the configuration cannot be read, a key is unknown, or transformers rejects a
             value.
     """
-    own = {k: v for k, v in model.config.items() if k != "architecture"}
+    # A copy: transformers changes nested values.
+    own = copy.deepcopy({k: v for k, v in model.config.items() if k != "architecture"})
     arguments = sorted(own.keys() & _LOADER_ARGUMENTS)
     if arguments:
         raise ModelError(
             f"model.config.{arguments[0]}: expected values of the model's configuration; how a"
             " model is loaded is fixed: safetensors only, and no code that comes with a model"
         )
-    values = overrides | own
+    if "model_type" in own:
+        raise ModelError("model.config.model_type: expected the key architecture instead")
+    for name, value in _OUTPUTS.items():
+        if own.get(name, value) is not value:
+            raise ModelError(
+                f"model.config.{name}: expected {str(value).lower()}, since only the logits of a"
+                f" model are read, got {own[name]!r}"
+            )
+    check_numbers(own, "model.config")
+    values = _OUTPUTS | overrides | own
     with attributed(where(model)):
         if model.source == "config":
+            _check_architecture(model.config["architecture"])
             config = AutoConfig.for_model(model.config["architecture"], **values)
         else:
             place = location(model.source)
             _check_folder(Path(place), where(model))
+            written, _ = PreTrainedConfig.get_config_dict(place, trust_remote_code=False)
+            check_numbers(written, where(model))
             config = AutoConfig.from_pretrained(place, trust_remote_code=False, **values)
     _check_keys(list(own), config)
+    if config.architectures is None:
+        # transformers iterates over it where a type has several models (DeiT, LeViT).
+        config.architectures = []
     return config
+
+
+def _check_architecture(name: str) -> None:
+    if name not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(name.lower(), CONFIG_MAPPING.keys(), n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ModelError(
+            "model.config.architecture: expected a model type of transformers, such as vit, bert"
+            f" or llama, got {name!r}{hint}"
+        )
 
 
 def _check_folder(folder: Path, subject: str) -> None:
@@ -177,8 +214,15 @@ def skeleton(model: Model, config: Any) -> nn.Module:
     Raises:
         ModelError: transformers has no such model for the task.
     """
+    if type(config) not in auto_class(model)._model_mapping:
+        raise ModelError(
+            f"{where(model)}: transformers has no model of type {config.model_type!r} for"
+            f" model.task {model.task!r} ({AUTO_CLASSES[model.task]})"
+        )
     with attributed(where(model)):
-        with torch.device("meta"):
+        with torch.device("meta"), few_modules(where(model)), warnings.catch_warnings():
+            # `check_size` rejects them.
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
             net = auto_class(model).from_config(config)
         # Some models ignore torch's default device for a few tensors.
         return net.to("meta")  # type: ignore[no-any-return]
@@ -198,4 +242,4 @@ def load_code(model: Model) -> None:
 
 def auto_class(model: Model) -> Any:
     """Return transformers' auto class for the model's task."""
-    return getattr(transformers, _CLASSES[model.task])
+    return getattr(transformers, AUTO_CLASSES[model.task])

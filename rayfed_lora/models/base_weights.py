@@ -62,18 +62,29 @@ def _load(model: Model, config: Any, **options: Any) -> tuple[nn.Module, LoadRep
         net, info = base_models.auto_class(model).from_pretrained(
             base_models.location(model.source),
             config=config,
-            dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **options,
+            **{"dtype": torch.float32, **options},
         )
     if info["error_msgs"]:
         raise ModelError(f"{where(model)}: {' '.join(info['error_msgs'])}")
     shapes = {name: (tuple(had), tuple(needed)) for name, had, needed in info["mismatched_keys"]}
     missing, unexpected = (sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
     return net, LoadReport(tuple(missing), tuple(unexpected), dict(sorted(shapes.items())))
+
+
+def source_dtype(model: Model) -> torch.dtype:
+    """Return the precision that a source's weights are stored in; no weight is read.
+
+    Raises:
+        ModelError: the source cannot be read.
+    """
+    if model.source == "config":
+        return torch.float32
+    config = base_models.configuration(model, {})
+    return _load(model, config, device_map="meta", dtype="auto")[0].dtype  # type: ignore[return-value]
 
 
 def build(model: Model, config: Any, seed: int, *, keep_head: bool = False) -> nn.Module:

@@ -72,6 +72,10 @@ class ImageProcessor:
             )
         return inputs
 
+    def write(self, folder: Path) -> None:
+        """Write the processor's file into a folder."""
+        self._processor.save_pretrained(str(folder))
+
     def __str__(self) -> str:
         """Return the steps of the preprocessing, in one line."""
         own, steps = self._processor, []
@@ -117,6 +121,27 @@ def read_image_processor(
     if size is not None:
         _set_size(processor, size)
     return ImageProcessor(processor, channels, name)
+
+
+def write_image_processor(folder: Path, model: Model, config: Any, float_pixels: bool) -> None:
+    """Write the image processor of a model, as it is used in training.
+
+    Without one, RGB images are scaled to [-1, 1]. Nothing is written for pixels that are given as
+    floats, since these are kept, nor for other channels, which no processor of transformers makes.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+    own_size = size if "image_size" in model.config and isinstance(size, int) else None
+    processor = None if float_pixels else read_image_processor(model, channels, own_size)
+    if processor is not None:
+        processor.write(folder)
+    elif not float_pixels and channels == 3 and isinstance(size, int):
+        half, square = [0.5] * channels, {"height": size, "width": size}
+        scaled: dict[str, Any] = {"image_processor_type": "ViTImageProcessor", "size": square}
+        scaled |= {"image_mean": half, "image_std": half}
+        (folder / _FILE).write_text(json.dumps(scaled, indent=1))
 
 
 def _set_size(processor: Any, size: int) -> None:

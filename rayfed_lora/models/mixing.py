@@ -152,7 +152,10 @@ def _forward(net: nn.Module, inputs: Inputs) -> tuple[torch.Tensor, _Calls]:
             if is_linear(module):
                 hook = partial(record, name)
                 stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-        return net(**inputs).logits, calls
+        logits = net(**inputs).logits
+    if bool(torch.isnan(logits).all()):
+        raise ValueError("expected numbers as logits, all are NaN")
+    return logits, calls
 
 
 def _digest(x: torch.Tensor) -> torch.Tensor:

@@ -131,7 +131,7 @@ def _traced(net: nn.Module, recipe: Recipe) -> _Trace:
         for module in linear.values():
             stack.enter_context(module.register_forward_hook(record))
         try:
-            with torch.no_grad(), _no_padding_warning(net):
+            with torch.no_grad(), no_padding_warning(net):
                 net.eval()(**_inputs(net, recipe))
         except Exception as error:  # some models read values, which do not exist here
             return _Trace(f"its forward pass cannot be traced ({type(error).__name__})")
@@ -143,7 +143,7 @@ def _traced(net: nn.Module, recipe: Recipe) -> _Trace:
 
 
 @contextmanager
-def _no_padding_warning(net: nn.Module) -> Iterator[None]:
+def no_padding_warning(net: nn.Module) -> Iterator[None]:
     """Disable a check of transformers that reads the values of tokens."""
     own = [module for module in net.modules() if hasattr(module, _WARNING)]
     for module in own:

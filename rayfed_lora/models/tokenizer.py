@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,6 @@ from rayfed_lora.recipe.model import Model
 # Characters of a text shown in a message.
 _SHOWN = 60
 _POSITIONS = ("position_embeddings", "embed_positions", "wpe")
-# RoBERTa's kind can use a few positions fewer than its configuration names.
-_SPARE = 8
 
 
 def read_tokenizer(model: Model) -> Any:
@@ -48,6 +47,19 @@ def give_padding_token(tokenizer: Any) -> str | None:
         return None
     tokenizer.pad_token = token
     return token
+
+
+def write_tokenizer(folder: Path, model: Model) -> None:
+    """Write the tokenizer of a model, with its chat template, as it is used in training.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    tokenizer = read_tokenizer(model)
+    if model.task == "text-classification":
+        give_padding_token(tokenizer)
+    with base_models.quiet():
+        tokenizer.save_pretrained(str(folder))
 
 
 def token_facts(tokenizer: Any, *, padding: bool) -> dict[str, Any]:
@@ -131,20 +143,32 @@ def check_tokens(net: nn.Module, tokenizer: Any, tokens: Tokens, texts: Sequence
     )
 
 
-def check_length(model: Model, config: Any, longest: int) -> None:
+def check_length(net: nn.Module, config: Any, longest: int) -> None:
     """Raise ModelError if the model has a table of fewer positions than `longest` tokens."""
-    named = getattr(config, "max_position_embeddings", None)
-    if not isinstance(named, int) or longest <= named - _SPARE:
-        return
-    for table in _position_tables(base_models.skeleton(model, config)):
-        positions = table.num_embeddings
-        if table.padding_idx is not None:
-            positions -= table.padding_idx + 1
-        if longest > positions:
-            raise ModelError(
-                f"data.max_length: expected at most {positions}, the positions of the model, the"
-                f" longest text has {longest} tokens"
-            )
+    positions = _positions(net, config)
+    if positions is not None and longest > positions:
+        raise ModelError(
+            f"data.max_length: expected at most {positions}, the positions of the model, the"
+            f" longest text has {longest} tokens"
+        )
+
+
+def may_exceed(net: nn.Module, config: Any, tokenizer: Any, max_length: int) -> bool:
+    """Return whether texts may have more tokens, or larger ones, than the model has embeddings."""
+    positions, rows = _positions(net, config), _embeddings(net)
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    return (positions is not None and max_length > positions) or (
+        rows is not None and largest >= rows
+    )
+
+
+def _positions(net: nn.Module, config: Any) -> int | None:
+    """Return the number of tokens that have a position; None where it is not limited."""
+    if not isinstance(getattr(config, "max_position_embeddings", None), int):
+        return None
+    tables = _position_tables(net)
+    unused = [0 if t.padding_idx is None else t.padding_idx + 1 for t in tables]
+    return min((t.num_embeddings - n for t, n in zip(tables, unused, strict=True)), default=None)
 
 
 def _embeddings(net: nn.Module) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import pandas as pd
@@ -16,8 +17,10 @@ from rayfed_lora.pages.table_files import write_table
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checksums
 from rayfed_lora.runs.checksums import REPORT_FILE
+from rayfed_lora.runs.claiming import say
 from rayfed_lora.runs.labelled_runs import read_failed, read_runs
-from rayfed_lora.runs.reading import rounds_so_far
+from rayfed_lora.runs.reading import read_errors, rounds_so_far
+from rayfed_lora.runs.saving import optional_page
 from rayfed_lora.runs.seals import damaged
 from rayfed_lora.runs.status import Status
 from rayfed_lora.storage import RunFolder
@@ -88,6 +91,21 @@ class Standing:
     status: Status = field(default_factory=Status)
     ended: tuple[Ended, ...] = ()
 
+    def eta_s(self, now: float) -> float | None:
+        """Return the remaining seconds by the mean of the ended runs; None before one is known.
+
+        The running one counts by its own rounds, and as the only one where none has ended.
+        """
+        own, since = self.status.eta_s(now), self.status.training_since
+        known = [ended.seconds for ended in self.ended if ended.error is None]
+        if not known and own is not None and since is not None:
+            known = [now - since + own]
+        if not known:
+            return None
+        left = self.cells - len(self.ended)
+        mean = sum(known) / len(known)
+        return left * mean if own is None else own + (left - 1) * mean
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -125,7 +143,7 @@ class Comparison:
             if cell.location not in failed:
                 try:
                     found.append((cell, *_read(cell)))
-                except (RunFolderError, ValueError, LookupError) as error:
+                except RunFolderError as error:
                     # The tables of the other runs are written all the same.
                     failed[cell.location] = str(error)
         if not found:
@@ -140,17 +158,18 @@ class Comparison:
         return cls(runs, _methods(runs), rounds, target)
 
     def write(self, folder: RunFolder) -> None:
-        """Write runs, methods and rounds as Parquet and CSV, their plots, and the report.
+        """Write runs, methods and rounds as Parquet and CSV, then plots and report if possible.
 
         Raises:
-            RunError: the folder cannot be written.
+            RunError: a table cannot be written.
         """
         for name in ("runs", "methods", "rounds"):
             write_table(folder, name, getattr(self, name))
-        runs = read_runs([folder.location], own=True)
-        write_plots(folder, self.rounds, accuracies_of_clients(runs))
-        page = report_html(runs, read_failed([folder.location]))
-        folder.write(REPORT_FILE, page.encode())
+        with optional_page(folder, say):
+            runs = read_runs([folder.location], own=True)
+            write_plots(folder, self.rounds, accuracies_of_clients(runs))
+            page = report_html(runs, read_failed([folder.location]))
+            folder.write(REPORT_FILE, page.encode())
 
 
 def _read(cell: Cell) -> tuple[Mapping[str, Any], pd.DataFrame]:
@@ -158,7 +177,9 @@ def _read(cell: Cell) -> tuple[Mapping[str, Any], pd.DataFrame]:
     summary = checksums.read_summary(folder)
     if summary is None:
         raise damaged(folder, checksums.SUMMARY_FILE, "it is missing")
-    rounds = rounds_so_far(folder)
+    with read_errors(folder):
+        rounds = rounds_so_far(folder)
+        _row(cell, summary, rounds, inf)  # the summary may lack what a row needs
     rounds.insert(0, "method", cell.method)
     rounds.insert(1, "seed", cell.seed)
     return summary, rounds

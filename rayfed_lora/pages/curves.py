@@ -139,8 +139,10 @@ def short(key: str) -> str:
     """Return the name of a metric or recipe key without the prefix that its section shares.
 
     >>> short("annealing.heating.rank"), short("annealing.temperature"), short("eval_accuracy")
-    ('heating rank', 'temperature', 'eval accuracy')
+    ('heating rank', 'temperature', 'test accuracy')
     """
+    if key.startswith("eval_"):
+        key = key.replace("eval", "test", 1)
     parts = key.split(".")[-2:]
     return " ".join(parts[parts[0] == "annealing" :]).replace("_", " ")
 

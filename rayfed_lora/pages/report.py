@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from rayfed_lora.errors import BadInputError, RunFolderError
+from rayfed_lora.errors import BadInputError, RunError, RunFolderError
 from rayfed_lora.locations import child, parent
 from rayfed_lora.pages.figures import figures, label_of_client, partitions
 from rayfed_lora.pages.page import Rows, even, page, shown
@@ -50,7 +50,10 @@ def report(locations: Sequence[str], to: str | None = None) -> str:
             f"{', '.join(locations)}: expected folders as rayfed-lora writes them; their"
             f" content cannot be shown: {type(error).__name__}: {error}"
         ) from error
-    RunFolder(folder).write(name, content)
+    try:
+        RunFolder(folder).write(name, content)
+    except RunError as error:
+        raise RunError(f"{error}; --out FILE.html writes it elsewhere") from error
     return to
 
 
@@ -86,17 +89,17 @@ def _overview(run: RunData) -> dict[str, str]:
     facts = {"run": run.label, "method": run.method, "seed": str(run.seed)}
     facts["rounds"] = str(len(run.rounds))
     if run.summary is None:
-        return {**facts, "final accuracy": "not finished"}
+        return {**facts, "last test accuracy": "not finished"}
     final, best = run.summary["final"], run.summary["best"]
     sent, simulation = run.summary["communication"], run.summary.get("simulation")
     facts |= {
-        "final accuracy": shown(final["eval_accuracy"]),
-        "best": f"{shown(best['eval_accuracy'])} (round {best['round'] + 1})",
-        "macro F1": shown(final["eval_macro_f1"]),
-        "AUC": shown(final["eval_auc"]),
-        "loss": shown(final["eval_loss"]),
-        "perplexity": shown(final["eval_perplexity"]),
-        "sent": megabytes(sent["total_bytes"]),
+        "last test accuracy": shown(final["eval_accuracy"]),
+        "best test accuracy": f"{shown(best['eval_accuracy'])} (round {best['round'] + 1})",
+        "test macro F1": shown(final["eval_macro_f1"]),
+        "test AUC": shown(final["eval_auc"]),
+        "test loss": shown(final["eval_loss"]),
+        "test perplexity": shown(final["eval_perplexity"]),
+        "sent in total": megabytes(sent["total_bytes"]),
         "less than FedAvg": percent(sent["reduction_vs_fedavg"]),
         "failed": str(run.failed),
         "time": duration(run.summary["timing"]["wall_s"]),

@@ -31,16 +31,30 @@ class SearchNews:
     """An update on a search for its observers.
 
     Attributes:
-        trials: number of trials so far.
+        trials: number of all trials, 0 before the first starts.
         running: finished rounds of each running trial.
         ended: id and outcome of a trial that has just ended.
         warning: a line for the user.
+        done: number of ended trials.
+        rounds: of a trial that is not stopped early.
+        drawn: values of the trial that has just ended, by recipe key.
+        location: the search's folder, in the first news.
     """
 
     trials: int = 0
     running: Mapping[str, int] = field(default_factory=dict)
     ended: tuple[str, str] | None = None
     warning: str | None = None
+    done: int = 0
+    rounds: int = 0
+    drawn: Mapping[str, Any] = field(default_factory=dict)
+    location: str | None = None
+
+    @property
+    def trials_done(self) -> float:
+        """Ended trials, and the finished share of the running ones."""
+        begun = sum(min(done / max(self.rounds, 1), 1.0) for done in self.running.values())
+        return self.done + begun
 
 
 Watch = Callable[[SearchNews], None]

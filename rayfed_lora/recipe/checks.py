@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from rayfed_lora.aggregation.rules import RULES
-from rayfed_lora.locations import holds_secret, repeated_option
+from rayfed_lora.locations import each, holds_secret, repeated_option
 from rayfed_lora.recipe.annealing import Annealing
 from rayfed_lora.recipe.clients import Spread
 from rayfed_lora.recipe.runtime import Runtime
@@ -49,14 +49,13 @@ def _location_conflicts(recipe: Settings) -> Iterator[Conflict]:
     """A recipe is kept with its run, and shown in reports: it may not hold credentials."""
     named = {
         "data.source": recipe.data.source,
+        "data.test_source": recipe.data.test_source,
         "model.source": recipe.model.source,
         "model.tokenizer": recipe.model.tokenizer,
         "clients.availability.trace": recipe.clients.availability.trace,
         "storage.path": recipe.storage.path,
     }
-    for key, location in named.items():
-        if location is None:
-            continue
+    for key, location in ((key, one) for key, found in named.items() for one in each(found)):
         if location.lower().startswith("fsspec+"):
             # fsspec has many filesystems, each with its own way to find credentials.
             yield Conflict((key,), "expected a path, or a URI of s3, gs, abfs, hdfs or file")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from rayfed_lora.recipe.fields import (
     Auto,
@@ -39,16 +39,59 @@ class Partition(Section):
     column: str | None = option(None, "the column that names the client (column)")
 
 
+def _known_encoding(name: str) -> str:
+    if name != "auto":
+        try:
+            "".encode(name)
+        except LookupError:
+            raise ValueError("expected auto or an encoding that Python knows") from None
+    return name
+
+
+Sources = str | Annotated[list[str], Field(min_length=1)]
+Encoding = Annotated[str, AfterValidator(_known_encoding)]
+# Arrow's reader knows no others.
+Character = Annotated[str, Field(pattern=r"^[\x00-\x09\x0b\x0c\x0e-\x7f]$")]
+
+
+class TextFormat(Section):
+    """How text files (CSV, TSV, JSON) are written."""
+
+    separator: Literal["auto", "tab"] | Character = option(
+        "auto",
+        "character between the values (CSV, TSV), or `tab`; auto: a tab in .tsv files; in .csv"
+        " files the comma, or the one of ; | and tab that the first line has in place of a comma",
+    )
+    quote: Character | None = option(
+        '"', "character around values, doubled inside of them; null: quotes are plain characters"
+    )
+    encoding: Encoding = option(
+        "auto",
+        "such as latin-1, cp1252 or utf-16-le; auto: that of the byte order mark, otherwise UTF-8",
+    )
+    columns: list[str] | None = option(
+        None, "names of the columns of files without a first line that names them (CSV, TSV)"
+    )
+
+
 class Data(Section):
     """Where the examples come from and how they are split."""
 
-    source: str = option(
+    source: Sources = option(
         "digits",
-        "a built-in name (digits, trec, vader, fashion-mnist), a .parquet, .csv, .jsonl or .arrow"
-        " path or URI, or hf:<id> of a Hugging Face data set",
+        "a built-in name (digits, trec, vader, fashion-mnist); a path or URI of a .parquet, .csv,"
+        " .tsv, .jsonl, .json or .arrow file, also packed (.csv.gz), a pattern (rows-*.csv), or a"
+        " list of them; a folder of such files, of images by class, or of datasets.save_to_disk; or"
+        " hf:ID, hf:ID:CONFIGURATION or hf:ID:CONFIGURATION:SPLIT of a Hugging Face data set",
     )
+    test_source: Sources | None = option(
+        None,
+        "the examples to test on, written like `source`; they replace test_fraction and a test"
+        " split of the source; null: none of its own",
+    )
+    format: TextFormat = section(TextFormat, "separator, quotes and encoding of text files")
     test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = option(
-        0.2, "share kept for testing where the source has no test split of its own"
+        0.2, "share kept for testing without test_source and a test split of the source"
     )
     validation_fraction: Fraction | Auto = option(
         "auto",
@@ -56,7 +99,15 @@ class Data(Section):
         " auto: 0.1 when `annealing.acceptance` needs it (in a comparison: of any method), else 0",
     )
     text_column: str | Auto = option("auto", "column of the text (text tasks)")
-    image_column: str | Auto = option("auto", "column of the image (image tasks)")
+    image_column: str | Auto = option(
+        "auto", "column of the image, or of its path from the table's folder (image tasks)"
+    )
+    resize: Annotated[int, Field(ge=1, le=10_000)] | None = option(
+        None,
+        "side of the square to which encoded images and image files are scaled and cropped at the"
+        " centre; null: they must all have one size",
+        "pixels",
+    )
     label_column: str | Auto = option("auto", "column of the label")
     labels: list[ClassLabel] | None = option(
         None, "keep only the examples with these labels (renumbered in this order); null: all"

@@ -157,13 +157,22 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe) -> tuple[str, dict[st
         is_name = not is_path and not path.exists()
         text = shipped_text(str(source)) if is_name else read_text(path)
     except (OSError, ValueError) as error:
-        fault = Fault("RECIPE", "a readable YAML file", f"{path}: {error}")
+        fault = Fault("RECIPE", "a readable YAML file", f"{path}: {error}", _nearest(path))
         raise RecipeError(str(source), [fault]) from None
     raw = parse_yaml(str(source), text)
     if not isinstance(raw, dict):
         fault = Fault("(file)", "expected a mapping of recipe keys", type(raw).__name__)
         raise RecipeError(str(source), [fault])
     return str(source), raw
+
+
+def _nearest(path: Path) -> str | None:
+    """Return the recipe that was meant: in the folder `path`, or of a similar name beside it."""
+    if path.is_dir():
+        inside = path / "recipe.yaml"
+        return str(inside) if inside.exists() else None
+    found = closest(path.name, [each.name for each in path.parent.glob("*.y*ml")])
+    return None if found is None else str(path.parent / found)
 
 
 def _nested(name: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,13 @@ from pydantic import Field, field_validator
 from rayfed_lora.recipe.fields import Auto, Fraction, PositiveFloat, Section, option
 from rayfed_lora.recipe.plain_values import unsupported
 
+# transformers' class for each task.
+AUTO_CLASSES = {
+    "image-classification": "AutoModelForImageClassification",
+    "text-classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+}
+
 
 class Model(Section):
     """The base model."""

@@ -209,8 +209,11 @@ def _idle_by_data(recipe: Recipe) -> Iterator[_Reason]:
     }
     idle = (name for name, kinds in readers.items() if kind not in kinds)
     yield f"data.partition.kind {kind}", _keys("data.partition", *idle)
+    if recipe.data.test_source is not None:
+        yield "data.test_source", ("data.test_fraction",)
     texts = ("data.text_column", "data.max_length", "model.tokenizer")
-    yield f"model.task {task}", texts if task == "image-classification" else ("data.image_column",)
+    images = ("data.image_column", "data.resize")
+    yield f"model.task {task}", texts if task == "image-classification" else images
 
 
 def _idle_by_runtime(recipe: Recipe) -> Iterator[_Reason]:

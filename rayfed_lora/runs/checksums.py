@@ -23,6 +23,7 @@ SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"
 # Key of summary.json that names the list; summaries of older versions lack the key.
 CHECKSUMS_KEY = "checksums"
+_SECTIONS = ("final", "best", "communication", "timing")
 _ENTRY = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
@@ -96,6 +97,8 @@ def read_summary(folder: RunFolder) -> dict[str, Any] | None:
         summary = json.loads(checked(folder, SUMMARY_FILE, sums or {}))
         if not isinstance(summary, dict):
             raise ValueError(f"expected an object, got {type(summary).__name__}")
+        if wrong := [name for name in _SECTIONS if not isinstance(summary.get(name), dict)]:
+            raise ValueError(f"expected {', '.join(wrong)} with their values")
     except (OSError, ValueError, RecursionError) as error:
         raise damaged(folder, SUMMARY_FILE, f"it cannot be read: {error}") from None
     if sums is None and CHECKSUMS_KEY in summary:

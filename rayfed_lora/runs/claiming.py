@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 from rayfed_lora.endpoints import unguarded
 from rayfed_lora.errors import RecipeError, RunFolderError
 from rayfed_lora.locations import child
+from rayfed_lora.printable import echo
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.recipe.runtime import Runtime
@@ -54,7 +56,8 @@ def _check_content(
             )
     elif folder.exists("recipe.yaml"):
         raise RunFolderError(
-            f"{where} already; resume it with --resume, or choose another --out"
+            f"{where} already; `rayfed-lora run {shlex.quote(folder.location)} --resume` continues"
+            " it, --out starts another one elsewhere"
             if owner is None
             else f"{where}, owned by {owner}: choose another --out"
         )
@@ -79,7 +82,7 @@ def claimed(folder: RunFolder, recipe: Recipe, resume: bool) -> Iterator[Lease]:
 
 def say(text: str) -> None:
     """Print a line for the user before the run has a status to show it."""
-    print(f"rayfed-lora: {text}", file=sys.stderr, flush=True)
+    echo(f"rayfed-lora: {text}", file=sys.stderr)
 
 
 def check_unused(folder: RunFolder) -> None:
@@ -123,6 +126,8 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
         return [
             p for k in keys for p in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)
         ]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [path] if any(_differences(x, y, path) for x, y in zip(a, b, strict=True)) else []
     if isinstance(a, str) and isinstance(b, str):
         # The location is the same with and without credentials.
         a, b = unguarded(a), unguarded(b)

@@ -6,12 +6,15 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from pydantic import BaseModel
 
+from rayfed_lora.data.builtin import BUILTIN
 from rayfed_lora.errors import BadInputError
-from rayfed_lora.locations import is_uri
+from rayfed_lora.locations import each, is_uri, pattern_start
+from rayfed_lora.recipe.data import Data
 from rayfed_lora.recipe.recipe import Recipe
 
 # Default place of Ray jobs' runs, on the head node: a job's own folder is temporary.
@@ -63,22 +66,31 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     availability = _with_absolute(recipe.clients.availability, "trace")
     changed = {
         "clients": recipe.clients.model_copy(update={"availability": availability}),
-        "data": _with_absolute(recipe.data, "source"),
+        "data": _with_absolute(recipe.data, "source", "test_source"),
         "model": _with_absolute(recipe.model, "source", "tokenizer"),
     }
     return recipe.model_copy(update=changed)
 
 
 def _with_absolute(section: BaseModel, *keys: str) -> BaseModel:
-    return section.model_copy(update={key: _absolute(getattr(section, key)) for key in keys})
+    is_data = isinstance(section, Data)
+    changed: dict[str, Any] = {}
+    for key in keys:
+        value = getattr(section, key)
+        paths = [_absolute(one, is_data) for one in each(value)]
+        changed[key] = paths if isinstance(value, list) else paths[0] if paths else None
+    return section.model_copy(update=changed)
 
 
-def _absolute(source: str | None) -> str | None:
-    """Return the absolute path of a local file or folder; anything else unchanged."""
-    if source is None:
-        return None
+def _absolute(source: str, is_data: bool) -> str:
+    """Return the absolute path of local files or a folder; anything else unchanged."""
+    start = None if is_uri(source) else pattern_start(os.path.expanduser(source))
+    if start is not None:
+        folder, parts = start
+        return os.path.join(os.path.abspath(folder), *parts) if os.path.isdir(folder) else source
     if os.path.exists(os.path.expanduser(source)):
         source = os.path.expanduser(source)
     # A folder that happens to have a built-in name does not hide that name.
-    is_path = Path(source).suffix or os.sep in source or Path(source, "config.json").is_file()
+    is_folder = source not in BUILTIN if is_data else Path(source, "config.json").is_file()
+    is_path = Path(source).suffix or os.sep in source or is_folder
     return os.path.abspath(source) if is_path and os.path.exists(source) else source

@@ -113,8 +113,9 @@ def read_errors(folder: RunFolder) -> Iterator[None]:
     """Convert the errors of unexpected files to a RunFolderError that names the folder."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise RunFolderError(f"{folder.location} cannot be read: {error}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise RunFolderError(f"{folder.location} cannot be read: {reason}") from error
 
 
 def _table(checked: CheckedFolder, name: str) -> pd.DataFrame:

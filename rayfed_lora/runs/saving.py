@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rayfed_lora.errors import ClientError, InterruptedRunError
@@ -20,6 +21,12 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checkpoints, checksums
 from rayfed_lora.runs.checkpoints import CheckpointWriter, Snapshot
 from rayfed_lora.runs.checksums import REPORT_FILE, SUMMARY_FILE
+from rayfed_lora.runs.model_card import (
+    ADAPTER_FILES,
+    CARD_FILE,
+    describe_adapter,
+    describe_model,
+)
 from rayfed_lora.runs.restored import run_of, snapshot
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.runs.summary import client_summary, summary
@@ -83,8 +90,8 @@ class Saving:
         except InterruptedRunError as stop:
             run = self.save()
             raise InterruptedRunError(
-                f"stopped with {run.rounds} of {self.recipe.annealing.total_rounds} rounds done;"
-                f" go on with --resume --out {shlex.quote(self.folder.location)}"
+                f"stopped with {run.rounds} of {self.recipe.annealing.total_rounds} rounds done,"
+                f" kept in {self.folder.location}; --resume continues"
             ) from stop
 
     def offer(self, run: Run) -> None:
@@ -120,8 +127,6 @@ class Saving:
         board.phase("exporting")
         folder, tables, model = self.folder, self.tables, run.model
         exported = engine.submit(Export(model)).result()
-        for name, content in exported.items():
-            folder.write(name, content)
         # What follows needs no actors, and their memory may be others'.
         engine.close()
         digest = sha256(model.state, model.base)
@@ -131,8 +136,12 @@ class Saving:
         if tests.num_rows > 0:
             result["clients"] = client_summary(tests)
         result["labels"] = list(self.population.label_names)
+        exported = _described(exported, folder.local or Path(), self.recipe, result)
+        for name, content in exported.items():
+            folder.write(name, content)
         if page is not None:
-            _write_page(folder, board, page, result)
+            with optional_page(folder, board.note):
+                folder.write(REPORT_FILE, page(folder, result).encode())
         result[checksums.CHECKSUMS_KEY] = checksums.SUMS_FILE
         content = json.dumps(_finite(result), indent=1, allow_nan=False).encode()
         recipe = folder.read("recipe.yaml")
@@ -148,6 +157,22 @@ class Saving:
         return result
 
 
+def _described(
+    exported: Mapping[str, bytes], root: Path, recipe: Recipe, result: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """Return an exported model with its card, its parts in folders of `root`."""
+    files, own_base = dict(exported), "base/config.json" in exported
+    config = f"adapter/{ADAPTER_FILES[0]}"
+    names = [name.partition("/")[2] for name in files]
+    if config in files:
+        base = root / "base" if own_base else None
+        made = describe_adapter(files[config], root / "adapter", base, names, recipe, result)
+        files |= {f"adapter/{name}": content for name, content in made.items()}
+    elif own_base:
+        files[f"base/{CARD_FILE}"] = describe_model(root / "base", names, recipe, result)
+    return files
+
+
 def _finite(value: Any) -> Any:
     """Return JSON values with None for every number that JSON has no word for."""
     if isinstance(value, Mapping):
@@ -155,12 +180,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write_page(
-    folder: RunFolder, board: StatusBoard, page: PageWriter, result: Mapping[str, Any]
-) -> None:
+@contextmanager
+def optional_page(folder: RunFolder, tell: Callable[[str], None]) -> Iterator[None]:
+    """Turn any error of the block into a note: the runs are done, and a page can be made again."""
     try:
-        content = page(folder, result)
-    except Exception as error:  # whatever it is, the run is done, and a page can be made again
-        board.note(f"no {REPORT_FILE} ({error}); rayfed-lora report makes one")
-    else:
-        folder.write(REPORT_FILE, content.encode())
+        yield
+    except Exception as error:
+        where = shlex.quote(folder.location)
+        tell(f"no {REPORT_FILE} ({error}); to make one: rayfed-lora report {where}")

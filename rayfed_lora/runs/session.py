@@ -81,10 +81,13 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
         done, damaged = inspected(own) if resume else (None, [])
         if done is not None:
             return done
+        if resume:
+            own.remove_scratch()
         for file in damaged:
             board.note(
                 f"{file} is damaged or missing: it is written again from the last checkpoint"
             )
+        board.step("loading data and model")
         population = engine.open()
         found = accepted(own, recipe, population, board.note) if resume else None
         tables = Tables(own, list(population.shape.modules), population.client_names)

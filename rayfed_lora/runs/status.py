@@ -23,6 +23,7 @@ class Status:
     Attributes:
         phase: `starting`, `training`, `exporting` or `done`; of a detached run also `failed` and
             `stopped`, for which the newest note gives the reason.
+        step: of the phase `starting`, in a few words; "" where it is not known.
         rounds_done, rounds: finished and all rounds.
         running: number of the running round, from 1.
         stage, rank: of the running round; None as rank of a full-model round.
@@ -39,6 +40,7 @@ class Status:
     """
 
     phase: str = "starting"
+    step: str = ""
     rounds_done: int = 0
     rounds: int = 0
     running: int = 0
@@ -113,6 +115,10 @@ class StatusBoard:
         """Set the phase."""
         self._change(phase=phase)
 
+    def step(self, step: str) -> None:
+        """Set the step of the phase `starting`."""
+        self._change(step=step)
+
     def resumed(self, rounds_done: int) -> None:
         """Set the rounds that earlier processes finished."""
         self._change(rounds_done=rounds_done, rounds_before=rounds_done)
@@ -160,6 +166,8 @@ class StatusBoard:
 
 def headline(status: Status) -> str:
     """Return a few words on what a run is doing."""
+    if status.phase == "starting" and status.step:
+        return f"starting: {status.step}"
     if status.phase != "training":
         return status.phase
     rank = "full model" if status.rank is None else f"rank {status.rank}"

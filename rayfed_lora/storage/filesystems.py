@@ -35,6 +35,8 @@ def open_filesystem(location: str) -> tuple[fs.FileSystem, str]:
     """Return the filesystem of a path or URI, and the path in it; raises OSError, ValueError."""
     if "\0" in location:
         raise ValueError("expected a path or URI without NUL characters")
+    if re.search("[\ud800-\udfff]", location):
+        raise ValueError("expected a path in UTF-8; PYTHONUTF8=1 makes Python read names as UTF-8")
     if not is_uri(location):
         return fs.LocalFileSystem(), os.path.abspath(location)
     if "#" in location:

@@ -27,6 +27,7 @@ _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, e
 # Errors of a folder that another process uses or has removed.
 _SHARED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
 _TRIES = 5
+_SCRATCH = ".scratch"
 
 
 class RunFolder:
@@ -165,6 +166,13 @@ class RunFolder:
             elif info.type == fs.FileType.File:
                 self._fs.delete_file(info.path)
 
+    def remove_scratch(self) -> None:
+        """Remove scratch files that killed writes have left; for the only writer of the folder."""
+        if self.local is not None:
+            for path in self.local.rglob(f".*{_SCRATCH}"):
+                with suppress(OSError):
+                    path.unlink()
+
     def check_writable(self) -> None:
         """Write and remove an empty file, and the folders made for it; raises RunFolderError."""
         probe = f".writable-{uuid4().hex}"
@@ -245,7 +253,7 @@ class RunFolder:
 def _replacing(target: Path) -> Iterator[IO[bytes]]:
     """Open a local file to be written; a scratch file is synced and renamed once the block ends."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    handle, scratch = tempfile.mkstemp(_SCRATCH, f".{target.name}.", target.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
             yield stream

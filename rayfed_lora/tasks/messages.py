@@ -82,9 +82,9 @@ class Train:
 
     @property
     def name(self) -> str:
-        """The round and the place of the block in it."""
+        """The round, from 1, and the place of the block in it."""
         block = "" if self.place is None else f" block {self.place}"
-        return f"round {self.plan.round}{block}"
+        return f"round {self.plan.round + 1}{block}"
 
     @property
     def clients(self) -> Block:

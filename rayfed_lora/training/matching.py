@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from torch import nn
 
-from rayfed_lora.data.dataset import IMAGE_TASK, LANGUAGE_TASK, Dataset
+from rayfed_lora.data.columns import IMAGE_TASK
+from rayfed_lora.data.dataset import LANGUAGE_TASK, Dataset
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import base_models
 from rayfed_lora.models.base_weights import LoadReport, class_tensors, load_report
 from rayfed_lora.models.causality import check_causal
+from rayfed_lora.models.causes import tried
 from rayfed_lora.models.fit import fit_notes
 from rayfed_lora.models.image_processor import ImageProcessor
 from rayfed_lora.models.labels import HeadMatch, match_head
+from rayfed_lora.models.limits import check_size
 from rayfed_lora.models.tokenizer import (
     check_vocabulary,
     give_padding_token,
@@ -78,6 +82,7 @@ def match(recipe: Recipe, dataset: Dataset, *, local_only: bool) -> Match:
         if token is not None:
             notes.append(f"the tokenizer has no padding token: texts are padded with {token!r}")
     config = base_models.configuration(model, _facts(recipe, dataset, tokenizer))
+    net = tried(model, config, partial(_skeleton, recipe, here=not local_only))
     if language:
         check_causal(model, config)
     else:
@@ -85,7 +90,6 @@ def match(recipe: Recipe, dataset: Dataset, *, local_only: bool) -> Match:
             # The source may be for regression or several labels; here an example has one class.
             config.problem_type = "single_label_classification"
         _check_classes(config, dataset)
-    net = base_models.skeleton(model, config)
     if tokenizer is not None and not language:
         settle_padding(config, net, tokenizer, model)
         notes += padding_notes(net)
@@ -101,6 +105,13 @@ def match(recipe: Recipe, dataset: Dataset, *, local_only: bool) -> Match:
     if report is not None and head is not None:
         notes += _class_notes(recipe, config, dataset.label_names, head, report)
     return Match(dataset, config, net, tokenizer, image_processor, tuple(notes))
+
+
+def _skeleton(recipe: Recipe, config: Any, *, here: bool) -> nn.Module:
+    """Return the model on the meta device, if it is not too large; `here`: for this machine."""
+    net = base_models.skeleton(recipe.model, config)
+    check_size(net, recipe.model, here=here or recipe.runtime.executor == "local")
+    return net
 
 
 def _facts(recipe: Recipe, dataset: Dataset, tokenizer: Any) -> dict[str, Any]:

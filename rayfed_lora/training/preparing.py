@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rayfed_lora.data.client_table import ClientTable, hold_out
 from rayfed_lora.data.dataset import LANGUAGE_TASK, Dataset, load, number_column
@@ -17,13 +18,17 @@ from rayfed_lora.data.traces import read_trace
 from rayfed_lora.data.workload import Workload, with_fingerprint
 from rayfed_lora.errors import DataError
 from rayfed_lora.models.shapes import model_shape
-from rayfed_lora.models.tokenizer import check_length, check_tokens
+from rayfed_lora.models.tokenizer import check_length, check_tokens, may_exceed
 from rayfed_lora.models.tokens import known_inputs, pad_with, tokenize, tokenize_whole
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.image_inputs import image_inputs
 from rayfed_lora.training.matching import Match, match
 from rayfed_lora.training.proof import judged_without_weights
+from rayfed_lora.training.rehearsal import rehearse
 from rayfed_lora.types import AvailabilityTrace, DeviceFacts, ModelShape
+
+# Texts that a plan tokenises (the longest, and as many others), and images that it prepares.
+_FEW, _IMAGES = 32, 3
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,10 @@ def outline(recipe: Recipe) -> Outline:
     matched = _match(recipe, local_only=True)
     dataset = matched.dataset
     clients, held_out = _partition(recipe, dataset)
-    shape = judged_without_weights(model_shape(matched.net, recipe), matched.config, recipe)
+    examples = _some_examples(dataset, matched, recipe)
+    net = rehearse(recipe, matched.config, examples, clients.counts)
+    shape = model_shape(net, recipe)
+    shape = judged_without_weights(shape, matched.config, examples, recipe)
     return Outline(
         shape=shape,
         devices=DeviceFacts(clients.counts, *_devices(recipe, dataset, clients)),
@@ -76,9 +84,8 @@ def prepare(recipe: Recipe) -> Workload:
     names = _client_names(dataset)
     validated = dataset.test.slice(0, 0) if dataset.validation is None else dataset.validation
     splits = [_examples(each, matched, recipe) for each in (dataset.train, dataset.test, validated)]
-    if matched.tokenizer is not None:
-        check_length(recipe.model, config, max(s.inputs["input_ids"].shape[1] for s in splits))
     train, test, validation = splits
+    rehearse(recipe, config, train, clients.counts)
     workload = Workload(
         train=train,
         validation=_by_length(validation),
@@ -91,6 +98,7 @@ def prepare(recipe: Recipe) -> Workload:
         trace=trace,
         notes=(*dataset.notes, *_notes(recipe, dataset, held_out), *matched.notes),
         client_names=None if names is None else pa.array(names, pa.string()),
+        float_pixels=dataset.floats,
     )
     return with_fingerprint(workload)
 
@@ -164,7 +172,8 @@ def _notes(recipe: Recipe, dataset: Dataset, held_out: ClientTable | None) -> tu
     rows = dataset.train.num_rows
     if data.max_examples is not None and data.max_examples > rows:
         notes.append(f"data.max_examples {data.max_examples}: there are only {rows} examples")
-    if dataset.official_test and data.test_fraction != default_fraction:
+    own = data.test_source is None
+    if own and dataset.official_test and data.test_fraction != default_fraction:
         notes.append("no effect with a data source that has a test split: data.test_fraction")
     return tuple(notes)
 
@@ -184,8 +193,23 @@ def _examples(table: pa.Table, matched: Match, recipe: Recipe) -> Examples:
     else:
         tokens = tokenize(matched.tokenizer, texts, recipe.data.max_length)
     tokens = pad_with(tokens, None if language else config.get_text_config().pad_token_id)
+    check_length(matched.net, config, tokens["input_ids"].shape[1])
     check_tokens(matched.net, matched.tokenizer, tokens, texts)
     return Examples.of(known_inputs(matched.net, config, tokens), labels)
+
+
+def _some_examples(dataset: Dataset, matched: Match, recipe: Recipe) -> Examples:
+    """Return a few examples, the longest texts among them; every text where one may be too long."""
+    tokenizer = matched.tokenizer
+    if tokenizer is None:
+        return _examples(dataset.train.slice(0, _IMAGES), matched, recipe)
+    splits = (dataset.train, dataset.test, dataset.validation)
+    texts = pa.concat_tables(s.select(["text", "label"]) for s in splits if s is not None)
+    if not may_exceed(matched.net, matched.config, tokenizer, recipe.data.max_length):
+        longest = np.argsort(-pc.utf8_length(texts["text"]).to_numpy(), kind="stable")[:_FEW]
+        others = np.linspace(0, texts.num_rows - 1, _FEW).astype(np.int64)
+        texts = texts.take(np.unique([*longest, *others]))
+    return _examples(texts, matched, recipe)
 
 
 def _by_length(examples: Examples) -> Examples:

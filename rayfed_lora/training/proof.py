@@ -1,12 +1,11 @@
 """The test that clients trained in one batch get the results that each would get alone.
 
-A run tests a few of its examples with its weights. A plan has neither: it uses random examples and
-random weights, for small models only.
+A run and a plan test a few examples: a run with its weights, a plan with random ones, and small
+models only.
 """
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +14,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from rayfed_lora.data.dataset import IMAGE_TASK
-from rayfed_lora.data.examples import PIXELS, Batch, Examples
+from rayfed_lora.data.examples import Batch, Examples
 from rayfed_lora.errors import ModelError
-from rayfed_lora.models import base_weights
+from rayfed_lora.models import base_models, base_weights
+from rayfed_lora.models.causes import tried
 from rayfed_lora.models.mixing import Verdict, verdict_on
-from rayfed_lora.models.shapes import image_shape
 from rayfed_lora.models.wording import one_line
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.drawing import tensors
@@ -34,7 +32,6 @@ _LONGEST, _SHORTEST = 64, 8
 _BLOCKS = "block_sparse"
 # Parameters of a model that can be initialised in half a second.
 _MOST_RANDOM = 30_000_000
-_SPECIAL = ("pad", "bos", "eos", "cls", "sep", "mask", "unk")
 
 
 def examined(net: nn.Module, examples: Examples) -> Verdict:
@@ -98,52 +95,55 @@ def judged(shape: ModelShape, verdict: Verdict, recipe: Recipe) -> ModelShape:
     return replace(shape, obstacle=obstacle, notes=notes)
 
 
-def judged_without_weights(shape: ModelShape, config: Any, recipe: Recipe) -> ModelShape:
-    """Return the result of `judged` for a planned run, predicted on random weights and examples.
+def judged_without_weights(
+    shape: ModelShape, config: Any, examples: Examples, recipe: Recipe
+) -> ModelShape:
+    """Return the result of `judged` for a planned run, predicted on random weights.
 
-    Where the test is left to the run, the shape has a note that says so.
+    `examples` are some of the data. Where the test is left to the run, the shape has a note that
+    says so.
+
+    Raises:
+        ModelError: the model cannot compute an example.
     """
-    reason = f"it has {shape.total_params:,} parameters"
     if shape.total_params <= _MOST_RANDOM:
-        random, config = recipe.model.model_copy(update={"source": "config"}), copy.deepcopy(config)
-        for part in (config, config.get_text_config()):
-            if getattr(part, "pad_token_id", None) is None:
-                # A run uses the tokenizer's.
-                part.pad_token_id = 0
-        with torch.random.fork_rng(devices=[]):
-            net = base_weights.build(random, config, recipe.seed)
-        try:
-            return judged(shape, examined(net, _random_examples(config, recipe)), recipe)
-        except ModelError as error:  # random tokens may be no text that the model accepts
-            reason = f"it rejects texts of random tokens ({type(error.__cause__).__name__})"
+        return judged(shape, tried_on(recipe, config, None, examples), recipe)
     if not _would_fuse(shape, recipe):
         return shape
     note = (
         "whether clients computed together get the results of each alone is tested when the run"
-        f" starts: a plan does not build the model, {reason}"
+        " starts: a plan does not build the model, it has"
+        f" {shape.total_params:,} parameters"
     )
     return replace(shape, notes=(*shape.notes, note))
 
 
+def tried_on(recipe: Recipe, config: Any, net: nn.Module | None, examples: Examples) -> Verdict:
+    """Return the verdict on a model; None: with random weights.
+
+    Raises:
+        ModelError: the model cannot compute an example; names the values of `model.config` that it
+            fails for.
+    """
+
+    def attempt(changed: Any) -> Verdict:
+        if changed is config and net is not None:
+            return examined(net, examples)
+        return examined(_with_random_weights(recipe, changed), examples)
+
+    return tried(recipe.model, config, attempt)
+
+
+def _with_random_weights(recipe: Recipe, config: Any) -> nn.Module:
+    """Return the model as its restored configuration gives it; a large one: ModelError."""
+    random = recipe.model.model_copy(update={"source": "config"})
+    own = base_models.restored(config.to_dict())
+    size = sum(p.numel() for p in base_models.skeleton(random, own).parameters())
+    if size > _MOST_RANDOM:
+        raise ModelError(f"model.config: too large to try, {size:,} parameters")
+    with torch.random.fork_rng(devices=[]):
+        return base_weights.build(random, own, recipe.seed)
+
+
 def _would_fuse(shape: ModelShape, recipe: Recipe) -> bool:
     return shape.obstacle is None and recipe.annealing.mode != "full"
-
-
-def _random_examples(config: Any, recipe: Recipe) -> Examples:
-    """Return random examples; texts have different lengths."""
-    rng, labels = np.random.default_rng(recipe.seed), np.zeros(_EXAMPLES, np.int64)
-    if recipe.model.task == IMAGE_TASK:
-        shape = (_EXAMPLES, *image_shape(config))
-        return Examples.of({PIXELS: rng.normal(size=shape).astype(np.float32)}, labels)
-    config = config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or _LONGEST
-    longest = max(min(recipe.data.max_length, positions - 2, _LONGEST), 2)
-    lengths = np.linspace(2, longest, _EXAMPLES).astype(np.int64)
-    special = {getattr(config, f"{name}_token_id", None) for name in _SPECIAL}
-    words = [i for i in range(min(config.vocab_size, 1000)) if i not in special] or [0]
-    mask = (np.arange(longest) < lengths[:, None]).astype(np.int32)
-    ids = np.where(mask == 1, rng.choice(words, mask.shape), config.pad_token_id or 0)
-    end = getattr(config, "eos_token_id", None)
-    if isinstance(end, int):
-        ids[np.arange(_EXAMPLES), lengths - 1] = end
-    return Examples.of({"input_ids": ids.astype(np.int32), "attention_mask": mask}, labels)

@@ -49,7 +49,7 @@ from rayfed_lora.training.optimizing import (
     cut_to,
     fresh_optimizer,
 )
-from rayfed_lora.training.proof import examined, judged
+from rayfed_lora.training.proof import judged, tried_on
 from rayfed_lora.training.testing import Evaluator, know_threads, token_losses
 from rayfed_lora.types import AdapterState, Base, GlobalModel, LocalPlan, ModelShape
 
@@ -79,10 +79,14 @@ def built_weights(recipe: Recipe, workload: Workload) -> Weights:
         workload: from `prepare`.
 
     Raises:
-        ModelError: they cannot be read, or the model cannot compute an example.
+        ModelError: they cannot be read, the model cannot compute an example, or the adapter does
+            not fit it.
     """
-    net = base_weights.build(recipe.model, base_models.restored(workload.config), recipe.seed)
-    return Weights(base_weights.arrays_of(net), examined(net, workload.train))
+    config = base_models.restored(workload.config)
+    # Faults of the adapter are found before the weights are read.
+    model_shape(base_models.skeleton(recipe.model, config), recipe)
+    net = base_weights.build(recipe.model, config, recipe.seed)
+    return Weights(base_weights.arrays_of(net), tried_on(recipe, config, net, workload.train))
 
 
 class LocalTrainer:
@@ -199,7 +203,7 @@ class LocalTrainer:
         if together is not None:
             # Each of them can be trained alone: it is the block that fails.
             raise RunError(
-                f"round {plan.round}: {len(block)} clients from {block[0]} on cannot be trained"
+                f"round {plan.round + 1}: {len(block)} clients from {block[0]} on cannot be trained"
                 f" together; lower runtime.cohort_size\n{together}"
             )
         return joined(updates)
@@ -292,14 +296,7 @@ class LocalTrainer:
 
         self._model.load([model.state], model.base, model.trainable)
         everything = self._model.tensors("full")
-        return export.trained_files(
-            self._recipe,
-            self._workload.config,
-            model.state,
-            model.base,
-            model.trainable,
-            everything,
-        )
+        return export.trained_files(self._recipe, self._workload, model, everything)
 
 
 def _seed(seed: int, device: torch.device) -> None:

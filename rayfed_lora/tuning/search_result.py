@@ -19,6 +19,9 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import seals
 from rayfed_lora.runs.checked import CheckedFolder
 from rayfed_lora.runs.checksums import REPORT_FILE, read_summary
+from rayfed_lora.runs.claiming import say
+from rayfed_lora.runs.reading import read_errors
+from rayfed_lora.runs.saving import optional_page
 from rayfed_lora.runs.tables import ROUNDS_FILE
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning import pareto
@@ -111,7 +114,8 @@ class SearchResult:
         names = list(space.objectives)
         if len(names) > 1:
             write_front(folder, self.trials, names[0], names[1])
-        folder.write(REPORT_FILE, search_html(read_search(folder)).encode())
+        with optional_page(folder, say):
+            folder.write(REPORT_FILE, search_html(read_search(folder)).encode())
 
     def _recipe_of(self, name: str, trial: str) -> str:
         folder = RunFolder(child(self.location, "trials", trial))
@@ -131,11 +135,12 @@ def _row(location: str, space: Space, recipe: Recipe, outcome: TrialOutcome) -> 
     """Return a row of trials.parquet; a trial with a damaged folder at `location` has failed."""
     error = outcome.error
     try:
-        summary, final = _results(RunFolder(location))
-    except (RunFolderError, OSError, ValueError, LookupError) as damage:
-        summary, final, error = None, {}, str(damage)
+        with read_errors(RunFolder(location)):
+            facts, final = _results(RunFolder(location))
+    except RunFolderError as damage:
+        facts, final, error = {}, {}, str(damage)
     status = "unfinished"
-    if summary is not None:
+    if facts:
         status = "finished"
     elif error is not None:
         status = "failed"
@@ -143,29 +148,30 @@ def _row(location: str, space: Space, recipe: Recipe, outcome: TrialOutcome) -> 
         status = "ended early"
     row: dict[str, Any] = {"trial": outcome.trial, "status": status}
     row |= {"error": error if status == "failed" else None, "location": location}
-    row |= _drawn_values(space, recipe, outcome.draw)
+    row |= drawn_values(space, recipe, outcome.draw)
     # After a stop, the last report to Tune may be older than the run folder.
     metrics = {**outcome.metrics, **final}
     row |= {name: metrics.get(name) for name in ("round", *METRICS, "warnings")}
-    if summary is not None:
-        row["best_accuracy"] = summary["best"]["eval_accuracy"]
-        row["reduction_vs_fedavg"] = summary["communication"]["reduction_vs_fedavg"]
-        row["wall_s"] = summary["timing"]["wall_s"]
-    return row
+    return row | facts
 
 
-def _results(folder: RunFolder) -> tuple[Mapping[str, Any] | None, Mapping[str, Any]]:
-    """Return a trial's summary and last metrics; None and empty where it has not finished."""
+def _results(folder: RunFolder) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """Return a trial's totals and last metrics; both empty where it has not finished."""
     summary = read_summary(folder)
     if summary is None:
-        return None, {}
+        return {}, {}
     files = CheckedFolder(folder)
     # Checked since the best trial's recipe is part of the result.
     files.read("recipe.yaml")
-    return summary, measured(files.table(ROUNDS_FILE))
+    facts = {
+        "best_accuracy": summary["best"]["eval_accuracy"],
+        "reduction_vs_fedavg": summary["communication"]["reduction_vs_fedavg"],
+        "wall_s": summary["timing"]["wall_s"],
+    }
+    return facts, measured(files.table(ROUNDS_FILE))
 
 
-def _drawn_values(space: Space, recipe: Recipe, draw: Mapping[str, Any]) -> dict[str, Any]:
+def drawn_values(space: Space, recipe: Recipe, draw: Mapping[str, Any]) -> dict[str, Any]:
     """Return the drawn values by recipe key; lists and mappings as JSON."""
     columns = dict.fromkeys(space.drawn)
     if not draw:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 
 from rayfed_lora.errors import InterruptedRunError, RayfedError, RunError
 from rayfed_lora.launching.this_process import interruptible
@@ -19,7 +19,7 @@ from rayfed_lora.tuning import tuner
 from rayfed_lora.tuning.distributions import grid, invalid_draws, without_effect
 from rayfed_lora.tuning.schedulers import scheduler, searcher
 from rayfed_lora.tuning.search_folders import write_search
-from rayfed_lora.tuning.search_result import SearchResult
+from rayfed_lora.tuning.search_result import SearchResult, drawn_values
 from rayfed_lora.tuning.space import Space
 from rayfed_lora.tuning.trial import Search
 
@@ -71,6 +71,13 @@ def run(
     write_search(folder, space, recipe, max_concurrent)
     stopped = threading.Event()
 
+    def tell(news: SearchNews) -> None:
+        """Pass news on with the recipe values of a draw, and what Tune does not know."""
+        drawn = drawn_values(space, recipe, news.drawn) if news.drawn else {}
+        drawn = {key: value for key, value in drawn.items() if value is not None}
+        rounds = recipe.annealing.total_rounds
+        watch(replace(news, trials=trials, rounds=rounds, drawn=drawn))
+
     def stop() -> None:
         stopped.set()
         if signal.getsignal(signal.SIGUSR1) in (signal.SIG_DFL, None):
@@ -80,7 +87,7 @@ def run(
         signal.raise_signal(signal.SIGUSR1)
 
     with interruptible(stop):
-        outcomes = tuner.fit(search, watch, trainable, slots, resume)
+        outcomes = tuner.fit(search, tell, trainable, slots, resume)
     if not stopped.is_set() and len(outcomes) < trials:
         raise RunError(f"Tune ended after {len(outcomes)} of {trials} trials; try --resume")
     # After a stop, the tables so far; there are none before the first trial has finished.
@@ -89,8 +96,8 @@ def run(
         result.write(space, folder)
     if stopped.is_set():
         raise InterruptedRunError(
-            "stopped; finished trials and the rounds of others are kept; resume with --resume"
-            f" --out {shlex.quote(search.location)}"
+            f"stopped; finished trials and the rounds of others are kept in {search.location};"
+            " --resume continues"
         )
     return result
 

@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from rayfed_lora.errors import BadInputError
+from rayfed_lora.errors import BadInputError, did_you_mean
+from rayfed_lora.recipe.faults import closest
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.recipe.yaml_text import parse_yaml, read_text
 from rayfed_lora.runs.summary import TESTED
@@ -199,7 +200,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, Mapping[str, Any
     except (OSError, ValueError) as error:
         raise BadInputError(
             f"SPACE: expected one of {', '.join(shipped)}, or a readable YAML file; got {source!r}"
-            f" ({error})"
+            f" ({error}){did_you_mean(closest(str(source), list(shipped)))}"
         ) from None
     if not isinstance(raw, Mapping):
         raise BadInputError(f"{source}: expected a mapping, got {type(raw).__name__}")

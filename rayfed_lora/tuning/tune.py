@@ -14,8 +14,9 @@ from rayfed_lora.recipe.loading import load_recipe, override_pairs
 from rayfed_lora.recipe.notes import given_way_in_search, unused
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.claiming import say
-from rayfed_lora.runs.location import run_location, with_absolute_paths
+from rayfed_lora.runs.location import job_id, run_location, with_absolute_paths
 from rayfed_lora.runs.ownership import Ticket, owned
+from rayfed_lora.runs.resuming import refuse_missing
 from rayfed_lora.runs.trackers import check_tracking
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tuning.search_folders import claim_search
@@ -85,7 +86,11 @@ def tune(  # noqa: PLR0913 - options of a command
     location = location if folder.local is None else str(folder.local)
     check_objectives(space, shared)
     check_tracking(shared)
+    if resume and job_id() is None:
+        refuse_missing(location)
     limit = claim_search(folder, space, shared, max_concurrent, resume)
+    watch = watch or (lambda news: None)
+    watch(SearchNews(location=location))
     # The lease excludes a second command, which would write the same state and tables.
     with owned(folder, Ticket.of_this_process(), wait=resume, tell=say) as (folder, lease):
         claim_search(folder, space, shared, max_concurrent, resume)
@@ -94,7 +99,6 @@ def tune(  # noqa: PLR0913 - options of a command
             from rayfed_lora.tuning.search_run import run
             from rayfed_lora.tuning.trial import Search
 
-            watch = watch or (lambda news: None)
             ignored = _ignored_settings(space, settings)
             for note in (*unused(given), *given_way_in_search(given), *ignored):
                 watch(SearchNews(warning=note))

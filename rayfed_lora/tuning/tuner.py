@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from ray import tune
 from rayfed_lora.engines.on_ray.calls import result
 from rayfed_lora.engines.on_ray.placement import Layout, Node, layout, nodes_of
 from rayfed_lora.engines.on_ray.shelf import Shelf
+from rayfed_lora.launching.ray_health import RayHealth
 from rayfed_lora.locations import child
 from rayfed_lora.pages.search_page import Watch
 from rayfed_lora.recipe.recipe import Recipe
@@ -22,7 +24,7 @@ from rayfed_lora.tuning.distributions import param_space
 from rayfed_lora.tuning.schedulers import scheduler, searcher
 from rayfed_lora.tuning.search_result import TrialOutcome
 from rayfed_lora.tuning.trial import Search, Trial
-from rayfed_lora.tuning.watching import WATCH, Watcher, outcomes_of
+from rayfed_lora.tuning.watching import HEALTH, WATCH, SearchLost, Watcher, outcomes_of
 
 # Tune's own files, in the search's folder.
 _FOLDER = "tune"
@@ -115,8 +117,12 @@ def fit(
                 callbacks=[Watcher()],
             ),
         )
-    token = WATCH.set(watch)
+    again = f"resume with --resume --out {shlex.quote(search.location)}"
+    token, health = WATCH.set(watch), HEALTH.set(RayHealth(again))
     try:
         return outcomes_of(tuner.fit(), location)
+    except SearchLost as lost:
+        raise (lost.__cause__ or lost) from None
     finally:
         WATCH.reset(token)
+        HEALTH.reset(health)

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,6 +14,8 @@ from ray import tune
 from ray.exceptions import RayTaskError
 
 from rayfed_lora.errors import RayfedError
+from rayfed_lora.launching.ray_health import RayHealth
+from rayfed_lora.launching.ray_session import RayLostError
 from rayfed_lora.locations import child
 from rayfed_lora.pages.search_page import SearchNews, Watch
 from rayfed_lora.storage import RunFolder
@@ -24,42 +27,63 @@ _FAILURE = re.compile(r"^Failure # \d+ .*\n", re.MULTILINE)
 _RAISED = re.compile(r"^(?P<ours>rayfed_lora\.errors\.)?(?:\w+\.)*(?P<kind>\w+): ", re.MULTILINE)
 # Not an attribute of Watcher, since Tune pickles its callbacks and restores them on resume.
 WATCH: ContextVar[Watch] = ContextVar("watch")
+HEALTH: ContextVar[RayHealth] = ContextVar("health")
+
+
+class SearchLost(BaseException):
+    """Its cause is the loss. Not an Exception: Tune would first ask the lost Ray to clean up."""
 
 
 class Watcher(tune.Callback):  # type: ignore[misc]  # Ray has no types
-    """Passes every report, end and failure of a trial on to `WATCH`."""
+    """Passes every report, end and failure of a trial on to `WATCH`; looks at `HEALTH`."""
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Raise a SearchLost where Ray has ended: Tune would wait for it."""
+        try:
+            HEALTH.get().check()
+        except RayLostError as error:
+            raise SearchLost from error
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Report the progress of the trials."""
-        _notify(trials, newest={trial.trial_id: int(result["round"])})
+        _notify(trials, newest=(trial, int(result["round"])))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Report the result of a trial."""
         metrics = trial.last_result
         accuracy = metrics.get("eval_accuracy")
-        how = "" if accuracy is None else f"accuracy {accuracy:.4f} "
-        _notify(trials, (trial.trial_id, f"{how}after {metrics.get('round', 0)} rounds"))
+        how = "" if accuracy is None else f"test accuracy {accuracy:.4f} "
+        _notify(trials, trial, f"{how}after {metrics.get('round', 0)} rounds")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Report the reason of a failure."""
         # `get_error` would unpickle a copy that does not exist yet.
         text = Path(trial.error_file).read_text("utf-8", errors="replace")
-        _notify(trials, (trial.trial_id, f"failed: {reason_in(text)}"))
+        _notify(trials, trial, f"failed: {reason_in(text)}")
 
 
 def _notify(
     trials: list[Any],
-    ended: tuple[str, str] | None = None,
-    newest: Mapping[str, int] | None = None,
+    ended: Any = None,
+    outcome: str = "",
+    newest: tuple[Any, int] | None = None,
 ) -> None:
+    """Report the trials: `ended` has just ended with `outcome`, `newest` has done a round."""
     running = {
         trial.trial_id: int(trial.last_result.get("round", 0))
         for trial in trials
-        if trial.status == "RUNNING" and (ended is None or trial.trial_id != ended[0])
+        if trial.status == "RUNNING" and trial is not ended
     }
-    WATCH.get()(SearchNews(len(trials), {**running, **(newest or {})}, ended))
+    if newest is not None:
+        running[newest[0].trial_id] = newest[1]
+    over = sum(trial.is_finished() and trial is not ended for trial in trials)
+    news = SearchNews(len(trials), running, done=over)
+    if ended is not None:
+        drawn = ended.config.get(DRAW, {})
+        news = replace(news, ended=(ended.trial_id, outcome), done=over + 1, drawn=drawn)
+    WATCH.get()(news)
 
 
 def outcomes_of(grid: tune.ResultGrid, location: str) -> list[TrialOutcome]:

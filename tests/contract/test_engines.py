@@ -356,7 +356,7 @@ def test_a_failed_client_is_recorded_and_left_out_and_the_run_goes_on(faulty, tm
 
 def test_a_round_in_which_every_client_fails_ends_the_run_and_says_why(faulty, tmp_path):
     recipe = make_recipe(**ONE_STAGE, annealing__initiating__rounds=5)
-    with pytest.raises(RunError, match=r"round 3: none of 3 clients .* loss is nan in local step"):
+    with pytest.raises(RunError, match=r"round 4: none of 3 clients .* loss is nan in local step"):
         run(of_three_clients(faulty), recipe, tmp_path)
     assert (tmp_path / "checkpoints" / "round-000003" / "manifest.json").exists()
 
@@ -391,4 +391,4 @@ def test_a_client_that_raises_is_named_with_round_and_traceback_promptly(faulty)
     assert (error.client, error.round_index, error.exit_status) == (1, 5, 1)
     assert "ValueError: the fake client 1 was told to raise" in error.trace
     assert "_train_client" in error.trace
-    assert str(error).startswith("client 1 failed in round 5:\n")
+    assert str(error).startswith("client 1 failed in round 6:\n")

@@ -477,7 +477,7 @@ def test_a_client_that_raises_is_named_and_the_others_are_as_alone(model: str) -
     wrong = replace(workload, train=labels)
     trainer, unharmed = LocalTrainer(recipe, wrong), LocalTrainer(recipe, workload)
     state, plan = received_state(trainer), make_plan(recipe, round=6)
-    with pytest.raises(ClientError, match="client 1 failed in round 6") as raised:
+    with pytest.raises(ClientError, match="client 1 failed in round 7") as raised:
         train(trainer, BLOCK, state, plan)
     assert (raised.value.client, raised.value.round_index) == (1, 6)
     assert "Target 7 is out of bounds" in raised.value.trace

@@ -157,7 +157,8 @@ def test_a_stopped_job_keeps_its_checkpoint_and_resumes_to_the_result_of_an_undi
     assert f"run folder  {cut}" in told
     assert re.search(rf"progress    round \d+/{ROUNDS} (heating|cooling) rank .*, ETA ", told)
     assert f"of {ROUNDS} rounds done" in stopped
-    assert f"its checkpoint is kept in {cut}; to resume: rayfed-lora resume {job}" in stopped
+    assert f"its checkpoint is kept in {cut}\n" in stopped
+    assert f"to resume: rayfed-lora resume {job} " in stopped
     assert checkpoints(cut)
     assert not (cut / "summary.json").exists()
     assert "stopped with" in command("logs", job).stdout

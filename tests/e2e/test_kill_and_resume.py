@@ -136,7 +136,7 @@ def test_an_interrupted_run_keeps_its_rounds_and_goes_on(
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "go on with --resume" in err
+    assert f"to resume: rayfed-lora run {out} --resume" in err
     assert "Traceback" not in err
     assert rounds_saved(out, 2)()
     assert not (out / "summary.json").exists()

@@ -96,6 +96,24 @@ def test_a_run_outlives_a_node_and_ends_with_the_same_bits(recipe, undisturbed, 
     assert_same_result(out, undisturbed)
 
 
+@pytest.mark.parametrize("lost", ["gcs_server", "raylet"])
+def test_a_run_that_loses_its_own_ray_ends_at_once_and_says_how_to_resume(recipe, lost, tmp_path):
+    out = tmp_path / "run"
+    with started(command("run", str(recipe), "--out", str(out))) as run:
+        wait_for(rounds_saved(out, 2), run)
+        family = psutil.Process(run.pid).children(recursive=True)
+        (process,) = (each for each in family if each.name() == lost)
+        process.kill()
+        began = time.monotonic()
+        stdout, stderr = run.communicate(timeout=WAIT_S)
+    assert run.returncode == 1
+    assert time.monotonic() - began < 60
+    assert f"Ray was lost: its {lost} on this machine ended" in stderr
+    assert stderr.rstrip().endswith(f"resume with --resume --out {out}")
+    for text in (stdout, stderr):
+        assert "Traceback" not in text and "state-dump" not in text
+
+
 def test_a_lost_node_leaves_the_head_at_rest_and_one_that_comes_takes_its_place(tmp_path, cluster):
     recipe = tmp_path / "nodes.yaml"
     recipe.write_text(RECIPE.replace("local_steps: 60", "local_steps: 400"))

@@ -197,4 +197,4 @@ def test_actors_and_blocks_have_readable_names_in_rays_state(watched):
     names = {"client-actor-00 of watched", "client-actor-01 of watched", "server of watched"}
     assert names <= set(watched.actors)
     blocks = [name for name in watched.tasks if re.fullmatch(r"round \d+ block \d+", name)]
-    assert {"round 0 block 0", "round 2 block 5"} <= set(blocks)
+    assert {"round 1 block 0", "round 3 block 5"} <= set(blocks)

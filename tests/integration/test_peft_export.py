@@ -243,11 +243,15 @@ def test_the_exported_adapter_and_base_are_those_of_the_run(
 ) -> None:
     status, _, _ = command("export", lora_run.folder, "--to", tmp_path)
     assert status == 0
-    assert_final(lora_run, metrics(plain_peft(tmp_path), lora_run.workload))
+    base = AutoModelForImageClassification.from_pretrained(str(tmp_path / "base"))
+    net = PeftModel.from_pretrained(base, str(tmp_path))
+    assert_final(lora_run, metrics(net, lora_run.workload))
 
 
-def test_no_file_of_the_run_names_a_folder_of_this_machine(lora_run: Run) -> None:
-    for name in ("adapter/adapter_config.json", "base/config.json", "summary.json"):
+def test_the_adapter_alone_names_the_folder_that_its_base_is_in(lora_run: Run) -> None:
+    config = json.loads((lora_run.folder / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(lora_run.folder / "base")
+    for name in ("base/config.json", "summary.json"):
         assert str(lora_run.folder.parent) not in (lora_run.folder / name).read_text()
 
 

@@ -91,10 +91,30 @@ def test_a_client_actor_killed_in_a_block_is_told_and_the_result_is_the_same(
     recipe = on_ray(clients__per_round=1.0, runtime__client_actors=actors)
     summary, board = run(recipe, tmp_path / "run", FakeFactory(behaviour, side))
     assert not marker.exists()
-    assert any("lost in round 2 block 3" in note for note in board.status().notes)
+    assert any("lost in round 3 block 3" in note for note in board.status().notes)
     assert summary["retried_blocks"] == 1
     assert table(tmp_path / "run", "rounds")["retried_blocks"].tolist() == [0, 0, 1, 0, 0, 0]
     assert_same_result(summary, tmp_path / "run", tmp_path / "local")
+
+
+@pytest.mark.parametrize("place", ["workload", "trainer"])
+def test_a_client_actor_lost_while_it_starts_is_started_again(place, tmp_path):
+    expected_summary(tmp_path / "local")
+    marker = tmp_path / "marker"
+    marker.touch()
+    factory = FakeFactory(Behaviour(marker=str(marker)), 64, dying_in=place)
+    summary, board = run(on_ray(runtime__client_actors=2), tmp_path / "run", factory)
+    assert not marker.exists()
+    (note,) = (note for note in board.status().notes if "lost" in note)
+    assert "it is started again" in note
+    assert_same_result(summary, tmp_path / "run", tmp_path / "local")
+
+
+@pytest.mark.e2e
+def test_a_client_actor_that_is_lost_in_each_of_its_starts_ends_the_run(tmp_path):
+    factory = FakeFactory(Behaviour(marker="/dev/null"), dying_in="trainer")
+    with pytest.raises(RunError, match="4 times one after another"):
+        run(on_ray(runtime__client_actors=1), tmp_path / "run", factory)
 
 
 def test_an_actor_of_two_trainers_is_lost_with_both_of_its_blocks_and_the_result_is_the_same(
@@ -110,7 +130,7 @@ def test_an_actor_of_two_trainers_is_lost_with_both_of_its_blocks_and_the_result
     summary, board = run(recipe, tmp_path / "run", FakeFactory(behaviour))
     assert not marker.exists()
     (note,) = (note for note in board.status().notes if "lost" in note)
-    assert re.search(r"lost in round 2 block 2 and round 2 block 3 and its work is run again", note)
+    assert re.search(r"lost in round 3 block 2 and round 3 block 3 and its work is run again", note)
     assert summary["retried_blocks"] == 2
     assert_same_result(summary, tmp_path / "run", tmp_path / "local")
 
@@ -123,7 +143,7 @@ def test_a_block_that_takes_too_long_is_run_again_on_a_new_process(tmp_path):
     recipe = on_ray(runtime__block_timeout_s=3.0)
     summary, board = run(recipe, tmp_path / "run", FakeFactory(behaviour))
     (note,) = (note for note in board.status().notes if "lost" in note)
-    assert re.search(r"round 2 block \d took longer than 3 s \(runtime.block_timeout_s\)", note)
+    assert re.search(r"round 3 block \d took longer than 3 s \(runtime.block_timeout_s\)", note)
     assert summary["retried_blocks"] >= 1
     assert_same_result(summary, tmp_path / "run", tmp_path / "local")
 
@@ -355,7 +375,7 @@ def test_notes_of_a_server_that_was_started_again_are_all_seen():
 
     seen: list[str] = []
     server = Server.remote()
-    follow(server, status_poll(server, lambda status: seen.extend(status.notes)))
+    follow(server, status_poll(server, lambda status: seen.extend(status.notes)), "")
     assert seen == ["first", "second", "third"]
 
 
@@ -389,7 +409,7 @@ def test_an_actor_is_renewed_with_its_placement_group_where_its_node_is_gone(mon
 def test_work_that_is_stuck_each_time_ends_the_run_with_its_name(tmp_path):
     stuck = Behaviour(sleep_s=dict.fromkeys(range(6), 600.0))
     recipe = on_ray(runtime__block_timeout_s=1.0)
-    with pytest.raises(RunError, match=r"round 0 block \d lost 4 actors .* longer than 1 s"):
+    with pytest.raises(RunError, match=r"round 1 block \d lost 4 actors .* longer than 1 s"):
         run(recipe, tmp_path / "run", FakeFactory(stuck))
 
 
@@ -401,7 +421,7 @@ def test_work_that_ends_its_process_is_tried_in_smaller_blocks_and_the_rounds_be
     lethal = Behaviour(dying_always=frozenset({(0, 2)}))
     recipe = on_ray(clients__per_round=1.0, runtime__cohort_size=6)
     board = StatusBoard(recipe.annealing.total_rounds)
-    with pytest.raises(RunError, match="round 2 block 0 lost 4 actors"):
+    with pytest.raises(RunError, match="round 3 block 0 lost 4 actors"):
         run(recipe, tmp_path / "run", FakeFactory(lethal), board)
     # The second one still had to be tested.
     assert table(tmp_path / "run", "rounds")["round"].tolist() == [0, 1]

@@ -39,7 +39,7 @@ def test_a_search_in_an_object_store_is_stopped_goes_on_and_is_reported(bucket):
 
     out, given = bucket.uri("searches/s"), {"settings": ON_RAY, "max_concurrent": 1}
     slow = FakeFactory(Behaviour(sleep_s=dict.fromkeys(range(6), 0.1)))
-    with pytest.raises(InterruptedRunError, match=r"--resume --out 's3://.*'"):
+    with pytest.raises(InterruptedRunError, match=r"kept in s3://.*; --resume"):
         tune(RANKS, RECIPE, out, factory=slow, watch=interrupt, **given)
     folder = RunFolder(out)
     first = [t for t in folder.names("trials") if folder.exists(f"trials/{t}/summary.json")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from functools import cache
 from io import BytesIO
@@ -24,7 +25,7 @@ from rayfed_lora.types import AvailabilityTrace
 from tests.property.test_hostile_checkpoints import damage
 
 QUICK = settings(max_examples=40, deadline=None)
-SUFFIXES = (".parquet", ".csv", ".jsonl", ".json", ".arrow")
+SUFFIXES = (".parquet", ".csv", ".tsv", ".csv.gz", ".jsonl", ".json", ".arrow")
 TEXTS, IMAGES = "text-classification", "image-classification"
 
 
@@ -38,7 +39,7 @@ def contents() -> dict[tuple[str, str], bytes]:
     found = {}
     for task, table in ((TEXTS, texts), (IMAGES, images)):
         for suffix in SUFFIXES:
-            if (suffix, task) != (".csv", IMAGES):
+            if task != IMAGES or suffix not in (".csv", ".tsv", ".csv.gz"):
                 found[suffix, task] = written(table, suffix)
     return found
 
@@ -47,8 +48,9 @@ def written(table: pa.Table, suffix: str) -> bytes:
     out = BytesIO()
     if suffix == ".parquet":
         parquet.write_table(table, out)
-    elif suffix == ".csv":
-        csv.write_csv(table, out)
+    elif suffix in (".csv", ".tsv", ".csv.gz"):
+        csv.write_csv(table, out, csv.WriteOptions(delimiter="\t" if suffix == ".tsv" else ","))
+        return gzip.compress(out.getvalue()) if suffix == ".csv.gz" else out.getvalue()
     elif suffix == ".arrow":
         with pa.ipc.new_file(out, table.schema) as writer:
             writer.write_table(table)

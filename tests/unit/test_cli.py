@@ -44,6 +44,13 @@ annealing:
 clients: {per_round: 2, local_steps: 1, batch_size: 4}
 runtime: {executor: local, device: cpu}
 """
+# What a plan shows of TINY before it reads data and model.
+STAGES = """\
+tiny: sa-fedlora, 3 rounds
+  initiating: 1 round, full model
+  heating: 1 round, rank 2
+  cooling: 1 round, rank 1
+"""
 
 
 @dataclass(frozen=True)
@@ -116,10 +123,13 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def assert_refused(outcome: Outcome, *parts: str) -> None:
-    """Check for status 2 and one message without a traceback, with all of the parts in it."""
+def assert_refused(outcome: Outcome, *parts: str, shown: str = "", begun: bool = False) -> None:
+    """Check for status 2 and one message without a traceback, with all of the parts in it.
+
+    `shown` was printed before; with `begun` the run had said where it is, and that it starts.
+    """
     assert outcome.status == 2
-    assert outcome.out == ""
+    assert outcome.out == shown or (begun and "loading data and model" in outcome.out)
     assert outcome.err.startswith("rayfed-lora: ")
     assert "Traceback" not in outcome.err
     for part in parts:
@@ -369,8 +379,9 @@ def test_a_data_file_that_cannot_be_read_is_refused_by_name(
 ) -> None:
     (elsewhere / "broken.parquet").write_bytes(b"PAR1 but no more")
     source = str(elsewhere / name)
-    for verb in ("plan", "run"):
-        assert_refused(command(verb, recipe, "--set", f"data.source={source}"), source)
+    for verb, shown in (("plan", STAGES), ("run", "")):
+        outcome = command(verb, recipe, "--set", f"data.source={source}")
+        assert_refused(outcome, source, shown=shown, begun=verb == "run")
 
 
 @pytest.mark.parametrize(
@@ -389,8 +400,10 @@ def test_a_data_file_that_cannot_be_read_is_refused_by_name(
 def test_a_model_that_does_not_fit_is_refused(
     setting: str, parts: list[str], command: Command, recipe: Path
 ) -> None:
-    for verb in ("plan", "run"):
-        assert_refused(command(verb, recipe, "--set", setting), *parts)
+    stages = STAGES.replace("rank 2", "rank 17") if "rank=17" in setting else STAGES
+    for verb, shown in (("plan", stages), ("run", "")):
+        outcome = command(verb, recipe, "--set", setting)
+        assert_refused(outcome, *parts, shown=shown, begun=verb == "run")
 
 
 def test_a_refused_run_leaves_its_folder_free_for_a_mended_recipe(
@@ -412,9 +425,19 @@ def test_the_plan_shows_every_round_and_the_bill_without_ray(recipe: Path, elsew
     assert imported == "[]"
     row = re.compile(r"\W*(\d+)\W+(initiating|heating|cooling|holding)\W+(full|\d+)\b")
     rows = [found.groups() for found in map(row.match, shown) if found]
-    assert rows == [("0", "initiating", "full"), ("1", "heating", "2"), ("2", "cooling", "1")]
+    assert rows == [("1", "initiating", "full"), ("2", "heating", "2"), ("3", "cooling", "1")]
     assert any("reduction against FedAvg" in line for line in shown)
     assert list(elsewhere.iterdir()) == []
+
+
+def test_the_stages_of_a_plan_are_shown_before_torch_is_imported(recipe: Path) -> None:
+    without = (
+        "import sys; sys.modules['torch'] = None; import rayfed_lora.cli.commands as c; c.main()"
+    )
+    command = [sys.executable, "-c", without, "plan", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "import of torch halted" in done.stderr
+    assert done.stdout == STAGES, done.stderr
 
 
 @pytest.fixture
@@ -466,10 +489,12 @@ runtime: {{executor: local, device: cpu}}
 
 def assert_names_the_client(outcome: Outcome) -> None:
     assert outcome.status == 1
-    assert outcome.err.startswith("rayfed-lora: client 1 failed in round 0:\n")
+    assert outcome.err.startswith("rayfed-lora: client 1 failed in round 1:\n")
     # The client's own traceback, ending in what torch says, and once only.
     assert outcome.err.count("Traceback (most recent call last)") == 1
-    assert "Error: " in outcome.err.splitlines()[-1]
+    *_, last, following = outcome.err.splitlines()
+    assert "Error: " in last
+    assert following == "to resume: rayfed-lora run out --resume"
 
 
 def test_a_client_that_raises_ends_the_run_with_its_name_round_and_traceback(
@@ -561,8 +586,8 @@ STATUSES = (
 )
 # 1.0 MB up and 0.5 MB down; 4 clients in 2 seconds.
 ROUND_LINE = (
-    "round 2/3  cooling     rank 2.5    loss 1.250  accuracy 0.500  sent   1.50 MB"
-    "    2.0 clients/s    2.0 s  accepted  1 failed"
+    "round 2/3  cooling    rank 2.5   train loss 1.250  test accuracy 0.500  test loss 1.000"
+    "  sent in round   1.50 MB    2.0 clients/s  0:02  accepted  1 failed"
 )
 
 
@@ -585,7 +610,9 @@ def test_without_a_terminal_each_phase_is_said_once() -> None:
         for status in (*STATUSES[:2], STATUSES[1], *STATUSES[2:]):
             watch(status)
     lines = screen.getvalue().splitlines()
-    assert [lines.count(phase) for phase in ("starting", "training", "exporting")] == [1, 1, 1]
+    assert [lines.count(f"0:00 {phase}") for phase in ("starting", "training", "exporting")] == [
+        *(1, 1, 1)
+    ]
 
 
 def test_the_live_display_survives_a_whole_run(recipe: Path) -> None:

@@ -37,7 +37,12 @@ def hub(monkeypatch):
     """A fake `datasets` whose data sets are what the test puts into the returned dict."""
     ids: dict[str, dict[str, FakeSplit]] = {}
 
-    def load_dataset(name: str) -> dict[str, FakeSplit]:
+    def load_dataset(name: str, configuration: str = "default") -> dict[str, FakeSplit]:
+        name = name if configuration == "default" else f"{name} {configuration}"
+        if name == "org/several":
+            raise ValueError(
+                "Config name is missing.\nPlease pick one among the available configs: ['a', 'b']"
+            )
         if name not in ids:
             raise RuntimeError(f"Dataset '{name}' doesn't exist on the Hub\nmore lines")
         return ids[name]
@@ -134,3 +139,42 @@ def test_without_the_package_it_is_an_error_that_says_what_to_install(monkeypatc
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"pip install 'rayfed-lora\[hub\]'"):
         load(Data(source="hf:org/set"), TASK, 0, 0.0)
+
+
+def test_an_id_with_a_configuration_and_a_split_is_read(hub):
+    hub["org/set two"] = {"train": split([0, 1] * 10), "test": split([1, 0], ["x", "y"])}
+    hub["org/set"] = {"train": split([0, 1] * 5, TEXTS[:10]), "dev": split([0, 1], ["v", "w"])}
+    found = load(Data(source="hf:org/set:two"), TASK, 0, 0.0)
+    assert (found.train.num_rows, found.test.num_rows) == (20, 2)
+    for source in ("hf:org/set:two:test", "hf:org/set::dev"):
+        found = load(Data(source="hf:org/set::train", test_source=source), TASK, 0, 0.0)
+        texts = {"hf:org/set::dev": ["v", "w"]}.get(source, ["x", "y"])
+        assert found.test["text"].to_pylist() == texts
+        assert found.train.num_rows == 10
+    found = load(Data(source="hf:org/set", test_source="hf:org/set:two"), TASK, 0, 0.0)
+    assert found.test["text"].to_pylist() == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("source", "test", "message"),
+    [
+        (
+            "hf:org/several",
+            None,
+            r"configurations \['a', 'b'\], as in hf:org/several:CONFIGURATION",
+        ),
+        (
+            "hf:org/set::none",
+            None,
+            "split `none`, got dev, train; name one as in hf:org/set::SPLIT",
+        ),
+        ("hf:org/set", "hf:org/set", "data.test_source .* split `test`, got dev, train"),
+        ("hf:org/set", "hf:org/set::train", "not trained on, got hf:org/set::train"),
+        ("hf:org/set:a:b:c", None, "need hf:ID, hf:ID:CONFIGURATION or hf:ID:CONFIGURATION:SPLIT"),
+        ("hf:", None, "need hf:ID"),
+    ],
+)
+def test_a_part_of_a_data_set_that_is_not_there_is_an_error(hub, source, test, message):
+    hub["org/set"] = {"train": split([0, 1] * 10), "dev": split([0, 1], ["v", "w"])}
+    with pytest.raises(DataError, match=message):
+        load(Data(source=source, test_source=test), TASK, 0, 0.0)

@@ -14,6 +14,7 @@ from pyarrow import parquet
 
 from rayfed_lora.data.dataset import load
 from rayfed_lora.data.images import as_tensors
+from rayfed_lora.data.place import Place
 from rayfed_lora.errors import DataError
 from rayfed_lora.recipe.data import Data
 
@@ -25,7 +26,7 @@ UINT8_LISTS = pa.list_(pa.list_(pa.uint8()))
 
 def tensors(values, kind=None) -> np.ndarray:
     array = values if isinstance(values, pa.Array) else pa.array(values, type=kind)
-    return as_tensors(pa.chunked_array([array]), "here").to_numpy_ndarray()
+    return as_tensors(pa.chunked_array([array]), Place("here")).to_numpy_ndarray()
 
 
 def scaled(pixels: np.ndarray) -> np.ndarray:
@@ -65,7 +66,7 @@ def pillow(monkeypatch):
     package, module = ModuleType("PIL"), ModuleType("PIL.Image")
     module.open = open_image
     module.DecompressionBombError = type("DecompressionBombError", (Exception,), {})
-    package.Image = module
+    package.Image, package.ImageOps = module, ModuleType("PIL.ImageOps")
     monkeypatch.setitem(sys.modules, "PIL", package)
     monkeypatch.setitem(sys.modules, "PIL.Image", module)
 
@@ -111,7 +112,7 @@ def test_every_arrow_form_of_the_same_images_gives_the_same_tensors(array):
 
 def test_images_in_several_chunks_are_put_together():
     column = pa.chunked_array([pa.array(GREY[:1].tolist()), pa.array(GREY[1:].tolist())])
-    images = as_tensors(column, "here").to_numpy_ndarray()
+    images = as_tensors(column, Place("here")).to_numpy_ndarray()
     np.testing.assert_allclose(images[:, 0], scaled(GREY), atol=1e-6)
 
 

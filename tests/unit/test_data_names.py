@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import feather, parquet
 
-from rayfed_lora.data import naming, raw_tables
+from rayfed_lora.data import naming, text_files
 from rayfed_lora.data.columns import MOST_CHARACTERS
 from rayfed_lora.data.dataset import load
 from rayfed_lora.errors import DataError
@@ -341,7 +341,7 @@ def test_characters_are_counted_and_not_bytes(tmp_path):
 def test_a_row_larger_than_what_is_read_at_once_is_an_error_that_says_so(
     suffix, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(raw_tables, "BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 10_000)
     source = written(suffix, ["a", "b" * 30_000, "c"], tmp_path)
     with pytest.raises(DataError, match="got a row of more than 10,000 bytes"):
         load(Data(source=source), TASK, 0, 0.0)

@@ -29,4 +29,4 @@ def test_an_export_copies_large_files_in_parts(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert peak < LARGE / 2
-    assert (tmp_path / "to" / "adapter" / "weights").read_bytes() == weights
+    assert (tmp_path / "to" / "weights").read_bytes() == weights

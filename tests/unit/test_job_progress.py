@@ -78,7 +78,7 @@ def test_a_job_tells_in_its_own_record_where_it_stands(records: dict[str, Any]) 
         tell(last)
         assert records[KEY]["metadata"]["progress"] == "round 1/6 heating rank 3, ETA -:--"
     metadata = records[KEY]["metadata"]
-    assert metadata["progress"] == "done, loss 0.500"
+    assert metadata["progress"] == "done, train loss 0.500"
     assert json.loads(metadata["rayfed_lora.progress"])["rounds_done"] == 6
     assert (metadata["recipe"], metadata["run folder"], metadata["mine"]) == ("fake", "/out", "1")
     assert "name: fake" in metadata["rayfed_lora.recipe"]

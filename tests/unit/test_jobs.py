@@ -87,9 +87,14 @@ def test_a_job_without_a_folder_gets_one_that_outlives_it_and_says_where_it_is()
     assert submitted.location == f"~/rayfed-lora-runs/{submitted.id}"
     assert submitted.id.startswith("fake-")
     assert "is on the head node's disk and is lost with it" in submitted.notes[0]
-    text = shown(show_submitted, submitted.id, submitted.location, submitted.notes)
-    assert f"job: {submitted.id}" in text
-    assert f"run folder: {submitted.location}" in text
+    text = shown(show_submitted, submitted, "http://a b:1", False)
+    lines = text.splitlines()[-4:]
+    assert lines == [
+        f"job: {submitted.id}",
+        f"run folder: {submitted.location}",
+        f"progress: rayfed-lora status {submitted.id} --address 'http://a b:1'",
+        f"output: rayfed-lora logs {submitted.id} --follow --address 'http://a b:1'",
+    ]
 
 
 def test_a_job_takes_the_folder_of_the_recipe_where_no_other_is_given() -> None:
@@ -166,13 +171,13 @@ def test_jobs_of_recipes_are_listed_also_those_of_plain_ray_job_submit() -> None
     client.jobs["doctor"] = Details("doctor", "rayfed-lora doctor")
     client.jobs["driver"] = Details(None, "rayfed-lora run digits-vit")
     assert [job.id for job in Jobs(client=client).all()] == [ours, "plain", "path"]
-    text = shown(show_jobs, Jobs(client=client).all())
+    text = shown(show_jobs, Jobs(client=client).all(), None)
     assert "pending" in text
     assert "other" not in text
-    assert "no job of rayfed-lora" in shown(show_jobs, [])
+    assert "no job of rayfed-lora" in shown(show_jobs, [], None)
     strange = JobView("[/b]", "[red]x", "running", "[/]", progress(phase="[/]"))
-    assert "[/b]" in shown(show_jobs, [strange])
-    assert "[red]x" in shown(show_job, strange, 0.0)
+    assert "[/b]" in shown(show_jobs, [strange], None)
+    assert "[red]x" in shown(show_job, strange, 0.0, None)
 
 
 def test_status_tells_stage_round_metric_and_time_left() -> None:
@@ -183,9 +188,9 @@ def test_status_tells_stage_round_metric_and_time_left() -> None:
     assert view.standing == "starting"
     told(client.jobs[job])
     view = Jobs(client=client).status(job)
-    line = "round 7/30 cooling rank 12, loss 0.300, accuracy 0.800, ETA 1:12"
+    line = "round 7/30 cooling rank 12, train loss 0.300, test accuracy 0.800, ETA 1:12"
     assert view.standing == line
-    text = shown(show_job, view, 103.0)
+    text = shown(show_job, view, 103.0, None)
     assert f"progress    {line} (3 s ago)" in text
     assert "run folder  /out" in text
     assert "recipe      fake" in text
@@ -197,8 +202,8 @@ def test_an_ended_job_tells_of_its_finished_rounds_only() -> None:
     told(client.jobs[job])
     client.jobs[job].status = "STOPPED"
     view = Jobs(client=client).status(job)
-    assert view.standing == "6 of 30 rounds done, loss 0.300, accuracy 0.800"
-    assert "s ago" not in shown(show_job, view, 103.0)
+    assert view.standing == "6 of 30 rounds done, train loss 0.300, test accuracy 0.800"
+    assert "s ago" not in shown(show_job, view, 103.0, None)
     told(client.jobs[job], phase="starting", rounds_done=0, loss=None, accuracy=None, eta_s=None)
     assert Jobs(client=client).status(job).standing == "0 of 30 rounds done"
 
@@ -219,7 +224,7 @@ def test_a_failed_job_shows_the_message_of_the_command() -> None:
     failed = Details("a", "rayfed-lora run x", {}, "FAILED", message, driver_exit_code=1)
     view = Jobs(client=FakeClient({"a": failed})).status("a")
     assert view.message == "rayfed-lora: client 3 failed in round 1:\nValueError: no"
-    assert "ValueError: no" in shown(show_job, view, 0.0)
+    assert "ValueError: no" in shown(show_job, view, 0.0, None)
     killed = Details("a", "rayfed-lora run x", {}, "FAILED", "Job supervisor actor died.")
     view = Jobs(client=FakeClient({"a": killed})).status("a")
     assert view.message == "Job supervisor actor died."
@@ -241,18 +246,20 @@ def test_stop_waits_for_the_end_and_says_how_to_go_on() -> None:
     job = Jobs(client=client).submit(make_recipe(), "/out").id
     told(client.jobs[job])
     view = Jobs(client=client).stop(job)
-    text = shown(show_stopped, view)
-    assert text.startswith(f"job {job} stopped: 6 of 30 rounds done, loss 0.300, accuracy 0.800;")
-    assert f"its checkpoint is kept in /out; to resume: rayfed-lora resume {job}" in text
+    text = shown(show_stopped, view, None)
+    assert text.startswith(
+        f"job {job} stopped: 6 of 30 rounds done, train loss 0.300, test accuracy 0.800;"
+    )
+    assert f"its checkpoint is kept in /out\nto resume: rayfed-lora resume {job}\n" in text
     with pytest.raises(BadInputError, match="has ended already"):
         Jobs(client=client).stop(job)
 
 
 def test_a_stop_before_the_first_round_and_one_that_came_too_late_say_so() -> None:
     early = JobView("a", "fake", "stopped", "/out", progress(rounds_done=0))
-    assert shown(show_stopped, early) == "job a stopped before its first round was done\n"
+    assert shown(show_stopped, early, None) == "job a stopped before its first round was done\n"
     late = JobView("a", "fake", "succeeded", "/out", progress())
-    assert shown(show_stopped, late) == "job a had finished; run folder: /out\n"
+    assert shown(show_stopped, late, None) == "job a had finished; run folder: /out\n"
 
 
 @pytest.mark.parametrize("state", ["stopped", "failed"])
@@ -261,17 +268,24 @@ def test_a_stop_of_a_job_whose_run_has_finished_says_that_and_not_that_it_can_go
 ) -> None:
     # Its command was still at its last lines, or at ending Ray, when the signal came.
     done = JobView("a", "fake", state, "/out", progress(phase="done", rounds_done=30))
-    assert shown(show_stopped, done) == "job a had finished; run folder: /out\n"
+    assert shown(show_stopped, done, None) == "job a had finished; run folder: /out\n"
 
 
 def test_a_stop_after_the_last_round_and_before_the_export_can_go_on() -> None:
-    last = JobView("a", "fake", "stopped", "/out", progress(phase="exporting", rounds_done=30))
-    assert "to resume: rayfed-lora resume a" in shown(show_stopped, last)
+    last = JobView(
+        "a",
+        "fake",
+        "stopped",
+        "/out",
+        progress(phase="exporting", rounds_done=30),
+        recipe_yaml="name: fake",
+    )
+    assert "to resume: rayfed-lora resume a" in shown(show_stopped, last, None)
 
 
 def test_a_stop_of_a_job_that_had_told_nothing_claims_nothing() -> None:
     silent = JobView("a", "fake", "stopped", "/out")
-    text = shown(show_stopped, silent)
+    text = shown(show_stopped, silent, None)
     assert text == "job a stopped; it had reported no progress of its run; run folder: /out\n"
 
 
@@ -378,7 +392,7 @@ def test_progress_says_what_a_status_says() -> None:
     # Three rounds took 20 s, of which two are finished: three more take 20.
     found = JobProgress.of(status, now=30.0)
     assert found.eta_s == pytest.approx(20.0)
-    assert found.line() == "round 4/6 heating full model, loss 1.000, ETA 0:20"
+    assert found.line() == "round 4/6 heating full model, train loss 1.000, ETA 0:20"
     assert JobProgress.read(found.model_dump_json()) == found
 
 

@@ -137,9 +137,9 @@ def test_parts_are_blocks_with_what_sets_their_clients_apart():
     assert (first.blocks, first.limits, first.personal) == (((0, 1),), {0: 3}, {1: {}})
     assert (second.blocks, second.limits, second.personal) == (((2,),), {2: 1}, {2: {}})
     assert [part.name for part in (task, first, second)] == [
-        "round 0",
-        "round 0 block 0",
-        "round 0 block 1",
+        "round 1",
+        "round 1 block 0",
+        "round 1 block 1",
     ]
     assert [part.size for part in (task, first, second)] == [3, 2, 1]
 

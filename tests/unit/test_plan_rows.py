@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from rayfed_lora.cli.console import PlainConsole
-from rayfed_lora.cli.plan_table import MOST_ROWS, show_plan, shown_rounds
+from rayfed_lora.cli.plan_table import MOST_ROWS, show_plan, show_stages, shown_rounds
 from rayfed_lora.launching import planning
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
@@ -85,15 +85,38 @@ def test_the_table_of_a_long_plan_says_how_many_rounds_it_leaves_out():
     assert sum("cooling" in line for line in lines) == 2
 
 
+def test_the_stages_name_each_rank_once_and_few_of_many():
+    recipe = load_recipe(
+        {
+            "model": {"config": SMALL},
+            "annealing": {
+                "initiating": {"rounds": 0},
+                "heating": {"rounds": 1200, "rank": 16},
+                "cooling": {"rounds": 32, "rank": 1, "shape": "linear"},
+                "holding": {"rounds": 1},
+            },
+        }
+    )
+    console = PlainConsole(width=110)
+    with console.capture() as captured:
+        show_stages(console, recipe)
+    # A linear fall from 16 to 1 in 32 rounds: half a rank a round, 16 ranks in all.
+    assert captured.get().splitlines()[1:] == [
+        "  heating: 1,200 rounds, rank 16",
+        "  cooling: 32 rounds, rank 16, 15, 14, ..., 3, 2, 1",
+        "  holding: 1 round, rank 1",
+    ]
+
+
 def test_a_long_plan_costs_as_much_for_each_round_as_a_short_one(monkeypatch):
     asked = []
-    locate = planning.plan_round.__globals__["locate"]
+    locate = planning.schedule.__globals__["locate"]
 
     def counted(annealing, t):
         asked.append(t)
         return locate(annealing, t)
 
-    monkeypatch.setitem(planning.plan_round.__globals__, "locate", counted)
+    monkeypatch.setitem(planning.schedule.__globals__, "locate", counted)
     per_round = []
     for rounds in (50, 200):
         asked.clear()

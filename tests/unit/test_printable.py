@@ -17,6 +17,7 @@ from rayfed_lora.cli.cluster_display import show_job, show_jobs, show_submitted
 from rayfed_lora.cli.console import PlainConsole
 from rayfed_lora.cli.run_display import watching
 from rayfed_lora.errors import RunError
+from rayfed_lora.jobs.jobs import Submitted
 from rayfed_lora.jobs.views import JobView
 from rayfed_lora.pages.comparison_tables import Comparison
 from rayfed_lora.pages.table_files import csv_bytes
@@ -79,9 +80,9 @@ def test_job_records_are_harmless():
     stream = io.StringIO()
     job = JobView(EVIL, EVIL, "failed", EVIL, message=EVIL)
     console = PlainConsole(file=stream, width=400)
-    show_job(console, job, 0.0)
-    show_jobs(console, [job])
-    show_submitted(console, "id", EVIL, [EVIL])
+    show_job(console, job, 0.0, EVIL)
+    show_jobs(console, [job], EVIL)
+    show_submitted(console, Submitted("id", EVIL, (EVIL,)), EVIL, False)
     assert_harmless(stream.getvalue())
 
 

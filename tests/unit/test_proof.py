@@ -45,7 +45,10 @@ def planned(architecture: str, sizes: Mapping[str, Any] = SIZES, **overrides: An
         model__task="text-classification", adapter__target_modules="all-linear", **overrides
     )
     shape = model_shape(base_models.skeleton(recipe.model, config), recipe)
-    return judged_without_weights(shape, config, recipe)
+    ids = np.arange(1, 29, dtype=np.int32) * (np.arange(28) < np.array([[2], [16], [28]]))
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int32)}
+    examples = Examples.of(inputs, np.zeros(3, np.int64))
+    return judged_without_weights(shape, config, examples, recipe)
 
 
 def test_a_plan_of_a_small_model_tells_what_the_run_will_find() -> None:
@@ -200,10 +203,10 @@ VISION = {
 
 
 @pytest.mark.parametrize("place", ["text_config", "vision_config"])
-def test_a_plan_draws_texts_for_a_model_with_inner_configurations(place: str) -> None:
+def test_a_plan_tries_a_model_with_inner_configurations(place: str) -> None:
     inner = {"text_config": TEXT, "vision_config": VISION}
     inner[place] = {**inner[place], "attention_dropout": 0.1}
-    found = planned("gemma3", {**inner, "pad_token_id": None})
+    found = planned("gemma3", {**inner, "pad_token_id": 0})
     assert found.obstacle is None
     assert not any("is tested when the run starts" in note for note in found.notes)
 
@@ -224,7 +227,7 @@ def test_trainers_that_share_weights_share_the_verdict(monkeypatch: pytest.Monke
     def unexpected(*_: Any) -> Verdict:
         raise AssertionError("tried again")
 
-    monkeypatch.setattr("rayfed_lora.training.trainer.examined", unexpected)
+    monkeypatch.setattr("rayfed_lora.training.trainer.tried_on", unexpected)
     assert LocalTrainer(recipe, workload, weights=weights).shape().obstacle is None
     query = next(iter(LocalTrainer(recipe, workload, weights=weights).shape().modules))
     for verdict, obstacle, notes in (

@@ -1050,4 +1050,4 @@ def test_a_client_error_survives_a_process_border_and_names_client_and_round():
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is ClientError
     assert (again.client, again.round_index, again.trace) == (7, 3, error.trace)
-    assert str(again) == "client 7 failed in round 3:\nTraceback ...\nValueError: nan"
+    assert str(again) == "client 7 failed in round 4:\nTraceback ...\nValueError: nan"

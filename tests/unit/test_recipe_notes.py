@@ -9,7 +9,7 @@ import pytest
 
 import rayfed_lora
 from rayfed_lora.annealing import stages
-from rayfed_lora.data import dataset
+from rayfed_lora.data import sources
 from rayfed_lora.data.raw_tables import RawData
 from rayfed_lora.errors import BadInputError, DataError
 from rayfed_lora.launching.cells import cells_of
@@ -395,9 +395,9 @@ def test_client_tests_without_examples_are_refused_or_noted(tmp_path):
 
 
 def test_a_share_for_testing_of_a_source_with_a_test_split_is_told(monkeypatch):
-    rows = dataset._read(load_recipe("trec-minilm").data, "text-classification").train
+    rows = sources.read(load_recipe("trec-minilm").data, "text-classification").train
     split = RawData(rows.slice(100), rows.slice(0, 100))
-    monkeypatch.setattr(dataset, "_read", lambda data, task: split)
+    monkeypatch.setattr(sources, "read", lambda data, task, numbers: split)
     assert plan("trec-minilm").notes == ()
     found = plan(load_recipe("trec-minilm", {"data.test_fraction": 0.5})).notes
     assert found == ("no effect with a data source that has a test split: data.test_fraction",)

@@ -240,5 +240,5 @@ def test_a_table_has_the_columns_of_all_its_rows(one, tmp_path):
     unfinished = replace(one, label="first", summary=None)
     page = report_html([unfinished, one])
     table = page[page.index("<table>") : page.index("</table>")]
-    assert "<th>best</th>" in table
+    assert "<th>best test accuracy</th>" in table
     assert "<th>perplexity</th>" not in table

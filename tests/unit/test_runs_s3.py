@@ -120,8 +120,8 @@ def test_a_comparison_is_written_goes_on_and_is_reported(bucket):
 def test_an_adapter_is_exported_to_a_local_folder(bucket, tmp_path):
     run(make_recipe(), bucket.uri("runs/a"))
     lines = list(export_run(bucket.uri("runs/a"), tmp_path / "out", merge=False))
-    assert lines == [f"adapter: {tmp_path / 'out' / 'adapter'}"]
-    assert (tmp_path / "out" / "adapter" / "fake.json").exists()
+    assert lines == [f"adapter: {tmp_path / 'out'}"]
+    assert (tmp_path / "out" / "fake.json").exists()
 
 
 def test_what_is_not_a_finished_run_is_not_exported(bucket, tmp_path):

@@ -217,18 +217,23 @@ def test_a_trial_that_cannot_fit_is_refused():
 
 
 def test_a_search_is_shown_in_the_terminal(found):
-    console = PlainConsole(file=io.StringIO(), width=120)
-    with watching_search(console) as watch:
+    console, places = PlainConsole(file=io.StringIO(), width=120), list[str]()
+    with watching_search(console, places) as watch:
+        watch(SearchNews(location=found.location))
         watch(SearchNews(warning="draws are refused"))
-        watch(SearchNews(2, {"b": 3}, ("a", "accuracy 0.6 after 6 rounds")))
-    show_search(console, found.trials, found.best, found.location)
+        ended = ("a", "test accuracy 0.6 after 6 rounds")
+        drawn = {"annealing.heating.rank": 8, "annealing.cooling.shape": "[cosine]"}
+        watch(SearchNews(2, {"b": 3}, ended, done=1, rounds=6, drawn=drawn))
+    show_search(console, found, SPACE.drawn)
     said = console.file.getvalue()
+    assert places == [found.location]
     for part in (
+        f"search: {found.location}",
         "warning: draws are refused",
-        "trial a: accuracy 0.6 after 6 rounds",
+        "trial a: test accuracy 0.6 after 6 rounds (heating rank 8, cooling shape [cosine])",
         "2 finished, 1 ended early, 1 failed, 1 unfinished",
         "best-knee.yaml",
         "failed: d: annealing.cooling.shape: expected a shape",
-        f"recipes, tables and report: {found.location}",
+        f"best: rayfed-lora run {found.location}/best.yaml",
     ):
         assert part in said.replace("\n", " ") or part in said

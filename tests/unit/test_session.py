@@ -160,7 +160,9 @@ def test_an_empty_folder_may_be_used_and_stays_empty(tmp_path, resume):
 
 def test_a_folder_with_a_run_is_refused_without_resume(tmp_path):
     run(make_recipe(), tmp_path)
-    with pytest.raises(RunFolderError, match=r"holds a run already; .*--resume.*--out"):
+    with pytest.raises(
+        RunFolderError, match=r"holds a run already; `rayfed-lora run \S+ --resume` .*--out"
+    ):
         claim(RunFolder(tmp_path), make_recipe(), resume=False)
 
 
@@ -229,6 +231,28 @@ def test_a_page_that_cannot_be_drawn_costs_no_result(tmp_path):
     assert "no report.html (no ink)" in board.status().notes[-1]
     assert (tmp_path / "summary.json").exists()
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_resumed_run_removes_what_killed_writes_have_left(tmp_path):
+    run(make_recipe(), tmp_path)
+    (tmp_path / "summary.json").unlink()
+    scratch = [tmp_path / ".rounds.parquet.ab12cd_4.scratch", tmp_path / "checkpoints/.x.y.scratch"]
+    for path in scratch:
+        path.write_bytes(b"half")
+    (tmp_path / ".mine").touch()
+    run(make_recipe(), tmp_path, resume=True)
+    assert not any(path.exists() for path in scratch)
+    assert (tmp_path / ".mine").exists()
+
+
+def test_a_page_that_cannot_be_written_costs_no_result(tmp_path):
+    def in_the_way(*args: Any) -> str:
+        (tmp_path / "report.html" / "x").mkdir(parents=True)
+        return "<p>"
+
+    _, board = run(make_recipe(), tmp_path, page=in_the_way)
+    assert f"to make one: rayfed-lora report {tmp_path}" in board.status().notes[-1]
+    assert (tmp_path / "summary.json").exists()
 
 
 # --- a run without disturbance ------------------------------------------------------------------
@@ -586,7 +610,8 @@ def test_a_stopped_run_keeps_its_trained_rounds_and_goes_on_to_the_same_bits(
     engine = local_engine(recipe)
     with pytest.raises(InterruptedRunError) as stopped:
         run(recipe, tmp_path, engine=engine, should_stop=StopAfter(updates))
-    assert f"stopped with {rounds} of 6 rounds done; go on with --resume" in str(stopped.value)
+    kept = f"stopped with {rounds} of 6 rounds done, kept in {tmp_path}; --resume continues"
+    assert str(stopped.value) == kept
     assert stopped.value.exit_status == 130
     assert read_summary(RunFolder(tmp_path)) is None
     _, board = run(recipe, tmp_path, resume=True)
@@ -597,7 +622,7 @@ def test_a_stopped_run_keeps_its_trained_rounds_and_goes_on_to_the_same_bits(
 def test_a_client_that_raises_ends_the_run_and_the_rounds_before_are_kept(tmp_path):
     recipe = make_recipe(clients__per_round=1.0)
     broken = local_engine(recipe, Behaviour(raising=frozenset({(4, 3)})))
-    with pytest.raises(ClientError, match=r"client 4 failed in round 3:\n"):
+    with pytest.raises(ClientError, match=r"client 4 failed in round 4:\n"):
         run(recipe, tmp_path, engine=broken)
     _, board = run(recipe, tmp_path, resume=True)
     assert board.status().rounds_before == 3
@@ -624,7 +649,7 @@ def test_a_run_goes_on_without_as_many_raising_clients_as_it_may(tmp_path):
 def test_more_raising_clients_than_may_end_the_run_with_the_last_ones_traceback(tmp_path):
     recipe = make_recipe(clients__per_round=1.0, clients__max_failed=1)
     broken = local_engine(recipe, Behaviour(raising=frozenset({(2, 3), (4, 3), (5, 3)})))
-    with pytest.raises(ClientError, match=r"client 4 failed in round 3:\n") as raised:
+    with pytest.raises(ClientError, match=r"client 4 failed in round 4:\n") as raised:
         run(recipe, tmp_path, engine=broken)
     assert "_train_client" in raised.value.trace
     assert str(raised.value).endswith("2 clients of the round failed, clients.max_failed allows 1")

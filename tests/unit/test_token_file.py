@@ -19,7 +19,9 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
+        # Set first: so that whatever is set meanwhile is taken back, too.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     return tmp_path / ".ray" / "auth_token"
 
 
@@ -92,12 +94,16 @@ def test_without_hard_links_the_token_is_made_all_the_same(path, monkeypatch):
 
 
 @pytest.mark.parametrize("home", ["file", "proc"])
-def test_a_home_that_cannot_be_written_is_left_to_ray(path, tmp_path, monkeypatch, home):
+def test_without_a_home_that_can_be_written_the_token_is_in_the_environment(
+    path, tmp_path, monkeypatch, home
+):
     (tmp_path / "file").write_text("")
     # Nothing can be made below either, not even by root.
     monkeypatch.setenv("HOME", str(tmp_path / "file") if home == "file" else "/proc/self")
     keep_token_private()
     assert not path.exists()
+    token = os.environ["RAY_AUTH_TOKEN"]
+    assert len(token) == 64 and int(token, 16) > 0
 
 
 def test_ray_takes_that_token(path):

@@ -747,7 +747,7 @@ def test_a_client_that_raises_is_named_with_its_round_and_traceback() -> None:
     recipe = make_recipe()
     rows = image_workload(recipe).clients.examples(3)
     trainer = image_trainer(recipe, spoilt(images(sum(SIZES), 1), "labels", rows, CLASSES + 4))
-    with pytest.raises(ClientError, match="client 3 failed in round 1") as raised:
+    with pytest.raises(ClientError, match="client 3 failed in round 2") as raised:
         train(trainer, [1, 3], adapter_state(trainer), local_plan())
     assert (raised.value.client, raised.value.round_index) == (3, 1)
     assert "Target 7 is out of bounds" in raised.value.trace

@@ -18,8 +18,8 @@ from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.export import write_adapter
 from rayfed_lora.models.linear import sides
 from rayfed_lora.models.shapes import adapted_modules
-from rayfed_lora.recipe.model import Adapter
 from rayfed_lora.types import AdapterState, Base, Factors
+from tests.fakes import make_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -40,7 +40,10 @@ CONFIG = GPT2Config(
     bos_token_id=0,
     eos_token_id=0,
 )
-ADAPTER = Adapter(target_modules="all-linear", alpha=6.0)
+RECIPE = make_recipe(
+    model__task="text-classification", adapter__target_modules="all-linear", adapter__alpha=6.0
+)
+ADAPTER = RECIPE.adapter
 RANK, SCALE = 3, 2.0
 
 
@@ -151,7 +154,7 @@ def test_a_full_round_keeps_the_shapes_of_the_plain_model() -> None:
 
 def test_an_exported_adapter_is_one_that_plain_peft_loads(tmp_path: Path) -> None:
     given = state()
-    write_adapter(tmp_path, given, plain(), ADAPTER, "nowhere")
+    write_adapter(tmp_path, given, plain(), RECIPE, "nowhere")
     assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is True
     loaded, model = (
         PeftModel.from_pretrained(plain(), str(tmp_path)),

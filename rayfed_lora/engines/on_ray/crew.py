@@ -34,6 +34,8 @@ from rayfed_lora.errors import ResourceError
 from rayfed_lora.recipe.recipe import Recipe
 
 _POLL_S = 0.5
+# How often to look whether the node of a lost actor is gone.
+_RENEWED_S = 10.0
 # How long a run holds a part of what it waits for.
 _PATIENCE_S = {"start_timeout_s": 10.0, "scale_up_s": 60.0}
 # A bundle of a placement group.
@@ -182,19 +184,17 @@ class Crew:
         A run that has ended may have left one that Ray is still starting again.
         """
         deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                ray.get(
-                    [actor.__ray_ready__.remote() for actor in self.actors],
-                    timeout=max(deadline - time.monotonic(), 0.0),
-                )
+        return all(_answers(actor, deadline) for actor in self.actors)
+
+    def back(self, index: int, timeout_s: float) -> bool:
+        """Wait until a lost actor, or another one in its place, answers; return whether it does."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            actor = self.renewed(self.actors[index])
+            if _answers(actor, min(deadline, time.monotonic() + _RENEWED_S)):
                 return True
-            except (ActorUnavailableError, OutOfMemoryError):
-                if time.monotonic() > deadline:
-                    return False
-                time.sleep(_POLL_S)
-            except (ActorDiedError, GetTimeoutError):
-                return False
+            time.sleep(_POLL_S)
+        return False
 
     def forget(self) -> None:
         """Let go of the workload: preparing it failed, or nobody needs it."""
@@ -206,6 +206,21 @@ class Crew:
             _remove(group for group, _ in self._places)
         self.actors = []
         self.forget()
+
+
+def _answers(actor: Any, deadline: float) -> bool:
+    """Wait for an actor that may be starting; return whether it answers by then."""
+    while True:
+        try:
+            left_s = max(deadline - time.monotonic(), 0.0)
+            ray.get(actor.__ray_ready__.remote(), timeout=left_s)
+            return True
+        except (ActorUnavailableError, OutOfMemoryError):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL_S)
+        except (ActorDiedError, GetTimeoutError):
+            return False
 
 
 def _group(plan: Layout, name: str, number: int) -> PlacementGroup:

@@ -41,6 +41,7 @@ class RayEngine:
         crew: Crew | None = None,
         *,
         again: bool = False,
+        step: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Keep the run; Ray must be initialised before `open`.
 
@@ -52,10 +53,12 @@ class RayEngine:
                 None: a new one.
             crew: actors that others use after this run; None: own ones.
             again: a lost driver goes on, maybe on fewer nodes: with as many actors as they hold.
+            step: told of each step of `open`, in a few words.
         """
         self._recipe = recipe
         self._factory = factory
         self._note = note
+        self._step = step
         self._name = f"clients of {recipe.name} {run_id or uuid4().hex}"
         self._lent = crew is not None
         self._again = again
@@ -75,6 +78,7 @@ class RayEngine:
             DataError: the data cannot be read or dealt.
             ModelError: the model does not fit the recipe.
         """
+        self._step("starting client actors")
         crew = self._crew or Crew.reserved(self._recipe, self._name, fewer=self._again)
         self._crew = crew
         asked = self._recipe.runtime.client_actors
@@ -82,21 +86,10 @@ class RayEngine:
             self._note(
                 f"nodes were lost: going on with {len(crew.actors)} of {asked} client actors"
             )
-        prepared, self._shared = crew.prepare(self._recipe, self._factory)
-        opened = [self._open(actor) for actor in crew.actors]
-        try:
-            result(prepared)
-        except BaseException as error:
-            crew.forget()
-            if isinstance(error, LOST):
-                raise RunError(
-                    f"a client actor was lost while it read the data: {error}"
-                ) from error
-            raise
-        try:
-            populations = [result(ready) for ready in opened]
-        except LOST as error:
-            raise RunError(f"a client actor was lost while it started: {error}") from error
+        self._step("loading data and model")
+        opened = self._prepared(crew)
+        self._step(f"opening {len(crew.actors)} client actors")
+        populations = [self._started(crew, i, ready) for i, ready in enumerate(opened)]
         runtime = self._recipe.runtime
         timeout = max(runtime.start_timeout_s, runtime.scale_up_s or 0.0)
         # Blocks of equally many steps may be sent ahead; others go to the first free actor.
@@ -113,6 +106,48 @@ class RayEngine:
         )
         population: Population = populations[0]
         return population
+
+    def _prepared(self, crew: Crew) -> list[ray.ObjectRef]:
+        """Prepare data and base, again if the actor is lost; return the calls that open actors."""
+        for attempt in range(1, ATTEMPTS + 1):
+            prepared, self._shared = crew.prepare(self._recipe, self._factory)
+            opened = [self._open(actor) for actor in crew.actors]
+            try:
+                result(prepared)
+                break
+            except LOST as error:
+                crew.forget()
+                self._wait_for_lost(crew, 0, attempt, "read the data", error)
+            except BaseException:
+                crew.forget()
+                raise
+        return opened
+
+    def _started(self, crew: Crew, index: int, opened: ray.ObjectRef) -> Population:
+        """Wait until an actor is open; open it again if it, or what it needs, was lost."""
+        attempt = 0
+        while True:
+            try:
+                population: Population = result(opened)
+                return population
+            except (*LOST, PartsLostError) as error:
+                attempt += 1
+                if isinstance(error, PartsLostError):
+                    self._prepare_again()
+                self._wait_for_lost(crew, index, attempt, "started", error)
+                opened = self._open(crew.actors[index])
+
+    def _wait_for_lost(
+        self, crew: Crew, index: int, attempt: int, doing: str, error: Exception
+    ) -> None:
+        """Wait until a lost actor is back; raise a RunError where it is lost for good."""
+        reason = str(error).strip().splitlines()[0]
+        what = f"a client actor, or its data, was lost while it {doing}"
+        if attempt == ATTEMPTS:
+            raise RunError(f"{what}, {ATTEMPTS} times one after another: {reason}") from error
+        self._note(f"{what}; it is started again: {reason}")
+        if not crew.back(index, self._recipe.runtime.start_timeout_s):
+            raise RunError(f"{what}, and did not come back: {reason}") from error
 
     def _open(self, actor: Any) -> ray.ObjectRef:
         return actor.open.options(name="open").remote(self._recipe, self._factory, self._shared)
