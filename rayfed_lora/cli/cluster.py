@@ -10,7 +10,13 @@ import typer
 from typer import Argument, Option
 
 from rayfed_lora.cli.console import PlainConsole
-from rayfed_lora.cli.options import OutOption, RecipeArgument, SetOption, examples
+from rayfed_lora.cli.options import (
+    OutOption,
+    PluginsOption,
+    RecipeArgument,
+    SetOption,
+    examples,
+)
 from rayfed_lora.printable import echo
 
 if TYPE_CHECKING:
@@ -38,11 +44,12 @@ def submit(
     out: OutOption = None,
     resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False,
     follow: FollowOption = False,
+    plugins: PluginsOption = None,
 ) -> None:
     """Run a recipe as a Ray job of a cluster."""
     from rayfed_lora.recipe.loading import load_recipe
 
-    loaded = load_recipe(recipe, set_ or ())
+    loaded = load_recipe(recipe, set_ or (), plugins=plugins or ())
     jobs = _jobs(address)
     _submitted(jobs, jobs.submit(loaded, out, resume=resume), follow, address)
 

@@ -19,6 +19,7 @@ from rayfed_lora.cli.next_steps import command, resumable, resume_command, same_
 from rayfed_lora.cli.options import (
     AddressOption,
     OutOption,
+    PluginsOption,
     RecipeArgument,
     RecipeOption,
     RunArgument,
@@ -70,12 +71,17 @@ def run(
     ] = False,
     detach: Annotated[bool, Option("--detach", help="Start in a cluster, return.")] = False,
     address: AddressOption = None,
+    plugins: PluginsOption = None,
+    accept_changed_plugins: Annotated[
+        bool,
+        Option("--accept-changed-plugins", help="Continue with changed code of own methods."),
+    ] = False,
 ) -> None:
     """Run a recipe, or continue a run."""
     from rayfed_lora.runs.resuming import recipe_and_place
 
     # Before heavy imports: most mistakes are in the recipe.
-    loaded, location = recipe_and_place(recipe, out, resume, set_ or ())
+    loaded, location = recipe_and_place(recipe, out, resume, set_ or (), plugins or ())
     from rayfed_lora.cli.run_display import show_summary, watching
 
     console = PlainConsole()
@@ -92,7 +98,14 @@ def run(
     ):
         from rayfed_lora.launching import launch
 
-        result = launch.run(loaded, location, resume=resume, address=address, watch=watch)
+        result = launch.run(
+            loaded,
+            location,
+            resume=resume,
+            address=address,
+            watch=watch,
+            accept_changed_plugins=accept_changed_plugins,
+        )
     show_summary(console, result.summary, result.location)
 
 
@@ -120,6 +133,7 @@ def compare(
     ] = None,
     set_: SetOption = None,
     address: AddressOption = None,
+    plugins: PluginsOption = None,
 ) -> None:
     """Run a recipe under several methods and seeds; rerunning resumes."""
     from rayfed_lora.cli.many_runs_display import show_comparison, watching_comparison
@@ -137,6 +151,7 @@ def compare(
             target=target,
             address=address,
             watch=watch,
+            plugins=plugins or (),
         )
     show_comparison(console, comparison, out)
     if comparison.runs["error"].notna().any():
@@ -179,6 +194,7 @@ def tune(  # noqa: PLR0913, PLR0917 - options
     resume: Annotated[bool, Option("--resume", help="Continue the search in --out.")] = False,
     set_: SetOption = None,
     address: AddressOption = None,
+    plugins: PluginsOption = None,
 ) -> None:
     """Search a space of recipes with Ray Tune, one run a trial.
 
@@ -209,6 +225,7 @@ def tune(  # noqa: PLR0913, PLR0917 - options
             settings=set_ or (),
             address=address,
             watch=watch,
+            plugins=plugins or (),
         )
     show_search(console, found, list(load_space(space).drawn))
 
@@ -235,11 +252,11 @@ def _seed(text: str) -> int:
 
 
 @app.command(epilog=examples("plan digits-vit", "plan my.yaml --set annealing.heating.rank=32"))
-def plan(recipe: RecipeArgument, set_: SetOption = None) -> None:
+def plan(recipe: RecipeArgument, set_: SetOption = None, plugins: PluginsOption = None) -> None:
     """Print the schedule with ranks, traffic and resources, without running it."""
     from rayfed_lora.recipe.loading import load_recipe
 
-    loaded = load_recipe(recipe, set_ or ())
+    loaded = load_recipe(recipe, set_ or (), plugins=plugins or ())
     from rayfed_lora.cli.plan_table import show_plan, show_stages
 
     console = PlainConsole()
@@ -249,6 +266,7 @@ def plan(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
     show_plan(console, loaded, planning.plan(loaded))
     settings = [word for text in set_ or () for word in ("--set", text)]
+    settings += [word for name in plugins or () for word in ("--plugins", name)]
     console.print_facts({"to run it": command("run", recipe, *settings)})
 
 
@@ -310,6 +328,16 @@ def recipes(
         for shipped in shipped_names():
             first_line = shipped_text(shipped).splitlines()[0]
             console.print_line(f"{shipped:<20} {first_line.lstrip('# ')}")
+
+
+@app.command(epilog=examples("plugins", "plugins --plugins my_methods"))
+def plugins(plugins: PluginsOption = None) -> None:
+    """List the methods to choose from, by kind, with their options and where they come from."""
+    from rayfed_lora.cli.plugins_display import show_methods
+    from rayfed_lora.plugins.modules import permit
+
+    permit(plugins or ())
+    show_methods(PlainConsole())
 
 
 def _repeated(arguments: list[str]) -> list[str]:

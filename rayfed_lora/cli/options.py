@@ -36,5 +36,13 @@ SetOption = Annotated[
     list[str] | None,
     Option("--set", metavar="KEY.PATH=VALUE", help="Override a recipe key; repeatable."),
 ]
+PluginsOption = Annotated[
+    list[str] | None,
+    Option(
+        "--plugins",
+        metavar="MODULE",
+        help="Allow a Python module with own methods, here or installed; repeatable.",
+    ),
+]
 OutOption = Annotated[str | None, Option(help="Run folder or URI.", autocompletion=paths)]
 AddressOption = Annotated[str | None, Option(help="A running Ray cluster.")]

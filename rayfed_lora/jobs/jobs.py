@@ -83,6 +83,7 @@ class Jobs:
         *,
         settings: Sequence[str] | Mapping[str, Any] = (),
         resume: bool = False,
+        plugins: Sequence[Any] = (),
     ) -> Submitted:
         """Submit a run to the cluster and return at once.
 
@@ -92,11 +93,12 @@ class Jobs:
                 folder under `JOB_RUNS` on the head node.
             settings: overrides of the recipe, as for `--set`.
             resume: continue the run in `out`.
+            plugins: modules of own methods; every node needs them installed.
 
         Raises:
             BadInputError: rejected; nothing was started.
         """
-        loaded = load_recipe(recipe, settings)
+        loaded = load_recipe(recipe, settings, plugins=plugins)
         job = _new_id(loaded.name)
         location = out or loaded.storage.path
         if resume and location is None:
@@ -109,7 +111,7 @@ class Jobs:
         loaded = with_absolute_paths(loaded).model_copy(update={"storage": storage})
         self._start(
             job,
-            f"{COMMAND} --resume" if resume else COMMAND,
+            " ".join([COMMAND, *["--resume"] * resume, *_allowing(loaded.plugins)]),
             {RECIPE_FILE: recipe_yaml(loaded)},
             # A job does not trust the endpoints in its recipe file: their names travel beside it.
             named_in(loaded.model_dump()),
@@ -248,6 +250,11 @@ class Jobs:
         except (RecipeError, TypeError, AttributeError) as error:
             raise BadInputError(f"the recipe of job {job} cannot be read: {error}") from None
         return self.submit(recipe, view.location, resume=True)
+
+
+def _allowing(plugins: Sequence[str]) -> list[str]:
+    """Return the words of a command that let it import plug-ins."""
+    return [word for name in plugins for word in ("--plugins", name)]
 
 
 def _new_id(name: str) -> str:

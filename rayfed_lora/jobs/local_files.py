@@ -22,6 +22,10 @@ def travel_notes(recipe: Recipe, location: str, *, given: bool) -> list[str]:
         f"{key}: {source} is not sent along: every node of the cluster needs it under this path"
         for key, source in files_named(recipe)
     ]
+    notes += [
+        f"plug-in {name} is not sent along: every node of the cluster needs it installed"
+        for name in recipe.plugins
+    ]
     if not given:
         notes.append(
             f"run folder {location} is on the head node's disk and is lost with it:"

@@ -26,6 +26,7 @@ def cells_of(
     seeds: Sequence[int],
     out: str,
     settings: Sequence[str] | Mapping[str, Any] = (),
+    plugins: Sequence[Any] = (),
 ) -> list[Cell]:
     """Return the cells of a comparison, seed by seed.
 
@@ -39,7 +40,9 @@ def cells_of(
         settings = dict(override_pairs("--set", settings))
     variants = _variants(methods, seeds, settings)
     # Loaded under a method each: the bare recipe may not be valid with the common settings.
-    bases = {name: load_recipe(recipe, settings, own) for name, own in variants.items()}
+    bases = {
+        name: load_recipe(recipe, settings, own, plugins=plugins) for name, own in variants.items()
+    }
     notes = tuple(given_way_in_comparison(next(iter(bases.values())), seeds))
     held_out = {
         name: base.validation_fraction
@@ -53,7 +56,7 @@ def cells_of(
             overrides = {**own, "seed": seed}
             if name in held_out and largest > 0:
                 overrides["data.validation_fraction"] = largest
-            loaded = load_recipe(recipe, settings, overrides)
+            loaded = load_recipe(recipe, settings, overrides, plugins=plugins)
             if cells and loaded.runtime != cells[0].recipe.runtime:
                 raise BadInputError(
                     f"methods: expected the same runtime for all, since they share actors; {name!r}"

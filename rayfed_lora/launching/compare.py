@@ -31,6 +31,7 @@ def compare(  # noqa: PLR0913 - the user-facing API
     target: float | None = None,
     address: str | None = None,
     watch: Callable[[Standing], None] | None = None,
+    plugins: Sequence[Any] = (),
     factory: Factory | None = None,
 ) -> Comparison:
     """Run a recipe under several methods and seeds; write tables and plots of all into `out`.
@@ -49,6 +50,7 @@ def compare(  # noqa: PLR0913 - the user-facing API
         target: accuracy to reach, for rounds and bytes to it; None: 95 % of the best one.
         address: of a running Ray cluster; default $RAY_ADDRESS, or an own Ray.
         watch: called with the standing from time to time.
+        plugins: own methods that may be used, as for `run`.
         factory: builds workloads and trainers in the workers; for tests.
 
     Raises:
@@ -56,7 +58,7 @@ def compare(  # noqa: PLR0913 - the user-facing API
         InterruptedRunError: stopped by a signal; call again to resume.
     """
     folder = RunFolder(run_location(out, ""))
-    cells = cells_of(recipe, methods, seeds, absolute(folder), settings)
+    cells = cells_of(recipe, methods, seeds, absolute(folder), settings, plugins)
     for name, kind in (("recipe.yaml", "a run"), (SEARCH_FILE, "a search")):
         if folder.exists(name):
             found = f"expected a folder for a comparison, it holds {kind}"

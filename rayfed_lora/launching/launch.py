@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +67,8 @@ def run(
     resume: bool = False,
     address: str | None = None,
     watch: Callable[[Status], None] | None = None,
+    plugins: Sequence[Any] = (),
+    accept_changed_plugins: bool = False,
     factory: Factory | None = None,
 ) -> Result:
     """Run a recipe to its end and return the result.
@@ -81,6 +83,9 @@ def run(
         resume: continue the run in `out`, which has to exist.
         address: of a running Ray cluster; default $RAY_ADDRESS, or an own Ray.
         watch: called with the status from time to time, with each record and note once.
+        plugins: own methods that may be used: names of modules, modules, and methods decorated by
+            `rayfed_lora.plugins`; one with options, or an instance, is chosen too.
+        accept_changed_plugins: continue though the code of own methods has changed; recorded.
         factory: builds workload and trainers in the workers; for tests.
 
     Raises:
@@ -88,11 +93,11 @@ def run(
         InterruptedRunError: stopped by a signal.
         RunError: the run failed; the last checkpoint is kept.
     """
-    recipe, location = recipe_and_place(recipe, out, resume)
+    recipe, location = recipe_and_place(recipe, out, resume, plugins=plugins)
     recipe = with_absolute_paths(recipe)
     refuse_address(recipe, address)
     folder = RunFolder(location)
-    claim(folder, recipe, resume)
+    claim(folder, recipe, resume, accept_changed_plugins=accept_changed_plugins)
     done = complete(folder) if resume else None
     if done is not None:
         return Result(location, done)
@@ -131,6 +136,7 @@ def start(
     *,
     resume: bool = False,
     address: str | None = None,
+    plugins: Sequence[Any] = (),
 ) -> Started:
     """Start a run in a cluster and return at once; the run survives this process.
 
@@ -139,7 +145,7 @@ def start(
     Raises:
         BadInputError: no cluster is named, or the run is rejected.
     """
-    recipe, location = recipe_and_place(recipe, out, resume)
+    recipe, location = recipe_and_place(recipe, out, resume, plugins=plugins)
     recipe = with_absolute_paths(recipe)
     if recipe.runtime.executor != "ray" or (address or os.environ.get("RAY_ADDRESS")) is None:
         raise BadInputError(

@@ -75,16 +75,16 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-def plan(recipe: Recipe | str | Path | Mapping[str, Any]) -> Plan:
+def plan(recipe: Recipe | str | Path | Mapping[str, Any], *, plugins: Sequence[Any] = ()) -> Plan:
     """Return the plan of a recipe; reads its data and its model's configuration.
 
-    `recipe` is a `Recipe`, a shipped name, a path or a mapping.
+    `recipe` is a `Recipe`, a shipped name, a path or a mapping; `plugins` as for `run`.
 
     Raises:
         DataError: the data cannot be read or dealt as asked.
         ModelError: the model or its adapter does not fit.
     """
-    recipe = load_recipe(recipe)
+    recipe = load_recipe(recipe, plugins=plugins)
     sizes = outline(recipe)
     clients = len(sizes.devices.sizes)
     ledger = Ledger(sizes.shape, clients, RULES[recipe.aggregation.rule])

@@ -18,6 +18,7 @@ from rayfed_lora.recipe.runtime import Runtime
 from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.runs import checksums, seals
 from rayfed_lora.runs.ownership import Lease, Ticket, owner_of, take
+from rayfed_lora.runs.provenance import check_origins
 from rayfed_lora.runs.seals import is_rewritten
 from rayfed_lora.runs.trackers import check_tracking
 from rayfed_lora.storage import RunFolder
@@ -30,8 +31,12 @@ _FREE_KEYS: Any = {
 }
 
 
-def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
+def claim(
+    folder: RunFolder, recipe: Recipe, resume: bool, *, accept_changed_plugins: bool = False
+) -> None:
     """Check that a run may use the folder; write nothing but a probe.
+
+    With `accept_changed_plugins` the code of own methods may have changed since the run began.
 
     Raises:
         RunFolderError: it holds a run and `resume` is false, or another run, or other files, or
@@ -40,6 +45,8 @@ def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
     """
     check_tracking(recipe)
     _check_content(folder, recipe, resume, owner_of(folder))
+    if resume and not accept_changed_plugins:
+        check_origins(folder, recipe)
     folder.check_writable()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rayfed_lora.errors import BadInputError, RunFolderError, did_you_mean
 from rayfed_lora.locations import child, is_uri, parent
+from rayfed_lora.plugins.modules import permit
 from rayfed_lora.recipe.faults import closest
 from rayfed_lora.recipe.loading import load_recipe, shipped_names
 from rayfed_lora.recipe.recipe import Recipe
@@ -20,6 +21,7 @@ def recipe_and_place(
     out: str | None,
     resume: bool,
     overrides: Sequence[str] = (),
+    plugins: Sequence[Any] = (),
 ) -> tuple[Recipe, str]:
     """Return the recipe of a run and the location of its folder.
 
@@ -30,16 +32,19 @@ def recipe_and_place(
         resume: continue the run in the folder, which has to exist. The command of a Ray job may
             start the run: the cluster repeats the same command.
         overrides: `key.path=value` texts.
+        plugins: own methods that are allowed, as for `load_recipe`.
 
     Raises:
         RecipeError: the recipe is rejected.
         RunFolderError: there is no run to continue; the message has the nearest existing name.
         BadInputError: `source` is a run folder and `resume` is false, or `out` is another folder.
     """
+    # Before a stored recipe is read, which may name them.
+    permit(plugins)
     folder = _run_folder(source, out, resume)
     if folder is not None:
         return _stored(folder, overrides), folder
-    recipe = load_recipe(source, overrides)
+    recipe = load_recipe(source, overrides, plugins=plugins)
     place = out or recipe.storage.path
     if resume and place is None:
         raise BadInputError(

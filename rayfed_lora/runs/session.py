@@ -17,6 +17,7 @@ from rayfed_lora.runs import checksums, seals
 from rayfed_lora.runs.checkpoints import Snapshot
 from rayfed_lora.runs.claiming import inspected
 from rayfed_lora.runs.ownership import Lease, Ticket, owned
+from rayfed_lora.runs.provenance import record_origins
 from rayfed_lora.runs.recording import RunRecorder
 from rayfed_lora.runs.restored import accepted
 from rayfed_lora.runs.saving import PageWriter, Saving
@@ -146,6 +147,7 @@ def _begin(
     if not folder.exists("recipe.yaml"):
         folder.write("recipe.yaml", seals.sealed_text(recipe_yaml(recipe)))
     checksums.withdraw(folder)
+    record_origins(folder, recipe, 0 if snapshot is None else snapshot.rounds)
     # After it: a folder without a recipe is nobody's run.
     if population.label_counts is None:
         return

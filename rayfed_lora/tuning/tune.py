@@ -40,6 +40,7 @@ def tune(  # noqa: PLR0913 - options of a command
     settings: Sequence[str] | Mapping[str, Any] = (),
     address: str | None = None,
     watch: Watch | None = None,
+    plugins: Sequence[Any] = (),
     factory: Factory | None = None,
 ) -> SearchResult:
     """Search a space with Ray Tune, one run a trial; write tables, best recipes and a report.
@@ -57,6 +58,7 @@ def tune(  # noqa: PLR0913 - options of a command
         settings: overrides of the recipe, as for `--set`.
         address: of a running Ray cluster; default: $RAY_ADDRESS, or a new local Ray.
         watch: called with news of the search.
+        plugins: own methods that may be used, as for `run`.
         factory: makes workloads and trainers in the workers; for tests.
 
     Raises:
@@ -71,7 +73,7 @@ def tune(  # noqa: PLR0913 - options of a command
         search=search,
         objectives=None if objectives is None else dict(objectives),
     )
-    given = load_recipe(recipe, settings)
+    given = load_recipe(recipe, settings, plugins=plugins)
     shared = _shared_recipe(given)
     if max_concurrent is not None and max_concurrent < 1:
         raise BadInputError(f"--max-concurrent: expected at least 1, got {max_concurrent}")
