@@ -62,7 +62,7 @@ def _options(
         "run runs/a --resume",
     )
 )
-def run(
+def run(  # noqa: PLR0913, PLR0917 - options
     recipe: RunArgument,
     set_: SetOption = None,
     out: OutOption = None,
@@ -115,7 +115,7 @@ def run(
         "compare my.yaml --methods fedlora,flora --seeds 0,1,2 --out runs/c",
     )
 )
-def compare(
+def compare(  # noqa: PLR0913, PLR0917 - options
     recipe: RecipeArgument,
     methods: Annotated[
         str,

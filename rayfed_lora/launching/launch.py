@@ -60,7 +60,7 @@ class Started:
     actor: str
 
 
-def run(
+def run(  # noqa: PLR0913 - the user-facing API
     recipe: Recipe | str | Path | Mapping[str, Any],
     out: str | None = None,
     *,
