@@ -12,6 +12,7 @@ from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.annealing.stages import adapter_rounds_before
 from rayfed_lora.federation import sampling
 from rayfed_lora.federation.ledger import Ledger
+from rayfed_lora.federation.sampling import ClientHistory
 from rayfed_lora.federation.simulated_clock import SimulatedClock, Turnout
 from rayfed_lora.federation.traffic import RoundFacts
 from rayfed_lora.federation.transitions import Resizing
@@ -26,6 +27,7 @@ class Cohort:
     Attributes:
         turnout: None where no time is simulated.
         clock_s: simulated time at the end of the round.
+        history: what the sampler knew of all clients; None where it needs nothing.
         lasted_s: simulated length of the round, waiting for clients included; None where no time
             is simulated.
         facts: of the messages if every client that neither leaves nor is late sends its update.
@@ -36,6 +38,7 @@ class Cohort:
     clock_s: float
     lasted_s: float | None
     facts: RoundFacts
+    history: ClientHistory | None = None
 
     @property
     def present(self) -> tuple[int, ...]:
@@ -57,27 +60,41 @@ class Cohorts:
         self._ledger = ledger
         self._clients = clients
         self._rule = RULES[recipe.aggregation.rule]
+        self._unknown = ClientHistory.empty(devices.sizes)
         self._clock = SimulatedClock(recipe, devices) if recipe.simulates_time else None
         # Largest rank of each client, None where none is limited.
         self.limits: npt.NDArray[np.int64] | None = sampling.rank_limits(recipe, self._clients)
 
-    def draw(self, plan: RoundPlan, resizing: Resizing, clock_s: float) -> Cohort:
+    def draw(
+        self,
+        plan: RoundPlan,
+        resizing: Resizing,
+        clock_s: float,
+        history: ClientHistory | None = None,
+    ) -> Cohort:
         """Return the cohort of a round; the run began `clock_s` simulated seconds before it.
+
+        A sampler sees `history`; None: that of a run that has not begun.
 
         Raises:
             RunError: no client can be reached any more.
         """
         t = plan.round
+        history = history or self._unknown
         if self._clock is None:
-            clients = sampling.cohort(self._recipe, self._clients, t)
-            return Cohort(clients, None, clock_s, None, self._facts(plan, resizing, clients))
-        clients, began_s = self._clock.cohort(t, clock_s)
+            clients = sampling.cohort(self._recipe, history, t)
+            facts = self._facts(plan, resizing, clients)
+            return Cohort(clients, None, clock_s, None, facts, self._kept(history))
+        clients, began_s = self._clock.cohort(t, clock_s, history)
         facts = self._facts(plan, resizing, clients)
         bill, full = self._ledger.quote(facts), plan.trainable == "full"
         turnout = self._clock.turnout(t, clients, bill, full, began_s)
         facts = replace(facts, arrived=~turnout.sent.absent, sent=turnout.sent)
         end_s = began_s + turnout.length_s
-        return Cohort(clients, turnout, end_s, end_s - clock_s, facts)
+        return Cohort(clients, turnout, end_s, end_s - clock_s, facts, self._kept(history))
+
+    def _kept(self, history: ClientHistory) -> ClientHistory | None:
+        return None if self._recipe.clients.sampler.name == "uniform" else history
 
     def _facts(self, plan: RoundPlan, resizing: Resizing, clients: tuple[int, ...]) -> RoundFacts:
         turn = adapter_rounds_before(self._recipe.annealing, plan.round)

@@ -1,6 +1,7 @@
 """Testing a model: fixed shards of rows, and metrics over them in their order.
 
-A metric is one function below, listed in `METRICS`: a column `eval_<name>` of rounds.parquet.
+A metric is one decorated function: a column `eval_<name>` of rounds.parquet. The built-in ones are
+always computed, others where `evaluation.metrics` names them.
 
 Source: macro F1 and one-vs-rest AUC as in scikit-learn (which the tests compare with; importing it
 here would cost the server 90 MB): Hand and Till 2001, Machine Learning 45:171, for the latter.
@@ -10,11 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from rayfed_lora.errors import PluginError
+from rayfed_lora.plugins import tables
+from rayfed_lora.plugins.calls import own_method
+from rayfed_lora.plugins.registry import Table
 from rayfed_lora.types import Predictions
 
 # Minimum number of shards of a split, as far as they have so many rows.
@@ -25,6 +32,53 @@ _FEW_ROWS = 64
 Scores = Mapping[str, float | None]
 # Predictions of a model on all shards of a split, in order.
 SplitPredictions = Sequence[Predictions]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of one model on one split.
+
+    Attributes:
+        compute: from the predictions on all shards, in order; None where it is not defined.
+        higher_is_better: which of two values is better.
+    """
+
+    compute: Callable[..., float | None]
+    higher_is_better: bool
+
+
+METRICS: Table[Metric] = tables.METRICS
+
+
+def metric(
+    name: str | None = None, *, higher_is_better: bool = True
+) -> Callable[[Callable[..., float | None]], Any]:
+    """Register a metric: a function of the predictions on all shards of a split, in order.
+
+    Args:
+        name: the column is `eval_<name>`; default: the function's.
+        higher_is_better: which of two values is better.
+
+    Raises:
+        PluginError: the name is taken, or is no name of a column.
+    """
+
+    def register(function: Callable[..., float | None]) -> Any:
+        own = name or function.__name__
+        if not own.isidentifier():
+            raise PluginError(f"metric {own!r}: expected a name such as balanced_accuracy")
+        return METRICS.add(function, own, value=lambda _: Metric(function, higher_is_better))
+
+    return register
+
+
+def joined(parts: SplitPredictions) -> Predictions:
+    """Return the predictions on all shards as one, (n,) arrays in the order of the split."""
+    fields = ("labels", "losses", "correct", "predicted", "classes")
+    arrays = {field: np.concatenate([getattr(part, field) for part in parts]) for field in fields}
+    found = [part.probabilities for part in parts if part.probabilities is not None]
+    whole = np.concatenate(found) if len(found) == len(parts) else None
+    return Predictions(**arrays, probabilities=whole)
 
 
 def shards(rows: int, size: int) -> tuple[slice, ...]:
@@ -53,23 +107,27 @@ def _labels(parts: SplitPredictions) -> npt.NDArray[np.int64] | None:
     return None if np.any(labels < 0) else labels
 
 
+@metric()
 def accuracy(parts: SplitPredictions) -> float:
     """Return the share of correct predictions."""
     return int(sum(part.correct.sum() for part in parts)) / _predicted(parts)
 
 
+@metric(higher_is_better=False)
 def loss(parts: SplitPredictions) -> float:
     """Return the mean cross entropy, nats."""
     total = math.fsum(math.fsum(part.losses.tolist()) for part in parts)
     return total / _predicted(parts)
 
 
+@metric()
 def macro_f1(parts: SplitPredictions) -> float | None:
     """Return the mean F1 over the classes that occur or are predicted; None without classes."""
     labels, classes = _labels(parts), np.concatenate([part.classes for part in parts])
     return None if labels is None else mean_f1(labels, classes)
 
 
+@metric()
 def auc(parts: SplitPredictions) -> float | None:
     """Return the mean area under the ROC curve of each class against the rest.
 
@@ -82,6 +140,7 @@ def auc(parts: SplitPredictions) -> float | None:
     return one_vs_rest_auc(labels, np.concatenate(found))
 
 
+@metric(higher_is_better=False)
 def perplexity(parts: SplitPredictions) -> float | None:
     """Return exp(loss), for language models only."""
     if _labels(parts) is not None:
@@ -90,14 +149,23 @@ def perplexity(parts: SplitPredictions) -> float | None:
     return math.exp(nats) if nats < 700.0 else math.inf
 
 
-_Metric = Callable[[SplitPredictions], float | None]
-_METRICS = (accuracy, loss, macro_f1, auc, perplexity)
-METRICS: Mapping[str, _Metric] = {metric.__name__: metric for metric in _METRICS}
+BUILT_IN = ("accuracy", "loss", "macro_f1", "auc", "perplexity")
 
 
-def scores(parts: SplitPredictions) -> Scores:
-    """Return all metrics over all shards, in order."""
-    return {name: metric(parts) for name, metric in METRICS.items()}
+def scores(parts: SplitPredictions, own: Sequence[str] = (), round_index: int = 0) -> Scores:
+    """Return the built-in metrics over all shards, in order, and some others, by name.
+
+    Raises:
+        RunError: another metric raised in this round, or returned no number.
+    """
+    found = {name: METRICS[name].compute(parts) for name in BUILT_IN}
+    for name in own:
+        with own_method("metric", name, round_index):
+            value = METRICS[name].compute(parts)
+            if value is not None and not isinstance(value, (int, float, np.number)):
+                raise TypeError(f"expected a number or None, got {value!r}")
+            found[name] = None if value is None else float(value)
+    return found
 
 
 def mean_f1(labels: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64]) -> float:

@@ -38,21 +38,31 @@ class TestResults:
 
 @dataclass(frozen=True)
 class RunningTests:
-    """The tests of one round that were started; None: not due."""
+    """The tests of one round that were started; None: not due.
+
+    `metrics` are computed beside the built-in ones; `round` is counted from 0.
+    """
 
     test: _Evaluation | None
     validation: _Evaluation | None
     clients: _ClientTest | None
     own: _ClientTest | None
+    metrics: Sequence[str] = ()
+    round: int = 0
 
     def result(self) -> TestResults:
-        """Wait for all tests."""
+        """Wait for all tests; raises RunError where an own metric fails."""
         return TestResults(
-            None if self.test is None else evaluation.scores(self.test.result()),
-            None if self.validation is None else evaluation.scores(self.validation.result()),
+            self._scores(self.test),
+            self._scores(self.validation),
             () if self.clients is None else self.clients.result(),
             () if self.own is None else self.own.result(),
         )
+
+    def _scores(self, running: _Evaluation | None) -> Scores | None:
+        if running is None:
+            return None
+        return evaluation.scores(running.result(), self.metrics, self.round)
 
 
 class Tester:
@@ -83,6 +93,8 @@ class Tester:
             validation=self._evaluation("validation", run.model) if watched else None,
             clients=clients,
             own=own,
+            metrics=settings.metrics,
+            round=run.rounds - 1,
         )
 
     def _start_on_clients(self, run: Run) -> tuple[_ClientTest, _ClientTest | None]:

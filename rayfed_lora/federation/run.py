@@ -13,6 +13,7 @@ from rayfed_lora.annealing.stages import is_full
 from rayfed_lora.federation.client_training import Updates
 from rayfed_lora.federation.cohorts import Cohort
 from rayfed_lora.federation.evaluation import Scores
+from rayfed_lora.federation.sampling import ClientHistory
 from rayfed_lora.federation.transitions import Start, with_updates
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import Engine
@@ -52,6 +53,7 @@ class Run:
         clock_s: simulated seconds so far.
         moments: of the server's optimiser.
         personal: B by module, of each client that keeps its own.
+        history: what samplers know of clients; None where the sampler needs none.
     """
 
     rounds: int
@@ -63,6 +65,7 @@ class Run:
     clock_s: float = 0.0
     moments: Moments = field(default_factory=dict)
     personal: Personal = field(default_factory=dict)
+    history: ClientHistory | None = None
 
 
 def fresh(recipe: Recipe, engine: Engine) -> Run:
@@ -126,6 +129,7 @@ def after(
         clock_s=cohort.clock_s,
         moments=step.moments,
         personal=_personal(run.personal, updates.reports),
+        history=cohort.history and cohort.history.after(plan.round, updates.reports),
     )
 
 

@@ -82,7 +82,7 @@ class Server:
             for t in range(run.rounds, recipe.annealing.total_rounds):
                 plan = plan_round(recipe.annealing, t, self._tester.feedback(t, run))
                 start = enter(recipe, self._shape, run.model, plan)
-                cohort = self._cohorts.draw(plan, start.resizing, run.clock_s)
+                cohort = self._cohorts.draw(plan, start.resizing, run.clock_s, run.history)
                 self._recorder.round_started(plan, cohort.clients)
                 local = self.clients.local_plan(plan, cohort)
                 task = self.clients.task(local, start, cohort, run.personal)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from rayfed_lora.errors import RunError
 from rayfed_lora.federation import sampling
 from rayfed_lora.federation.ledger import BYTES_PER_VALUE, Bill
+from rayfed_lora.federation.sampling import ClientHistory
 from rayfed_lora.federation.traffic import Sent
 from rayfed_lora.recipe.clients import Spread
 from rayfed_lora.recipe.recipe import Recipe
@@ -70,19 +71,19 @@ class SimulatedClock:
         middle = spread.median if spread.median is not None else np.inf
         return middle * np.exp(spread.sigma * rng.standard_normal(clients))
 
-    def cohort(self, t: int, now: float) -> tuple[tuple[int, ...], float]:
+    def cohort(self, t: int, now: float, history: ClientHistory) -> tuple[tuple[int, ...], float]:
         """Return the cohort of round `t`, and when it is drawn: once any client can be reached.
 
-        `now` and the result are simulated seconds since the start of the run.
+        `now` and the result are simulated seconds since the start of the run; the sampler sees
+        `history`.
 
         Raises:
             RunError: no client can ever be reached again.
         """
-        clients = len(self._facts.sizes)
         if self._facts.trace is None:
-            return sampling.cohort(self._recipe, clients, t), now
+            return sampling.cohort(self._recipe, history, t), now
         reachable, now = self._reachable(self._facts.trace, now)
-        return sampling.cohort(self._recipe, clients, t, reachable), now
+        return sampling.cohort(self._recipe, history, t, reachable), now
 
     def _reachable(self, trace: AvailabilityTrace, now: float) -> tuple[Clients, float]:
         lap, clock = self._lap(now)

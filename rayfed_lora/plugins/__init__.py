@@ -17,9 +17,25 @@ from typing import Any
 _HOMES = {
     "rule": "rayfed_lora.aggregation.rule",
     "shape": "rayfed_lora.annealing.schedules",
+    "sampler": "rayfed_lora.federation.sampling",
+    "weight": "rayfed_lora.tasks.training",
+    "metric": "rayfed_lora.federation.evaluation",
+    "optimizer": "rayfed_lora.plugins.optimizers",
+    "joined": "rayfed_lora.federation.evaluation",
+    "ClientHistory": "rayfed_lora.federation.sampling",
     "ClientUpdates": "rayfed_lora.aggregation.updates",
 }
-__all__ = ["ClientUpdates", "rule", "shape"]
+__all__ = [
+    "ClientHistory",
+    "ClientUpdates",
+    "joined",
+    "metric",
+    "optimizer",
+    "rule",
+    "sampler",
+    "shape",
+    "weight",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,3 +13,11 @@ from rayfed_lora.plugins.registry import Table
 # (start, end, u) -> value; the last round is at `end`.
 SHAPES: Table[Callable[..., float]] = Table("shape", "rayfed_lora.annealing.schedules")
 RULES: Table[Any] = Table("rule", "rayfed_lora.aggregation.rules")
+# (pool, wanted, history, rng) -> client ids; see `federation.sampling.sampler`.
+SAMPLERS: Table[Callable[..., Any]] = Table("sampler", "rayfed_lora.federation.sampling")
+# (report) -> weight; see `tasks.training.weight`.
+WEIGHTS: Table[Callable[..., float]] = Table("weight", "rayfed_lora.tasks.training")
+# (predictions) -> value; see `federation.evaluation.metric`.
+METRICS: Table[Any] = Table("metric", "rayfed_lora.federation.evaluation")
+# (parameters, lr) -> a torch optimiser.
+OPTIMIZERS: Table[Callable[..., Any]] = Table("optimizer", "rayfed_lora.plugins.optimizers")

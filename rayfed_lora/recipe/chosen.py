@@ -8,14 +8,18 @@ from typing import Any
 from pydantic import BaseModel
 
 from rayfed_lora.plugins.registry import Method
+from rayfed_lora.plugins.tables import METRICS
 from rayfed_lora.recipe.fields import Choosing
+from rayfed_lora.recipe.runtime import Evaluation
 
 
 def chosen_methods(section: BaseModel) -> Iterator[Method[Any]]:
-    """Yield the method of each section that chooses one, in the order of the recipe's keys."""
+    """Yield the methods that a section and those inside it choose, in the order of the keys."""
     if isinstance(section, Choosing):
         key, table = section.choice
         yield table.method(getattr(section, key))
+    if isinstance(section, Evaluation):
+        yield from map(METRICS.method, section.metrics)
     for value in vars(section).values():
         if isinstance(value, BaseModel):
             yield from chosen_methods(value)

@@ -7,9 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from rayfed_lora.plugins.tables import OPTIMIZERS, SAMPLERS, WEIGHTS
 from rayfed_lora.recipe.fields import (
+    Choosing,
     Count,
     Fraction,
+    NameIn,
     NonNegative,
     Positive,
     PositiveFloat,
@@ -91,12 +94,18 @@ class Network(Section):
     latency_s: NonNegative = option(0.0, "added to each message", "s")
 
 
-class Optimizer(Section):
+class Optimizer(Choosing):
     """The clients' optimiser, created for each client and round."""
 
-    name: Literal["sgd", "adamw"] = option("sgd", "sgd | adamw")
+    choice = ("name", OPTIMIZERS)
+
+    name: Annotated[str, NameIn(OPTIMIZERS)] = option(
+        "sgd",
+        "sgd | adamw | adam, adamax, nadam, radam, adagrad, adadelta, rmsprop, rprop, asgd: as of"
+        " torch.optim",
+    )
     lr: PositiveFloat = option(0.05, "learning rate")
-    momentum: Fraction = option(0.0, "momentum (sgd)")
+    momentum: Fraction = option(0.0, "momentum (sgd, rmsprop)")
     weight_decay: NonNegative = option(0.0, "weight decay (decoupled for adamw)")
 
 
@@ -110,11 +119,41 @@ class LrSchedule(Section):
     warmup_rounds: Count = option(0, "rounds of linear rise to 1 at the start", "rounds")
 
 
+class Sampler(Choosing):
+    """Which clients take part in a round. A text stands for `name`."""
+
+    choice = ("name", SAMPLERS)
+    name: Annotated[str, NameIn(SAMPLERS)] = option(
+        "uniform",
+        "uniform: drawn without replacement | power-of-choice: of some candidates those with the"
+        " largest losses",
+    )
+
+
+class Weight(Choosing):
+    """How much a client's update counts. A text stands for `name`."""
+
+    choice = ("name", WEIGHTS)
+    name: Annotated[str, NameIn(WEIGHTS)] = option(
+        "examples", "examples: its number of examples | uniform: all the same"
+    )
+
+
 class Clients(Section):
     """The cohort of a round, and how a client trains."""
 
     per_round: Positive | Annotated[float, Field(gt=0.0, le=1.0)] = option(
         10, "cohort size: a number of clients, or a share of all such as 0.2", "clients"
+    )
+    sampler: Annotated[Sampler, short_for({str: "name"})] = Field(
+        default_factory=Sampler,
+        description="which clients take part in a round; a text: the sampler's name",
+        json_schema_extra=lambda schema: also_plain(schema, "string"),
+    )
+    weight: Annotated[Weight, short_for({str: "name"})] = Field(
+        default_factory=Weight,
+        description="how much a client's update counts; a text: the weight's name",
+        json_schema_extra=lambda schema: also_plain(schema, "string"),
     )
     local_steps: Positive | None = option(
         None, "optimiser steps a round (default 5 where local_epochs is not given)", "steps"

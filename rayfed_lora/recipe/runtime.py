@@ -7,9 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from rayfed_lora.plugins.tables import METRICS
 from rayfed_lora.recipe.fields import (
     Auto,
     Fraction,
+    NameIn,
     NonNegative,
     Positive,
     PositiveFloat,
@@ -23,6 +25,9 @@ Label = Annotated[str, Field(min_length=1)]
 class Evaluation(Section):
     """When and how the global model is tested."""
 
+    metrics: list[Annotated[str, NameIn(METRICS)]] = option(
+        [], "own metrics that are computed beside the built-in ones"
+    )
     every: Positive = option(1, "test after every n-th round, and after the last one", "rounds")
     batch_size: Positive = option(256, "examples in a forward pass", "examples")
     client_fraction: Fraction = option(

@@ -51,6 +51,7 @@ class Snapshot:
         facts: JSON values: schedule feedback, ledger totals, times.
         moments: of the server's optimiser, by tensor.
         personal: B by module, of each client that keeps its own.
+        history: (clients,) arrays of what samplers know of clients, by name; may be empty.
     """
 
     rounds: int
@@ -60,6 +61,7 @@ class Snapshot:
     facts: Mapping[str, Any]
     moments: Moments = field(default_factory=dict)
     personal: Mapping[int, Mapping[str, FloatArray]] = field(default_factory=dict)
+    history: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -185,6 +187,7 @@ def _flat(snapshot: Snapshot) -> tuple[dict[str, npt.NDArray[Any]], dict[str, An
     """Return all tensors by a flat name, and what safetensors cannot hold."""
     state, base = snapshot.state, snapshot.base
     tensors: dict[str, npt.NDArray[Any]] = {f"held|{n}": v for n, v in snapshot.held.items()}
+    tensors |= {f"history|{n}": v for n, v in snapshot.history.items()}
     for name, factors in state.factors.items():
         tensors |= {f"factors|{name}|a": factors.a, f"factors|{name}|b": factors.b}
     tensors |= {f"dense|{name}": tensor for name, tensor in state.dense.items()}
@@ -240,6 +243,7 @@ def _read(folder: RunFolder, name: str) -> Snapshot:
         facts=facts,
         moments={name: tuple(moments[i][name] for i in range(len(moments))) for name in names},
         personal=_numbered(tensors, "personal"),
+        history=_named(tensors, "history"),
     )
 
 

@@ -13,9 +13,10 @@ from typing_extensions import TypedDict
 
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.errors import RunFolderError
-from rayfed_lora.federation.evaluation import METRICS
+from rayfed_lora.federation.evaluation import BUILT_IN
 from rayfed_lora.federation.ledger import Ledger, Totals
 from rayfed_lora.federation.run import Run, Timing
+from rayfed_lora.federation.sampling import ClientHistory
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checkpoints
 from rayfed_lora.runs.checkpoints import Snapshot
@@ -70,6 +71,7 @@ def snapshot(
         facts=json.loads(json.dumps(facts, default=vars)),
         moments=run.moments,
         personal=run.personal,
+        history={} if run.history is None else vars(run.history),
     )
 
 
@@ -109,6 +111,7 @@ def run_of(snapshot: Snapshot, ledger: Ledger) -> Run:
         clock_s=facts["clock_s"],
         moments=snapshot.moments,
         personal=snapshot.personal,
+        history=ClientHistory(**snapshot.history) if snapshot.history else None,
     )
 
 
@@ -140,8 +143,13 @@ def check(snapshot: Snapshot, recipe: Recipe, population: Population) -> None:
     if "base" not in snapshot.held:
         raise ValueError("held: expected the base among what clients hold, got none")
     scores = snapshot.facts["validation"]
-    if scores is not None and not set(METRICS) <= set(scores):
-        raise ValueError(f"validation: expected {', '.join(METRICS)}, got {', '.join(scores)}")
+    if scores is not None and not set(BUILT_IN) <= set(scores):
+        raise ValueError(f"validation: expected {', '.join(BUILT_IN)}, got {', '.join(scores)}")
+    if snapshot.history:
+        _expect_names("history of clients", snapshot.history, ("examples", "losses", "rounds"))
+    for name, known in snapshot.history.items():
+        kind = "f" if name == "losses" else "i"
+        _expect(f"history {name}", known, (population.clients,), kind)
     for kind, versions in snapshot.held.items():
         _expect(f"held {kind}", versions, (population.clients,), "i")
     adapter = snapshot.facts["trainable"] == "adapter"

@@ -91,7 +91,8 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
         board.step("loading data and model")
         population = engine.open()
         found = accepted(own, recipe, population, board.note) if resume else None
-        tables = Tables(own, list(population.shape.modules), population.client_names)
+        modules, metrics = list(population.shape.modules), recipe.evaluation.metrics
+        tables = Tables(own, modules, population.client_names, metrics)
         if found is not None:
             tables.first(found.rounds)
         _begin(own, recipe, population, board, found)

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rayfed_lora.federation.evaluation import METRICS
+from rayfed_lora.federation.evaluation import BUILT_IN
 from rayfed_lora.federation.ledger import Totals
 from rayfed_lora.federation.run import Timing
 from rayfed_lora.recipe.recipe import Recipe
 
 _PACKAGES = ("rayfed-lora", "ray", "torch", "peft", "transformers", "numpy", "pyarrow")
 # What the global model is tested for, in rounds.parquet; missing where it is not measured.
-TESTED = tuple(f"eval_{metric}" for metric in METRICS)
+TESTED = tuple(f"eval_{metric}" for metric in BUILT_IN)
 _METRICS = ("round", *TESTED, "train_loss")
 
 
@@ -32,13 +32,15 @@ def summary(
     tested = [row for row in rounds.to_pylist() if row["eval_accuracy"] is not None]
     best = max(tested, key=lambda row: row["eval_accuracy"])
     training = timing.training_s
+    own = [f"eval_{metric}" for metric in recipe.evaluation.metrics]
+    shown = (*_METRICS, *own)
     return {
         "name": recipe.name,
         "method": recipe.method,
         "seed": recipe.seed,
         "rounds": rounds.num_rows,
-        "final": {key: tested[-1][key] for key in _METRICS},
-        "best": {key: best[key] for key in _METRICS},
+        "final": {key: tested[-1][key] for key in shown},
+        "best": {key: best[key] for key in shown},
         "failed_clients": sum(rounds["failed_clients"].to_pylist()),
         "retried_blocks": sum(rounds["retried_blocks"].to_pylist()),
         "communication": totals.communication(),

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rayfed_lora.federation.evaluation import METRICS
+from rayfed_lora.federation.evaluation import BUILT_IN
 from rayfed_lora.federation.records import ClientRecord, ClientTest, Note, RoundRecord
 from rayfed_lora.runs import seals
 from rayfed_lora.runs.client_rows import (
@@ -45,7 +45,7 @@ PROPOSAL_COLUMNS = {
 }
 
 
-def round_schema(modules: Sequence[str]) -> pa.Schema:
+def round_schema(modules: Sequence[str], metrics: Sequence[str] = ()) -> pa.Schema:
     """Return the columns of rounds.parquet; `ranks` has one field an adapted module.
 
     Parquet has no column without a field: without adapted modules there is no `ranks`.
@@ -62,13 +62,13 @@ def round_schema(modules: Sequence[str]) -> pa.Schema:
             raise TypeError(f"RoundRecord.{name}: no type of a column stands for this type")
         else:
             found.append((name, kind))
-    others = [metric for metric in METRICS if metric not in _FIRST_METRICS]
+    others = [metric for metric in (*BUILT_IN, *metrics) if metric not in _FIRST_METRICS]
     return pa.schema([*found, *((f"eval_{metric}", pa.float64()) for metric in others)])
 
 
-def round_row(record: RoundRecord) -> dict[str, Any]:
+def round_row(record: RoundRecord, metrics: Sequence[str] = ()) -> dict[str, Any]:
     """Return a round's row; metrics and proposal have columns of their own."""
-    tested = {f"eval_{metric}": record.evaluation.get(metric) for metric in METRICS}
+    tested = {f"eval_{name}": record.evaluation.get(name) for name in (*BUILT_IN, *metrics)}
     proposal = {
         column: None if record.proposal is None else getattr(record.proposal, name)
         for column, (name, _) in PROPOSAL_COLUMNS.items()
@@ -81,7 +81,11 @@ class Tables:
     """The rows of a run so far and their files; memory holds all rows of rounds, few of clients."""
 
     def __init__(
-        self, folder: RunFolder, modules: Sequence[str], client_names: Sequence[str] | None = None
+        self,
+        folder: RunFolder,
+        modules: Sequence[str],
+        client_names: Sequence[str] | None = None,
+        metrics: Sequence[str] = (),
     ) -> None:
         """Start empty.
 
@@ -89,9 +93,11 @@ class Tables:
             folder: the run folder.
             modules: names of the adapted modules.
             client_names: (clients,) names in the data; None where the clients have none.
+            metrics: beside the built-in ones.
         """
         self._folder = folder
-        self._schema = round_schema(modules)
+        self._metrics = metrics
+        self._schema = round_schema(modules, metrics)
         self._rounds = self._schema.empty_table()
         self._new_rounds: list[dict[str, Any]] = []
         self._clients = ClientRows(folder, CLIENTS_FILE, ClientRecord, client_names)
@@ -108,7 +114,7 @@ class Tables:
 
     def add(self, record: RoundRecord, clients: Sequence[ClientRecord]) -> None:
         """Add the rows of one round; a RunError where many are saved and cannot be written."""
-        self._new_rounds.append(round_row(record))
+        self._new_rounds.append(round_row(record, self._metrics))
         self._clients.add(clients)
 
     def add_tests(self, tests: Sequence[ClientTest]) -> None:

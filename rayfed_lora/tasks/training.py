@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from rayfed_lora.aggregation.rules import RULES
-from rayfed_lora.errors import BlockMemoryError, ClientError
+from rayfed_lora.errors import BlockMemoryError, ClientError, RunError
+from rayfed_lora.plugins.tables import WEIGHTS
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.messages import Block, TestClients, Train, Trained
 from rayfed_lora.types import AdapterState, ClientReport, Factors
 
@@ -33,12 +37,64 @@ class BlockUpdate:
 TrainBlock = Callable[[Block, Sequence[AdapterState]], BlockUpdate]
 
 
-def trained(task: Train, train_block: TrainBlock) -> Trained:
+def weight(name: str | None = None) -> Callable[[Callable[..., float]], Any]:
+    """Register how much a client counts: a function of its `ClientReport`, a number above 0.
+
+    Keyword-only parameters are its options.
+
+    Args:
+        name: value of `clients.weight`; default: the function's, with hyphens.
+
+    Raises:
+        PluginError: the name is taken, or an option is not typed.
+    """
+    return lambda function: WEIGHTS.add(function, name)
+
+
+@weight("examples")
+def by_examples(report: ClientReport) -> float:
+    """Return the client's number of training examples: FedAvg, arXiv:1602.05629."""
+    return float(report.examples)
+
+
+@weight("uniform")
+def alike(report: ClientReport) -> float:
+    """Return 1 for each client."""
+    del report
+    return 1.0
+
+
+def chosen_weight(recipe: Recipe) -> Callable[[ClientReport], float]:
+    """Return the weight of a recipe, whose result is checked.
+
+    Raises, when called, a RunError that names the weight, the client and the round.
+    """
+    settings = recipe.clients.weight
+    weigh = WEIGHTS.with_options(settings.name, settings.options)
+
+    def checked(report: ClientReport) -> float:
+        found = weigh(report)
+        if not (isinstance(found, (int, float)) and 0.0 < found < math.inf):
+            raise RunError(
+                f"weight {settings.name!r} of client {report.client}: expected a finite number"
+                f" above 0, got {found!r}"
+            )
+        return float(found)
+
+    return checked
+
+
+def trained(
+    task: Train,
+    train_block: TrainBlock,
+    weigh: Callable[[ClientReport], float] = lambda report: float(report.examples),
+) -> Trained:
     """Train block by block and reduce the updates; of each block only the means stay.
 
     Args:
         task: the clients.
         train_block: trains a block; raises ClientError, BlockMemoryError.
+        weigh: returns how much a client counts, > 0.
 
     Raises:
         ClientError: a client raised, or does not fit into memory alone, and the plan is not
@@ -66,7 +122,7 @@ def trained(task: Train, train_block: TrainBlock) -> Trained:
                 failure = ClientError(left[0], task.plan.round, str(error))
             else:
                 usable = [report for report in update.reports if report.usable]
-                weights = [float(report.examples) for report in usable]
+                weights = [weigh(report) for report in usable]
                 means.add_all(weights, update.states, [report.client for report in usable])
                 reports += _with_own(update) if rule.personal else update.reports
                 break

@@ -9,29 +9,21 @@ from collections.abc import Sequence
 
 import torch
 
+from rayfed_lora.plugins.tables import OPTIMIZERS
 from rayfed_lora.recipe.clients import Clients
 
 
 def fresh_optimizer(
     parameters: list[torch.Tensor], settings: Clients, lr: float
 ) -> torch.optim.Optimizer | None:
-    """Return a fresh optimiser; None where nothing is trained (rank 0 and no head).
-
-    Fused ones read and write each tensor once. SGD's needs all momenta from the first step on: a
-    parameter without a gradient has none yet.
-    """
-    chosen = settings.optimizer
+    """Return a fresh optimiser; None where nothing is trained (rank 0 and no head)."""
     if not parameters:
         return None
-    if chosen.name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=chosen.weight_decay, fused=True)
-    return torch.optim.SGD(
-        parameters,
-        lr=lr,
-        momentum=chosen.momentum,
-        weight_decay=chosen.weight_decay,
-        fused=chosen.momentum == 0,
+    chosen = settings.optimizer
+    made: torch.optim.Optimizer = OPTIMIZERS.with_options(chosen.name, chosen.options)(
+        parameters, lr
     )
+    return made
 
 
 def add_proximal_gradient(

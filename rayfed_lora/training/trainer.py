@@ -38,7 +38,7 @@ from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import Task
 from rayfed_lora.tasks.messages import Block, Evaluate, Export, Initial, TestClients, Train
-from rayfed_lora.tasks.training import BlockUpdate, attributed, trained
+from rayfed_lora.tasks.training import BlockUpdate, attributed, chosen_weight, trained
 from rayfed_lora.training.device import keep_freed_memory, memory_watched, return_freed_memory
 from rayfed_lora.training.drawing import Drawing, GroupWork, tensors
 from rayfed_lora.training.dropout import ClientDropout
@@ -131,6 +131,7 @@ class LocalTrainer:
         if not self._language:
             two = workload.train.rows(np.arange(min(2, len(workload.train))))
             read_first_token_only(net, tensors(two, self._device)[0])
+        self._weigh = chosen_weight(recipe)
         self._drops = recipe.adapter.dropout > 0 or drops(net)
         self._drawing = Drawing(recipe, workload, drops=self._drops)
         self._passes = RecordedPasses(self._model, recording=self._recordable())
@@ -163,7 +164,7 @@ class LocalTrainer:
         """
         found: Any
         if isinstance(task, Train):
-            found = trained(task, partial(self._train_block, task))
+            found = trained(task, partial(self._train_block, task), self._weigh)
         elif isinstance(task, Evaluate):
             found = tuple(self._testing.evaluate(task))
         elif isinstance(task, TestClients):

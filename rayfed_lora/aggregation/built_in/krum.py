@@ -1,5 +1,7 @@
-"""The mean of the clients whose updates are nearest to others. Source: Blanchard et al. 2017,
-"Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS.
+"""The mean of the clients whose updates are nearest to others.
+
+Source: Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent",
+NeurIPS 2017.
 """
 
 from __future__ import annotations
