@@ -57,13 +57,17 @@ def _declared(target: Callable[..., Any]) -> Iterator[tuple[str, Any, Any]]:
     function = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
     if function is object.__init__:
         return
-    hints = get_type_hints(function, include_extras=True)
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            if parameter.name not in hints:
-                raise TypeError(f"option {parameter.name!r} has none")
-            default = ... if parameter.default is parameter.empty else parameter.default
-            yield parameter.name, hints[parameter.name], default
+    named = inspect.signature(function).parameters.values()
+    options = [p for p in named if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    for option in options:
+        if option.annotation is option.empty:
+            raise TypeError(f"option {option.name!r} has none")
+    # Of the options alone: other annotations may name what is imported for type checks only.
+    own = type("own", (), {"__annotations__": {p.name: p.annotation for p in options}})
+    hints = get_type_hints(own, function.__globals__, include_extras=True)
+    for option in options:
+        default = ... if option.default is option.empty else option.default
+        yield option.name, hints[option.name], default
 
 
 def _value(each: Any) -> Any:

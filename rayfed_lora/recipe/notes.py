@@ -187,7 +187,7 @@ def _idle_by_optimizers(recipe: Recipe) -> Iterator[_Reason]:
     momentum = ("aggregation.server_optimizer.momentum",)
     idle = {"sgd": (*_ADAM, *momentum), "momentum": _ADAM}.get(server, momentum)
     yield f"aggregation.server_optimizer.name {server}", idle
-    if local != "sgd":
+    if local not in ("sgd", "rmsprop"):
         yield f"clients.optimizer.name {local}", ("clients.optimizer.momentum",)
     schedule = recipe.clients.lr_schedule
     if schedule.shape == "constant":
