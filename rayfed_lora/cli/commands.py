@@ -340,6 +340,23 @@ def plugins(plugins: PluginsOption = None) -> None:
     show_methods(PlainConsole())
 
 
+@app.command("check-plugin", epilog=examples("check-plugin my_methods"))
+def check_plugin(
+    module: Annotated[str, Argument(metavar="MODULE", help="A Python module with own methods.")],
+) -> None:
+    """Check that own methods give the same result however a run is divided, stopped and resumed."""
+    from rayfed_lora.launching.check_plugin import check_plugin as check
+
+    found = check(module)
+    console = PlainConsole()
+    for each in found:
+        console.print_line(f"{each.method.kind} {each.method.name}")
+        for way, outcome in each.outcomes.items():
+            console.print_line(f"  {way}: {outcome}")
+    if not all(each.passed for each in found):
+        raise typer.Exit(1)
+
+
 def _repeated(arguments: list[str]) -> list[str]:
     """Repeat `--set` before each further key=value, so that one `--set` takes several."""
     result: list[str] = []
