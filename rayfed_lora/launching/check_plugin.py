@@ -1,4 +1,7 @@
-"""Whether own methods keep runs equal: the same work, divided in other ways. Source: this project."""
+"""Whether own methods keep runs equal: the same work, divided in other ways.
+
+Source: this project.
+"""
 
 from __future__ import annotations
 
