@@ -64,7 +64,8 @@ class Method(Generic[T]):
 
     Attributes:
         kind: of method.
-        name: its value in a recipe.
+        name: its value in a recipe: `module:function` where a built-in method has its short name.
+        short: as given to the decorator, or the function's with hyphens.
         value: what the rest of the package uses, e.g. an aggregation `Rule`, without options.
         target: the decorated function or class.
         options: the model of its options.
@@ -74,6 +75,7 @@ class Method(Generic[T]):
 
     kind: Kind
     name: str
+    short: str
     value: T
     target: Any
     options: type[BaseModel]
@@ -170,18 +172,19 @@ class Table(Mapping[str, T]):
         Raises:
             PluginError: the name is another method's, or an option is not typed.
         """
-        name = name or _hyphenated(target.__name__)
+        short = name or _hyphenated(target.__name__)
+        full = self._free(short, target)
         method = Method(
             kind=self.kind,
-            name=name,
-            value=target if value is None else value(name),
+            name=full,
+            short=short,
+            value=target if value is None else value(full),
             target=target,
-            options=options_of(target, name),
+            options=options_of(target, full),
             bind=bind or _partial,
             again=partial(self.add, name=name, value=value, bind=bind),
         )
-        self._check_free(method)
-        self._methods[name] = method
+        self._methods[full] = method
         if isinstance(target, type):
             setattr(target, _MARK, method)
             return target
@@ -191,18 +194,21 @@ class Table(Mapping[str, T]):
         """Pickle by kind: each process has its own table."""
         return _table, (self.kind,)
 
-    def _check_free(self, new: Method[T]) -> None:
-        held = self._methods.get(new.name)
-        if held is None and not new.built_in:
+    def _free(self, name: str, target: Any) -> str:
+        """Return a name that no other method has: the given one, or one with the module."""
+        if not target.__module__.startswith(_OWN):
             self._load()
-            held = self._methods.get(new.name)
-        same = held is None or _path(held.target) == _path(new.target)
-        if not same or ":" in new.name or not new.name:
-            taken = "" if same else f"; {new.name!r} is {_path(held.target)}"  # type: ignore[union-attr]
+        held = self._methods.get(name)
+        if held is not None and _path(held.target) != _path(target):
+            if held.built_in:
+                return _path(target)
             raise PluginError(
-                f"{self.kind} {new.name!r} of {_path(new.target)}: expected a name of its own"
-                f" without a colon{taken}"
+                f"{self.kind} {name!r} of {_path(target)}: expected a name of its own;"
+                f" {name!r} is {_path(held.target)}"
             )
+        if not name or ":" in name:
+            raise PluginError(f"{self.kind} {name!r}: expected a name without a colon")
+        return name
 
     def _load(self) -> None:
         for home in self._homes:
@@ -211,7 +217,7 @@ class Table(Mapping[str, T]):
     def method(self, name: str) -> Method[T]:
         """Return the method of a name; raises KeyError where there is none."""
         self._load()
-        if ":" in name:
+        if ":" in name and name not in self._methods:
             return self._referenced(name)
         return self._methods[name]
 

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.locations import each, holds_secret, repeated_option
+from rayfed_lora.plugins.registry import KEYS, TABLES
 from rayfed_lora.recipe.annealing import Annealing
+from rayfed_lora.recipe.chosen import chosen_methods
 from rayfed_lora.recipe.clients import Spread
 from rayfed_lora.recipe.runtime import Runtime
 from rayfed_lora.recipe.settings import Settings
@@ -35,6 +37,7 @@ def conflicts(recipe: Settings) -> list[Conflict]:
     """Return every conflict of a recipe whose values are each valid."""
     return [
         *_location_conflicts(recipe),
+        *_ambiguous_methods(recipe),
         *_data_and_model_conflicts(recipe),
         *_stage_conflicts(recipe.annealing),
         *_acceptance_conflicts(recipe),
@@ -43,6 +46,20 @@ def conflicts(recipe: Settings) -> list[Conflict]:
         *_device_conflicts(recipe),
         *_actor_conflicts(recipe.runtime),
     ]
+
+
+def _ambiguous_methods(recipe: Settings) -> Iterator[Conflict]:
+    """Yield names that are of a built-in method and of one of the recipe's plug-ins."""
+    for method in chosen_methods(recipe):
+        if not method.built_in or method.kind not in KEYS:
+            continue
+        for other in TABLES[method.kind].methods():
+            if other.short == method.name and other.module in recipe.plugins:
+                yield Conflict(
+                    (KEYS[method.kind],),
+                    f"{method.name!r} is a built-in {method.kind}, and one of a plug-in; expected"
+                    f" {other.name!r} for the latter, or no such plug-in",
+                )
 
 
 def _location_conflicts(recipe: Settings) -> Iterator[Conflict]:
