@@ -62,7 +62,7 @@ RECIPE: dict[str, Any] = {
     "name": "fake",
     "seed": 3,
     "data": {"partition": {"clients": 6, "kind": "iid"}},
-    "model": {"config": {"architecture": "vit", "patch_size": 4}},
+    "model": {"config": {"architecture": "vit"}},
     "adapter": {"alpha": 6.0},
     "annealing": {
         "initiating": {"rounds": 1},
