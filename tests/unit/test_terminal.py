@@ -300,7 +300,7 @@ def test_a_misspelt_space_job_or_column_is_answered_with_the_nearest() -> None:
         with pytest.raises(BadInputError, match=f"did you mean '{job}'"):
             getattr(Jobs(client=client), ask)(job[:-1])
     table = pa.table({"question": ["a"], "topic": ["b"]})
-    with pytest.raises(DataError, match=r"name it in `data.label_column` \(did you mean 'topic'"):
+    with pytest.raises(DataError, match=r"name it in `data.label_column`.*\(did you mean 'topic'"):
         columns.pick(table, ("topics",), "label_column", "q.csv")
 
 
