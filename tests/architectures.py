@@ -120,9 +120,9 @@ IMAGE: dict[str, dict[str, Any]] = {
     },
     "ijepa": VISION,
     "levit": {
-        **{"image_size": 32, "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 2]},
+        **{"image_size": 64, "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 2]},
         **{"depths": [1, 1, 1], "mlp_ratio": [2, 2, 2]},
-        **{"attention_ratio": [2, 2, 2], "patch_size": 8, "key_dim": [8, 8, 8]},
+        **{"attention_ratio": [2, 2, 2], "patch_size": 16, "key_dim": [8, 8, 8]},
         "architectures": ["LevitForImageClassification"],
     },
     "mobilevit": {

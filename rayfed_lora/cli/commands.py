@@ -27,7 +27,7 @@ from rayfed_lora.cli.options import (
     examples,
 )
 from rayfed_lora.cli.output import safe_output
-from rayfed_lora.errors import RayfedError
+from rayfed_lora.errors import BadInputError, RayfedError
 from rayfed_lora.printable import echo
 
 app = typer.Typer(
@@ -371,10 +371,20 @@ def _repeated(arguments: list[str]) -> list[str]:
     return result
 
 
+def _check_working_folder() -> None:
+    """Raise BadInputError where the working folder is gone: libraries end the process for it."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        where = "the working folder was deleted or cannot be read"
+        raise BadInputError(f"{where} ({error.strerror}): change to another one") from error
+
+
 def main() -> None:
     """Run the command line; an error becomes one message and an exit status."""
     with safe_output():
         try:
+            _check_working_folder()
             app(_repeated(sys.argv[1:]))
         except RayfedError as error:
             echo(f"rayfed-lora: {error}", file=sys.stderr)

@@ -47,11 +47,10 @@ class PlainConsole(Console):
     def print_line(self, text: str, style: str | None = None) -> None:
         """Print a line; in a terminal it is wrapped between words, which stay whole."""
         if self.is_terminal:
-            lines = [
-                textwrap.fill(line, self.width, break_long_words=False, break_on_hyphens=False)
-                for line in text.split("\n")
-            ]
-            text = "\n".join(lines)
+            wrapper = textwrap.TextWrapper(
+                self.width, break_long_words=False, break_on_hyphens=False
+            )
+            text = "\n".join(wrapper.fill(line) for line in text.split("\n"))
         self.print(text, style=style, soft_wrap=True)
 
     def print_facts(self, facts: Mapping[str, str]) -> None:

@@ -28,7 +28,7 @@ _MOST_SHOWN = 4
 def _one_line(console: PlainConsole) -> Iterator[Callable[[str, float | None], None]]:
     """Show one live line; yield the function that sets its text and the remaining seconds."""
     began = time.monotonic()
-    with console.status("starting: importing") as line:
+    with console.status("importing") as line:
 
         def update(text: str, eta_s: float | None) -> None:
             spent = duration(time.monotonic() - began)

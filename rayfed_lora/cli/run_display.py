@@ -37,7 +37,7 @@ def watching(console: PlainConsole, location: str = "") -> Iterator[Callable[[St
     with Progress(
         name, bar, TimeElapsedColumn(), detail, console=console, transient=True, expand=True
     ) as progress:
-        task = progress.add_task("starting: importing", total=None, detail="")
+        task = progress.add_task("importing", total=None, detail="")
         told: list[Status] = []
 
         def show(status: Status) -> None:
@@ -129,10 +129,10 @@ def show_summary(console: PlainConsole, summary: Mapping[str, Any], location: st
     # Only language models have a perplexity.
     shown = ["accuracy", "loss"] + ["perplexity"] * (final["eval_perplexity"] is not None)
     rows = []
-    for name, row in (("last tested", final), ("best test accuracy", best)):
+    for name, row in (("last test", final), ("best test accuracy", best)):
         numbers = {f"test {metric}": _metric(row[f"eval_{metric}"]) for metric in shown}
         loss = {"train loss": _metric(row["train_loss"])}
-        rows.append({"round": f"{row['round'] + 1} ({name})", **numbers, **loss})
+        rows.append({"model": f"{name}, round {row['round'] + 1}", **numbers, **loss})
     console.print_rows(rows, optional=("train loss", "test perplexity"))
     console.print(bill(summary["communication"]))
     rate = timing["client_updates_per_s"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -54,7 +55,9 @@ def export_run(location: str, to: Path, *, merge: bool) -> Iterator[str]:
 def _check_target(run: RunFolder, to: Path) -> None:
     with _writing(to):
         used = to.exists() and (not to.is_dir() or any(to.iterdir()))
-        inside = run.local is not None and to.resolve().is_relative_to(run.local.resolve())
+        # Not `Path.resolve`, which raises RuntimeError for a link to itself.
+        place = Path(os.path.realpath(to))
+        inside = run.local is not None and place.is_relative_to(os.path.realpath(run.local))
     if used:
         raise BadInputError(f"--to: expected a new or empty folder, {to} exists and is not one")
     if inside:
@@ -161,6 +164,8 @@ def _write_merged(
                 _check_whole(run, contents["adapter"])
             for part, files in contents.items():
                 _write(files, Path(scratch) / part)
+        with _writing(to):  # tried before the model is computed
+            to.mkdir(parents=True, exist_ok=True)
         model, beside = recipe.model, _with_processor(adapter, base)
         if beside is not None:
             # The run's own copy: the source may have moved since.

@@ -130,7 +130,7 @@ def write_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     config.base_model_name_or_path = os.path.abspath(base) if Path(base).is_dir() else base
     config.save_pretrained(str(folder))
-    copies = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    copies = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     save_file(copies, str(folder / _WEIGHTS), metadata={"format": "pt"})
 
 

@@ -103,6 +103,8 @@ def _compare(net: nn.Module, together: Inputs, alone: Sequence[Inputs]) -> Verdi
     examples = len(alone)
     padded = [{n: x[i : i + 1] for n, x in together.items()} for i in range(examples)]
     singles = [_forward(net, inputs) for inputs in padded]
+    if all(bool(torch.isnan(logits).all()) for logits, _ in singles):
+        raise ValueError("expected numbers as logits, all are NaN")
     try:
         logits, calls = _forward(net, together)
     except Exception as error:  # of any type; training of a single client reports it
@@ -152,10 +154,7 @@ def _forward(net: nn.Module, inputs: Inputs) -> tuple[torch.Tensor, _Calls]:
             if is_linear(module):
                 hook = partial(record, name)
                 stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-        logits = net(**inputs).logits
-    if bool(torch.isnan(logits).all()):
-        raise ValueError("expected numbers as logits, all are NaN")
-    return logits, calls
+        return net(**inputs).logits, calls
 
 
 def _digest(x: torch.Tensor) -> torch.Tensor:

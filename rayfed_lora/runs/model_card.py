@@ -81,7 +81,10 @@ def describe_adapter(
         ".from_pretrained(folder)` loads base and adapter in one call"
     )
     if own_base is None:
-        note += ", given the same names of classes" * bool(naming) + "."
+        note += (
+            ", given the same `id2label`, `label2id` and `ignore_mismatched_sizes`" * bool(naming)
+            + "."
+        )
     else:
         note += (
             f", and so does `pipeline(..., model=folder)`: both find the base by the absolute path"
@@ -177,7 +180,7 @@ Trained by simulated federated learning with rayfed-lora: task {model.task}, bas
 
 ## Results of the last round
 
-On the test split, computed in float32:
+On the test split:
 
 | metric | value |
 |---|---|

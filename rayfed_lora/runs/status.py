@@ -167,7 +167,7 @@ class StatusBoard:
 def headline(status: Status) -> str:
     """Return a few words on what a run is doing."""
     if status.phase == "starting" and status.step:
-        return f"starting: {status.step}"
+        return status.step
     if status.phase != "training":
         return status.phase
     rank = "full model" if status.rank is None else f"rank {status.rank}"

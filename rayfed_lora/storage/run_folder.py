@@ -253,7 +253,9 @@ class RunFolder:
 def _replacing(target: Path) -> Iterator[IO[bytes]]:
     """Open a local file to be written; a scratch file is synced and renamed once the block ends."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(_SCRATCH, f".{target.name}.", target.parent)
+    handle, scratch = tempfile.mkstemp(
+        suffix=_SCRATCH, prefix=f".{target.name}.", dir=target.parent
+    )
     try:
         with os.fdopen(handle, "wb") as stream:
             yield stream

@@ -221,6 +221,20 @@ def test_peft_and_pipelines_find_the_base_from_anywhere(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("elsewhere")
+@only("unchanged source")
+def test_peft_takes_the_names_of_classes_that_a_source_does_not_know(run: Run) -> None:
+    names = dict(enumerate(run.summary["labels"]))
+    net = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+        str(run.folder / "adapter"),
+        id2label=names,
+        label2id={name: i for i, name in names.items()},
+        ignore_mismatched_sizes=True,
+        dtype="float32",
+    )
+    assert_final(net.eval(), run)
+
+
+@pytest.mark.usefixtures("elsewhere")
 @only("language model")
 def test_a_language_model_generates_with_its_own_template(run: Run) -> None:
     folder = str(export(run, "adapter"))

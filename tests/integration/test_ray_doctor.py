@@ -19,7 +19,7 @@ def test_a_healthy_machine_has_no_fault_and_a_folder_that_was_not_there_is_not_t
     monkeypatch.chdir(tmp_path)
     recipe = make_recipe(
         data__source="digits",
-        model__config={"architecture": "vit", "hidden_size": 16, "num_attention_heads": 2},
+        model__config={"hidden_size": 16, "num_attention_heads": 2, "patch_size": 4},
         storage__path="runs/a",
     )
     found = doctor.doctor(None, [recipe], probe=True)

@@ -112,7 +112,7 @@ def test_a_client_actor_lost_while_it_starts_is_started_again(place, tmp_path):
 
 @pytest.mark.e2e
 def test_a_client_actor_that_is_lost_in_each_of_its_starts_ends_the_run(tmp_path):
-    factory = FakeFactory(Behaviour(marker="/dev/null"), dying_in="trainer")
+    factory = FakeFactory(dying_in="trainer")
     with pytest.raises(RunError, match="4 times one after another"):
         run(on_ray(runtime__client_actors=1), tmp_path / "run", factory)
 

@@ -103,7 +103,7 @@ def test_notes_and_report_say_which_client_failed(run):
 def test_a_client_that_raises_is_named_by_its_value(tmp_path):
     recipe = make_recipe(clients__per_round=6)
     factory = NamedFactory(Behaviour(raising=frozenset({(1, 0)})))
-    with pytest.raises(ClientError, match=r"client 1 \('bob'\) failed in round 0") as raised:
+    with pytest.raises(ClientError, match=r"client 1 \('bob'\) failed in round 1") as raised:
         rayfed_lora.run(recipe, str(tmp_path), factory=factory)
     assert (raised.value.client, raised.value.reason) == (
         1,

@@ -12,6 +12,7 @@ import pytest
 
 from rayfed_lora.engines.local import LocalEngine
 from rayfed_lora.engines.on_ray.actors import ClientActor, NotOpenError
+from rayfed_lora.engines.on_ray.messages import packed, unpacked
 from rayfed_lora.engines.threads import TrainerThreads
 from rayfed_lora.errors import BlockMemoryError, ClientError
 from rayfed_lora.launching.simulation_server import SimulationServer
@@ -178,7 +179,8 @@ def test_an_actor_answers_with_the_seconds_and_keeps_a_result_apart_where_it_is_
             return task.model.state.dense, task.model.base.root
 
     actor = actor_of(Telling())
-    seconds, value = actor.run(evaluation(1), state, Base(7), apart=False)
+    sent = (packed(part) for part in (evaluation(1), state, Base(7)))
+    seconds, value = unpacked(actor.run(*sent, apart=False))
     assert value == ({"w": 0}, 7) and 0.01 <= seconds < 5
 
 
@@ -186,12 +188,13 @@ def test_an_actor_tells_reports_at_once_and_keeps_means_apart_where_they_are_joi
     actor = actor_of(FakeTrainer(Fake(), "cpu"))
     model = replace(MODEL, state=AdapterState({}, {"w": np.zeros(2, np.float32)}))
     task = training((3,), (1,)).on(MODEL)
-    (_, told), kept = actor.run(task, model.state, Base(), apart=True)
+    sent = [packed(part) for part in (task, model.state, Base())]
+    (_, told), kept = map(unpacked, actor.run(*sent, apart=True))
     assert [report.client for report in told.reports] == [3, 1] and kept.reports == ()
     # Client k has k + 1 examples and moves by k: (4 * 3 + 2 * 1) / 6.
     np.testing.assert_allclose(kept.means.tensors()["w"], [14 / 6] * 2)
     assert not told.means.tensors()
-    whole = actor.join(task, told, kept)
+    whole = unpacked(actor.join(sent[0], packed(told), packed(kept)))
     assert [report.client for report in whole.reports] == [3, 1]
     np.testing.assert_allclose(whole.means.tensors()["w"], [14 / 6] * 2)
 
@@ -222,10 +225,8 @@ def test_an_actor_of_two_trainers_answers_two_calls_at_once():
             return ()
 
     actor = actor_of(Meeting(), Meeting())
-    calls = [
-        threading.Thread(target=actor.run, args=(evaluation(1), MODEL.state, Base(), False))
-        for _ in range(2)
-    ]
+    sent = [packed(part) for part in (evaluation(1), MODEL.state, Base())]
+    calls = [threading.Thread(target=actor.run, args=(*sent, False)) for _ in range(2)]
     for call in calls:
         call.start()
     for call in calls:

@@ -149,7 +149,7 @@ def test_an_older_run_without_a_model_is_not_merged(
         ("run/exported", "outside of the run folder"),
         ("run", "expected a new or empty folder"),
         ("run/recipe.yaml", "expected a new or empty folder"),
-        ("run/recipe.yaml/to", "cannot be written"),
+        ("file/to", "cannot be written"),
         ("x" * 300, "cannot be written"),
         ("link", "cannot be written"),
     ],
@@ -165,6 +165,7 @@ def test_a_target_that_cannot_be_used_is_named(
 ) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     (tmp_path / "link").symlink_to("link")
+    (tmp_path / "file").write_text("mine")
     before = sorted(run.rglob("*"))
     arguments = [str(run), "--to", str(tmp_path / to), *merge]
     status, error = status_of(arguments, monkeypatch, capsys)

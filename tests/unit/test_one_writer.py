@@ -90,6 +90,9 @@ def run(out: str, **more: Any) -> Any:
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_of_two_runs_started_together_one_runs_and_the_other_is_told_who(out, resume, brisk):
+    if resume:  # what is resumed has a folder
+        filesystem, path = RunFolder(out).place
+        filesystem.create_dir(path)
     found = together(*[lambda: run(out, resume=resume)] * 2)
     errors = [each for each in found if isinstance(each, Exception)]
     assert len(errors) == 1

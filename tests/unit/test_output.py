@@ -85,3 +85,12 @@ def test_what_looks_like_markup_is_printed_as_it_is(
     PlainConsole().print(text)
     PlainConsole().warn(text)
     assert capsys.readouterr().out == f"{text}\n{text}\nwarning: {text}\n"
+
+
+def test_a_working_folder_that_is_gone_is_one_message(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    leave = f"import os; os.chdir({str(gone)!r}); os.rmdir({str(gone)!r})"
+    status, err = program(MAIN.replace("main()", f"{leave}; main()"), "recipes")
+    assert status == 2
+    assert err.startswith("rayfed-lora: the working folder was deleted or cannot be read")

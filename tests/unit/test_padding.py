@@ -308,11 +308,9 @@ def test_an_exported_adapter_pads_as_the_run_did(
     rayfed_lora.run(recipe, str(tmp_path / "run"))
     list(export_run(str(tmp_path / "run"), tmp_path / "plain", merge=False))
     list(export_run(str(tmp_path / "run"), tmp_path / "merged", merge=True))
-    said = json.loads((tmp_path / "plain/adapter/adapter_config.json").read_text())
-    base = AutoModelForSequenceClassification.from_pretrained(
-        tmp_path / "plain" / said["base_model_name_or_path"]
-    )
-    adapted = PeftModel.from_pretrained(base, str(tmp_path / "plain/adapter")).eval()
+    said = json.loads((tmp_path / "plain/adapter_config.json").read_text())
+    base = AutoModelForSequenceClassification.from_pretrained(said["base_model_name_or_path"])
+    adapted = PeftModel.from_pretrained(base, str(tmp_path / "plain")).eval()
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     test = prepare(recipe).test
     inputs = tensors(test.rows(np.arange(len(test))))[0]

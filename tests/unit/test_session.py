@@ -273,6 +273,9 @@ def test_the_folder_holds_the_resolved_recipe_the_tables_and_the_export(tmp_path
         "summary.json",
         "SHA256SUMS",
         "adapter/fake.json",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/README.md",
         "checkpoints/base-000001.safetensors",
         *(
             f"checkpoints/round-00000{rounds}/{name}"

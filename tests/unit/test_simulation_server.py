@@ -33,8 +33,16 @@ class FakeRay:
         )
 
     def executor(
-        self, recipe: Recipe, factory: FakeFactory, note: Any, run_id: str, *, again: bool
+        self,
+        recipe: Recipe,
+        factory: FakeFactory,
+        note: Any,
+        run_id: str,
+        *,
+        again: bool,
+        step: Any,
     ) -> Any:
+        del step
         self.started.append((run_id, again))
         executor: Any = local_engine(recipe, factory.behaviour)
         executor.usage = lambda: pytest.fail("no metrics are collected")

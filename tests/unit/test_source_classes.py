@@ -79,7 +79,7 @@ def test_classes_are_numbered_as_in_the_trained_head(digit_reader: Path) -> None
 
 
 def test_every_split_and_client_has_the_examples_of_its_classes(digit_reader: Path) -> None:
-    plain = prepare(make_recipe(data__labels=[0, 1, 2], data__max_examples=60))
+    plain = prepare(on_digits_of_the_data())
     ordered = prepare(on_digits(digit_reader))
     for split in ("train", "test"):
         before, after = getattr(plain, split), getattr(ordered, split)
@@ -145,11 +145,18 @@ def test_names_in_the_recipe_say_which_class_is_which(digit_reader: Path, tmp_pa
 
 
 ORDERED = {0: "2", 1: "0", 2: "1"}
-VIT = {"architecture": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL = {
+    "architecture": "vit",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "patch_size": 4,
+}
 
 
 def test_names_in_the_recipe_number_the_classes_of_a_random_model_too() -> None:
-    own = {**VIT, "intermediate_size": 24, "patch_size": 4, "id2label": ORDERED}
+    own = {**SMALL, "id2label": ORDERED}
     recipe = make_recipe(
         model__config=own,
         data__labels=[0, 1, 2],
@@ -174,13 +181,13 @@ def test_names_in_the_recipe_number_the_classes_of_a_random_model_too() -> None:
 
 def test_default_names_in_the_recipe_say_nothing_of_the_classes() -> None:
     own = {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
-    config = {**VIT, "intermediate_size": 24, "patch_size": 4, "id2label": own}
+    config = {**SMALL, "id2label": own}
     recipe = make_recipe(model__config=config, data__labels=[3, 4, 5])
     assert prepare(recipe).label_names == outline(recipe).label_names == ("3", "4", "5")
 
 
 def on_digits_of_the_data() -> Recipe:
-    return make_recipe(data__labels=[0, 1, 2], data__max_examples=60)
+    return make_recipe(data__labels=[0, 1, 2], data__max_examples=60, model__config=SMALL)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +199,7 @@ def test_names_in_the_recipe_that_are_not_the_datas_are_refused(
     own = {"id2label": dict(enumerate(names))}
     told = rf"id2label: expected the data's classes, 3, 4, 5, got {', '.join(names)}"
     both_refuse(on_digits(digit_reader, model__config=own, data__labels=[3, 4, 5]), told)
-    random = {**VIT, "intermediate_size": 24, "patch_size": 4, **own}
+    random = {**SMALL, **own}
     both_refuse(make_recipe(model__config=random, data__labels=[3, 4, 5]), told)
 
 

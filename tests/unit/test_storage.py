@@ -180,7 +180,7 @@ def test_a_file_where_the_folder_should_be_is_named(tmp_path):
 
 
 def test_a_folder_that_refuses_a_file_is_named(tmp_path, folder, monkeypatch):
-    def refused(prefix: str, dir: Path) -> None:
+    def refused(suffix: str, prefix: str, dir: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(dir))
 
     monkeypatch.setattr("tempfile.mkstemp", refused)

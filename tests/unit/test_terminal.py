@@ -8,17 +8,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 from typer.main import get_command
 
-from rayfed_lora.aggregation.rules import RULES
+from rayfed_lora import __version__
 from rayfed_lora.cli import commands as cli
+from rayfed_lora.cli import completion
 from rayfed_lora.cli.cluster_display import show_jobs
 from rayfed_lora.cli.console import PlainConsole
 from rayfed_lora.cli.many_runs_display import show_comparison, show_search, watching_comparison
 from rayfed_lora.cli.plan_table import show_plan
 from rayfed_lora.cli.run_display import show_summary, watching
-from rayfed_lora.errors import RunError
+from rayfed_lora.data import columns
+from rayfed_lora.errors import BadInputError, DataError, RunError
+from rayfed_lora.jobs.jobs import Jobs
 from rayfed_lora.jobs.views import JobView
 from rayfed_lora.launching import planning
 from rayfed_lora.launching.launch import run as launched
@@ -26,8 +30,9 @@ from rayfed_lora.pages.comparison_tables import Cell, Comparison, Ended, Standin
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.presets import PRESETS
 from rayfed_lora.runs.status import Status
-from rayfed_lora.tuning.space import METRICS, shipped_spaces
+from rayfed_lora.tuning.space import METRICS, load_space, shipped_spaces
 from rayfed_lora.types import Proposal
+from tests.fake_jobs import FakeClient
 from tests.fakes import FakeFactory, make_recipe
 from tests.unit.test_cli import record
 
@@ -162,7 +167,7 @@ def test_the_run_folder_comes_first_and_each_step_of_the_start_is_told_once() ->
     first, *steps = screen.lines
     assert first == "run folder: runs/a"
     assert [step.split(" ", 1)[1] for step in steps if step[0] == "0"] == [
-        *("starting: starting Ray", "starting: loading data and model", "training")
+        *("starting Ray", "loading data and model", "training")
     ]
 
 
@@ -213,9 +218,11 @@ def test_a_finished_run_says_what_there_is_and_how_to_export_it(tmp_path: Any) -
     narrow = Screen()
     show_summary(narrow, result.summary, "runs/a")
     assert_fits(narrow)
-    assert any(line.startswith("1 (best test accuracy)") for line in narrow.lines), narrow.text
-    heading = next(line for line in narrow.lines if line.startswith("round"))
-    assert heading.split("  ")[0] == "round" and "test loss" in heading and "train loss" in heading
+    assert any(line.startswith("best test accuracy, round 1 ") for line in narrow.lines), (
+        narrow.text
+    )
+    heading = next(line for line in narrow.lines if line.startswith("model "))
+    assert "test loss" in heading and "train loss" in heading
 
 
 def test_the_choices_in_the_help_are_those_that_there_are() -> None:
@@ -229,7 +236,7 @@ def test_the_choices_in_the_help_are_those_that_there_are() -> None:
     def listed(text: str) -> set[str]:
         return set(text.rpartition(":")[2].rstrip(".").replace(" ", "").split(","))
 
-    assert listed(texts["compare", "methods"]) == set(PRESETS) and len(RULES) < len(PRESETS)
+    assert listed(texts["compare", "methods"]) == set(PRESETS)
     assert listed(texts["tune", "objectives"]) == set(METRICS)
     assert listed(texts["tune", "space"]) == set(shipped_spaces())
     for name, command in commands.items():
@@ -254,3 +261,52 @@ def test_a_failed_run_says_how_to_go_on_with_the_address_that_was_given(
         "rayfed-lora: the server was lost",
         f"to resume: rayfed-lora run '{place}' --resume --address ray:1",
     ]
+
+
+def said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str
+) -> tuple[Any, str, str]:
+    monkeypatch.setattr("sys.argv", ["rayfed-lora", *words])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    return left.value.code, *capsys.readouterr()
+
+
+def test_version_and_short_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said(monkeypatch, capsys, "--version") == (0, f"rayfed-lora {__version__}\n", "")
+    for command in ((), ("run",), ("status",)):
+        code, out, _ = said(monkeypatch, capsys, *command, "-h")
+        assert code == 0 and "Examples:" in out and max(map(len, out.splitlines())) <= 80
+
+
+def test_completion_knows_recipes_methods_spaces_and_paths(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits-mine.yaml").touch()
+    assert completion.complete_recipes("digits-") == ["digits-vit", "digits-mine.yaml"]
+    assert completion.complete_methods("fedavg,fedp") == ["fedavg,fedprox"]
+    assert completion.complete_spaces("qu") == ["quick"]
+
+
+def test_a_misspelt_space_job_or_column_is_answered_with_the_nearest() -> None:
+    with pytest.raises(BadInputError, match=r"\(did you mean 'heating_cooling'\?\)"):
+        load_space("heating_colling")
+    client = FakeClient()
+    job = Jobs(client=client).submit(make_recipe(), "/out").id
+    for ask in ("status", "stop", "resume"):
+        with pytest.raises(BadInputError, match=f"did you mean '{job}'"):
+            getattr(Jobs(client=client), ask)(job[:-1])
+    table = pa.table({"question": ["a"], "topic": ["b"]})
+    with pytest.raises(DataError, match=r"name it in `data.label_column`.*\(did you mean 'topic'"):
+        columns.pick(table, ("topics",), "label_column", "q.csv")
+
+
+def test_texts_are_never_markup_nor_lines_of_their_own() -> None:
+    screen = Screen()
+    screen.print_facts({"run folder": "runs/a[/b]c\nround 1/1"})
+    screen.print_rows([{"name": "[/x]\n[bold]y", "n": "1"}])
+    assert screen.lines[0] == "run folder: runs/a[/b]c\\nround 1/1"
+    assert screen.lines[-1].split() == ["[/x]\\n[bold]y", "1"]
