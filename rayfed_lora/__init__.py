@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from rayfed_lora.doctor.doctor import doctor as doctor
     from rayfed_lora.jobs.jobs import Jobs as Jobs
     from rayfed_lora.launching.compare import compare as compare
-    from rayfed_lora.launching.launch import Result as Result
     from rayfed_lora.launching.launch import run as run
     from rayfed_lora.launching.planning import plan as plan
+    from rayfed_lora.launching.result import Result as Result
     from rayfed_lora.pages.comparison_tables import Comparison as Comparison
     from rayfed_lora.pages.report import report as report
     from rayfed_lora.recipe.loading import load_recipe as load_recipe
+    from rayfed_lora.recipe.recipe import Recipe as Recipe
     from rayfed_lora.tuning.search_result import SearchResult as SearchResult
     from rayfed_lora.tuning.tune import tune as tune
 
@@ -26,7 +27,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "Comparison": "rayfed_lora.pages.comparison_tables",
     "Jobs": "rayfed_lora.jobs.jobs",
-    "Result": "rayfed_lora.launching.launch",
+    "Recipe": "rayfed_lora.recipe.recipe",
+    "Result": "rayfed_lora.launching.result",
     "SearchResult": "rayfed_lora.tuning.search_result",
     "compare": "rayfed_lora.launching.compare",
     "doctor": "rayfed_lora.doctor.doctor",
@@ -39,6 +41,7 @@ _HOMES = {
 __all__ = [
     "Comparison",
     "Jobs",
+    "Recipe",
     "Result",
     "SearchResult",
     "__version__",

@@ -14,6 +14,7 @@ from rayfed_lora.engines.factory import Factory, TorchFactory
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.jobs.reporting import reporting
 from rayfed_lora.launching.ray_session import ray_session
+from rayfed_lora.launching.result import Result
 from rayfed_lora.launching.this_process import absolute, interruptible, local_engine, refuse_address
 from rayfed_lora.pages.run_page import run_page
 from rayfed_lora.recipe.recipe import Recipe
@@ -25,31 +26,7 @@ from rayfed_lora.runs.status import Status, StatusBoard
 from rayfed_lora.storage import RunFolder
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run: its run folder, and the content of summary.json."""
-
-    location: str
-    summary: Mapping[str, Any]
-
-    @property
-    def rounds(self) -> pd.DataFrame:
-        """rounds.parquet, a row per round; raises RunFolderError if the file is damaged."""
-        return self._table("rounds.parquet")
-
-    @property
-    def clients(self) -> pd.DataFrame:
-        """clients.parquet, a row per client and round; raises as `rounds` does."""
-        return self._table("clients.parquet")
-
-    def _table(self, name: str) -> pd.DataFrame:
-        from rayfed_lora.runs.checked import table
-
-        frame: pd.DataFrame = table(RunFolder(self.location), name).to_pandas()
-        return frame
+    pass
 
 
 @dataclass(frozen=True)

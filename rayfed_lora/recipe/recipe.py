@@ -5,7 +5,8 @@ The keys are a contract: they stand in every recipe that users keep.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 from pydantic import PrivateAttr, ValidationInfo, model_validator
@@ -54,6 +55,22 @@ class Recipe(Settings):
             raise ConflictError(found)
         return self
 
+    @classmethod
+    def load(cls, source: Any, *, plugins: Sequence[Any] = ()) -> Recipe:
+        """Return the recipe of a shipped name, a path or a mapping; arguments as `load_recipe`."""
+        return _load(source, (), plugins)
+
+    def with_(self, changes: Mapping[str, Any], *, plugins: Sequence[Any] = ()) -> Recipe:
+        """Return a validated copy with other values by key path, as `--set` gives them.
+
+        >>> Recipe.load("digits-vit").with_({"annealing.cooling.rank": 2}).annealing.cooling.rank
+        2
+
+        Raises:
+            RecipeError: the values are rejected.
+        """
+        return _load(self, changes, plugins)
+
     @property
     def made(self) -> dict[str, Any]:
         """The nested values at validation; those of a copy that `model_copy` changed may differ."""
@@ -83,3 +100,10 @@ class Recipe(Settings):
         copy = self.model_copy()
         copy._asked, copy._overruled = asked, overruled
         return copy
+
+
+def _load(source: Any, changes: Any, plugins: Sequence[Any]) -> Recipe:
+    # The loader knows recipes, presets and files; a recipe knows it only when asked.
+    loading = import_module("rayfed_lora.recipe.loading")
+    recipe: Recipe = loading.load_recipe(source, changes, plugins=plugins)
+    return recipe

@@ -94,6 +94,13 @@ def read_run(folder: RunFolder, summary: Mapping[str, Any] | None = None) -> Run
         )
 
 
+def task_of(folder: RunFolder) -> str:
+    """Return `model.task` of a run; raises RunFolderError where its recipe cannot be read."""
+    with read_errors(folder):
+        values = parse_yaml(folder.location, seals.text(folder, "recipe.yaml"))
+        return str(values["model"]["task"])
+
+
 def rounds_so_far(folder: RunFolder) -> pd.DataFrame:
     """Return rounds.parquet with `bytes_so_far`, up and down, and `simulated_so_far`.
 
