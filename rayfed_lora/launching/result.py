@@ -100,13 +100,15 @@ class Result:
             return load(to, task_of(RunFolder(self.location)))
 
     def plot(self) -> Any:
-        """Return a plotly figure of the test accuracy over the bytes sent."""
-        from rayfed_lora.pages.figures import curve_figures
+        """Return a matplotlib figure of the test accuracy over the bytes sent so far."""
+        from rayfed_lora.pages.curves import PLOTS
+        from rayfed_lora.pages.plots import drawn
         from rayfed_lora.runs.reading import rounds_so_far
 
-        rounds = rounds_so_far(RunFolder(self.location))
         label = f"{self.summary['name']}, {self.summary['method']}"
-        return next(iter(curve_figures(rounds.assign(label=label), stages=True)))[1]
+        rounds = rounds_so_far(RunFolder(self.location))
+        by_bytes = next(plot for plot in PLOTS if plot.file == "accuracy-by-bytes")
+        return drawn(by_bytes, rounds.assign(method=label, seed=self.summary["seed"]))
 
     @property
     def _facts(self) -> dict[str, str]:

@@ -31,7 +31,7 @@ def write_plots(
     """
     for plot in PLOTS:
         if plot.file is not None and plot.has_points(rounds):
-            _write(folder, plot.file, _drawn(plot, rounds))
+            _write(folder, plot.file, drawn(plot, rounds))
     if clients:
         _write(folder, "clients", _spread(clients))
 
@@ -75,7 +75,8 @@ def _axes(height: float = 4.0, layout: Literal["constrained"] | None = None) -> 
     return figure, axes
 
 
-def _drawn(plot: Plot, rounds: pd.DataFrame) -> Figure:
+def drawn(plot: Plot, rounds: pd.DataFrame) -> Figure:
+    """Return a plot as a matplotlib figure; `rounds` as for `curves`."""
     figure, axes = _axes()
     # Fixed margins: a layout for each plot would take as long as drawing the plot twice.
     figure.subplots_adjust(left=0.13, right=0.97, bottom=0.14, top=0.97)

@@ -69,8 +69,11 @@ def test_the_adapter_and_the_merged_model_compute_the_same(result):
 
 
 def test_a_plot_has_a_point_for_each_tested_round(result):
-    figure = result.plot()
-    assert any(len(trace.x) == 2 for trace in figure.data)
+    (axes,) = result.plot().axes
+    (line,) = axes.lines
+    sent = result.rounds["bytes_up"] + result.rounds["bytes_down"]
+    np.testing.assert_allclose(line.get_ydata(), result.rounds["eval_accuracy"])
+    assert len(line.get_xdata()) == len(sent)
 
 
 def test_a_run_without_an_adapter_says_so(tmp_path):
