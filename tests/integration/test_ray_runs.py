@@ -148,18 +148,18 @@ def test_a_block_that_takes_too_long_is_run_again_on_a_new_process(tmp_path):
     assert_same_result(summary, tmp_path / "run", tmp_path / "local")
 
 
-def test_each_state_is_put_into_the_store_once(tmp_path, monkeypatch):
-    import ray
+def test_the_message_of_each_state_is_made_once(tmp_path, monkeypatch):
+    from rayfed_lora.engines.on_ray import engine, messages
 
     expected_summary(tmp_path / "local")
-    put, states = ray.put, []
+    states = []
 
     def noting(value: Any) -> Any:
         if isinstance(value, AdapterState):
             states.append(value.version)
-        return put(value)
+        return messages.sent(value)
 
-    monkeypatch.setattr(ray, "put", noting)
+    monkeypatch.setattr(engine, "sent", noting)
     summary, _ = run(on_ray(), tmp_path / "run", FakeFactory())
     # An empty one that goes with the first question, the first state, and what each of six rounds
     # has come to; round 1 starts from fresh factors, and ranks change before two rounds. That of
@@ -172,13 +172,14 @@ def test_each_state_is_put_into_the_store_once(tmp_path, monkeypatch):
 def test_parts_of_a_join_that_are_lost_are_computed_again(tmp_path, monkeypatch):
     from rayfed_lora.engines.on_ray.calls import PartsLostError
     from rayfed_lora.engines.on_ray.engine import RayEngine
+    from rayfed_lora.engines.on_ray.messages import unpacked
 
     expected_summary(tmp_path / "local", clients__per_round=1.0)
     monkeypatch.setattr("rayfed_lora.tasks.engine._MOST_ALONE", 3)
     fetched, asked = RayEngine._fetched, []
 
     def losing(self: RayEngine, task: Any, parts: list[Any]) -> Any:
-        if task.kind == "train":
+        if unpacked(task).kind == "train":
             asked.append(len(parts))
             if len(asked) == 2:
                 raise PartsLostError("the node is gone")
