@@ -207,6 +207,9 @@ class ClientReport:
         absent: why its update is not used, by the simulated clock: the client left (`dropped`) or
             came too late (`late`).
         personal: B by module where the client keeps its own; the simulation keeps it for it.
+        steps: number of its local steps.
+        memory: arrays by name that the client keeps for its objective; the simulation keeps them.
+        message: arrays by name that it sends for its objective beside its state.
     """
 
     client: int
@@ -218,6 +221,9 @@ class ClientReport:
     note: str | None = None
     absent: Absence | None = None
     personal: Mapping[str, FloatArray] | None = None
+    steps: int = 0
+    memory: Mapping[str, FloatArray] | None = None
+    message: Mapping[str, FloatArray] | None = None
 
     @property
     def usable(self) -> bool:

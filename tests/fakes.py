@@ -2,6 +2,7 @@
 
 Client k holds k + 1 examples. Its update is the state it received with `step(k, round, base)` added
 to every value, so that the mean over a cohort is the start plus the weighted mean of the steps.
+Under SCAFFOLD it is one step along the corrected gradient: less lr * (c - c_k).
 """
 
 from __future__ import annotations
@@ -86,6 +87,15 @@ def step(client: int, round_index: int, base: Base) -> float:
     return client + round_index + (base.root + base.merges) / 8
 
 
+def variates(task: Train, client: int) -> float:
+    """Return c - c_k, the same in every value; 0 where the objective shares nothing."""
+    shared, own = task.remembered.shared, task.remembered.memory.get(client)
+    return sum(
+        float(c.flat[0]) - (0.0 if own is None else float(own[n].flat[0]))
+        for n, c in [*shared.items()][:1]
+    )
+
+
 def initial(name: str) -> FloatArray:
     """Return a weight as the source has it: 0, 1/8, 2/8, ..."""
     size = math.prod(WEIGHTS[name])
@@ -154,13 +164,14 @@ class FakeTrainer:
         reports, states = [], []
         for client, start in zip(clients, starts, strict=True):
             with attributed(client, task.plan.round):
-                report, state = self._train_client(client, start, task.model.base, task.plan)
+                drift = task.plan.lr * variates(task, client)
+                report, state = self._train_client(client, start, task.model.base, task.plan, drift)
             reports.append(report)
             states += [] if state is None else [state]
         return BlockUpdate(tuple(reports), states)
 
     def _train_client(
-        self, client: int, start: AdapterState, base: Base, plan: LocalPlan
+        self, client: int, start: AdapterState, base: Base, plan: LocalPlan, drift: float
     ) -> tuple[ClientReport, AdapterState | None]:
         b, t = self._behaviour, plan.round
         time.sleep(b.sleep_s.get(client, 0.0))
@@ -173,8 +184,9 @@ class FakeTrainer:
         if (client, t) in b.failing:
             reason = "loss is nan in local step 1 of 1"
             return ClientReport(client, client + 1, math.nan, 0.0, reason), None
-        state = moved(start, step(client, t, base), plan.frozen)
-        return ClientReport(client, client + 1, float(client), b.sleep_s.get(client, 0.0)), state
+        state = moved(start, step(client, t, base) - drift, plan.frozen)
+        seconds = b.sleep_s.get(client, 0.0)
+        return ClientReport(client, client + 1, float(client), seconds, steps=1), state
 
     def _evaluate(self, split: Split, rows: slice, model: GlobalModel) -> Predictions:
         size = TEST_ROWS if split == "test" else VALIDATION_ROWS

@@ -10,7 +10,6 @@ from unittest.mock import patch
 
 import numpy as np
 
-from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.tasks.engine import Trainer
 from rayfed_lora.tasks.messages import Evaluate, Initial, Train
 from rayfed_lora.types import (
@@ -39,7 +38,10 @@ class _Kept:
         self.weights: list[float] = []
         self.states: list[AdapterState] = []
 
-    def add_all(self, weights: Sequence[float], states: Sequence[AdapterState]) -> None:
+    def add_all(
+        self, weights: Sequence[float], states: Sequence[AdapterState], clients: Sequence[int]
+    ) -> None:
+        del clients
         self.weights += weights
         self.states += states
 
@@ -72,7 +74,8 @@ def train(
     """
     model = GlobalModel(state, base or Base(), plan.trainable)
     task = Train(model, plan, "keep", (tuple(clients),), **values)
-    with patch.dict(RULES, {"keep": SimpleNamespace(means=_Kept, personal=False)}):
+    rules = {"keep": SimpleNamespace(means=_Kept, personal=False)}
+    with patch("rayfed_lora.tasks.training.RULES", rules):
         found: Any = trainer.run(task)
     usable = [report for report in found.reports if report.usable]
     assert [float(report.examples) for report in usable] == found.means.weights

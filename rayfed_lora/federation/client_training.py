@@ -14,6 +14,7 @@ from rayfed_lora.federation.cohorts import Cohort
 from rayfed_lora.federation.learning_rate import learning_rate
 from rayfed_lora.federation.sampling import BlockSize
 from rayfed_lora.federation.transitions import Start, make_read_only
+from rayfed_lora.objectives.remembered import Remembered
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import IndexArray, Population, Running
 from rayfed_lora.tasks.messages import Personal, Train, Trained
@@ -82,8 +83,23 @@ class ClientTraining:
             tolerant=self._recipe.most_failed(len(cohort.clients)) > 0,
         )
 
-    def task(self, local: LocalPlan, start: Start, cohort: Cohort, personal: Personal) -> Train:
-        """Return the training of a round; `personal`: of clients that have a B of their own."""
+    def task(
+        self,
+        local: LocalPlan,
+        start: Start,
+        cohort: Cohort,
+        personal: Personal,
+        remembered: Remembered,
+    ) -> Train:
+        """Return the training of a round.
+
+        Args:
+            local: its settings.
+            start: its model.
+            cohort: its clients.
+            personal: of clients that have a B of their own.
+            remembered: the objective and the memory of all clients.
+        """
         full = local.trainable == "full"
         size = BlockSize(1, even=True) if full else self.block_size
         limits = None if full else self._limits
@@ -95,6 +111,7 @@ class ClientTraining:
             tuple(sampling.blocks(cohort.present, size)),
             {} if limits is None else {k: int(limits[k]) for k in cohort.present},
             {} if full else {k: personal[k] for k in cohort.present if k in personal},
+            remembered.of(cohort.present),
         )
 
     def collect(self, training: Running[Trained], cohort: Cohort, t: int) -> Updates:

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from rayfed_lora.aggregation.messages import Counts, Traffic
 from rayfed_lora.aggregation.rule import Rule
-from rayfed_lora.federation.traffic import Mask, RoundFacts, traffic
+from rayfed_lora.federation.traffic import Mask, RoundFacts, traffic, with_objective
+from rayfed_lora.objectives.objective import Objective
 from rayfed_lora.types import ModelShape
 
 BYTES_PER_VALUE = 4
@@ -155,9 +156,23 @@ class Ledger:
     nothing.
     """
 
-    def __init__(self, shape: ModelShape, clients: int, rule: Rule) -> None:
-        """Start with no client holding any base."""
+    def __init__(
+        self,
+        shape: ModelShape,
+        clients: int,
+        rule: Rule,
+        objective: Objective | None = None,
+    ) -> None:
+        """Start with no client holding any base.
+
+        Args:
+            shape: of the model.
+            clients: number of all.
+            rule: of aggregation.
+            objective: of local training; None: one that sends nothing.
+        """
         self._shape = shape
+        self._objective = objective
         self._clients = clients
         self._rule = rule
         self._held = {"base": np.full(clients, _NEVER, np.int64)}
@@ -191,6 +206,8 @@ class Ledger:
         if folded:
             self._step(folded)
         messages = traffic(self._shape, self._rule, facts)
+        if self._objective is not None:
+            messages = with_objective(messages, self._objective, self._shape, facts)
         if not facts.arrived.any():
             # Nothing is aggregated: what the round starts from stays as it is.
             messages = replace(messages, merge=0, renewed=())

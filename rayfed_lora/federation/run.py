@@ -15,6 +15,9 @@ from rayfed_lora.federation.cohorts import Cohort
 from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.sampling import ClientHistory
 from rayfed_lora.federation.transitions import Start, with_updates
+from rayfed_lora.objectives.objective import Arrays, trained_shapes
+from rayfed_lora.objectives.objectives import OBJECTIVES
+from rayfed_lora.objectives.remembered import Memory, Remembered
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import Engine
 from rayfed_lora.tasks.messages import Initial, Personal
@@ -54,6 +57,8 @@ class Run:
         moments: of the server's optimiser.
         personal: B by module, of each client that keeps its own.
         history: what samplers know of clients; None where the sampler needs none.
+        memory: of the clients' objective, by client that has taken part.
+        shared: of the server, for the objective; empty before the first round.
     """
 
     rounds: int
@@ -66,6 +71,8 @@ class Run:
     moments: Moments = field(default_factory=dict)
     personal: Personal = field(default_factory=dict)
     history: ClientHistory | None = None
+    memory: Memory = field(default_factory=dict)
+    shared: Arrays = field(default_factory=dict)
 
 
 def fresh(recipe: Recipe, engine: Engine) -> Run:
@@ -73,6 +80,19 @@ def fresh(recipe: Recipe, engine: Engine) -> Run:
     trainable: Trainable = "full" if is_full(recipe.annealing, 0) else "adapter"
     dense = engine.submit(Initial(trainable)).result()
     return Run(0, GlobalModel(AdapterState({}, dense), Base(), trainable))
+
+
+def remembered(recipe: Recipe, run: Run, start: Start, cohort: Cohort) -> Remembered:
+    """Return the objective of a round with what clients and server remember of earlier ones.
+
+    `run` is the run before the round. Adapter rounds that follow full-model rounds begin anew.
+    """
+    chosen, same = recipe.clients.objective, run.model.trainable == start.model.trainable
+    objective = OBJECTIVES[chosen.name]
+    shared = run.shared if same else {}
+    if not shared:
+        shared = objective.zeros("shared", trained_shapes(start.model.state, cohort.facts.frozen))
+    return Remembered(chosen.name, chosen.options, run.memory if same else {}, shared)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from rayfed_lora.federation.cohorts import Cohorts
 from rayfed_lora.federation.ledger import Ledger
 from rayfed_lora.federation.model_tests import Tester
 from rayfed_lora.federation.records import Round
-from rayfed_lora.federation.run import Run, after, aggregate
+from rayfed_lora.federation.run import Run, after, aggregate, remembered
 from rayfed_lora.federation.transitions import enter
+from rayfed_lora.objectives.objectives import OBJECTIVES
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import Engine, Population
 from rayfed_lora.types import ClientReport, RoundPlan
@@ -61,7 +62,10 @@ class Server:
         self._shape = population.shape
         self._engine = engine
         self._recorder = recorder
-        self.ledger = Ledger(population.shape, population.clients, RULES[recipe.aggregation.rule])
+        self._clients = population.clients
+        objective = OBJECTIVES[recipe.clients.objective.name]
+        rule = RULES[recipe.aggregation.rule]
+        self.ledger = Ledger(population.shape, population.clients, rule, objective)
         self._cohorts = Cohorts(recipe, population.devices, population.clients, self.ledger)
         limits, tell = self._cohorts.limits, recorder.clients_done
         self.clients = ClientTraining(recipe, population, limits, should_stop, tell)
@@ -85,11 +89,14 @@ class Server:
                 cohort = self._cohorts.draw(plan, start.resizing, run.clock_s, run.history)
                 self._recorder.round_started(plan, cohort.clients)
                 local = self.clients.local_plan(plan, cohort)
-                task = self.clients.task(local, start, cohort, run.personal)
+                known = remembered(recipe, run, start, cohort)
+                task = self.clients.task(local, start, cohort, run.personal, known)
                 training = self._engine.submit(task)
                 updates = self.clients.collect(training, cohort, t)
                 step = aggregate(recipe, run, start, updates, cohort)
                 new = after(run, plan, start, cohort, updates, step)
+                memory, shared = known.after_round(updates.reports, self._clients, t)
+                new = replace(new, memory=memory, shared=shared)
                 trained = time.perf_counter()
                 tests = self._tester.start(new)
                 error = step.result.measure()
@@ -110,5 +117,5 @@ class Server:
                 self._recorder.round_done(done)
                 began = now
                 # None of it stays in memory while the next round is trained.
-                del start, cohort, task, training, updates, step, new, tests, tested, done
+                del start, cohort, known, task, training, updates, step, new, tests, tested, done
                 yield run

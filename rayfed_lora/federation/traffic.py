@@ -6,7 +6,7 @@ Source: docs/method.md, "Aggregation rules" (sent up / down) and "The communicat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from rayfed_lora.aggregation.messages import AdapterRound, Counts, Traffic
 from rayfed_lora.aggregation.rule import Rule
 from rayfed_lora.federation.transitions import Resizing
+from rayfed_lora.objectives.objective import Objective
 from rayfed_lora.types import Frozen, ModelShape, Trainable
 
 Mask = npt.NDArray[np.bool_]
@@ -79,3 +80,23 @@ def traffic(shape: ModelShape, rule: Rule, facts: RoundFacts) -> Traffic:
             stepped=facts.stepped,
         )
     )
+
+
+def trained_values(shape: ModelShape, facts: RoundFacts) -> int:
+    """Return the number of values that a client of a round trains, at the round's ranks."""
+    if facts.trainable == "full":
+        return shape.total_params
+    sides = {
+        name: module.d_in * (facts.frozen != "a") + module.d_out * (facts.frozen != "b")
+        for name, module in shape.modules.items()
+    }
+    return shape.head_params + sum(sides[n] * rank for n, rank in facts.resizing.ranks.items())
+
+
+def with_objective(
+    messages: Traffic, objective: Objective, shape: ModelShape, facts: RoundFacts
+) -> Traffic:
+    """Return the messages with what the clients' objective sends beside them, up and down."""
+    trained = trained_values(shape, facts)
+    up, down = (objective.values(part, trained) for part in ("message", "shared"))
+    return replace(messages, up=messages.up + up, down=messages.down + down)

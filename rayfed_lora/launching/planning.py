@@ -13,12 +13,14 @@ from rayfed_lora.federation.cohorts import Cohort, Cohorts
 from rayfed_lora.federation.learning_rate import learning_rate, rate_warning
 from rayfed_lora.federation.ledger import BYTES_PER_VALUE, Bill, Ledger, Totals
 from rayfed_lora.federation.sampling import block_size
+from rayfed_lora.federation.traffic import trained_values
 from rayfed_lora.federation.transitions import planned
+from rayfed_lora.objectives.objectives import OBJECTIVES
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.notes import unused
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.preparing import Outline, outline
-from rayfed_lora.types import Device, Frozen, ModelShape, RoundPlan, Stage, Trainable
+from rayfed_lora.types import Device, ModelShape, RoundPlan, Stage, Trainable
 
 # Resident memory of a Python process with torch, peft and transformers loaded, measured.
 _PROCESS_MB = 303
@@ -87,7 +89,8 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any], *, plugins: Sequence[A
     recipe = load_recipe(recipe, plugins=plugins)
     sizes = outline(recipe)
     clients = len(sizes.devices.sizes)
-    ledger = Ledger(sizes.shape, clients, RULES[recipe.aggregation.rule])
+    objective = OBJECTIVES[recipe.clients.objective.name]
+    ledger = Ledger(sizes.shape, clients, RULES[recipe.aggregation.rule], objective)
     cohorts = Cohorts(recipe, sizes.devices, clients, ledger)
     anew = RULES[recipe.aggregation.rule].restarts
     rounds: list[PlannedRound] = []
@@ -123,7 +126,7 @@ def _planned_round(
         stage=scheduled.stage,
         trainable=scheduled.trainable,
         rank=None if full else scheduled.rank,
-        trainable_params=_trained(shape, facts.resizing.ranks, facts.frozen, full),
+        trainable_params=trained_values(shape, facts),
         learning_rate=learning_rate(recipe, scheduled.round),
         clients=len(cohort.clients),
         arriving=bill.arrived,
@@ -132,16 +135,6 @@ def _planned_round(
         bytes_base=bill.base_params * BYTES_PER_VALUE,
         simulated_s=cohort.lasted_s,
     )
-
-
-def _trained(shape: ModelShape, ranks: Mapping[str, int], frozen: Frozen | None, full: bool) -> int:
-    if full:
-        return shape.total_params
-    sides = {
-        name: module.d_in * (frozen != "a") + module.d_out * (frozen != "b")
-        for name, module in shape.modules.items()
-    }
-    return shape.head_params + sum(sides[name] * rank for name, rank in ranks.items())
 
 
 def _actors(recipe: Recipe, rounds: list[PlannedRound]) -> str:

@@ -81,6 +81,9 @@ class AdaptedModel:
         self._switch = [module.__dict__ for module in every] if plain else None
         # The trained tensors, in the order of `parameters`.
         self.trained: list[torch.Tensor] = []
+        # Their names as in `lora.stacked.named`; whether each lacks the client's dimension.
+        self.trained_names: list[str] = []
+        self.without_client: list[bool] = []
         # Number of loaded clients.
         self._group = 0
         self._frozen: Frozen | None = None
@@ -174,7 +177,10 @@ class AdaptedModel:
             layer.factors = self._stacked([state.factors.get(name) for state in states])
         self._load_dense([state.dense for state in states], trainable)
         self._hold(states[0])
-        self.trained = list(self.parameters(states[0]).values())
+        found = self.parameters(states[0])
+        self.trained = list(found.values())
+        self.trained_names = [_named(name, states[0]) for name in found]
+        self.without_client = [self._plain.get(name) is p for name, p in found.items()]
         for parameter in self.trained:
             parameter.requires_grad_(True)
 
@@ -282,6 +288,14 @@ class AdaptedModel:
         if len(arrays) == self._group:
             return self.resident.tensor(np.asarray(arrays))
         return self.resident.tensor(arrays[0]).expand(self._group, *arrays[0].shape).clone()
+
+
+def _named(name: str, state: AdapterState) -> str:
+    """Return the name of a trained tensor in `lora.stacked.named`."""
+    if name in state.dense:
+        return name
+    module, _, factor = name.rpartition(".")
+    return (A if factor == "lora_A" else B) + module
 
 
 def _replaced(net: nn.Module, name: str, make: Callable[[Any], _Layer]) -> _Layer:

@@ -15,6 +15,9 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "Done": "rayfed_lora.objectives.objective",
+    "LocalStep": "rayfed_lora.objectives.objective",
+    "objective": "rayfed_lora.objectives.objective",
     "rule": "rayfed_lora.aggregation.rule",
     "shape": "rayfed_lora.annealing.schedules",
     "sampler": "rayfed_lora.federation.sampling",
@@ -28,8 +31,11 @@ _HOMES = {
 __all__ = [
     "ClientHistory",
     "ClientUpdates",
+    "Done",
+    "LocalStep",
     "joined",
     "metric",
+    "objective",
     "optimizer",
     "rule",
     "sampler",

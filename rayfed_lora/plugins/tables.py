@@ -21,3 +21,4 @@ WEIGHTS: Table[Callable[..., float]] = Table("weight", "rayfed_lora.tasks.traini
 METRICS: Table[Any] = Table("metric", "rayfed_lora.federation.evaluation")
 # (parameters, lr) -> a torch optimiser.
 OPTIMIZERS: Table[Callable[..., Any]] = Table("optimizer", "rayfed_lora.plugins.optimizers")
+OBJECTIVES: Table[Any] = Table("objective", "rayfed_lora.objectives.objectives")

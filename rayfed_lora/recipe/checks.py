@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.locations import each, holds_secret, repeated_option
+from rayfed_lora.objectives.objectives import OBJECTIVES
 from rayfed_lora.plugins.registry import KEYS, TABLES
 from rayfed_lora.recipe.annealing import Annealing
 from rayfed_lora.recipe.chosen import chosen_methods
@@ -43,6 +44,7 @@ def conflicts(recipe: Settings) -> list[Conflict]:
         *_acceptance_conflicts(recipe),
         *_client_conflicts(recipe),
         *_rule_conflicts(recipe),
+        *_objective_conflicts(recipe),
         *_device_conflicts(recipe),
         *_actor_conflicts(recipe.runtime),
     ]
@@ -223,6 +225,70 @@ def _rule_conflicts(recipe: Settings) -> Iterator[Conflict]:
         )
         paths = (key, "annealing.allocation")
         yield Conflict(paths, f"'{name}' {reason}; use uniform, or another rule")
+
+
+def _objective_conflicts(recipe: Settings) -> Iterator[Conflict]:
+    """Yield settings that the clients' objective does not go with."""
+    name, key, clients = recipe.clients.objective.name, "clients.objective.name", recipe.clients
+    objective = OBJECTIVES[name]
+    if objective.has("loss") and recipe.model.task == "causal-lm":
+        yield Conflict(
+            (key, "model.task"),
+            f"{name!r} replaces the loss of a classifier; with model.task 'causal-lm' expected an"
+            " objective without a loss of its own",
+        )
+    if objective.plain_sgd:
+        optimizer = clients.optimizer
+        reads = f"{name!r} takes (start - end) / (steps * lr) for the mean gradient"
+        if optimizer.name != "sgd":
+            message = f"{reads}: expected sgd, got {optimizer.name}"
+            yield Conflict(("clients.optimizer.name", key), message)
+        elif optimizer.momentum > 0:
+            message = f"{reads}: expected 0, got {optimizer.momentum:g}"
+            yield Conflict(("clients.optimizer.momentum", key), message)
+        if clients.max_grad_norm is not None:
+            message = f"{reads}: expected null (no clipping), got {clients.max_grad_norm:g}"
+            yield Conflict(("clients.max_grad_norm", key), message)
+    if objective.one_rank and recipe.annealing.mode != "full":
+        yield from _one_rank_conflicts(recipe, name, key)
+
+
+def _one_rank_conflicts(recipe: Settings, name: str, key: str) -> Iterator[Conflict]:
+    """Yield what would change the shapes, or the meaning, of factors between adapter rounds."""
+    annealing, rule = recipe.annealing, RULES[recipe.aggregation.rule]
+    keeps = f"{name!r} keeps a tensor for each trained one"
+    if annealing.mode == "staged" and _has_several_ranks(annealing):
+        yield Conflict(
+            ("annealing.cooling.rank", key),
+            f"{keeps}, and needs one rank: expected annealing.mode fixed or full, or cooling.rank"
+            f" equal to heating.rank ({annealing.heating.rank}), got {annealing.cooling.rank}",
+        )
+    if annealing.allocation != "uniform":
+        message = f"{keeps}, and needs one rank: expected uniform, got {annealing.allocation!r}"
+        yield Conflict(("annealing.allocation", key), message)
+    lowest = recipe.clients.lowest_rank
+    if lowest is not None and lowest < annealing.heating.rank:
+        message = f"{keeps}, and needs one rank: expected no limit below {annealing.heating.rank}"
+        yield Conflict(("clients.ranks", key), f"{message}, got {lowest}")
+    if rule.frozen(0) != rule.frozen(1):
+        reason = "trains A and B in turns"
+    elif rule.personal:
+        reason = "leaves each client a B of its own, in other coordinates than the others'"
+    elif rule.restarts:
+        reason = "starts LoRA anew each round"
+    elif not rule.optimizers:
+        reason = "gives A and B other coordinates each round"
+    else:
+        return
+    fitting = [
+        each
+        for each, found in RULES.items()
+        if found.optimizers and not found.personal and found.frozen(0) == found.frozen(1)
+    ]
+    yield Conflict(
+        ("aggregation.rule", key),
+        f"{keeps}, and rule {rule.name!r} {reason}: expected one of {', '.join(fitting)}",
+    )
 
 
 def _has_several_ranks(annealing: Annealing) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from rayfed_lora.plugins.tables import OPTIMIZERS, SAMPLERS, WEIGHTS
+from rayfed_lora.plugins.tables import OBJECTIVES, OPTIMIZERS, SAMPLERS, WEIGHTS
 from rayfed_lora.recipe.fields import (
     Choosing,
     Count,
@@ -109,6 +109,16 @@ class Optimizer(Choosing):
     weight_decay: NonNegative = option(0.0, "weight decay (decoupled for adamw)")
 
 
+class Objective(Choosing):
+    """What local training minimises. A text stands for `name`."""
+
+    choice = ("name", OBJECTIVES)
+
+    name: Annotated[str, NameIn(OBJECTIVES)] = option(
+        "none", " | ".join(f"{name}: {found.summary}" for name, found in OBJECTIVES.items())
+    )
+
+
 class LrSchedule(Section):
     """The learning rate over rounds, as a factor on the stage's learning rate."""
 
@@ -161,6 +171,11 @@ class Clients(Section):
     local_epochs: Positive | None = option(None, "passes over the client's own examples", "epochs")
     batch_size: Positive = option(16, "examples a step; a client with fewer uses all", "examples")
     optimizer: Optimizer = section(Optimizer, "local optimiser")
+    objective: Annotated[Objective, short_for({str: "name"})] = Field(
+        default_factory=Objective,
+        description="what local training minimises, and what clients remember for it",
+        json_schema_extra=lambda schema: also_plain(schema, "string"),
+    )
     lr_schedule: LrSchedule = section(LrSchedule, "learning rate over rounds")
     max_grad_norm: PositiveFloat | None = option(None, "clip the gradient's 2-norm; null: never")
     max_failed: Count | Annotated[float, Field(gt=0.0, lt=1.0)] = option(

@@ -1,7 +1,8 @@
 """Checkpoints: safetensors and JSON, checksummed, complete only once their manifest is there.
 
 `checkpoints/round-000012/` holds the run after 12 rounds: `state.safetensors`, `state.json` and,
-written last, `manifest.json` with their SHA-256. A replaced base is kept beside them, once.
+written last, `manifest.json` with their SHA-256. A replaced base is kept beside them, once; so is
+the memory of clients, in pieces (`client_memory`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,13 @@ from rayfed_lora.aggregation.server_step import Moments
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.locations import child
 from rayfed_lora.runs import checksums
+from rayfed_lora.runs.client_memory import (
+    MEMORY_PREFIX,
+    MemoryWriter,
+    named,
+    numbered,
+    read_memory,
+)
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.types import AdapterState, Base, Factors, FloatArray
 
@@ -52,6 +60,8 @@ class Snapshot:
         moments: of the server's optimiser, by tensor.
         personal: B by module, of each client that keeps its own.
         history: (clients,) arrays of what samplers know of clients, by name; may be empty.
+        memory: arrays of the objective, of each client that has taken part.
+        shared: the server's arrays of the objective.
     """
 
     rounds: int
@@ -62,6 +72,8 @@ class Snapshot:
     moments: Moments = field(default_factory=dict)
     personal: Mapping[int, Mapping[str, FloatArray]] = field(default_factory=dict)
     history: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    memory: Mapping[int, Mapping[str, FloatArray]] = field(default_factory=dict)
+    shared: Mapping[str, FloatArray] = field(default_factory=dict)
 
 
 @dataclass
@@ -71,6 +83,7 @@ class CheckpointWriter:
     folder: RunFolder
     keep: int
     _bases: dict[int, dict[str, str]] = field(default_factory=dict)
+    _memory: MemoryWriter = field(default_factory=MemoryWriter)
 
     def write(self, snapshot: Snapshot) -> None:
         """Write a checkpoint; remove old ones, and later ones of a session that was not resumed.
@@ -84,10 +97,11 @@ class CheckpointWriter:
             "state.json": _json({**snapshot.facts, **own}),
         }
         base = self._write_base(snapshot.base)
+        memory = self._memory.write(self.folder, _FOLDER, snapshot.rounds, snapshot.memory)
         for file, content in contents.items():
             self.folder.write(f"{name}/{file}", content)
         sums = {file: checksums.sha256(content) for file, content in contents.items()}
-        manifest = {"format": _FORMAT, "base": base, "files": sums}
+        manifest = {"format": _FORMAT, "base": base, "files": sums, "memory": memory}
         self.folder.write(f"{name}/manifest.json", _json(manifest))
         _remove_old(self.folder, snapshot.rounds, self.keep)
 
@@ -168,19 +182,20 @@ def _remove_old(folder: RunFolder, rounds: int, keep: int) -> None:
     for name in names:
         if name not in kept:
             folder.remove(f"{_FOLDER}/{name}")
-    used = {_base_of(folder, name) for name in kept}
+    used = {beside for name in kept for beside in _beside(folder, name)}
     for name in folder.names(_FOLDER):
-        if name.startswith("base-") and f"{_FOLDER}/{name}" not in used:
+        if name.startswith(("base-", MEMORY_PREFIX)) and f"{_FOLDER}/{name}" not in used:
             folder.remove(f"{_FOLDER}/{name}")
 
 
-def _base_of(folder: RunFolder, name: str) -> str | None:
-    """Return the base file that a checkpoint refers to, None where it has none or is damaged."""
+def _beside(folder: RunFolder, name: str) -> list[str]:
+    """Return the files beside it that a checkpoint refers to; none where it is damaged."""
     try:
-        base = json.loads(folder.read(f"{_FOLDER}/{name}/manifest.json"))["base"]
-        return None if base is None else str(base["name"])
+        manifest = json.loads(folder.read(f"{_FOLDER}/{name}/manifest.json"))
+        base = [] if manifest["base"] is None else [manifest["base"]]
+        return [str(file["name"]) for file in (*base, *manifest.get("memory", []))]
     except _DAMAGE:
-        return None
+        return []
 
 
 def _flat(snapshot: Snapshot) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
@@ -194,6 +209,7 @@ def _flat(snapshot: Snapshot) -> tuple[dict[str, npt.NDArray[Any]], dict[str, An
     tensors |= {f"merged|{name}": tensor for name, tensor in base.merged.items()}
     for name, moments in snapshot.moments.items():
         tensors |= {f"moment|{i}|{name}": moment for i, moment in enumerate(moments)}
+    tensors |= {f"shared|{name}": array for name, array in snapshot.shared.items()}
     for client, own in snapshot.personal.items():
         tensors |= {f"personal|{client}|{name}": b for name, b in own.items()}
     facts = {
@@ -233,30 +249,19 @@ def _read(folder: RunFolder, name: str) -> Snapshot:
     if manifest["base"] is not None:
         saved = load(_checked(folder, manifest["base"]["name"], manifest["base"]["sha256"]))
     root, merges = int(facts["base_root"]), int(facts["base_merges"])
-    moments = _numbered(tensors, "moment")
+    moments = numbered(named(tensors, "moment"))
     names = dict.fromkeys(name for named in moments.values() for name in named)
     return Snapshot(
         rounds=rounds,
         state=AdapterState(factors, dense),
-        base=Base(root, saved, merges, _named(tensors, "merged")),
-        held=_named(tensors, "held"),
+        base=Base(root, saved, merges, named(tensors, "merged")),
+        held=named(tensors, "held"),
         facts=facts,
         moments={name: tuple(moments[i][name] for i in range(len(moments))) for name in names},
-        personal=_numbered(tensors, "personal"),
-        history=_named(tensors, "history"),
+        history=named(tensors, "history"),
+        personal=numbered(named(tensors, "personal")),
+        memory=read_memory(
+            _checked(folder, piece["name"], piece["sha256"]) for piece in manifest.get("memory", [])
+        ),
+        shared=named(tensors, "shared"),
     )
-
-
-def _named(tensors: Mapping[str, Any], group: str) -> dict[str, Any]:
-    """Return the tensors of a group, by their names inside it."""
-    prefix = f"{group}|"
-    return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-def _numbered(tensors: Mapping[str, Any], group: str) -> dict[int, dict[str, Any]]:
-    """Return the tensors of a group by the number and the name in their names."""
-    found: dict[int, dict[str, Any]] = {}
-    for name, tensor in _named(tensors, group).items():
-        number, _, rest = name.partition("|")
-        found.setdefault(int(number), {})[rest] = tensor
-    return found

@@ -17,6 +17,8 @@ from rayfed_lora.federation.evaluation import BUILT_IN
 from rayfed_lora.federation.ledger import Ledger, Totals
 from rayfed_lora.federation.run import Run, Timing
 from rayfed_lora.federation.sampling import ClientHistory
+from rayfed_lora.objectives.objective import Arrays, Part, trained_shapes
+from rayfed_lora.objectives.objectives import OBJECTIVES
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checkpoints
 from rayfed_lora.runs.checkpoints import Snapshot
@@ -72,6 +74,8 @@ def snapshot(
         moments=run.moments,
         personal=run.personal,
         history={} if run.history is None else vars(run.history),
+        memory=run.memory,
+        shared=run.shared,
     )
 
 
@@ -112,6 +116,8 @@ def run_of(snapshot: Snapshot, ledger: Ledger) -> Run:
         moments=snapshot.moments,
         personal=snapshot.personal,
         history=ClientHistory(**snapshot.history) if snapshot.history else None,
+        memory=snapshot.memory,
+        shared=snapshot.shared,
     )
 
 
@@ -176,6 +182,27 @@ def check(snapshot: Snapshot, recipe: Recipe, population: Population) -> None:
         _expect_names(f"own factors of client {client}", own, snapshot.state.factors)
         for name, b in own.items():
             _expect(f"B of {name} of client {client}", b, snapshot.state.factors[name].b.shape, "f")
+    _check_memory(snapshot, recipe, population.clients)
+
+
+def _check_memory(snapshot: Snapshot, recipe: Recipe, clients: int) -> None:
+    """Check what clients and server remember for the objective, or raise ValueError."""
+    objective, rule = OBJECTIVES[recipe.clients.objective.name], RULES[recipe.aggregation.rule]
+    adapter = snapshot.facts["trainable"] == "adapter"
+    trained = trained_shapes(snapshot.state, rule.frozen(0) if adapter else None)
+    # Zero-sized and frozen tensors are left out, and so is all before the first round.
+    parts: list[tuple[str, Part, Arrays]] = [
+        (f"memory of client {client}", "memory", own) for client, own in snapshot.memory.items()
+    ]
+    parts += [("shared arrays", "shared", snapshot.shared)] if snapshot.rounds > 0 else []
+    for client in snapshot.memory:
+        if not 0 <= client < clients:
+            raise ValueError(f"memory: expected clients 0 to {clients - 1}, got {client}")
+    for what, part, arrays in parts:
+        shapes = objective.shapes(part, trained)
+        _expect_names(what, arrays, shapes)
+        for name, array in arrays.items():
+            _expect(f"{what}, {name}", array, tuple(shapes[name]), "f")
 
 
 def _expect_names(what: str, found: Iterable[str], expected: Iterable[str]) -> None:

@@ -11,6 +11,7 @@ from itertools import chain, pairwise
 
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.aggregation.rules import RULES
+from rayfed_lora.objectives.remembered import Remembered
 from rayfed_lora.types import (
     AdapterState,
     Base,
@@ -55,6 +56,7 @@ class Train:
         blocks: clients that are trained together, block by block.
         limits: largest rank of a client, where it is limited.
         personal: of clients that have a B of their own.
+        remembered: the objective, with the memory of these clients.
         place: of this part in the round; None: the whole round.
         note: for the first client's report.
     """
@@ -65,6 +67,7 @@ class Train:
     blocks: tuple[Block, ...]
     limits: Mapping[int, int] = field(default_factory=dict)
     personal: Personal = field(default_factory=dict)
+    remembered: Remembered = field(default_factory=Remembered)
     place: int | None = None
     note: str | None = None
     kind = "train"
@@ -100,7 +103,8 @@ class Train:
         part = replace(self, blocks=tuple(blocks))
         limits = {k: self.limits[k] for k in part.clients if k in self.limits}
         personal = {k: self.personal[k] for k in part.clients if k in self.personal}
-        return replace(part, limits=limits, personal=personal)
+        remembered = self.remembered.of(part.clients)
+        return replace(part, limits=limits, personal=personal, remembered=remembered)
 
     def parts(self) -> list[Train]:
         """Return a training for each block, or for runs of blocks where there are very many.

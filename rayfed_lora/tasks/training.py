@@ -109,7 +109,9 @@ def trained(
         left = block
         while left:
             try:
-                update = train_block(left, [starts.of(client) for client in left])
+                begun = [starts.of(client) for client in left]
+                update = train_block(left, begun)
+                told = _reports(task, begun, update)
             except ClientError as error:
                 if not task.plan.tolerant:
                     raise
@@ -124,7 +126,7 @@ def trained(
                 usable = [report for report in update.reports if report.usable]
                 weights = [weigh(report) for report in usable]
                 means.add_all(weights, update.states, [report.client for report in usable])
-                reports += _with_own(update) if rule.personal else update.reports
+                reports += told
                 break
             if not task.plan.tolerant:
                 raise failure
@@ -143,15 +145,29 @@ def _raised(error: ClientError) -> ClientReport:
     return ClientReport(error.client, 0, float("nan"), 0.0, error.reason, error.trace)
 
 
-def _with_own(update: BlockUpdate) -> list[ClientReport]:
-    """Return the reports with each client's trained B."""
-    states = iter(update.states)
-    return [
-        replace(report, personal={n: f.b for n, f in next(states).factors.items()} or None)
-        if report.usable
-        else report
-        for report in update.reports
-    ]
+def _reports(
+    task: Train, starts: Sequence[AdapterState], update: BlockUpdate
+) -> list[ClientReport]:
+    """Return the reports of a block with what each client keeps and what its objective sends.
+
+    Raises:
+        ClientError: a hook of the objective raised, or returned something else than declared.
+    """
+    own_b, remembered = RULES[task.rule].personal, task.remembered
+    if not own_b and remembered.objective.hook("after") is None:
+        return list(update.reports)
+    ends = iter(update.states)
+    reports = []
+    for report, start in zip(update.reports, starts, strict=True):
+        new = report
+        if report.usable:
+            end = next(ends)
+            if own_b:
+                new = replace(new, personal={n: f.b for n, f in end.factors.items()} or None)
+            with attributed(report.client, task.plan.round):
+                new = remembered.reported(new, start, end, task.plan)
+        reports.append(new)
+    return reports
 
 
 class Starts:

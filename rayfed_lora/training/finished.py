@@ -118,6 +118,7 @@ def _report(
         train_loss=fmean(losses) if error is None else float("nan"),
         seconds=seconds,
         error=error,
+        steps=len(losses),
     )
 
 

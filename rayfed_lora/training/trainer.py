@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch.nn import functional
 
 from rayfed_lora.data.dataset import LANGUAGE_TASK
 from rayfed_lora.data.examples import PIXELS
@@ -35,6 +34,7 @@ from rayfed_lora.models.first_token import read_first_token_only
 from rayfed_lora.models.mixing import Verdict, drops
 from rayfed_lora.models.recorded import RecordedPasses
 from rayfed_lora.models.shapes import model_shape
+from rayfed_lora.objectives.remembered import Remembered
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import Task
 from rayfed_lora.tasks.messages import Block, Evaluate, Export, Initial, TestClients, Train
@@ -43,6 +43,7 @@ from rayfed_lora.training.device import keep_freed_memory, memory_watched, retur
 from rayfed_lora.training.drawing import Drawing, GroupWork, tensors
 from rayfed_lora.training.dropout import ClientDropout
 from rayfed_lora.training.finished import Finished, joined
+from rayfed_lora.training.hooks import LocalHooks, Loss
 from rayfed_lora.training.optimizing import (
     add_proximal_gradient,
     clip_by_client,
@@ -189,7 +190,7 @@ class LocalTrainer:
             group = self._drawing.group(block, plan)
             try:
                 with memory_watched(block), self._taking_turns():
-                    return self._train_group(group, start_of, base, plan)
+                    return self._train_group(group, start_of, base, plan, task.remembered)
             except BlockMemoryError:
                 raise
             except Exception:
@@ -200,7 +201,8 @@ class LocalTrainer:
             group = self._drawing.group([client], plan)
             with attributed(client, plan.round), memory_watched([client]), self._taking_turns():
                 own = {client: start_of[client]}
-                updates.append(self._train_group(group, own, base, plan))
+                update = self._train_group(group, own, base, plan, task.remembered)
+                updates.append(update)
         if together is not None:
             # Each of them can be trained alone: it is the block that fails.
             raise RunError(
@@ -219,6 +221,7 @@ class LocalTrainer:
         start_of: Mapping[int, AdapterState],
         base: Base,
         plan: LocalPlan,
+        remembered: Remembered,
     ) -> BlockUpdate:
         """Train some clients in the same batches; the results are those of each one alone.
 
@@ -227,6 +230,7 @@ class LocalTrainer:
             start_of: their states, in the order of the updates.
             base: what is frozen.
             plan: the round.
+            remembered: the objective, and what these clients and the server remember for it.
         """
         began = time.perf_counter()
         know_threads()
@@ -240,11 +244,13 @@ class LocalTrainer:
         parameters = self._model.trained
         optimizer = fresh_optimizer(parameters, settings, plan.lr)
         dropout = ClientDropout(work.seeds, self._device) if self._drops else None
-        received = [p.detach().clone() for p in parameters] if plan.proximal_weight > 0 else []
+        hooks = LocalHooks(remembered, self._model, [task.client for task in group.tasks], plan)
+        keep = plan.proximal_weight > 0 or hooks.correcting
+        received = [p.detach().clone() for p in parameters] if keep else []
         finished = Finished(self._model, starts)
         losses: list[torch.Tensor] = []
         read = self._drawing.batches(work, self._device)
-        for batch, (inputs, labels) in zip(group.batches, read, strict=True):
+        for step, (batch, (inputs, labels)) in enumerate(zip(group.batches, read, strict=True)):
             if finished.leave(len(batch.examples)):
                 cut_to(optimizer, len(batch.examples))
             if dropout is not None:
@@ -254,7 +260,7 @@ class LocalTrainer:
                 parameter.grad = None
             weights = torch.from_numpy(batch.weights).to(self._device)
             with dropout or nullcontext():
-                each = self._losses(inputs, labels, weights)
+                each = self._losses(inputs, labels, weights, hooks.loss)
                 if optimizer is not None:
                     each.sum().backward()  # type: ignore[no-untyped-call]
             # The graph ends here: one that lived on would hold the next one to the present number
@@ -263,8 +269,10 @@ class LocalTrainer:
             del each
             if optimizer is None:
                 continue
-            if received:
+            if plan.proximal_weight > 0:
                 add_proximal_gradient(parameters, received, plan.proximal_weight)
+            if hooks.correcting:
+                hooks.correct(received, step)
             if settings.max_grad_norm is not None:
                 clip_by_client(parameters, settings.max_grad_norm, len(batch.examples))
             optimizer.step()
@@ -273,7 +281,11 @@ class LocalTrainer:
         return finished.update(work.group.tasks, [*start_of], losses, seconds)
 
     def _losses(
-        self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, weights: torch.Tensor
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        labels: torch.Tensor,
+        weights: torch.Tensor,
+        loss: Loss,
     ) -> torch.Tensor:
         """Return the mean loss of each client on its part of a batch."""
         bf16 = self._recipe.runtime.precision == "bf16"
@@ -285,7 +297,7 @@ class LocalTrainer:
             own = weights > 0
             total = (each.view(weights.shape) * own).sum(dim=1)
             return total / (tokens.view(weights.shape) * own).sum(dim=1).clamp(min=1)
-        each = functional.cross_entropy(logits.float(), labels, reduction="none")
+        each = loss(logits.float(), labels)
         return (each.view(weights.shape) * weights).sum(dim=1)
 
     def _export(self, model: GlobalModel) -> dict[str, bytes]:

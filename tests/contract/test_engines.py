@@ -20,6 +20,7 @@ from rayfed_lora.aggregation.server_step import OptimizerStep
 from rayfed_lora.errors import ClientError, RunError
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.recipe.settings import ServerOptimizer
+from rayfed_lora.runs import checkpoints
 from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.storage import RunFolder
@@ -316,6 +317,24 @@ def test_one_round_gives_the_weighted_mean_of_the_steps(opened, tmp_path):
     (row,) = table(tmp_path, "rounds").to_dict("records")
     assert (row["clients"], row["failed_clients"]) == (3, 0)
     assert row["bytes_up"] == row["bytes_down"] == 3 * 47 * 4
+
+
+def test_what_clients_remember_has_the_same_bits_on_every_engine(opened, tmp_path):
+    recipe = make_recipe(method="scaffold")
+    run(local_engine(recipe), recipe, tmp_path / "local")
+    run(opened, make_recipe(method="scaffold", runtime__cohort_size=2), tmp_path / "run")
+    expected, found = (
+        checkpoints.newest(RunFolder(tmp_path / name), pytest.fail) for name in ("local", "run")
+    )
+    assert sorted(found.memory) == sorted(expected.memory)
+    for client, own in expected.memory.items():
+        for name, array in own.items():
+            assert array.any()
+            np.testing.assert_array_equal(found.memory[client][name], array)
+    for name, array in expected.shared.items():
+        np.testing.assert_array_equal(found.shared[name], array)
+    hashes = [json.loads((tmp_path / n / "summary.json").read_text()) for n in ("local", "run")]
+    assert hashes[0]["adapter_sha256"] == hashes[1]["adapter_sha256"]
 
 
 def of_three_clients(lent: Lent) -> Lent:

@@ -68,6 +68,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "zero-pad of mixed ranks": {"aggregation__rule": "zero-pad", "clients__ranks": [1, 2, 3]},
     "share-a": {"method": "fedsa-lora"},
+    "scaffold": {"method": "scaffold"},
+    "scaffold of factors": {
+        "clients__objective": "scaffold",
+        "annealing__cooling__rank": 3,
+    },
     "correct": {"aggregation__rule": "correct"},
     "momentum": {"aggregation__server_optimizer": {"name": "momentum", "lr": 0.5}},
     "head only": {"method": "head-only"},
