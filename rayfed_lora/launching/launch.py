@@ -18,6 +18,7 @@ from rayfed_lora.launching.result import Result
 from rayfed_lora.launching.this_process import absolute, interruptible, local_engine, refuse_address
 from rayfed_lora.pages.run_page import run_page
 from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs.callbacks import Callback
 from rayfed_lora.runs.claiming import claim, claimed, complete
 from rayfed_lora.runs.location import with_absolute_paths
 from rayfed_lora.runs.resuming import recipe_and_place
@@ -46,6 +47,7 @@ def run(  # noqa: PLR0913 - the user-facing API
     watch: Callable[[Status], None] | None = None,
     plugins: Sequence[Any] = (),
     accept_changed_plugins: bool = False,
+    callbacks: Sequence[Callback] = (),
     factory: Factory | None = None,
 ) -> Result:
     """Run a recipe to its end and return the result.
@@ -62,6 +64,8 @@ def run(  # noqa: PLR0913 - the user-facing API
         watch: called with the status from time to time, with each record and note once.
         plugins: own methods that may be used: names of modules, modules, and methods decorated by
             `rayfed_lora.plugins`; one with options, or an instance, is chosen too.
+        callbacks: called with each `FinishedRound`, on Ray in the driver actor; a true return ends
+            the run after a tested round, and its model is exported as usual.
         accept_changed_plugins: continue though the code of own methods has changed; recorded.
         factory: builds workload and trainers in the workers; for tests.
 
@@ -94,6 +98,7 @@ def run(  # noqa: PLR0913 - the user-facing API
                     resume=resume,
                     page=run_page,
                     ticket=ticket,
+                    callbacks=callbacks,
                 )
             return Result(location, summary)
         where = absolute(folder)
@@ -102,7 +107,9 @@ def run(  # noqa: PLR0913 - the user-facing API
             # After `ray_session`: Ray reads its settings at import.
             from rayfed_lora.launching.drivers import follow, start_server, status_poll
 
-            server, _ = start_server(recipe, where, resume=resume, factory=factory, ticket=ticket)
+            server, _ = start_server(
+                recipe, where, resume=resume, factory=factory, ticket=ticket, callbacks=callbacks
+            )
             again = f"resume with --resume --out {shlex.quote(location)}"
             return Result(location, follow(server, status_poll(server, report), again))
 

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -17,6 +18,7 @@ from rayfed_lora.launching.ray_metrics import run_metrics
 from rayfed_lora.pages.run_page import run_page
 from rayfed_lora.printable import echo
 from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs.callbacks import Callback
 from rayfed_lora.runs.ownership import Ticket
 from rayfed_lora.runs.session import simulate
 from rayfed_lora.runs.status import Status, StatusBoard
@@ -46,6 +48,7 @@ class SimulationServer:
         factory: Factory | None = None,
         ticket: Ticket | None = None,
         detached: bool = False,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         """Keep the arguments.
 
@@ -56,12 +59,14 @@ class SimulationServer:
             factory: builds workload and trainers in the workers.
             ticket: the right to take over the folder from the process that claimed it; a restarted
                 actor uses it again.
+            callbacks: called with each finished round, here.
             detached: start the run at once, in a thread: a call of `run` would be lost with the
                 process that made it, and not be repeated after a restart.
         """
         self._name = f"server of {recipe.name}"
         self._recipe, self._location, self._ticket = recipe, location, ticket
         self._factory = factory or TorchFactory()
+        self._callbacks = callbacks
         self._stop = threading.Event()
         self._board = StatusBoard(recipe.annealing.total_rounds)
         # Read here: threads of a detached run have no Ray context.
@@ -92,6 +97,7 @@ class SimulationServer:
             page=run_page,
             metrics=run_metrics(folder.name, recipe.annealing.total_rounds, engine.usage),
             ticket=self._ticket,
+            callbacks=self._callbacks,
         )
 
     def _run_detached(self, actor: Any) -> None:

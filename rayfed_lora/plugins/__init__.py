@@ -26,12 +26,14 @@ _HOMES = {
     "optimizer": "rayfed_lora.plugins.optimizers",
     "joined": "rayfed_lora.federation.evaluation",
     "ClientHistory": "rayfed_lora.federation.sampling",
+    "FinishedRound": "rayfed_lora.runs.callbacks",
     "ClientUpdates": "rayfed_lora.aggregation.updates",
 }
 __all__ = [
     "ClientHistory",
     "ClientUpdates",
     "Done",
+    "FinishedRound",
     "LocalStep",
     "joined",
     "metric",

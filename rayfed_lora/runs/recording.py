@@ -18,7 +18,8 @@ class RunRecorder:
     """Keeps the rows of a run's tables and tells board and trackers; the round loop's recorder.
 
     `client_names`, (clients,), are what the data call the clients, if anything; `running` is the
-    round that is running, to which new notes belong.
+    round that is running, to which new notes belong. With `keeps` the last round is kept until
+    `taken` returns it.
     """
 
     tables: Tables
@@ -26,7 +27,9 @@ class RunRecorder:
     tracking: Tracking
     client_names: Sequence[str] | None
     running: int = 0
+    keeps: bool = False
     _notes_seen: int = 0
+    _last: Round | None = None
 
     def round_started(self, plan: RoundPlan, cohort: tuple[int, ...]) -> None:
         """Note that a round begins."""
@@ -46,12 +49,20 @@ class RunRecorder:
 
     def round_done(self, finished: Round) -> None:
         """Note a finished round."""
+        self._last = finished if self.keeps else None
         record, clients = RoundRecord.of(finished), client_records(finished)
         self.tables.add_tests(client_tests(finished))
         self.tables.add(record, clients)
         self._keep_notes()
         self.board.round_done(record)
         self.tracking.round_done(record, clients, finished.aggregated.seconds)
+
+    def taken(self) -> Round:
+        """Return the last round, and let it go."""
+        finished, self._last = self._last, None
+        if finished is None:
+            raise RuntimeError("no round is kept: RunRecorder(keeps=True) keeps the last one")
+        return finished
 
     def _keep_notes(self) -> None:
         notes = self.board.status(notes_seen=self._notes_seen).notes

@@ -118,10 +118,17 @@ class Saving:
         """Return the seconds so far, the wall time up to now."""
         return replace(run.timing, wall_s=self._wall_s + time.perf_counter() - self.began)
 
-    def finish(self, engine: Engine, board: StatusBoard, page: PageWriter | None) -> dict[str, Any]:
+    def finish(
+        self,
+        engine: Engine,
+        board: StatusBoard,
+        page: PageWriter | None,
+        stopped_by: str | None = None,
+    ) -> dict[str, Any]:
         """Export the model, close the engine and write the summary, which is returned.
 
-        `page` writes report.html; None: no page.
+        `page` writes report.html; None: no page. `stopped_by` names the callback that has ended the
+        run, if any.
         """
         run = self.save()
         board.phase("exporting")
@@ -135,6 +142,8 @@ class Saving:
         tests = tables.last_tests(run.rounds - 1)
         if tests.num_rows > 0:
             result["clients"] = client_summary(tests)
+        if stopped_by is not None:
+            result["stopped_by"] = stopped_by
         result["labels"] = list(self.population.label_names)
         exported = _described(exported, folder.local or Path(), self.recipe, result)
         for name, content in exported.items():

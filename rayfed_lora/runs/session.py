@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from functools import update_wrapper
 from typing import Any, ParamSpec
@@ -14,6 +14,7 @@ from rayfed_lora.recipe.loading import recipe_yaml
 from rayfed_lora.recipe.notes import unused
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checksums, seals
+from rayfed_lora.runs.callbacks import Callback, Callbacks
 from rayfed_lora.runs.checkpoints import Snapshot
 from rayfed_lora.runs.claiming import inspected
 from rayfed_lora.runs.ownership import Lease, Ticket, owned
@@ -42,6 +43,7 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
     name: str | None = None,
     metrics: Tracker | None = None,
     ticket: Ticket | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Generator[Tables, None, dict[str, Any]]:
     """Run a recipe round by round; closed before its end, save the finished rounds.
 
@@ -55,6 +57,7 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
         page: writes report.html from the folder and the summary; None: no page.
         name: what to call the run where it is shown; None: as its folder.
         metrics: told of finished rounds, beside those that the recipe asks for.
+        callbacks: called with each finished round; a true return ends the run.
         ticket: of the process that has claimed the folder; None where nobody has.
 
     Yields:
@@ -68,7 +71,7 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
         RunFolderError: another process owns the folder.
         RayfedError: whatever else ends a run; the last checkpoint is kept.
     """
-    began = time.perf_counter()
+    began, told = time.perf_counter(), Callbacks(callbacks)
     tracking = Tracking([] if metrics is None else [metrics], board.note)
     with ExitStack() as stack:
         stack.enter_context(closing(engine))
@@ -91,14 +94,14 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
         board.step("loading data and model")
         population = engine.open()
         found = accepted(own, recipe, population, board.note) if resume else None
-        modules, metrics = list(population.shape.modules), recipe.evaluation.metrics
-        tables = Tables(own, modules, population.client_names, metrics)
+        modules = list(population.shape.modules)
+        tables = Tables(own, modules, population.client_names, recipe.evaluation.metrics)
         if found is not None:
             tables.first(found.rounds)
         _begin(own, recipe, population, board, found)
         for tracker in trackers(recipe, own, name or own.name):
             tracking.trackers.append(tracker)
-        recorder = RunRecorder(tables, board, tracking, population.client_names)
+        recorder = RunRecorder(tables, board, tracking, population.client_names, keeps=bool(told))
         server = Server(recipe, engine, population, recorder, lease.or_lost(should_stop))
         for note in _notes(recipe, population, server, lease):
             board.note(note)
@@ -112,7 +115,9 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
             for after in server.rounds(run):
                 saving.offer(after)
                 yield tables
-        return saving.finish(engine, board, page)
+                if told and told.called(recorder.taken(), after.model):
+                    break
+        return saving.finish(engine, board, page, told.stopped_by)
 
 
 def _exhausted(
