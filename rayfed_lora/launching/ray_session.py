@@ -107,7 +107,7 @@ def _own_ray(settings: Mapping[str, Any]) -> Iterator[None]:
             ray.shutdown()
         raise
     finally:
-        ray.shutdown(wait_for_processes=True)
+        ray.shutdown()
         if not failed:
             session_folders.remove(session)
 
@@ -117,7 +117,8 @@ def _without_prints() -> Iterator[None]:
     """Keep Ray from printing to stdout what `log_to_driver` does not keep back: a raylet's log."""
     from ray._private import worker
 
-    original = worker.print_to_stdstream
+    # Private; where a version of Ray lacks it, nothing changes.
+    original = getattr(worker, "print_to_stdstream", None)
     worker.print_to_stdstream = lambda *args, **options: None
     try:
         yield

@@ -236,8 +236,8 @@ def randomly_initialised(model: Model, config: Any) -> nn.Module:
 
 def load_code(model: Model) -> None:
     """Import the module of the model's class, which transformers imports lazily."""
-    with suppress(ModelError):  # reported when the workload is prepared
-        skeleton(model, configuration(model, {}))
+    with suppress(ModelError, KeyError):  # reported when the workload is prepared
+        auto_class(model)._model_mapping[type(configuration(model, {}))]
 
 
 def auto_class(model: Model) -> Any:

@@ -82,6 +82,11 @@ def match(recipe: Recipe, dataset: Dataset, *, local_only: bool) -> Match:
         if token is not None:
             notes.append(f"the tokenizer has no padding token: texts are padded with {token!r}")
     config = base_models.configuration(model, _facts(recipe, dataset, tokenizer))
+    # Before the model is built: some (LeViT) take long for large images.
+    image_processor = None
+    if images:
+        image_processor, image_notes = fit_images(recipe, config, dataset)
+        notes += image_notes
     net = tried(model, config, partial(_skeleton, recipe, here=not local_only))
     if language:
         check_causal(model, config)
@@ -95,10 +100,6 @@ def match(recipe: Recipe, dataset: Dataset, *, local_only: bool) -> Match:
         notes += padding_notes(net)
     if tokenizer is not None:
         check_vocabulary(net, tokenizer, None if language else config)
-    image_processor = None
-    if images:
-        image_processor, image_notes = fit_images(recipe, config, dataset)
-        notes += image_notes
     report = load_report(model, config, local_only=local_only)
     if report is not None:
         notes += fit_notes(net, report, recipe)

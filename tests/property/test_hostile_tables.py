@@ -38,6 +38,8 @@ FAILING = Behaviour(failing=frozenset((client, t) for client in (0, 1) for t in 
 TABLES = ("rounds.parquet", "clients.parquet", "client_metrics.parquet", "notes.parquet")
 KEPT = ("recipe.yaml", *TABLES, "partition.parquet")
 LISTED = (*KEPT, "summary.json", "adapter/fake.json")
+# Further files of the exported model.
+BESIDE = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 # Written again by `--resume`.
 REMADE = ("partition.parquet", "summary.json", "adapter/fake.json", "SHA256SUMS")
 
@@ -253,7 +255,8 @@ def test_sha256sum_reads_the_list_of_a_finished_run(tmp_path: Path) -> None:
     unpacked(files_of(None), tmp_path)
     command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert sorted(done.stdout.splitlines()) == sorted(f"{name}: OK" for name in LISTED)
+    names = (*LISTED, *(f"adapter/{name}" for name in BESIDE))
+    assert sorted(done.stdout.splitlines()) == sorted(f"{name}: OK" for name in names)
 
 
 @pytest.mark.parametrize("killed_at", range(12))

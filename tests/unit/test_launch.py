@@ -32,7 +32,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, A
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **options: calls.append(options) or CONTEXT)
-    monkeypatch.setattr(ray, "shutdown", lambda **options: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
     for name in (*SETTINGS, "RAY_ADDRESS", "RAY_AUTH_TOKEN"):
         # Set first: so that whatever is set meanwhile is taken back, too.
         monkeypatch.setenv(name, "")

@@ -45,7 +45,18 @@ VIT = {
     "patch_size": 4,
 }
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+LEVIT = {
+    "hidden_sizes": [16, 16, 16],
+    "num_attention_heads": [2, 2, 2],
+    "depths": [1, 1, 1],
+    "key_dim": [8, 8, 8],
+    "patch_size": 2,
+    "kernel_size": 3,
+    "stride": 2,
+    "padding": 1,
+}
 SIZES: dict[str, Values] = {
+    "levit": LEVIT,
     "vit": VIT,
     "resnet": RESNET,
     "bert": TEXT,
@@ -55,7 +66,7 @@ SIZES: dict[str, Values] = {
     "mixtral": MIXTRAL,
     "distilbert": {"dim": 16, "n_heads": 2, "n_layers": 1, "hidden_dim": 16},
 }
-TASKS = {"vit": "image-classification", "resnet": "image-classification"} | dict.fromkeys(
+TASKS = dict.fromkeys(("vit", "resnet", "levit"), "image-classification") | dict.fromkeys(
     ("gpt2", "llama", "mixtral"), "causal-lm"
 )
 
@@ -162,6 +173,9 @@ BAD: list[tuple[Any, ...]] = [
         r"clients\.batch_size: .* single",
         {"annealing.mode": "full", "clients.batch_size": 1},
     ),
+    ("levit", {}, r"LevitForImageClassification cannot compute a batch"),
+    # It would be built in 2048 ** 4 steps.
+    ("levit", {"image_size": 4096}, r"model\.config: expected images of 1 x 4096 x 4096"),
     ("bert", {"hidden_size": 15}, r"hidden_size.*num_attention_heads"),
     ("bert", {"num_attention_heads": 3}, r"num_attention_heads"),
     ("bert", {"hidden_size": 10**13}, r"config\.hidden_size: expected at most"),
