@@ -129,14 +129,14 @@ class Objective:
     def shapes(self, part: Part, trained: Shapes) -> Shapes:
         """Return the shapes of what it keeps or sends, given those of the trained tensors."""
         declared: Declared = getattr(self, part)
-        return trained if declared == "trained" else declared  # type: ignore[return-value]
+        return trained if declared == "trained" else declared
 
     def values(self, part: Part, trained: int) -> int:
         """Return the number of values that it keeps or sends, given that of the trained ones."""
         declared: Declared = getattr(self, part)
         if declared == "trained":
             return trained
-        return sum(int(np.prod(shape)) for shape in declared.values())  # type: ignore[union-attr]
+        return sum(int(np.prod(shape)) for shape in declared.values())
 
     def zeros(self, part: Part, trained: Shapes) -> dict[str, FloatArray]:
         """Return what it keeps or shares before its first round."""

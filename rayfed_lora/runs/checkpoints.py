@@ -219,7 +219,8 @@ def _flat(snapshot: Snapshot) -> tuple[dict[str, npt.NDArray[Any]], dict[str, An
         "scales": {name: factors.scale for name, factors in state.factors.items()},
         "dense_order": list(state.dense),
     }
-    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, facts
+    # Not `ascontiguousarray`, which gives a single number a dimension.
+    return {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}, facts
 
 
 def _checked(folder: RunFolder, name: str, sha256: str) -> bytes:

@@ -51,7 +51,7 @@ class MemoryWriter:
         if new:
             name = f"{within}/{MEMORY_PREFIX}{rounds:06d}.safetensors"
             flat = {
-                f"{k}|{n}": np.ascontiguousarray(t)
+                f"{k}|{n}": np.asarray(t, order="C")
                 for k, own in new.items()
                 for n, t in own.items()
             }

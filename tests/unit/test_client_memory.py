@@ -5,6 +5,7 @@ Under the fakes' SCAFFOLD a client's variate is the gradient of its last step: -
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,15 @@ def test_memory_that_began_anew_leaves_nothing_of_before(tmp_path):
     found = newest(tmp_path)
     assert {k: list(own) for k, own in found.memory.items()} == {1: ["v"]}
     assert list(pieces(RunFolder(tmp_path))) == ["memory-000002.safetensors"]
+
+
+def test_single_numbers_come_back_without_a_dimension(tmp_path):
+    one = np.array(0.5, np.float32)
+    taken = replace(snapshot(1, {3: {"seen": one}}), shared={"mean": one})
+    CheckpointWriter(RunFolder(tmp_path), keep=1).write(taken)
+    found = newest(tmp_path)
+    assert found.memory[3]["seen"].shape == found.shared["mean"].shape == ()
+    assert found.memory[3]["seen"] == found.shared["mean"] == np.float32(0.5)
 
 
 def test_damaged_memory_makes_a_checkpoint_damaged(tmp_path):

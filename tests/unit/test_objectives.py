@@ -13,14 +13,14 @@ from torch.nn import functional
 
 from rayfed_lora.engines.factory import TorchFactory, in_process
 from rayfed_lora.engines.local import LocalEngine
-from rayfed_lora.errors import ClientError, RecipeError
+from rayfed_lora.errors import ClientError, PluginError, RecipeError, RunError
 from rayfed_lora.federation.run import Run, fresh
 from rayfed_lora.federation.server import Server
 from rayfed_lora.objectives.objective import objective, trained_tensors
 from rayfed_lora.objectives.remembered import Remembered
 from rayfed_lora.plugins.tables import OBJECTIVES
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.types import AdapterState
+from rayfed_lora.types import AdapterState, ClientReport
 from tests.tasks import initial_tensors, local_plan, train
 from tests.unit.test_methods import Silent
 from tests.unit.test_trainer import (
@@ -348,3 +348,67 @@ def test_memory_begins_anew_when_adapter_rounds_follow_full_ones() -> None:
     assert set(first.shared) == set(first.model.state.dense)
     assert set(second.shared) == set(trained_tensors(second.model.state, None))
     assert sorted(second.memory) == sorted(cohorts[1])
+
+
+class Sums:
+    """Shares what `server` returns, which may be wrong."""
+
+    found: Any = None
+
+    def after(self, done: Any) -> Any:
+        return {}, {"steps": np.float32(done.client)}
+
+    def server(self, shared: Any, messages: Any, clients: int) -> Any:
+        if self.found is not None:
+            return self.found
+        return {"steps": shared["steps"] + messages["steps"].sum() / clients}
+
+
+def reported(known: Remembered, clients: list[int]) -> list[ClientReport]:
+    state = AdapterState({}, {"head": np.zeros(2, np.float32)})
+    reports = [ClientReport(k, 3, 0.5, 0.0, steps=1) for k in clients]
+    plan = local_plan()
+    return [known.reported(report, state, state, plan) for report in reports]
+
+
+def test_the_server_gets_the_messages_in_order_and_what_it_returns_is_checked() -> None:
+    objective("sums", message={"steps": ()}, shared={"steps": ()})(Sums)
+    try:
+        known = Remembered("sums", shared={"steps": np.array(1.0, np.float32)})
+        reports = reported(known, [2, 3])
+        reports.append(ClientReport(4, 3, float("nan"), 0.0, "loss is nan"))
+        # 1 + (2 + 3) / 10; the failed client sent nothing.
+        memory, shared = known.after_round(reports, 10, 4)
+        assert memory == {} and shared["steps"] == np.float32(1.5)
+        assert known.after_round(reports[2:], 10, 4)[1] == known.shared
+        Sums.found = {"steps": np.zeros(2)}
+        with pytest.raises(RunError, match="objective 'sums', shared in round 5, tensor 'steps'"):
+            known.after_round(reports, 10, 4)
+    finally:
+        Sums.found = None
+        OBJECTIVES.remove("sums")
+
+
+@pytest.mark.parametrize(
+    ("declared", "told"),
+    [
+        ({"memory": "all", "message": {"steps": ()}, "shared": {}}, "expected 'trained' or shapes"),
+        ({"message": {"steps": ()}}, "has a method 'server', expected shared to be declared"),
+    ],
+)
+def test_a_class_that_does_not_make_what_it_declares_is_rejected(
+    declared: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(PluginError, match=told):
+        objective("sums", **declared)(Sums)
+    assert "sums" not in OBJECTIVES
+
+
+def test_a_class_without_hooks_for_what_it_declares_is_rejected() -> None:
+    class Empty:
+        def gradeint(self, local: Any) -> None: ...
+
+    with pytest.raises(PluginError, match="declares memory, expected a method 'after'"):
+        objective(memory="trained")(Empty)
+    with pytest.raises(PluginError, match="expected a method named loss, gradient"):
+        objective()(Empty)
