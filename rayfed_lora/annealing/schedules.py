@@ -110,7 +110,7 @@ def step(start: float, end: float, u: float, *, steps: int = 4) -> float:
     8.0
     """
     # u * steps can land just above a whole number in floating point.
-    return linear(start, end, math.ceil(round(u * steps, 9)) / steps)
+    return float(linear(start, end, math.ceil(round(u * steps, 9)) / steps))
 
 
 @shape()
@@ -124,7 +124,7 @@ def cyclic(start: float, end: float, u: float, *, cycles: Annotated[int, Field(g
     """
     # The end of a cycle belongs to it; u * cycles can miss a whole number in floating point.
     done = round(u * cycles, 9)
-    return cosine(start, end, done - math.ceil(done) + 1.0)
+    return float(cosine(start, end, done - math.ceil(done) + 1.0))
 
 
 def cooling(

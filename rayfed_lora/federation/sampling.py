@@ -137,10 +137,11 @@ def power_of_choice(
     Source: arXiv:2010.01243, section 4.
     """
     share = history.examples[pool] / history.examples[pool].sum()
-    count = min(max(candidates, wanted), np.count_nonzero(share))
-    drawn = rng.choice(pool, count, replace=False, p=share)
+    count = min(max(candidates, wanted), int(np.count_nonzero(share)))
+    drawn: IdArray = rng.choice(pool, count, replace=False, p=share)
     losses = np.nan_to_num(history.losses[drawn], nan=np.inf, posinf=np.inf)
-    return drawn[np.argsort(-losses, kind="stable")[:wanted]]
+    best: IdArray = drawn[np.argsort(-losses, kind="stable")[:wanted]]
+    return best
 
 
 def cohort(

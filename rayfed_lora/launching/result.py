@@ -35,13 +35,14 @@ class Result:
             RunFolderError: there is no finished run, or its summary is damaged.
         """
         folder = RunFolder(str(location))
-        if not folder.exists(SUMMARY_FILE):
+        summary = read_summary(folder) if folder.exists(SUMMARY_FILE) else None
+        if summary is None:
             begun = folder.exists("recipe.yaml")
             what = "a run that has not finished" if begun else "no run"
             raise RunFolderError(
                 f"{location}: expected the folder of a finished run ({SUMMARY_FILE}), found {what}"
             )
-        return cls(str(location), read_summary(folder))
+        return cls(str(location), summary)
 
     @property
     def rounds(self) -> pd.DataFrame:

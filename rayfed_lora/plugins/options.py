@@ -34,7 +34,7 @@ def options_of(target: Callable[..., Any], name: str) -> type[BaseModel]:
     if isinstance(target, type) and issubclass(target, BaseModel):
         return target
     try:
-        found = {key: (kind, default) for key, kind, default in _declared(target)}
+        found: Any = {key: (kind, default) for key, kind, default in _declared(target)}
         model: type[BaseModel] = create_model(f"Options of {name}", __base__=Options, **found)
         model.model_json_schema()
     except (NameError, TypeError, PydanticUserError) as error:

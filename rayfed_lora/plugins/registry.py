@@ -133,7 +133,7 @@ class Decorated:
         """
         if self.__module__ == "__main__":
             return method_of(self).again, (self._function,)  # type: ignore[union-attr]
-        return self.__qualname__
+        return str(vars(self)["__qualname__"])
 
 
 class Table(Mapping[str, T]):
@@ -157,9 +157,7 @@ class Table(Mapping[str, T]):
         name: str | None = None,
         *,
         value: Callable[[str], T] | None = None,
-        bind: Callable[[T, Mapping[str, Any]], T] = lambda value, options: partial(
-            value, **options
-        ),  # type: ignore[assignment, misc]
+        bind: Callable[[T, Mapping[str, Any]], T] | None = None,
     ) -> Any:
         """Register a function or class; return what stands for it from then on.
 

@@ -138,5 +138,5 @@ class Choosing(Section):
 
 
 def _unknown(key: str, value: Any, known: list[str]) -> InitErrorDetails:
-    kind = PydanticCustomError("unknown_option", "", {"known": known})  # type: ignore[arg-type]
+    kind = PydanticCustomError("unknown_option", "", {"known": known})
     return InitErrorDetails(type=kind, loc=(key,), input=value)
