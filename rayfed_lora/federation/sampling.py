@@ -14,6 +14,7 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.tasks.messages import Block
 from rayfed_lora.types import Device, ModelShape
+from rayfed_lora.wire.upload import malicious_clients
 
 _TESTED_TOGETHER = 50
 # Minimum number of blocks of a round that has so many clients.
@@ -81,6 +82,13 @@ def cohort(
     else:
         drawn = rng.choice(reachable, min(wanted, len(reachable)), replace=False, shuffle=False)
     return tuple(sorted(int(client) for client in drawn))
+
+
+def attackers(recipe: Recipe, clients: int) -> frozenset[int]:
+    """Return the ids of the malicious ones of a run's clients."""
+    attack = recipe.clients.attack
+    share = 0.0 if attack is None else attack.share
+    return frozenset(malicious_clients(recipe.seed, share, clients).tolist())
 
 
 def tested_clients(recipe: Recipe, clients: int, round_index: int) -> list[Block]:

@@ -17,9 +17,10 @@ from typing import Any
 _HOMES = {
     "rule": "rayfed_lora.aggregation.rule",
     "shape": "rayfed_lora.annealing.schedules",
+    "update": "rayfed_lora.wire.update",
     "ClientUpdates": "rayfed_lora.aggregation.updates",
 }
-__all__ = ["ClientUpdates", "rule", "shape"]
+__all__ = ["ClientUpdates", "rule", "shape", "update"]
 
 
 def __getattr__(name: str) -> Any:

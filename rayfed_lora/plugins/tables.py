@@ -13,3 +13,4 @@ from rayfed_lora.plugins.registry import Table
 # (start, end, u) -> value; the last round is at `end`.
 SHAPES: Table[Callable[..., float]] = Table("shape", "rayfed_lora.annealing.schedules")
 RULES: Table[Any] = Table("rule", "rayfed_lora.aggregation.rules")
+UPDATES: Table[Any] = Table("update", "rayfed_lora.wire.updates")

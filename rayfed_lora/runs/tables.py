@@ -81,7 +81,11 @@ class Tables:
     """The rows of a run so far and their files; memory holds all rows of rounds, few of clients."""
 
     def __init__(
-        self, folder: RunFolder, modules: Sequence[str], client_names: Sequence[str] | None = None
+        self,
+        folder: RunFolder,
+        modules: Sequence[str],
+        client_names: Sequence[str] | None = None,
+        malicious: frozenset[int] | None = None,
     ) -> None:
         """Start empty.
 
@@ -89,12 +93,13 @@ class Tables:
             folder: the run folder.
             modules: names of the adapted modules.
             client_names: (clients,) names in the data; None where the clients have none.
+            malicious: ids of malicious clients; None where the recipe has no attack.
         """
         self._folder = folder
         self._schema = round_schema(modules)
         self._rounds = self._schema.empty_table()
         self._new_rounds: list[dict[str, Any]] = []
-        self._clients = ClientRows(folder, CLIENTS_FILE, ClientRecord, client_names)
+        self._clients = ClientRows(folder, CLIENTS_FILE, ClientRecord, client_names, malicious)
         self._tests = ClientRows(folder, CLIENT_METRICS_FILE, ClientTest, client_names)
         self._notes = ClientRows(folder, NOTES_FILE, Note)
         self._files = (self._clients, self._tests, self._notes)

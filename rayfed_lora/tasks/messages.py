@@ -23,6 +23,7 @@ from rayfed_lora.types import (
     Split,
     Trainable,
 )
+from rayfed_lora.wire.upload import Upload
 
 Block = tuple[int, ...]
 # Factors B by module, of each client that keeps its own.
@@ -55,6 +56,7 @@ class Train:
         blocks: clients that are trained together, block by block.
         limits: largest rank of a client, where it is limited.
         personal: of clients that have a B of their own.
+        upload: what happens to the updates; None: they arrive as they are.
         place: of this part in the round; None: the whole round.
         note: for the first client's report.
     """
@@ -65,6 +67,7 @@ class Train:
     blocks: tuple[Block, ...]
     limits: Mapping[int, int] = field(default_factory=dict)
     personal: Personal = field(default_factory=dict)
+    upload: Upload | None = None
     place: int | None = None
     note: str | None = None
     kind = "train"
