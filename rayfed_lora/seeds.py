@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     TESTED_CLIENTS = 10
     DEVICES = 11
     DEPARTURES = 12
+    UPDATE = 13
 
 
 def sequence(seed: int, purpose: Purpose, *key: int) -> np.random.SeedSequence:

@@ -83,11 +83,13 @@ class GlobalModel:
     """The global model between rounds.
 
     `base` is not used while `trainable`, the kind of round that `state` belongs to, is `full`.
+    `sent` is the state as clients see it after the download; None: exactly.
     """
 
     state: AdapterState
     base: Base
     trainable: Trainable
+    sent: AdapterState | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class ModelShape:
         linear_flops: mean work of one linear layer on one example, forward; 0 where unknown.
         activation_bytes: outputs of all linear layers for one example; 0 where unknown.
         notes: for the user, on how recipe and model were matched, one line each.
+        tensors: shapes of all parameters of the model, by name, adapters not; empty: not known.
     """
 
     modules: Mapping[str, ModuleShape]
@@ -126,6 +129,7 @@ class ModelShape:
     linear_flops: float = 0.0
     activation_bytes: int = 0
     notes: tuple[str, ...] = ()
+    tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def base_params(self) -> int:

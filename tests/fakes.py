@@ -58,6 +58,7 @@ SHAPE = ModelShape(
     head_params=6,
     total_params=47,
     head=("head",),
+    tensors=WEIGHTS,
 )
 RECIPE: dict[str, Any] = {
     "name": "fake",

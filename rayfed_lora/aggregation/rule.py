@@ -45,6 +45,8 @@ class Rule:
         optimizers: whether server optimisers beside sgd make sense: the step is one of A and B.
         personal: whether each client keeps its own B, and sends A only.
         restarts: whether each round merges the whole mean into the base and starts LoRA anew.
+        mean_only: whether the next state depends on clients by the mean of their sent tensors
+            alone, so that noise on that mean protects them.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Rule:
     optimizers: bool = False
     personal: bool = False
     restarts: bool = False
+    mean_only: bool = False
 
     def means(self) -> Means:
         """Return means that hold no client yet."""

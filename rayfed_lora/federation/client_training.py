@@ -19,6 +19,7 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import IndexArray, Population, Running
 from rayfed_lora.tasks.messages import Personal, Train, Trained
 from rayfed_lora.types import ClientReport, LocalPlan, RoundPlan
+from rayfed_lora.wire.upload import Upload, downloaded, is_sent
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class ClientTraining:
         self._limits = limits
         self._should_stop = should_stop
         self._tell = tell
+        self._malicious = sampling.attackers(recipe, population.clients)
         cohort = recipe.cohort_size(population.clients)
         # Of an adapter round.
         self.block_size = sampling.block_size(recipe, population.shape, cohort, population.device)
@@ -100,18 +102,53 @@ class ClientTraining:
             personal: of clients that have a B of their own.
             remembered: the objective and the memory of all clients.
         """
-        full = local.trainable == "full"
+        full, recipe = local.trainable == "full", self._recipe
+        rule = RULES[recipe.aggregation.rule]
+        model, down = start.model, recipe.wire.down.named
+        seen = downloaded(
+            model.state,
+            down,
+            recipe.seed,
+            local.round,
+            lambda name: is_sent(name, local.frozen, rule.personal),
+        )
+        if seen is not None:
+            make_read_only(seen)
+            model = replace(model, sent=seen)
         size = BlockSize(1, even=True) if full else self.block_size
         limits = None if full else self._limits
         make_read_only(start.model.state)
         return Train(
-            start.model,
+            model,
             local,
             self._recipe.aggregation.rule,
             tuple(sampling.blocks(cohort.present, size)),
             {} if limits is None else {k: int(limits[k]) for k in cohort.present},
             {} if full else {k: personal[k] for k in cohort.present if k in personal},
             remembered.of(cohort.present),
+            upload=self._upload(cohort, seen=seen is not None),
+        )
+
+    def _upload(self, cohort: Cohort, *, seen: bool) -> Upload | None:
+        """Return what happens to the updates of a round; None: nothing.
+
+        `seen`: whether clients see another state than the server's after the download.
+        """
+        recipe, codec, attack = self._recipe, self._recipe.wire.up.named, None
+        malicious = self._malicious.intersection(cohort.present)
+        if recipe.clients.attack is not None and malicious:
+            found = recipe.clients.attack.named
+            attack = found if found.method().acts_on == "tensors" else None
+        privacy = recipe.privacy
+        if codec.method().lossless and attack is None and privacy is None and not seen:
+            return None
+        return Upload(
+            recipe.seed,
+            attack=attack,
+            malicious=frozenset() if attack is None else malicious,
+            clip=None if privacy is None else privacy.clip,
+            codec=codec,
+            uniform=privacy is not None,
         )
 
     def collect(self, training: Running[Trained], cohort: Cohort, t: int) -> Updates:

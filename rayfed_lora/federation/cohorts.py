@@ -11,13 +11,15 @@ import numpy.typing as npt
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.annealing.stages import adapter_rounds_before
 from rayfed_lora.federation import sampling
+from rayfed_lora.federation.encoding import Encoding
 from rayfed_lora.federation.ledger import Ledger
 from rayfed_lora.federation.sampling import ClientHistory
 from rayfed_lora.federation.simulated_clock import SimulatedClock, Turnout
 from rayfed_lora.federation.traffic import RoundFacts
 from rayfed_lora.federation.transitions import Resizing
+from rayfed_lora.objectives.objectives import OBJECTIVES
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.types import DeviceFacts, RoundPlan
+from rayfed_lora.types import DeviceFacts, ModelShape, RoundPlan
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,16 @@ class Cohort:
     def messages(self, arrived: Sequence[bool]) -> RoundFacts:
         """Return the facts of the messages, given whether each client's update arrived."""
         return replace(self.facts, arrived=np.array(arrived, bool))
+
+
+def new_ledger(recipe: Recipe, shape: ModelShape, clients: int) -> Ledger:
+    """Return the ledger of a run before its first round."""
+    rule, wire = RULES[recipe.aggregation.rule], recipe.wire
+    up, down = wire.up.named.method(), wire.down.named.method()
+    lossless = up.lossless and down.lossless
+    encoding = None if lossless else Encoding(shape, up, down, own_b=rule.personal)
+    objective = OBJECTIVES[recipe.clients.objective.name]
+    return Ledger(shape, clients, rule, objective, encoding)
 
 
 class Cohorts:

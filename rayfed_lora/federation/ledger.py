@@ -15,11 +15,12 @@ import numpy.typing as npt
 
 from rayfed_lora.aggregation.messages import Counts, Traffic
 from rayfed_lora.aggregation.rule import Rule
+from rayfed_lora.federation.encoding import Encoding
 from rayfed_lora.federation.traffic import Mask, RoundFacts, traffic, with_objective
 from rayfed_lora.objectives.objective import Objective
 from rayfed_lora.types import ModelShape
+from rayfed_lora.wire.update import BYTES_PER_VALUE
 
-BYTES_PER_VALUE = 4
 _NEVER = -1
 
 
@@ -33,6 +34,8 @@ class Bill:
         base: (cohort,) the frozen base, and frozen factors, that each client was sent.
         arrived: number of uploads.
         fedavg: values that FedAvg would have sent both ways with the same clients and shares.
+        up_bytes, down_bytes: (cohort,) the messages in bytes, as encoded; None: 4 a value.
+        fedavg_bytes: what FedAvg would have sent under the same codecs; None: 4 a value.
     """
 
     up: Counts
@@ -40,6 +43,19 @@ class Bill:
     base: Counts
     arrived: int
     fedavg: int = 0
+    up_bytes: Counts | None = None
+    down_bytes: Counts | None = None
+    fedavg_bytes: int | None = None
+
+    @property
+    def sent_up(self) -> Counts:
+        """(cohort,) bytes of each client's upload."""
+        return self.up * BYTES_PER_VALUE if self.up_bytes is None else self.up_bytes
+
+    @property
+    def sent_down(self) -> Counts:
+        """(cohort,) bytes of each client's download, base not included."""
+        return self.down * BYTES_PER_VALUE if self.down_bytes is None else self.down_bytes
 
     @property
     def params_up(self) -> int:
@@ -59,7 +75,10 @@ class Bill:
 
 @dataclass(frozen=True)
 class Totals:
-    """Bytes of a run so far; `later`, `later_*`: of the rounds after the initiating stage."""
+    """Bytes of a run so far; `later`, `later_*`: of the rounds after the initiating stage.
+
+    `encoded`: FedAvg's under the same codecs; None: as `fedavg`, which is in float32.
+    """
 
     bytes_up: int = 0
     bytes_down: int = 0
@@ -68,6 +87,7 @@ class Totals:
     later: int = 0
     later_base: int = 0
     later_fedavg: int = 0
+    encoded: int | None = None
 
     def communication(self) -> dict[str, float | int | None]:
         """Return the summary's `communication`; a reduction without rounds behind it is None.
@@ -75,13 +95,16 @@ class Totals:
         reduction = 1 - (up + down) / FedAvg's, with the same clients, rounds and participation.
         """
         total = self.bytes_up + self.bytes_down
+        encoded = self.fedavg if self.encoded is None else self.encoded
         return {
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
             "bytes_base": self.bytes_base,
             "total_bytes": total,
             "fedavg_total_bytes": self.fedavg,
+            "fedavg_total_bytes_same_codec": encoded,
             "reduction_vs_fedavg": _reduction(total, self.fedavg),
+            "reduction_vs_fedavg_same_codec": _reduction(total, encoded),
             "reduction_vs_fedavg_with_base": _reduction(total + self.bytes_base, self.fedavg),
             "reduction_vs_fedavg_after_initiating": _reduction(self.later, self.later_fedavg),
             "reduction_vs_fedavg_with_base_after_initiating": _reduction(
@@ -91,8 +114,11 @@ class Totals:
 
     def plus(self, bill: Bill, after_initiating: bool) -> Totals:
         """Return the totals after one more round."""
-        up, down = bill.params_up * BYTES_PER_VALUE, bill.params_down * BYTES_PER_VALUE
+        up, down = int(bill.sent_up.sum()), int(bill.sent_down.sum())
         base, fedavg = bill.base_params * BYTES_PER_VALUE, bill.fedavg * BYTES_PER_VALUE
+        encoded = self.encoded
+        if bill.fedavg_bytes is not None:
+            encoded = (self.fedavg if encoded is None else encoded) + bill.fedavg_bytes
         return Totals(
             bytes_up=self.bytes_up + up,
             bytes_down=self.bytes_down + down,
@@ -101,6 +127,7 @@ class Totals:
             later=self.later + (up + down) * after_initiating,
             later_base=self.later_base + base * after_initiating,
             later_fedavg=self.later_fedavg + fedavg * after_initiating,
+            encoded=encoded,
         )
 
 
@@ -123,8 +150,10 @@ def _reached(facts: RoundFacts, messages: Traffic) -> tuple[Mask, Mask]:
     return began, stayed if _brings_result(messages) else began
 
 
-def _bill(facts: RoundFacts, messages: Traffic, base: Counts, total_params: int) -> Bill:
-    """Return what was sent of the messages of a round."""
+def _bill(
+    facts: RoundFacts, messages: Traffic, base: Counts, total_params: int, encoding: Encoding | None
+) -> Bill:
+    """Return what was sent of the messages of a round; `encoding` None: 4 bytes a value."""
     arrived, sent = facts.arrived, facts.sent
     whole = np.full(len(arrived), total_params, np.int64)
 
@@ -135,12 +164,25 @@ def _bill(facts: RoundFacts, messages: Traffic, base: Counts, total_params: int)
     def downloaded(values: Counts) -> Counts:
         return values if sent is None else np.where(sent.absent, _part(values, sent.down), values)
 
-    down = downloaded(messages.down)
-    if sent is not None and _brings_result(messages):
-        # A result is sent when the round is over, to the clients that are still there.
-        down = np.where(sent.absent, 0, messages.down)
+    def received(values: Counts) -> Counts:
+        if sent is not None and _brings_result(messages):
+            # A result is sent when the round is over, to the clients that are still there.
+            return np.where(sent.absent, 0, values)
+        return downloaded(values)
+
+    down = received(messages.down)
     fedavg = int(uploaded(whole).sum() + downloaded(whole).sum())
-    return Bill(uploaded(messages.up), down, downloaded(base), int(arrived.sum()), fedavg)
+    bill = Bill(uploaded(messages.up), down, downloaded(base), int(arrived.sum()), fedavg)
+    if encoding is None:
+        return bill
+    up_bytes, down_bytes = encoding.messages(facts, messages)
+    whole_up, whole_down = (np.full(len(arrived), size) for size in encoding.whole)
+    return replace(
+        bill,
+        up_bytes=uploaded(up_bytes),
+        down_bytes=received(down_bytes),
+        fedavg_bytes=int(uploaded(whole_up).sum() + downloaded(whole_down).sum()),
+    )
 
 
 def _part(values: Counts, share: npt.NDArray[np.float64]) -> Counts:
@@ -162,6 +204,7 @@ class Ledger:
         clients: int,
         rule: Rule,
         objective: Objective | None = None,
+        encoding: Encoding | None = None,
     ) -> None:
         """Start with no client holding any base.
 
@@ -170,7 +213,9 @@ class Ledger:
             clients: number of all.
             rule: of aggregation.
             objective: of local training; None: one that sends nothing.
+            encoding: of messages; None: float32.
         """
+        self._encoding = encoding
         self._shape = shape
         self._objective = objective
         self._clients = clients
@@ -225,7 +270,7 @@ class Ledger:
         if facts.trainable == "full" and facts.arrived.any():
             self._step(self._shape.base_params)
             self._factors["head"] = self._factors.get("head", 0) + 1
-        bill = _bill(facts, messages, base, self._shape.total_params)
+        bill = _bill(facts, messages, base, self._shape.total_params, self._encoding)
         self.totals = self.totals.plus(bill, facts.after_initiating)
         return bill
 

@@ -10,12 +10,13 @@ from typing import Annotated, Any, Literal
 from rayfed_lora.federation.client_training import Updates
 from rayfed_lora.federation.cohorts import Cohort
 from rayfed_lora.federation.evaluation import Scores
-from rayfed_lora.federation.ledger import BYTES_PER_VALUE, Bill
+from rayfed_lora.federation.ledger import Bill
 from rayfed_lora.federation.model_tests import TestResults
 from rayfed_lora.federation.run import Aggregated
 from rayfed_lora.federation.transitions import Start
 from rayfed_lora.lora.states import dense_params, factor_params
 from rayfed_lora.types import ClientReport, LocalPlan, Proposal, RoundPlan, Stage
+from rayfed_lora.wire.update import BYTES_PER_VALUE
 
 # Kept as 32 bits in the tables; a plain int has 64.
 Count = Annotated[int, 32]
@@ -94,7 +95,7 @@ class RoundRecord:
         validation_accuracy, validation_loss: on the server's validation split.
         aggregation_error: ||D_used - D_exact||_F / ||D_exact||_F, None without factors.
         params_up, params_down: values sent by and to the cohort, base not included.
-        bytes_up, bytes_down: the same in bytes.
+        bytes_up, bytes_down: the same in bytes, as encoded by `wire`.
         bytes_base: bytes of frozen base sent to participants that did not hold the current one.
         proposal: the annealing's proposal and verdict; columns of its own in the table.
         seconds: wall time of the round, evaluation included.
@@ -117,8 +118,8 @@ class RoundRecord:
     aggregation_error: float | None = column(lambda r: r.error)
     params_up: int = column(lambda r: r.bill.params_up)
     params_down: int = column(lambda r: r.bill.params_down)
-    bytes_up: int = column(lambda r: r.bill.params_up * BYTES_PER_VALUE)
-    bytes_down: int = column(lambda r: r.bill.params_down * BYTES_PER_VALUE)
+    bytes_up: int = column(lambda r: int(r.bill.sent_up.sum()))
+    bytes_down: int = column(lambda r: int(r.bill.sent_down.sum()))
     bytes_base: int = column(lambda r: r.bill.base_params * BYTES_PER_VALUE)
     seconds: float = column(lambda r: r.seconds)
     learning_rate: float = column(lambda r: r.local.lr)
@@ -177,7 +178,7 @@ def client_records(finished: Round) -> list[ClientRecord]:
     """Return the row of every client of a round."""
     reports, bill, turnout = finished.reports, finished.bill, finished.cohort.turnout
     times = [None] * len(reports) if turnout is None else turnout.seconds.tolist()
-    rows = zip(reports, bill.up.tolist(), bill.down.tolist(), times, strict=True)
+    rows = zip(reports, bill.sent_up.tolist(), bill.sent_down.tolist(), times, strict=True)
     return [
         ClientRecord(
             round=finished.plan.round,
@@ -186,8 +187,8 @@ def client_records(finished: Round) -> list[ClientRecord]:
             train_loss=report.train_loss if report.usable else None,
             status=report.absent or ("ok" if report.error is None else "failed"),
             error=report.error,
-            bytes_up=up * BYTES_PER_VALUE,
-            bytes_down=down * BYTES_PER_VALUE,
+            bytes_up=up,
+            bytes_down=down,
             seconds=report.seconds,
             simulated_s=simulated_s,
         )

@@ -18,6 +18,7 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.tasks.messages import Block
 from rayfed_lora.types import ClientReport, Device, ModelShape
+from rayfed_lora.wire.upload import malicious_clients
 
 IdArray = npt.NDArray[np.int64]
 
@@ -176,6 +177,13 @@ def cohort(
                 f" {drawn.tolist()}"
             )
     return tuple(int(client) for client in found)
+
+
+def attackers(recipe: Recipe, clients: int) -> frozenset[int]:
+    """Return the ids of the malicious ones of a run's clients."""
+    attack = recipe.clients.attack
+    share = 0.0 if attack is None else attack.share
+    return frozenset(malicious_clients(recipe.seed, share, clients).tolist())
 
 
 def tested_clients(recipe: Recipe, clients: int, round_index: int) -> list[Block]:

@@ -12,16 +12,13 @@ from typing import Protocol
 
 from threadpoolctl import threadpool_limits
 
-from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.annealing.stages import plan_round
 from rayfed_lora.federation.client_training import ClientTraining
-from rayfed_lora.federation.cohorts import Cohorts
-from rayfed_lora.federation.ledger import Ledger
+from rayfed_lora.federation.cohorts import Cohorts, new_ledger
 from rayfed_lora.federation.model_tests import Tester
 from rayfed_lora.federation.records import Round
 from rayfed_lora.federation.run import Run, after, aggregate, remembered
 from rayfed_lora.federation.transitions import enter
-from rayfed_lora.objectives.objectives import OBJECTIVES
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import Engine, Population
 from rayfed_lora.types import ClientReport, RoundPlan
@@ -63,9 +60,7 @@ class Server:
         self._engine = engine
         self._recorder = recorder
         self._clients = population.clients
-        objective = OBJECTIVES[recipe.clients.objective.name]
-        rule = RULES[recipe.aggregation.rule]
-        self.ledger = Ledger(population.shape, population.clients, rule, objective)
+        self.ledger = new_ledger(recipe, population.shape, population.clients)
         self._cohorts = Cohorts(recipe, population.devices, population.clients, self.ledger)
         limits, tell = self._cohorts.limits, recorder.clients_done
         self.clients = ClientTraining(recipe, population, limits, should_stop, tell)

@@ -9,18 +9,18 @@ from typing import Any
 
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.annealing.stages import schedule
-from rayfed_lora.federation.cohorts import Cohort, Cohorts
+from rayfed_lora.federation.cohorts import Cohort, Cohorts, new_ledger
 from rayfed_lora.federation.learning_rate import learning_rate, rate_warning
-from rayfed_lora.federation.ledger import BYTES_PER_VALUE, Bill, Ledger, Totals
+from rayfed_lora.federation.ledger import Bill, Totals
 from rayfed_lora.federation.sampling import block_size
 from rayfed_lora.federation.traffic import trained_values
 from rayfed_lora.federation.transitions import planned
-from rayfed_lora.objectives.objectives import OBJECTIVES
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.notes import unused
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.preparing import Outline, outline
 from rayfed_lora.types import Device, ModelShape, RoundPlan, Stage, Trainable
+from rayfed_lora.wire.update import BYTES_PER_VALUE
 
 # Resident memory of a Python process with torch, peft and transformers loaded, measured.
 _PROCESS_MB = 303
@@ -89,8 +89,7 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any], *, plugins: Sequence[A
     recipe = load_recipe(recipe, plugins=plugins)
     sizes = outline(recipe)
     clients = len(sizes.devices.sizes)
-    objective = OBJECTIVES[recipe.clients.objective.name]
-    ledger = Ledger(sizes.shape, clients, RULES[recipe.aggregation.rule], objective)
+    ledger = new_ledger(recipe, sizes.shape, clients)
     cohorts = Cohorts(recipe, sizes.devices, clients, ledger)
     anew = RULES[recipe.aggregation.rule].restarts
     rounds: list[PlannedRound] = []
@@ -130,8 +129,8 @@ def _planned_round(
         learning_rate=learning_rate(recipe, scheduled.round),
         clients=len(cohort.clients),
         arriving=bill.arrived,
-        bytes_up=bill.params_up * BYTES_PER_VALUE,
-        bytes_down=bill.params_down * BYTES_PER_VALUE,
+        bytes_up=int(bill.sent_up.sum()),
+        bytes_down=int(bill.sent_down.sum()),
         bytes_base=bill.base_params * BYTES_PER_VALUE,
         simulated_s=cohort.lasted_s,
     )

@@ -56,6 +56,7 @@ def model_shape(net: nn.Module, recipe: Recipe) -> ModelShape:
         linear_flops=trace.linear_flops,
         activation_bytes=trace.activation_bytes,
         notes=(*head_notes(net, recipe.adapter), *targets.notes),
+        tensors={name: tuple(p.shape) for name, p in net.named_parameters()},
     )
 
 

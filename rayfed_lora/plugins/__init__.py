@@ -24,6 +24,7 @@ _HOMES = {
     "weight": "rayfed_lora.tasks.training",
     "metric": "rayfed_lora.federation.evaluation",
     "optimizer": "rayfed_lora.plugins.optimizers",
+    "update": "rayfed_lora.wire.update",
     "joined": "rayfed_lora.federation.evaluation",
     "ClientHistory": "rayfed_lora.federation.sampling",
     "FinishedRound": "rayfed_lora.runs.callbacks",
@@ -42,6 +43,7 @@ __all__ = [
     "rule",
     "sampler",
     "shape",
+    "update",
     "weight",
 ]
 

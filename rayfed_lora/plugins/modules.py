@@ -115,7 +115,7 @@ def carried(modules: Sequence[str], methods: Iterable[Method[Any]]) -> Plugins:
 
 def settings_of(method: Method[Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the recipe's values by key path that choose a method with options."""
-    key = KEYS[method.kind]
+    key = str(getattr(method.value, "key", KEYS[method.kind]))
     if key.endswith(".name"):
         return {key.removesuffix(".name"): {"name": method.name, **options}}
     section = key.rpartition(".")[0]

@@ -49,6 +49,8 @@ KEYS: Mapping[Kind, str] = {
     "partition": "data.partition.kind",
     "data": "data.source",
     "model": "model.source",
+    # That of codecs; attacks: `clients.attack.name`.
+    "update": "wire.up.name",
 }
 # Attribute of a decorated class or function that holds its `Method`.
 _MARK = "__rayfed_lora_method__"

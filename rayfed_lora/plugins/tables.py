@@ -22,3 +22,4 @@ METRICS: Table[Any] = Table("metric", "rayfed_lora.federation.evaluation")
 # (parameters, lr) -> a torch optimiser.
 OPTIMIZERS: Table[Callable[..., Any]] = Table("optimizer", "rayfed_lora.plugins.optimizers")
 OBJECTIVES: Table[Any] = Table("objective", "rayfed_lora.objectives.objectives")
+UPDATES: Table[Any] = Table("update", "rayfed_lora.wire.updates")

@@ -14,6 +14,7 @@ from rayfed_lora.recipe.chosen import chosen_methods
 from rayfed_lora.recipe.clients import Spread
 from rayfed_lora.recipe.runtime import Runtime
 from rayfed_lora.recipe.settings import Settings
+from rayfed_lora.recipe.wire_checks import wire_conflicts
 
 # Each round is a row of a table, in memory and in files that are rewritten many times.
 MOST_ROUNDS = 100_000
@@ -47,6 +48,7 @@ def conflicts(recipe: Settings) -> list[Conflict]:
         *_objective_conflicts(recipe),
         *_device_conflicts(recipe),
         *_actor_conflicts(recipe.runtime),
+        *(Conflict(*found) for found in wire_conflicts(recipe)),
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 
 from rayfed_lora.plugins.tables import OBJECTIVES, OPTIMIZERS, SAMPLERS, WEIGHTS
 from rayfed_lora.recipe.fields import (
@@ -19,7 +19,9 @@ from rayfed_lora.recipe.fields import (
     Section,
     option,
     section,
+    short_for,
 )
+from rayfed_lora.recipe.wire import Attack
 
 Ranks = Annotated[list[Positive], Field(min_length=1)]
 RankShares = Annotated[dict[Positive, PositiveFloat], Field(min_length=1)]
@@ -55,17 +57,6 @@ class Availability(Section):
     period_s: PositiveFloat | None = option(
         None, "period after which the trace repeats; null: never", "s"
     )
-
-
-def short_for(stands_for: Mapping[type, str]) -> Any:
-    """Return a validator that lets a plain value stand for one key of a section, by type."""
-
-    def expanded(value: Any) -> Any:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        key = stands_for.get(float if number else type(value))
-        return value if key is None else {key: value}
-
-    return BeforeValidator(expanded)
 
 
 OwnNumber = Annotated[Spread | None, short_for({float: "median"})]
@@ -208,6 +199,10 @@ class Clients(Section):
         "largest rank that a client can train: a number for all | a list, dealt to clients in turn"
         " | ranks with their shares, drawn from the seed, e.g. {4: 0.5, 16: 0.5}; null: no limit",
         "rank",
+    )
+
+    attack: Annotated[Attack | None, short_for({str: "name"})] = option(
+        None, "malicious clients; a text: name of the attack; null: none"
     )
 
     @field_validator("ranks", mode="before")

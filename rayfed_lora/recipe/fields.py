@@ -81,6 +81,17 @@ def section(kind: type[BaseModel], description: str) -> Any:
     return Field(default_factory=kind, description=description)
 
 
+def short_for(stands_for: Mapping[type, str]) -> Any:
+    """Return a validator that lets a plain value stand for one key of a section, by type."""
+
+    def expanded(value: Any) -> Any:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        key = stands_for.get(float if number else type(value))
+        return value if key is None else {key: value}
+
+    return BeforeValidator(expanded)
+
+
 class Section(BaseModel):
     """A mapping of a recipe: unknown keys are faults, values cannot change."""
 
@@ -130,6 +141,13 @@ class Choosing(Section):
         left: Any = {option: (f.annotation, f) for option, f in fields if option in known}
         beside = create_model(model.__name__, __base__=Options, **left)
         return beside.model_validate(dict(others)).model_dump(mode="json")
+
+    @property
+    def own_options(self) -> dict[str, Any]:
+        """The values of the method's options alone."""
+        key, table = self.choice
+        known, found = table.method(getattr(self, key)).options.model_fields, self.options
+        return {name: found[name] for name in known if name in found}
 
     @property
     def options(self) -> dict[str, Any]:

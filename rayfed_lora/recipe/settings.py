@@ -25,6 +25,7 @@ from rayfed_lora.recipe.fields import (
 from rayfed_lora.recipe.model import Adapter, Model
 from rayfed_lora.recipe.presets import PRESETS, usual_server_rate
 from rayfed_lora.recipe.runtime import Evaluation, Runtime, Storage, Tracking
+from rayfed_lora.recipe.wire import Privacy, Wire
 
 # 100 * 1.1 is a little more than 110 in floating point.
 _ROUNDING = 1e-9
@@ -84,6 +85,8 @@ class Settings(Section):
     aggregation: Aggregation = section(Aggregation, "server")
     clients: Clients = section(Clients, "cohort and local training")
     network: Network = section(Network, "simulated network")
+    wire: Wire = section(Wire, "codecs of the messages")
+    privacy: Privacy | None = option(None, "client-level differential privacy; null: none")
     evaluation: Evaluation = section(Evaluation, "tests of the global model")
     runtime: Runtime = section(Runtime, "executor")
     storage: Storage = section(Storage, "run folder")

@@ -48,6 +48,8 @@ def _arrow(hint: Any) -> pa.DataType | None:
 
 # Where the data name the clients (partition kind `column`): the value that makes the client.
 CLIENT_NAME = "client_name"
+# Where some clients are malicious: whether the client is one of them.
+MALICIOUS = "malicious"
 NOTES_FILE = "notes.parquet"
 CLIENT_METRICS_FILE = "client_metrics.parquet"
 _ROW_GROUP = 65_536
@@ -63,7 +65,12 @@ class ClientRows:
     """
 
     def __init__(
-        self, folder: RunFolder, name: str, record: type, client_names: Sequence[str] | None = None
+        self,
+        folder: RunFolder,
+        name: str,
+        record: type,
+        client_names: Sequence[str] | None = None,
+        malicious: frozenset[int] | None = None,
     ) -> None:
         """Start with no rows, whatever is in the folder.
 
@@ -72,6 +79,7 @@ class ClientRows:
             name: of the file in it.
             record: type of the rows, with a field `round`; each field is a column.
             client_names: (clients,) names, written to a further column `client_name`.
+            malicious: ids of malicious clients, for a further column `malicious`; None: no column.
         """
         self._folder = folder
         self.name = name
@@ -80,6 +88,9 @@ class ClientRows:
         self._client_names = client_names
         if client_names is not None:
             self._schema = self._schema.append(pa.field(CLIENT_NAME, pa.string()))
+        self._malicious = malicious
+        if malicious is not None:
+            self._schema = self._schema.append(pa.field(MALICIOUS, pa.bool_()))
         self._waiting: list[pa.Table] = []
         self._written = False
         # Number of rows of each round, in the file or not.
@@ -90,6 +101,8 @@ class ClientRows:
         new = {name: [getattr(record, name) for record in records] for name in self._columns}
         if self._client_names is not None:
             new[CLIENT_NAME] = [self._client_names[client] for client in new["client"]]
+        if self._malicious is not None:
+            new[MALICIOUS] = [client in self._malicious for client in new["client"]]
         self._waiting.append(pa.Table.from_pydict(new, schema=self._schema))
         self._counts.update(new["round"])
         if sum(table.num_rows for table in self._waiting) > _WAITING:

@@ -9,6 +9,7 @@ from functools import update_wrapper
 from typing import Any, ParamSpec
 
 from rayfed_lora.federation.learning_rate import rate_warning
+from rayfed_lora.federation.sampling import attackers
 from rayfed_lora.federation.server import Server
 from rayfed_lora.recipe.loading import recipe_yaml
 from rayfed_lora.recipe.notes import unused
@@ -94,8 +95,9 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
         board.step("loading data and model")
         population = engine.open()
         found = accepted(own, recipe, population, board.note) if resume else None
-        modules = list(population.shape.modules)
-        tables = Tables(own, modules, population.client_names, recipe.evaluation.metrics)
+        malicious = attackers(recipe, population.clients) if recipe.clients.attack else None
+        modules, own_metrics = list(population.shape.modules), recipe.evaluation.metrics
+        tables = Tables(own, modules, population.client_names, own_metrics, malicious)
         if found is not None:
             tables.first(found.rounds)
         _begin(own, recipe, population, board, found)

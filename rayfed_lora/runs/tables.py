@@ -86,6 +86,7 @@ class Tables:
         modules: Sequence[str],
         client_names: Sequence[str] | None = None,
         metrics: Sequence[str] = (),
+        malicious: frozenset[int] | None = None,
     ) -> None:
         """Start empty.
 
@@ -94,13 +95,14 @@ class Tables:
             modules: names of the adapted modules.
             client_names: (clients,) names in the data; None where the clients have none.
             metrics: beside the built-in ones.
+            malicious: ids of malicious clients; None where the recipe has no attack.
         """
         self._folder = folder
         self._metrics = metrics
         self._schema = round_schema(modules, metrics)
         self._rounds = self._schema.empty_table()
         self._new_rounds: list[dict[str, Any]] = []
-        self._clients = ClientRows(folder, CLIENTS_FILE, ClientRecord, client_names)
+        self._clients = ClientRows(folder, CLIENTS_FILE, ClientRecord, client_names, malicious)
         self._tests = ClientRows(folder, CLIENT_METRICS_FILE, ClientTest, client_names)
         self._notes = ClientRows(folder, NOTES_FILE, Note)
         self._files = (self._clients, self._tests, self._notes)

@@ -24,6 +24,7 @@ from rayfed_lora.types import (
     Split,
     Trainable,
 )
+from rayfed_lora.wire.upload import Upload
 
 Block = tuple[int, ...]
 # Factors B by module, of each client that keeps its own.
@@ -57,6 +58,7 @@ class Train:
         limits: largest rank of a client, where it is limited.
         personal: of clients that have a B of their own.
         remembered: the objective, with the memory of these clients.
+        upload: what happens to the updates; None: they arrive as they are.
         place: of this part in the round; None: the whole round.
         note: for the first client's report.
     """
@@ -68,6 +70,7 @@ class Train:
     limits: Mapping[int, int] = field(default_factory=dict)
     personal: Personal = field(default_factory=dict)
     remembered: Remembered = field(default_factory=Remembered)
+    upload: Upload | None = None
     place: int | None = None
     note: str | None = None
     kind = "train"

@@ -17,6 +17,7 @@ from rayfed_lora.plugins.tables import WEIGHTS
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.messages import Block, TestClients, Train, Trained
 from rayfed_lora.types import AdapterState, ClientReport, Factors
+from rayfed_lora.wire.upload import is_sent, uploaded
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def trained(
     rule = RULES[task.rule]
     means = rule.means()
     starts = Starts(task, own_b=rule.personal)
+    sent = _Sent(task, starts, own_b=rule.personal)
     reports: list[ClientReport] = []
     for block in task.blocks:
         left = block
@@ -124,8 +126,9 @@ def trained(
                 failure = ClientError(left[0], task.plan.round, str(error))
             else:
                 usable = [report for report in update.reports if report.usable]
-                weights = [weigh(report) for report in usable]
-                means.add_all(weights, update.states, [report.client for report in usable])
+                ids = [report.client for report in usable]
+                states = sent.states(ids, update.states)
+                means.add_all(sent.weights(usable, weigh), states, ids)
                 reports += told
                 break
             if not task.plan.tolerant:
@@ -139,6 +142,39 @@ def trained(
         notes = [note for note in (task.note, reports[0].note) if note is not None]
         reports[0] = replace(reports[0], note="; ".join(notes))
     return Trained(tuple(reports), means)
+
+
+class _Sent:
+    """What the server sees of trained states, and how much each of them counts."""
+
+    def __init__(self, task: Train, starts: Starts, *, own_b: bool) -> None:
+        self._task, self._starts, self._own_b = task, starts, own_b
+        seen = task.model.sent
+        self._exact = starts if seen is None else Starts(task, own_b=own_b, exact=True)
+
+    def weights(
+        self, reports: Sequence[ClientReport], weigh: Callable[[ClientReport], float]
+    ) -> list[float]:
+        upload = self._task.upload
+        same = upload is not None and upload.uniform
+        return [1.0 if same else weigh(report) for report in reports]
+
+    def states(
+        self, clients: Sequence[int], states: Sequence[AdapterState]
+    ) -> Sequence[AdapterState]:
+        task = self._task
+        if task.upload is None or not clients:
+            return states
+        frozen, own_b = task.plan.frozen, self._own_b
+        return uploaded(
+            task.upload,
+            task.plan.round,
+            clients,
+            states,
+            [self._starts.of(client) for client in clients],
+            [self._exact.of(client) for client in clients],
+            lambda name: is_sent(name, frozen, own_b),
+        )
 
 
 def _raised(error: ClientError) -> ClientReport:
@@ -178,15 +214,19 @@ class Starts:
     its own has that in place of the global one.
     """
 
-    def __init__(self, task: Train | TestClients, *, own_b: bool = False) -> None:
+    def __init__(
+        self, task: Train | TestClients, *, own_b: bool = False, exact: bool = False
+    ) -> None:
         """Take the global state and the clients that differ from it.
 
         Args:
             task: gives both.
             own_b: whether each client has a B of its own: one that has none yet starts from 0.
+            exact: take the server's own state, where clients see another one after the download.
         """
         self._task = task
-        self._state = task.model.state
+        seen = task.model.sent
+        self._state = task.model.state if exact or seen is None else seen
         if own_b:
             factors = self._state.factors.items()
             zero = {n: replace(f, b=np.zeros_like(f.b)) for n, f in factors}

@@ -26,6 +26,7 @@ from rayfed_lora.training.matching import Match, match
 from rayfed_lora.training.proof import judged_without_weights
 from rayfed_lora.training.rehearsal import rehearse
 from rayfed_lora.types import AvailabilityTrace, DeviceFacts, ModelShape
+from rayfed_lora.wire.upload import malicious_clients
 
 # Texts that a plan tokenises (the longest, and as many others), and images that it prepares.
 _FEW, _IMAGES = 32, 3
@@ -85,6 +86,7 @@ def prepare(recipe: Recipe) -> Workload:
     validated = dataset.test.slice(0, 0) if dataset.validation is None else dataset.validation
     splits = [_examples(each, matched, recipe) for each in (dataset.train, dataset.test, validated)]
     train, test, validation = splits
+    train = _with_false_labels(train, clients, recipe, len(dataset.label_names))
     rehearse(recipe, config, train, clients.counts)
     workload = Workload(
         train=train,
@@ -196,6 +198,21 @@ def _examples(table: pa.Table, matched: Match, recipe: Recipe) -> Examples:
     check_length(matched.net, config, tokens["input_ids"].shape[1])
     check_tokens(matched.net, matched.tokenizer, tokens, texts)
     return Examples.of(known_inputs(matched.net, config, tokens), labels)
+
+
+def _with_false_labels(
+    train: Examples, clients: ClientTable, recipe: Recipe, classes: int
+) -> Examples:
+    """Return the training examples, those of malicious clients with the labels of the attack."""
+    attack = recipe.clients.attack
+    method = None if attack is None else attack.named.method()
+    if attack is None or method is None or method.acts_on != "labels":
+        return train
+    labels = train.labels.copy()
+    for client in malicious_clients(recipe.seed, attack.share, clients.clients).tolist():
+        rows = clients.examples(client)
+        labels[rows] = method.labels(labels[rows], classes)
+    return Examples.of(train.inputs, labels)
 
 
 def _some_examples(dataset: Dataset, matched: Match, recipe: Recipe) -> Examples:

@@ -171,6 +171,8 @@ def test_the_four_reductions_are_as_counted_by_hand(ledger):
         "bytes_base": base * 4,
         "total_bytes": sent * 4,
         "fedavg_total_bytes": fedavg * 4,
+        "fedavg_total_bytes_same_codec": fedavg * 4,
+        "reduction_vs_fedavg_same_codec": pytest.approx(1 - sent / fedavg),
         "reduction_vs_fedavg": pytest.approx(1 - sent / fedavg),
         "reduction_vs_fedavg_with_base": pytest.approx(1 - (sent + base) / fedavg),
         "reduction_vs_fedavg_after_initiating": pytest.approx(1 - 33 / 47),

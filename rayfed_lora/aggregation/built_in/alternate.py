@@ -28,6 +28,7 @@ def messages(sizes: AdapterRound) -> Traffic:
     # B is trained first: A has no gradient while B = 0.
     frozen=lambda turn: "a" if turn % 2 == 0 else "b",
     optimizers=True,
+    mean_only=True,
 )
 def alternate(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregate:
     """Return the means of A and of B apart, as `factor_average` does."""

@@ -17,6 +17,7 @@ from rayfed_lora.types import AdapterState
     method="fedlora",
     kept=("factors",),
     optimizers=True,
+    mean_only=True,
 )
 def factor_average(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregate:
     """Return A = sum p_k A_k and B = sum p_k B_k for each module; dense tensors likewise.

@@ -27,6 +27,7 @@ def messages(sizes: AdapterRound) -> Traffic:
     messages=messages,
     frozen=lambda turn: "a",
     optimizers=True,
+    mean_only=True,
 )
 def freeze_a(start: AdapterState, means: Means, step: OptimizerStep) -> Aggregate:
     """Return the means of A and of B apart, as `factor_average` does."""

@@ -106,7 +106,7 @@ class ClientActor:
 
         Args:
             task: without its model.
-            state: the global state.
+            state: the global state, and as clients see it.
             base: what is frozen.
             apart: whether what is joined of the result is to stay in the object store, as a second
                 result.
@@ -122,7 +122,8 @@ class ClientActor:
         if self._threads is None:
             raise NotOpenError(f"{self._name} was restarted while it was idle")
         hollow: Task[Any] = unpacked(task)
-        model = replace(hollow.model, state=unpacked(state), base=unpacked(base))
+        exact, seen = unpacked(state)
+        model = replace(hollow.model, state=exact, base=unpacked(base), sent=seen)
         whole = hollow.on(model)
         answer = self._threads.submit(whole, halvings).result()
         if apart and isinstance(whole, Reduces):

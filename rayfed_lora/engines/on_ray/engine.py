@@ -275,14 +275,15 @@ class SentModels:
 
     def __init__(self) -> None:
         """Start with none."""
-        self._state: tuple[str, Message | ray.ObjectRef] | None = None
+        self._state: tuple[tuple[str, str | None], Message | ray.ObjectRef] | None = None
         # The newest two: a round may start from another base than the one before was tested with.
         self._bases: dict[tuple[int, int], Message | ray.ObjectRef] = {}
 
     def sent(self, model: GlobalModel) -> tuple[Message | ray.ObjectRef, Message | ray.ObjectRef]:
         """Return the messages of a model's state and base, or their references."""
-        if self._state is None or self._state[0] != model.state.version:
-            self._state = model.state.version, sent(model.state)
+        seen = None if model.sent is None else model.sent.version
+        if self._state is None or self._state[0] != (model.state.version, seen):
+            self._state = (model.state.version, seen), sent((model.state, model.sent))
         key = model.base.version
         if key not in self._bases:
             self._bases = {**dict([*self._bases.items()][-1:]), key: sent(model.base)}

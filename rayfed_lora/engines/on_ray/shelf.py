@@ -59,6 +59,8 @@ def prepared_from(recipe: Recipe) -> str:
         "data": recipe.data.model_dump(),
         "model": recipe.model.model_dump(),
         "validation": recipe.validation_fraction,
+        # Of malicious clients, the labels may be other ones.
+        "attack": recipe.clients.attack and recipe.clients.attack.model_dump(),
         "cohort": recipe.clients.per_round,
         "held out": recipe.evaluation.client_fraction,
         "device columns": recipe.device_columns,

@@ -1,0 +1,1 @@
+"""What happens to an update between a client and the server: attacks, clipping, codecs."""

@@ -1,0 +1,1 @@
+"""The built-in methods of the kind `update`, one file each."""
