@@ -6,6 +6,7 @@ recipe's own keys, the preset of a `method` named by `--set`, the other `--set` 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -169,7 +170,8 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe) -> tuple[str, dict[st
 
 def _nearest(path: Path) -> str | None:
     """Return the recipe that was meant: in the folder `path`, or of a similar name beside it."""
-    if path.is_dir():
+    # `pathlib` raises for names that are too long.
+    if os.path.isdir(path):
         inside = path / "recipe.yaml"
         return str(inside) if inside.exists() else None
     found = closest(path.name, [each.name for each in path.parent.glob("*.y*ml")])
