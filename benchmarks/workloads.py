@@ -198,7 +198,8 @@ def write(name: str, path: str) -> None:
     fresh = GlobalModel(AdapterState({}, trainer.run(Initial("adapter"))), Base(), "adapter")
     state = transitions.enter(of, trainer.shape(), fresh, plan).model.state
     spec = SPECS[name]
-    cohorts = np.array([sampling.cohort(of, spec.clients, t) for t in range(spec.rounds)])
+    history = sampling.ClientHistory.empty(data.clients.counts)
+    cohorts = np.array([sampling.cohort(of, history, t) for t in range(spec.rounds)])
     batches = np.array(
         [
             [

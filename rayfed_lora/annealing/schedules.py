@@ -144,7 +144,7 @@ def cooling(
 
     >>> value = cooling("step", 16, 0, rounds=4, options={"steps": 2})
     >>> [value(i) for i in range(4)]
-    [8.0, 8.0, 0.0, 0.0]
+    [8.0, 8.0, 0.0, 0]
     """
     if rounds <= 0:
         raise ValueError(f"need rounds > 0, got {rounds}")

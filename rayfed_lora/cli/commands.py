@@ -299,10 +299,7 @@ def export(
     to: Annotated[Path, Option(help="A new or empty folder.")],
     merge: Annotated[bool, Option("--merge", help="One model instead of an adapter.")] = False,
 ) -> None:
-    """Write the trained PEFT adapter, or the merged model.
-
-    Example: rayfed-lora export runs/a --to adapter
-    """
+    """Write the trained PEFT adapter, or the merged model."""
     from rayfed_lora.launching.exporting import export_run
 
     for line in export_run(folder, to, merge=merge):

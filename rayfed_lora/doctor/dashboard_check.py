@@ -38,7 +38,7 @@ def answer_without_token(url: str) -> int | None:
 
 
 def judge_dashboard(url: str, status: int | None) -> Finding:
-    """Return who can run code through the dashboard, by the status from `answer_without_token`."""
+    """Return a finding on access to the dashboard, from the status from `answer_without_token`."""
     if status is None:
         text = f"none answers at {url} from here: no jobs, no metrics, its token was not checked"
         fix = "check from the head node, or start the head with --include-dashboard=true"

@@ -72,15 +72,18 @@ class SimulatedClock:
         middle = spread.median if spread.median is not None else np.inf
         return middle * np.exp(spread.sigma * rng.standard_normal(clients))
 
-    def cohort(self, t: int, now: float, history: ClientHistory) -> tuple[tuple[int, ...], float]:
+    def cohort(
+        self, t: int, now: float, history: ClientHistory | None = None
+    ) -> tuple[tuple[int, ...], float]:
         """Return the cohort of round `t`, and when it is drawn: once any client can be reached.
 
         `now` and the result are simulated seconds since the start of the run; the sampler sees
-        `history`.
+        `history`, None: that of a run that has not begun.
 
         Raises:
             RunError: no client can ever be reached again.
         """
+        history = history or ClientHistory.empty(self._facts.sizes)
         if self._facts.trace is None:
             return sampling.cohort(self._recipe, history, t), now
         reachable, now = self._reachable(self._facts.trace, now)

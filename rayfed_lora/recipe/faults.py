@@ -100,7 +100,7 @@ def _fault(path: tuple[str, ...], entries: Sequence[Any]) -> Fault:
     dotted = ".".join(path) or "recipe"
     first = entries[0]
     if first["type"] == "extra_forbidden":
-        siblings = _known_keys(path[:-1])
+        siblings = known_keys(path[:-1])
         expected = f"unknown key; known here: {', '.join(siblings)}"
         return Fault(dotted, expected, None, _nearest_key(path, siblings))
     if first["type"] == "unknown_option":
@@ -145,7 +145,8 @@ def _location(loc: Sequence[int | str]) -> tuple[str, ...]:
     return tuple(path)
 
 
-def _known_keys(path: Sequence[str]) -> list[str]:
+def known_keys(path: Sequence[str]) -> list[str]:
+    """Return the keys of the section at a path, without options of methods."""
     fields = fields_of(Recipe) or {}
     for part in path:
         fields = fields_of(fields.get(part)) or {}

@@ -6,6 +6,7 @@ recipe's own keys, the preset of a `method` named by `--set`, the other `--set` 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 from rayfed_lora.endpoints import named_in
 from rayfed_lora.errors import Fault, RecipeError
 from rayfed_lora.plugins.modules import missing, permit
-from rayfed_lora.recipe.faults import closest, fields_of, validated
+from rayfed_lora.plugins.registry import KEYS, TABLES
+from rayfed_lora.recipe.faults import closest, fields_of, known_keys, validated
 from rayfed_lora.recipe.plain_values import (
     MOST_LEVELS,
     changes,
@@ -84,7 +86,7 @@ def load_recipe(
         # The preset of a method that stays may depend on the variant: it is applied below it.
         raw = merged(raw, settings) if _keeps_method(raw, settings) else _layered(raw, settings)
         content = _layered(raw, own)
-    content = _with_modules(name, content, modules)
+    content = _without_old_options(raw, _with_modules(name, content, modules))
     recipe = validated(name, merged(task_defaults(content), content), endpoints)
     asked = frozenset([*(path for path, _ in pairs), *(variant or {}), *key_paths(changed)])
     own_method = source.preset if isinstance(source, Recipe) else method_of(given)
@@ -168,7 +170,8 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe) -> tuple[str, dict[st
 
 def _nearest(path: Path) -> str | None:
     """Return the recipe that was meant: in the folder `path`, or of a similar name beside it."""
-    if path.is_dir():
+    # `pathlib` raises for names that are too long.
+    if os.path.isdir(path):
         inside = path / "recipe.yaml"
         return str(inside) if inside.exists() else None
     found = closest(path.name, [each.name for each in path.parent.glob("*.y*ml")])
@@ -204,6 +207,36 @@ def _with_modules(name: str, content: dict[str, Any], modules: Sequence[str]) ->
         )
         raise RecipeError(name, [Fault("plugins", expected, ", ".join(lacking))])
     return {**content, "plugins": wanted} if wanted else content
+
+
+def _without_old_options(before: Mapping[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe without options of methods that others have replaced since `before`.
+
+    A resolved recipe holds the options of its methods as if the user had written them.
+    """
+    for kind, key in KEYS.items():
+        *section, choice = key.split(".")
+        old, new = value_at(before, *section), value_at(content, *section)
+        if kind not in TABLES or not isinstance(old, Mapping) or not isinstance(new, Mapping):
+            continue
+        names, table = (old.get(choice), new.get(choice)), TABLES[kind]
+        if names[0] == names[1] or not all(isinstance(n, str) and n in table for n in names):
+            continue
+        gone, kept = (set(table.method(str(n)).options.model_fields) for n in names)
+        gone -= kept | set(known_keys(section))
+        stale = {option for option in gone if option in old and new.get(option) == old[option]}
+        inner: Any = {option: value for option, value in new.items() if option not in stale}
+        for part in reversed(section[1:]):
+            inner = {part: inner}
+        content = {**content, section[0]: _replaced(content[section[0]], section[1:], inner)}
+    return content
+
+
+def _replaced(values: Any, path: Sequence[str], inner: Any) -> Any:
+    """Return nested values with those at `path` replaced; `inner` is nested likewise."""
+    if not path:
+        return inner
+    return {**values, path[0]: _replaced(values[path[0]], path[1:], inner[path[0]])}
 
 
 def _keeps_method(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,9 +72,11 @@ def _run_folder(source: Any, out: str | None, resume: bool) -> str | None:
         return None
     text = str(source)
     path = Path(text).expanduser()
-    holds_run = path.is_dir() and (path / "recipe.yaml").exists()
-    missing = resume and out is None and not path.exists() and text not in shipped_names()
-    without_run = resume and out is None and path.is_dir()
+    # `pathlib` raises for names that are too long.
+    is_folder, exists = os.path.isdir(path), os.path.exists(path)
+    holds_run = is_folder and os.path.exists(path / "recipe.yaml")
+    missing = resume and out is None and not exists and text not in shipped_names()
+    without_run = resume and out is None and is_folder
     if not (is_uri(text) or holds_run or without_run or missing):
         return None
     folder = text if is_uri(text) else str(path)

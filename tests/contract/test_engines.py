@@ -338,7 +338,9 @@ def test_what_clients_remember_has_the_same_bits_on_every_engine(opened, tmp_pat
 
 
 def of_three_clients(lent: Lent) -> Lent:
-    return Lent(lent, replace(lent.open(), clients=3))
+    found = lent.open()
+    devices = replace(found.devices, sizes=found.devices.sizes[:3])
+    return Lent(lent, replace(found, clients=3, devices=devices))
 
 
 @pytest.mark.parametrize("cohort_size", [1, 3, "auto"])

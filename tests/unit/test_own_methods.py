@@ -290,3 +290,16 @@ def test_every_built_in_method_is_registered_as_a_plug_in_is():
             marked = method_of(getattr(sys.modules[method.module], method.target.__name__, None))
             # Optimisers of Adam's family have no name in their module.
             assert marked is None or marked.kind == kind
+
+
+def test_the_options_of_a_method_that_another_one_replaces_are_left_behind():
+    resolved = load_recipe(make_recipe(), {"clients.optimizer.name": "adamw"}).model_dump()
+    assert resolved["clients"]["optimizer"]["beta1"] == 0.9
+    sgd = load_recipe(resolved, {"clients.optimizer.name": "sgd"})
+    assert "beta1" not in sgd.model_dump()["clients"]["optimizer"]
+    trimmed = load_recipe(resolved, {"aggregation.rule": "trimmed-mean", "aggregation.share": 0.2})
+    again = load_recipe(trimmed.model_dump(), {"aggregation.rule": "median"})
+    assert "share" not in again.model_dump()["aggregation"]
+    # What the user writes for the new method is checked as ever.
+    with pytest.raises(RecipeError, match=r"aggregation.share: unknown key"):
+        load_recipe(trimmed.model_dump(), {"aggregation": {"rule": "median", "share": 0.3}})

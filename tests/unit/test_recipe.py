@@ -984,7 +984,7 @@ def test_the_json_schema_accepts_resolved_recipes_and_the_contract():
 
 
 @pytest.mark.parametrize(
-    "pair", [("sead", 1), ("clients.batch_size", 0), ("method", "x"), ("annealing.cooling.rate", 1)]
+    "pair", [("sead", 1), ("clients.batch_size", 0), ("method", "x"), ("annealing.heating.rate", 1)]
 )
 def test_the_json_schema_refuses_what_loading_refuses(pair):
     with pytest.raises(jsonschema.ValidationError):

@@ -177,6 +177,9 @@ IDLE: list[tuple[dict[str, Any], str, list[str]]] = [
     ),
 ]
 
+# The recipes here train with adamw, which scaffold rejects.
+METHODS = [method for method in PRESETS if method != "scaffold"]
+
 
 @pytest.mark.parametrize(("settings", "why", "keys"), IDLE, ids=[str(case[0]) for case in IDLE])
 def test_a_key_without_effect_is_told_with_the_reason(settings, why, keys):
@@ -190,7 +193,7 @@ def test_a_key_without_effect_is_told_with_the_reason(settings, why, keys):
     assert sorted(told.split(", ")) == sorted(keys)
 
 
-@pytest.mark.parametrize("method", PRESETS)
+@pytest.mark.parametrize("method", METHODS)
 def test_recipes_of_a_method_alone_are_without_notes(method):
     assert unused(make_recipe()) == ()
     plain = load_recipe({"method": method, "model": {"config": {"architecture": "vit"}}})
@@ -266,7 +269,7 @@ def test_a_resolved_recipe_says_nothing_of_keys_without_effect():
 
 
 @pytest.mark.parametrize("name", shipped_names())
-@pytest.mark.parametrize("method", PRESETS)
+@pytest.mark.parametrize("method", METHODS)
 def test_another_method_brings_no_notes_by_any_door(name, method):
     loaded = load_recipe(name)
     renamed = loaded.model_copy(update={"method": method})

@@ -9,9 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayfed_lora.federation.sampling import BlockSize, block_size, blocks, cohort
+from rayfed_lora.federation import sampling
+from rayfed_lora.federation.sampling import BlockSize, ClientHistory, block_size, blocks
+from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.types import ModelShape
 from tests.fakes import SHAPE, make_recipe
+
+
+def cohort(recipe: Recipe, clients: int, t: int) -> tuple[int, ...]:
+    return sampling.cohort(recipe, ClientHistory.empty(np.ones(clients, np.int64)), t)
 
 
 @given(seed=st.integers(0, 2**32), t=st.integers(0, 1000), per_round=st.integers(1, 6))
