@@ -22,3 +22,5 @@ METRICS: Table[Any] = Table("metric", "rayfed_lora.federation.evaluation")
 # (parameters, lr) -> a torch optimiser.
 OPTIMIZERS: Table[Callable[..., Any]] = Table("optimizer", "rayfed_lora.plugins.optimizers")
 OBJECTIVES: Table[Any] = Table("objective", "rayfed_lora.objectives.objectives")
+# (labels, clients, rng) -> client of each example; see `data.partitions.partition`.
+PARTITIONS: Table[Callable[..., Any]] = Table("partition", "rayfed_lora.data.partitions")
