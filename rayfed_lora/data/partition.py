@@ -1,14 +1,13 @@
-"""Partitions of the training examples over clients.
+"""The training examples of each client, by the partition of the recipe (`partitions`).
 
-Every kind of partition draws one owner for each example.
-
-Source: label skew by Dirichlet, Hsu et al. 2019, arXiv:1909.06335, as used label by label in
-Li et al. 2021, arXiv:2102.02079; shards, McMahan et al. 2017, arXiv:1602.05629.
+Every kind of partition draws one owner for each example. Source: this project.
 """
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ from rayfed_lora import seeds
 from rayfed_lora.data import naming
 from rayfed_lora.data.client_table import ClientTable, IndexArray
 from rayfed_lora.errors import DataError
+from rayfed_lora.plugins.tables import PARTITIONS
 from rayfed_lora.recipe.data import Partition
 
 _MOST_CLIENTS = 1_000_000  # partitions of more clients than examples are tried up to this number
@@ -47,8 +47,9 @@ def deal(
     `labels` are those of the training rows, (n,); `column` has each row's client (kind column).
 
     Raises:
-        DataError: no examples, a client without an example, or fewer examples than
-            clients * min_examples (dirichlet, quantity).
+        DataError: no examples, a client without an example, fewer examples than
+            clients * min_examples (dirichlet, quantity), or an own partition that raised or did
+            not return the client of each example.
         ValueError: kind column without a `column` of the labels' length.
     """
     if len(labels) == 0:
@@ -56,65 +57,50 @@ def deal(
     _require_possible(len(labels), partition)
     rng = seeds.generator(seed, seeds.Purpose.PARTITION)
     clients = partition.clients
-    match partition.kind:
-        case "iid":
-            owner = rng.permutation(np.repeat(np.arange(clients), _even(len(labels), clients)))
-        case "shards":
-            owner = _by_shards(labels, clients, partition.shards_per_client, rng)
-        case "dirichlet":
-            owner = _by_label(labels, clients, partition.alpha, rng)
-            owner = _top_up(owner, clients, partition.min_examples, rng)
-        case "quantity":
-            shares = rng.dirichlet(np.full(clients, partition.alpha))
-            owner = _by_shares(len(labels), shares, rng)
-            owner = _top_up(owner, clients, partition.min_examples, rng)
-        case "column":
-            owner, clients = _by_column(len(labels), column)
+    if partition.kind == "column":
+        labels, clients = _by_column(len(labels), column)
+    owner = _dealt(labels, clients, partition, rng)
     table = _group(owner, clients)
     _require_no_empty_client(table, partition)
     return table
 
 
-def _sizes(total: int, shares: npt.NDArray[np.float64], offset: float) -> IndexArray:
-    """Round total * shares to whole numbers that sum to total, each less than one off.
-
-    Systematic sampling: with `offset` uniform in [0, 1) every expected size is exact.
-    """
-    edges = np.floor(np.cumsum(shares) * total + offset).astype(np.int64)
-    edges = np.minimum(edges, total)
-    edges[-1] = total
-    return np.diff(edges, prepend=0)
-
-
-def _even(total: int, parts: int) -> IndexArray:
-    return np.diff(np.arange(parts + 1) * total // parts)
-
-
-def _by_shares(total: int, shares: npt.NDArray[np.float64], rng: np.random.Generator) -> IndexArray:
-    owner = np.repeat(np.arange(len(shares)), _sizes(total, shares, rng.random()))
-    return rng.permutation(owner)
-
-
-def _by_label(
-    labels: npt.NDArray[np.int64], clients: int, alpha: float, rng: np.random.Generator
+def _dealt(
+    labels: IndexArray, clients: int, partition: Partition, rng: np.random.Generator
 ) -> IndexArray:
-    owner = np.empty(len(labels), dtype=np.int64)
-    by_label = np.argsort(labels, kind="stable")
-    starts = np.flatnonzero(np.diff(labels[by_label])) + 1
-    for rows in np.split(by_label, starts):
-        owner[rows] = _by_shares(len(rows), rng.dirichlet(np.full(clients, alpha)), rng)
-    return owner
+    """Return the client of each example, by the recipe's partition; what it returns is checked."""
+    function = PARTITIONS.with_options(partition.kind, partition.options)
+    try:
+        return _owners(function(labels, clients, rng), len(labels), clients)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"data.partition: partition {partition.kind!r} failed:\n{traceback.format_exc()}"
+        ) from error
 
 
-def _by_shards(
-    labels: npt.NDArray[np.int64], clients: int, shards_per_client: int, rng: np.random.Generator
-) -> IndexArray:
-    total, shards = len(labels), clients * shards_per_client
-    shuffled = rng.permutation(total)
-    by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    shard_owner = rng.permutation(np.repeat(np.arange(clients), shards_per_client))
+def _owners(dealt: Any, total: int, clients: int) -> IndexArray:
+    """Return the client of each example, given as such or as the examples of each client."""
+    if isinstance(dealt, np.ndarray) and dealt.ndim == 1 and dealt.dtype != object:
+        if dealt.shape != (total,) or dealt.dtype.kind not in "iu":
+            got = f"{dealt.dtype} of shape {dealt.shape}"
+            raise ValueError(f"expected the whole number of a client for {total} examples: {got}")
+        if dealt.min() < 0 or dealt.max() >= clients:
+            got = f"{dealt.min()} to {dealt.max()}"
+            raise ValueError(f"expected clients 0 to {clients - 1}, got {got}")
+        return dealt.astype(np.int64, copy=False)
+    if len(dealt) != clients:
+        raise ValueError(f"expected index arrays of {clients} clients, got {len(dealt)}")
+    parts = [np.asarray(part, dtype=None if len(part) else np.int64) for part in dealt]
+    rows = np.concatenate(parts)
+    if rows.dtype.kind not in "iu" or not np.array_equal(np.sort(rows), np.arange(total)):
+        raise ValueError(
+            f"expected each example from 0 to {total - 1} at exactly one client, got {len(rows)}"
+            f" places of {len(np.unique(rows))} examples"
+        )
     owner = np.empty(total, dtype=np.int64)
-    owner[by_label] = np.repeat(shard_owner, _even(total, shards))
+    owner[rows] = np.repeat(np.arange(clients), [len(part) for part in parts])
     return owner
 
 
@@ -131,42 +117,6 @@ def _by_column(total: int, column: Sequence[str] | None) -> tuple[IndexArray, in
     distinct = client_names(column)
     owner = pc.index_in(names, value_set=pa.array(distinct, type=pa.string()))
     return owner.to_numpy(zero_copy_only=False).astype(np.int64), len(distinct)
-
-
-def _top_up(
-    owner: IndexArray, clients: int, min_examples: int, rng: np.random.Generator
-) -> IndexArray:
-    counts = np.bincount(owner, minlength=clients)
-    missing = np.maximum(min_examples - counts, 0)
-    if not missing.any():
-        return owner
-    gives = counts - _levelled(counts, int(missing.sum()), min_examples)
-    shuffled = rng.permutation(len(owner))
-    grouped = shuffled[np.argsort(owner[shuffled], kind="stable")]
-    place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    moved = grouped[place < np.repeat(gives, counts)]
-    topped = owner.copy()
-    topped[rng.permutation(moved)] = np.repeat(np.arange(clients), missing)
-    return topped
-
-
-def _levelled(counts: IndexArray, taken: int, floor: int) -> IndexArray:
-    """Return the counts after taking one example from the largest client `taken` times.
-
-    Counts above a water level end at the level; the last clients of a tie keep one more. The level
-    is found by bisection.
-    """
-    low, high = floor, int(counts.max())
-    while low < high:  # the highest level with enough examples above it
-        middle = (low + high + 1) // 2
-        if np.maximum(counts - middle, 0).sum() >= taken:
-            low = middle
-        else:
-            high = middle - 1
-    levelled = np.minimum(counts, low + 1)
-    tied = np.flatnonzero(levelled == low + 1)
-    levelled[tied[: taken - int((counts - levelled).sum())]] = low
-    return levelled
 
 
 def _group(owner: IndexArray, clients: int) -> ClientTable:

@@ -23,3 +23,5 @@ METRICS: Table[Any] = Table("metric", "rayfed_lora.federation.evaluation")
 OPTIMIZERS: Table[Callable[..., Any]] = Table("optimizer", "rayfed_lora.plugins.optimizers")
 OBJECTIVES: Table[Any] = Table("objective", "rayfed_lora.objectives.objectives")
 UPDATES: Table[Any] = Table("update", "rayfed_lora.wire.updates")
+# (labels, clients, rng) -> client of each example; see `data.partitions.partition`.
+PARTITIONS: Table[Callable[..., Any]] = Table("partition", "rayfed_lora.data.partitions")

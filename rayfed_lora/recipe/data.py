@@ -6,11 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from rayfed_lora.plugins.tables import PARTITIONS
 from rayfed_lora.recipe.fields import (
     Auto,
+    Choosing,
     ClassLabel,
     Count,
     Fraction,
+    NameIn,
     Positive,
     PositiveFloat,
     Section,
@@ -19,10 +22,12 @@ from rayfed_lora.recipe.fields import (
 )
 
 
-class Partition(Section):
+class Partition(Choosing):
     """How the training examples are dealt to clients."""
 
-    kind: Literal["iid", "dirichlet", "shards", "quantity", "column"] = option(
+    choice = ("kind", PARTITIONS)
+
+    kind: Annotated[str, NameIn(PARTITIONS)] = option(
         "dirichlet",
         "iid: even and random | dirichlet: label skew | shards: sorted by label, a few pieces each"
         " | quantity: sizes differ, labels do not | column: one client for each value of `column`,"

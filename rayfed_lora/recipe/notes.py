@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.endpoints import strangers_in
+from rayfed_lora.plugins.tables import PARTITIONS
 from rayfed_lora.recipe.annealing import Annealing
 from rayfed_lora.recipe.presets import filled
 from rayfed_lora.recipe.recipe import Recipe
@@ -200,14 +201,13 @@ def _idle_by_optimizers(recipe: Recipe) -> Iterator[_Reason]:
 
 def _idle_by_data(recipe: Recipe) -> Iterator[_Reason]:
     kind, task = recipe.data.partition.kind, recipe.model.task
-    readers = {
-        "alpha": ("dirichlet", "quantity"),
-        "min_examples": ("dirichlet", "quantity"),
-        "shards_per_client": ("shards",),
-        "column": ("column",),
-        "clients": ("iid", "dirichlet", "shards", "quantity"),
-    }
-    idle = (name for name, kinds in readers.items() if kind not in kinds)
+    read = (
+        {"column"}
+        if kind == "column"
+        else {"clients", *PARTITIONS.method(kind).options.model_fields}
+    )
+    keys = ("alpha", "min_examples", "shards_per_client", "column", "clients")
+    idle = (name for name in keys if name not in read)
     yield f"data.partition.kind {kind}", _keys("data.partition", *idle)
     if recipe.data.test_source is not None:
         yield "data.test_source", ("data.test_fraction",)
