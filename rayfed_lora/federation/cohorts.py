@@ -29,6 +29,7 @@ class Cohort:
         clock_s: simulated time at the end of the round.
         lasted_s: simulated length of the round, waiting for clients included; None where no time
             is simulated.
+        expected: number of clients that a round draws on average.
         facts: of the messages if every client that neither leaves nor is late sends its update.
     """
 
@@ -37,6 +38,7 @@ class Cohort:
     clock_s: float
     lasted_s: float | None
     facts: RoundFacts
+    expected: int = 0
 
     @property
     def present(self) -> tuple[int, ...]:
@@ -65,7 +67,7 @@ class Cohorts:
         """Draw each client's device; the ledger gives the sizes of a round's messages."""
         self._recipe = recipe
         self._ledger = ledger
-        self._clients = clients
+        self._clients, self._expected = clients, recipe.cohort_size(clients)
         self._rule = RULES[recipe.aggregation.rule]
         self._clock = SimulatedClock(recipe, devices) if recipe.simulates_time else None
         # Largest rank of each client, None where none is limited.
@@ -80,14 +82,15 @@ class Cohorts:
         t = plan.round
         if self._clock is None:
             clients = sampling.cohort(self._recipe, self._clients, t)
-            return Cohort(clients, None, clock_s, None, self._facts(plan, resizing, clients))
+            facts, expected = self._facts(plan, resizing, clients), self._expected
+            return Cohort(clients, None, clock_s, None, facts, expected)
         clients, began_s = self._clock.cohort(t, clock_s)
         facts = self._facts(plan, resizing, clients)
         bill, full = self._ledger.quote(facts), plan.trainable == "full"
         turnout = self._clock.turnout(t, clients, bill, full, began_s)
         facts = replace(facts, arrived=~turnout.sent.absent, sent=turnout.sent)
         end_s = began_s + turnout.length_s
-        return Cohort(clients, turnout, end_s, end_s - clock_s, facts)
+        return Cohort(clients, turnout, end_s, end_s - clock_s, facts, self._expected)
 
     def _facts(self, plan: RoundPlan, resizing: Resizing, clients: tuple[int, ...]) -> RoundFacts:
         turn = adapter_rounds_before(self._recipe.annealing, plan.round)

@@ -69,6 +69,8 @@ def cohort(
 ) -> tuple[int, ...]:
     """Return the clients of a round: drawn uniformly without replacement, in rising order.
 
+    With Poisson sampling (`privacy.sampling`) each client is drawn by itself: there may be none.
+
     Args:
         recipe: gives the size and the seed.
         clients: number of all clients.
@@ -77,6 +79,9 @@ def cohort(
     """
     rng = generator(recipe.seed, Purpose.COHORT, round_index)
     wanted = recipe.drawn(clients)
+    if recipe.privacy is not None and recipe.privacy.sampling == "poisson":
+        there = rng.random(clients) < recipe.cohort_size(clients) / clients
+        return tuple(np.flatnonzero(there).tolist())
     if reachable is None:
         drawn = rng.choice(clients, wanted, replace=False, shuffle=False)
     else:
