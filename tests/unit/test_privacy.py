@@ -151,8 +151,8 @@ def test_epsilon_is_that_of_known_settings():
 
 @needs_accountant
 def test_epsilon_without_sampling_is_at_most_that_of_the_closed_form():
-    # All clients, T rounds: RDP a T / (2 z^2), so epsilon <= T / (2 z^2) + sqrt(2 T log(1/delta)) / z
-    # (Mironov 2017, arXiv:1702.07476), and not far below.
+    # All clients, T rounds: RDP a T / (2 z^2), so that epsilon is at most
+    # T / (2 z^2) + sqrt(2 T log(1/delta)) / z (Mironov 2017, arXiv:1702.07476), and not far below.
     rounds, z = 16, 8.0
     bound = rounds / (2 * z**2) + math.sqrt(2 * rounds * math.log(1e5)) / z
     added = accountant(6, 6, noise_multiplier=z, sampling="poisson").epsilon(rounds)
