@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Literal
 
 import numpy as np
@@ -99,6 +100,12 @@ class Means:
         """Return the means of the dense tensors and, where kept, of A and B, by `step.named`."""
         return self._tensors.mean()
 
+    def with_tensors(self, tensors: Mapping[str, Float64Array]) -> Means:
+        """Return the same means but for those of tensors, which are replaced by others."""
+        found = copy(self)
+        found._tensors = TensorMean.of(tensors)
+        return found
+
     def updates(self) -> ClientUpdates:
         """Return every client's tensors, where kept."""
         return self._updates.all()
@@ -167,6 +174,15 @@ class TensorMean:
         self._first: tuple[float, FloatArray] | None = None
         self._sum: Float64Array | None = None
         self._weight = 0.0
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Float64Array]) -> TensorMean:
+        """Return a mean of these values, exactly."""
+        made = cls()
+        made._shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        flat = [tensor.ravel() for tensor in tensors.values()]
+        made._sum, made._weight = np.concatenate([np.zeros(0), *flat]), 1.0
+        return made
 
     def add(self, weight: float, tensors: Mapping[str, FloatArray]) -> None:
         """Add one client's tensors with its weight, > 0 (any unit, e.g. examples).

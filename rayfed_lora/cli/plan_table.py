@@ -95,6 +95,7 @@ def _row(r: PlannedRound, timed: bool) -> dict[str, str]:
         "down a round": megabytes(r.bytes_down),
         "base a round": megabytes(r.bytes_base),
         **({"simulated time": duration(r.simulated_s)} if timed else {}),
+        **({} if r.epsilon is None else {"epsilon": f"{r.epsilon:.3g}"}),
     }
 
 

@@ -165,12 +165,21 @@ def bill(communication: Mapping[str, Any]) -> Table:
         ("sent down", "bytes_down"),
         ("frozen base, sent as needed", "bytes_base"),
         ("FedAvg would send", "fedavg_total_bytes"),
+        ("FedAvg under the same codecs", "fedavg_total_bytes_same_codec"),
     ):
-        table.add_row(text, megabytes(communication[key]), "")
+        # Without codecs it is the same; older runs do not have it.
+        value = communication.get(key, communication["fedavg_total_bytes"])
+        if key == "fedavg_total_bytes_same_codec" and value == communication["fedavg_total_bytes"]:
+            continue
+        table.add_row(text, megabytes(value), "")
     for text, key in (
         ("reduction against FedAvg", "reduction_vs_fedavg"),
         ("the same with the base counted", "reduction_vs_fedavg_with_base"),
     ):
         later = communication[f"{key}_after_initiating"]
         table.add_row(text, percent(communication[key]), percent(later))
+    plain = communication["reduction_vs_fedavg"]
+    encoded = communication.get("reduction_vs_fedavg_same_codec", plain)
+    if encoded != plain:
+        table.add_row("against FedAvg under the same codecs", percent(encoded), "")
     return table

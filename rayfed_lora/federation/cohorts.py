@@ -32,6 +32,7 @@ class Cohort:
         history: what the sampler knew of all clients; None where it needs nothing.
         lasted_s: simulated length of the round, waiting for clients included; None where no time
             is simulated.
+        expected: number of clients that a round draws on average.
         facts: of the messages if every client that neither leaves nor is late sends its update.
     """
 
@@ -41,6 +42,7 @@ class Cohort:
     lasted_s: float | None
     facts: RoundFacts
     history: ClientHistory | None = None
+    expected: int = 0
 
     @property
     def present(self) -> tuple[int, ...]:
@@ -70,7 +72,7 @@ class Cohorts:
         """Draw each client's device; the ledger gives the sizes of a round's messages."""
         self._recipe = recipe
         self._ledger = ledger
-        self._clients = clients
+        self._clients, self._expected = clients, recipe.cohort_size(clients)
         self._rule = RULES[recipe.aggregation.rule]
         self._unknown = ClientHistory.empty(devices.sizes)
         self._clock = SimulatedClock(recipe, devices) if recipe.simulates_time else None
@@ -96,14 +98,16 @@ class Cohorts:
         if self._clock is None:
             clients = sampling.cohort(self._recipe, history, t)
             facts = self._facts(plan, resizing, clients)
-            return Cohort(clients, None, clock_s, None, facts, self._kept(history))
+            return Cohort(clients, None, clock_s, None, facts, self._kept(history), self._expected)
         clients, began_s = self._clock.cohort(t, clock_s, history)
         facts = self._facts(plan, resizing, clients)
         bill, full = self._ledger.quote(facts), plan.trainable == "full"
         turnout = self._clock.turnout(t, clients, bill, full, began_s)
         facts = replace(facts, arrived=~turnout.sent.absent, sent=turnout.sent)
         end_s = began_s + turnout.length_s
-        return Cohort(clients, turnout, end_s, end_s - clock_s, facts, self._kept(history))
+        return Cohort(
+            clients, turnout, end_s, end_s - clock_s, facts, self._kept(history), self._expected
+        )
 
     def _kept(self, history: ClientHistory) -> ClientHistory | None:
         return None if self._recipe.clients.sampler.name == "uniform" else history

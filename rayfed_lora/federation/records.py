@@ -30,6 +30,7 @@ class Round:
         error: relative error of the aggregate, None without factors.
         tested: scores of the new global model.
         seconds: wall time, tests included.
+        epsilon: after the round; None without privacy.
     """
 
     plan: RoundPlan
@@ -42,6 +43,7 @@ class Round:
     error: float | None
     tested: TestResults
     seconds: float
+    epsilon: float | None = None
 
     @property
     def reports(self) -> Sequence[ClientReport]:
@@ -103,6 +105,7 @@ class RoundRecord:
         retried_blocks: how often a block was rerun because its actor or its result was lost.
         simulated_s: length of the round by the simulated clock, waiting for clients included; None
             where no time is simulated.
+        epsilon: of client-level privacy up to this round; None without privacy.
     """
 
     round: Count = column(lambda r: r.plan.round)
@@ -135,6 +138,7 @@ class RoundRecord:
     )
     retried_blocks: Count = column(lambda r: r.updates.reruns, default=0)
     simulated_s: float | None = column(lambda r: r.cohort.lasted_s, default=None)
+    epsilon: float | None = column(lambda r: r.epsilon, default=None)
 
     @classmethod
     def of(cls, finished: Round) -> RoundRecord:

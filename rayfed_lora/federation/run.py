@@ -13,6 +13,7 @@ from rayfed_lora.annealing.stages import is_full
 from rayfed_lora.federation.client_training import Updates
 from rayfed_lora.federation.cohorts import Cohort
 from rayfed_lora.federation.evaluation import Scores
+from rayfed_lora.federation.privacy import noised
 from rayfed_lora.federation.sampling import ClientHistory
 from rayfed_lora.federation.transitions import Start, with_updates
 from rayfed_lora.objectives.objective import Arrays, trained_shapes
@@ -118,10 +119,15 @@ def aggregate(
     moments = kept_moments(run, start)
     step = OptimizerStep(recipe.aggregation.server_optimizer, moments, cohort.facts.frozen)
     state = start.model.state
-    if updates.means is None:
+    if updates.means is None and recipe.privacy is None:
         return Aggregated(Aggregate(state, {}, lambda: None), step.moments, 0.0)
     rule = RULES.with_options(recipe.aggregation.rule, recipe.aggregation.options)
-    result = rule.aggregate(state, updates.means, step)
+    arrived, expected = sum(updates.usable), cohort.expected
+    means = rule.means() if updates.means is None else updates.means
+    means = noised(means, state, recipe, run.rounds, arrived, expected, cohort.facts.frozen)
+    result = rule.aggregate(state, means, step)
+    if updates.means is None:
+        result = replace(result, measure=lambda: None)
     seconds = updates.joining_s + time.perf_counter() - began
     return Aggregated(result, step.moments, seconds)
 

@@ -153,6 +153,8 @@ def cohort(
 ) -> tuple[int, ...]:
     """Return the clients of a round, drawn by the recipe's sampler, in rising order.
 
+    With Poisson sampling (`privacy.sampling`) each client is drawn by itself: there may be none.
+
     Args:
         recipe: gives the sampler, the size and the seed.
         history: of all clients.
@@ -164,6 +166,9 @@ def cohort(
     """
     rng = generator(recipe.seed, Purpose.COHORT, round_index)
     clients = len(history.examples)
+    if recipe.privacy is not None and recipe.privacy.sampling == "poisson":
+        there = rng.random(clients) < recipe.cohort_size(clients) / clients
+        return tuple(np.flatnonzero(there).tolist())
     pool = np.arange(clients) if reachable is None else reachable
     wanted = min(recipe.drawn(clients), len(pool))
     settings = recipe.clients.sampler

@@ -16,6 +16,7 @@ from rayfed_lora.annealing.stages import plan_round
 from rayfed_lora.federation.client_training import ClientTraining
 from rayfed_lora.federation.cohorts import Cohorts, new_ledger
 from rayfed_lora.federation.model_tests import Tester
+from rayfed_lora.federation.privacy import Accountant
 from rayfed_lora.federation.records import Round
 from rayfed_lora.federation.run import Run, after, aggregate, remembered
 from rayfed_lora.federation.transitions import enter
@@ -64,6 +65,7 @@ class Server:
         self._cohorts = Cohorts(recipe, population.devices, population.clients, self.ledger)
         limits, tell = self._cohorts.limits, recorder.clients_done
         self.clients = ClientTraining(recipe, population, limits, should_stop, tell)
+        self._accountant = Accountant(recipe, population.clients)
         self._tester = Tester(recipe, engine, population, limits)
 
     def rounds(self, run: Run) -> Iterator[Run]:
@@ -107,7 +109,8 @@ class Server:
                 )
                 seconds = now - began
                 done = Round(
-                    plan, local, start, cohort, updates, step, bill, error, tested, seconds
+                    *(plan, local, start, cohort, updates, step, bill, error, tested, seconds),
+                    epsilon=self._accountant.epsilon(t + 1),
                 )
                 self._recorder.round_done(done)
                 began = now

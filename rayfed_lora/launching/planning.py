@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from rayfed_lora.annealing.stages import schedule
 from rayfed_lora.federation.cohorts import Cohort, Cohorts, new_ledger
 from rayfed_lora.federation.learning_rate import learning_rate, rate_warning
 from rayfed_lora.federation.ledger import Bill, Totals
+from rayfed_lora.federation.privacy import Accountant, check_privacy
 from rayfed_lora.federation.sampling import block_size
 from rayfed_lora.federation.traffic import trained_values
 from rayfed_lora.federation.transitions import planned
@@ -38,6 +39,7 @@ class PlannedRound:
         arriving: how many of them arrive in time, by the simulated clock.
         bytes_up, bytes_down, bytes_base: of the whole cohort.
         simulated_s: length of the round by the simulated clock; None where no time is simulated.
+        epsilon: of client-level privacy up to this round; None without privacy.
     """
 
     round: int
@@ -52,6 +54,7 @@ class PlannedRound:
     bytes_down: int
     bytes_base: int
     simulated_s: float | None
+    epsilon: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,12 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any], *, plugins: Sequence[A
         ModelError: the model or its adapter does not fit.
     """
     recipe = load_recipe(recipe, plugins=plugins)
+    check_privacy(recipe)
     sizes = outline(recipe)
     clients = len(sizes.devices.sizes)
     ledger = new_ledger(recipe, sizes.shape, clients)
     cohorts = Cohorts(recipe, sizes.devices, clients, ledger)
+    accountant = Accountant(recipe, clients)
     anew = RULES[recipe.aggregation.rule].restarts
     rounds: list[PlannedRound] = []
     rank, clock_s = None, 0.0
@@ -98,7 +103,8 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any], *, plugins: Sequence[A
         resizing = planned(recipe, sizes.shape, None if anew else rank, scheduled)
         cohort = cohorts.draw(scheduled, resizing, clock_s)
         bill = ledger.book(cohort.facts)
-        rounds.append(_planned_round(recipe, sizes.shape, scheduled, cohort, bill))
+        found = _planned_round(recipe, sizes.shape, scheduled, cohort, bill)
+        rounds.append(replace(found, epsilon=accountant.epsilon(scheduled.round + 1)))
         clock_s, rank = cohort.clock_s, rounds[-1].rank
     full = any(planned.trainable == "full" for planned in rounds)
     # A full-model round adds gradients and two values of optimiser state.
@@ -110,10 +116,21 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any], *, plugins: Sequence[A
         f"memory: about {_PROCESS_MB + training_mb:.0f} MB an actor"
         f" ({_PROCESS_MB} MB of Python and torch, {training_mb:.0f} MB of model{state}),"
         " without activations",
+        *_privacy(recipe, accountant),
     )
     doubtful = rate_warning(recipe)
     notes = (*sizes.notes, *unused(recipe), *([] if doubtful is None else [doubtful]))
     return Plan(tuple(rounds), ledger.totals, sizes, needs, _PROCESS_MB + training_mb, notes)
+
+
+def _privacy(recipe: Recipe, accountant: Accountant) -> Iterator[str]:
+    """Yield the line about privacy, if the recipe asks for it."""
+    if recipe.privacy is not None:
+        total = accountant.epsilon(recipe.annealing.total_rounds)
+        yield (
+            f"privacy: epsilon {total:.3g} at delta {recipe.privacy.delta:g} after all rounds"
+            f" ({accountant.statement}); clients count the same"
+        )
 
 
 def _planned_round(
@@ -155,7 +172,9 @@ def _actors(recipe: Recipe, rounds: list[PlannedRound]) -> str:
 
 def _blocks(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> Iterator[str]:
     """Yield how many clients are trained together, on each kind of device that may be used."""
-    cohort = next((planned.clients for planned in rounds if planned.trainable == "adapter"), None)
+    cohorts = [planned.clients for planned in rounds if planned.trainable == "adapter"]
+    # Poisson sampling may draw no client.
+    cohort = next((clients for clients in cohorts if clients > 0), None)
     if cohort is None:
         return
     runtime = recipe.runtime

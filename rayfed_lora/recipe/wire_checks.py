@@ -100,7 +100,6 @@ def _sends_tensors(rule: Rule) -> tuple[bool, bool]:
 
 
 def _privacy_conflicts(recipe: Settings) -> Iterator[_Found]:
-    yield ("privacy",), "expected null: not available in this version"
     rule, annealing = RULES[recipe.aggregation.rule], recipe.annealing
     full = annealing.mode == "full"
     if full or (annealing.mode == "staged" and _full_rounds(recipe) > 0):
@@ -116,6 +115,26 @@ def _privacy_conflicts(recipe: Settings) -> Iterator[_Found]:
             ("privacy", "aggregation.rule"),
             f"rule '{rule.name}' uses more of single clients than the mean of their tensors, which"
             f" is all that the noise protects; expected one of the rules {fitting}",
+        )
+    clients = recipe.clients
+    if clients.sampler.name != "uniform":
+        yield (
+            ("privacy", "clients.sampler"),
+            f"epsilon holds for clients drawn uniformly; expected uniform, got"
+            f" {clients.sampler.name!r}",
+        )
+    if clients.weight.name not in ("examples", "uniform"):
+        yield (
+            ("privacy", "clients.weight"),
+            "with privacy every client counts the same; expected uniform, got"
+            f" {clients.weight.name!r}",
+        )
+    objective = OBJECTIVES[clients.objective.name]
+    if objective.message or objective.shared:
+        yield (
+            ("privacy", "clients.objective.name"),
+            f"objective {objective.name!r} sends tensors beside the update, which are not clipped"
+            " and get no noise; expected another objective",
         )
     if recipe.simulates_time:
         yield (

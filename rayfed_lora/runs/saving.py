@@ -138,7 +138,8 @@ class Saving:
         engine.close()
         digest = sha256(model.state, model.base)
         totals, timing = self.ledger.totals, self._timing(run)
-        result = summary(self.recipe, tables.rounds, totals, timing, digest)
+        clients = self.population.clients
+        result = summary(self.recipe, tables.rounds, totals, timing, digest, clients)
         tests = tables.last_tests(run.rounds - 1)
         if tests.num_rows > 0:
             result["clients"] = client_summary(tests)

@@ -9,6 +9,7 @@ from functools import update_wrapper
 from typing import Any, ParamSpec
 
 from rayfed_lora.federation.learning_rate import rate_warning
+from rayfed_lora.federation.privacy import check_privacy
 from rayfed_lora.federation.sampling import attackers
 from rayfed_lora.federation.server import Server
 from rayfed_lora.recipe.loading import recipe_yaml
@@ -78,6 +79,7 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
         stack.enter_context(closing(engine))
         # Here too: the process that claimed the folder may be on another machine.
         check_tracking(recipe)
+        check_privacy(recipe)
         own, lease = stack.enter_context(owned(folder, ticket, wait=resume, tell=board.note))
         # Before the folder is released: whoever waits for it may need the actors' resources.
         stack.enter_context(closing(engine))

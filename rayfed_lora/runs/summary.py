@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from rayfed_lora.federation.evaluation import BUILT_IN
 from rayfed_lora.federation.ledger import Totals
+from rayfed_lora.federation.privacy import Accountant
 from rayfed_lora.federation.run import Timing
 from rayfed_lora.recipe.recipe import Recipe
 
@@ -22,12 +23,17 @@ _METRICS = ("round", *TESTED, "train_loss")
 
 
 def summary(
-    recipe: Recipe, rounds: pa.Table, totals: Totals, timing: Timing, adapter_sha256: str
+    recipe: Recipe,
+    rounds: pa.Table,
+    totals: Totals,
+    timing: Timing,
+    adapter_sha256: str,
+    clients: int,
 ) -> dict[str, Any]:
     """Return the summary of a finished run: JSON values.
 
     `final` is the last round, `best` the tested round of highest accuracy. `rounds` are the rows of
-    rounds.parquet, `timing` covers all processes of the run.
+    rounds.parquet, `timing` covers all processes of the run, `clients` is the number of all.
     """
     tested = [row for row in rounds.to_pylist() if row["eval_accuracy"] is not None]
     best = max(tested, key=lambda row: row["eval_accuracy"])
@@ -45,6 +51,7 @@ def summary(
         "retried_blocks": sum(rounds["retried_blocks"].to_pylist()),
         "communication": totals.communication(),
         "simulation": _simulation(recipe, rounds, best["round"]),
+        **_privacy(recipe, rounds, clients),
         "timing": {
             "startup_s": timing.startup_s,
             "training_s": training,
@@ -55,6 +62,18 @@ def summary(
         "adapter_sha256": adapter_sha256,
         "versions": versions(),
     }
+
+
+def _privacy(recipe: Recipe, rounds: pa.Table, clients: int) -> dict[str, Any]:
+    """Return `privacy`, where the recipe asks for it."""
+    if recipe.privacy is None:
+        return {}
+    found = {
+        **recipe.privacy.model_dump(),
+        "epsilon": rounds["epsilon"][-1].as_py(),
+        "meaning": Accountant(recipe, clients).statement,
+    }
+    return {"privacy": found}
 
 
 def _simulation(recipe: Recipe, rounds: pa.Table, best: int) -> dict[str, Any] | None:

@@ -99,7 +99,8 @@ def downloaded(
     given = {name: x[None] for name, x in tensors.items() if sends(name)}
     rng = rng_of(seed, f"down {codec.name}", round_index, 0)
     seen = method.seen(given, [rng], round_index, [-1])
-    return _with(state, {**tensors, **{name: x[0] for name, x in seen.items()}})
+    # Trainers take views, which strided arrays do not allow.
+    return _with(state, {**tensors, **{n: np.ascontiguousarray(x[0]) for n, x in seen.items()}})
 
 
 def uploaded(

@@ -359,6 +359,23 @@ def test_a_whole_run_is_the_same_to_the_bit_on_every_engine(opened, cohort_size,
         )
 
 
+@pytest.mark.parametrize("cohort_size", [1, 3])
+def test_encoded_and_attacked_updates_are_the_same_to_the_bit_on_every_engine(
+    opened, cohort_size, tmp_path
+):
+    settings: dict[str, Any] = {
+        "clients__per_round": 5,
+        "wire": {"up": "int8", "down": "int8"},
+        "clients__attack": {"name": "noise", "share": 0.4, "std": 0.1},
+    }
+    alone = make_recipe(**settings)
+    expected, _ = run(local_engine(alone), alone, tmp_path / "local")
+    recipe = make_recipe(**settings, runtime__cohort_size=cohort_size)
+    summary, _ = run(opened, recipe, tmp_path / "run")
+    assert summary["adapter_sha256"] == expected["adapter_sha256"]
+    assert summary["communication"] == expected["communication"]
+
+
 def test_a_failed_client_is_recorded_and_left_out_and_the_run_goes_on(faulty, tmp_path):
     recipe = make_recipe(**ONE_STAGE, annealing__initiating__rounds=2)
     summary, board = run(of_three_clients(faulty), recipe, tmp_path)

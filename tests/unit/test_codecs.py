@@ -14,7 +14,7 @@ from rayfed_lora.plugins import update
 from rayfed_lora.types import AdapterState, Factors
 from rayfed_lora.wire.update import UpdateMethod
 from rayfed_lora.wire.updates import ATTACKS, CODECS, UPDATES
-from rayfed_lora.wire.upload import Named, Upload, clipped, malicious_clients, uploaded
+from rayfed_lora.wire.upload import Named, Upload, clipped, downloaded, malicious_clients, uploaded
 
 SHAPES = {"head": (2, 3), "A of q": (2, 50), "B of q": (40, 2), "bias": (7,)}
 
@@ -190,6 +190,19 @@ def test_the_server_adds_what_it_sees_of_the_change_to_its_own_state():
     # Own state plus the change: A 1.25 + 0.5, B 2.25 + 0, head 3.25 + 1; and 1.25, 2.25 - 1, 3.25.
     values = [(s.factors["q"].a[0, 0], s.factors["q"].b[0, 0], s.dense["head"][0]) for s in found]
     assert values == [(1.75, 2.25, 4.25), (1.25, 1.25, 3.25)]
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "int8"])
+def test_a_downloaded_state_has_whole_arrays_near_those_of_the_server(name):
+    rng = np.random.default_rng(2)
+    b, a = rng.standard_normal((3, 2)), rng.standard_normal((2, 4))
+    given = AdapterState({"q": Factors(a.astype("f4"), b.astype("f4"), 1.5)}, {})
+    found = downloaded(given, Named(name), 0, 0)
+    assert found is not None and found.version != given.version
+    for own, seen in zip(_ab(given), _ab(found), strict=True):
+        assert seen.flags.c_contiguous and (seen != own).any()
+        np.testing.assert_allclose(seen, own, atol=np.abs(own).max() / 127)
+    assert downloaded(given, Named("float32"), 0, 0) is None
 
 
 def test_only_malicious_clients_attack_and_only_what_is_sent():

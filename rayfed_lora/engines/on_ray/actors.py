@@ -106,7 +106,7 @@ class ClientActor:
 
         Args:
             task: without its model.
-            state: the global state, and as clients see it.
+            state: the global state; a pair of it and of what clients see of it, if that differs.
             base: what is frozen.
             apart: whether what is joined of the result is to stay in the object store, as a second
                 result.
@@ -122,7 +122,8 @@ class ClientActor:
         if self._threads is None:
             raise NotOpenError(f"{self._name} was restarted while it was idle")
         hollow: Task[Any] = unpacked(task)
-        exact, seen = unpacked(state)
+        found = unpacked(state)
+        exact, seen = found if isinstance(found, tuple) else (found, None)
         model = replace(hollow.model, state=exact, base=unpacked(base), sent=seen)
         whole = hollow.on(model)
         answer = self._threads.submit(whole, halvings).result()

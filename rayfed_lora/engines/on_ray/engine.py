@@ -283,7 +283,10 @@ class SentModels:
         """Return the messages of a model's state and base, or their references."""
         seen = None if model.sent is None else model.sent.version
         if self._state is None or self._state[0] != (model.state.version, seen):
-            self._state = (model.state.version, seen), sent((model.state, model.sent))
+            self._state = (
+                (model.state.version, seen),
+                sent(model.state if seen is None else (model.state, model.sent)),
+            )
         key = model.base.version
         if key not in self._bases:
             self._bases = {**dict([*self._bases.items()][-1:]), key: sent(model.base)}
