@@ -13,7 +13,7 @@ from rayfed_lora.types import FloatArray
 
 
 def checked(where: str, found: Any, shapes: Shapes) -> dict[str, FloatArray]:
-    """Return arrays as float32 copies, in the order of the declared shapes.
+    """Return arrays as float32 copies, in the order of their names, as checkpoints have them.
 
     Args:
         where: objective, part, client and round, for errors.
@@ -28,7 +28,7 @@ def checked(where: str, found: Any, shapes: Shapes) -> dict[str, FloatArray]:
         got = sorted(map(str, found)) if isinstance(found, Mapping) else type(found).__name__
         raise RunError(f"{where}: expected arrays by the names {sorted(shapes)}, got {got}")
     arrays = {}
-    for name, shape in shapes.items():
+    for name, shape in sorted(shapes.items()):
         array = np.asarray(found[name])
         if array.shape != tuple(shape) or array.dtype.kind != "f":
             raise RunError(
@@ -44,9 +44,12 @@ def checked(where: str, found: Any, shapes: Shapes) -> dict[str, FloatArray]:
 
 
 def read_only(arrays: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-    """Return views that cannot be written to: a hook may not change the state of a run."""
+    """Return views that cannot be written to, in the order of their names.
+
+    A hook may not change the state of a run, and adds up in the same order after a resume.
+    """
     views = {}
-    for name, array in arrays.items():
+    for name, array in sorted(arrays.items()):
         view = array.view()
         view.flags.writeable = False
         views[name] = view

@@ -139,8 +139,8 @@ class Objective:
         return sum(int(np.prod(shape)) for shape in declared.values())
 
     def zeros(self, part: Part, trained: Shapes) -> dict[str, FloatArray]:
-        """Return what it keeps or shares before its first round."""
-        return {n: np.zeros(s, np.float32) for n, s in self.shapes(part, trained).items()}
+        """Return what it keeps or shares before its first round, in the order of names."""
+        return {n: np.zeros(s, np.float32) for n, s in sorted(self.shapes(part, trained).items())}
 
 
 def trained_tensors(state: AdapterState, frozen: Frozen | None) -> dict[str, FloatArray]:

@@ -240,7 +240,7 @@ def _read(folder: RunFolder, name: str) -> Snapshot:
     if type(rounds) is not int or not name.endswith(f"/{_round_name(rounds)}"):
         raise ValueError(f"it is of round {rounds!r}")
     tensors = load(contents["state.safetensors"])
-    # Orders come from the JSON: safetensors sorts its names.
+    # Orders come from the JSON: safetensors keeps none.
     factors = {
         name: Factors(tensors[f"factors|{name}|a"], tensors[f"factors|{name}|b"], scale)
         for name, scale in facts["scales"].items()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -72,15 +73,17 @@ def read_memory(pieces: Iterable[bytes]) -> dict[int, dict[str, Any]]:
 
 
 def named(tensors: Mapping[str, Any], group: str) -> dict[str, Any]:
-    """Return the tensors of a group, by their names inside it."""
+    """Return the tensors of a group, by their names inside it, in order: files have none."""
     prefix = f"{group}|"
-    return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+    return {
+        name[len(prefix) :]: tensors[name] for name in sorted(tensors) if name.startswith(prefix)
+    }
 
 
 def numbered(tensors: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Return tensors by the number and the rest of their names."""
+    """Return tensors by the number and the rest of their names, in order: files have none."""
     found: dict[int, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items(), key=itemgetter(0)):
         number, _, rest = name.partition("|")
         found.setdefault(int(number), {})[rest] = tensor
     return found

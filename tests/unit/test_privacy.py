@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from rayfed_lora.errors import BadInputError, RecipeError
 from rayfed_lora.federation import privacy, server
 from rayfed_lora.federation.privacy import Accountant, check_privacy
 from rayfed_lora.federation.run import fresh
-from rayfed_lora.federation.sampling import cohort
+from rayfed_lora.federation.sampling import ClientHistory, cohort
 from rayfed_lora.federation.server import Server
 from rayfed_lora.launching.planning import plan
 from rayfed_lora.recipe.loading import load_recipe
@@ -22,9 +21,6 @@ from rayfed_lora.recipe.recipe import Recipe
 from tests.fakes import Behaviour, FakeFactory, initial, local_engine, make_recipe
 from tests.unit.test_methods import Silent
 
-needs_accountant = pytest.mark.skipif(
-    find_spec("dp_accounting") is None, reason="needs the optional package dp-accounting"
-)
 FIXED: dict[str, Any] = {
     "mode": "fixed",
     "initiating": {"rounds": 0},
@@ -34,6 +30,7 @@ FIXED: dict[str, Any] = {
 }
 # 57 values at rank 3: an update of 1 in each has this norm.
 ONES = math.sqrt(57)
+SIX = ClientHistory.empty(np.ones(6, np.int64))
 QUIET = {"clip": ONES, "noise_multiplier": 1e-12, "delta": 1e-3}
 
 
@@ -98,14 +95,14 @@ def test_a_round_without_any_client_still_gets_noise():
     seeds = range(60)
     recipes = (private(settings, seed=seed, clients__per_round=1) for seed in seeds)
     # (5 / 6) ** 6 = 33 % of rounds have no client.
-    recipe = next(r for r in recipes if not cohort(r, 6, 0))
+    recipe = next(r for r in recipes if not cohort(r, SIX, 0))
     first = models(recipe)[0]
     assert (first.dense["head"] != initial("head")).all()
 
 
 def test_poisson_cohorts_are_drawn_client_by_client():
     recipe = private({**QUIET, "sampling": "poisson"}, clients__per_round=2)
-    sizes = [len(cohort(recipe, 6, t)) for t in range(3000)]
+    sizes = [len(cohort(recipe, SIX, t)) for t in range(3000)]
     # Binomial of 6 and 1/3: mean 2, variance 4/3.
     assert np.mean(sizes) == pytest.approx(2.0, abs=5 * math.sqrt(4 / 3 / 3000))
     assert np.var(sizes) == pytest.approx(4 / 3, abs=0.2)
@@ -121,6 +118,8 @@ def test_poisson_cohorts_are_drawn_client_by_client():
         ({"aggregation__rule": "residual"}, "one of the rules alternate, factor-average, freeze-a"),
         ({"clients__availability": 0.1}, "epsilon holds for clients drawn uniformly"),
         ({"clients__over_select": 1.5}, "epsilon holds for clients drawn uniformly"),
+        ({"clients__sampler": "power-of-choice"}, "expected uniform, got 'power-of-choice'"),
+        ({"clients__objective": "scaffold"}, "which are not clipped"),
     ],
 )
 def test_settings_for_which_epsilon_does_not_hold_are_faults(settings, reason):
@@ -141,7 +140,6 @@ def accountant(clients: int, per_round: int, **settings: Any) -> Accountant:
     return Accountant(recipe, clients)
 
 
-@needs_accountant
 def test_epsilon_is_that_of_known_settings():
     # Abadi et al. 2016, arXiv:1607.00133, section 5.2: q = 0.01, sigma = 4, delta = 1e-5 and
     # T = 10,000: epsilon 1.26 by the moments accountant. A Renyi accountant is a little tighter.
@@ -149,7 +147,6 @@ def test_epsilon_is_that_of_known_settings():
     assert 1.0 < found <= 1.26
 
 
-@needs_accountant
 def test_epsilon_without_sampling_is_at_most_that_of_the_closed_form():
     # All clients, T rounds: RDP a T / (2 z^2), so that epsilon is at most
     # T / (2 z^2) + sqrt(2 T log(1/delta)) / z (Mironov 2017, arXiv:1702.07476), and not far below.
@@ -162,7 +159,6 @@ def test_epsilon_without_sampling_is_at_most_that_of_the_closed_form():
     assert replaced == pytest.approx(added, rel=1e-6)
 
 
-@needs_accountant
 def test_epsilon_rises_with_rounds_and_falls_with_noise_and_with_sampling():
     few, many = (accountant(1000, 10, noise_multiplier=2.0).epsilon(t) for t in (1, 100))
     quiet = accountant(1000, 10, noise_multiplier=4.0).epsilon(100)
@@ -170,7 +166,6 @@ def test_epsilon_rises_with_rounds_and_falls_with_noise_and_with_sampling():
     assert 0 < few < many < everyone and quiet < many
 
 
-@needs_accountant
 def test_plan_rounds_and_summary_have_the_same_epsilon(tmp_path):
     recipe = private({**QUIET, "noise_multiplier": 2.0, "sampling": "poisson"})
     result = rayfed_lora.run(recipe, str(tmp_path / "a"), factory=FakeFactory())

@@ -18,7 +18,7 @@ PACKAGE = {
     "Comparison": "runs methods rounds target",
     "Jobs": "address= client=",
     "Recipe": "*name= *seed= *plugins= *method= *data= *model *adapter= *annealing= *aggregation="
-    " *clients= *network= *evaluation= *runtime= *storage= *tracking=",
+    " *clients= *network= *wire= *privacy= *evaluation= *runtime= *storage= *tracking=",
     "Result": "location summary",
     "SearchResult": "location trials best",
     "compare": "recipe methods out seeds= *settings= *target= *address= *watch= *plugins="
@@ -46,6 +46,7 @@ PLUGINS = {
     "rule": "name= *needs= *kept= *summary= *source= *optimizers= **facts",
     "sampler": "name=",
     "shape": "name=",
+    "update": "name= *summary= *source= *size= **facts",
     "weight": "name=",
 }
 METHODS = {
