@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayfed_lora.doctor.doctor import doctor as doctor
+    from rayfed_lora.diagnosis.doctor import doctor as doctor
     from rayfed_lora.jobs.jobs import Jobs as Jobs
     from rayfed_lora.launching.compare import compare as compare
     from rayfed_lora.launching.launch import run as run
@@ -31,7 +31,7 @@ _HOMES = {
     "Result": "rayfed_lora.launching.result",
     "SearchResult": "rayfed_lora.tuning.search_result",
     "compare": "rayfed_lora.launching.compare",
-    "doctor": "rayfed_lora.doctor.doctor",
+    "doctor": "rayfed_lora.diagnosis.doctor",
     "load_recipe": "rayfed_lora.recipe.loading",
     "plan": "rayfed_lora.launching.planning",
     "report": "rayfed_lora.pages.report",

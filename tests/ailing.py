@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rayfed_lora.doctor import node_report
-from rayfed_lora.doctor.node_report import NodeReport
+from rayfed_lora.diagnosis import node_report
+from rayfed_lora.diagnosis.node_report import NodeReport
 
 _inspect = node_report.inspect
 

@@ -134,20 +134,20 @@ def doctor(
 ) -> None:
     """Check this machine or a cluster, and print what is wrong and how to fix it."""
     from rayfed_lora.cli.cluster_display import show_diagnosis
-    from rayfed_lora.doctor.findings import diagnosis_status
+    from rayfed_lora.diagnosis.findings import diagnosis_status
     from rayfed_lora.jobs.dashboard import is_dashboard
     from rayfed_lora.recipe.loading import load_recipe
 
     recipes = [load_recipe(each) for each in recipe or ()]
     if is_dashboard(address):
-        from rayfed_lora.doctor.doctor import examine
+        from rayfed_lora.diagnosis.doctor import examine
         from rayfed_lora.jobs.views import JobView, exit_status
 
         found = examine(address, recipes, storage=storage, probe=probe, show=partial(echo, end=""))
         if isinstance(found, JobView):
             raise typer.Exit(exit_status(found))
     else:
-        from rayfed_lora.doctor.doctor import doctor as diagnose
+        from rayfed_lora.diagnosis.doctor import doctor as diagnose
 
         found = diagnose(address, recipes, storage=storage, probe=probe)
     show_diagnosis(PlainConsole(), found)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rayfed_lora.cli.console import PlainConsole
 from rayfed_lora.cli.next_steps import command
-from rayfed_lora.doctor.findings import Finding, Level
+from rayfed_lora.diagnosis.findings import Finding, Level
 from rayfed_lora.jobs.jobs import Submitted
 from rayfed_lora.jobs.views import JobView
 from rayfed_lora.printable import printable

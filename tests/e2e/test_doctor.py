@@ -18,7 +18,7 @@ PROGRAM = """
 import os, sys
 from ray.cluster_utils import Cluster
 from rayfed_lora.cli import commands as cli
-from rayfed_lora.doctor import node_report
+from rayfed_lora.diagnosis import node_report
 from tests import ailing
 
 port, storage, ail = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "ailing"

@@ -39,6 +39,11 @@ PEFT = {
 ALL = [(task, name) for task, table in TABLE.items() for name in table]
 # Two of each task for the slower ways to load.
 SOME = [(task, name) for task, table in TABLE.items() for name in [*table][1:12:6]]
+# All, of which two in three are left to `make e2e`.
+ORDINARY = [
+    pytest.param(task, name, id=f"{task}-{name}", marks=[pytest.mark.e2e] * (i % 3 > 0))
+    for i, (task, name) in enumerate(ALL)
+]
 
 
 def recipe_of(task: str, name: str) -> Recipe:
@@ -112,7 +117,7 @@ def assert_equal_logits(load: Callable[[], Any], logits: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * scale)
 
 
-@pytest.mark.parametrize(("task", "name"), ALL, ids=[f"{t}-{n}" for t, n in ALL])
+@pytest.mark.parametrize(("task", "name"), ORDINARY)
 def test_peft_finds_the_base_and_computes_the_same(
     task: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

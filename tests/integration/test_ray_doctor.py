@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rayfed_lora.doctor import doctor, node_report
+from rayfed_lora.diagnosis import doctor, node_report
 from tests import ailing
 from tests.fakes import make_recipe
 
@@ -41,7 +41,7 @@ def test_a_folder_that_cannot_be_written_and_one_that_is_not_shared_are_faults(
 ) -> None:
     import ray
 
-    from rayfed_lora.doctor import node_checks
+    from rayfed_lora.diagnosis import node_checks
 
     nodes = ray.nodes()
     (tmp_path / "file").touch()
@@ -59,7 +59,7 @@ def test_a_folder_that_cannot_be_written_and_one_that_is_not_shared_are_faults(
 def test_a_question_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     import ray
 
-    from rayfed_lora.doctor.node_checks import Unanswered, answers, on_node
+    from rayfed_lora.diagnosis.node_checks import Unanswered, answers, on_node
 
     mark, node = tmp_path / "awake", ray.nodes()[0]["NodeID"]
     asked = on_node(node, ailing.marks_late, str(mark), 6.0)
@@ -74,7 +74,7 @@ def test_a_question_that_takes_too_long_is_ended(tmp_path: Path) -> None:
 def test_a_node_that_is_gone_or_lacks_a_package_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    from rayfed_lora.doctor import node_checks
+    from rayfed_lora.diagnosis import node_checks
 
     (node,) = ray.nodes()
     gone = {**node, "NodeID": "0" * 56}

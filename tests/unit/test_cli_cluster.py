@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rayfed_lora.cli import commands as cli
-from rayfed_lora.doctor.findings import Finding
+from rayfed_lora.diagnosis.findings import Finding
 from tests.fake_jobs import FakeClient
 
 Command = Callable[..., tuple[int, str, str]]
@@ -119,7 +119,7 @@ def test_a_doctor_here_ends_with_1_if_there_is_a_fault(
         assert (address, [each.name for each in recipes]) == (None, ["digits-vit"])
         return [Finding(level, "ports", "closed", "open them")]
 
-    monkeypatch.setattr("rayfed_lora.doctor.doctor.doctor", doctor)
+    monkeypatch.setattr("rayfed_lora.diagnosis.doctor.doctor", doctor)
     found = command("doctor", "--recipe", "digits-vit")
     assert found[0] == status
     assert f"{level:<8}ports: closed" in found[1]

@@ -11,10 +11,10 @@ import pytest
 
 from rayfed_lora.cli.cluster_display import show_diagnosis
 from rayfed_lora.cli.console import PlainConsole
-from rayfed_lora.doctor.dashboard_check import judge_dashboard
-from rayfed_lora.doctor.doctor import doctor, examine
-from rayfed_lora.doctor.findings import Finding, diagnosis_status
-from rayfed_lora.doctor.node_report import (
+from rayfed_lora.diagnosis.dashboard_check import judge_dashboard
+from rayfed_lora.diagnosis.doctor import doctor, examine
+from rayfed_lora.diagnosis.findings import Finding, diagnosis_status
+from rayfed_lora.diagnosis.node_report import (
     MISSING,
     PACKAGES,
     Gpu,
@@ -26,7 +26,7 @@ from rayfed_lora.doctor.node_report import (
     inspect,
     versions,
 )
-from rayfed_lora.doctor.recipe_checks import (
+from rayfed_lora.diagnosis.recipe_checks import (
     check_gpu_memory,
     check_recipes,
     failed_probe,

@@ -7,6 +7,7 @@ or its place that goes away, and a new parameter without a default, need a new m
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,3 +90,10 @@ def test_another_name_of_a_module_is_an_attribute_error():
     for module in (rayfed_lora, plugins):
         with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
             _ = module.nothing
+
+
+def test_no_public_function_has_the_name_of_a_package():
+    # The import of a package would put it in the function's place.
+    folders = {path.parent.name for path in Path(rayfed_lora.__file__).parent.glob("*/__init__.py")}
+    public = {name for name in rayfed_lora.__all__ if name != "plugins"}
+    assert not folders & public

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 import rayfed_lora
-from rayfed_lora.doctor.doctor import doctor
+from rayfed_lora.diagnosis.doctor import doctor
 from rayfed_lora.errors import RecipeError
 from rayfed_lora.jobs.jobs import Jobs
 from rayfed_lora.launching.cells import cells_of

@@ -12,9 +12,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayfed_lora.doctor import node_report
-from rayfed_lora.doctor.findings import Finding
-from rayfed_lora.doctor.node_report import NodeReport
+from rayfed_lora.diagnosis import node_report
+from rayfed_lora.diagnosis.findings import Finding
+from rayfed_lora.diagnosis.node_report import NodeReport
 from rayfed_lora.errors import RayfedError
 from rayfed_lora.storage import RunFolder
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rayfed_lora.doctor.findings import Finding
+from rayfed_lora.diagnosis.findings import Finding
 from rayfed_lora.engines.factory import Factory, TorchFactory
 from rayfed_lora.engines.on_ray.placement import Node, layout, nodes_of, wanted
 from rayfed_lora.errors import BadInputError, RayfedError, ResourceError
@@ -145,7 +145,7 @@ def check_gpu_memory(recipes: Sequence[Recipe], nodes: Sequence[Node]) -> list[F
 def _probed(recipe: Recipe, nodes: Sequence[Node]) -> Finding:
     import ray
 
-    from rayfed_lora.doctor.node_checks import Unanswered, answers
+    from rayfed_lora.diagnosis.node_checks import Unanswered, answers
 
     subject = _subject(recipe.name)
     try:

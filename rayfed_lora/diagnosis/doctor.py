@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rayfed_lora.doctor.findings import Finding
+from rayfed_lora.diagnosis.findings import Finding
 from rayfed_lora.endpoints import named_in
 from rayfed_lora.engines.on_ray.placement import nodes_of
 from rayfed_lora.errors import ResourceError
@@ -62,9 +62,9 @@ def _findings(
     # After `ray_session`: Ray reads its settings at import.
     import ray
 
-    from rayfed_lora.doctor import node_checks, node_report
-    from rayfed_lora.doctor.dashboard_check import check_dashboard
-    from rayfed_lora.doctor.recipe_checks import check_gpu_memory, check_recipes
+    from rayfed_lora.diagnosis import node_checks, node_report
+    from rayfed_lora.diagnosis.dashboard_check import check_dashboard
+    from rayfed_lora.diagnosis.recipe_checks import check_gpu_memory, check_recipes
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     reports = node_checks.reports(nodes)

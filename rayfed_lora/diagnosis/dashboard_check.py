@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import ray
 from ray.dashboard.utils import ray_address_to_api_server_url
 
-from rayfed_lora.doctor.findings import Finding
+from rayfed_lora.diagnosis.findings import Finding
 
 _ANSWER_S = 10.0
 

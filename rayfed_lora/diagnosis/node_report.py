@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
-from rayfed_lora.doctor.findings import Finding
+from rayfed_lora.diagnosis.findings import Finding
 
 PACKAGES = ("ray", "rayfed-lora", "torch", "peft", "transformers")
 MISSING = "missing"
