@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayfed_lora.data.partition import _levelled, _sizes, _top_up, deal
+from rayfed_lora.data.partition import deal
+from rayfed_lora.data.partitions import _levelled, _sizes, _top_up
 from rayfed_lora.recipe.data import Partition
 
 KINDS = st.sampled_from(["iid", "dirichlet", "shards", "quantity"])
