@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import BaseModel
@@ -11,11 +12,15 @@ from rayfed_lora.cli.console import PlainConsole
 from rayfed_lora.plugins import tables  # noqa: F401 - makes the tables
 from rayfed_lora.plugins.registry import KEYS, TABLES, Method
 
+# Where recipes name methods of a kind, where that is not one key.
+_NAMED_BY = {"metric": "evaluation.metrics", "update": "wire.up, wire.down, clients.attack"}
+_ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
+
 
 def show_methods(console: PlainConsole) -> None:
-    """Print the methods of each kind with their options and where they come from."""
+    """Print the methods of each kind with options, sources and where they come from."""
     for kind, table in TABLES.items():
-        console.print_line(f"{kind} ({KEYS.get(kind, kind)})")
+        console.print_line(f"{kind} ({_NAMED_BY.get(kind) or KEYS[kind].removesuffix('.name')})")
         console.print_rows([_row(method) for method in table.methods()], prose="options, summary")
 
 
@@ -27,7 +32,17 @@ def _row(method: Method[Any]) -> dict[str, str]:
         "name": method.name,
         "from": where,
         "options, summary": f"{options}; {summary}" if options else summary,
+        "source": _source(method),
     }
+
+
+def _source(method: Method[Any]) -> str:
+    """Return the paper that a method names: its declared source, or one in its docstring."""
+    declared = getattr(method.value, "source", "")
+    if declared:
+        return f"arXiv:{declared}" if re.fullmatch(r"\d{4}\.\d{4,5}", declared) else declared
+    found = _ARXIV.search(method.target.__doc__ or "")
+    return found.group() if found else ""
 
 
 def _options(model: type[BaseModel]) -> list[str]:
