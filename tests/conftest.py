@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from rayfed_lora.plugins.registry import TABLES
 from tests.object_store import ENVIRONMENT, bucket, object_store  # noqa: F401 - fixtures
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -37,3 +38,13 @@ def ray_session() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def forgotten_methods() -> Iterator[None]:
+    """Forget the methods that a test has registered."""
+    before = {kind: set(table) for kind, table in TABLES.items()}
+    yield
+    for kind, table in TABLES.items():
+        for name in set(table) - before[kind]:
+            table.remove(name)

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import rayfed_lora
+from rayfed_lora import plugins
 from rayfed_lora.errors import PluginError, RecipeError, RunError, RunFolderError
 from rayfed_lora.plugins import rule, sampler
 from rayfed_lora.plugins.modules import origin
@@ -45,14 +46,7 @@ OWN = """
 """
 
 
-@pytest.fixture(autouse=True)
-def tables() -> Iterator[None]:
-    """Forget what a test has registered."""
-    before = {kind: set(table) for kind, table in TABLES.items()}
-    yield
-    for kind, table in TABLES.items():
-        for name in set(table) - before[kind]:
-            table.remove(name)
+pytestmark = pytest.mark.usefixtures("forgotten_methods")
 
 
 @pytest.fixture
@@ -303,3 +297,31 @@ def test_the_options_of_a_method_that_another_one_replaces_are_left_behind():
     # What the user writes for the new method is checked as ever.
     with pytest.raises(RecipeError, match=r"aggregation.share: unknown key"):
         load_recipe(trimmed.model_dump(), {"aggregation": {"rule": "median", "share": 0.3}})
+
+
+def registered(text: str, name: str) -> str:
+    """Return the hash of a class of a notebook, whose source no file has."""
+    scope = {"__name__": "__main__", "weight": plugins.weight}
+    exec(textwrap.dedent(text), scope)
+    found = origin(method_of(scope[name])).sha256
+    TABLES["weight"].remove(method_of(scope[name]).name)
+    return found
+
+
+def test_other_code_of_a_notebook_has_another_hash():
+    function = """
+        @weight()
+        def mine(report):
+            return {0}
+    """
+    cases = [registered(function.format(value), "mine") for value in ("1.0", "2.0", "1.0")]
+    assert cases[0] == cases[2] != cases[1]
+    a_class = """
+        @weight()
+        class Mine:
+            factor: float = 1.0
+            def __call__(self, report):
+                return {0}
+    """
+    cases = [registered(a_class.format(value), "Mine") for value in ("1.0", "2.0", "1.0")]
+    assert cases[0] == cases[2] != cases[1]
