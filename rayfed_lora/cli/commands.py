@@ -28,6 +28,7 @@ from rayfed_lora.cli.options import (
 )
 from rayfed_lora.cli.output import safe_output
 from rayfed_lora.errors import BadInputError, RayfedError
+from rayfed_lora.plugins.modules import flags
 from rayfed_lora.printable import echo
 
 app = typer.Typer(
@@ -93,7 +94,7 @@ def run(  # noqa: PLR0913, PLR0917 - options
         console.print_facts(facts | {"at its end": command("report", started.location)})
         return
     with (
-        resumable(lambda: resume_command(location, address)),
+        resumable(lambda: resume_command(location, address, loaded.plugins)),
         watching(console, location) as watch,
     ):
         from rayfed_lora.launching import launch
@@ -227,7 +228,7 @@ def tune(  # noqa: PLR0913, PLR0917 - options
             watch=watch,
             plugins=plugins or (),
         )
-    show_search(console, found, list(load_space(space).drawn))
+    show_search(console, found, list(load_space(space).drawn), plugins or ())
 
 
 def _objectives(text: str) -> dict[str, str]:
@@ -266,7 +267,7 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, plugins: PluginsOption 
 
     show_plan(console, loaded, planning.plan(loaded))
     settings = [word for text in set_ or () for word in ("--set", text)]
-    settings += [word for name in plugins or () for word in ("--plugins", name)]
+    settings += flags(plugins or ())
     console.print_facts({"to run it": command("run", recipe, *settings)})
 
 

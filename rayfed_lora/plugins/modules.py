@@ -100,6 +100,15 @@ def permit(things: Iterable[Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
     return tuple(names), chosen
 
 
+def flags(modules: Sequence[str]) -> list[str]:
+    """Return the words of a command that allow modules.
+
+    >>> flags(("my_methods",))
+    ['--plugins', 'my_methods']
+    """
+    return [word for name in modules for word in ("--plugins", name)]
+
+
 def carried(modules: Sequence[str], methods: Iterable[Method[Any]]) -> Plugins:
     """Return what a recipe takes along to other processes.
 
@@ -107,7 +116,7 @@ def carried(modules: Sequence[str], methods: Iterable[Method[Any]]) -> Plugins:
         modules: that it names.
         methods: that it chooses.
     """
-    folders = dict.fromkeys(folder for name in modules if (folder := _folder(name)))
+    folders = dict.fromkeys(folder for name in modules if (folder := folder_of(name)))
     own = tuple((m.again, m.target) for m in methods if m.by_value)
     return Plugins(tuple(modules), tuple(folders), own)
 
@@ -163,7 +172,7 @@ def _method(thing: Any) -> Method[Any]:
     return method
 
 
-def _folder(name: str) -> str | None:
+def folder_of(name: str) -> str | None:
     """Return where a module that is not installed is found; None for an installed one."""
     spec = find_spec(name.partition(".")[0])
     if spec is None or spec.origin is None or "site-packages" in spec.origin:

@@ -188,7 +188,7 @@ class Table(Mapping[str, T]):
         """
         short = name or _hyphenated(target.__name__)
         full = self._free(short, target)
-        if target.__module__ == "__main__" or "<locals>" in target.__qualname__:
+        if not target.__module__.startswith(_OWN):
             _keep_source(target)
         method = Method(
             kind=self.kind,
@@ -310,8 +310,9 @@ def _by_value(target: Any) -> bool:
 
 
 def _keep_source(target: Any) -> None:
-    """Note the source once: in other processes there is none."""
-    if not _by_value(target):
+    """Note the source of what no import finds, once: in other processes there is none."""
+    hidden = target.__module__ == "__main__" or "<locals>" in target.__qualname__
+    if hidden and not _by_value(target):
         setattr(target, _SOURCE, _source(target))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from rayfed_lora.endpoints import unguarded
 from rayfed_lora.errors import RecipeError, RunFolderError
 from rayfed_lora.locations import child
+from rayfed_lora.plugins.modules import flags, missing
 from rayfed_lora.printable import echo
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
@@ -62,8 +63,9 @@ def _check_content(
                 f"{where} of another recipe; these keys differ: {', '.join(changed)}"
             )
     elif folder.exists("recipe.yaml"):
+        again = shlex.join([folder.location, "--resume", *flags(recipe.plugins)])
         raise RunFolderError(
-            f"{where} already; `rayfed-lora run {shlex.quote(folder.location)} --resume` continues"
+            f"{where} already; `rayfed-lora run {again}` continues"
             " it, --out starts another one elsewhere"
             if owner is None
             else f"{where}, owned by {owner}: choose another --out"
@@ -104,11 +106,19 @@ def check_unused(folder: RunFolder) -> None:
         )
 
 
-def kept_recipe(folder: RunFolder, endpoints: Collection[str] = ()) -> Recipe | None:
+def kept_recipe(
+    folder: RunFolder, endpoints: Collection[str] = (), *, model_only: bool = False
+) -> Recipe | None:
     """Return the recipe of the run in a folder, None where it holds no run.
 
-    `endpoints` are object stores that the user has named, as for `load_recipe`. Raises
-    RunFolderError where the recipe cannot be read.
+    Args:
+        folder: of the run.
+        endpoints: object stores that the user has named, as for `load_recipe`.
+        model_only: where the recipe names code that is not allowed here, return what it says of
+            model and data, all else as by default; the code is not imported.
+
+    Raises:
+        RunFolderError: the recipe cannot be read, or names code that is not allowed here.
     """
     if not folder.exists("recipe.yaml"):
         return None
@@ -116,10 +126,19 @@ def kept_recipe(folder: RunFolder, endpoints: Collection[str] = ()) -> Recipe | 
         raw = parse_yaml(folder.location, seals.text(folder, "recipe.yaml"))
         if not isinstance(raw, Mapping):
             raise ValueError(f"expected a mapping, got {type(raw).__name__}")
+        if model_only and missing([str(name) for name in raw.get("plugins") or ()]):
+            raw = {key: raw[key] for key in _OF_THE_MODEL if key in raw}
+            data = raw.get("data")
+            if isinstance(data, Mapping):
+                raw["data"] = {key: value for key, value in data.items() if key != "partition"}
         return load_recipe(raw, endpoints=endpoints)
     except (OSError, ValueError, RecipeError) as error:
         where = child(folder.location, "recipe.yaml")
         raise RunFolderError(f"{where} cannot be read: {error}") from None
+
+
+# The keys that an export needs.
+_OF_THE_MODEL = ("name", "method", "seed", "model", "adapter", "data")
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:

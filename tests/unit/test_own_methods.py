@@ -20,6 +20,8 @@ from rayfed_lora.plugins.modules import origin
 from rayfed_lora.plugins.registry import TABLES, method_of
 from rayfed_lora.plugins.tables import RULES
 from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
+from rayfed_lora.runs.claiming import kept_recipe
+from rayfed_lora.storage import RunFolder
 from tests.fakes import FakeFactory, make_recipe
 
 ADAPTER_ONLY = {
@@ -325,3 +327,40 @@ def test_other_code_of_a_notebook_has_another_hash():
     """
     cases = [registered(a_class.format(value), "Mine") for value in ("1.0", "2.0", "1.0")]
     assert cases[0] == cases[2] != cases[1]
+
+
+def test_a_strangers_folder_is_read_and_exported_without_its_code(module, tmp_path, monkeypatch):
+    recipe = load_recipe(make_recipe(), base(aggregation__rule="largest"), plugins=[module])
+    out = tmp_path / "run"
+    rayfed_lora.run(recipe, str(out), factory=FakeFactory())
+    # As in another process, where nobody has allowed the module.
+    monkeypatch.setattr("rayfed_lora.plugins.registry._ALLOWED", set())
+    RULES.remove("largest")
+    del sys.modules[module]
+    (tmp_path / f"{module}.py").write_text("raise SystemExit('imported')")
+    rayfed_lora.report([str(out)], str(tmp_path / "page.html"))
+    assert rayfed_lora.Result.open(str(out)).rounds["round"].tolist() == [0, 1]
+    kept = kept_recipe(RunFolder(out), model_only=True)
+    assert (kept.name, kept.model, kept.plugins) == (recipe.name, recipe.model, [])
+    with pytest.raises(RunFolderError, match="code that is not allowed here"):
+        rayfed_lora.run(str(out), resume=True)
+    assert module not in sys.modules
+
+
+def test_an_installed_package_may_name_its_module_itself(tmp_path, monkeypatch):
+    package = tmp_path / "site"
+    facts = package / "fl_of_a_test-1.2.dist-info"
+    facts.mkdir(parents=True)
+    (package / "fl_of_a_test.py").write_text(textwrap.dedent(OWN))
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: fl-of-a-test\nVersion: 1.2\n")
+    (facts / "entry_points.txt").write_text("[rayfed_lora.plugins]\nown = fl_of_a_test\n")
+    (facts / "top_level.txt").write_text("fl_of_a_test\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(package)])
+    monkeypatch.setattr("rayfed_lora.plugins.registry._ALLOWED", set())
+    try:
+        values = base(aggregation__rule="largest", plugins=["fl_of_a_test"])
+        recipe = load_recipe(make_recipe(), values)
+        assert recipe.aggregation.rule == "largest"
+        assert origin(RULES.method("largest")).version == "1.2"
+    finally:
+        sys.modules.pop("fl_of_a_test", None)
