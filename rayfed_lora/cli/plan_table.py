@@ -63,6 +63,12 @@ def show_plan(console: PlainConsole, recipe: Recipe, plan: Plan) -> None:
         console.print_line(f"if every proposal is accepted (acceptance {acceptance})")
     if recipe.annealing.allocation == "spectral":
         console.print_line("spectral allocation: ranks are the mean, bytes an upper bound")
+    stopping = recipe.evaluation.early_stopping
+    if stopping is not None:
+        console.print_line(
+            f"at most so many rounds: the run ends after {stopping.patience} tests without a better"
+            f" {stopping.metric} on the validation split"
+        )
     console.print(bill(plan.totals.communication()))
     for need in plan.needs:
         console.print_line(need)

@@ -9,6 +9,7 @@ from rayfed_lora.annealing.stages import Feedback, proposed_rank
 from rayfed_lora.federation import evaluation, sampling, transitions
 from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.run import Run
+from rayfed_lora.federation.selection import Selection
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.tasks.engine import Engine, IndexArray, Population, Running
@@ -25,7 +26,7 @@ class TestResults:
 
     Attributes:
         test: on the test split, where that was due.
-        validation: on the validation split, where the annealing uses it.
+        validation: on the validation split, where annealing or selection uses it.
         clients: on clients' own examples, where that was due.
         own: of the same clients with their own factors, where they have some.
     """
@@ -83,11 +84,11 @@ class Tester:
         last = run.rounds == annealing.total_rounds
         every = settings.clients_every
         clients_due = last or (every is not None and run.rounds % every == 0)
-        watched = annealing.feedback == "target"
         clients, own = None, None
         if settings.client_fraction > 0.0 and clients_due:
             clients, own = self._start_on_clients(run)
         due = last or run.rounds % settings.every == 0
+        watched = annealing.feedback == "target" or (due and bool(settings.watched))
         return RunningTests(
             test=self._evaluation("test", run.model) if due else None,
             validation=self._evaluation("validation", run.model) if watched else None,
@@ -137,6 +138,13 @@ class Tester:
             energy_proposed=self._energy(replace(model, state=smaller)),
             draw=float(generator(self._recipe.seed, Purpose.ACCEPTANCE, t).random()),
         )
+
+    def selection(self, run: Run, new: Run, validation: Scores | None) -> Selection:
+        """Return the selection after a round; `run` is the run before it, `new` that after it."""
+        settings = self._recipe.evaluation
+        if not settings.watched:
+            return run.selection
+        return run.selection.after(settings, new.rounds - 1, new.model, validation)
 
     def best_at_heating(self, run: Run, plan: RoundPlan, validation: Scores | None) -> float | None:
         """Return the best validation metric reached at the heating rank so far.

@@ -9,6 +9,7 @@ from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.locations import each, holds_secret, repeated_option
 from rayfed_lora.objectives.objectives import OBJECTIVES
 from rayfed_lora.plugins.registry import KEYS, TABLES
+from rayfed_lora.plugins.tables import METRICS
 from rayfed_lora.recipe.annealing import Annealing
 from rayfed_lora.recipe.chosen import chosen_methods
 from rayfed_lora.recipe.clients import Spread
@@ -43,6 +44,7 @@ def conflicts(recipe: Settings) -> list[Conflict]:
         *_data_and_model_conflicts(recipe),
         *_stage_conflicts(recipe.annealing),
         *_acceptance_conflicts(recipe),
+        *_selection_conflicts(recipe),
         *_client_conflicts(recipe),
         *_rule_conflicts(recipe),
         *_objective_conflicts(recipe),
@@ -131,6 +133,25 @@ def _stage_conflicts(annealing: Annealing) -> Iterator[Conflict]:
             ("annealing.cooling.rank", "annealing.heating.rank"),
             f"expected at most heating.rank ({heating.rank}), got {cooling.rank}",
         )
+
+
+def _selection_conflicts(recipe: Settings) -> Iterator[Conflict]:
+    settings = recipe.evaluation
+    keys = {"early_stopping": settings.early_stopping, "keep_best": settings.keep_best}
+    used = [f"evaluation.{key}" for key, value in keys.items() if value is not None]
+    if used and recipe.data.validation_fraction == 0:
+        yield Conflict(
+            ("data.validation_fraction", *used),
+            f"{' and '.join(used)} look at the validation split: expected a value above 0 (or"
+            " auto), got 0",
+        )
+    built_in = [method.name for method in METRICS.methods() if method.built_in]
+    for metric in dict.fromkeys(settings.watched):
+        if metric not in (*built_in, *settings.metrics):
+            yield Conflict(
+                ("evaluation.metrics", *used),
+                f"expected {metric!r} among them: it is watched, and has to be computed",
+            )
 
 
 def _acceptance_conflicts(recipe: Settings) -> Iterator[Conflict]:

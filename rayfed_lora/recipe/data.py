@@ -100,8 +100,9 @@ class Data(Section):
     )
     validation_fraction: Fraction | Auto = option(
         "auto",
-        "share of the training examples kept on the server for the annealing feedback;"
-        " auto: 0.1 when `annealing.acceptance` needs it (in a comparison: of any method), else 0",
+        "share of the training examples kept on the server for annealing feedback and selection;"
+        " auto: 0.1 when acceptance, early stopping or keep_best needs it (in a comparison: of any"
+        " method), else 0",
     )
     text_column: str | Auto = option("auto", "column of the text (text tasks)")
     image_column: str | Auto = option(

@@ -48,7 +48,7 @@ ClassLabel = Annotated[
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NameIn:
     """Annotation of a key that names an entry of a table, such as a rule.
 

@@ -94,11 +94,12 @@ class Settings(Section):
 
     @property
     def validation_fraction(self) -> float:
-        """Share of the training examples that the server keeps for feedback."""
+        """Share of the training examples that the server keeps for feedback and selection."""
         fraction = self.data.validation_fraction
         if fraction != "auto":
             return fraction
-        return 0.0 if self.annealing.feedback == "always" else 0.1
+        needed = self.annealing.feedback != "always" or self.evaluation.watched
+        return 0.1 if needed else 0.0
 
     def cohort_size(self, clients: int) -> int:
         """Return the number of clients in a round out of `clients`, at least 1."""

@@ -46,8 +46,8 @@ class Callbacks:
     def __bool__(self) -> bool:
         return bool(self._callbacks)
 
-    def called(self, finished: Round, model: GlobalModel) -> bool:
-        """Call each with a finished round; return whether the run ends with it.
+    def called(self, finished: Round, model: GlobalModel) -> str | None:
+        """Call each with a finished round; return which of them ends the run with it, if any.
 
         Raises:
             RunError: a callback raised; names it and the round.
@@ -65,4 +65,4 @@ class Callbacks:
                 ) from error
             if ends and self.stopped_by is None:
                 self.stopped_by = name
-        return self.stopped_by is not None and record.accuracy is not None
+        return None if record.accuracy is None else self.stopped_by

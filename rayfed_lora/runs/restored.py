@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 
 # Part of typing only from Python 3.12 on, as pydantic needs it.
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.errors import RunFolderError
@@ -17,6 +17,7 @@ from rayfed_lora.federation.evaluation import BUILT_IN
 from rayfed_lora.federation.ledger import Ledger, Totals
 from rayfed_lora.federation.run import Run, Timing
 from rayfed_lora.federation.sampling import ClientHistory
+from rayfed_lora.federation.selection import Kept, Selection
 from rayfed_lora.objectives.objective import Arrays, Part, trained_shapes
 from rayfed_lora.objectives.objectives import OBJECTIVES
 from rayfed_lora.recipe.recipe import Recipe
@@ -24,7 +25,7 @@ from rayfed_lora.runs import checkpoints
 from rayfed_lora.runs.checkpoints import Snapshot
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tasks.engine import Population
-from rayfed_lora.types import GlobalModel
+from rayfed_lora.types import AdapterState, GlobalModel, ModelShape
 
 _Count = Annotated[int, Field(ge=0, lt=2**62)]
 
@@ -33,6 +34,13 @@ class _Ledger(TypedDict):
     steps: list[_Count]
     factors: dict[str, _Count]
     totals: Totals
+
+
+class _Selection(TypedDict):
+    kept: tuple[_Count, float] | None
+    best: float | None
+    waited: _Count
+    stopped_by: str | None
 
 
 class _Facts(TypedDict):
@@ -48,6 +56,8 @@ class _Facts(TypedDict):
     clock_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     tables: dict[str, _Count]
     data: dict[str, str]
+    # Absent from checkpoints of earlier versions.
+    selection: NotRequired[_Selection]
 
 
 _FACTS: TypeAdapter[_Facts] = TypeAdapter(_Facts)
@@ -65,6 +75,11 @@ def snapshot(
     booked, held = ledger.snapshot()
     facts = {name: getattr(run, name) for name in _OF_RUN} | {"timing": timing}
     facts |= {"trainable": run.model.trainable, "ledger": booked, "tables": tables, "data": data}
+    kept = run.selection.kept
+    facts["selection"] = {
+        "kept": None if kept is None else (kept.round, kept.value),
+        **{key: getattr(run.selection, key) for key in ("best", "waited", "stopped_by")},
+    }
     return Snapshot(
         rounds=run.rounds,
         state=run.model.state,
@@ -76,6 +91,7 @@ def snapshot(
         history={} if run.history is None else vars(run.history),
         memory=run.memory,
         shared=run.shared,
+        kept=None if kept is None else kept.model,
     )
 
 
@@ -118,7 +134,17 @@ def run_of(snapshot: Snapshot, ledger: Ledger) -> Run:
         history=ClientHistory(**snapshot.history) if snapshot.history else None,
         memory=snapshot.memory,
         shared=snapshot.shared,
+        selection=_selection(snapshot, facts.get("selection")),
     )
+
+
+def _selection(snapshot: Snapshot, found: _Selection | None) -> Selection:
+    if found is None:
+        return Selection()
+    kept = None
+    if found["kept"] is not None and snapshot.kept is not None:
+        kept = Kept(*found["kept"], snapshot.kept)
+    return Selection(kept, found["best"], found["waited"], found["stopped_by"])
 
 
 def changed_data(snapshot: Snapshot, population: Population) -> str | None:
@@ -158,23 +184,10 @@ def check(snapshot: Snapshot, recipe: Recipe, population: Population) -> None:
         _expect(f"history {name}", known, (population.clients,), kind)
     for kind, versions in snapshot.held.items():
         _expect(f"held {kind}", versions, (population.clients,), "i")
-    adapter = snapshot.facts["trainable"] == "adapter"
-    modules = population.shape.modules if adapter else {}
-    # Where all goes into the base there are none between two rounds.
-    stacked = RULES[recipe.aggregation.rule].restarts
-    if snapshot.state.factors or not stacked:
-        _expect_names("factors", snapshot.state.factors, modules)
-    shape, dense = population.shape, snapshot.state.dense
-    if adapter:
-        _expect_names("tensors", dense, shape.head)
-    values = sum(tensor.size for tensor in dense.values())
-    expected = shape.head_params if adapter else shape.total_params
-    if values != expected:
-        raise ValueError(f"tensors: expected {expected} values in all, got {values}")
-    for name, factors in snapshot.state.factors.items():
-        rank = factors.a.shape[0] if factors.a.ndim else 0
-        _expect(f"A of {name}", factors.a, (rank, modules[name].d_in), "f")
-        _expect(f"B of {name}", factors.b, (modules[name].d_out, rank), "f")
+    shape, stacked = population.shape, RULES[recipe.aggregation.rule].restarts
+    _check_state(snapshot.state, snapshot.facts["trainable"], shape, stacked)
+    if snapshot.kept is not None:
+        _check_state(snapshot.kept.state, snapshot.kept.trainable, shape, stacked)
     for client, own in snapshot.personal.items():
         if not 0 <= client < population.clients:
             last = population.clients - 1
@@ -183,6 +196,27 @@ def check(snapshot: Snapshot, recipe: Recipe, population: Population) -> None:
         for name, b in own.items():
             _expect(f"B of {name} of client {client}", b, snapshot.state.factors[name].b.shape, "f")
     _check_memory(snapshot, recipe, population.clients)
+
+
+def _check_state(state: AdapterState, trainable: str, shape: ModelShape, stacked: bool) -> None:
+    """Check a model's arrays, or raise ValueError; `stacked`: whether rounds leave no factors."""
+    adapter = trainable == "adapter"
+    if not adapter and trainable != "full":
+        raise ValueError(f"trainable: expected full or adapter, got {trainable!r}")
+    modules = shape.modules if adapter else {}
+    # Where all goes into the base there are none between two rounds.
+    if state.factors or not stacked:
+        _expect_names("factors", state.factors, modules)
+    if adapter:
+        _expect_names("tensors", state.dense, shape.head)
+    values = sum(tensor.size for tensor in state.dense.values())
+    expected = shape.head_params if adapter else shape.total_params
+    if values != expected:
+        raise ValueError(f"tensors: expected {expected} values in all, got {values}")
+    for name, factors in state.factors.items():
+        rank = factors.a.shape[0] if factors.a.ndim else 0
+        _expect(f"A of {name}", factors.a, (rank, modules[name].d_in), "f")
+        _expect(f"B of {name}", factors.b, (modules[name].d_out, rank), "f")
 
 
 def _check_memory(snapshot: Snapshot, recipe: Recipe, clients: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import update_wrapper
 from typing import Any, ParamSpec
 
@@ -117,11 +118,17 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
         tracking.resumed(tables.rounds)
         with saving.on_stop():
             for after in server.rounds(run):
-                saving.offer(after)
+                selection = after.selection
+                try:
+                    if told:
+                        ends = told.called(recorder.taken(), after.model)
+                        selection = replace(selection, stopped_by=ends or selection.stopped_by)
+                finally:
+                    saving.offer(replace(after, selection=selection))
                 yield tables
-                if told and told.called(recorder.taken(), after.model):
+                if selection.stopped_by is not None:
                     break
-        return saving.finish(engine, board, page, told.stopped_by)
+        return saving.finish(engine, board, page)
 
 
 def _exhausted(

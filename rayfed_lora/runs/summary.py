@@ -14,6 +14,7 @@ from rayfed_lora.federation.evaluation import BUILT_IN
 from rayfed_lora.federation.ledger import Totals
 from rayfed_lora.federation.privacy import Accountant
 from rayfed_lora.federation.run import Timing
+from rayfed_lora.federation.selection import Kept
 from rayfed_lora.recipe.recipe import Recipe
 
 _PACKAGES = ("rayfed-lora", "ray", "torch", "peft", "transformers", "numpy", "pyarrow")
@@ -62,6 +63,17 @@ def summary(
         "adapter_sha256": adapter_sha256,
         "versions": versions(),
     }
+
+
+def kept_summary(recipe: Recipe, rounds: pa.Table, kept: Kept) -> dict[str, Any]:
+    """Return which model is exported where the best one is kept, and its scores.
+
+    `rounds` are the rows of rounds.parquet.
+    """
+    row = rounds.slice(kept.round, 1).to_pylist()[0]
+    own = [f"eval_{metric}" for metric in recipe.evaluation.metrics]
+    chosen = {"by": recipe.evaluation.keep_best, "value": kept.value}
+    return chosen | {key: row[key] for key in (*_METRICS, *own)}
 
 
 def _privacy(recipe: Recipe, rounds: pa.Table, clients: int) -> dict[str, Any]:

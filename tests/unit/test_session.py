@@ -74,6 +74,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "annealing__cooling__rank": 3,
     },
     "correct": {"aggregation__rule": "correct"},
+    "the best one kept": {
+        "evaluation__keep_best": "loss",
+        "evaluation__early_stopping": {"metric": "accuracy", "patience": 5},
+        "annealing__cooling__residual": "fold",
+    },
     "momentum": {"aggregation__server_optimizer": {"name": "momentum", "lr": 0.5}},
     "head only": {"method": "head-only"},
     "a rank that rises": {
