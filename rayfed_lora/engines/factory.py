@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
@@ -14,6 +15,7 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import Population, Trainer
 
 if TYPE_CHECKING:
+    from rayfed_lora.data.memory import Held
     from rayfed_lora.data.workload import Workload
     from rayfed_lora.training.trainer import Weights
 
@@ -88,6 +90,33 @@ class TorchFactory:
         from rayfed_lora.training.trainer import LocalTrainer
 
         return LocalTrainer(recipe, workload, device, weights)
+
+
+@dataclass(frozen=True)
+class WithTables:
+    """A factory that first hands over rows that a caller has in memory; `fetch` returns them."""
+
+    factory: Factory
+    fetch: Callable[[], Mapping[str, Held]]
+
+    def load(self, recipe: Recipe) -> None:
+        """See `Factory`."""
+        self.factory.load(recipe)
+
+    def workload(self, recipe: Recipe) -> Workload:
+        """See `Factory`."""
+        from rayfed_lora.data.memory import restore
+
+        restore(self.fetch())
+        return self.factory.workload(recipe)
+
+    def weights(self, recipe: Recipe, workload: Workload) -> Weights:
+        """See `Factory`."""
+        return self.factory.weights(recipe, workload)
+
+    def trainer(self, recipe: Recipe, workload: Workload, weights: Weights, device: str) -> Trainer:
+        """See `Factory`."""
+        return self.factory.trainer(recipe, workload, weights, device)
 
 
 def prepared(recipe: Recipe, factory: Factory) -> tuple[None, Workload, Weights]:

@@ -23,15 +23,15 @@ PACKAGE = {
     "Result": "location summary",
     "SearchResult": "location trials best",
     "compare": "recipe methods out seeds= *settings= *target= *address= *watch= *plugins="
-    " *factory=",
+    " *data= *factory=",
     "doctor": "address= recipes= *storage= *probe=",
     "load_recipe": "source overrides= variant= *endpoints= *plugins=",
-    "plan": "recipe *plugins=",
+    "plan": "recipe *plugins= *data=",
     "report": "locations to=",
     "run": "recipe out= *resume= *address= *watch= *plugins= *accept_changed_plugins= *callbacks="
-    " *factory=",
+    " *data= *factory=",
     "tune": "space recipe out= *samples= *scheduler= *search= *objectives= *max_concurrent="
-    " *resume= *settings= *address= *watch= *plugins= *factory=",
+    " *resume= *settings= *address= *watch= *plugins= *data= *factory=",
 }
 PLUGINS = {
     "ClientHistory": "examples losses rounds",
