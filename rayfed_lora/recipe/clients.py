@@ -17,6 +17,7 @@ from rayfed_lora.recipe.fields import (
     Positive,
     PositiveFloat,
     Section,
+    also_plain,
     option,
     section,
     short_for,
@@ -70,11 +71,6 @@ def own_number(description: str, unit: str) -> Any:
         schema["unit"] = unit
 
     return Field(None, description=description, json_schema_extra=with_number)
-
-
-def also_plain(schema: dict[str, Any], *types: str) -> None:
-    """Let a section's schema accept plain values of these types too."""
-    schema["anyOf"] = [{"$ref": schema.pop("$ref")}, *({"type": kind} for kind in types)]
 
 
 class Network(Section):

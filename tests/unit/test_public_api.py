@@ -39,6 +39,10 @@ PLUGINS = {
     "Done": "client round start end memory shared steps lr examples",
     "FinishedRound": "record clients bill model",
     "LocalStep": "parameters gradients received memory shared lr step",
+    "Offer": "round stage rank proposed ladder energy_current= energy_proposed= draw= temperature="
+    " metric= target= tolerance= higher_is_better=",
+    "acceptance": "name= *needs=",
+    "allocation": "name= *needs_spectra=",
     "joined": "parts",
     "metric": "name= *higher_is_better=",
     "objective": "name= *memory= *message= *shared= *plain_sgd= *summary= *source=",
