@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch.nn import functional
 
-from rayfed_lora.data.dataset import LANGUAGE_TASK
 from rayfed_lora.data.examples import Batch
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.models.adapted import AdaptedModel
+from rayfed_lora.models.language import LanguageLoss
 from rayfed_lora.models.recorded import RecordedPasses
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.messages import Evaluate, TestClients
@@ -27,12 +25,24 @@ class Evaluator:
     """Tests states on the model that a trainer trains too, always in float32 arithmetic."""
 
     def __init__(
-        self, recipe: Recipe, workload: Workload, model: AdaptedModel, passes: RecordedPasses
+        self,
+        recipe: Recipe,
+        workload: Workload,
+        model: AdaptedModel,
+        passes: RecordedPasses,
+        language: LanguageLoss | None,
     ) -> None:
-        """Test on a model, loaded for each test, whose passes `passes` computes."""
+        """Test on a model, loaded for each test.
+
+        Args:
+            recipe: the run.
+            workload: its data.
+            model: with the trainer.
+            passes: compute it.
+            language: the loss of a language model; None: a classifier.
+        """
         self._recipe, self._workload = recipe, workload
-        self._model, self._passes = model, passes
-        self._language = recipe.model.task == LANGUAGE_TASK
+        self._model, self._passes, self._language = model, passes, language
 
     @torch.no_grad()
     def evaluate(self, task: Evaluate) -> list[Predictions]:
@@ -49,11 +59,12 @@ class Evaluator:
         """Return the predictions of the loaded model, in evaluation mode."""
         know_threads()
         inputs, labels = tensors(examples, self._model.device)
-        logits = self._passes.logits(inputs).float()
-        if self._language:
-            each, tokens, correct = (part.cpu().numpy() for part in token_losses(logits, inputs))
+        if self._language is not None:
+            found = self._language(inputs, scored=True)
+            each, tokens, correct = (part.cpu().numpy() for part in found if part is not None)
             none = np.full(len(examples.labels), -1)
             return Predictions(none, each, correct, tokens, none)
+        logits = self._passes.logits(inputs).float()
         losses = functional.cross_entropy(logits, labels, reduction="none")
         classes = logits.argmax(dim=1)
         few = logits.shape[1] <= _MOST_CLASSES
@@ -107,25 +118,3 @@ class Evaluator:
 def know_threads() -> None:
     """Let torch read the number of threads of this thread: else the first products use all."""
     torch.get_num_threads()
-
-
-def token_losses(
-    logits: torch.Tensor, inputs: Mapping[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the loss of a causal language model by text, over its tokens from the second on.
-
-    Args:
-        logits: (texts, length, vocabulary).
-        inputs: with `input_ids` and `attention_mask`, (texts, length).
-
-    Returns:
-        Three tensors (texts,): sum of cross entropies, number of tokens, and number of tokens to
-        which the model gives the highest logit.
-
-    Source: as transformers' causal models compute it.
-    """
-    targets, present = inputs["input_ids"][:, 1:], inputs["attention_mask"][:, 1:] > 0
-    predictions = logits[:, :-1]
-    losses = functional.cross_entropy(predictions.transpose(1, 2), targets, reduction="none")
-    right = (predictions.argmax(dim=2) == targets) & present
-    return (losses * present).sum(dim=1), present.sum(dim=1), right.sum(dim=1)

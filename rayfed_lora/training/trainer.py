@@ -31,6 +31,7 @@ from rayfed_lora.models import base_models, base_weights
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.attention import choose_attention
 from rayfed_lora.models.first_token import read_first_token_only
+from rayfed_lora.models.language import language_loss
 from rayfed_lora.models.mixing import Verdict, drops
 from rayfed_lora.models.recorded import RecordedPasses
 from rayfed_lora.models.shapes import model_shape
@@ -51,7 +52,7 @@ from rayfed_lora.training.optimizing import (
     fresh_optimizer,
 )
 from rayfed_lora.training.proof import judged, tried_on
-from rayfed_lora.training.testing import Evaluator, know_threads, token_losses
+from rayfed_lora.training.testing import Evaluator, know_threads
 from rayfed_lora.types import AdapterState, Base, GlobalModel, LocalPlan, ModelShape
 
 R = TypeVar("R")
@@ -128,15 +129,17 @@ class LocalTrainer:
         choose_attention(net, self._device)
         modules = list(self._shape.modules)
         self._model = AdaptedModel(net, recipe.adapter, device, self._shape.obstacle, modules)
-        self._language = recipe.model.task == LANGUAGE_TASK
-        if not self._language:
-            two = workload.train.rows(np.arange(min(2, len(workload.train))))
-            read_first_token_only(net, tensors(two, self._device)[0])
+        two = tensors(workload.train.rows(np.arange(min(2, len(workload.train)))), self._device)[0]
+        self._language = None
+        if recipe.model.task == LANGUAGE_TASK:
+            self._language = language_loss(net, two)
+        else:
+            read_first_token_only(net, two)
         self._weigh = chosen_weight(recipe)
         self._drops = recipe.adapter.dropout > 0 or drops(net)
         self._drawing = Drawing(recipe, workload, drops=self._drops)
         self._passes = RecordedPasses(self._model, recording=self._recordable())
-        self._testing = Evaluator(recipe, workload, self._model, self._passes)
+        self._testing = Evaluator(recipe, workload, self._model, self._passes, self._language)
 
     def _recordable(self) -> bool:
         """Return whether the operations of a pass follow from shapes alone: not with masks."""
@@ -290,13 +293,13 @@ class LocalTrainer:
         """Return the mean loss of each client on its part of a batch."""
         bf16 = self._recipe.runtime.precision == "bf16"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
+            if self._language is not None:
+                # A mean over the tokens of a client, not over its texts.
+                found = self._language(inputs)
+                own = weights > 0
+                total = (found.losses.view(weights.shape) * own).sum(dim=1)
+                return total / (found.tokens.view(weights.shape) * own).sum(dim=1).clamp(min=1)
             logits = self._passes.logits(inputs)
-        if self._language:
-            # A mean over the tokens of a client, not over its texts.
-            each, tokens, _ = token_losses(logits.float(), inputs)
-            own = weights > 0
-            total = (each.view(weights.shape) * own).sum(dim=1)
-            return total / (tokens.view(weights.shape) * own).sum(dim=1).clamp(min=1)
         each = loss(logits.float(), labels)
         return (each.view(weights.shape) * weights).sum(dim=1)
 
