@@ -30,12 +30,14 @@ from rayfed_lora.errors import BlockMemoryError, RunError
 from rayfed_lora.models import base_models, base_weights
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.attention import choose_attention
+from rayfed_lora.models.checkpointing import Checkpointing
 from rayfed_lora.models.first_token import read_first_token_only
 from rayfed_lora.models.language import language_loss
 from rayfed_lora.models.mixing import Verdict, drops
 from rayfed_lora.models.recorded import RecordedPasses
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.objectives.remembered import Remembered
+from rayfed_lora.recipe.memory import checkpoints
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import Task
 from rayfed_lora.tasks.messages import Block, Evaluate, Export, Initial, TestClients, Train
@@ -53,7 +55,7 @@ from rayfed_lora.training.optimizing import (
 )
 from rayfed_lora.training.proof import judged, tried_on
 from rayfed_lora.training.testing import Evaluator, know_threads
-from rayfed_lora.types import AdapterState, Base, GlobalModel, LocalPlan, ModelShape
+from rayfed_lora.types import AdapterState, Base, Device, GlobalModel, LocalPlan, ModelShape
 
 R = TypeVar("R")
 # Held by who draws from torch's own state, which is that of the whole process.
@@ -121,6 +123,7 @@ class LocalTrainer:
         self._recipe = recipe
         self._workload = workload
         self._device = torch.device(device)
+        self._kind: Device = "cpu" if self._device.type == "cpu" else "cuda"
         config = base_models.restored(workload.config)
         self._shape = model_shape(base_models.skeleton(recipe.model, config), recipe)
         weights = weights or built_weights(recipe, workload)
@@ -138,12 +141,15 @@ class LocalTrainer:
         self._weigh = chosen_weight(recipe)
         self._drops = recipe.adapter.dropout > 0 or drops(net)
         self._drawing = Drawing(recipe, workload, drops=self._drops)
+        self._checkpointing = Checkpointing(net)
         self._passes = RecordedPasses(self._model, recording=self._recordable())
         self._testing = Evaluator(recipe, workload, self._model, self._passes, self._language)
 
     def _recordable(self) -> bool:
         """Return whether the operations of a pass follow from shapes alone: not with masks."""
-        plain = self._recipe.runtime.precision == "fp32" and not self._drops
+        runtime = self._recipe.runtime
+        plain = runtime.precision == "fp32" and not self._drops
+        plain = plain and runtime.checkpoint_activations is not True
         return plain and [*self._workload.train.inputs] == [PIXELS] and self._device.type == "cpu"
 
     def _build(self) -> nn.Module:
@@ -247,6 +253,10 @@ class LocalTrainer:
         parameters = self._model.trained
         optimizer = fresh_optimizer(parameters, settings, plan.lr)
         dropout = ClientDropout(work.seeds, self._device) if self._drops else None
+        self._checkpointing.switch(
+            on=checkpoints(self._recipe, self._shape, len(starts), self._kind),
+            contexts=None if dropout is None else dropout.contexts,
+        )
         hooks = LocalHooks(remembered, self._model, [task.client for task in group.tasks], plan)
         keep = plan.proximal_weight > 0 or hooks.correcting
         received = [p.detach().clone() for p in parameters] if keep else []
