@@ -46,7 +46,8 @@ from rayfed_lora.training.device import keep_freed_memory, memory_watched, retur
 from rayfed_lora.training.drawing import Drawing, GroupWork, tensors
 from rayfed_lora.training.dropout import ClientDropout
 from rayfed_lora.training.finished import Finished, joined
-from rayfed_lora.training.hooks import LocalHooks, Loss
+from rayfed_lora.training.gradients import Gradients
+from rayfed_lora.training.hooks import LocalHooks
 from rayfed_lora.training.optimizing import (
     add_proximal_gradient,
     clip_by_client,
@@ -143,6 +144,7 @@ class LocalTrainer:
         self._drawing = Drawing(recipe, workload, drops=self._drops)
         self._checkpointing = Checkpointing(net)
         self._passes = RecordedPasses(self._model, recording=self._recordable())
+        self._gradients = Gradients(recipe, self._passes, self._language, self._device)
         self._testing = Evaluator(recipe, workload, self._model, self._passes, self._language)
 
     def _recordable(self) -> bool:
@@ -263,23 +265,15 @@ class LocalTrainer:
         finished = Finished(self._model, starts)
         losses: list[torch.Tensor] = []
         read = self._drawing.batches(work, self._device)
-        for step, (batch, (inputs, labels)) in enumerate(zip(group.batches, read, strict=True)):
+        for step, (batch, own) in enumerate(zip(group.batches, read, strict=True)):
             if finished.leave(len(batch.examples)):
                 cut_to(optimizer, len(batch.examples))
-            if dropout is not None:
-                dropout.step(batch.examples)
             # What `optimizer.zero_grad` does, without its hooks: 0.2 ms a step.
             for parameter in parameters:
                 parameter.grad = None
-            weights = torch.from_numpy(batch.weights).to(self._device)
-            with dropout or nullcontext():
-                each = self._losses(inputs, labels, weights, hooks.loss)
-                if optimizer is not None:
-                    each.sum().backward()  # type: ignore[no-untyped-call]
-            # The graph ends here: one that lived on would hold the next one to the present number
-            # of clients.
-            losses.append(each.detach())
-            del each
+            losses.append(
+                self._gradients.add(batch, own, hooks.loss, dropout, learns=bool(parameters))
+            )
             if optimizer is None:
                 continue
             if plan.proximal_weight > 0:
@@ -292,26 +286,6 @@ class LocalTrainer:
         finished.leave(0)
         seconds = (time.perf_counter() - began) / len(starts)
         return finished.update(work.group.tasks, [*start_of], losses, seconds)
-
-    def _losses(
-        self,
-        inputs: Mapping[str, torch.Tensor],
-        labels: torch.Tensor,
-        weights: torch.Tensor,
-        loss: Loss,
-    ) -> torch.Tensor:
-        """Return the mean loss of each client on its part of a batch."""
-        bf16 = self._recipe.runtime.precision == "bf16"
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
-            if self._language is not None:
-                # A mean over the tokens of a client, not over its texts.
-                found = self._language(inputs)
-                own = weights > 0
-                total = (found.losses.view(weights.shape) * own).sum(dim=1)
-                return total / (found.tokens.view(weights.shape) * own).sum(dim=1).clamp(min=1)
-            logits = self._passes.logits(inputs)
-        each = loss(logits.float(), labels)
-        return (each.view(weights.shape) * weights).sum(dim=1)
 
     def _export(self, model: GlobalModel) -> dict[str, bytes]:
         """Return `adapter/...` and, where a user could not get the base elsewhere, `base/...`."""
