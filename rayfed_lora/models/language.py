@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rayfed_lora.data.examples import COUNTED
-from rayfed_lora.recipe.memory import LOGIT_BYTES
+from rayfed_lora.recipe.memory import LOGIT_BYTES, TESTED_LOGIT_BYTES
 
 _log = logging.getLogger(__name__)
 Inputs = Mapping[str, torch.Tensor]
@@ -102,6 +102,13 @@ class LanguageLoss:
     def in_chunks(self) -> bool:
         """Whether logits can be computed a few at a time."""
         return self._way is not None
+
+    def most_texts(self, length: int, device: torch.device) -> int:
+        """Return how many texts of so many tokens a test computes at once: at least one."""
+        limit = TESTED_LOGIT_BYTES["cpu" if device.type == "cpu" else "cuda"]
+        # All logits and their exponentials are there at once, and the activations of one layer.
+        limit = limit if self.in_chunks else limit // 4
+        return max(1, limit // max(1, 4 * length * self._vocabulary()))
 
     def __call__(self, inputs: Inputs, *, scored: bool = False) -> TokenLosses:
         """Return the losses of texts; inputs as in `targets_of`."""

@@ -13,6 +13,9 @@ from rayfed_lora.types import Device, ModelShape
 # Logits of a language model that are computed at once, float32, and the copies of them in a step.
 LOGIT_BYTES: Mapping[Device, int] = {"cpu": 1 << 24, "cuda": 1 << 28}
 _LOGIT_COPIES = 4
+# Texts of a test that are computed at once: tokens times vocabulary, float32. Where logits are made
+# in chunks they are never there together, but the activations of so many tokens are.
+TESTED_LOGIT_BYTES: Mapping[Device, int] = {"cpu": 1 << 30, "cuda": 1 << 32}
 # Memory that training holds per linear layer, in sizes of its output (gradients, attention, norms).
 HELD_PER_LINEAR_OUTPUT = 3
 # Largest memory of a block. A GPU's is an estimate. `runtime.checkpoint_activations: auto` begins

@@ -74,14 +74,14 @@ class Gradients:
             if dropout is not None:
                 dropout.step(part.examples)
             with dropout or nullcontext():
-                each = self._losses(*given, weights, loss, tokens)
+                each = self.losses(*given, weights, loss, tokens)
                 if learns:
                     each.sum().backward()  # type: ignore[no-untyped-call]
             found.append(each.detach())
             del each
         return found[0] if len(found) == 1 else torch.stack(found).sum(dim=0)
 
-    def _losses(
+    def losses(
         self,
         inputs: Mapping[str, torch.Tensor],
         labels: torch.Tensor,

@@ -14,6 +14,7 @@ from rayfed_lora.models.recorded import RecordedPasses
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.messages import Evaluate, TestClients
 from rayfed_lora.tasks.training import Starts
+from rayfed_lora.training.device import memory_watched
 from rayfed_lora.training.drawing import tensors
 from rayfed_lora.types import ClientScore, Predictions
 
@@ -52,18 +53,19 @@ class Evaluator:
         for rows in task.shards:
             self._model.show(task.model)
             self._model.train(False)
-            found.append(self.predictions(held.rows(np.arange(len(held))[rows])))
+            chosen = np.arange(len(held))[rows]
+            with memory_watched(
+                f"{len(chosen)} examples of the {task.split} split do not fit into memory"
+            ):
+                found.append(self.predictions(held.rows(chosen)))
         return found
 
     def predictions(self, examples: Batch) -> Predictions:
         """Return the predictions of the loaded model, in evaluation mode."""
         know_threads()
-        inputs, labels = tensors(examples, self._model.device)
         if self._language is not None:
-            found = self._language(inputs, scored=True)
-            each, tokens, correct = (part.cpu().numpy() for part in found if part is not None)
-            none = np.full(len(examples.labels), -1)
-            return Predictions(none, each, correct, tokens, none)
+            return self._of_texts(examples, self._language)
+        inputs, labels = tensors(examples, self._model.device)
         logits = self._passes.logits(inputs).float()
         losses = functional.cross_entropy(logits, labels, reduction="none")
         classes = logits.argmax(dim=1)
@@ -76,6 +78,20 @@ class Evaluator:
             classes=classes.cpu().numpy(),
             probabilities=logits.softmax(dim=1).cpu().numpy() if few else None,
         )
+
+    def _of_texts(self, examples: Batch, loss: LanguageLoss) -> Predictions:
+        """Return the predictions of a language model: as many texts at once as it may take."""
+        inputs, _ = tensors(examples)
+        texts, length = inputs["input_ids"].shape
+        size = loss.most_texts(length, self._model.device)
+        parts = []
+        for low in range(0, texts, size):
+            part = {name: x[low : low + size].to(self._model.device) for name, x in inputs.items()}
+            found = loss(part, scored=True)
+            parts.append([each.cpu().numpy() for each in found if each is not None])
+        losses, tokens, right = (np.concatenate(each) for each in zip(*parts, strict=True))
+        none = np.full(texts, -1)
+        return Predictions(none, losses, right, tokens, none)
 
     @torch.no_grad()
     def test_clients(self, task: TestClients) -> tuple[ClientScore, ...]:
@@ -97,10 +113,13 @@ class Evaluator:
             self._model.load([state], task.model.base, task.model.trainable)
             rows = np.concatenate([table.examples(client) for client in group])
             size = self._recipe.evaluation.batch_size
-            parts = [
-                self.predictions(self._workload.train.rows(rows[i : i + size]))
-                for i in range(0, len(rows), size)
-            ]
+            with memory_watched(
+                f"{len(rows)} examples of {len(group)} clients do not fit into memory"
+            ):
+                parts = [
+                    self.predictions(self._workload.train.rows(rows[i : i + size]))
+                    for i in range(0, len(rows), size)
+                ]
             losses = np.concatenate([part.losses for part in parts]).astype(np.float64)
             right = np.concatenate([part.correct for part in parts])
             count = np.concatenate([part.predicted for part in parts])

@@ -42,7 +42,12 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import Task
 from rayfed_lora.tasks.messages import Block, Evaluate, Export, Initial, TestClients, Train
 from rayfed_lora.tasks.training import BlockUpdate, attributed, chosen_weight, trained
-from rayfed_lora.training.device import keep_freed_memory, memory_watched, return_freed_memory
+from rayfed_lora.training.device import (
+    keep_freed_memory,
+    memory_watched,
+    return_freed_memory,
+    too_many,
+)
 from rayfed_lora.training.drawing import Drawing, GroupWork, tensors
 from rayfed_lora.training.dropout import ClientDropout
 from rayfed_lora.training.finished import Finished, joined
@@ -200,7 +205,7 @@ class LocalTrainer:
         if len(block) > 1 and not alone:
             group = self._drawing.group(block, plan)
             try:
-                with memory_watched(block), self._taking_turns():
+                with memory_watched(too_many(block)), self._taking_turns():
                     return self._train_group(group, start_of, base, plan, task.remembered)
             except BlockMemoryError:
                 raise
@@ -210,7 +215,11 @@ class LocalTrainer:
         updates = []
         for client in block:
             group = self._drawing.group([client], plan)
-            with attributed(client, plan.round), memory_watched([client]), self._taking_turns():
+            with (
+                attributed(client, plan.round),
+                memory_watched(too_many([client])),
+                self._taking_turns(),
+            ):
                 own = {client: start_of[client]}
                 update = self._train_group(group, own, base, plan, task.remembered)
                 updates.append(update)

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rayfed_lora.data.examples import COUNTED
+from rayfed_lora.errors import BlockMemoryError
+from rayfed_lora.federation.evaluation import joined
 from rayfed_lora.models import language
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.language import LanguageLoss, language_loss
 from rayfed_lora.recipe.model import Adapter
-from rayfed_lora.types import AdapterState, Base, Factors
+from rayfed_lora.tasks.engine import answer
+from rayfed_lora.tasks.messages import Evaluate, TestClients
+from rayfed_lora.training.preparing import prepare
+from rayfed_lora.training.testing import Evaluator
+from rayfed_lora.training.trainer import LocalTrainer
+from rayfed_lora.types import AdapterState, Base, Factors, GlobalModel
+from tests.tasks import initial_tensors
+from tests.unit.test_language_models import make_recipe
+from tests.unit.test_language_models import texts as words  # noqa: F401 - a fixture
 
 VOCABULARY, LENGTH, WIDTH = 97, 12, 16
 SMALL = {
@@ -199,3 +211,43 @@ def test_a_model_whose_logits_are_made_otherwise_has_them_all(few_logits: None) 
     assert not loss.in_chunks
     expected = plain(net, inputs, inputs["attention_mask"] > 0)
     torch.testing.assert_close(loss(inputs).losses, expected)
+
+
+def test_a_test_takes_as_many_texts_at_once_as_tokens_and_vocabulary_allow() -> None:
+    loss = LanguageLoss(model("llama"), texts(2))
+    # 2^30 bytes are 2^28 logits in float32: over 100 tokens and 97 words, 27,672 texts.
+    assert loss.most_texts(100, torch.device("cpu")) == 2**28 // (100 * 97)
+    assert loss.most_texts(2**28, torch.device("cpu")) == 1
+
+
+@pytest.mark.parametrize("split", ["test", "clients"])
+def test_a_test_for_which_memory_is_short_is_halved_to_the_same_predictions(
+    words: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    split: str,
+) -> None:
+    recipe = make_recipe(words, evaluation__client_fraction=0.5, data__test_fraction=0.5)
+    trainer = LocalTrainer(recipe, prepare(recipe))
+    start = GlobalModel(AdapterState({}, initial_tensors(trainer, "adapter")), Base(), "adapter")
+    task: Any = Evaluate(start, "test", (slice(0, 30),))
+    if split == "clients":
+        task = TestClients(start, ((0, 1, 2, 3),))
+    whole = answer(trainer, task)
+    monkeypatch.setattr(Evaluator, "predictions", few_at_once(Evaluator.predictions))
+    with pytest.raises(BlockMemoryError, match="do not fit into memory: no room for"):
+        trainer.run(task)
+    found = answer(trainer, task)
+    if split == "clients":
+        assert found == whole
+        return
+    assert len(found) == 4
+    np.testing.assert_allclose(joined(found).losses, joined(whole).losses, rtol=1e-6)
+
+
+def few_at_once(predictions: Any) -> Any:
+    def checked(self: Evaluator, examples: Any) -> Any:
+        if len(examples.labels) > 8:
+            raise torch.OutOfMemoryError(f"no room for {len(examples.labels)}")
+        return predictions(self, examples)
+
+    return checked
