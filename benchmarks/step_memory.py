@@ -7,7 +7,9 @@ own, and writes results/step_memory.json:
 * `whole`: all activations kept, all logits at once, as transformers computes its loss;
 * `chunked`: logits in chunks;
 * `checkpointed`: activations computed again too, as `runtime.checkpoint_activations` does;
-* `checkpointed, fused`: two clients of one text each in the place of one client of two texts.
+* `checkpointed, fused`: two clients of one text each in the place of one client of two texts;
+* `checkpointed, bfloat16`: on a base in bfloat16 (`model.dtype`), arithmetic in float32;
+* `checkpointed, bfloat16, autocast`: arithmetic in bfloat16 too (`runtime.precision: bf16`).
 
 Memory is the resident set, read every 2 ms, with glibc's allocator returning what is freed.
 """
@@ -27,7 +29,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-MODES = ("whole", "chunked", "checkpointed", "checkpointed, fused")
+MODES = (
+    "whole",
+    "chunked",
+    "checkpointed",
+    "checkpointed, fused",
+    "checkpointed, bfloat16",
+    "checkpointed, bfloat16, autocast",
+)
 SHAPE = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -87,6 +96,7 @@ def measured(mode: str, layers: int, batch: int, length: int) -> dict[str, Any]:
     from rayfed_lora.models import language
     from rayfed_lora.models.adapted import AdaptedModel
     from rayfed_lora.models.checkpointing import Checkpointing
+    from rayfed_lora.models.precision import shorten
     from rayfed_lora.recipe.model import Adapter
     from rayfed_lora.types import AdapterState, Base, Factors
 
@@ -94,6 +104,8 @@ def measured(mode: str, layers: int, batch: int, length: int) -> dict[str, Any]:
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **SHAPE | {"num_hidden_layers": layers})
     net = AutoModelForCausalLM.from_config(config)
+    if "bfloat16" in mode:
+        shorten(net, torch.bfloat16)
     model = AdaptedModel(net, Adapter(target_modules="all-linear", train_head=False))
     draw = np.random.default_rng(0)
     factors = {
@@ -114,7 +126,8 @@ def measured(mode: str, layers: int, batch: int, length: int) -> dict[str, Any]:
     most = {"cpu": 1 << 62} if mode == "whole" else language.LOGIT_BYTES
     with patch.object(language, "LOGIT_BYTES", most), Peak() as peak:
         began = time.process_time()
-        found = loss(inputs)
+        with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in mode):
+            found = loss(inputs)
         total = found.losses.sum() / found.tokens.sum()
         total.backward()
         seconds = time.process_time() - began

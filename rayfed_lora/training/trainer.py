@@ -85,7 +85,7 @@ def built_weights(recipe: Recipe, workload: Workload) -> Weights:
     """Read or draw the weights of the source, and try them on a few examples.
 
     Args:
-        recipe: the run.
+        recipe: the run; `runtime.device` cuda: for actors with a GPU.
         workload: from `prepare`.
 
     Raises:
@@ -94,9 +94,14 @@ def built_weights(recipe: Recipe, workload: Workload) -> Weights:
     """
     config = base_models.restored(workload.config)
     # Faults of the adapter are found before the weights are read.
-    model_shape(base_models.skeleton(recipe.model, config), recipe)
-    net = base_weights.build(recipe.model, config, recipe.seed)
+    shape = model_shape(base_models.skeleton(recipe.model, config), recipe)
+    net = _kept(recipe, config, shape.head)
     return Weights(base_weights.arrays_of(net), tried_on(recipe, config, net, workload.train))
+
+
+def _kept(recipe: Recipe, config: Any, trained: Sequence[str]) -> nn.Module:
+    dtype = base_weights.kept_dtype(recipe.model, on_gpu=recipe.runtime.device == "cuda")
+    return base_weights.build_kept(recipe.model, config, recipe.seed, dtype, trained)
 
 
 class LocalTrainer:
@@ -161,7 +166,7 @@ class LocalTrainer:
 
     def _build(self) -> nn.Module:
         config = base_models.restored(self._workload.config)
-        return base_weights.build(self._recipe.model, config, self._recipe.seed)
+        return _kept(self._recipe, config, self._shape.head)
 
     def _assembled(self, weights: Weights) -> nn.Module | None:
         config = base_models.restored(self._workload.config)
