@@ -156,7 +156,7 @@ def _chunked(
     """
     if torch.is_grad_enabled() and not scored and not trained:
         return _ChunkedLoss.apply(rows, targets, logits_of, size), None  # type: ignore[no-untyped-call]
-    pairs = list(zip(rows.split(size), targets.split(size), strict=True))
+    pairs = list(zip(torch.split(rows, size), torch.split(targets, size), strict=True))
     if torch.is_grad_enabled() and not scored:
         parts = [checkpoint(_losses, logits_of, h, y, use_reentrant=False) for h, y in pairs]
         return torch.cat(parts), None
@@ -243,7 +243,7 @@ class _Given(nn.Module):
         self._hidden = hidden
 
     def forward(self, *_: object, **__: object) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self._hidden)  # type: ignore[arg-type]
+        return BaseModelOutputWithPast(last_hidden_state=self._hidden)
 
 
 class _Head:
@@ -268,14 +268,14 @@ def _called(head: nn.Module, found: list[torch.Tensor]) -> Iterator[None]:
         return hidden[..., :1]
 
     own = head.__dict__.get("forward")
-    head.forward = keep  # type: ignore[method-assign]
+    head.forward = keep
     try:
         yield
     finally:
         if own is None:
             del head.__dict__["forward"]
         else:
-            head.forward = own  # type: ignore[method-assign]
+            head.forward = own
 
 
 def _agrees(net: Any, way: _Stub | _Head, probe: Inputs) -> bool:
@@ -286,7 +286,7 @@ def _agrees(net: Any, way: _Stub | _Head, probe: Inputs) -> bool:
         with torch.no_grad():
             expected = net(**probe).logits
             hidden = way.hidden(probe)
-            found = torch.cat([way.logits(part) for part in hidden.split(1)])
+            found = torch.cat([way.logits(part) for part in torch.split(hidden, 1)])
         close: bool = found.shape == expected.shape and bool(
             (found - expected).abs().max() <= _ROUNDING * expected.abs().max()
         )
