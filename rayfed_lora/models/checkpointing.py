@@ -41,6 +41,7 @@ def check_checkpointing(net: nn.Module, wanted: object) -> None:
 class Checkpointing:
     """Switches activation checkpointing of a model on and off.
 
+    A model that fills its cache of keys and values in training without it may round otherwise.
     torch's own random state is the same in both computations of a layer; `contexts` does that for
     other streams of random numbers.
     """
@@ -49,6 +50,7 @@ class Checkpointing:
         """Leave it off."""
         self._net: Any = net
         self._on = False
+        self._use_cache = getattr(net.config, "use_cache", None)
         self._contexts: Callable[[], _Contexts] | None = None
 
     def switch(self, *, on: bool, contexts: Callable[[], _Contexts] | None = None) -> None:
@@ -62,6 +64,9 @@ class Checkpointing:
         if on == self._on:
             return
         self._on = on
+        if hasattr(self._net.config, "use_cache"):
+            # Keys and values that a layer keeps would be kept twice.
+            self._net.config.use_cache = False if on else self._use_cache
         # Newer versions of transformers have renamed both.
         if not on:
             name = "activation_checkpointing_disable"

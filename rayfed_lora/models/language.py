@@ -112,7 +112,7 @@ class LanguageLoss:
 
     def __call__(self, inputs: Inputs, *, scored: bool = False) -> TokenLosses:
         """Return the losses of texts; inputs as in `targets_of`."""
-        own = {name: values for name, values in inputs.items() if name != COUNTED}
+        own: dict[str, Any] = {name: values for name, values in inputs.items() if name != COUNTED}
         texts, length = inputs["input_ids"].shape
         most = LOGIT_BYTES["cpu" if inputs["input_ids"].device.type == "cpu" else "cuda"]
         row_bytes = 4 * self._vocabulary()
@@ -123,6 +123,10 @@ class LanguageLoss:
         if way is None or head is None or whole or getattr(head, "factors", None) is not None:
             return token_losses(self._net(**own).logits.float(), inputs, scored=scored)
         targets, counted = targets_of(inputs)
+        # No keys and values for generating. Small batches (above) keep the model's default, with
+        # which some models (GPT-2) round otherwise.
+        config: Any = self._net.config
+        own |= {"use_cache": False} if hasattr(config, "use_cache") else {}
         hidden = way.hidden(own)[:, :-1]
         # Tokens that do not count, such as prompts and padding, get no logits.
         place = counted.flatten().nonzero().squeeze(1)
@@ -221,7 +225,7 @@ class _Stub:
         name = getattr(net, "base_model_prefix", "")
         return cls(net, name) if isinstance(getattr(net, name or " ", None), nn.Module) else None
 
-    def hidden(self, inputs: Inputs) -> torch.Tensor:
+    def hidden(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         decoder = getattr(self._net, self._name)
         return decoder(**inputs).last_hidden_state  # type: ignore[no-any-return]
 
@@ -252,7 +256,7 @@ class _Head:
     def __init__(self, net: Any, head: nn.Module) -> None:
         self._net, self.logits = net, head
 
-    def hidden(self, inputs: Inputs) -> torch.Tensor:
+    def hidden(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         found: list[torch.Tensor] = []
         with _called(self.logits, found):
             self._net(**inputs)
@@ -299,13 +303,5 @@ def _agrees(net: Any, way: _Stub | _Head, probe: Inputs) -> bool:
 
 
 def language_loss(net: nn.Module, texts: Inputs) -> LanguageLoss:
-    """Return the loss of a model, which keeps no keys and values for generating from now on.
-
-    Args:
-        net: the model, changed in place.
-        texts: a few; their first tokens are computed.
-    """
-    config: Any = net.config
-    if hasattr(config, "use_cache"):
-        config.use_cache = False
+    """Return the loss of a model, given a few texts, whose first tokens are computed."""
     return LanguageLoss(net, {name: values[:, :_PROBED] for name, values in texts.items()})
