@@ -8,8 +8,7 @@ own, and writes results/step_memory.json:
 * `chunked`: logits in chunks;
 * `checkpointed`: activations computed again too, as `runtime.checkpoint_activations` does;
 * `checkpointed, fused`: two clients of one text each in the place of one client of two texts;
-* `checkpointed, bfloat16`: on a base in bfloat16 (`model.dtype`), arithmetic in float32;
-* `checkpointed, bfloat16, autocast`: arithmetic in bfloat16 too (`runtime.precision: bf16`).
+* `checkpointed, bfloat16`: on a base in bfloat16 (`model.dtype`), arithmetic in float32.
 
 Memory is the resident set, read every 2 ms, with glibc's allocator returning what is freed.
 """
@@ -35,7 +34,6 @@ MODES = (
     "checkpointed",
     "checkpointed, fused",
     "checkpointed, bfloat16",
-    "checkpointed, bfloat16, autocast",
 )
 SHAPE = {
     "vocab_size": 49152,
@@ -126,8 +124,7 @@ def measured(mode: str, layers: int, batch: int, length: int) -> dict[str, Any]:
     most = {"cpu": 1 << 62} if mode == "whole" else language.LOGIT_BYTES
     with patch.object(language, "LOGIT_BYTES", most), Peak() as peak:
         began = time.process_time()
-        with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in mode):
-            found = loss(inputs)
+        found = loss(inputs)
         total = found.losses.sum() / found.tokens.sum()
         total.backward()
         seconds = time.process_time() - began
