@@ -119,6 +119,13 @@ class WithTables:
         return self.factory.trainer(recipe, workload, weights, device)
 
 
+def on_device(recipe: Recipe, device: str) -> Recipe:
+    """Return the recipe with the device that was found for it: the base's type depends on it."""
+    kind = "cpu" if device == "cpu" else "cuda"
+    runtime = recipe.runtime.model_copy(update={"device": kind})
+    return recipe.model_copy(update={"runtime": runtime})
+
+
 def prepared(recipe: Recipe, factory: Factory) -> tuple[None, Workload, Weights]:
     """Make what all actors of a run share.
 
@@ -152,6 +159,7 @@ def in_process(recipe: Recipe, factory: Factory, device: str) -> tuple[list[Trai
 
     That is as many as its client actors would have, but one at most for a core.
     """
+    recipe = on_device(recipe, device)
     workload = factory.workload(recipe)
     weights = factory.weights(recipe, workload)
     asked = recipe.runtime.client_actors
