@@ -11,6 +11,7 @@ from rayfed_lora.plugins.registry import Method
 from rayfed_lora.plugins.tables import ACCEPTANCES, ALLOCATIONS, METRICS, SHAPES
 from rayfed_lora.recipe.annealing import Annealing
 from rayfed_lora.recipe.fields import Choosing
+from rayfed_lora.recipe.model import Model
 from rayfed_lora.recipe.runtime import Evaluation
 
 
@@ -21,6 +22,8 @@ def chosen_methods(section: BaseModel) -> Iterator[Method[Any]]:
         yield table.method(getattr(section, key))
     if isinstance(section, Evaluation):
         yield from map(METRICS.method, section.metrics)
+    if isinstance(section, Model) and section.own is not None:
+        yield section.own
     if isinstance(section, Annealing):
         # Texts, where they have no options.
         yield ACCEPTANCES.method(section.accepts.name)

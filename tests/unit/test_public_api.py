@@ -45,6 +45,7 @@ PLUGINS = {
     "allocation": "name= *needs_spectra=",
     "joined": "parts",
     "metric": "name= *higher_is_better=",
+    "model": "name=",
     "objective": "name= *memory= *message= *shared= *plain_sgd= *summary= *source=",
     "optimizer": "name=",
     "partition": "name=",
