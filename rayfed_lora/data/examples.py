@@ -15,6 +15,8 @@ Array = npt.NDArray[Any]
 LABELS = "labels"
 # The input of image models.
 PIXELS = "pixel_values"
+# Not an input of models: above 0 on the tokens of a text whose prediction counts; default: all.
+COUNTED = "counted"
 
 
 @dataclass(frozen=True)

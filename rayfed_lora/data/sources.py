@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 import pyarrow as pa
 
-from rayfed_lora.data import builtin, columns, folders, hub, image_files, raw_tables
+from rayfed_lora.data import builtin, columns, folders, hub, image_files, memory, raw_tables
 from rayfed_lora.data.folders import Located
 from rayfed_lora.data.hub import TEST_OPTION, Wanted
 from rayfed_lora.data.place import Place
@@ -95,6 +95,8 @@ def _read(
     if isinstance(source, str):
         if source in builtin.BUILTIN:
             return _builtin(source, task)
+        if source.startswith(memory.MEMORY_PREFIX):
+            return memory.read_memory(source, wanted.labels)
         if source.startswith(hub.HUB_PREFIX):
             return hub.read_hub(source, wanted)
     located = []

@@ -88,7 +88,7 @@ class Tester:
         if settings.client_fraction > 0.0 and clients_due:
             clients, own = self._start_on_clients(run)
         due = last or run.rounds % settings.every == 0
-        watched = annealing.feedback == "target" or (due and bool(settings.watched))
+        watched = annealing.feedback == "metric" or (due and bool(settings.watched))
         return RunningTests(
             test=self._evaluation("test", run.model) if due else None,
             validation=self._evaluation("validation", run.model) if watched else None,
@@ -124,10 +124,10 @@ class Tester:
         """
         annealing = self._recipe.annealing
         feedback = Feedback(rank=run.rank, best_at_heating=run.best_at_heating)
-        if annealing.feedback == "target" and run.validation is not None:
+        if annealing.feedback == "metric" and run.validation is not None:
             return replace(feedback, metric=run.validation[annealing.target.metric])
         proposed = proposed_rank(annealing, t, run.rank)
-        if annealing.feedback != "metropolis" or proposed is None:
+        if annealing.feedback != "energies" or proposed is None:
             return feedback
         model, shape = run.model, self._population.shape
         ranks = transitions.allocate(self._recipe, shape, model.state, t, proposed)

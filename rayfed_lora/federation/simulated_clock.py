@@ -167,7 +167,7 @@ class SimulatedClock:
         settings, sizes = self._recipe.clients, self._facts.sizes[k]
         if settings.steps is None:
             return sizes * (settings.local_epochs or 1)
-        return settings.steps * np.minimum(settings.batch_size, sizes)
+        return settings.steps * np.minimum(settings.step_examples, sizes)
 
     def _departures(self, rng: np.random.Generator, whole: Times) -> Times:
         """Return when each client leaves of its own accord; infinite where it does not."""

@@ -25,7 +25,7 @@ from rayfed_lora.errors import (
     RunError,
 )
 from rayfed_lora.jobs.dashboard import client_of, translated_errors
-from rayfed_lora.jobs.local_files import modules_of, travel_notes
+from rayfed_lora.jobs.local_files import modules_of, refuse_memory, travel_notes
 from rayfed_lora.jobs.views import JobView, run_metadata, runs_recipe
 from rayfed_lora.plugins.modules import flags
 from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
@@ -102,6 +102,7 @@ class Jobs:
             BadInputError: rejected; nothing was started.
         """
         loaded = load_recipe(recipe, settings, plugins=plugins)
+        refuse_memory(loaded)
         job = _new_id(loaded.name)
         location = out or loaded.storage.path
         if resume and location is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rayfed_lora.data.memory import MEMORY_PREFIX
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.locations import each
 from rayfed_lora.plugins.modules import folder_of
@@ -39,6 +40,16 @@ def travel_notes(recipe: Recipe, location: str, *, given: bool) -> list[str]:
             " --out s3://bucket/... or a shared folder keeps it"
         )
     return notes
+
+
+def refuse_memory(recipe: Recipe) -> None:
+    """Raise a BadInputError where the rows are in this process's memory."""
+    for key, source in _sources(recipe):
+        if source.startswith(MEMORY_PREFIX):
+            raise BadInputError(
+                f"{key}: rows in memory do not travel with a job; expected a file or folder that"
+                " every node of the cluster can read"
+            )
 
 
 def modules_of(recipe: Recipe) -> dict[str, Path]:

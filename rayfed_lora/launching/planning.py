@@ -16,6 +16,7 @@ from rayfed_lora.federation.privacy import Accountant, check_privacy
 from rayfed_lora.federation.sampling import block_size
 from rayfed_lora.federation.traffic import trained_values
 from rayfed_lora.federation.transitions import planned
+from rayfed_lora.launching.in_memory import data_settings
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.notes import unused
 from rayfed_lora.recipe.recipe import Recipe
@@ -80,16 +81,21 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-def plan(recipe: Recipe | str | Path | Mapping[str, Any], *, plugins: Sequence[Any] = ()) -> Plan:
+def plan(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    *,
+    plugins: Sequence[Any] = (),
+    data: Any = None,
+) -> Plan:
     """Return the plan of a recipe; reads its data and its model's configuration.
 
-    `recipe` is a `Recipe`, a shipped name, a path or a mapping; `plugins` as for `run`.
+    `recipe` is a `Recipe`, a shipped name, a path or a mapping; `plugins` and `data` as for `run`.
 
     Raises:
         DataError: the data cannot be read or dealt as asked.
         ModelError: the model or its adapter does not fit.
     """
-    recipe = load_recipe(recipe, plugins=plugins)
+    recipe = load_recipe(recipe, data_settings(data), plugins=plugins)
     check_privacy(recipe)
     sizes = outline(recipe)
     clients = len(sizes.devices.sizes)

@@ -12,6 +12,10 @@ from rayfed_lora.plugins.registry import Table
 
 # (start, end, u) -> value; the last round is at `end`.
 SHAPES: Table[Callable[..., float]] = Table("shape", "rayfed_lora.annealing.schedules")
+# An `Acceptance`; see `annealing.acceptance.acceptance`.
+ACCEPTANCES: Table[Any] = Table("acceptance", "rayfed_lora.annealing.acceptance")
+# An `Allocation`; see `annealing.budget.allocation`.
+ALLOCATIONS: Table[Any] = Table("allocation", "rayfed_lora.annealing.budget")
 RULES: Table[Any] = Table("rule", "rayfed_lora.aggregation.rules")
 # (pool, wanted, history, rng) -> client ids; see `federation.sampling.sampler`.
 SAMPLERS: Table[Callable[..., Any]] = Table("sampler", "rayfed_lora.federation.sampling")

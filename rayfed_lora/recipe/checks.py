@@ -9,7 +9,7 @@ from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.locations import each, holds_secret, repeated_option
 from rayfed_lora.objectives.objectives import OBJECTIVES
 from rayfed_lora.plugins.registry import KEYS, TABLES
-from rayfed_lora.plugins.tables import METRICS
+from rayfed_lora.plugins.tables import ALLOCATIONS, METRICS
 from rayfed_lora.recipe.annealing import Annealing
 from rayfed_lora.recipe.chosen import chosen_methods
 from rayfed_lora.recipe.clients import Spread
@@ -164,23 +164,23 @@ def _selection_conflicts(recipe: Settings) -> Iterator[Conflict]:
 
 
 def _acceptance_conflicts(recipe: Settings) -> Iterator[Conflict]:
-    annealing = recipe.annealing
-    if annealing.feedback == "always":
+    annealing, name = recipe.annealing, recipe.annealing.accepts.name
+    if annealing.feedback == "nothing":
         return
     if recipe.data.validation_fraction == 0:
         yield Conflict(
             ("data.validation_fraction", "annealing.acceptance"),
-            f"annealing.acceptance '{annealing.acceptance}' needs a value above 0 (or auto), got 0",
+            f"annealing.acceptance '{name}' needs a value above 0 (or auto), got 0",
         )
-    if annealing.feedback == "metropolis" and annealing.cooling.residual == "fold":
+    if annealing.feedback == "energies" and annealing.cooling.residual == "fold":
         yield Conflict(
             ("annealing.acceptance", "annealing.cooling.residual"),
-            "'metropolis' does not go with residual 'fold': a folded cut does not change the model,"
+            f"'{name}' does not go with residual 'fold': a folded cut does not change the model,"
             " so every proposal would be accepted; use 'always', or residual 'drop'",
         )
     adapter_initiating = annealing.initiating.trainable == "adapter" and annealing.initiating_rounds
     at_heating_rank = annealing.heating.rounds > 0 or adapter_initiating
-    value_is_sought = annealing.feedback == "target" and annealing.target.value is None
+    value_is_sought = name == "target" and annealing.target.value is None
     if value_is_sought and not at_heating_rank:
         yield Conflict(
             ("annealing.target.value", "annealing.heating.rounds"),
@@ -243,17 +243,20 @@ def _rule_conflicts(recipe: Settings) -> Iterator[Conflict]:
             "'fold' needs clients that hold every direction that a cut folds; use residual drop, or"
             " no clients.ranks",
         )
-    if rule.restarts and annealing.feedback == "metropolis":
+    if rule.restarts and annealing.feedback == "energies":
         yield Conflict(
             (key, "annealing.acceptance"),
-            f"'{name}' starts LoRA anew each round: a lower rank cuts nothing that 'metropolis'"
-            " could evaluate; use acceptance always or target, or another rule",
+            f"'{name}' starts LoRA anew each round: a lower rank cuts nothing that"
+            f" '{annealing.accepts.name}' could evaluate; use acceptance always or target, or"
+            " another rule",
         )
-    if annealing.allocation == "spectral" and (rule.personal or rule.restarts):
+    shares = annealing.allocates.name
+    trained = rule.restarts and ALLOCATIONS[shares].needs_spectra
+    if (shares != "uniform" and rule.personal) or trained:
         reason = (
-            "needs one rank: 'spectral' would give each client another A, and A is shared"
+            f"needs one rank: '{shares}' would give each client another A, and A is shared"
             if rule.personal
-            else "starts LoRA anew each round: 'spectral' needs a trained adapter"
+            else f"starts LoRA anew each round: '{shares}' needs a trained adapter"
         )
         paths = (key, "annealing.allocation")
         yield Conflict(paths, f"'{name}' {reason}; use uniform, or another rule")
@@ -295,8 +298,9 @@ def _one_rank_conflicts(recipe: Settings, name: str, key: str) -> Iterator[Confl
             f"{keeps}, and needs one rank: expected annealing.mode fixed or full, or cooling.rank"
             f" equal to heating.rank ({annealing.heating.rank}), got {annealing.cooling.rank}",
         )
-    if annealing.allocation != "uniform":
-        message = f"{keeps}, and needs one rank: expected uniform, got {annealing.allocation!r}"
+    shares = annealing.allocates.name
+    if shares != "uniform":
+        message = f"{keeps}, and needs one rank: expected uniform, got {shares!r}"
         yield Conflict(("annealing.allocation", key), message)
     lowest = recipe.clients.lowest_rank
     if lowest is not None and lowest < annealing.heating.rank:

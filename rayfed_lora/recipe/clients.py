@@ -17,6 +17,7 @@ from rayfed_lora.recipe.fields import (
     Positive,
     PositiveFloat,
     Section,
+    also_plain,
     option,
     section,
     short_for,
@@ -70,11 +71,6 @@ def own_number(description: str, unit: str) -> Any:
         schema["unit"] = unit
 
     return Field(None, description=description, json_schema_extra=with_number)
-
-
-def also_plain(schema: dict[str, Any], *types: str) -> None:
-    """Let a section's schema accept plain values of these types too."""
-    schema["anyOf"] = [{"$ref": schema.pop("$ref")}, *({"type": kind} for kind in types)]
 
 
 class Network(Section):
@@ -160,7 +156,15 @@ class Clients(Section):
         None, "optimiser steps a round (default 5 where local_epochs is not given)", "steps"
     )
     local_epochs: Positive | None = option(None, "passes over the client's own examples", "epochs")
-    batch_size: Positive = option(16, "examples a step; a client with fewer uses all", "examples")
+    batch_size: Positive = option(
+        16, "examples of a micro-batch; a client with fewer uses all", "examples"
+    )
+    accumulate: Positive = option(
+        1,
+        "micro-batches a step: its gradient is that of one batch of batch_size * accumulate"
+        " examples, weighted by examples, or by tokens in language models",
+        "micro-batches",
+    )
     optimizer: Optimizer = section(Optimizer, "local optimiser")
     objective: Annotated[Objective, short_for({str: "name"})] = Field(
         default_factory=Objective,
@@ -220,6 +224,11 @@ class Clients(Section):
     def steps(self) -> int | None:
         """Local steps a round, or None where the length is given in epochs."""
         return (self.local_steps or 5) if self.local_epochs is None else None
+
+    @property
+    def step_examples(self) -> int:
+        """Most examples of an optimiser step."""
+        return self.batch_size * self.accumulate
 
     @property
     def lowest_rank(self) -> int | None:

@@ -29,6 +29,11 @@ class Model(Section):
         "config (random initial weights), package:<name>[/<folder>] (a model inside an installed"
         " Python package), a local folder, or a hub id",
     )
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto",
+        "how the large frozen weights are kept: auto: as in the source on a GPU, float32 on a CPU;"
+        " arithmetic is that of runtime.precision, factors are float32",
+    )
     tokenizer: str | None = option(
         None, "source of the tokenizer, in the form of `source`; null: the model's own source"
     )

@@ -163,10 +163,11 @@ def _idle_by_stages(annealing: Annealing) -> Iterator[_Reason]:
         yield "annealing.cooling.shape constant", (*rank, *residual, *_ACCEPTANCE)
     if cooling.shape != "step":
         yield f"annealing.cooling.shape {cooling.shape}", ("annealing.cooling.steps",)
-    if annealing.acceptance != "metropolis":
-        yield f"annealing.acceptance {annealing.acceptance}", _TEMPERATURE
-    if annealing.acceptance != "target":
-        yield f"annealing.acceptance {annealing.acceptance}", _TARGET
+    accepts = annealing.accepts.name
+    if annealing.feedback != "energies":
+        yield f"annealing.acceptance {accepts}", _TEMPERATURE
+    if annealing.feedback != "metric":
+        yield f"annealing.acceptance {accepts}", _TARGET
 
 
 def _idle_by_cohort(recipe: Recipe) -> Iterator[_Reason]:

@@ -105,6 +105,12 @@ class Runtime(Section):
         1, "torch threads for a block; with 1 results are bit-for-bit reproducible", "threads"
     )
     precision: Literal["fp32", "bf16"] = option("fp32", "fp32 | bf16: autocast")
+    checkpoint_activations: bool | Auto = option(
+        "auto",
+        "compute activations again in the backward pass instead of keeping them: a third more time"
+        " for a fraction of the memory, to the same values; auto: in language models, where those"
+        " of a block would take over 1 GB on a CPU, 8 GB on a GPU",
+    )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "auto: a GPU where the cluster has one, else the CPU | cuda: an error without a GPU"
     )

@@ -98,7 +98,7 @@ class Settings(Section):
         fraction = self.data.validation_fraction
         if fraction != "auto":
             return fraction
-        needed = self.annealing.feedback != "always" or self.evaluation.watched
+        needed = self.annealing.feedback != "nothing" or self.evaluation.watched
         return 0.1 if needed else 0.0
 
     def cohort_size(self, clients: int) -> int:

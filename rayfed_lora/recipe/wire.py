@@ -6,7 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rayfed_lora.recipe.fields import Choosing, NameIn, PositiveFloat, Section, option, short_for
+from rayfed_lora.recipe.fields import (
+    Choosing,
+    NameIn,
+    PositiveFloat,
+    Section,
+    also_plain,
+    option,
+    short_for,
+)
 from rayfed_lora.wire.updates import ATTACKS, CODECS, UPDATES
 from rayfed_lora.wire.upload import Named
 
@@ -27,10 +35,11 @@ class Codec(Choosing):
 
 
 def _codec(description: str) -> Any:
-    def with_name(schema: dict[str, Any]) -> None:
-        schema["anyOf"] = [{"$ref": schema.pop("$ref")}, {"type": "string"}]
-
-    return Field(default_factory=Codec, description=description, json_schema_extra=with_name)
+    return Field(
+        default_factory=Codec,
+        description=description,
+        json_schema_extra=lambda schema: also_plain(schema, "string"),
+    )
 
 
 class Wire(Section):

@@ -69,17 +69,20 @@ def rehearse(
 
 
 def batch_sizes(counts: npt.NDArray[np.int64], settings: Clients) -> tuple[int, int]:
-    """Return the sizes of the smallest and the largest training batch of any client.
+    """Return the sizes of the smallest and the largest micro-batch of any client in training.
 
     >>> batch_sizes(np.array([5, 8, 0]), Clients(local_epochs=1, batch_size=4))
     (1, 4)
     >>> batch_sizes(np.array([5, 8, 0]), Clients(local_steps=1, batch_size=4))
     (4, 4)
+    >>> batch_sizes(np.array([5, 8, 0]), Clients(local_steps=1, batch_size=4, accumulate=2))
+    (1, 4)
     """
     held = counts[counts > 0]
     sizes = np.minimum(held, settings.batch_size)
-    smallest = sizes if settings.local_epochs is None else (held - 1) % sizes + 1
-    return int(smallest.min()), int(sizes.max())
+    stepped = np.minimum(held, settings.step_examples)
+    smallest = (stepped if settings.local_epochs is None else held) - 1
+    return int((smallest % sizes + 1).min()), int(sizes.max())
 
 
 def _batches(examples: Examples, rows: int) -> list[dict[str, torch.Tensor]]:

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import rayfed_lora
+from rayfed_lora.data.memory import read_memory
 from rayfed_lora.plugins import objective, rule, sampler
 from tests.fakes import RECIPE, FakeFactory
 
@@ -120,3 +122,24 @@ def test_a_search_draws_the_option_of_an_own_method(module, tmp_path):
         )
         assert alone.summary["final"]["eval_loss"] == row["eval_loss"]
     assert result.trials["eval_loss"].nunique() == 2
+
+
+class Reading(FakeFactory):
+    """A factory whose workload needs the rows that the driver was handed."""
+
+    def workload(self, recipe):
+        found = read_memory(recipe.data.source, ("label",))
+        assert found.train["label"].to_pylist() == [0, 1, 2]
+        return super().workload(recipe)
+
+
+def test_rows_in_memory_reach_the_workers(tmp_path):
+    frame = pd.DataFrame({"text": ["a", "b", "c"], "label": [0, 1, 2]})
+    recipe = rayfed_lora.Recipe.load(RECIPE).with_(ON_RAY)
+    run = rayfed_lora.run(recipe, str(tmp_path / "run"), data=frame, factory=Reading())
+    assert len(run.rounds) == 6
+    methods = {"a": {}, "b": {"method": "fedlora"}}
+    compared = rayfed_lora.compare(
+        recipe, methods, str(tmp_path / "compared"), data=frame, factory=Reading()
+    )
+    assert compared.runs["error"].isna().all()
