@@ -65,17 +65,29 @@ def show_plan(console: PlainConsole, recipe: Recipe, plan: Plan) -> None:
     if ALLOCATIONS[recipe.annealing.allocates.name].needs_spectra:
         name = recipe.annealing.allocates.name
         console.print_line(f"{name} allocation: ranks are the mean, bytes an upper bound")
-    stopping = recipe.evaluation.early_stopping
-    if stopping is not None:
-        console.print_line(
-            f"at most so many rounds: the run ends after {stopping.patience} tests without a better"
-            f" {stopping.metric} on the validation split"
-        )
+    _print_selection(console, recipe, plan.outline.validation_examples)
     console.print(bill(plan.totals.communication()))
     for need in plan.needs:
         console.print_line(need)
     for note in plan.notes:
         console.warn(note)
+
+
+def _print_selection(console: PlainConsole, recipe: Recipe, validated: int) -> None:
+    """Print the validation split, where there is one, and what is chosen by it."""
+    settings, stopping = recipe.evaluation, recipe.evaluation.early_stopping
+    if validated > 0:
+        console.print_line(
+            f"validation split of {validated} training examples, kept on the server"
+            f" (data.validation_fraction {recipe.validation_fraction:g})"
+        )
+    if stopping is not None:
+        console.print_line(
+            f"early stopping: after {stopping.patience} tests (one in {settings.every} rounds) with"
+            f" no better validation {stopping.metric}, so the rounds and bytes here are the most"
+        )
+    if settings.keep_best is not None:
+        console.print_line(f"exported: the model of the best validation {settings.keep_best}")
 
 
 def _print_schedule(

@@ -139,12 +139,16 @@ class Tester:
             draw=float(generator(self._recipe.seed, Purpose.ACCEPTANCE, t).random()),
         )
 
-    def selection(self, run: Run, new: Run, validation: Scores | None) -> Selection:
-        """Return the selection after a round; `run` is the run before it, `new` that after it."""
+    def selection(self, run: Run, new: Run, tested: TestResults) -> Selection:
+        """Return the selection after a round; `run` is the run before it, `new` that after it.
+
+        Rounds without a test do not count: annealing may validate these too, but a run ends with a
+        tested round, and the scores of the exported model are known.
+        """
         settings = self._recipe.evaluation
-        if not settings.watched:
+        if not settings.watched or tested.test is None:
             return run.selection
-        return run.selection.after(settings, new.rounds - 1, new.model, validation)
+        return run.selection.after(settings, new.rounds - 1, new.model, tested.validation)
 
     def best_at_heating(self, run: Run, plan: RoundPlan, validation: Scores | None) -> float | None:
         """Return the best validation metric reached at the heating rank so far.

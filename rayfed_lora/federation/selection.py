@@ -34,12 +34,14 @@ class Selection:
         best: best value of the metric of early stopping; None before the first.
         waited: number of tests since then.
         stopped_by: what ends the run: early stopping, or the name of a callback.
+        asked_by: the first callback that asked for the end; the run goes on until it is tested.
     """
 
     kept: Kept | None = None
     best: float | None = None
     waited: int = 0
     stopped_by: str | None = None
+    asked_by: str | None = None
 
     def after(
         self, settings: Evaluation, round_index: int, model: GlobalModel, scores: Scores | None
@@ -71,8 +73,8 @@ class Selection:
 
 
 def _better(metric: str, value: float, before: float | None, by: float = 0.0) -> bool:
-    """Return whether a value is better by more than `by`; a tie is not, nor is no number."""
-    if math.isnan(value):
+    """Return whether a value is better by more than `by`; a tie is not, nor is one not finite."""
+    if not math.isfinite(value):
         return False
     if before is None:
         return True

@@ -107,7 +107,7 @@ class Server:
                     new,
                     validation=tested.validation,
                     best_at_heating=self._tester.best_at_heating(run, plan, tested.validation),
-                    selection=self._tester.selection(run, new, tested.validation),
+                    selection=self._tester.selection(run, new, tested),
                     timing=run.timing.plus(trained - began, now - trained, bill.arrived),
                 )
                 seconds = now - began

@@ -152,6 +152,15 @@ def _selection_conflicts(recipe: Settings) -> Iterator[Conflict]:
                 ("evaluation.metrics", *used),
                 f"expected {metric!r} among them: it is watched, and has to be computed",
             )
+    texts = recipe.model.task == "causal-lm"
+    unknown = ("macro_f1", "auc") if texts else ("perplexity",)
+    for metric in dict.fromkeys(settings.watched):
+        if metric in unknown:
+            yield Conflict(
+                ("model.task", *used),
+                f"a {recipe.model.task} model has no {metric}: expected another metric, such as"
+                " loss",
+            )
 
 
 def _acceptance_conflicts(recipe: Settings) -> Iterator[Conflict]:

@@ -24,6 +24,7 @@ REPORT_FILE = "report.html"
 # Key of summary.json that names the list; summaries of older versions lack the key.
 CHECKSUMS_KEY = "checksums"
 _SECTIONS = ("final", "best", "communication", "timing")
+_OPTIONAL_SECTIONS = ("kept", "early_stopping")
 _ENTRY = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
@@ -97,7 +98,8 @@ def read_summary(folder: RunFolder) -> dict[str, Any] | None:
         summary = json.loads(checked(folder, SUMMARY_FILE, sums or {}))
         if not isinstance(summary, dict):
             raise ValueError(f"expected an object, got {type(summary).__name__}")
-        if wrong := [name for name in _SECTIONS if not isinstance(summary.get(name), dict)]:
+        expected = [*_SECTIONS, *(name for name in _OPTIONAL_SECTIONS if name in summary)]
+        if wrong := [name for name in expected if not isinstance(summary.get(name), dict)]:
             raise ValueError(f"expected {', '.join(wrong)} with their values")
     except (OSError, ValueError, RecursionError) as error:
         raise damaged(folder, SUMMARY_FILE, f"it cannot be read: {error}") from None

@@ -41,6 +41,7 @@ class _Selection(TypedDict):
     best: float | None
     waited: _Count
     stopped_by: str | None
+    asked_by: NotRequired[str | None]
 
 
 class _Facts(TypedDict):
@@ -63,6 +64,8 @@ class _Facts(TypedDict):
 _FACTS: TypeAdapter[_Facts] = TypeAdapter(_Facts)
 # Fields of a `Run` that are JSON values.
 _OF_RUN = ("rank", "validation", "best_at_heating", "timing", "clock_s")
+# The same of its `Selection`.
+_OF_SELECTION = ("best", "waited", "stopped_by", "asked_by")
 
 
 def snapshot(
@@ -78,7 +81,7 @@ def snapshot(
     kept = run.selection.kept
     facts["selection"] = {
         "kept": None if kept is None else (kept.round, kept.value),
-        **{key: getattr(run.selection, key) for key in ("best", "waited", "stopped_by")},
+        **{key: getattr(run.selection, key) for key in _OF_SELECTION},
     }
     return Snapshot(
         rounds=run.rounds,
@@ -144,7 +147,9 @@ def _selection(snapshot: Snapshot, found: _Selection | None) -> Selection:
     kept = None
     if found["kept"] is not None and snapshot.kept is not None:
         kept = Kept(*found["kept"], snapshot.kept)
-    return Selection(kept, found["best"], found["waited"], found["stopped_by"])
+    return Selection(
+        kept, found["best"], found["waited"], found["stopped_by"], found.get("asked_by")
+    )
 
 
 def changed_data(snapshot: Snapshot, population: Population) -> str | None:

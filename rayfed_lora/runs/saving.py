@@ -29,12 +29,16 @@ from rayfed_lora.runs.model_card import (
 )
 from rayfed_lora.runs.restored import run_of, snapshot
 from rayfed_lora.runs.status import StatusBoard
-from rayfed_lora.runs.summary import client_summary, kept_summary, summary
+from rayfed_lora.runs.summary import client_summary, selection_summary, summary
 from rayfed_lora.runs.tables import PARTITION_FILE, Tables
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tasks.engine import Engine, Population
 from rayfed_lora.tasks.messages import Export
 
+_NONE_KEPT = (
+    "evaluation.keep_best: no test on the validation split gave a finite {}; the model of the last"
+    " round is exported"
+)
 # Makes a run's page from its folder and its summary.
 PageWriter = Callable[[RunFolder, Mapping[str, Any]], str]
 
@@ -136,10 +140,9 @@ class Saving:
         tests = tables.last_tests(run.rounds - 1)
         if tests.num_rows > 0:
             result["clients"] = client_summary(tests)
-        if run.selection.kept is not None:
-            result["kept"] = kept_summary(self.recipe, tables.rounds, run.selection.kept)
-        if run.selection.stopped_by is not None:
-            result["stopped_by"] = run.selection.stopped_by
+        result |= selection_summary(self.recipe, tables.rounds, run.selection)
+        if self.recipe.evaluation.keep_best is not None and run.selection.kept is None:
+            board.note(_NONE_KEPT.format(self.recipe.evaluation.keep_best))
         result["labels"] = list(self.population.label_names)
         exported = _described(exported, folder.local or Path(), self.recipe, result)
         for name, content in exported.items():

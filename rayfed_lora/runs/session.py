@@ -106,7 +106,7 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
         _begin(own, recipe, population, board, found)
         for tracker in trackers(recipe, own, name or own.name):
             tracking.trackers.append(tracker)
-        recorder = RunRecorder(tables, board, tracking, population.client_names, keeps=bool(told))
+        recorder = RunRecorder(tables, board, tracking, population.client_names)
         server = Server(recipe, engine, population, recorder, lease.or_lost(should_stop))
         for note in _notes(recipe, population, server, lease):
             board.note(note)
@@ -116,6 +116,8 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
             board.resumed(run.rounds)
             recorder.running = run.rounds
         tracking.resumed(tables.rounds)
+        told.asked_by = run.selection.asked_by
+        recorder.keeps = bool(told)
         with saving.on_stop():
             for after in server.rounds(run):
                 selection = after.selection
@@ -124,6 +126,7 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
                         ends = told.called(recorder.taken(), after.model)
                         selection = replace(selection, stopped_by=ends or selection.stopped_by)
                 finally:
+                    selection = replace(selection, asked_by=told.asked_by)
                     saving.offer(replace(after, selection=selection))
                 yield tables
                 if selection.stopped_by is not None:

@@ -39,6 +39,7 @@ class Outline:
     Attributes:
         label_names: name of class i at index i.
         notes: on data and model, for the user, one line each.
+        validation_examples: training examples that the server keeps; 0 without such a split.
     """
 
     shape: ModelShape
@@ -46,6 +47,7 @@ class Outline:
     test_examples: int
     label_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    validation_examples: int = 0
 
 
 def outline(recipe: Recipe) -> Outline:
@@ -68,6 +70,7 @@ def outline(recipe: Recipe) -> Outline:
         test_examples=dataset.test.num_rows,
         label_names=dataset.label_names,
         notes=(*dataset.notes, *_notes(recipe, dataset, held_out), *matched.notes, *shape.notes),
+        validation_examples=0 if dataset.validation is None else dataset.validation.num_rows,
     )
 
 

@@ -79,6 +79,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "evaluation__early_stopping": {"metric": "accuracy", "patience": 5},
         "annealing__cooling__residual": "fold",
     },
+    "the best one kept, own B": {
+        "aggregation__rule": "share-a",
+        "annealing__mode": "fixed",
+        "evaluation__keep_best": "loss",
+    },
     "momentum": {"aggregation__server_optimizer": {"name": "momentum", "lr": 0.5}},
     "head only": {"method": "head-only"},
     "a rank that rises": {
@@ -147,6 +152,8 @@ def assert_same_run(location: Path, expected: Path) -> None:
     got, wanted = (json.loads(RunFolder(p).read("summary.json")) for p in (location, expected))
     for key in ("adapter_sha256", "communication", "final", "best", "rounds", "failed_clients"):
         assert got[key] == wanted[key]
+    for key in ("kept", "stopped_by", "early_stopping"):
+        assert got.get(key) == wanted.get(key)
     assert RunFolder(location).read("adapter/fake.json") == RunFolder(expected).read(
         "adapter/fake.json"
     )
