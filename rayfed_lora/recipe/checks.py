@@ -9,10 +9,11 @@ from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.locations import each, holds_secret, repeated_option
 from rayfed_lora.objectives.objectives import OBJECTIVES
 from rayfed_lora.plugins.registry import KEYS, TABLES
-from rayfed_lora.plugins.tables import ALLOCATIONS, METRICS
+from rayfed_lora.plugins.tables import ALLOCATIONS
 from rayfed_lora.recipe.annealing import Annealing
 from rayfed_lora.recipe.chosen import chosen_methods
 from rayfed_lora.recipe.clients import Spread
+from rayfed_lora.recipe.feedback_checks import feedback_conflicts
 from rayfed_lora.recipe.runtime import Runtime
 from rayfed_lora.recipe.settings import Settings
 from rayfed_lora.recipe.wire_checks import wire_conflicts
@@ -43,14 +44,12 @@ def conflicts(recipe: Settings) -> list[Conflict]:
         *_ambiguous_methods(recipe),
         *_data_and_model_conflicts(recipe),
         *_stage_conflicts(recipe.annealing),
-        *_acceptance_conflicts(recipe),
-        *_selection_conflicts(recipe),
         *_client_conflicts(recipe),
         *_rule_conflicts(recipe),
         *_objective_conflicts(recipe),
         *_device_conflicts(recipe),
         *_actor_conflicts(recipe.runtime),
-        *(Conflict(*found) for found in wire_conflicts(recipe)),
+        *(Conflict(*found) for found in (*feedback_conflicts(recipe), *wire_conflicts(recipe))),
     ]
 
 
@@ -132,59 +131,6 @@ def _stage_conflicts(annealing: Annealing) -> Iterator[Conflict]:
         yield Conflict(
             ("annealing.cooling.rank", "annealing.heating.rank"),
             f"expected at most heating.rank ({heating.rank}), got {cooling.rank}",
-        )
-
-
-def _selection_conflicts(recipe: Settings) -> Iterator[Conflict]:
-    settings = recipe.evaluation
-    keys = {"early_stopping": settings.early_stopping, "keep_best": settings.keep_best}
-    used = [f"evaluation.{key}" for key, value in keys.items() if value is not None]
-    if used and recipe.data.validation_fraction == 0:
-        yield Conflict(
-            ("data.validation_fraction", *used),
-            f"{' and '.join(used)} look at the validation split: expected a value above 0 (or"
-            " auto), got 0",
-        )
-    built_in = [method.name for method in METRICS.methods() if method.built_in]
-    for metric in dict.fromkeys(settings.watched):
-        if metric not in (*built_in, *settings.metrics):
-            yield Conflict(
-                ("evaluation.metrics", *used),
-                f"expected {metric!r} among them: it is watched, and has to be computed",
-            )
-    texts = recipe.model.task == "causal-lm"
-    unknown = ("macro_f1", "auc") if texts else ("perplexity",)
-    for metric in dict.fromkeys(settings.watched):
-        if metric in unknown:
-            yield Conflict(
-                ("model.task", *used),
-                f"a {recipe.model.task} model has no {metric}: expected another metric, such as"
-                " loss",
-            )
-
-
-def _acceptance_conflicts(recipe: Settings) -> Iterator[Conflict]:
-    annealing, name = recipe.annealing, recipe.annealing.accepts.name
-    if annealing.feedback == "nothing":
-        return
-    if recipe.data.validation_fraction == 0:
-        yield Conflict(
-            ("data.validation_fraction", "annealing.acceptance"),
-            f"annealing.acceptance '{name}' needs a value above 0 (or auto), got 0",
-        )
-    if annealing.feedback == "energies" and annealing.cooling.residual == "fold":
-        yield Conflict(
-            ("annealing.acceptance", "annealing.cooling.residual"),
-            f"'{name}' does not go with residual 'fold': a folded cut does not change the model,"
-            " so every proposal would be accepted; use 'always', or residual 'drop'",
-        )
-    adapter_initiating = annealing.initiating.trainable == "adapter" and annealing.initiating_rounds
-    at_heating_rank = annealing.heating.rounds > 0 or adapter_initiating
-    value_is_sought = name == "target" and annealing.target.value is None
-    if value_is_sought and not at_heating_rank:
-        yield Conflict(
-            ("annealing.target.value", "annealing.heating.rounds"),
-            "acceptance 'target' expects a number here, or heating.rounds above 0 to find it in",
         )
 
 
