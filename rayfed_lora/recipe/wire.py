@@ -28,6 +28,12 @@ class Codec(Choosing):
         "float32", " | ".join(f"{name}: {codec.summary}" for name, codec in CODECS.items())
     )
 
+    error_feedback: bool = option(
+        False,
+        "each client adds to its update what the codec has lost of its earlier ones (wire.up; best"
+        " where all clients take part)",
+    )
+
     @property
     def named(self) -> Named:
         """Name and options, for the parts that know no recipe."""

@@ -20,6 +20,7 @@ from rayfed_lora.federation.sampling import ClientHistory
 from rayfed_lora.federation.selection import Kept, Selection
 from rayfed_lora.objectives.objective import Arrays, Part, trained_shapes
 from rayfed_lora.objectives.objectives import OBJECTIVES
+from rayfed_lora.objectives.remembered import of_objective
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checkpoints
 from rayfed_lora.runs.checkpoints import Snapshot
@@ -231,10 +232,14 @@ def _check_memory(snapshot: Snapshot, recipe: Recipe, clients: int) -> None:
     trained = trained_shapes(snapshot.state, rule.frozen(0) if adapter else None)
     # Zero-sized and frozen tensors are left out, and so is all before the first round.
     parts: list[tuple[str, Part, Arrays]] = [
-        (f"memory of client {client}", "memory", own) for client, own in snapshot.memory.items()
+        (f"memory of client {client}", "memory", own)
+        for client, kept in snapshot.memory.items()
+        if (own := of_objective(kept)) or not kept
     ]
     parts += [("shared arrays", "shared", snapshot.shared)] if snapshot.rounds > 0 else []
-    for client in snapshot.memory:
+    for client, kept in snapshot.memory.items():
+        for name, array in kept.items():
+            _expect(f"memory of client {client}, {name}", array, array.shape, "f")
         if not 0 <= client < clients:
             raise ValueError(f"memory: expected clients 0 to {clients - 1}, got {client}")
     for what, part, arrays in parts:

@@ -74,6 +74,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "annealing__cooling__rank": 3,
     },
     "correct": {"aggregation__rule": "correct"},
+    "error feedback": {
+        "wire": {"up": {"name": "top-k", "share": 0.3, "error_feedback": True}},
+        "clients__per_round": 5,
+    },
     "the best one kept": {
         "evaluation__keep_best": "loss",
         "evaluation__early_stopping": {"metric": "accuracy", "patience": 5},
