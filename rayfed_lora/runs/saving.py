@@ -151,6 +151,7 @@ class Saving:
             with optional_page(folder, board.note):
                 folder.write(REPORT_FILE, page(folder, result).encode())
         result[checksums.CHECKSUMS_KEY] = checksums.SUMS_FILE
+        result[checksums.FORMAT_KEY] = checksums.FORMAT
         content = json.dumps(_finite(result), indent=1, allow_nan=False).encode()
         recipe = folder.read("recipe.yaml")
         contents = {**exported, SUMMARY_FILE: content, "recipe.yaml": recipe}

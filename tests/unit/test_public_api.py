@@ -18,8 +18,9 @@ from rayfed_lora import plugins
 PACKAGE = {
     "Comparison": "runs methods rounds target",
     "Jobs": "address= client=",
-    "Recipe": "*name= *seed= *plugins= *method= *data= *model *adapter= *annealing= *aggregation="
-    " *clients= *network= *wire= *privacy= *evaluation= *runtime= *storage= *tracking=",
+    "Recipe": "*version= *name= *seed= *plugins= *method= *data= *model *adapter= *annealing="
+    " *aggregation= *clients= *network= *wire= *privacy= *evaluation= *runtime= *storage="
+    " *tracking=",
     "Result": "location summary",
     "SearchResult": "location trials best",
     "compare": "recipe methods out seeds= *settings= *target= *address= *watch= *plugins="

@@ -831,3 +831,37 @@ def test_a_rejected_resume_leaves_a_finished_runs_summary(tmp_path):
     with pytest.raises(RunFolderError, match=r"rounds\.parquet"):
         run(make_recipe(), tmp_path, resume=True)
     assert (tmp_path / "summary.json").exists() and (tmp_path / "SHA256SUMS").exists()
+
+
+@pytest.mark.parametrize(("written", "said"), [(None, None), (2, "format 1, got 2: another")])
+def test_an_older_run_folder_is_read_and_a_newer_one_is_refused(written, said, tmp_path):
+    run(make_recipe(), tmp_path)
+    folder = RunFolder(tmp_path)
+    summary = json.loads(folder.read("summary.json"))
+    assert summary.pop("format") == 1
+    if written is not None:
+        summary["format"] = written
+    # As before there were checksums of folders, and versions of recipes.
+    folder.remove("SHA256SUMS")
+    del summary["checksums"]
+    folder.write("summary.json", json.dumps(summary).encode())
+    if said is None:
+        assert read_summary(folder) == summary
+    else:
+        with pytest.raises(RunFolderError, match=said):
+            read_summary(folder)
+
+
+def test_a_recipe_of_before_there_were_versions_is_resumed(tmp_path):
+    recipe = make_recipe()
+    with pytest.raises(Killed):
+        run(recipe, tmp_path, engine=KilledEngine(recipe, 3, 0))
+    folder = RunFolder(tmp_path)
+    old = [
+        line
+        for line in folder.read("recipe.yaml").decode().splitlines()[1:]
+        if not line.startswith(("version:", "plugins:", "privacy:"))
+    ]
+    folder.write("recipe.yaml", "\n".join(old).encode())
+    summary, _ = run(recipe, tmp_path, resume=True)
+    assert summary["rounds"] == 6
