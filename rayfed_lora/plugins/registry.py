@@ -255,17 +255,17 @@ class Table(Mapping[str, T]):
         return self.method(name).value
 
     def __iter__(self) -> Iterator[str]:
-        self._load()
-        return iter(self._methods)
+        return (method.name for method in self.methods())
 
     def __len__(self) -> int:
         self._load()
         return len(self._methods)
 
     def methods(self) -> tuple[Method[T], ...]:
-        """Return all methods, the built-in ones first."""
+        """Return all methods: the built-in ones by module, however imported, then others."""
         self._load()
-        return tuple(sorted(self._methods.values(), key=lambda method: not method.built_in))
+        found = self._methods.values()
+        return tuple(sorted(found, key=lambda m: (not m.built_in, m.module if m.built_in else "")))
 
     def remove(self, name: str) -> None:
         """Forget a method, e.g. one of a test."""

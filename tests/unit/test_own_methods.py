@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -364,3 +365,14 @@ def test_an_installed_package_may_name_its_module_itself(tmp_path, monkeypatch):
         assert origin(RULES.method("largest")).version == "1.2"
     finally:
         sys.modules.pop("fl_of_a_test", None)
+
+
+def test_the_order_of_the_built_in_methods_does_not_depend_on_what_is_imported_first():
+    code = "{}from rayfed_lora.recipe.loading import recipe_schema; print(recipe_schema())"
+    schemas = {
+        subprocess.run(
+            [sys.executable, "-c", code.format(first)], capture_output=True, text=True, check=True
+        ).stdout
+        for first in ("", "import rayfed_lora.aggregation.built_in.zero_pad; ")
+    }
+    assert len(schemas) == 1
