@@ -12,6 +12,9 @@ from rayfed_lora.plugins.registry import TABLES
 from tests.object_store import ENVIRONMENT, bucket, object_store  # noqa: F401 - fixtures
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before torch is imported: two pytest processes on two cores, with two threads each, took half as
+# much time again.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.update(ENVIRONMENT)
