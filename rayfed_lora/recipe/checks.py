@@ -103,6 +103,26 @@ def _data_and_model_conflicts(recipe: Settings) -> Iterator[Conflict]:
             ("model.config.architecture", "model.config", "model.source"),
             "model source 'config' needs a transformers model type such as vit or bert",
         )
+    if model.task != "causal-lm":
+        kind = recipe.data.format.kind
+        if kind in ("instruction", "chat"):
+            yield Conflict(
+                ("data.format.kind", "model.task"),
+                f"expected auto or text with model.task {model.task!r}, got {kind!r}: only a"
+                " causal-lm learns responses",
+            )
+        if recipe.data.packing:
+            yield Conflict(
+                ("data.packing", "model.task"),
+                f"expected false with model.task {model.task!r}, got true: only texts of a"
+                " causal-lm are packed",
+            )
+    if recipe.data.format.kind in ("instruction", "chat") and recipe.data.text_column != "auto":
+        yield Conflict(
+            ("data.text_column", "data.format.kind"),
+            f"expected auto with data.format {recipe.data.format.kind!r}, whose columns are known"
+            f" by their names, got {recipe.data.text_column!r}",
+        )
     if model.task == "causal-lm" and recipe.adapter.train_head:
         yield Conflict(
             ("adapter.train_head", "model.task", "method"),
