@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from rayfed_lora.data.client_table import ClientTable, hold_out
 from rayfed_lora.data.dataset import LANGUAGE_TASK, Dataset, load, number_column
 from rayfed_lora.data.examples import COUNTED, PIXELS, Examples
+from rayfed_lora.data.packing import packed
 from rayfed_lora.data.partition import client_names, deal
 from rayfed_lora.data.traces import read_trace
 from rayfed_lora.data.workload import Workload, with_fingerprint
@@ -63,16 +64,22 @@ def outline(recipe: Recipe) -> Outline:
     texts = tokenised(_match(recipe, local_only=True), recipe)
     matched, dataset = texts.match, texts.match.dataset
     clients, held_out = _partition(recipe, dataset)
-    examples = _some_examples(dataset, matched, recipe)
+    devices = _devices(recipe, dataset, clients)
+    notes = _notes(recipe, dataset, held_out)
+    if recipe.data.packing:
+        train, clients, held_out = _training(matched, recipe, clients, held_out)
+        examples, notes = _longest(train), (*notes, _packing_note(dataset, train))
+    else:
+        examples = _some_examples(dataset, matched, recipe)
     net = rehearse(recipe, matched.config, examples, clients.counts)
     shape = model_shape(net, recipe)
     shape = judged_without_weights(shape, matched.config, examples, recipe)
     return Outline(
         shape=shape,
-        devices=DeviceFacts(clients.counts, *_devices(recipe, dataset, clients)),
+        devices=DeviceFacts(clients.counts, *devices),
         test_examples=dataset.test.num_rows,
         label_names=dataset.label_names,
-        notes=(*dataset.notes, *_notes(recipe, dataset, held_out), *matched.notes, *shape.notes),
+        notes=(*dataset.notes, *notes, *matched.notes, *shape.notes),
         texts=texts.counts,
     )
 
@@ -91,8 +98,11 @@ def prepare(recipe: Recipe) -> Workload:
     device_columns, trace = _devices(recipe, dataset, clients)
     names = _client_names(dataset)
     validated = dataset.test.slice(0, 0) if dataset.validation is None else dataset.validation
-    splits = [_examples(each, matched, recipe) for each in (dataset.train, dataset.test, validated)]
-    train, test, validation = splits
+    notes = _notes(recipe, dataset, held_out)
+    test, validation = (_examples(each, matched, recipe) for each in (dataset.test, validated))
+    train, clients, held_out = _training(matched, recipe, clients, held_out)
+    if recipe.data.packing:
+        notes = (*notes, _packing_note(dataset, train))
     train = _with_false_labels(train, clients, recipe, len(dataset.label_names))
     rehearse(recipe, config, train, clients.counts)
     workload = Workload(
@@ -105,7 +115,7 @@ def prepare(recipe: Recipe) -> Workload:
         held_out=held_out,
         columns=device_columns,
         trace=trace,
-        notes=(*dataset.notes, *_notes(recipe, dataset, held_out), *matched.notes),
+        notes=(*dataset.notes, *notes, *matched.notes),
         client_names=None if names is None else pa.array(names, pa.string()),
         float_pixels=dataset.floats,
         chat_template=texts.template,
@@ -215,6 +225,30 @@ def _examples(table: pa.Table, matched: Match, recipe: Recipe) -> Examples:
     if counted is not None:
         inputs[COUNTED] = padded(counted, least=1)
     return Examples.of(inputs, labels)
+
+
+def _training(
+    matched: Match, recipe: Recipe, clients: ClientTable, held_out: ClientTable | None
+) -> tuple[Examples, ClientTable, ClientTable | None]:
+    """Return the training examples, packed where the recipe says so, and who holds them."""
+    train = _examples(matched.dataset.train, matched, recipe)
+    if not recipe.data.packing:
+        return train, clients, held_out
+    return packed(train, clients, held_out, recipe.data.max_length)
+
+
+def _packing_note(dataset: Dataset, train: Examples) -> str:
+    return (
+        f"data.packing: {dataset.train.num_rows:,} training texts are in {len(train):,} rows, which"
+        " clients.batch_size and the weights of clients count"
+    )
+
+
+def _longest(examples: Examples) -> Examples:
+    """Return a few rows, the longest first."""
+    lengths = examples.inputs["attention_mask"].sum(axis=1)
+    few = examples.rows(np.argsort(-lengths, kind="stable")[:_FEW])
+    return Examples.of(few.inputs, few.labels)
 
 
 def _with_false_labels(
