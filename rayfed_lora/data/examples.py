@@ -17,6 +17,8 @@ LABELS = "labels"
 PIXELS = "pixel_values"
 # Not an input of models: above 0 on the tokens of a text whose prediction counts; default: all.
 COUNTED = "counted"
+# Places of tokens from 0 in each of several texts of a row; the row's other texts are not seen.
+POSITIONS = "position_ids"
 
 
 @dataclass(frozen=True)

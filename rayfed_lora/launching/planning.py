@@ -122,6 +122,7 @@ def plan(
         f"memory: about {_PROCESS_MB + training_mb:.0f} MB an actor"
         f" ({_PROCESS_MB} MB of Python and torch, {training_mb:.0f} MB of model{state}),"
         " without activations",
+        *([] if sizes.texts is None else [sizes.texts.line(recipe.data)]),
         *_privacy(recipe, accountant),
     )
     doubtful = rate_warning(recipe)

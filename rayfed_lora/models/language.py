@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from rayfed_lora.data.examples import COUNTED
+from rayfed_lora.data.examples import COUNTED, POSITIONS
 from rayfed_lora.recipe.memory import LOGIT_BYTES, TESTED_LOGIT_BYTES
 
 _log = logging.getLogger(__name__)
@@ -46,6 +46,19 @@ class TokenLosses(NamedTuple):
     losses: torch.Tensor
     tokens: torch.Tensor
     right: torch.Tensor | None
+
+
+def model_inputs(inputs: Inputs) -> dict[str, Any]:
+    """Return the inputs that a model is given, of those of `targets_of`, or of any other model.
+
+    With positions, a row may have several texts: transformers lets each see itself only where it
+    gets neither a mask nor a cache of keys and values. Padding is a text of its own.
+    """
+    own: dict[str, Any] = {name: values for name, values in inputs.items() if name != COUNTED}
+    if POSITIONS in own:
+        own.pop("attention_mask", None)
+        own["use_cache"] = False
+    return own
 
 
 def targets_of(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +125,7 @@ class LanguageLoss:
 
     def __call__(self, inputs: Inputs, *, scored: bool = False) -> TokenLosses:
         """Return the losses of texts; inputs as in `targets_of`."""
-        own: dict[str, Any] = {name: values for name, values in inputs.items() if name != COUNTED}
+        own = model_inputs(inputs)
         texts, length = inputs["input_ids"].shape
         most = LOGIT_BYTES["cpu" if inputs["input_ids"].device.type == "cpu" else "cuda"]
         row_bytes = 4 * self._vocabulary()
@@ -126,7 +139,7 @@ class LanguageLoss:
         # No keys and values for generating. Small batches (above) keep the model's default, with
         # which some models (GPT-2) round otherwise.
         config: Any = self._net.config
-        own |= {"use_cache": False} if hasattr(config, "use_cache") else {}
+        own = {**own, **({"use_cache": False} if hasattr(config, "use_cache") else {})}
         hidden = way.hidden(own)[:, :-1]
         # Tokens that do not count, such as prompts and padding, get no logits.
         place = counted.flatten().nonzero().squeeze(1)
@@ -288,8 +301,9 @@ def _agrees(net: Any, way: _Stub | _Head, probe: Inputs) -> bool:
     try:
         net.eval()
         with torch.no_grad():
-            expected = net(**probe).logits
-            hidden = way.hidden(probe)
+            own = model_inputs(probe)
+            expected = net(**own).logits
+            hidden = way.hidden(own)
             found = torch.cat([way.logits(part) for part in torch.split(hidden, 1)])
         close: bool = found.shape == expected.shape and bool(
             (found - expected).abs().max() <= _ROUNDING * expected.abs().max()

@@ -16,6 +16,7 @@ from rayfed_lora.recipe.clients import Spread
 from rayfed_lora.recipe.feedback_checks import feedback_conflicts
 from rayfed_lora.recipe.runtime import Runtime
 from rayfed_lora.recipe.settings import Settings
+from rayfed_lora.recipe.text_checks import text_conflicts
 from rayfed_lora.recipe.wire_checks import wire_conflicts
 
 # Each round is a row of a table, in memory and in files that are rewritten many times.
@@ -49,8 +50,15 @@ def conflicts(recipe: Settings) -> list[Conflict]:
         *_objective_conflicts(recipe),
         *_device_conflicts(recipe),
         *_actor_conflicts(recipe.runtime),
-        *(Conflict(*found) for found in (*feedback_conflicts(recipe), *wire_conflicts(recipe))),
+        *(Conflict(*found) for found in _apart(recipe)),
     ]
+
+
+def _apart(recipe: Settings) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield the conflicts that have files of their own."""
+    yield from text_conflicts(recipe)
+    yield from feedback_conflicts(recipe)
+    yield from wire_conflicts(recipe)
 
 
 def _ambiguous_methods(recipe: Settings) -> Iterator[Conflict]:

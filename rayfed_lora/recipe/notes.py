@@ -214,6 +214,11 @@ def _idle_by_data(recipe: Recipe) -> Iterator[_Reason]:
         yield "data.test_source", ("data.test_fraction",)
     texts = ("data.text_column", "data.max_length", "model.tokenizer")
     images = ("data.image_column", "data.resize")
+    turns = ("data.template", "data.loss_on")
+    if task != "causal-lm":
+        yield f"model.task {task}", turns
+    elif recipe.data.format.kind == "text":
+        yield "data.format text", turns
     yield f"model.task {task}", texts if task == "image-classification" else images
 
 

@@ -15,11 +15,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from rayfed_lora.data.dataset import LANGUAGE_TASK
+from rayfed_lora.data.columns import LANGUAGE_TASK
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import base_models
 from rayfed_lora.models.causes import tried
+from rayfed_lora.models.language import model_inputs
 from rayfed_lora.models.shapes import no_padding_warning
 from rayfed_lora.models.wording import one_line, where
 from rayfed_lora.recipe.clients import Clients
@@ -110,7 +111,7 @@ def _compute(
     name, first = type(net).__name__, next(iter(inputs.values()))
     try:
         with torch.no_grad(), base_models.quiet(), no_padding_warning(net):
-            logits = net.train(training)(**inputs).logits
+            logits = net.train(training)(**model_inputs(inputs)).logits
     except Exception as error:  # of many types
         if isinstance(error, NotImplementedError) or _READS_VALUES.search(str(error)):
             return

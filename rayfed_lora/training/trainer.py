@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from rayfed_lora.data.dataset import LANGUAGE_TASK
+from rayfed_lora.data.columns import LANGUAGE_TASK
 from rayfed_lora.data.examples import PIXELS
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import BlockMemoryError, RunError
