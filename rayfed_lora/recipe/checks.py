@@ -12,6 +12,7 @@ from rayfed_lora.plugins.registry import KEYS, TABLES
 from rayfed_lora.recipe.annealing import Annealing
 from rayfed_lora.recipe.chosen import chosen_methods
 from rayfed_lora.recipe.clients import Spread
+from rayfed_lora.recipe.data_checks import data_conflicts
 from rayfed_lora.recipe.runtime import Runtime
 from rayfed_lora.recipe.settings import Settings
 from rayfed_lora.recipe.wire_checks import wire_conflicts
@@ -40,7 +41,7 @@ def conflicts(recipe: Settings) -> list[Conflict]:
     return [
         *_location_conflicts(recipe),
         *_ambiguous_methods(recipe),
-        *_data_and_model_conflicts(recipe),
+        *(Conflict(*found) for found in data_conflicts(recipe)),
         *_stage_conflicts(recipe.annealing),
         *_acceptance_conflicts(recipe),
         *_client_conflicts(recipe),
@@ -89,46 +90,6 @@ def _location_conflicts(recipe: Settings) -> Iterator[Conflict]:
                 "expected a URI without credentials; they come from the environment, ~/.aws or the"
                 " machine's role",
             )
-
-
-def _data_and_model_conflicts(recipe: Settings) -> Iterator[Conflict]:
-    partition, model = recipe.data.partition, recipe.model
-    if partition.kind == "column" and partition.column is None:
-        yield Conflict(
-            ("data.partition.column", "data.partition.kind"),
-            "partition kind 'column' needs the name of a data column, got null",
-        )
-    if model.source == "config" and not isinstance(model.config.get("architecture"), str):
-        yield Conflict(
-            ("model.config.architecture", "model.config", "model.source"),
-            "model source 'config' needs a transformers model type such as vit or bert",
-        )
-    if model.task != "causal-lm":
-        kind = recipe.data.format.kind
-        if kind in ("instruction", "chat"):
-            yield Conflict(
-                ("data.format.kind", "model.task"),
-                f"expected auto or text with model.task {model.task!r}, got {kind!r}: only a"
-                " causal-lm learns responses",
-            )
-        if recipe.data.packing:
-            yield Conflict(
-                ("data.packing", "model.task"),
-                f"expected false with model.task {model.task!r}, got true: only texts of a"
-                " causal-lm are packed",
-            )
-    if recipe.data.format.kind in ("instruction", "chat") and recipe.data.text_column != "auto":
-        yield Conflict(
-            ("data.text_column", "data.format.kind"),
-            f"expected auto with data.format {recipe.data.format.kind!r}, whose columns are known"
-            f" by their names, got {recipe.data.text_column!r}",
-        )
-    if model.task == "causal-lm" and recipe.adapter.train_head:
-        yield Conflict(
-            ("adapter.train_head", "model.task", "method"),
-            "expected false with model.task 'causal-lm', whose output layer is its vocabulary and"
-            " stays frozen, got true",
-        )
 
 
 def _stage_conflicts(annealing: Annealing) -> Iterator[Conflict]:
