@@ -72,6 +72,8 @@ def _location_conflicts(recipe: Settings) -> Iterator[Conflict]:
     named = {
         "data.source": recipe.data.source,
         "data.test_source": recipe.data.test_source,
+        # A template's own text has braces.
+        "data.template": None if "{" in recipe.data.template else recipe.data.template,
         "model.source": recipe.model.source,
         "model.tokenizer": recipe.model.tokenizer,
         "clients.availability.trace": recipe.clients.availability.trace,
