@@ -12,12 +12,13 @@ import pyarrow as pa
 
 from rayfed_lora import seeds
 from rayfed_lora.data import builtin, classes, columns, images, naming, sources, turns
-from rayfed_lora.data.columns import IMAGE_TASK, LANGUAGE_TASK
+from rayfed_lora.data.columns import IMAGE_TASK
 from rayfed_lora.data.place import Place
 from rayfed_lora.data.raw_tables import RawData
 from rayfed_lora.errors import DataError
 from rayfed_lora.recipe.data import Data
 
+LANGUAGE_TASK = columns.LANGUAGE_TASK
 _PLAIN = turns.Format("text", {})
 # The only class of texts without labels.
 _UNLABELLED = classes.Classes(("text",), ("text",))

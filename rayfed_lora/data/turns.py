@@ -212,6 +212,10 @@ def _chat(value: Any, place: Place, row: int) -> list[dict[str, str]]:
             value = json.loads(value)
         except ValueError as error:
             raise DataError(f"{where}: need a list of messages, got a text: {error}") from error
+    if isinstance(value, dict) and all(isinstance(part, list) for part in value.values()):
+        # As `datasets` keeps a sequence of mappings: a list for each key.
+        parts = zip(*value.values(), strict=False)
+        value = [dict(zip(value, part, strict=True)) for part in parts]
     if not isinstance(value, list):
         raise DataError(f"{where}: need a list of messages, got {_shown(value)}")
     return [_message(each, f"{where}, message {i}") for i, each in enumerate(value, 1)]

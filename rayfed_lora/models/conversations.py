@@ -14,6 +14,7 @@ from rayfed_lora.data.raw_tables import opened
 from rayfed_lora.errors import DataError, ModelError, did_you_mean
 from rayfed_lora.models.base_models import quiet
 from rayfed_lora.models.templates import ALPACA, BUILT_IN, ChatTemplate, Rendered, Turns
+from rayfed_lora.models.wording import one_line
 from rayfed_lora.recipe.data import Data
 from rayfed_lora.recipe.faults import closest
 
@@ -57,7 +58,14 @@ def chat_template(data: Data, tokenizer: Any) -> tuple[ChatTemplate, tuple[str, 
     if tokenizer.chat_template is None:
         note = "the tokenizer has no chat template: data.template alpaca is used"
         return ChatTemplate(tokenizer, ALPACA, own=False), (note,)
-    return ChatTemplate(tokenizer, tokenizer.get_chat_template(), own=True), ()
+    try:
+        text = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise ModelError(
+            f"model.tokenizer: expected one chat template, or one named default: {one_line(error)};"
+            " give its text as data.template"
+        ) from error
+    return ChatTemplate(tokenizer, text, own=True), ()
 
 
 def _text(name: str) -> str:

@@ -13,10 +13,10 @@ from rayfed_lora.plugins.tables import ALLOCATIONS
 from rayfed_lora.recipe.annealing import Annealing
 from rayfed_lora.recipe.chosen import chosen_methods
 from rayfed_lora.recipe.clients import Spread
+from rayfed_lora.recipe.data_checks import data_conflicts
 from rayfed_lora.recipe.feedback_checks import feedback_conflicts
 from rayfed_lora.recipe.runtime import Runtime
 from rayfed_lora.recipe.settings import Settings
-from rayfed_lora.recipe.text_checks import text_conflicts
 from rayfed_lora.recipe.wire_checks import wire_conflicts
 
 # Each round is a row of a table, in memory and in files that are rewritten many times.
@@ -43,7 +43,6 @@ def conflicts(recipe: Settings) -> list[Conflict]:
     return [
         *_location_conflicts(recipe),
         *_ambiguous_methods(recipe),
-        *_data_and_model_conflicts(recipe),
         *_stage_conflicts(recipe.annealing),
         *_client_conflicts(recipe),
         *_rule_conflicts(recipe),
@@ -56,7 +55,7 @@ def conflicts(recipe: Settings) -> list[Conflict]:
 
 def _apart(recipe: Settings) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield the conflicts that have files of their own."""
-    yield from text_conflicts(recipe)
+    yield from data_conflicts(recipe)
     yield from feedback_conflicts(recipe)
     yield from wire_conflicts(recipe)
 
@@ -80,6 +79,8 @@ def _location_conflicts(recipe: Settings) -> Iterator[Conflict]:
     named = {
         "data.source": recipe.data.source,
         "data.test_source": recipe.data.test_source,
+        # A template's own text has braces.
+        "data.template": None if "{" in recipe.data.template else recipe.data.template,
         "model.source": recipe.model.source,
         "model.tokenizer": recipe.model.tokenizer,
         "clients.availability.trace": recipe.clients.availability.trace,
@@ -98,26 +99,6 @@ def _location_conflicts(recipe: Settings) -> Iterator[Conflict]:
                 "expected a URI without credentials; they come from the environment, ~/.aws or the"
                 " machine's role",
             )
-
-
-def _data_and_model_conflicts(recipe: Settings) -> Iterator[Conflict]:
-    partition, model = recipe.data.partition, recipe.model
-    if partition.kind == "column" and partition.column is None:
-        yield Conflict(
-            ("data.partition.column", "data.partition.kind"),
-            "partition kind 'column' needs the name of a data column, got null",
-        )
-    if model.source == "config" and not isinstance(model.config.get("architecture"), str):
-        yield Conflict(
-            ("model.config.architecture", "model.config", "model.source"),
-            "model source 'config' needs a transformers model type such as vit or bert",
-        )
-    if model.task == "causal-lm" and recipe.adapter.train_head:
-        yield Conflict(
-            ("adapter.train_head", "model.task", "method"),
-            "expected false with model.task 'causal-lm', whose output layer is its vocabulary and"
-            " stays frozen, got true",
-        )
 
 
 def _stage_conflicts(annealing: Annealing) -> Iterator[Conflict]:

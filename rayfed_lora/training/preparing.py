@@ -218,10 +218,10 @@ def _examples(table: pa.Table, matched: Match, recipe: Recipe) -> Examples:
         counted = counted_of(table, recipe.data)
     elif language:
         tokens = tokenize_whole(matched.tokenizer, texts, recipe.data.max_length)
-        if tokens["attention_mask"][:, 1:].sum() == 0:
-            raise DataError(f"data.source {recipe.data.source!r}: need texts of two tokens or more")
     else:
         tokens = tokenize(matched.tokenizer, texts, recipe.data.max_length)
+    if language and tokens["attention_mask"][:, 1:].sum() == 0:
+        raise DataError(f"data.source {recipe.data.source!r}: need texts of two tokens or more")
     tokens = pad_with(tokens, None if language else config.get_text_config().pad_token_id)
     check_length(matched.net, config, tokens["input_ids"].shape[1])
     check_tokens(matched.net, matched.tokenizer, tokens, texts)

@@ -113,11 +113,11 @@ def tokenised(match: Match, recipe: Recipe) -> Texts:
     return Texts(matched, counts, None if template.own else template.text)
 
 
-def counted_of(table: pa.Table, data: Data) -> list[npt.NDArray[np.int8]] | None:
+def counted_of(table: pa.Table, data: Data) -> list[npt.NDArray[np.int32]] | None:
     """Return which tokens of each row count; None where all of them do."""
     if COUNTED not in table.column_names or data.loss_on == "all":
         return None
-    return _arrays(table[COUNTED], np.int8)
+    return _arrays(table[COUNTED], np.int32)
 
 
 def ids_of(table: pa.Table) -> list[npt.NDArray[np.int32]]:

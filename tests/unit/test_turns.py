@@ -51,6 +51,16 @@ FORMATS: dict[str, list[dict[str, Any]]] = {
     "pair": [{"input": user(r), "output": r["output"]} for r in ROWS],
     "sharegpt": chat("conversations", "from", "value", "human", "gpt"),
     "openai": chat("messages", "role", "content", "user", "assistant"),
+    # A list for each key, as `datasets` keeps sequences.
+    "transposed": [
+        {
+            "messages": {
+                "role": ["user", "assistant"],
+                "content": [user(r), r["output"]],
+            }
+        }
+        for r in ROWS
+    ],
     # Messages as JSON text, as CSV needs them.
     "written": [
         {"messages": json.dumps(r["messages"])}
@@ -92,7 +102,7 @@ CASES = [
     (name, suffix)
     for name in FORMATS
     for suffix in (".jsonl", ".json", ".parquet", ".csv")
-    if suffix != ".csv" or name not in ("sharegpt", "openai")
+    if suffix != ".csv" or name not in ("sharegpt", "openai", "transposed")
 ]
 
 
