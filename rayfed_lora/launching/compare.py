@@ -79,7 +79,7 @@ def compare(  # noqa: PLR0913 - the user-facing API
     with owned(folder, Ticket.of_this_process(), wait=True, tell=say) as (folder, lease):
         for cell in cells:
             try:
-                if complete(RunFolder(cell.location)) is None:
+                if complete(RunFolder(cell.location), cell.recipe) is None:
                     unfinished.append(cell)
             except RunFolderError as error:
                 fix = f"(here: delete {cell.location} and compare again)"

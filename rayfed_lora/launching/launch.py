@@ -90,7 +90,7 @@ def run(  # noqa: PLR0913 - the user-facing API
     refuse_address(recipe, address)
     folder = RunFolder(location)
     claim(folder, recipe, resume, accept_changed_plugins=accept_changed_plugins)
-    done = complete(folder) if resume else None
+    done = complete(folder, recipe) if resume else None
     if done is not None:
         return Result(location, done)
     check_held([recipe])

@@ -130,6 +130,12 @@ def _client_conflicts(recipe: Settings) -> Iterator[Conflict]:
             ("clients.local_epochs", "clients.local_steps"),
             "expected local_steps or local_epochs, got both",
         )
+    horizon, warmup = clients.lr_schedule.horizon, clients.lr_schedule.warmup_rounds
+    if horizon is not None and horizon <= warmup:
+        yield Conflict(
+            ("clients.lr_schedule.horizon", "clients.lr_schedule.warmup_rounds"),
+            f"expected more than warmup_rounds ({warmup}), got {horizon}",
+        )
     known = partition.kind != "column" and isinstance(clients.per_round, int)
     if known and clients.per_round > partition.clients:
         yield Conflict(

@@ -114,6 +114,12 @@ class LrSchedule(Section):
     )
     final_factor: Annotated[float, Field(gt=0.0, le=1.0)] = option(0.1, "factor in the last round")
     warmup_rounds: Count = option(0, "rounds of linear rise to 1 at the start", "rounds")
+    horizon: Positive | None = option(
+        None,
+        "the round in which the curve is at its end, and stays there; null: the last one. A run"
+        " that is to be lengthened later needs it",
+        "rounds",
+    )
 
 
 class Sampler(Choosing):

@@ -193,7 +193,8 @@ def _idle_by_optimizers(recipe: Recipe) -> Iterator[_Reason]:
         yield f"clients.optimizer.name {local}", ("clients.optimizer.momentum",)
     schedule = recipe.clients.lr_schedule
     if schedule.shape == "constant":
-        yield "clients.lr_schedule.shape constant", ("clients.lr_schedule.final_factor",)
+        keys = _keys("clients.lr_schedule", "final_factor", "horizon")
+        yield "clients.lr_schedule.shape constant", keys
     if schedule.warmup_rounds >= recipe.annealing.total_rounds:
         warmup = f"clients.lr_schedule.warmup_rounds {schedule.warmup_rounds}"
         keys = _keys("clients.lr_schedule", "shape", "final_factor")

@@ -141,6 +141,12 @@ def newest(folder: RunFolder, warn: Callable[[str], None]) -> Snapshot | None:
     return None
 
 
+def last_saved(folder: RunFolder) -> int:
+    """Return the number of rounds at the newest checkpoint, whole or not; 0 without one."""
+    numbers = [name.removeprefix("round-") for name in _names(folder)]
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
+
+
 def remove_later(folder: RunFolder, rounds: int) -> None:
     """Remove the checkpoints of later rounds, which `newest` has passed over.
 

@@ -18,6 +18,9 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.recipe.runtime import Runtime
 from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.runs import checksums, seals
+from rayfed_lora.runs.checkpoints import last_saved
+from rayfed_lora.runs.lengthened import check_past, is_lengthened
+from rayfed_lora.runs.outcome import ending
 from rayfed_lora.runs.ownership import Lease, Ticket, owner_of, take
 from rayfed_lora.runs.provenance import check_origins
 from rayfed_lora.runs.seals import is_rewritten
@@ -58,7 +61,9 @@ def _check_content(
     kept = kept_recipe(folder) if resume else None
     if kept is not None:
         changed = differences(kept, recipe)
-        if changed:
+        if is_lengthened(changed):
+            check_past(where, kept, recipe, last_saved(folder))
+        elif changed:
             raise RunFolderError(
                 f"{where} of another recipe; these keys differ: {', '.join(changed)}"
             )
@@ -141,6 +146,12 @@ def kept_recipe(
 _OF_THE_MODEL = ("name", "method", "seed", "model", "adapter", "data")
 
 
+def lengthened(folder: RunFolder, recipe: Recipe) -> bool:
+    """Return whether a run folder, if it holds a run, has a schedule of another length."""
+    kept = kept_recipe(folder)
+    return kept is not None and is_lengthened(differences(kept, recipe))
+
+
 def differences(a: Recipe, b: Recipe) -> list[str]:
     """Return the keys in which two recipes differ and that affect results, sorted."""
     return sorted(_differences(a.model_dump(exclude=_FREE_KEYS), b.model_dump(exclude=_FREE_KEYS)))
@@ -160,21 +171,30 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
     return [] if a == b else [path]
 
 
-def complete(folder: RunFolder) -> dict[str, Any] | None:
+def complete(folder: RunFolder, recipe: Recipe) -> dict[str, Any] | None:
     """Return the summary of a finished and undamaged run; None where the run has to be resumed.
 
     A finished run with damaged files is not complete: it resumes from its last checkpoint, and
-    writes the summary and the exported model again. Raises RunFolderError where a damaged file
-    cannot be written again.
+    writes the summary and the exported model again. Nor is one whose schedule has another length
+    now. Raises RunFolderError where a damaged file cannot be written again.
     """
-    return inspected(folder)[0]
+    return inspected(folder, recipe)[0]
 
 
-def inspected(folder: RunFolder) -> tuple[dict[str, Any] | None, list[str]]:
+def inspected(folder: RunFolder, recipe: Recipe) -> tuple[dict[str, Any] | None, list[str]]:
     """Return what `complete` returns, raising as it does, and the files to be written again."""
     faults = checksums.faults(folder)
     if not faults:
-        return checksums.read_summary(folder), []
+        summary = checksums.read_summary(folder)
+        if summary is None or not lengthened(folder, recipe):
+            return summary, []
+        if (by := ending(summary)) is not None:
+            raise RunFolderError(
+                f"run folder {folder.location}: it was ended by {by}, and a longer schedule does"
+                " not change that; to go on, start another run from its adapter, --set"
+                f" model.adapter={shlex.quote(child(folder.location, 'adapter'))}"
+            )
+        return None, []
     for name, text in faults.items():
         if not is_rewritten(folder, name):
             raise RunFolderError(text)

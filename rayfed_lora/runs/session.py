@@ -19,7 +19,7 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checksums, seals
 from rayfed_lora.runs.callbacks import Callback, Callbacks
 from rayfed_lora.runs.checkpoints import Snapshot
-from rayfed_lora.runs.claiming import inspected
+from rayfed_lora.runs.claiming import inspected, lengthened
 from rayfed_lora.runs.ownership import Lease, Ticket, owned
 from rayfed_lora.runs.provenance import record_origins
 from rayfed_lora.runs.recording import RunRecorder
@@ -86,7 +86,7 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
         stack.enter_context(closing(engine))
         stack.enter_context(tracking.told_of_the_end())
         # Another process may have finished it while its lease was watched.
-        done, damaged = inspected(own) if resume else (None, [])
+        done, damaged = inspected(own, recipe) if resume else (None, [])
         if done is not None:
             return done
         if resume:
@@ -164,9 +164,10 @@ def _begin(
 
     Called once data and checkpoint are accepted: a rejected run leaves its folder as it was.
     """
-    if not folder.exists("recipe.yaml"):
-        folder.write("recipe.yaml", seals.sealed_text(recipe_yaml(recipe)))
+    # Before a recipe of another length: the summary is of the one that is there.
     checksums.withdraw(folder)
+    if not folder.exists("recipe.yaml") or lengthened(folder, recipe):
+        folder.write("recipe.yaml", seals.sealed_text(recipe_yaml(recipe)))
     record_origins(folder, recipe, 0 if snapshot is None else snapshot.rounds)
     # After it: a folder without a recipe is nobody's run.
     if population.label_counts is None:
