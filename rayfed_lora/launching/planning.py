@@ -13,10 +13,11 @@ from rayfed_lora.federation.cohorts import Cohort, Cohorts, new_ledger
 from rayfed_lora.federation.learning_rate import learning_rate, rate_warning
 from rayfed_lora.federation.ledger import Bill, Totals
 from rayfed_lora.federation.privacy import Accountant, check_privacy
-from rayfed_lora.federation.sampling import block_size
+from rayfed_lora.federation.sampling import BlockSize, block_size
 from rayfed_lora.federation.traffic import trained_values
 from rayfed_lora.federation.transitions import planned
 from rayfed_lora.launching.in_memory import data_settings
+from rayfed_lora.launching.memory_plan import ActorMemory, actor_memory
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.notes import unused
 from rayfed_lora.recipe.recipe import Recipe
@@ -70,6 +71,8 @@ class Plan:
         outline: sizes of data and model.
         needs: what it needs of the cluster, one line each.
         actor_mb: memory of an actor, without activations.
+        memory: of an actor in adapter rounds, on each kind of device that may be used; empty where
+            there are none.
         notes: warnings to the user, e.g. of an implausible learning rate, one line each.
     """
 
@@ -79,6 +82,7 @@ class Plan:
     needs: tuple[str, ...]
     actor_mb: float
     notes: tuple[str, ...] = ()
+    memory: tuple[ActorMemory, ...] = ()
 
 
 def plan(
@@ -127,7 +131,15 @@ def plan(
     )
     doubtful = rate_warning(recipe)
     notes = (*sizes.notes, *unused(recipe), *([] if doubtful is None else [doubtful]))
-    return Plan(tuple(rounds), ledger.totals, sizes, needs, _PROCESS_MB + training_mb, notes)
+    return Plan(
+        tuple(rounds),
+        ledger.totals,
+        sizes,
+        needs,
+        _PROCESS_MB + training_mb,
+        notes,
+        tuple(_memory(recipe, sizes, rounds)),
+    )
 
 
 def _privacy(recipe: Recipe, accountant: Accountant) -> Iterator[str]:
@@ -179,15 +191,30 @@ def _actors(recipe: Recipe, rounds: list[PlannedRound]) -> str:
 
 def _blocks(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> Iterator[str]:
     """Yield how many clients are trained together, on each kind of device that may be used."""
+    found = _block_sizes(recipe, sizes, rounds).values()
+    for reason in dict.fromkeys(size.reason for size in found):
+        yield f"trained together: {reason}"
+
+
+def _block_sizes(
+    recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]
+) -> dict[Device, BlockSize]:
+    """Return the block of each kind of device that may be used; none without adapter rounds."""
     cohorts = [planned.clients for planned in rounds if planned.trainable == "adapter"]
     # Poisson sampling may draw no client.
     cohort = next((clients for clients in cohorts if clients > 0), None)
     if cohort is None:
-        return
+        return {}
     runtime = recipe.runtime
     devices: list[Device] = ["cpu"] if runtime.device != "cuda" else []
     if runtime.executor == "ray" and runtime.device != "cpu" and runtime.gpus_per_actor != 0:
         devices.append("cuda")
-    sizes_by_device = [block_size(recipe, sizes.shape, cohort, device) for device in devices]
-    for reason in dict.fromkeys(size.reason for size in sizes_by_device):
-        yield f"trained together: {reason}"
+    return {device: block_size(recipe, sizes.shape, cohort, device) for device in devices}
+
+
+def _memory(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> Iterator[ActorMemory]:
+    """Yield the memory of an actor in the adapter rounds that train most."""
+    adapters = [r.trainable_params for r in rounds if r.trainable == "adapter"]
+    for device, size in _block_sizes(recipe, sizes, rounds).items():
+        most, short = max(adapters), sizes.short
+        yield actor_memory(recipe, sizes.shape, most, size.clients, device, short=short)
