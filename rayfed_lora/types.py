@@ -219,6 +219,8 @@ class ClientReport:
         steps: number of its local steps.
         memory: arrays by name that the client keeps for its objective; the simulation keeps them.
         message: arrays by name that it sends for its objective beside its state.
+        tokens: of its batches, padding left out; 0 but in language models.
+        peak_mb: largest memory of the process that trained it so far, 10^6 bytes; likewise.
     """
 
     client: int
@@ -233,6 +235,8 @@ class ClientReport:
     steps: int = 0
     memory: Mapping[str, FloatArray] | None = None
     message: Mapping[str, FloatArray] | None = None
+    tokens: int = 0
+    peak_mb: float = 0.0
 
     @property
     def usable(self) -> bool:

@@ -112,7 +112,7 @@ def probe(recipe: Recipe, gpus: float, factory: Factory) -> Finding:
         return failed_probe(recipe.name, gpus, str(error).strip().splitlines()[-1])
     if device == "cpu":
         return Finding("skipped", _subject(recipe.name), "the worker of the share has no GPU")
-    return measured_probe(recipe.name, gpus, peak_mb(), total_mb())
+    return measured_probe(recipe.name, gpus, peak_mb("cuda:0"), total_mb())
 
 
 def _subject(recipe: str) -> str:

@@ -31,6 +31,7 @@ class Round:
         tested: scores of the new global model.
         seconds: wall time, tests included.
         epsilon: after the round; None without privacy.
+        training_s: wall time of training and aggregation alone.
     """
 
     plan: RoundPlan
@@ -44,6 +45,7 @@ class Round:
     tested: TestResults
     seconds: float
     epsilon: float | None = None
+    training_s: float = 0.0
 
     @property
     def reports(self) -> Sequence[ClientReport]:
@@ -68,6 +70,16 @@ class Round:
         """Number of values that a client trains."""
         state = self.start.model.state
         return factor_params(state, self.local.frozen) + dense_params(state)
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens that the clients have trained on; None but in language models."""
+        return sum(report.tokens for report in self.reports) or None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """The same in a second of training and aggregation."""
+        return None if self.tokens is None else self.tokens / max(self.training_s, 1e-9)
 
 
 def column(of: Callable[[Round], Any], **default: Any) -> Any:
@@ -106,6 +118,10 @@ class RoundRecord:
         simulated_s: length of the round by the simulated clock, waiting for clients included; None
             where no time is simulated.
         epsilon: of client-level privacy up to this round; None without privacy.
+        tokens: that the clients have trained on, padding left out; None but in language models.
+        tokens_per_s: the same in a second of training and aggregation.
+        peak_memory_mb: largest memory so far of a process that trained a client of the round (of a
+            GPU: what torch has reserved), 10^6 bytes; None but in language models.
     """
 
     round: Count = column(lambda r: r.plan.round)
@@ -139,6 +155,11 @@ class RoundRecord:
     retried_blocks: Count = column(lambda r: r.updates.reruns, default=0)
     simulated_s: float | None = column(lambda r: r.cohort.lasted_s, default=None)
     epsilon: float | None = column(lambda r: r.epsilon, default=None)
+    tokens: int | None = column(lambda r: r.tokens, default=None)
+    tokens_per_s: float | None = column(lambda r: r.tokens_per_s, default=None)
+    peak_memory_mb: float | None = column(
+        lambda r: max((c.peak_mb for c in r.reports), default=0.0) or None, default=None
+    )
 
     @classmethod
     def of(cls, finished: Round) -> RoundRecord:

@@ -114,6 +114,7 @@ class Server:
                 done = Round(
                     *(plan, local, start, cohort, updates, step, bill, error, tested, seconds),
                     epsilon=self._accountant.epsilon(t + 1),
+                    training_s=trained - began,
                 )
                 self._recorder.round_done(done)
                 began = now

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import platform
+import resource
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,9 +42,16 @@ def device_of_share(gpus: float) -> str:
     return "cuda:0"
 
 
-def peak_mb() -> float:
-    """Return the peak of the GPU memory reserved by torch in this process, in MB (10^6)."""
-    return torch.cuda.max_memory_reserved() / 1e6
+def peak_mb(device: torch.device | str) -> float:
+    """Return the largest memory of this process so far, in MB (10^6).
+
+    On a GPU what torch has reserved there, else what is resident.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 1e6
+    # In kB, on macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def total_mb() -> float:

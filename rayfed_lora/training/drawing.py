@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from rayfed_lora.data.client_table import IndexArray
 from rayfed_lora.data.examples import PIXELS, Batch
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.recipe.recipe import Recipe
@@ -50,6 +51,8 @@ class Drawing:
             drops: whether the model draws in training.
         """
         self._recipe, self._workload, self._drops = recipe, workload, drops
+        mask = workload.train.inputs.get("attention_mask")
+        self._lengths = None if mask is None else mask.sum(axis=1)
         # Of an image; 0 for what is cut to size batch by batch, or would not lie as a batch alone.
         images = [*workload.train.inputs] == [PIXELS]
         row_bytes = workload.train.inputs[PIXELS][:1].nbytes if images else 0
@@ -74,6 +77,11 @@ class Drawing:
         drawing = group.tasks if self._drops else group.tasks[:1]
         seeds = [torch_seed(seed, Purpose.DROPOUT, plan.round, task.client) for task in drawing]
         return GroupWork(group, seeds)
+
+    def tokens(self, batches: Sequence[IndexArray]) -> int:
+        """Return the number of tokens of some batches of texts, padding left out."""
+        lengths = self._lengths
+        return 0 if lengths is None else sum(int(lengths[rows].sum()) for rows in batches)
 
     def batches(self, work: GroupWork, device: torch.device) -> Iterator[Tensors]:
         """Yield inputs and labels of each batch, on a device; small images are read at once."""

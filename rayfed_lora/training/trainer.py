@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import Lock
 from typing import Any, TypeVar, cast
@@ -45,6 +45,7 @@ from rayfed_lora.tasks.training import BlockUpdate, attributed, chosen_weight, t
 from rayfed_lora.training.device import (
     keep_freed_memory,
     memory_watched,
+    peak_mb,
     return_freed_memory,
     too_many,
 )
@@ -52,6 +53,7 @@ from rayfed_lora.training.drawing import Drawing, GroupWork, tensors
 from rayfed_lora.training.dropout import ClientDropout
 from rayfed_lora.training.finished import Finished, joined
 from rayfed_lora.training.gradients import Gradients
+from rayfed_lora.training.groups import GroupTask
 from rayfed_lora.training.hooks import LocalHooks
 from rayfed_lora.training.optimizing import (
     add_proximal_gradient,
@@ -301,7 +303,17 @@ class LocalTrainer:
             optimizer.step()
         finished.leave(0)
         seconds = (time.perf_counter() - began) / len(starts)
-        return finished.update(work.group.tasks, [*start_of], losses, seconds)
+        update = finished.update(work.group.tasks, [*start_of], losses, seconds)
+        return update if self._language is None else self._measured(update, work.group)
+
+    def _measured(self, update: BlockUpdate, group: GroupTask) -> BlockUpdate:
+        """Return the update of a language model's clients with tokens and memory."""
+        peak, rows = peak_mb(self._device), {task.client: task.batches for task in group.tasks}
+        reports = [
+            replace(report, tokens=self._drawing.tokens(rows[report.client]), peak_mb=peak)
+            for report in update.reports
+        ]
+        return replace(update, reports=tuple(reports))
 
     def _export(self, model: GlobalModel) -> dict[str, bytes]:
         """Return `adapter/...` and, where a user could not get the base elsewhere, `base/...`."""

@@ -27,6 +27,7 @@ from rayfed_lora.models.tokens import tokenize_whole
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
+from rayfed_lora.training.groups import ClientTask
 from rayfed_lora.training.preparing import prepare
 from rayfed_lora.training.trainer import LocalTrainer, built_weights
 from rayfed_lora.types import AdapterState, Factors, LocalPlan
@@ -129,7 +130,7 @@ def test_a_client_trains_as_a_plain_loop_on_transformers_loss_does(texts: Path) 
     for client, update in zip([2, 0], updates, strict=True):
         torch.manual_seed(0)
         # In float64: of the two computations in float32 this was the less exact one.
-        net = LocalTrainer(recipe, workload)._build().double()
+        net = LocalTrainer(recipe, workload)._assembled().double()
         net.requires_grad_(False)
         learned = {}
         for name, f in state.factors.items():
@@ -173,6 +174,27 @@ def test_a_run_records_perplexity_and_its_adapter_has_it_again(texts: Path, tmp_
             final["eval_perplexity"], rel=1e-5
         )
     assert "Perplexity on the test split" in (tmp_path / "run/report.html").read_text()
+
+
+def test_rounds_have_tokens_their_rate_and_the_memory(texts: Path, tmp_path: Path) -> None:
+    """A client's tokens are those of its batches' texts, without padding."""
+    recipe = make_recipe(texts)
+    result = rayfed_lora.run(recipe, str(tmp_path / "run"))
+    workload, lr = prepare(recipe), recipe.clients.optimizer.lr
+    lengths = workload.train.inputs["attention_mask"].sum(axis=1)
+    cohorts = result.clients.groupby("round")["client"].apply(list)
+    for row in result.rounds.itertuples():
+        plan = LocalPlan(row.round, "adapter", lr, 0.0)
+        tasks = [
+            ClientTask.of(
+                client, workload.clients.examples(client), recipe.clients, recipe.seed, plan
+            )
+            for client in cohorts[row.round]
+        ]
+        assert row.tokens == sum(int(lengths[rows].sum()) for t in tasks for rows in t.batches)
+        assert row.tokens_per_s * row.seconds >= row.tokens > 0
+        # At least that of Python and torch.
+        assert row.peak_memory_mb > 100
 
 
 def test_what_needs_labels_or_a_head_is_refused(texts: Path) -> None:
