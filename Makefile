@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+QUICK := "not e2e and not gpu and not speed"
 # Everything off a hub: the demo's model and data come inside packages.
 export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
@@ -24,12 +25,12 @@ $(READY): pyproject.toml constraints.txt requirements-demo.txt
 demo: setup
 	$(BIN)/rayfed-lora run trec-minilm
 
-# In two processes, each with a local Ray where it needs one. Records coverage too, for `make check`.
+# In two processes, each with a local Ray where it needs one.
 test: setup
-	$(BIN)/python -m pytest -n 2 -m "not e2e and not gpu and not speed" --cov --cov-report=
+	$(BIN)/python -m pytest -n 2 -m $(QUICK)
 
 # What CI checks beside the tests; a failure here is a failure there.
-check: lint types imports doctests coverage
+check: lint types imports doctests
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -44,9 +45,10 @@ imports: setup
 doctests: setup
 	$(BIN)/python -m pytest --doctest-modules rayfed_lora -q -p no:cacheprovider
 
-# Branch coverage of everything that needs no Ray; of the last `make test`, or of a run now.
+# The tests once more, with branch coverage of everything that needs no Ray. Tracing makes them take
+# half as long again, so that it is not part of `make check`.
 coverage: setup
-	@if [ ! -f .coverage ]; then $(MAKE) test; fi
+	$(BIN)/python -m pytest -n 2 -m $(QUICK) --cov --cov-report=
 	$(BIN)/coverage report --skip-covered
 
 # Whole commands in fresh processes, killed and resumed, and clusters of machines made on this one:

@@ -49,6 +49,7 @@ def test_an_actor_that_dies_takes_no_run_with_it(tmp_path):
     assert on_ray.runs["adapter_sha256"].tolist() == here.runs["adapter_sha256"].tolist()
 
 
+@pytest.mark.e2e
 def test_a_run_whose_client_raises_is_noted_and_the_next_one_goes_on(tmp_path):
     raising = Behaviour(raising=frozenset({(client, 5) for client in range(6)}))
     first = compare(

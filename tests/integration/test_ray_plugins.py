@@ -79,6 +79,7 @@ def test_methods_of_a_script_give_on_two_actors_what_they_give_here(tmp_path):
     assert found["ray"]["communication"] == found["here"]["communication"]
 
 
+@pytest.mark.e2e
 def test_a_module_that_workers_do_not_find_by_themselves_is_used_in_a_comparison(module, tmp_path):
     methods = {"own": {"method": "fedlora", "aggregation.rule": "smallest"}, "fedlora": {}}
     compared = {}

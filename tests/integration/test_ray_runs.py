@@ -97,6 +97,7 @@ def test_a_client_actor_killed_in_a_block_is_told_and_the_result_is_the_same(
     assert_same_result(summary, tmp_path / "run", tmp_path / "local")
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("place", ["workload", "trainer"])
 def test_a_client_actor_lost_while_it_starts_is_started_again(place, tmp_path):
     expected_summary(tmp_path / "local")
@@ -117,6 +118,7 @@ def test_a_client_actor_that_is_lost_in_each_of_its_starts_ends_the_run(tmp_path
         run(on_ray(runtime__client_actors=1), tmp_path / "run", factory)
 
 
+@pytest.mark.e2e
 def test_an_actor_of_two_trainers_is_lost_with_both_of_its_blocks_and_the_result_is_the_same(
     tmp_path,
 ):
@@ -250,6 +252,7 @@ def test_a_pool_goes_on_with_another_actor_where_one_cannot_come_back():
     assert "another one starts where there is room" in notes[-1]
 
 
+@pytest.mark.e2e
 def test_a_pool_does_not_wait_for_ever_for_an_actor_that_keeps_being_refused():
     import ray
 
@@ -299,6 +302,7 @@ def trained(engine: Any) -> list[int]:
     return [report.client for report in found.reports]
 
 
+@pytest.mark.e2e
 def test_data_that_is_lost_with_its_node_is_prepared_again():
     import ray
     from ray.exceptions import ObjectLostError
@@ -354,6 +358,7 @@ def over(server: Any) -> Status:
     return status
 
 
+@pytest.mark.e2e
 def test_notes_of_a_server_that_was_started_again_are_all_seen():
     import ray
 
@@ -380,6 +385,7 @@ def test_notes_of_a_server_that_was_started_again_are_all_seen():
     assert seen == ["first", "second", "third"]
 
 
+@pytest.mark.e2e
 def test_an_actor_is_renewed_with_its_placement_group_where_its_node_is_gone(monkeypatch):
     import ray
 
@@ -486,6 +492,7 @@ def test_actors_sum_with_one_thread_however_many_cores_they_have():
     assert {pool["num_threads"] for pool in pools if pool["user_api"] == "blas"} == {1}
 
 
+@pytest.mark.e2e
 def test_an_actor_restarted_while_it_was_idle_is_opened_anew(tmp_path):
     import ray
 
@@ -533,6 +540,7 @@ def test_two_runs_of_one_name_share_a_cluster(tmp_path):
     assert summary["rounds"] == 6
 
 
+@pytest.mark.e2e
 def test_half_gpus_are_shared_and_without_a_card_the_device_is_the_cpu(tmp_path):
     import ray
     import torch

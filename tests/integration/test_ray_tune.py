@@ -99,6 +99,7 @@ def test_data_and_base_are_prepared_once_for_all_trials(whole, tmp_path):
     assert log.read_text() == "workload\n"
 
 
+@pytest.mark.e2e
 def test_a_failing_trial_is_recorded_and_the_search_goes_on(whole, tmp_path):
     space = {
         **RANKS,

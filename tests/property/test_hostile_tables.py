@@ -200,7 +200,7 @@ def test_whatever_reads_a_finished_run_rejects_damage_by_the_files_name(
             continue
         if name == "summary.json" and content is None:
             # As a kill between list and summary leaves it.
-            assert complete(folder) is None
+            assert complete(folder, RECIPE) is None
             continue
         for read in reading(name, folder, tmp_path / f"to-{i}"):
             with pytest.raises(RunFolderError, match=f"{name} is damaged"):
@@ -208,10 +208,10 @@ def test_whatever_reads_a_finished_run_rejects_damage_by_the_files_name(
         assert not (tmp_path / f"to-{i}").exists()
         # `run --resume` alone can write some files again.
         if name in REMADE:
-            assert complete(folder) is None
+            assert complete(folder, RECIPE) is None
         else:
             with pytest.raises(RunFolderError, match=f"{name} is damaged"):
-                complete(folder)
+                complete(folder, RECIPE)
 
 
 def test_a_finished_run_says_what_it_wrote_again(tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def as_older_versions_wrote(folder: RunFolder) -> None:
 def test_a_finished_run_of_an_older_version_is_read_as_it_is(tmp_path: Path) -> None:
     folder = unpacked(files_of(None), tmp_path / "run")
     as_older_versions_wrote(folder)
-    assert complete(folder) is not None
+    assert complete(folder, RECIPE) is not None
     assert "clients.parquet" in read_run(folder).notes["text"][0]
     lines = [*export_run(folder.location, tmp_path / "to", merge=False)]
     assert "older version" in lines[0]
