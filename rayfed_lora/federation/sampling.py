@@ -14,6 +14,7 @@ from pydantic import Field
 
 from rayfed_lora.plugins.calls import own_method
 from rayfed_lora.plugins.tables import SAMPLERS
+from rayfed_lora.recipe.clients import Spread
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.tasks.messages import Block
@@ -234,12 +235,15 @@ def blocks(cohort: tuple[int, ...], size: BlockSize) -> list[Block]:
     return [cohort[low:high] for low, high in pairwise(edges)]
 
 
-def block_size(recipe: Recipe, shape: ModelShape, clients: int, device: Device) -> BlockSize:
+def block_size(
+    recipe: Recipe, shape: ModelShape, clients: int, device: Device, batch: int | None = None
+) -> BlockSize:
     """Return how many clients of a cohort of `clients` are trained together, and why.
 
     `runtime.cohort_size` or, with `auto`, as many as give each linear layer enough work in one step
     to outweigh the cost of a call, as far as their activations fit, and no more than leave a few
-    blocks for several actors to share. A full-model round trains one client at a time.
+    blocks for several actors to share. A full-model round trains one client at a time. `batch` is
+    the largest batch size of a client; None: that of all.
     """
     wanted = recipe.runtime.cohort_size
     if shape.obstacle is not None:
@@ -248,7 +252,9 @@ def block_size(recipe: Recipe, shape: ModelShape, clients: int, device: Device) 
         return BlockSize(wanted, False, f"{wanted} clients a block (runtime.cohort_size)")
     if shape.linear_flops == 0:
         return BlockSize(1, True, "one client at a time: the model's work could not be traced")
-    batch, limits = recipe.clients.batch_size, _LIMITS[device]
+    limits, batch = _LIMITS[device], batch or recipe.clients.batch_size
+    if isinstance(batch, Spread):
+        raise ValueError("need the largest batch size: clients have their own")
     work = shape.linear_flops * batch
     by_work = math.ceil(limits.linear_flops / work)
     held = _HELD_PER_LINEAR_OUTPUT * shape.activation_bytes * batch

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rayfed_lora.errors import PluginError
+from rayfed_lora.errors import PluginError, RunError
 from rayfed_lora.lora.stacked import A, B, named
 from rayfed_lora.plugins.tables import OBJECTIVES
 from rayfed_lora.types import AdapterState, FloatArray, Frozen
@@ -39,7 +39,7 @@ class LocalStep:
         received: values at the start of the round.
         memory: of the clients; 0 for those that have none yet.
         shared: of the server.
-        lr: local learning rate.
+        rates: local learning rate of each client.
         step: index of the local step, from 0.
     """
 
@@ -48,8 +48,22 @@ class LocalStep:
     received: Mapping[str, Any]
     memory: Mapping[str, Any]
     shared: Mapping[str, Any]
-    lr: float
+    rates: tuple[float, ...]
     step: int
+
+    @property
+    def lr(self) -> float:
+        """The local learning rate of all clients.
+
+        Raises:
+            RunError: they have their own.
+        """
+        if any(rate != self.rates[0] for rate in self.rates):
+            raise RunError(
+                "local.lr: expected one learning rate, the clients have their own: use local.rates,"
+                " one a client"
+            )
+        return self.rates[0]
 
 
 @dataclass(frozen=True)

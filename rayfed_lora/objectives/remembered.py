@@ -81,7 +81,7 @@ class Remembered:
             memory=read_only(self.memory_of(client, trained)),
             shared=read_only(self.shared),
             steps=report.steps,
-            lr=plan.lr,
+            lr=plan.lr_of(client),
             examples=report.examples,
         )
         found = after(done)

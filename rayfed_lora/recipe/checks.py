@@ -11,9 +11,9 @@ from rayfed_lora.objectives.objectives import OBJECTIVES
 from rayfed_lora.plugins.registry import KEYS, TABLES
 from rayfed_lora.recipe.annealing import Annealing
 from rayfed_lora.recipe.chosen import chosen_methods
-from rayfed_lora.recipe.clients import Spread
 from rayfed_lora.recipe.runtime import Runtime
 from rayfed_lora.recipe.settings import Settings
+from rayfed_lora.recipe.spread_checks import spread_conflicts
 from rayfed_lora.recipe.wire_checks import wire_conflicts
 
 # Each round is a row of a table, in memory and in files that are rewritten many times.
@@ -300,8 +300,7 @@ def _has_several_ranks(annealing: Annealing) -> bool:
 
 def _device_conflicts(recipe: Settings) -> Iterator[Conflict]:
     clients, evaluation, spreads = recipe.clients, recipe.evaluation, recipe.spreads
-    for path, spread in spreads.items():
-        yield from _spread_conflicts(path, spread)
+    yield from (Conflict(*found) for found in spread_conflicts(recipe))
     if clients.deadline_s is not None and recipe.network.latency_s == 0 and not spreads:
         yield Conflict(
             ("clients.deadline_s", "clients.speed", "network"),
@@ -318,23 +317,6 @@ def _device_conflicts(recipe: Settings) -> Iterator[Conflict]:
             "evaluation.clients_every needs examples to test clients on: expected a share above 0,"
             " got 0",
         )
-
-
-def _spread_conflicts(path: str, spread: Spread) -> Iterator[Conflict]:
-    given = [key for key in ("median", "low", "high", "column") if getattr(spread, key) is not None]
-    expected = {"lognormal": ["median"], "uniform": ["low", "high"]}[spread.distribution]
-    if given not in (expected, ["column"]):
-        yield Conflict(
-            (path,),
-            f"distribution '{spread.distribution}' expects {' and '.join(expected)}, or a column"
-            f" instead, got {', '.join(given) or 'none of them'}",
-        )
-    elif spread.low is not None and spread.high is not None and spread.low > spread.high:
-        message = f"expected at most high ({spread.high:g}), got {spread.low:g}"
-        yield Conflict((f"{path}.low", f"{path}.high"), message)
-    elif spread.sigma > 0 and spread.median is None:
-        message = f"expected 0 without a lognormal distribution's median, got {spread.sigma:g}"
-        yield Conflict((f"{path}.sigma", path), message)
 
 
 def _actor_conflicts(runtime: Runtime) -> Iterator[Conflict]:

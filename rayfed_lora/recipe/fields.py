@@ -10,9 +10,11 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     JsonValue,
     ModelWrapValidatorHandler,
+    Tag,
     ValidationError,
     create_model,
     model_validator,
@@ -79,6 +81,20 @@ def option(default: Any, description: str, unit: str | None = None) -> Any:
 def section(kind: type[BaseModel], description: str) -> Any:
     """Return a field that holds a sub-section with that section's defaults."""
     return Field(default_factory=kind, description=description)
+
+
+# How pydantic names the members of `number_or` in the places of faults.
+MEMBERS = ("number", "mapping")
+
+
+def number_or(number: Any, kind: type[BaseModel]) -> Any:
+    """Return the type of a key that is a number or a section; a fault is of the one meant."""
+
+    def member(value: Any) -> str:
+        return MEMBERS[isinstance(value, (Mapping, BaseModel))]
+
+    members = Annotated[number, Tag(MEMBERS[0])] | Annotated[kind, Tag(MEMBERS[1])]
+    return Annotated[members, Discriminator(member)]
 
 
 def short_for(stands_for: Mapping[type, str]) -> Any:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing
 from functools import update_wrapper
 from typing import Any, ParamSpec
 
+from rayfed_lora.data.client_numbers import ClientSettings
 from rayfed_lora.federation.learning_rate import rate_warning
 from rayfed_lora.federation.privacy import check_privacy
 from rayfed_lora.federation.sampling import attackers
@@ -99,13 +100,15 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
         found = accepted(own, recipe, population, board.note) if resume else None
         malicious = attackers(recipe, population.clients) if recipe.clients.attack else None
         modules, own_metrics = list(population.shape.modules), recipe.evaluation.metrics
-        tables = Tables(own, modules, population.client_names, own_metrics, malicious)
+        differing = ClientSettings.of(recipe, population.devices).own
+        names = population.client_names
+        tables = Tables(own, modules, names, own_metrics, malicious, differing)
         if found is not None:
             tables.first(found.rounds)
         _begin(own, recipe, population, board, found)
         for tracker in trackers(recipe, own, name or own.name):
             tracking.trackers.append(tracker)
-        recorder = RunRecorder(tables, board, tracking, population.client_names, keeps=bool(told))
+        recorder = RunRecorder(tables, board, tracking, names, keeps=bool(told))
         server = Server(recipe, engine, population, recorder, lease.or_lost(should_stop))
         for note in _notes(recipe, population, server, lease):
             board.note(note)

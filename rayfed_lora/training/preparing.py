@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rayfed_lora.data.client_numbers import check_settings
 from rayfed_lora.data.client_table import ClientTable, hold_out
 from rayfed_lora.data.dataset import LANGUAGE_TASK, Dataset, load, number_column
 from rayfed_lora.data.examples import PIXELS, Examples
@@ -21,6 +22,7 @@ from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.models.tokenizer import check_length, check_tokens, may_exceed
 from rayfed_lora.models.tokens import known_inputs, pad_with, tokenize, tokenize_whole
 from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.recipe.spread_checks import WHOLE
 from rayfed_lora.training.image_inputs import image_inputs
 from rayfed_lora.training.matching import Match, match
 from rayfed_lora.training.proof import judged_without_weights
@@ -59,12 +61,13 @@ def outline(recipe: Recipe) -> Outline:
     dataset = matched.dataset
     clients, held_out = _partition(recipe, dataset)
     examples = _some_examples(dataset, matched, recipe)
-    net = rehearse(recipe, matched.config, examples, clients.counts)
+    devices = DeviceFacts(clients.counts, *_devices(recipe, dataset, clients))
+    net = rehearse(recipe, matched.config, examples, devices)
     shape = model_shape(net, recipe)
     shape = judged_without_weights(shape, matched.config, examples, recipe)
     return Outline(
         shape=shape,
-        devices=DeviceFacts(clients.counts, *_devices(recipe, dataset, clients)),
+        devices=devices,
         test_examples=dataset.test.num_rows,
         label_names=dataset.label_names,
         notes=(*dataset.notes, *_notes(recipe, dataset, held_out), *matched.notes, *shape.notes),
@@ -87,7 +90,7 @@ def prepare(recipe: Recipe) -> Workload:
     splits = [_examples(each, matched, recipe) for each in (dataset.train, dataset.test, validated)]
     train, test, validation = splits
     train = _with_false_labels(train, clients, recipe, len(dataset.label_names))
-    rehearse(recipe, config, train, clients.counts)
+    rehearse(recipe, config, train, DeviceFacts(clients.counts, device_columns))
     workload = Workload(
         train=train,
         validation=_by_length(validation),
@@ -116,16 +119,21 @@ def _devices(
 ) -> tuple[Mapping[str, npt.NDArray[np.float64]], AvailabilityTrace | None]:
     """Return the device figures of clients by column, and the trace of their availability."""
     figures = {}
+    names = _client_names(dataset)
     for name in recipe.device_columns:
         values = dataset.train[number_column(name)].to_numpy()
         if (clients.counts == 0).any():
             raise DataError(f"column {name!r}: expected an example of each client, some have none")
-        sums = np.add.reduceat(values[clients.order], clients.offsets[:-1])
-        figures[name] = sums / clients.counts
+        ordered, first = values[clients.order], clients.offsets[:-1]
+        figures[name] = np.add.reduceat(ordered, first) / clients.counts
+        for key, spread in recipe.own_settings.items():
+            if spread.column == name:
+                check_settings(key, name, ordered, clients, names, whole=key in WHOLE)
+                figures[name] = ordered[first]
     availability = recipe.clients.availability
     if availability.trace is None:
         return figures, None
-    names, known = _client_names(dataset), dataset.clients or ()
+    known = dataset.clients or ()
     trace = read_trace(availability.trace, clients.clients, availability.period_s, names, known)
     return figures, trace
 

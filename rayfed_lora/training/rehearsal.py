@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from rayfed_lora.data.client_numbers import ClientSettings
 from rayfed_lora.data.dataset import LANGUAGE_TASK
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.errors import ModelError
@@ -22,9 +23,9 @@ from rayfed_lora.models import base_models
 from rayfed_lora.models.causes import tried
 from rayfed_lora.models.shapes import no_padding_warning
 from rayfed_lora.models.wording import one_line, where
-from rayfed_lora.recipe.clients import Clients
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.drawing import tensors
+from rayfed_lora.types import DeviceFacts
 
 # Examples of the largest batch that is computed: more of them change nothing.
 _MOST_EXAMPLES = 8
@@ -34,16 +35,14 @@ _READS_VALUES = re.compile(r"\bmeta\b|data-dependent")
 _ALONE = "Expected more than 1 value per channel"
 
 
-def rehearse(
-    recipe: Recipe, config: Any, examples: Examples, counts: npt.NDArray[np.int64]
-) -> nn.Module:
+def rehearse(recipe: Recipe, config: Any, examples: Examples, devices: DeviceFacts) -> nn.Module:
     """Compute batches as in training and testing, and write the configuration as an export does.
 
     Args:
         recipe: the run.
         config: of the model.
         examples: some of the data, the longest text among them.
-        counts: (clients,) examples of each client.
+        devices: numbers of the clients' examples, and what settings of theirs follow from.
 
     Returns:
         The model, on the meta device.
@@ -51,7 +50,8 @@ def rehearse(
     Raises:
         ModelError: the model cannot compute a batch, or its configuration cannot be written.
     """
-    smallest, largest = batch_sizes(counts, recipe.clients)
+    settings = ClientSettings.of(recipe, devices)
+    smallest, largest = batch_sizes(devices.sizes, settings)
     kinds = {(min(largest, _MOST_EXAMPLES), True), (smallest, True)}
     kinds.add((min(recipe.evaluation.batch_size, _MOST_EXAMPLES), False))
 
@@ -68,17 +68,16 @@ def rehearse(
     return tried(recipe.model, config, attempt)
 
 
-def batch_sizes(counts: npt.NDArray[np.int64], settings: Clients) -> tuple[int, int]:
+def batch_sizes(counts: npt.NDArray[np.int64], settings: ClientSettings) -> tuple[int, int]:
     """Return the sizes of the smallest and the largest training batch of any client.
 
-    >>> batch_sizes(np.array([5, 8, 0]), Clients(local_epochs=1, batch_size=4))
+    >>> batch_sizes(np.array([5, 8, 0]), ClientSettings(0.1, steps=None, batch_size=4))
     (1, 4)
-    >>> batch_sizes(np.array([5, 8, 0]), Clients(local_steps=1, batch_size=4))
+    >>> batch_sizes(np.array([5, 8, 0]), ClientSettings(0.1, steps=1, batch_size=4))
     (4, 4)
     """
-    held = counts[counts > 0]
-    sizes = np.minimum(held, settings.batch_size)
-    smallest = sizes if settings.local_epochs is None else (held - 1) % sizes + 1
+    held, sizes = counts[counts > 0], np.minimum(counts, settings.batch_size)[counts > 0]
+    smallest = sizes if settings.steps is not None else (held - 1) % sizes + 1
     return int(smallest.min()), int(sizes.max())
 
 

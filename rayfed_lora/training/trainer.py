@@ -242,9 +242,10 @@ class LocalTrainer:
         _seed(work.seeds[0], self._device)
         self._model.train(True)
         parameters = self._model.trained
-        optimizer = fresh_optimizer(parameters, settings, plan.lr)
+        clients = [task.client for task in group.tasks]
+        optimizer = fresh_optimizer(parameters, settings, [plan.lr_of(k) for k in clients])
         dropout = ClientDropout(work.seeds, self._device) if self._drops else None
-        hooks = LocalHooks(remembered, self._model, [task.client for task in group.tasks], plan)
+        hooks = LocalHooks(remembered, self._model, clients, plan)
         keep = plan.proximal_weight > 0 or hooks.correcting
         received = [p.detach().clone() for p in parameters] if keep else []
         finished = Finished(self._model, starts)
