@@ -251,6 +251,13 @@ def _objective_conflicts(recipe: Settings) -> Iterator[Conflict]:
         if clients.max_grad_norm is not None:
             message = f"{reads}: expected null (no clipping), got {clients.max_grad_norm:g}"
             yield Conflict(("clients.max_grad_norm", key), message)
+    server = recipe.aggregation.server_optimizer
+    if objective.steps_model and (server.name, server.lr) != ("sgd", 1.0):
+        yield Conflict(
+            ("aggregation.server_optimizer", key),
+            f"{name!r} steps from the mean of the clients' models by itself: expected sgd with lr"
+            f" 1, got {server.name} with lr {server.lr:g}",
+        )
     if objective.one_rank and recipe.annealing.mode != "full":
         yield from _one_rank_conflicts(recipe, name, key)
 

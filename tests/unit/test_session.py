@@ -69,6 +69,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "zero-pad of mixed ranks": {"aggregation__rule": "zero-pad", "clients__ranks": [1, 2, 3]},
     "share-a": {"method": "fedsa-lora"},
     "scaffold": {"method": "scaffold"},
+    "feddyn": {"method": "feddyn"},
     "scaffold of factors": {
         "clients__objective": "scaffold",
         "annealing__cooling__rank": 3,
