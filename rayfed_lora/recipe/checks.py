@@ -184,6 +184,12 @@ def _rule_conflicts(recipe: Settings) -> Iterator[Conflict]:
             ("annealing.heating.rank", "adapter.train_head"),
             "rank 0 leaves nothing to train; expected train_head, train_biases or a higher rank",
         )
+    if rule.alone and annealing.mode != "fixed":
+        yield Conflict(
+            ("annealing.mode", key),
+            f"'{name}' sends nothing, neither ranks nor full models: expected fixed, got"
+            f" {annealing.mode}",
+        )
     if annealing.mode == "full":
         return
     if optimizer != "sgd" and not rule.optimizers:
@@ -279,7 +285,9 @@ def _one_rank_conflicts(recipe: Settings, name: str, key: str) -> Iterator[Confl
     if lowest is not None and lowest < annealing.heating.rank:
         message = f"{keeps}, and needs one rank: expected no limit below {annealing.heating.rank}"
         yield Conflict(("clients.ranks", key), f"{message}, got {lowest}")
-    if rule.frozen(0) != rule.frozen(1):
+    if rule.alone:
+        reason = "trains each client alone"
+    elif rule.frozen(0) != rule.frozen(1):
         reason = "trains A and B in turns"
     elif rule.personal:
         reason = "leaves each client a B of its own, in other coordinates than the others'"

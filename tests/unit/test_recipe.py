@@ -794,7 +794,9 @@ def test_every_shipped_recipe_is_sound_and_found_by_its_name(name):
 
 
 def test_every_method_has_a_preset_with_known_keys_only():
-    rules = "fedlora ffa-lora flora flexlora hetlora fedex-lora rolora fedsa-lora lora-fair"
+    rules = (
+        "fedlora ffa-lora flora flexlora hetlora fedex-lora rolora fedsa-lora lora-fair local-only"
+    )
     others = "sa-fedlora fedavg fedprox scaffold feddyn spd-cfl head-only bitfit"
     assert set(PRESETS) == {*rules.split(), *others.split()}
     for method in PRESETS:

@@ -70,6 +70,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "share-a": {"method": "fedsa-lora"},
     "scaffold": {"method": "scaffold"},
     "feddyn": {"method": "feddyn"},
+    "local-only": {"method": "local-only"},
     "scaffold of factors": {
         "clients__objective": "scaffold",
         "annealing__cooling__rank": 3,
