@@ -93,7 +93,7 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Means:
+class ModelStep:
     """What the server has after a round's aggregation, in read-only float32 arrays.
 
     Attributes:
@@ -229,9 +229,9 @@ def objective(
     * `server(shared, messages, clients)`: from the shared arrays, the messages of this round's
       clients, (n, ...) by name in the order of the cohort, and the number of all clients, to the
       shared arrays of the next round. They begin as zeros.
-    * `model(means)`, in place of `server`: from `Means`, to (model, shared): the trained tensors of
-      the next model, in place of the mean, and the next shared arrays. These stay on the server:
-      clients do not get them, and they are not billed.
+    * `model(step)`, in place of `server`: from a `ModelStep` to (model, shared), the trained
+      tensors of the next model, in place of the mean, and the next shared arrays. These stay on the
+      server: clients do not get them, and they are not billed.
 
     A client's memory is kept in the run's state and in checkpoints: a client that failed, left or
     came too late keeps the old one. What is declared is what has to be returned; messages and

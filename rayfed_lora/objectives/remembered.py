@@ -17,7 +17,7 @@ from rayfed_lora.objectives.checks import checked, read_only
 from rayfed_lora.objectives.objective import (
     Arrays,
     Done,
-    Means,
+    ModelStep,
     Objective,
     Part,
     Shapes,
@@ -125,7 +125,7 @@ class Remembered:
             return mean, self.shared
         begun, now = (trained_tensors(state, plan.frozen) for state in (start, mean))
         begun, now, shared = read_only(begun), read_only(now), read_only(self.shared)
-        found = model(Means(begun, now, shared, arrived, clients, plan.round))
+        found = model(ModelStep(begun, now, shared, arrived, clients, plan.round))
         if not isinstance(found, tuple) or len(found) != 2:
             raise RunError(
                 f"objective {self.name!r} in round {plan.round + 1}: expected model() to return"

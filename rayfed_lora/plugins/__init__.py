@@ -17,6 +17,7 @@ from typing import Any
 _HOMES = {
     "Done": "rayfed_lora.objectives.objective",
     "LocalStep": "rayfed_lora.objectives.objective",
+    "ModelStep": "rayfed_lora.objectives.objective",
     "objective": "rayfed_lora.objectives.objective",
     "rule": "rayfed_lora.aggregation.rule",
     "shape": "rayfed_lora.annealing.schedules",
@@ -37,6 +38,7 @@ __all__ = [
     "Done",
     "FinishedRound",
     "LocalStep",
+    "ModelStep",
     "joined",
     "metric",
     "objective",

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from rayfed_lora.objectives.objective import Arrays, Done, LocalStep, Means, objective
+from rayfed_lora.objectives.objective import Arrays, Done, LocalStep, ModelStep, objective
 
 
 @objective(
@@ -42,14 +42,14 @@ class FedDyn:
             for name, old in done.memory.items()
         }, {}
 
-    def model(self, means: Means) -> tuple[Arrays, Arrays]:
+    def model(self, step: ModelStep) -> tuple[Arrays, Arrays]:
         """Return the next model, mean_k x_k - h / alpha, and h - alpha / m sum_k (x_k - x).
 
         m is the number of all clients; the sum is over those of the round.
         """
-        share = means.arrived / means.clients
+        share = step.arrived / step.clients
         h = {
-            name: old - self.alpha * share * (means.mean[name] - means.start[name])
-            for name, old in means.shared.items()
+            name: old - self.alpha * share * (step.mean[name] - step.start[name])
+            for name, old in step.shared.items()
         }
-        return {name: mean - h[name] / self.alpha for name, mean in means.mean.items()}, h
+        return {name: mean - h[name] / self.alpha for name, mean in step.mean.items()}, h
