@@ -252,9 +252,11 @@ def block_size(
         return BlockSize(wanted, False, f"{wanted} clients a block (runtime.cohort_size)")
     if shape.linear_flops == 0:
         return BlockSize(1, True, "one client at a time: the model's work could not be traced")
-    limits, batch = _LIMITS[device], batch or recipe.clients.batch_size
-    if isinstance(batch, Spread):
-        raise ValueError("need the largest batch size: clients have their own")
+    limits, size_of_all = _LIMITS[device], recipe.clients.batch_size
+    if batch is None:
+        if isinstance(size_of_all, Spread):
+            raise ValueError("need the largest batch size: clients have their own")
+        batch = size_of_all
     work = shape.linear_flops * batch
     by_work = math.ceil(limits.linear_flops / work)
     held = _HELD_PER_LINEAR_OUTPUT * shape.activation_bytes * batch

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, Tag, field_validator
 
 from rayfed_lora.plugins.tables import OBJECTIVES, OPTIMIZERS, SAMPLERS, WEIGHTS
 from rayfed_lora.recipe.fields import (
+    MEMBERS,
+    NUMBER_OR_MAPPING,
     Choosing,
     Count,
     Fraction,
@@ -17,7 +19,6 @@ from rayfed_lora.recipe.fields import (
     Positive,
     PositiveFloat,
     Section,
-    number_or,
     option,
     section,
     short_for,
@@ -70,8 +71,13 @@ class Availability(Section):
 
 OwnNumber = Annotated[Spread | None, short_for({float: "median"})]
 # A number for all clients, or numbers that differ between them.
-Rate = number_or(PositiveFloat, Spread)
-Number = number_or(Positive, Spread)
+Rate = Annotated[
+    Annotated[PositiveFloat, Tag(MEMBERS[0])] | Annotated[Spread, Tag(MEMBERS[1])],
+    NUMBER_OR_MAPPING,
+]
+Number = Annotated[
+    Annotated[Positive, Tag(MEMBERS[0])] | Annotated[Spread, Tag(MEMBERS[1])], NUMBER_OR_MAPPING
+]
 
 
 def own_number(description: str, unit: str) -> Any:

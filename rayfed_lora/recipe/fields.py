@@ -14,7 +14,6 @@ from pydantic import (
     Field,
     JsonValue,
     ModelWrapValidatorHandler,
-    Tag,
     ValidationError,
     create_model,
     model_validator,
@@ -83,18 +82,16 @@ def section(kind: type[BaseModel], description: str) -> Any:
     return Field(default_factory=kind, description=description)
 
 
-# How pydantic names the members of `number_or` in the places of faults.
+# Tags of a number and of a section that may stand in its place, in pydantic's places of faults.
 MEMBERS = ("number", "mapping")
 
 
-def number_or(number: Any, kind: type[BaseModel]) -> Any:
-    """Return the type of a key that is a number or a section; a fault is of the one meant."""
+def _member(value: Any) -> str:
+    return MEMBERS[isinstance(value, (Mapping, BaseModel))]
 
-    def member(value: Any) -> str:
-        return MEMBERS[isinstance(value, (Mapping, BaseModel))]
 
-    members = Annotated[number, Tag(MEMBERS[0])] | Annotated[kind, Tag(MEMBERS[1])]
-    return Annotated[members, Discriminator(member)]
+# Annotation of a union of the two, each with its tag: a fault is of the one that was meant.
+NUMBER_OR_MAPPING = Discriminator(_member)
 
 
 def short_for(stands_for: Mapping[type, str]) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+import numpy as np
 from pydantic import Field
 
 from rayfed_lora.objectives.objective import Arrays, Done, LocalStep, ModelStep, objective
@@ -52,4 +53,6 @@ class FedDyn:
             name: old - self.alpha * share * (step.mean[name] - step.start[name])
             for name, old in step.shared.items()
         }
-        return {name: mean - h[name] / self.alpha for name, mean in step.mean.items()}, h
+        return {
+            name: mean - h[name] / np.float32(self.alpha) for name, mean in step.mean.items()
+        }, h
