@@ -48,9 +48,9 @@ class FedDyn:
 
         m is the number of all clients; the sum is over those of the round.
         """
-        share = step.arrived / step.clients
+        part = np.float32(self.alpha * step.arrived / step.clients)
         h = {
-            name: old - self.alpha * share * (step.mean[name] - step.start[name])
+            name: old - part * (step.mean[name] - step.start[name])
             for name, old in step.shared.items()
         }
         return {
