@@ -54,5 +54,5 @@ class FedDyn:
             for name, old in step.shared.items()
         }
         return {
-            name: mean - h[name] / np.float32(self.alpha) for name, mean in step.mean.items()
+            name: mean - h[name] * np.float32(1.0 / self.alpha) for name, mean in step.mean.items()
         }, h
