@@ -48,11 +48,10 @@ class FedDyn:
 
         m is the number of all clients; the sum is over those of the round.
         """
-        part = np.float32(self.alpha * step.arrived / step.clients)
-        h = {
-            name: old - part * (step.mean[name] - step.start[name])
-            for name, old in step.shared.items()
-        }
-        return {
-            name: mean - h[name] * np.float32(1.0 / self.alpha) for name, mean in step.mean.items()
-        }, h
+        part = self.alpha * step.arrived / step.clients
+        h, model = {}, {}
+        for name, mean in step.mean.items():
+            moved = mean - step.start[name]
+            h[name] = np.asarray(step.shared[name] - part * moved, np.float32)
+            model[name] = np.asarray(mean - h[name] / self.alpha, np.float32)
+        return model, h
