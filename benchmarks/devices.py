@@ -1,11 +1,12 @@
 """What a device of the code gains: one checkout beside another one, in turns, on the same work.
 
-`python devices.py NAME WITH WITHOUT [--ways local,threads,ray] [--workloads W,W3] [--pairs 15]`:
-WITH and WITHOUT are checkouts of this repository. Each gets a process that stays, with its imports
-done and Ray, where it is used, started; the two run the workload in turns, each first in every
-other pair. What is compared are the client updates per second of all rounds, tests included,
-start-up excluded. The gain is the geometric mean of the pairs' ratios WITH / WITHOUT, with its 95 %
-confidence interval (Student's t on the logarithms). Results are added to `results/devices.json`.
+`python devices.py NAME WITH WITHOUT [--ways local,threads,ray] [--workloads W,W3] [--pairs 15]
+[--set KEY=VALUE]`: WITH and WITHOUT are checkouts of this repository; `--set` changes the recipe of
+WITH alone. Each gets a process that stays, with its imports done and Ray, where it is used,
+started; the two run the workload in turns, each first in every other pair. What is compared are the
+client updates per second of all rounds, tests included, start-up excluded. The gain is the
+geometric mean of the pairs' ratios WITH / WITHOUT, with its 95 % confidence interval (Student's t
+on the logarithms). Results are added to `results/devices.json`.
 """
 
 from __future__ import annotations
@@ -76,9 +77,9 @@ class Worker:
             raise RuntimeError("a worker ended; its own error stands above")
         return line
 
-    def run(self, name: str, way: str, rounds: int) -> tuple[float, str]:
+    def run(self, name: str, way: str, rounds: int, own: dict[str, str]) -> tuple[float, str]:
         """Run a workload; return client updates per second, and the adapter's SHA-256."""
-        settings = {"annealing.heating.rounds": rounds, **WAYS[way]}
+        settings = {"annealing.heating.rounds": rounds, **WAYS[way], **own}
         keys = {key.replace(".", "__"): value for key, value in settings.items()}
         print(json.dumps([name, keys]), file=self._process.stdin, flush=True)
         rate, sha256 = json.loads(self._answer())
@@ -91,17 +92,21 @@ class Worker:
 
 
 def compared(
-    checkouts: tuple[Path, Path], name: str, way: str, pairs: int, rounds: int
+    checkouts: tuple[Path, Path], name: str, way: str, pairs: int, rounds: int, own: dict[str, str]
 ) -> dict[str, object]:
-    """Run a workload with both checkouts in turns; return the ratios and their interval."""
+    """Run a workload with both checkouts in turns; return the ratios and their interval.
+
+    `own` are settings of the first one alone.
+    """
     workers = [Worker(checkout, ray=way == "ray") for checkout in checkouts]
     try:
         # What is only done once (compiling, reading files) is not a matter of the device.
-        shas = [worker.run(name, way, rounds)[1] for worker in workers]
+        both = (own, {})
+        shas = [w.run(name, way, rounds, s)[1] for w, s in zip(workers, both, strict=True)]
         ratios = []
         for i in range(pairs):
             order = (0, 1) if i % 2 == 0 else (1, 0)
-            rate = {which: workers[which].run(name, way, rounds)[0] for which in order}
+            rate = {which: workers[which].run(name, way, rounds, both[which])[0] for which in order}
             ratios.append(rate[0] / rate[1])
     finally:
         for worker in workers:
@@ -140,14 +145,16 @@ def main() -> None:
     parser.add_argument("--workloads", default="W,W3")
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--rounds", type=int, help="default: fewer than the workload has")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE, of WITH alone")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "devices.json")
     args = parser.parse_args()
+    own = dict(setting.split("=", 1) for setting in args.set)
     for way in args.ways.split(","):
         for name in args.workloads.split(","):
             rounds = args.rounds or ROUNDS[name]
-            found = compared(tuple(args.checkouts), name, way, args.pairs, rounds)
+            found = compared(tuple(args.checkouts), name, way, args.pairs, rounds, own)
             kept = json.loads(args.results.read_text()) if args.results.exists() else []
-            kept.append({"device": args.name, **found})
+            kept.append({"device": args.name, **found} | ({"settings": own} if own else {}))
             args.results.write_text("".join(["[\n", ",\n".join(map(json.dumps, kept)), "\n]\n"]))
             low, high = found["low"], found["high"]
             print(

@@ -93,7 +93,7 @@ class TracingFactory(workloads.BenchmarkFactory):
             return measured
 
         # Forward and loss; of an evaluation all but loading.
-        trainer._losses = timed(trainer._losses)
+        trainer._gradients.losses = timed(trainer._gradients.losses)
         if not self.times_steps:
             # Once a run in a process, for all its trainers.
             make = getattr(training.fresh_optimizer, "untimed", training.fresh_optimizer)

@@ -117,6 +117,9 @@ class ModelShape:
         obstacle: why a block's clients cannot be computed together, None where they can.
         linear_flops: mean work of one linear layer on one example, forward; 0 where unknown.
         activation_bytes: outputs of all linear layers for one example; 0 where unknown.
+        logit_bytes: part of them that is a language model's logits; 0 for classifiers.
+        checkpointed_bytes: memory of training for one example where layers are computed again in
+            the backward pass; 0 where that is not possible, or unknown.
         notes: for the user, on how recipe and model were matched, one line each.
         tensors: shapes of all parameters of the model, by name, adapters not; empty: not known.
     """
@@ -128,6 +131,8 @@ class ModelShape:
     obstacle: str | None = None
     linear_flops: float = 0.0
     activation_bytes: int = 0
+    logit_bytes: int = 0
+    checkpointed_bytes: int = 0
     notes: tuple[str, ...] = ()
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 

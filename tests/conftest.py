@@ -8,9 +8,13 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from rayfed_lora.plugins.registry import TABLES
 from tests.object_store import ENVIRONMENT, bucket, object_store  # noqa: F401 - fixtures
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before torch is imported: two pytest processes on two cores, with two threads each, took half as
+# much time again.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.update(ENVIRONMENT)
@@ -37,3 +41,13 @@ def ray_session() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def forgotten_methods() -> Iterator[None]:
+    """Forget the methods that a test has registered."""
+    before = {kind: set(table) for kind, table in TABLES.items()}
+    yield
+    for kind, table in TABLES.items():
+        for name in set(table) - before[kind]:
+            table.remove(name)

@@ -116,6 +116,7 @@ class Behaviour:
         dying_always: likewise without a marker, each time.
         stuck: training takes an hour, as long as `marker` is there; it takes it away.
         together: how many clients fit into memory together; None: any number.
+        rows_together: how many rows of a test fit into memory together; None: any number.
         tests: what is predicted: the class, with `probabilities`, or the tokens of `texts`.
     """
 
@@ -127,6 +128,7 @@ class Behaviour:
     dying_always: frozenset[tuple[int, int]] = frozenset()
     stuck: frozenset[tuple[int, int]] = frozenset()
     together: int | None = None
+    rows_together: int | None = None
     tests: Literal["classes", "probabilities", "texts"] = "classes"
 
 
@@ -191,6 +193,9 @@ class FakeTrainer:
 
     def _evaluate(self, split: Split, rows: slice, model: GlobalModel) -> Predictions:
         size = TEST_ROWS if split == "test" else VALIDATION_ROWS
+        most, count = self._behaviour.rows_together, len(np.arange(size)[rows])
+        if most is not None and count > most:
+            raise BlockMemoryError(f"{count} rows do not fit")
         wave = np.sin(energy(model.state, model.base, model.trainable) + np.arange(size)[rows])
         right = (wave < 0).astype(np.int64)
         labels = np.ones(len(wave), np.int64)
@@ -211,6 +216,9 @@ class FakeTrainer:
 
     def _test_clients(self, task: TestClients) -> tuple[ClientScore, ...]:
         starts, model = Starts(task), task.model
+        most = self._behaviour.together
+        if most is not None and len(task.clients) > most:
+            raise BlockMemoryError(f"{len(task.clients)} clients do not fit")
         energies = [energy(starts.of(k), model.base, model.trainable) for k in task.clients]
         return tuple(
             ClientScore(client, client + 1, abs(float(np.sin(e + client))), e)

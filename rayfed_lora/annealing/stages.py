@@ -9,8 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
+
+import numpy as np
 
 from rayfed_lora.annealing import acceptance, schedules
+from rayfed_lora.plugins.calls import own_method
+from rayfed_lora.plugins.tables import ACCEPTANCES
 from rayfed_lora.recipe.annealing import Annealing
 from rayfed_lora.types import Proposal, RoundPlan, Stage
 
@@ -151,52 +156,55 @@ def schedule(annealing: Annealing) -> Iterator[RoundPlan]:
 
 def _decide(annealing: Annealing, t: int, feedback: Feedback) -> tuple[int, Proposal | None]:
     """Return the rank of an adapter round, and the proposal that decided it, if any."""
-    proposed = proposed_rank(annealing, t, feedback.rank)
-    if annealing.acceptance == "target" and feedback.rank is not None:
-        return _hold_target(annealing, t, feedback.rank, feedback)
-    if proposed is None or feedback.rank is None:
-        return scheduled_rank(annealing, t), None
-    if annealing.acceptance == "always":
-        return proposed, Proposal(proposed, "accepted")
-    return _metropolis(annealing, t, proposed, feedback.rank, feedback)
-
-
-def _metropolis(
-    annealing: Annealing, t: int, proposed: int, current: int, feedback: Feedback
-) -> tuple[int, Proposal]:
-    e0, e1, draw = feedback.energy_current, feedback.energy_proposed, feedback.draw
-    if e0 is None or e1 is None or draw is None:
-        raise ValueError(f"metropolis needs both energies and a draw, got {feedback}")
-    tau = temperature(annealing, t)
-    probability = acceptance.metropolis_probability(e0, e1, tau)
-    accepted = draw < probability
-    proposal = Proposal(
-        rank=proposed,
-        verdict="accepted" if accepted else "rejected",
-        energy_current=e0,
-        energy_proposed=e1,
-        temperature=tau,
-        probability=probability,
-        draw=draw,
-    )
-    return (proposed if accepted else current), proposal
-
-
-def _hold_target(
-    annealing: Annealing, t: int, current: int, feedback: Feedback
-) -> tuple[int, Proposal | None]:
-    """Go one step down while the target holds, one up where it does not (cooling, holding)."""
     stage, _ = locate(annealing, t)
-    if stage not in ("cooling", "holding"):
+    current, proposed = feedback.rank, proposed_rank(annealing, t, feedback.rank)
+    watching = annealing.feedback == "metric" and stage in ("cooling", "holding")
+    idle = not watching if annealing.feedback == "metric" else proposed is None
+    if current is None or idle:
         return scheduled_rank(annealing, t), None
-    value = annealing.target.value
-    value = feedback.best_at_heating if value is None else value
-    if feedback.metric is None or value is None:
-        raise ValueError(f"target acceptance needs a metric and its best, got {feedback}")
-    higher = annealing.target.metric == "accuracy"
-    holds = acceptance.target_holds(feedback.metric, value, annealing.target.tolerance, higher)
-    rank = acceptance.step_rank(ladder(annealing), current, down=holds)
-    if rank == current:
-        return current, None
-    verdict: acceptance.Verdict = "accepted" if holds else "reheated"
-    return rank, Proposal(rank, verdict, metric=feedback.metric, target=value)
+    settings, value = annealing.accepts, annealing.target.value
+    offer = acceptance.Offer(
+        round=t,
+        stage=stage,
+        rank=current,
+        proposed=proposed,
+        ladder=ladder(annealing),
+        energy_current=feedback.energy_current,
+        energy_proposed=feedback.energy_proposed,
+        draw=feedback.draw,
+        temperature=temperature(annealing, t),
+        metric=feedback.metric,
+        target=feedback.best_at_heating if value is None else value,
+        tolerance=annealing.target.tolerance,
+        higher_is_better=annealing.target.metric == "accuracy",
+    )
+    name = settings.name if annealing.mode == "staged" else "always"
+    rule = ACCEPTANCES.with_options(name, settings.options)
+    if ACCEPTANCES.method(name).built_in:
+        found = rule.decide(offer)
+    else:
+        with own_method("acceptance", name, t):
+            found = _proposal(rule.decide(offer), offer)
+    if found is None or found.verdict == "rejected":
+        return current, found
+    return found.rank, found
+
+
+def _proposal(rank: Any, offer: acceptance.Offer) -> Proposal | None:
+    """Return the record of what an own rule returned; raise ValueError where that is no rank."""
+    if isinstance(rank, Proposal):
+        rank = offer.rank if rank.verdict == "rejected" else rank.rank
+    low, high = min(offer.ladder), max(offer.ladder)
+    if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)) or not low <= rank <= high:
+        raise ValueError(f"expected a rank from {low} to {high}, got {rank!r}")
+    known = {
+        "energy_current": offer.energy_current,
+        "energy_proposed": offer.energy_proposed,
+        "draw": offer.draw,
+        "metric": offer.metric,
+        "target": offer.target if offer.metric is not None else None,
+    }
+    if rank == offer.rank:
+        lower = offer.proposed
+        return None if lower is None else Proposal(lower, "rejected", **known)
+    return Proposal(int(rank), "accepted" if rank < offer.rank else "reheated", **known)

@@ -55,10 +55,15 @@ def submit(
 
 
 @app.command(epilog=examples("resume digits-vit-20260101-120000-abc123"))
-def resume(job: JobArgument, address: DashboardOption = None, follow: FollowOption = False) -> None:
+def resume(
+    job: JobArgument,
+    address: DashboardOption = None,
+    follow: FollowOption = False,
+    plugins: PluginsOption = None,
+) -> None:
     """Continue the run of a stopped or failed job."""
     jobs = _jobs(address)
-    _submitted(jobs, jobs.resume(job), follow, address)
+    _submitted(jobs, jobs.resume(job, plugins=plugins or ()), follow, address)
 
 
 def _jobs(address: str | None) -> Jobs:

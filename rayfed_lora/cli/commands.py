@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import traceback
 from pathlib import Path
@@ -12,8 +11,8 @@ import typer
 from typer import Argument, Option
 
 from rayfed_lora import __version__
-from rayfed_lora.cli import cluster
-from rayfed_lora.cli.completion import complete_methods, complete_recipes, complete_spaces, paths
+from rayfed_lora.cli import cluster, methods
+from rayfed_lora.cli.completion import complete_methods, complete_spaces, paths
 from rayfed_lora.cli.console import PlainConsole
 from rayfed_lora.cli.next_steps import command, resumable, resume_command, same_command
 from rayfed_lora.cli.options import (
@@ -28,6 +27,7 @@ from rayfed_lora.cli.options import (
 )
 from rayfed_lora.cli.output import safe_output
 from rayfed_lora.errors import BadInputError, RayfedError
+from rayfed_lora.plugins.modules import flags
 from rayfed_lora.printable import echo
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ app = typer.Typer(
     help="Federated LoRA fine-tuning simulated on Ray, with annealed parameter budgets.",
 )
 app.add_typer(cluster.app)
+app.add_typer(methods.app)
 
 
 def _show_version(asked: bool) -> None:
@@ -93,7 +94,7 @@ def run(  # noqa: PLR0913, PLR0917 - options
         console.print_facts(facts | {"at its end": command("report", started.location)})
         return
     with (
-        resumable(lambda: resume_command(location, address)),
+        resumable(lambda: resume_command(location, address, loaded.plugins)),
         watching(console, location) as watch,
     ):
         from rayfed_lora.launching import launch
@@ -227,7 +228,7 @@ def tune(  # noqa: PLR0913, PLR0917 - options
             watch=watch,
             plugins=plugins or (),
         )
-    show_search(console, found, list(load_space(space).drawn))
+    show_search(console, found, list(load_space(space).drawn), plugins or ())
 
 
 def _objectives(text: str) -> dict[str, str]:
@@ -266,7 +267,7 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, plugins: PluginsOption 
 
     show_plan(console, loaded, planning.plan(loaded))
     settings = [word for text in set_ or () for word in ("--set", text)]
-    settings += [word for name in plugins or () for word in ("--plugins", name)]
+    settings += flags(plugins or ())
     console.print_facts({"to run it": command("run", recipe, *settings)})
 
 
@@ -304,54 +305,6 @@ def export(
 
     for line in export_run(folder, to, merge=merge):
         echo(line)
-
-
-@app.command(epilog=examples("recipes", "recipes digits-vit > my.yaml", "recipes --schema"))
-def recipes(
-    name: Annotated[
-        str | None, Argument(help="Print this recipe.", autocompletion=complete_recipes)
-    ] = None,
-    schema: Annotated[bool, Option("--schema", help="Print the JSON Schema.")] = False,
-) -> None:
-    """List the shipped recipes, or print one."""
-    from rayfed_lora.recipe.loading import recipe_schema, shipped_names, shipped_text
-
-    if schema:
-        typer.echo(json.dumps(recipe_schema(), indent=1))
-    elif name is not None:
-        typer.echo(shipped_text(name), nl=False)
-    else:
-        console = PlainConsole()
-        for shipped in shipped_names():
-            first_line = shipped_text(shipped).splitlines()[0]
-            console.print_line(f"{shipped:<20} {first_line.lstrip('# ')}")
-
-
-@app.command(epilog=examples("plugins", "plugins --plugins my_methods"))
-def plugins(plugins: PluginsOption = None) -> None:
-    """List the methods to choose from, by kind, with their options and where they come from."""
-    from rayfed_lora.cli.plugins_display import show_methods
-    from rayfed_lora.plugins.modules import permit
-
-    permit(plugins or ())
-    show_methods(PlainConsole())
-
-
-@app.command("check-plugin", epilog=examples("check-plugin my_methods"))
-def check_plugin(
-    module: Annotated[str, Argument(metavar="MODULE", help="A Python module with own methods.")],
-) -> None:
-    """Check that own methods give the same result however a run is divided, stopped and resumed."""
-    from rayfed_lora.launching.check_plugin import check_plugin as check
-
-    found = check(module)
-    console = PlainConsole()
-    for each in found:
-        console.print_line(f"{each.method.kind} {each.method.name}")
-        for way, outcome in each.outcomes.items():
-            console.print_line(f"  {way}: {outcome}")
-    if not all(each.passed for each in found):
-        raise typer.Exit(1)
 
 
 def _repeated(arguments: list[str]) -> list[str]:

@@ -13,6 +13,7 @@ from rich.text import Text
 from rayfed_lora.cli.console import PlainConsole, fitted
 from rayfed_lora.cli.next_steps import command, same_command
 from rayfed_lora.locations import child
+from rayfed_lora.plugins.modules import flags
 from rayfed_lora.units import duration, megabytes, percent
 
 if TYPE_CHECKING:
@@ -168,10 +169,12 @@ def _trial(trial: str, outcome: str, drawn: Mapping[str, Any]) -> str:
     return f"trial {trial}: {outcome}" + (f" ({values})" if values else "")
 
 
-def show_search(console: PlainConsole, found: SearchResult, drawn: Sequence[str]) -> None:
+def show_search(
+    console: PlainConsole, found: SearchResult, drawn: Sequence[str], plugins: Sequence[str] = ()
+) -> None:
     """Print the best trial by each objective, failed trials, the folder, and the next command.
 
-    `drawn` are the recipe keys that the search has drawn.
+    `drawn` are the recipe keys that the search has drawn, `plugins` modules that it may use.
     """
     from rayfed_lora.pages.curves import short
     from rayfed_lora.pages.page import shown
@@ -194,5 +197,5 @@ def show_search(console: PlainConsole, found: SearchResult, drawn: Sequence[str]
     for row in trials[trials["error"].notna()].to_dict("records"):
         console.print_line(f"failed: {row['trial']}: {row['error']}")
     facts = {"search": found.location, "report": child(found.location, "report.html")}
-    facts["best"] = command("run", child(found.location, "best.yaml"))
+    facts["best"] = command("run", child(found.location, "best.yaml"), *flags(plugins))
     console.print_facts(facts)

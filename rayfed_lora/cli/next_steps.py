@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 import typer
 
 from rayfed_lora.errors import RayfedError
 from rayfed_lora.locations import child, is_uri, parent, without_secrets
+from rayfed_lora.plugins.modules import flags
 from rayfed_lora.printable import echo
 
 _NAME = "rayfed-lora"
@@ -36,14 +37,14 @@ def same_command(*flags: str, **options: str | None) -> str:
     return command(*words, *(flag for flag in flags if flag not in words), **new)
 
 
-def resume_command(location: str, address: str | None) -> str:
+def resume_command(location: str, address: str | None, plugins: Sequence[str] = ()) -> str:
     """Return the command that continues a run; where it had not begun, the same one again."""
     from rayfed_lora.storage import RunFolder
 
     with suppress(RayfedError):
         if not RunFolder(location).exists("recipe.yaml"):
             return same_command()
-    return command("run", location, "--resume", address=address)
+    return command("run", location, "--resume", *flags(plugins), address=address)
 
 
 @contextmanager

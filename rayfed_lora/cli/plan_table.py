@@ -11,6 +11,7 @@ import numpy as np
 from rayfed_lora.annealing.stages import schedule
 from rayfed_lora.cli.console import PlainConsole
 from rayfed_lora.cli.run_display import bill
+from rayfed_lora.plugins.tables import ALLOCATIONS
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.units import duration, megabytes
 
@@ -58,16 +59,35 @@ def show_plan(console: PlainConsole, recipe: Recipe, plan: Plan) -> None:
             f"{left_out:,} of {len(plan.rounds):,} rounds are not shown;"
             " rayfed_lora.plan(recipe).rounds has all of them"
         )
-    if recipe.annealing.feedback != "always":
-        acceptance = recipe.annealing.feedback
+    acceptance = recipe.annealing.accepts.name
+    if recipe.annealing.mode == "staged" and acceptance != "always":
         console.print_line(f"if every proposal is accepted (acceptance {acceptance})")
-    if recipe.annealing.allocation == "spectral":
-        console.print_line("spectral allocation: ranks are the mean, bytes an upper bound")
+    if ALLOCATIONS[recipe.annealing.allocates.name].needs_spectra:
+        name = recipe.annealing.allocates.name
+        console.print_line(f"{name} allocation: ranks are the mean, bytes an upper bound")
+    _print_selection(console, recipe, plan.outline.validation_examples)
     console.print(bill(plan.totals.communication()))
     for need in plan.needs:
         console.print_line(need)
     for note in plan.notes:
         console.warn(note)
+
+
+def _print_selection(console: PlainConsole, recipe: Recipe, validated: int) -> None:
+    """Print the validation split, where there is one, and what is chosen by it."""
+    settings, stopping = recipe.evaluation, recipe.evaluation.early_stopping
+    if validated > 0:
+        console.print_line(
+            f"validation split of {validated} training examples, kept on the server"
+            f" (data.validation_fraction {recipe.validation_fraction:g})"
+        )
+    if stopping is not None:
+        console.print_line(
+            f"early stopping: after {stopping.patience} tests (one in {settings.every} rounds) with"
+            f" no better validation {stopping.metric}, so the rounds and bytes here are the most"
+        )
+    if settings.keep_best is not None:
+        console.print_line(f"exported: the model of the best validation {settings.keep_best}")
 
 
 def _print_schedule(

@@ -124,12 +124,17 @@ def _detail(status: Status, width: int) -> str:
 
 def show_summary(console: PlainConsole, summary: Mapping[str, Any], location: str) -> None:
     """Print a finished run's metrics, its bill, its folder, and the next command."""
+    from rayfed_lora.runs.outcome import ending, kept_model
+
     final, best, timing = summary["final"], summary["best"], summary["timing"]
     console.print_line(f"{summary['name']} ({summary['method']}, seed {summary['seed']})")
     # Only language models have a perplexity.
     shown = ["accuracy", "loss"] + ["perplexity"] * (final["eval_perplexity"] is not None)
     rows = []
-    for name, row in (("last test", final), ("best test accuracy", best)):
+    named = [("last test", final), ("best test accuracy", best)]
+    if "kept" in summary:
+        named.append(("exported", summary["kept"]))
+    for name, row in named:
         numbers = {f"test {metric}": _metric(row[f"eval_{metric}"]) for metric in shown}
         loss = {"train loss": _metric(row["train_loss"])}
         rows.append({"model": f"{name}, round {row['round'] + 1}", **numbers, **loss})
@@ -147,6 +152,8 @@ def show_summary(console: PlainConsole, summary: Mapping[str, Any], location: st
             f"simulated time {duration(simulation['total_s'])},"
             f" {simulation['dropped_clients']} clients left or came too late"
         )
+    facts = {"exported": kept_model(summary), "stopped by": ending(summary)}
+    console.print_facts({key: text for key, text in facts.items() if text is not None})
     console.print_facts(after_run(location))
 
 

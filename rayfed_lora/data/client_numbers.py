@@ -107,12 +107,14 @@ class ClientSettings:
     Attributes:
         lr: of `clients.optimizer.lr`.
         steps: local steps a round; None where the length is given in epochs.
-        batch_size: examples a step; of its own, a client has as many at least.
+        batch_size: examples of a micro-batch; of its own, a client has as many at least.
+        accumulate: micro-batches a step.
     """
 
     lr: Numbers | float
     steps: Counts | int | None
     batch_size: Counts | int
+    accumulate: int = 1
 
     @classmethod
     def of(cls, recipe: Settings, facts: DeviceFacts) -> ClientSettings:
@@ -123,6 +125,7 @@ class ClientSettings:
             numbers_of(lr, facts, seed, 3) if isinstance(lr, Spread) else lr,
             counts_of(steps, facts, seed, 4) if isinstance(steps, Spread) else steps,
             _fitting(counts_of(size, facts, seed, 5), facts) if isinstance(size, Spread) else size,
+            clients.accumulate,
         )
 
     @property
@@ -138,8 +141,13 @@ class ClientSettings:
 
     @property
     def most_examples(self) -> int:
-        """The largest batch size."""
+        """The largest batch size: micro-batches of all clients have at most as many examples."""
         return int(np.max(self.batch_size))
+
+    @property
+    def step_examples(self) -> Counts | int:
+        """Most examples of an optimiser step, of all clients or (clients,) of each."""
+        return self.batch_size * self.accumulate
 
     def examples_trained_on(self, clients: Counts, sizes: Counts, epochs: int) -> Counts:
         """Return how many examples clients train on in a round, repeats included.
@@ -153,7 +161,7 @@ class ClientSettings:
             return sizes * epochs
         steps, size = (
             values[clients] if isinstance(values, np.ndarray) else values
-            for values in (self.steps, self.batch_size)
+            for values in (self.steps, self.step_examples)
         )
         found: Counts = steps * np.minimum(size, sizes)
         return found

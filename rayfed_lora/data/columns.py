@@ -18,6 +18,7 @@ from rayfed_lora.recipe.faults import closest
 MOST_CHARACTERS = 1_000_000
 AUTO = "auto"
 IMAGE_TASK = "image-classification"
+LANGUAGE_TASK = "causal-lm"
 # The names that `auto` stands for, by option of the recipe's section `data`.
 _USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
     "text_column": ("text", "sentence", "content", "question"),

@@ -11,14 +11,15 @@ import numpy as np
 import pyarrow as pa
 
 from rayfed_lora import seeds
-from rayfed_lora.data import builtin, classes, columns, images, naming, sources
+from rayfed_lora.data import builtin, classes, columns, images, naming, sources, turns
 from rayfed_lora.data.columns import IMAGE_TASK
 from rayfed_lora.data.place import Place
 from rayfed_lora.data.raw_tables import RawData
 from rayfed_lora.errors import DataError
 from rayfed_lora.recipe.data import Data
 
-LANGUAGE_TASK = "causal-lm"
+LANGUAGE_TASK = columns.LANGUAGE_TASK
+_PLAIN = turns.Format("text", {})
 # The only class of texts without labels.
 _UNLABELLED = classes.Classes(("text",), ("text",))
 # Counters of the split stream.
@@ -29,10 +30,10 @@ _COUNTERS = {"test": 0, "validation": 1, "subset": 2}
 class Dataset:
     """A data set ready to be dealt to clients and trained on.
 
-    Every table has the column `text` (string) or `image` (fixed-shape tensor, float32, channels x
-    height x width, pixels in [-1, 1]) and `label` (int64, 0 .. classes - 1); with partition kind
-    `column` the training rows also have `client` (string), and for each requested column of numbers
-    a `number_column` (float64).
+    Every table has the column `text` (string), `turns` (`turns.TYPE`) or `image` (fixed-shape
+    tensor, float32, channels x height x width, pixels in [-1, 1]) and `label` (int64, 0 .. classes
+    - 1); with partition kind `column` the training rows also have `client` (string), and for each
+    requested column of numbers a `number_column` (float64).
 
     Attributes:
         train: the rows to deal to clients.
@@ -70,7 +71,11 @@ def load(
     """
     raw = sources.read(data, task, numbers)
     where = sources.place("data.source", data.source, raw.files)
-    rows = _select(raw.train, where, data, task, data.partition.kind == "column", raw.typed)
+    form = _PLAIN
+    if task == LANGUAGE_TASK:
+        form = turns.format_of(raw.train, data, where)
+    by_column = data.partition.kind == "column"
+    rows = _select(raw.train, where, data, task, form, by_column, raw.typed)
     for name in numbers:
         column, place = columns.pick(raw.train, (name,), "source", where)
         values = columns.as_positive(column, place, raw.typed)
@@ -78,7 +83,7 @@ def load(
     found = _UNLABELLED
     if "label" in rows.column_names:
         found = classes.find_classes(rows["label"], data.labels, raw.class_names, str(where))
-    notes = raw.notes + classes.notes_on(found, raw.class_names)
+    notes = raw.notes + form.notes + classes.notes_on(found, raw.class_names)
     clients = None
     if "client" in rows.column_names:
         clients = tuple(naming.in_order(rows["client"].unique().to_pylist()))
@@ -90,7 +95,7 @@ def load(
         train, test = _split(train, data.test_fraction, seed, "test", where)
         test = test.drop_columns([number_column(name) for name in numbers])
     else:
-        test = _official_test(raw, data, task, found)
+        test = _official_test(raw, data, task, form, found)
         if train.schema.field(0).type != test.schema.field(0).type:
             raise DataError(
                 f"{where}: need test images of the training images' shape"
@@ -118,7 +123,9 @@ def _are_floats(table: pa.Table, source: str | Sequence[str], data: Data, task: 
     return images.are_floats(column.type)
 
 
-def _official_test(raw: RawData, data: Data, task: str, found: classes.Classes) -> pa.Table:
+def _official_test(
+    raw: RawData, data: Data, task: str, form: turns.Format, found: classes.Classes
+) -> pa.Table:
     """Return the test rows of the source, or of `data.test_source`, as the training rows are."""
     where = sources.place("data.source", data.source, raw.test_files).inside("test split")
     if data.test_source is not None:
@@ -132,7 +139,12 @@ def _official_test(raw: RawData, data: Data, task: str, found: classes.Classes) 
         )
     # Labels are texts where those of the training rows are, even if all of these are numbers.
     texts = isinstance(found.values[0], str) and not {*found.values} <= {"false", "true"}
-    test = _select(raw.test, where, data, task, typed=raw.test_typed or texts)
+    if form.kind != "text":
+        other = turns.format_of(raw.test, data, where)
+        if other.kind != form.kind:
+            raise DataError(f"{where}: need rows of {form.kind} like the training rows")
+        form = other
+    test = _select(raw.test, where, data, task, form, typed=raw.test_typed or texts)
     return _numbered(test, found, data.labels is not None, where)
 
 
@@ -141,10 +153,11 @@ def _select(
     where: Place,
     data: Data,
     task: str,
+    form: turns.Format,
     with_client: bool = False,
     typed: bool = True,
 ) -> pa.Table:
-    """Return `text` or `image`, the raw `label`, and `client`, each in its final type."""
+    """Return `text`, `turns` or `image`, the raw `label`, and `client`, each in its final type."""
     if table.num_rows == 0:
         raise DataError(f"{where}: need rows, got an empty table")
     selected = {}
@@ -152,6 +165,8 @@ def _select(
         selected["image"] = images.as_tensors(
             *columns.find(table, data, "image_column", where), data.resize
         )
+    elif form.kind != "text":
+        selected[turns.TURNS] = turns.as_turns(table, form, where)
     else:
         selected["text"] = columns.as_strings(*columns.find(table, data, "text_column", where))
     if task != LANGUAGE_TASK or _uses_labels(data):

@@ -15,6 +15,10 @@ Array = npt.NDArray[Any]
 LABELS = "labels"
 # The input of image models.
 PIXELS = "pixel_values"
+# Not an input of models: above 0 on the tokens of a text whose prediction counts; default: all.
+COUNTED = "counted"
+# Places of tokens from 0 in each of several texts of a row; the row's other texts are not seen.
+POSITIONS = "position_ids"
 
 
 @dataclass(frozen=True)

@@ -47,13 +47,25 @@ def read_json(stream: pa.NativeFile, encoding: str) -> pa.Table:
             " a line or all in one array (pandas: to_json(orient='records'))"
         )
     # JSON has no dates, but Arrow reads texts that look like dates as timestamps.
-    dates = [field.name for field in table.schema if pa.types.is_timestamp(field.type)]
-    if not dates:
+    texts = pa.schema(
+        [(f.name, _with_texts(f.type)) for f in table.schema if _with_texts(f.type) != f.type]
+    )
+    if not texts.names:
         return table
     stream.seek(0)
-    texts = pa.schema([(name, pa.string()) for name in dates])
     parsing = arrow_json.ParseOptions(texts, unexpected_field_behavior="infer")
     return arrow_json.read_json(stream, options, parsing).select(table.column_names)
+
+
+def _with_texts(kind: pa.DataType) -> pa.DataType:
+    """Return a type with texts in place of timestamps, also inside of lists and objects."""
+    if pa.types.is_timestamp(kind):
+        return pa.string()
+    if pa.types.is_list(kind):
+        return pa.list_(_with_texts(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _with_texts(field.type)) for field in kind.fields])
+    return kind
 
 
 def _read_array(stream: pa.NativeFile) -> pa.Table:

@@ -6,12 +6,22 @@ import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import repeat
 from pathlib import PurePosixPath
 
 import pyarrow as pa
 
-from rayfed_lora.data import builtin, columns, folders, hub, image_files, raw_tables
+from rayfed_lora.data import (
+    builtin,
+    columns,
+    folders,
+    hub,
+    image_files,
+    memory,
+    raw_tables,
+    turns,
+)
 from rayfed_lora.data.folders import Located
 from rayfed_lora.data.hub import TEST_OPTION, Wanted
 from rayfed_lora.data.place import Place
@@ -95,6 +105,8 @@ def _read(
     if isinstance(source, str):
         if source in builtin.BUILTIN:
             return _builtin(source, task)
+        if source.startswith(memory.MEMORY_PREFIX):
+            return memory.read_memory(source, wanted.labels)
         if source.startswith(hub.HUB_PREFIX):
             return hub.read_hub(source, wanted)
     located = []
@@ -117,7 +129,7 @@ def _read(
         raise DataError(
             f"{place(option, source, ())}: need files of a split `{main}`, got {', '.join(got)}"
         )
-    read_group = _images if first.kind == "images" else _tables
+    read_group = _images if first.kind == "images" else partial(_tables, task=task)
     (train, files), *tests = (read_group(group, data, wanted, numbers) for group in groups)
     test, test_files = tests[0] if tests else (None, ())
     typed, test_typed = (raw_tables.is_typed(group[0][0]) for group in (groups[0], groups[-1]))
@@ -166,12 +178,18 @@ def _images(
 
 
 def _tables(
-    group: Sequence[tuple[str, str]], data: Data, wanted: Wanted, numbers: Sequence[str]
+    group: Sequence[tuple[str, str]],
+    data: Data,
+    wanted: Wanted,
+    numbers: Sequence[str],
+    *,
+    task: str,
 ) -> tuple[pa.Table, Files]:
     """Return the rows of all files in one table, and the number of each file's rows."""
     client = () if data.partition.column is None else (data.partition.column,)
     labels = (*wanted.labels, *client)
-    texts = (*columns.candidates(data, "text_column"), *labels, *wanted.images)
+    turned = turns.column_names(data) if task == columns.LANGUAGE_TASK else ()
+    texts = (*columns.candidates(data, "text_column"), *labels, *wanted.images, *turned)
     files = [file for file, _ in group]
     twice = next((file for file in files if files.count(file) > 1), None)
     if twice is not None:

@@ -31,6 +31,8 @@ class Workload:
         notes: messages for the user on how the data were read, one line each.
         client_names: (clients,) the clients' names in the data; None where they have none.
         float_pixels: whether the pixels of images are given as floats, and kept as they are.
+        chat_template: the Jinja text of the template that turns were rendered with, where it is not
+            the tokenizer's own.
         fingerprint: digest by part of the data; empty where none was computed.
     """
 
@@ -46,6 +48,7 @@ class Workload:
     notes: tuple[str, ...] = ()
     client_names: pa.Array | None = None
     float_pixels: bool = False
+    chat_template: str | None = None
     fingerprint: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
@@ -14,6 +15,7 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import Population, Trainer
 
 if TYPE_CHECKING:
+    from rayfed_lora.data.memory import Held
     from rayfed_lora.data.workload import Workload
     from rayfed_lora.training.trainer import Weights
 
@@ -90,6 +92,40 @@ class TorchFactory:
         return LocalTrainer(recipe, workload, device, weights)
 
 
+@dataclass(frozen=True)
+class WithTables:
+    """A factory that first hands over rows that a caller has in memory; `fetch` returns them."""
+
+    factory: Factory
+    fetch: Callable[[], Mapping[str, Held]]
+
+    def load(self, recipe: Recipe) -> None:
+        """See `Factory`."""
+        self.factory.load(recipe)
+
+    def workload(self, recipe: Recipe) -> Workload:
+        """See `Factory`."""
+        from rayfed_lora.data.memory import restore
+
+        restore(self.fetch())
+        return self.factory.workload(recipe)
+
+    def weights(self, recipe: Recipe, workload: Workload) -> Weights:
+        """See `Factory`."""
+        return self.factory.weights(recipe, workload)
+
+    def trainer(self, recipe: Recipe, workload: Workload, weights: Weights, device: str) -> Trainer:
+        """See `Factory`."""
+        return self.factory.trainer(recipe, workload, weights, device)
+
+
+def on_device(recipe: Recipe, device: str) -> Recipe:
+    """Return the recipe with the device that was found for it: the base's type depends on it."""
+    kind = "cpu" if device == "cpu" else "cuda"
+    runtime = recipe.runtime.model_copy(update={"device": kind})
+    return recipe.model_copy(update={"runtime": runtime})
+
+
 def prepared(recipe: Recipe, factory: Factory) -> tuple[None, Workload, Weights]:
     """Make what all actors of a run share.
 
@@ -123,6 +159,7 @@ def in_process(recipe: Recipe, factory: Factory, device: str) -> tuple[list[Trai
 
     That is as many as its client actors would have, but one at most for a core.
     """
+    recipe = on_device(recipe, device)
     workload = factory.workload(recipe)
     weights = factory.weights(recipe, workload)
     asked = recipe.runtime.client_actors

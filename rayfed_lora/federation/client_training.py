@@ -156,6 +156,7 @@ class ClientTraining:
             clip=None if privacy is None else privacy.clip,
             codec=codec,
             uniform=privacy is not None,
+            error_feedback=recipe.wire.up.error_feedback,
         )
 
     def collect(self, training: Running[Trained], cohort: Cohort, t: int) -> Updates:

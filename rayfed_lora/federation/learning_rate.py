@@ -13,7 +13,8 @@ def factor(schedule: LrSchedule, t: int, rounds: int) -> float:
     """Return the factor on the learning rate in round `t` of `rounds`.
 
     Warm-up: (t + 1) / (warmup_rounds + 1). After it, with u from 0 in the first round to 1 in the
-    last: linear 1 + (f - 1) u, cosine f + (1 - f) (1 + cos(pi u)) / 2, f = `final_factor`.
+    last, or in round `horizon` and after it: linear 1 + (f - 1) u, cosine
+    f + (1 - f) (1 + cos(pi u)) / 2, f = `final_factor`.
 
     >>> schedule = LrSchedule(shape="linear", final_factor=0.5)
     >>> [factor(schedule, t, 3) for t in range(3)]
@@ -22,7 +23,8 @@ def factor(schedule: LrSchedule, t: int, rounds: int) -> float:
     warmup, final = schedule.warmup_rounds, schedule.final_factor
     if t < warmup:
         return (t + 1) / (warmup + 1)
-    u = (t - warmup) / max(rounds - warmup - 1, 1)
+    last = (schedule.horizon or rounds) - 1
+    u = min((t - warmup) / max(last - warmup, 1), 1.0)
     if schedule.shape == "linear":
         return 1.0 + (final - 1.0) * u
     if schedule.shape == "cosine":

@@ -9,6 +9,7 @@ from rayfed_lora.annealing.stages import Feedback, proposed_rank
 from rayfed_lora.federation import evaluation, sampling, transitions
 from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.run import Run
+from rayfed_lora.federation.selection import Selection
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.tasks.engine import Engine, IndexArray, Population, Running
@@ -25,7 +26,7 @@ class TestResults:
 
     Attributes:
         test: on the test split, where that was due.
-        validation: on the validation split, where the annealing uses it.
+        validation: on the validation split, where annealing or selection uses it.
         clients: on clients' own examples, where that was due.
         own: of the same clients with their own factors, where they have some.
     """
@@ -83,11 +84,11 @@ class Tester:
         last = run.rounds == annealing.total_rounds
         every = settings.clients_every
         clients_due = last or (every is not None and run.rounds % every == 0)
-        watched = annealing.feedback == "target"
         clients, own = None, None
         if settings.client_fraction > 0.0 and clients_due:
             clients, own = self._start_on_clients(run)
         due = last or run.rounds % settings.every == 0
+        watched = annealing.feedback == "metric" or (due and bool(settings.watched))
         return RunningTests(
             test=self._evaluation("test", run.model) if due else None,
             validation=self._evaluation("validation", run.model) if watched else None,
@@ -123,10 +124,10 @@ class Tester:
         """
         annealing = self._recipe.annealing
         feedback = Feedback(rank=run.rank, best_at_heating=run.best_at_heating)
-        if annealing.feedback == "target" and run.validation is not None:
+        if annealing.feedback == "metric" and run.validation is not None:
             return replace(feedback, metric=run.validation[annealing.target.metric])
         proposed = proposed_rank(annealing, t, run.rank)
-        if annealing.feedback != "metropolis" or proposed is None:
+        if annealing.feedback != "energies" or proposed is None:
             return feedback
         model, shape = run.model, self._population.shape
         ranks = transitions.allocate(self._recipe, shape, model.state, t, proposed)
@@ -137,6 +138,17 @@ class Tester:
             energy_proposed=self._energy(replace(model, state=smaller)),
             draw=float(generator(self._recipe.seed, Purpose.ACCEPTANCE, t).random()),
         )
+
+    def selection(self, run: Run, new: Run, tested: TestResults) -> Selection:
+        """Return the selection after a round; `run` is the run before it, `new` that after it.
+
+        Rounds without a test do not count: annealing may validate these too, but a run ends with a
+        tested round, and the scores of the exported model are known.
+        """
+        settings = self._recipe.evaluation
+        if not settings.watched or tested.test is None:
+            return run.selection
+        return run.selection.after(settings, new.rounds - 1, new.model, tested.validation)
 
     def best_at_heating(self, run: Run, plan: RoundPlan, validation: Scores | None) -> float | None:
         """Return the best validation metric reached at the heating rank so far.

@@ -15,6 +15,7 @@ from rayfed_lora.federation.cohorts import Cohort
 from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.privacy import noised
 from rayfed_lora.federation.sampling import ClientHistory
+from rayfed_lora.federation.selection import Selection
 from rayfed_lora.federation.transitions import Start, with_updates
 from rayfed_lora.objectives.objective import Arrays, trained_shapes
 from rayfed_lora.objectives.objectives import OBJECTIVES
@@ -68,6 +69,7 @@ class Run:
         history: what samplers know of clients; None where the sampler needs none.
         memory: of the clients' objective, by client that has taken part.
         shared: of the server, for the objective; empty before the first round.
+        selection: the best model so far, and what ends the run.
     """
 
     rounds: int
@@ -82,6 +84,12 @@ class Run:
     history: ClientHistory | None = None
     memory: Memory = field(default_factory=dict)
     shared: Arrays = field(default_factory=dict)
+    selection: Selection = field(default_factory=Selection)
+
+    @property
+    def result(self) -> GlobalModel:
+        """The model that is exported: the best one where it is kept, else the last one."""
+        return self.model if self.selection.kept is None else self.selection.kept.model
 
 
 def fresh(recipe: Recipe, engine: Engine) -> Run:

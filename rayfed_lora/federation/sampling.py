@@ -14,7 +14,7 @@ from pydantic import Field
 
 from rayfed_lora.plugins.calls import own_method
 from rayfed_lora.plugins.tables import SAMPLERS
-from rayfed_lora.recipe.clients import Spread
+from rayfed_lora.recipe.memory import checkpoints, largest_batch, room_bytes, step_bytes
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.tasks.messages import Block
@@ -27,8 +27,6 @@ _TESTED_TOGETHER = 50
 # Minimum number of blocks of a round that has so many clients.
 _BLOCKS_TO_SHARE = 4
 _FEW_BLOCKS = 8
-# Memory that training holds per linear layer, in sizes of its output (gradients, attention, norms).
-_HELD_PER_LINEAR_OUTPUT = 3
 
 
 @dataclass(frozen=True)
@@ -37,19 +35,17 @@ class _BlockLimits:
 
     Attributes:
         linear_flops: work of one call of a linear layer that outweighs the cost of a call.
-        activation_bytes: largest memory of a block.
         clients: largest number of clients.
     """
 
     linear_flops: float
-    activation_bytes: float
     clients: int
 
 
 # Measured: benchmarks/README.md. A GPU's are estimates from its launch time and speed.
 _LIMITS: Mapping[Device, _BlockLimits] = {
-    "cpu": _BlockLimits(linear_flops=8e7, activation_bytes=1e9, clients=32),
-    "cuda": _BlockLimits(linear_flops=1e10, activation_bytes=8e9, clients=64),
+    "cpu": _BlockLimits(linear_flops=8e7, clients=32),
+    "cuda": _BlockLimits(linear_flops=1e10, clients=64),
 }
 
 
@@ -252,15 +248,11 @@ def block_size(
         return BlockSize(wanted, False, f"{wanted} clients a block (runtime.cohort_size)")
     if shape.linear_flops == 0:
         return BlockSize(1, True, "one client at a time: the model's work could not be traced")
-    limits, size_of_all = _LIMITS[device], recipe.clients.batch_size
-    if batch is None:
-        if isinstance(size_of_all, Spread):
-            raise ValueError("need the largest batch size: clients have their own")
-        batch = size_of_all
+    limits, batch = _LIMITS[device], largest_batch(recipe, batch)
     work = shape.linear_flops * batch
     by_work = math.ceil(limits.linear_flops / work)
-    held = _HELD_PER_LINEAR_OUTPUT * shape.activation_bytes * batch
-    by_memory = max(1, math.floor(limits.activation_bytes / held))
+    held, room = step_bytes(recipe, shape, device, batch), room_bytes(shape, device)
+    by_memory = max(1, math.floor(room / held))
     most = min(by_work, by_memory, limits.clients)
     fitting, shared = math.ceil(clients / most), min(clients, _BLOCKS_TO_SHARE)
     count = max(fitting, shared)
@@ -272,8 +264,10 @@ def block_size(
         f"{size} client{'s' * (size > 1)} a block on a {'CPU' if device == 'cpu' else 'GPU'}; one"
         f" client's step gives a linear layer {work / 1e6:.3g} MFLOP (a call is worth"
         f" {limits.linear_flops / 1e6:.3g}) and holds about {held / 1e6:.3g} MB (a block may hold"
-        f" {limits.activation_bytes / 1e6:.4g})"
+        f" {room / 1e6:.4g})"
     )
+    if checkpoints(recipe, shape, 1, device, batch):
+        reason += "; activations are computed again (runtime.checkpoint_activations)"
     if fitting < shared:
         reason += (
             f"; {shared} blocks a round for actors to share: with fewer of them, larger blocks"

@@ -81,6 +81,8 @@ class Server:
         with threadpool_limits(limits=1, user_api="blas"):
             began = time.perf_counter()
             for t in range(run.rounds, recipe.annealing.total_rounds):
+                if run.selection.stopped_by is not None:
+                    return
                 plan = plan_round(recipe.annealing, t, self._tester.feedback(t, run))
                 start = enter(recipe, self._shape, run.model, plan)
                 cohort = self._cohorts.draw(plan, start.resizing, run.clock_s, run.history)
@@ -104,6 +106,7 @@ class Server:
                     new,
                     validation=tested.validation,
                     best_at_heating=self._tester.best_at_heating(run, plan, tested.validation),
+                    selection=self._tester.selection(run, new, tested),
                     timing=run.timing.plus(trained - began, now - trained, bill.arrived),
                 )
                 seconds = now - began

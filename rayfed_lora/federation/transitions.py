@@ -16,6 +16,8 @@ from rayfed_lora.annealing import budget
 from rayfed_lora.annealing.stages import locate
 from rayfed_lora.lora import resize
 from rayfed_lora.lora.products import spectrum
+from rayfed_lora.plugins.calls import own_method
+from rayfed_lora.plugins.tables import ALLOCATIONS
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.types import AdapterState, Base, Factors, GlobalModel, ModelShape, RoundPlan
@@ -60,7 +62,7 @@ def enter(recipe: Recipe, shape: ModelShape, model: GlobalModel, plan: RoundPlan
         model = _on_new_base(shape, model)
     old, base = model.state, model.base
     if not old.factors:
-        ranks = budget.uniform(shape.modules, plan.rank)
+        ranks = allocate(recipe, shape, old, plan.round, plan.rank)
         state = replace(old, factors=_new_factors(recipe, shape, ranks, plan.round))
         return Start(replace(model, state=state), Resizing(ranks))
     ranks = allocate(recipe, shape, old, plan.round, plan.rank)
@@ -77,16 +79,20 @@ def enter(recipe: Recipe, shape: ModelShape, model: GlobalModel, plan: RoundPlan
 def planned(
     recipe: Recipe, shape: ModelShape, rank_before: int | None, plan: RoundPlan
 ) -> Resizing:
-    """Return the resizing of a round whose model is not known: with the uniform rank.
+    """Return the resizing of a round whose model is not known.
+
+    An allocation that looks at the model counts as uniform.
 
     `rank_before` is the uniform rank of the factors before the round; None: there are none.
     """
     if plan.trainable == "full":
         return Resizing()
-    ranks = budget.uniform(shape.modules, plan.rank)
+    nothing = AdapterState({}, {})
+    ranks = allocate(recipe, shape, nothing, plan.round, plan.rank)
     if rank_before is None:
         return Resizing(ranks)
-    return _resizing(recipe, shape, budget.uniform(shape.modules, rank_before), ranks)
+    before = allocate(recipe, shape, nothing, plan.round - 1, rank_before)
+    return _resizing(recipe, shape, before, ranks)
 
 
 def _resizing(
@@ -130,15 +136,25 @@ def allocate(
 ) -> dict[str, int]:
     """Return the rank of each module for a round's uniform rank.
 
-    Spectral allocation needs a trained adapter: initiating rounds and the first heating round are
-    uniform.
+    One that looks at spectra needs a trained adapter: initiating rounds, the first heating round
+    and a state without factors are uniform.
+
+    Raises:
+        RunError: an own allocation raised, or its result is no allocation.
     """
     stage, i = locate(recipe.annealing, round_index)
-    untrained = stage == "initiating" or (stage == "heating" and i == 0)
-    if recipe.annealing.allocation == "uniform" or untrained:
-        return budget.uniform(shape.modules, rank)
-    spectra = {name: spectrum(f).tolist() for name, f in state.factors.items()}
-    return budget.spectral(shape.modules, spectra, rank)
+    untrained = stage == "initiating" or (stage == "heating" and i == 0) or not state.factors
+    settings = recipe.annealing.allocates
+    rule = ALLOCATIONS.with_options(settings.name, settings.options)
+    if rule.needs_spectra and untrained:
+        rule = ALLOCATIONS["uniform"]
+    spectra: tuple[budget.Spectra, ...] = ()
+    if rule.needs_spectra:
+        spectra = ({name: spectrum(f).tolist() for name, f in state.factors.items()},)
+    with own_method("allocation", settings.name, round_index):
+        found = rule.compute(shape.modules, *spectra, rank)
+        ranks: dict[str, int] = budget.checked(found, shape.modules, rank)
+    return ranks
 
 
 def resized_adapter(

@@ -6,6 +6,7 @@ A recipe travels as a file; the job's shell command is fixed text. Source: this 
 from __future__ import annotations
 
 import asyncio
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,8 +25,9 @@ from rayfed_lora.errors import (
     RunError,
 )
 from rayfed_lora.jobs.dashboard import client_of, translated_errors
-from rayfed_lora.jobs.local_files import travel_notes
+from rayfed_lora.jobs.local_files import modules_of, refuse_memory, travel_notes
 from rayfed_lora.jobs.views import JobView, run_metadata, runs_recipe
+from rayfed_lora.plugins.modules import flags
 from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
 from rayfed_lora.recipe.notes import unused
 from rayfed_lora.recipe.recipe import Recipe
@@ -93,12 +95,14 @@ class Jobs:
                 folder under `JOB_RUNS` on the head node.
             settings: overrides of the recipe, as for `--set`.
             resume: continue the run in `out`.
-            plugins: modules of own methods; every node needs them installed.
+            plugins: modules of own methods; those of your folders are sent along, installed
+                packages are needed on every node.
 
         Raises:
             BadInputError: rejected; nothing was started.
         """
         loaded = load_recipe(recipe, settings, plugins=plugins)
+        refuse_memory(loaded)
         job = _new_id(loaded.name)
         location = out or loaded.storage.path
         if resume and location is None:
@@ -111,8 +115,8 @@ class Jobs:
         loaded = with_absolute_paths(loaded).model_copy(update={"storage": storage})
         self._start(
             job,
-            " ".join([COMMAND, *["--resume"] * resume, *_allowing(loaded.plugins)]),
-            {RECIPE_FILE: recipe_yaml(loaded)},
+            " ".join([COMMAND, *["--resume"] * resume, *flags(loaded.plugins)]),
+            {RECIPE_FILE: recipe_yaml(loaded), **modules_of(loaded)},
             # A job does not trust the endpoints in its recipe file: their names travel beside it.
             named_in(loaded.model_dump()),
             run_metadata(loaded, where),
@@ -133,7 +137,7 @@ class Jobs:
         self,
         job: str,
         command: str,
-        files: Mapping[str, str],
+        files: Mapping[str, str | Path],
         endpoints: Collection[str],
         metadata: Mapping[str, str],
     ) -> str:
@@ -141,8 +145,8 @@ class Jobs:
         if endpoints:
             environment[OWN_ENDPOINTS] = ",".join(sorted(endpoints))
         with tempfile.TemporaryDirectory() as folder, translated_errors():
-            for name, text in files.items():
-                Path(folder, name).write_text(text, "utf-8")
+            for name, content in files.items():
+                _place(content, Path(folder, name))
             self._client.submit_job(
                 entrypoint=command,
                 submission_id=job,
@@ -227,8 +231,12 @@ class Jobs:
             view = self.status(job)
         return view
 
-    def resume(self, job: str) -> Submitted:
+    def resume(self, job: str, *, plugins: Sequence[Any] = ()) -> Submitted:
         """Continue the run of a stopped or failed job, as a new job.
+
+        Args:
+            job: its id.
+            plugins: modules of own methods that its recipe may name, as for `submit`.
 
         Raises:
             BadInputError: it still runs, its run has finished, or its record lacks the recipe.
@@ -246,15 +254,20 @@ class Jobs:
         try:
             reported = parse_yaml(job, view.recipe_yaml)
             # The user named these endpoints when the job was submitted.
-            recipe = load_recipe(reported, endpoints=named_in(reported))
+            recipe = load_recipe(reported, endpoints=named_in(reported), plugins=plugins)
         except (RecipeError, TypeError, AttributeError) as error:
             raise BadInputError(f"the recipe of job {job} cannot be read: {error}") from None
         return self.submit(recipe, view.location, resume=True)
 
 
-def _allowing(plugins: Sequence[str]) -> list[str]:
-    """Return the words of a command that let it import plug-ins."""
-    return [word for name in plugins for word in ("--plugins", name)]
+def _place(content: str | Path, target: Path) -> None:
+    """Write a text, or copy a module's file or a package's folder."""
+    if isinstance(content, str):
+        target.write_text(content, "utf-8")
+    elif content.is_dir():
+        shutil.copytree(content, target, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    else:
+        shutil.copy(content, target.with_name(content.name))
 
 
 def _new_id(name: str) -> str:

@@ -1,11 +1,17 @@
-"""Files of a recipe that do not travel with its job. Source: this project."""
+"""Files of a recipe: those that travel with its job, and those that do not.
+
+Source: this project.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from rayfed_lora.data.memory import MEMORY_PREFIX
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.locations import each
+from rayfed_lora.plugins.modules import folder_of
+from rayfed_lora.recipe.chosen import chosen_methods
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.location import with_absolute_paths
 
@@ -22,9 +28,11 @@ def travel_notes(recipe: Recipe, location: str, *, given: bool) -> list[str]:
         f"{key}: {source} is not sent along: every node of the cluster needs it under this path"
         for key, source in files_named(recipe)
     ]
+    sent = modules_of(recipe)
     notes += [
-        f"plug-in {name} is not sent along: every node of the cluster needs it installed"
+        f"plug-in {name} is an installed package: every node of the cluster needs it installed"
         for name in recipe.plugins
+        if name.partition(".")[0] not in sent
     ]
     if not given:
         notes.append(
@@ -32,6 +40,38 @@ def travel_notes(recipe: Recipe, location: str, *, given: bool) -> list[str]:
             " --out s3://bucket/... or a shared folder keeps it"
         )
     return notes
+
+
+def refuse_memory(recipe: Recipe) -> None:
+    """Raise a BadInputError where the rows are in this process's memory."""
+    for key, source in _sources(recipe):
+        if source.startswith(MEMORY_PREFIX):
+            raise BadInputError(
+                f"{key}: rows in memory do not travel with a job; expected a file or folder that"
+                " every node of the cluster can read"
+            )
+
+
+def modules_of(recipe: Recipe) -> dict[str, Path]:
+    """Return the file, or the folder of a package, of own methods that are not installed, by name.
+
+    Raises:
+        BadInputError: the recipe chooses a method of a notebook or script, whose code no file has.
+    """
+    for method in chosen_methods(recipe):
+        if method.by_value:
+            raise BadInputError(
+                f"{method.kind} {method.name!r} is defined in a notebook, a script or a function,"
+                " which a job does not have; expected it in a module of its own, named by plugins"
+            )
+    found = {}
+    for name in recipe.plugins:
+        top = name.partition(".")[0]
+        folder = folder_of(top)
+        if folder is not None:
+            package = Path(folder, top)
+            found[top] = package if package.is_dir() else package.with_suffix(".py")
+    return found
 
 
 def files_named(recipe: Recipe) -> list[tuple[str, str]]:

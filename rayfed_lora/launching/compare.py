@@ -10,10 +10,12 @@ from rayfed_lora.engines.factory import Factory, TorchFactory
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.launching.cells import Methods, cells_of
 from rayfed_lora.launching.comparison_server import ComparisonServer, run_name
+from rayfed_lora.launching.in_memory import check_held, data_settings, with_held
 from rayfed_lora.launching.ray_session import ray_session
 from rayfed_lora.launching.this_process import absolute, interruptible, refuse_address
 from rayfed_lora.pages.comparison_tables import Cell, Comparison, Ended, Standing
 from rayfed_lora.pages.search_page import SEARCH_FILE
+from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.claiming import claim, complete, say
 from rayfed_lora.runs.location import run_location
@@ -32,6 +34,7 @@ def compare(  # noqa: PLR0913 - the user-facing API
     address: str | None = None,
     watch: Callable[[Standing], None] | None = None,
     plugins: Sequence[Any] = (),
+    data: Any = None,
     factory: Factory | None = None,
 ) -> Comparison:
     """Run a recipe under several methods and seeds; write tables and plots of all into `out`.
@@ -51,6 +54,7 @@ def compare(  # noqa: PLR0913 - the user-facing API
         address: of a running Ray cluster; default $RAY_ADDRESS, or an own Ray.
         watch: called with the standing from time to time.
         plugins: own methods that may be used, as for `run`.
+        data: rows in memory in place of `data.source`, as for `run`.
         factory: builds workloads and trainers in the workers; for tests.
 
     Raises:
@@ -58,7 +62,10 @@ def compare(  # noqa: PLR0913 - the user-facing API
         InterruptedRunError: stopped by a signal; call again to resume.
     """
     folder = RunFolder(run_location(out, ""))
+    if data is not None:
+        recipe = load_recipe(recipe, data_settings(data), plugins=plugins)
     cells = cells_of(recipe, methods, seeds, absolute(folder), settings, plugins)
+    check_held(cell.recipe for cell in cells)
     for name, kind in (("recipe.yaml", "a run"), (SEARCH_FILE, "a search")):
         if folder.exists(name):
             found = f"expected a folder for a comparison, it holds {kind}"
@@ -72,7 +79,7 @@ def compare(  # noqa: PLR0913 - the user-facing API
     with owned(folder, Ticket.of_this_process(), wait=True, tell=say) as (folder, lease):
         for cell in cells:
             try:
-                if complete(RunFolder(cell.location)) is None:
+                if complete(RunFolder(cell.location), cell.recipe) is None:
                     unfinished.append(cell)
             except RunFolderError as error:
                 fix = f"(here: delete {cell.location} and compare again)"
@@ -106,6 +113,7 @@ def _run_cells(
 
         from rayfed_lora.launching.drivers import driver_class, follow
 
+        factory = with_held(factory, [cell.recipe for cell in cells])
         server = driver_class(ComparisonServer).remote(cells, factory, ticket)
         ended: tuple[Ended, ...] = follow(
             server,

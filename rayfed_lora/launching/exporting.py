@@ -69,7 +69,7 @@ def _finished(run: RunFolder) -> tuple[Recipe, dict[str, Any]]:
     if summary is None:
         wanted = f"the folder of a finished run ({SUMMARY_FILE})"
         raise RunFolderError(f"{run.location}: expected {wanted}")
-    recipe = kept_recipe(run)
+    recipe = kept_recipe(run, model_only=True)
     if recipe is None:
         raise RunFolderError(f"{run.location}: expected a run's folder, it has no recipe.yaml")
     return recipe, summary

@@ -13,6 +13,12 @@ from typing import TYPE_CHECKING, Any
 from rayfed_lora.engines.factory import Factory, TorchFactory
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.jobs.reporting import reporting
+from rayfed_lora.launching.in_memory import (
+    check_held,
+    data_settings,
+    refuse_held,
+    with_held,
+)
 from rayfed_lora.launching.ray_session import ray_session
 from rayfed_lora.launching.result import Result
 from rayfed_lora.launching.this_process import absolute, interruptible, local_engine, refuse_address
@@ -48,6 +54,7 @@ def run(  # noqa: PLR0913 - the user-facing API
     plugins: Sequence[Any] = (),
     accept_changed_plugins: bool = False,
     callbacks: Sequence[Callback] = (),
+    data: Any = None,
     factory: Factory | None = None,
 ) -> Result:
     """Run a recipe to its end and return the result.
@@ -66,6 +73,9 @@ def run(  # noqa: PLR0913 - the user-facing API
             `rayfed_lora.plugins`; one with options, or an instance, is chosen too.
         callbacks: called with each `FinishedRound`, on Ray in the driver actor; a true return ends
             the run after a tested round, and its model is exported as usual.
+        data: rows in place of `data.source`: a pandas DataFrame, a `datasets.Dataset`, a pyarrow
+            Table, or (train, test) of them. The recipe keeps their hash: to resume, hand over the
+            same ones.
         accept_changed_plugins: continue though the code of own methods has changed; recorded.
         factory: builds workload and trainers in the workers; for tests.
 
@@ -74,14 +84,16 @@ def run(  # noqa: PLR0913 - the user-facing API
         InterruptedRunError: stopped by a signal.
         RunError: the run failed; the last checkpoint is kept.
     """
-    recipe, location = recipe_and_place(recipe, out, resume, plugins=plugins)
+    settings = data_settings(data)
+    recipe, location = recipe_and_place(recipe, out, resume, settings, plugins)
     recipe = with_absolute_paths(recipe)
     refuse_address(recipe, address)
     folder = RunFolder(location)
     claim(folder, recipe, resume, accept_changed_plugins=accept_changed_plugins)
-    done = complete(folder) if resume else None
+    done = complete(folder, recipe) if resume else None
     if done is not None:
         return Result(location, done)
+    check_held([recipe])
     watch, factory = watch or (lambda status: None), factory or TorchFactory()
     with claimed(folder, recipe, resume) as lease:
         ticket = lease.ticket
@@ -107,6 +119,7 @@ def run(  # noqa: PLR0913 - the user-facing API
             # After `ray_session`: Ray reads its settings at import.
             from rayfed_lora.launching.drivers import follow, start_server, status_poll
 
+            factory = with_held(factory, [recipe])
             server, _ = start_server(
                 recipe, where, resume=resume, factory=factory, ticket=ticket, callbacks=callbacks
             )
@@ -136,6 +149,7 @@ def start(
             "--detach needs executor ray and a running cluster: give --address (or RAY_ADDRESS);"
             " a cluster on this machine is started by `ray start --head`"
         )
+    refuse_held(recipe, "--detach")
     folder = RunFolder(location)
     claim(folder, recipe, resume)
     with claimed(folder, recipe, resume) as lease, ray_session(address):

@@ -17,6 +17,7 @@ from rayfed_lora.federation.privacy import Accountant, check_privacy
 from rayfed_lora.federation.sampling import block_size
 from rayfed_lora.federation.traffic import trained_values
 from rayfed_lora.federation.transitions import planned
+from rayfed_lora.launching.in_memory import data_settings
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.notes import unused
 from rayfed_lora.recipe.recipe import Recipe
@@ -81,16 +82,21 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-def plan(recipe: Recipe | str | Path | Mapping[str, Any], *, plugins: Sequence[Any] = ()) -> Plan:
+def plan(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    *,
+    plugins: Sequence[Any] = (),
+    data: Any = None,
+) -> Plan:
     """Return the plan of a recipe; reads its data and its model's configuration.
 
-    `recipe` is a `Recipe`, a shipped name, a path or a mapping; `plugins` as for `run`.
+    `recipe` is a `Recipe`, a shipped name, a path or a mapping; `plugins` and `data` as for `run`.
 
     Raises:
         DataError: the data cannot be read or dealt as asked.
         ModelError: the model or its adapter does not fit.
     """
-    recipe = load_recipe(recipe, plugins=plugins)
+    recipe = load_recipe(recipe, data_settings(data), plugins=plugins)
     check_privacy(recipe)
     sizes = outline(recipe)
     clients = len(sizes.devices.sizes)
@@ -120,6 +126,7 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any], *, plugins: Sequence[A
         f"memory: about {_PROCESS_MB + training_mb:.0f} MB an actor"
         f" ({_PROCESS_MB} MB of Python and torch, {training_mb:.0f} MB of model{state}),"
         " without activations",
+        *([] if sizes.texts is None else [sizes.texts.line(recipe.data)]),
         *_privacy(recipe, accountant),
     )
     doubtful = rate_warning(recipe)

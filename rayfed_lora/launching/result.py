@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.runs.checksums import SUMMARY_FILE, read_summary
 from rayfed_lora.runs.client_rows import NOTES_FILE
+from rayfed_lora.runs.outcome import ending, exported_scores, kept_model
 from rayfed_lora.runs.tables import CLIENTS_FILE, ROUNDS_FILE
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.units import megabytes, percent
@@ -115,6 +116,10 @@ class Result:
     def _facts(self) -> dict[str, str]:
         final, sent = self.summary["final"], self.summary["communication"]
         accuracy, reduction = final["eval_accuracy"], sent["reduction_vs_fedavg"]
+        said = {"exported": kept_model(self.summary), "stopped by": ending(self.summary)}
+        if "kept" in self.summary:
+            tested = exported_scores(self.summary)["eval_accuracy"]
+            said["its test accuracy"] = "-" if tested is None else f"{tested:.4f}"
         return {
             "run": str(self.summary["name"]),
             "method": str(self.summary["method"]),
@@ -122,6 +127,7 @@ class Result:
             "test accuracy": "-" if accuracy is None else f"{accuracy:.4f}",
             "sent": megabytes(sent["total_bytes"]),
             "less than FedAvg": "-" if reduction is None else percent(reduction),
+            **{key: text for key, text in said.items() if text is not None},
             "run folder": self.location,
         }
 

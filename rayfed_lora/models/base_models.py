@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from rayfed_lora.errors import ModelError
 from rayfed_lora.locations import check_name
 from rayfed_lora.models.limits import check_numbers, few_modules
+from rayfed_lora.models.own import register_all
 from rayfed_lora.models.wording import one_line, where
 from rayfed_lora.recipe.model import AUTO_CLASSES, Model
 
@@ -118,6 +119,7 @@ def configuration(model: Model, overrides: dict[str, Any]) -> Any:
             value.
     """
     # A copy: transformers changes nested values.
+    register_all()
     own = copy.deepcopy({k: v for k, v in model.config.items() if k != "architecture"})
     arguments = sorted(own.keys() & _LOADER_ARGUMENTS)
     if arguments:
@@ -198,6 +200,7 @@ def _check_keys(keys: list[str], config: Any) -> None:
 
 def restored(values: Mapping[str, Any]) -> Any:
     """Return the configuration whose `to_dict` gave `values`."""
+    register_all()
     rest = dict(values)
     return AutoConfig.for_model(rest.pop("model_type"), **rest)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from torch import nn
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import base_models
 from rayfed_lora.models.labels import match_head
+from rayfed_lora.models.precision import compute_in_float32, shorten
 from rayfed_lora.models.wording import listed, where
 from rayfed_lora.recipe.model import Model
 from rayfed_lora.seeds import Purpose, torch_seed
@@ -87,18 +89,55 @@ def source_dtype(model: Model) -> torch.dtype:
     return _load(model, config, device_map="meta", dtype="auto")[0].dtype  # type: ignore[return-value]
 
 
+def kept_dtype(model: Model, *, on_gpu: bool) -> torch.dtype:
+    """Return the type that `model.dtype` keeps the large frozen weights in.
+
+    Raises:
+        ModelError: it is the source's, which cannot be read.
+    """
+    if model.dtype != "auto":
+        return torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
+    stored = source_dtype(model) if on_gpu else torch.float32
+    return stored if stored in (torch.bfloat16, torch.float16) else torch.float32
+
+
+def build_kept(
+    model: Model, config: Any, seed: int, dtype: torch.dtype, trained: Collection[str]
+) -> nn.Module:
+    """Return the model with its large weights in a type, all else in float32.
+
+    Weights that the source has in 16 bits are not read as float32 on the way.
+
+    Args:
+        model: the section of the recipe.
+        config: of the model.
+        seed: of the run.
+        dtype: from `kept_dtype`.
+        trained: names of parameters that stay float32.
+
+    Raises:
+        ModelError: as of `build_and_list_random`.
+    """
+    if dtype == torch.float32:
+        return build(model, config, seed)
+    net, _ = build_and_list_random(model, config, seed, as_stored=True)
+    shorten(net, dtype, trained)
+    return net
+
+
 def build(model: Model, config: Any, seed: int, *, keep_head: bool = False) -> nn.Module:
     """Return the model of `build_and_list_random` alone."""
     return build_and_list_random(model, config, seed, keep_head=keep_head)[0]
 
 
 def build_and_list_random(
-    model: Model, config: Any, seed: int, *, keep_head: bool = False
+    model: Model, config: Any, seed: int, *, keep_head: bool = False, as_stored: bool = False
 ) -> tuple[nn.Module, frozenset[str]]:
     """Return the model in float32, and the names of its randomly initialised tensors.
 
-    All random weights follow from the run's seed. The tensors of a head whose classes have other
-    names than those of `config` are initialised again, unless `keep_head`.
+    `as_stored`: in the types that the source has them in. All random weights follow from the run's
+    seed. The tensors of a head whose classes have other names than those of `config` are
+    initialised again, unless `keep_head`.
 
     Raises:
         ModelError: the weights cannot be read, or are not finite.
@@ -107,14 +146,14 @@ def build_and_list_random(
     if model.source == "config":
         net = base_models.randomly_initialised(model, config)
         return net, frozenset(name for name, _ in net.named_parameters())
-    net, report = _load(model, config)
+    net, report = _load(model, config, **({"dtype": "auto"} if as_stored else {}))
     random = {*report.missing, *report.mismatched}
     if model.task != "causal-lm" and not keep_head:
         labels = [config.id2label[i] for i in range(config.num_labels)]
         if match_head(model, labels).kind == "other":
             random |= _reinitialise_head(net, model, config, seed)
     _check_finite(net, where(model))
-    return net.float(), frozenset(random)
+    return net if as_stored else net.float(), frozenset(random)
 
 
 def class_tensors(model: Model, config: Any) -> frozenset[str]:
@@ -148,12 +187,26 @@ def _check_finite(net: nn.Module, source: str) -> None:
 
 
 def arrays_of(net: nn.Module) -> dict[str, npt.NDArray[Any]]:
-    """Return a model's parameters and buffers by name, as arrays that share their memory."""
+    """Return a model's parameters and buffers by name, as arrays that share their memory.
+
+    numpy has no bfloat16: its bits are uint16, a type that weights do not have otherwise.
+    """
     tensors = [*net.named_parameters(remove_duplicate=False)]
     tensors += [*net.named_buffers(remove_duplicate=False)]  # type: ignore[list-item]
     # One array per tensor, so that tied weights are still tied after pickling.
-    arrays = {id(tensor): tensor.detach().numpy() for _, tensor in tensors}
+    arrays = {id(tensor): _array(tensor.detach()) for _, tensor in tensors}
     return {name: arrays[id(tensor)] for name, tensor in tensors}
+
+
+def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    bits = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
+    array: npt.NDArray[Any] = bits.numpy()
+    return array
+
+
+def _tensor(array: npt.NDArray[Any]) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
 
 
 def assembled(
@@ -175,7 +228,7 @@ def assembled(
                 with warnings.catch_warnings():
                     # torch warns about read-only arrays, since it cannot prevent writes.
                     warnings.simplefilter("ignore", UserWarning)
-                    view = nn.Parameter(torch.from_numpy(array), requires_grad=False)
+                    view = nn.Parameter(_tensor(array), requires_grad=False)
                 module._parameters[key] = shared.setdefault(address, view)
         for key, buffer in module._buffers.items():
             if buffer is not None:
@@ -183,4 +236,5 @@ def assembled(
                 module._buffers[key] = torch.tensor(arrays[prefix + key])
         if any(isinstance(v, torch.Tensor) and v.is_meta for v in vars(module).values()):
             return None
+    compute_in_float32(net)
     return net

@@ -67,13 +67,13 @@ def _sees_later_tokens(model: Model, config: Any) -> bool | None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            net = _small_copy(model, config)
+            net = small_copy(model, config)
             return None if net is None else _later_tokens_matter(net)
         except Exception:  # reported by other checks
             return None
 
 
-def _small_copy(model: Model, config: Any) -> nn.Module | None:
+def small_copy(model: Model, config: Any) -> nn.Module | None:
     """Return a copy with random weights, reduced where it is large; None if it is still large."""
     smaller = copy.deepcopy(config)
     for cut in _CUTS:

@@ -82,7 +82,7 @@ def trained_files(
             if recipe.model.task == "image-classification":
                 write_image_processor(part, recipe.model, config, workload.float_pixels)
             else:
-                write_tokenizer(part, recipe.model)
+                write_tokenizer(part, recipe.model, workload.chat_template)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 

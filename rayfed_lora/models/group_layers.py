@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from rayfed_lora.models.linear import is_transposed, sides
+from rayfed_lora.models.precision import arithmetic, product
 
 # Number of weights up to which merging was measured to be faster (benchmarks/README.md).
 _SMALL = 1 << 13
@@ -48,19 +49,20 @@ class AdaptedLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W^T + bias + scale_g (x_g A_g^T) B_g^T, (group * rows, ..., d_out)."""
         weight = self.weight.t() if self.transposed else self.weight
+        x = arithmetic(x, weight)
         if self.factors is None:
-            return functional.linear(x, weight, self.bias)
+            return product(x, weight, self.bias)
         a, scaled = self.factors.a, self.factors.b * self.factors.scale
         rows = _by_client(x, len(a))
         if self._merges(rows):
-            weights = torch.baddbmm(weight, scaled, a).transpose(1, 2)
+            weights = torch.baddbmm(weight.to(a.dtype), scaled, a).transpose(1, 2)
             y = torch.bmm(rows, weights)
             y = y if self.bias is None else y.add_(self.bias)
         else:
             dropped = functional.dropout(x, self.dropout, self.training) if self.dropout > 0 else x
             low = torch.bmm(_by_client(dropped, len(a)), a.transpose(1, 2))
             # In place, since y has no other user and a copy takes longer than the product.
-            y = functional.linear(rows, weight, self.bias)
+            y = product(rows, weight, self.bias)
             y = y.baddbmm_(low, scaled.transpose(1, 2).to(y.dtype))
         return y.view(*x.shape[:-1], self.out_features)
 

@@ -24,6 +24,9 @@ def head_modules(net: nn.Module, adapter: Adapter) -> list[str]:
     """
     if adapter.head_modules != "auto":
         return _checked(net, list(dict.fromkeys(adapter.head_modules)))
+    own: list[str] | None = getattr(net, "own_head", None)
+    if own is not None:
+        return [*own]
     children, encoder = _children(net), getattr(net, "base_model_prefix", "")
     if encoder in children:
         found = [name for name in children if name != encoder]

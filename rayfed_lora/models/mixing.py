@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rayfed_lora.models.language import model_inputs
 from rayfed_lora.models.linear import is_linear, nearly_equal
 from rayfed_lora.models.shapes import FIRST_DIMENSION
 
@@ -154,7 +155,7 @@ def _forward(net: nn.Module, inputs: Inputs) -> tuple[torch.Tensor, _Calls]:
             if is_linear(module):
                 hook = partial(record, name)
                 stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-        return net(**inputs).logits, calls
+        return net(**model_inputs(inputs)).logits, calls
 
 
 def _digest(x: torch.Tensor) -> torch.Tensor:

@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from rayfed_lora.errors import ModelError
+from rayfed_lora.models.checkpointing import can_checkpoint, check_checkpointing, is_recomputed
 from rayfed_lora.models.heads import head_modules, head_notes, head_parameters
 from rayfed_lora.models.linear import is_linear, sides
 from rayfed_lora.models.targets import Targets, choose_targets
+from rayfed_lora.recipe.memory import HELD_PER_LINEAR_OUTPUT
 from rayfed_lora.recipe.model import Adapter
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.types import ModelShape
@@ -33,8 +35,10 @@ def model_shape(net: nn.Module, recipe: Recipe) -> ModelShape:
 
     Raises:
         ModelError: no module matches, a match is not a plain linear layer, or heating.rank
-            exceeds the smallest side of a module.
+            exceeds the smallest side of a module, or its layers cannot be recomputed as the recipe
+            says.
     """
+    check_checkpointing(net, recipe.runtime.checkpoint_activations)
     trace = _traced(net, recipe)
     rank = 0 if recipe.annealing.mode == "full" else recipe.annealing.heating.rank
     targets = _targets(net, recipe.adapter, rank, trace.unused)
@@ -55,6 +59,8 @@ def model_shape(net: nn.Module, recipe: Recipe) -> ModelShape:
         obstacle=fusion_obstacle(net, recipe.adapter) or trace.obstacle,
         linear_flops=trace.linear_flops,
         activation_bytes=trace.activation_bytes,
+        logit_bytes=trace.logit_bytes,
+        checkpointed_bytes=trace.checkpointed_bytes,
         notes=(*head_notes(net, recipe.adapter), *targets.notes),
         tensors={name: tuple(p.shape) for name, p in net.named_parameters()},
     )
@@ -105,6 +111,8 @@ class _Trace:
     linear_flops: float = 0.0
     activation_bytes: int = 0
     unused: frozenset[str] = frozenset()
+    logit_bytes: int = 0
+    checkpointed_bytes: int = 0
 
 
 def _traced(net: nn.Module, recipe: Recipe) -> _Trace:
@@ -119,6 +127,9 @@ def _traced(net: nn.Module, recipe: Recipe) -> _Trace:
     flops: list[float] = []
     outputs: list[int] = []
     called: set[nn.Module] = set()
+    # Of each layer that can be recomputed: values of its result, and of its linear layers.
+    kept: list[int] = []
+    inside: list[int] = []
 
     def record(module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         called.add(module)
@@ -127,20 +138,34 @@ def _traced(net: nn.Module, recipe: Recipe) -> _Trace:
             flops.append(2.0 * args[0].numel() * out.shape[-1])
             outputs.append(out.numel())
 
+    def recomputed(module: nn.Module, args: object, out: Any) -> None:
+        kept.append((out if isinstance(out, torch.Tensor) else out[0]).numel())
+        inside.append(sum(outputs) - sum(inside))
+
     linear = {name: module for name, module in net.named_modules() if is_linear(module)}
     with ExitStack() as stack:
         for module in linear.values():
             stack.enter_context(module.register_forward_hook(record))
+        for module in filter(is_recomputed, net.modules() if can_checkpoint(net) else ()):
+            stack.enter_context(module.register_forward_hook(recomputed))
         try:
             with torch.no_grad(), no_padding_warning(net):
-                net.eval()(**_inputs(net, recipe))
+                logits = net.eval()(**_inputs(net, recipe)).logits
         except Exception as error:  # some models read values, which do not exist here
             return _Trace(f"its forward pass cannot be traced ({type(error).__name__})")
     unused = frozenset(name for name, module in linear.items() if module not in called)
     if any(count % _EXAMPLES != 0 for count in rows):
         return _Trace(FIRST_DIMENSION, unused=unused)
     mean = sum(flops) / max(len(flops), 1) / _EXAMPLES
-    return _Trace(None, mean, 4 * sum(outputs) // _EXAMPLES, unused)
+    again = sum(kept) + HELD_PER_LINEAR_OUTPUT * max(inside, default=0)
+    return _Trace(
+        None,
+        mean,
+        4 * sum(outputs) // _EXAMPLES,
+        unused,
+        logit_bytes=4 * logits.numel() // _EXAMPLES if logits.dim() == 3 else 0,
+        checkpointed_bytes=4 * again // _EXAMPLES,
+    )
 
 
 @contextmanager

@@ -49,8 +49,8 @@ def give_padding_token(tokenizer: Any) -> str | None:
     return token
 
 
-def write_tokenizer(folder: Path, model: Model) -> None:
-    """Write the tokenizer of a model, with its chat template, as it is used in training.
+def write_tokenizer(folder: Path, model: Model, chat_template: str | None = None) -> None:
+    """Write the tokenizer of a model, with its chat template or another, as used in training.
 
     Raises:
         ModelError: it cannot be read.
@@ -58,6 +58,8 @@ def write_tokenizer(folder: Path, model: Model) -> None:
     tokenizer = read_tokenizer(model)
     if model.task == "text-classification":
         give_padding_token(tokenizer)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     with base_models.quiet():
         tokenizer.save_pretrained(str(folder))
 

@@ -41,7 +41,7 @@ def tokenize(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
             for name, values in encoded.items():
                 rows[name] += [np.array(row, np.int32) for row in values]
     fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-    return {name: _padded(values, fill.get(name, 0)) for name, values in rows.items()}
+    return {name: padded(values, fill.get(name, 0)) for name, values in rows.items()}
 
 
 def tokenize_whole(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
@@ -50,6 +50,13 @@ def tokenize_whole(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
     They are truncated to `max_length` tokens, which may drop the end token. `input_ids` and
     `attention_mask` are (n, length) int32; padding is 0, no padding token is needed.
     """
+    rows = whole_texts(tokenizer, texts, max_length)
+    masks = [np.ones_like(ids) for ids in rows]
+    return {"input_ids": padded(rows, least=1), "attention_mask": padded(masks, least=1)}
+
+
+def whole_texts(tokenizer: Any, texts: list[str], max_length: int) -> list[_Array]:
+    """Return the tokens of each text as `tokenize_whole` does, (n,) int32, without padding."""
     end = tokenizer.eos_token_id
     rows: list[_Array] = []
     with quiet():
@@ -57,11 +64,12 @@ def tokenize_whole(tokenizer: Any, texts: list[str], max_length: int) -> Tokens:
             whole = tokenizer(batch)["input_ids"]
             ended = [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in whole]
             rows += [np.array(ids[:max_length], np.int32) for ids in ended]
-    masks = [np.ones_like(ids) for ids in rows]
-    return {"input_ids": _padded(rows, least=1), "attention_mask": _padded(masks, least=1)}
+    return rows
 
 
-def _padded(rows: Sequence[_Array], fill: int = 0, *, least: int = 0) -> _Array:
+def padded(
+    rows: Sequence[npt.NDArray[np.integer[Any]]], fill: int = 0, *, least: int = 0
+) -> _Array:
     """Return rows padded on the right to the longest of them, and to `least` values."""
     padded = np.full((len(rows), max([least, *map(len, rows)])), fill, np.int32)
     for target, row in zip(padded, rows, strict=True):

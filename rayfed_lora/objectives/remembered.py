@@ -29,6 +29,13 @@ from rayfed_lora.types import AdapterState, ClientReport, LocalPlan
 
 # Arrays by name, of each client that has taken part.
 Memory = Mapping[int, Arrays]
+# Begins the names of what a codec has lost of a client's update; the rest is the objective's.
+LOST = "lost|"
+
+
+def of_objective(memory: Arrays) -> dict[str, Any]:
+    """Return a client's memory without what codecs have lost."""
+    return {name: array for name, array in memory.items() if not name.startswith(LOST)}
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Remembered:
 
     Attributes:
         name, options: of the objective.
-        memory: of clients that have any.
+        memory: of clients that have any, of the objective and of error feedback.
         shared: of the server; empty where the objective shares nothing.
     """
 
@@ -60,8 +67,13 @@ class Remembered:
 
     def memory_of(self, client: int, trained: Shapes) -> Arrays:
         """Return a client's memory, 0 where it has none yet."""
-        found = self.memory.get(client)
-        return self.objective.zeros("memory", trained) if found is None else found
+        found = of_objective(self.memory.get(client, {}))
+        return found or self.objective.zeros("memory", trained)
+
+    def lost_of(self, client: int) -> Arrays:
+        """Return what codecs have lost of a client's updates, by tensor; may be empty."""
+        found = self.memory.get(client, {})
+        return {n.removeprefix(LOST): x for n, x in found.items() if n.startswith(LOST)}
 
     def reported(
         self, report: ClientReport, start: AdapterState, end: AdapterState, plan: LocalPlan

@@ -15,6 +15,7 @@ from rayfed_lora.pages.page import Rows, even, page, shown
 from rayfed_lora.pages.search_page import TRIALS_FILE, read_search, search_html
 from rayfed_lora.runs.checksums import REPORT_FILE
 from rayfed_lora.runs.labelled_runs import FailedRun, read_failed, read_runs
+from rayfed_lora.runs.outcome import ending, exported_scores, kept_model
 from rayfed_lora.runs.reading import RunData
 from rayfed_lora.runs.summary import client_summary
 from rayfed_lora.runs.tables import PROPOSAL_COLUMNS
@@ -104,6 +105,12 @@ def _overview(run: RunData) -> dict[str, str]:
         "failed": str(run.failed),
         "time": duration(run.summary["timing"]["wall_s"]),
     }
+    said = {"exported": kept_model(run.summary), "stopped by": ending(run.summary)}
+    facts |= {key: text for key, text in said.items() if text is not None}
+    if "kept" in run.summary:
+        facts["test accuracy of the exported"] = shown(
+            exported_scores(run.summary)["eval_accuracy"]
+        )
     if simulation is not None:
         facts["simulated time"] = duration(simulation["total_s"])
         facts["dropped clients"] = str(simulation["dropped_clients"])

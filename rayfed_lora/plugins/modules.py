@@ -8,7 +8,6 @@ Source: this project.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -89,7 +88,7 @@ def permit(things: Iterable[Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
             names.append(thing if isinstance(thing, str) else thing.__name__)
             continue
         method = thing.method if isinstance(thing, Choice) else _method(thing)
-        if method.module != "__main__" and not method.built_in:
+        if not method.by_value and not method.built_in:
             names.append(method.module)
         if isinstance(thing, Choice):
             chosen |= settings_of(method, thing.options)
@@ -101,6 +100,15 @@ def permit(things: Iterable[Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
     return tuple(names), chosen
 
 
+def flags(modules: Sequence[str]) -> list[str]:
+    """Return the words of a command that allow modules.
+
+    >>> flags(("my_methods",))
+    ['--plugins', 'my_methods']
+    """
+    return [word for name in modules for word in ("--plugins", name)]
+
+
 def carried(modules: Sequence[str], methods: Iterable[Method[Any]]) -> Plugins:
     """Return what a recipe takes along to other processes.
 
@@ -108,8 +116,8 @@ def carried(modules: Sequence[str], methods: Iterable[Method[Any]]) -> Plugins:
         modules: that it names.
         methods: that it chooses.
     """
-    folders = dict.fromkeys(folder for name in modules if (folder := _folder(name)))
-    own = tuple((m.again, m.target) for m in methods if m.module == "__main__")
+    folders = dict.fromkeys(folder for name in modules if (folder := folder_of(name)))
+    own = tuple((m.again, m.target) for m in methods if m.by_value)
     return Plugins(tuple(modules), tuple(folders), own)
 
 
@@ -164,7 +172,7 @@ def _method(thing: Any) -> Method[Any]:
     return method
 
 
-def _folder(name: str) -> str | None:
+def folder_of(name: str) -> str | None:
     """Return where a module that is not installed is found; None for an installed one."""
     spec = find_spec(name.partition(".")[0])
     if spec is None or spec.origin is None or "site-packages" in spec.origin:
@@ -193,15 +201,10 @@ class Origin:
 
 def origin(method: Method[Any]) -> Origin:
     """Return where a method comes from."""
-    module = sys.modules[method.module]
-    file = getattr(module, "__file__", None)
-    if method.module == "__main__" or file is None:
-        try:
-            content = inspect.getsource(inspect.unwrap(method.target)).encode()
-        except (OSError, TypeError):
-            content = b""
+    if method.by_value:
+        content = method.source.encode()
     else:
-        content = Path(file).read_bytes()
+        content = Path(str(sys.modules[method.module].__file__)).read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     return Origin(method.kind, method.name, method.module, _version(method.module), digest)
 
@@ -211,5 +214,5 @@ def _version(module: str) -> str | None:
     names = metadata.packages_distributions().get(top)
     if names:
         return metadata.version(names[0])
-    found = getattr(sys.modules[module], "__version__", None)
+    found = getattr(sys.modules.get(module), "__version__", None)
     return None if found is None else str(found)

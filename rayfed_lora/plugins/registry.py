@@ -8,6 +8,8 @@ Source: this project.
 
 from __future__ import annotations
 
+import dis
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -54,6 +56,8 @@ KEYS: Mapping[Kind, str] = {
 }
 # Attribute of a decorated class or function that holds its `Method`.
 _MARK = "__rayfed_lora_method__"
+# Attribute of one that cannot be imported: its source, where it was first registered.
+_SOURCE = "__rayfed_lora_source__"
 _OWN = "rayfed_lora."
 TABLES: dict[Kind, Table[Any]] = {}
 # Modules of plug-ins that this process has imported because its caller allowed them.
@@ -95,6 +99,16 @@ class Method(Generic[T]):
         return self.module.startswith(_OWN)
 
     @property
+    def by_value(self) -> bool:
+        """Whether no import finds it: it is of a notebook or script, or made inside a function."""
+        return _by_value(self.target)
+
+    @property
+    def source(self) -> str:
+        """The source of one that no import finds; its bytecode where there is none."""
+        return str(getattr(self.target, _SOURCE))
+
+    @property
     def summary(self) -> str:
         """The first line of its docstring; may be empty."""
         return (self.target.__doc__ or "").strip().partition("\n")[0]
@@ -129,11 +143,11 @@ class Decorated:
         return choice_of(self, options)
 
     def __reduce__(self) -> str | tuple[Any, ...]:
-        """Pickle by name, as a function is; one of a notebook or script with its code.
+        """Pickle by name, as a function is; one that no import finds with its code.
 
         The latter needs cloudpickle.
         """
-        if self.__module__ == "__main__":
+        if _by_value(self._function):
             return method_of(self).again, (self._function,)  # type: ignore[union-attr]
         return str(vars(self)["__qualname__"])
 
@@ -174,6 +188,8 @@ class Table(Mapping[str, T]):
         """
         short = name or _hyphenated(target.__name__)
         full = self._free(short, target)
+        if not target.__module__.startswith(_OWN):
+            _keep_source(target)
         method = Method(
             kind=self.kind,
             name=full,
@@ -239,17 +255,17 @@ class Table(Mapping[str, T]):
         return self.method(name).value
 
     def __iter__(self) -> Iterator[str]:
-        self._load()
-        return iter(self._methods)
+        return (method.name for method in self.methods())
 
     def __len__(self) -> int:
         self._load()
         return len(self._methods)
 
     def methods(self) -> tuple[Method[T], ...]:
-        """Return all methods, the built-in ones first."""
+        """Return all methods: the built-in ones by module, however imported, then others."""
         self._load()
-        return tuple(sorted(self._methods.values(), key=lambda method: not method.built_in))
+        found = self._methods.values()
+        return tuple(sorted(found, key=lambda m: (not m.built_in, m.module if m.built_in else "")))
 
     def remove(self, name: str) -> None:
         """Forget a method, e.g. one of a test."""
@@ -287,6 +303,30 @@ def allow(module: str) -> None:
 
 def _partial(value: Any, options: Mapping[str, Any]) -> Any:
     return partial(value, **options)
+
+
+def _by_value(target: Any) -> bool:
+    return _SOURCE in vars(target)
+
+
+def _keep_source(target: Any) -> None:
+    """Note the source of what no import finds, once: in other processes there is none."""
+    hidden = target.__module__ == "__main__" or "<locals>" in target.__qualname__
+    if hidden and not _by_value(target):
+        setattr(target, _SOURCE, _source(target))
+
+
+def _source(target: Any) -> str:
+    """Return the source of a function or class; its bytecode where nothing has the source."""
+    try:
+        return inspect.getsource(inspect.unwrap(target))
+    except (OSError, TypeError):
+        pass
+    if isinstance(target, type):
+        # Of a class of a notebook inspect knows no file, but of its methods it does.
+        parts = [_source(part) for part in vars(target).values() if inspect.isfunction(part)]
+        return "\n".join([repr(inspect.get_annotations(target)), *parts])
+    return dis.Bytecode(target).dis()
 
 
 def _path(target: Any) -> str:

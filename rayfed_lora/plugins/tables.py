@@ -12,6 +12,10 @@ from rayfed_lora.plugins.registry import Table
 
 # (start, end, u) -> value; the last round is at `end`.
 SHAPES: Table[Callable[..., float]] = Table("shape", "rayfed_lora.annealing.schedules")
+# An `Acceptance`; see `annealing.acceptance.acceptance`.
+ACCEPTANCES: Table[Any] = Table("acceptance", "rayfed_lora.annealing.acceptance")
+# An `Allocation`; see `annealing.budget.allocation`.
+ALLOCATIONS: Table[Any] = Table("allocation", "rayfed_lora.annealing.budget")
 RULES: Table[Any] = Table("rule", "rayfed_lora.aggregation.rules")
 # (pool, wanted, history, rng) -> client ids; see `federation.sampling.sampler`.
 SAMPLERS: Table[Callable[..., Any]] = Table("sampler", "rayfed_lora.federation.sampling")
@@ -21,6 +25,8 @@ WEIGHTS: Table[Callable[..., float]] = Table("weight", "rayfed_lora.tasks.traini
 METRICS: Table[Any] = Table("metric", "rayfed_lora.federation.evaluation")
 # (parameters, lr) -> a torch optimiser.
 OPTIMIZERS: Table[Callable[..., Any]] = Table("optimizer", "rayfed_lora.plugins.optimizers")
+# (channels, height, width, classes) -> nn.Module; none is built in.
+MODELS: Table[Callable[..., Any]] = Table("model")
 OBJECTIVES: Table[Any] = Table("objective", "rayfed_lora.objectives.objectives")
 UPDATES: Table[Any] = Table("update", "rayfed_lora.wire.updates")
 # (labels, clients, rng) -> client of each example; see `data.partitions.partition`.

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rayfed_lora.plugins.tables import SHAPES
+from rayfed_lora.plugins.tables import ACCEPTANCES, ALLOCATIONS, SHAPES
 from rayfed_lora.recipe.fields import (
     Choosing,
     Count,
@@ -16,11 +16,13 @@ from rayfed_lora.recipe.fields import (
     Positive,
     PositiveFloat,
     Section,
+    TextOr,
+    also_plain,
     option,
     section,
 )
 
-Acceptance = Literal["always", "metropolis", "target"]
+Needs = Literal["nothing", "energies", "metric"]
 
 
 class Initiating(Section):
@@ -85,6 +87,29 @@ class Target(Section):
     )
 
 
+class AcceptanceRule(Choosing):
+    """When a lower rank is accepted; options of the method stand beside `name`."""
+
+    choice = ("name", ACCEPTANCES)
+
+    name: Annotated[str, NameIn(ACCEPTANCES)] = option(
+        "always", "always | metropolis: by Metropolis' rule | target: while a target holds"
+    )
+
+
+class AllocationRule(Choosing):
+    """How modules share the budget; options of the method stand beside `name`."""
+
+    choice = ("name", ALLOCATIONS)
+
+    name: Annotated[str, NameIn(ALLOCATIONS)] = option(
+        "uniform", "uniform: one rank for all modules | spectral: by singular energy a parameter"
+    )
+
+
+_ACCEPTANCE, _ALLOCATION = TextOr(AcceptanceRule), TextOr(AllocationRule)
+
+
 class Annealing(Section):
     """The schedule of the parameter budget, the core of SA-FedLoRA."""
 
@@ -97,13 +122,15 @@ class Annealing(Section):
     heating: Heating = section(Heating, "rounds at the high rank")
     cooling: Cooling = section(Cooling, "rounds in which the rank falls")
     holding: Holding = section(Holding, "rounds at the low rank")
-    allocation: Literal["uniform", "spectral"] = option(
-        "uniform", "uniform: one rank for all modules | spectral: by singular energy a parameter"
+    allocation: Annotated[str | AllocationRule, _ALLOCATION] = Field(
+        "uniform",
+        description="how modules share the budget of a round; a text: the method's name",
+        json_schema_extra=lambda schema: also_plain(schema, "string"),
     )
-    acceptance: Acceptance = option(
+    acceptance: Annotated[str | AcceptanceRule, _ACCEPTANCE] = Field(
         "always",
-        "when a lower rank is accepted: always | metropolis: by Metropolis' rule | target: while"
-        " a target holds",
+        description="when a lower rank is accepted; a text: the method's name",
+        json_schema_extra=lambda schema: also_plain(schema, "string"),
     )
     temperature: PositiveFloat = option(0.05, "first temperature (metropolis)", "nats of loss")
     temperature_decay: Annotated[float, Field(gt=0.0, le=1.0)] = option(
@@ -112,9 +139,24 @@ class Annealing(Section):
     target: Target = section(Target, "the metric that acceptance target holds")
 
     @property
-    def feedback(self) -> Acceptance:
-        """The acceptance rule in force: `always` where ranks never fall."""
-        return self.acceptance if self.mode == "staged" else "always"
+    def feedback(self) -> Needs:
+        """What the acceptance rule needs to know; nothing where ranks never fall."""
+        if self.mode != "staged":
+            return "nothing"
+        needs: Needs = ACCEPTANCES[self.accepts.name].needs
+        return needs
+
+    @property
+    def accepts(self) -> AcceptanceRule:
+        """`acceptance` with the options of its method."""
+        found: AcceptanceRule = _ACCEPTANCE.of(self.acceptance)
+        return found
+
+    @property
+    def allocates(self) -> AllocationRule:
+        """`allocation` with the options of its method."""
+        found: AllocationRule = _ALLOCATION.of(self.allocation)
+        return found
 
     @property
     def cools(self) -> bool:

@@ -9,8 +9,11 @@ from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.locations import each, holds_secret, repeated_option
 from rayfed_lora.objectives.objectives import OBJECTIVES
 from rayfed_lora.plugins.registry import KEYS, TABLES
+from rayfed_lora.plugins.tables import ALLOCATIONS
 from rayfed_lora.recipe.annealing import Annealing
 from rayfed_lora.recipe.chosen import chosen_methods
+from rayfed_lora.recipe.data_checks import data_conflicts
+from rayfed_lora.recipe.feedback_checks import feedback_conflicts
 from rayfed_lora.recipe.runtime import Runtime
 from rayfed_lora.recipe.settings import Settings
 from rayfed_lora.recipe.spread_checks import spread_conflicts
@@ -40,16 +43,21 @@ def conflicts(recipe: Settings) -> list[Conflict]:
     return [
         *_location_conflicts(recipe),
         *_ambiguous_methods(recipe),
-        *_data_and_model_conflicts(recipe),
         *_stage_conflicts(recipe.annealing),
-        *_acceptance_conflicts(recipe),
         *_client_conflicts(recipe),
         *_rule_conflicts(recipe),
         *_objective_conflicts(recipe),
         *_device_conflicts(recipe),
         *_actor_conflicts(recipe.runtime),
-        *(Conflict(*found) for found in wire_conflicts(recipe)),
+        *(Conflict(*found) for found in _apart(recipe)),
     ]
+
+
+def _apart(recipe: Settings) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield the conflicts that have files of their own."""
+    yield from data_conflicts(recipe)
+    yield from feedback_conflicts(recipe)
+    yield from wire_conflicts(recipe)
 
 
 def _ambiguous_methods(recipe: Settings) -> Iterator[Conflict]:
@@ -71,6 +79,8 @@ def _location_conflicts(recipe: Settings) -> Iterator[Conflict]:
     named = {
         "data.source": recipe.data.source,
         "data.test_source": recipe.data.test_source,
+        # A template's own text has braces.
+        "data.template": None if "{" in recipe.data.template else recipe.data.template,
         "model.source": recipe.model.source,
         "model.tokenizer": recipe.model.tokenizer,
         "clients.availability.trace": recipe.clients.availability.trace,
@@ -89,26 +99,6 @@ def _location_conflicts(recipe: Settings) -> Iterator[Conflict]:
                 "expected a URI without credentials; they come from the environment, ~/.aws or the"
                 " machine's role",
             )
-
-
-def _data_and_model_conflicts(recipe: Settings) -> Iterator[Conflict]:
-    partition, model = recipe.data.partition, recipe.model
-    if partition.kind == "column" and partition.column is None:
-        yield Conflict(
-            ("data.partition.column", "data.partition.kind"),
-            "partition kind 'column' needs the name of a data column, got null",
-        )
-    if model.source == "config" and not isinstance(model.config.get("architecture"), str):
-        yield Conflict(
-            ("model.config.architecture", "model.config", "model.source"),
-            "model source 'config' needs a transformers model type such as vit or bert",
-        )
-    if model.task == "causal-lm" and recipe.adapter.train_head:
-        yield Conflict(
-            ("adapter.train_head", "model.task", "method"),
-            "expected false with model.task 'causal-lm', whose output layer is its vocabulary and"
-            " stays frozen, got true",
-        )
 
 
 def _stage_conflicts(annealing: Annealing) -> Iterator[Conflict]:
@@ -133,37 +123,18 @@ def _stage_conflicts(annealing: Annealing) -> Iterator[Conflict]:
         )
 
 
-def _acceptance_conflicts(recipe: Settings) -> Iterator[Conflict]:
-    annealing = recipe.annealing
-    if annealing.feedback == "always":
-        return
-    if recipe.data.validation_fraction == 0:
-        yield Conflict(
-            ("data.validation_fraction", "annealing.acceptance"),
-            f"annealing.acceptance '{annealing.acceptance}' needs a value above 0 (or auto), got 0",
-        )
-    if annealing.feedback == "metropolis" and annealing.cooling.residual == "fold":
-        yield Conflict(
-            ("annealing.acceptance", "annealing.cooling.residual"),
-            "'metropolis' does not go with residual 'fold': a folded cut does not change the model,"
-            " so every proposal would be accepted; use 'always', or residual 'drop'",
-        )
-    adapter_initiating = annealing.initiating.trainable == "adapter" and annealing.initiating_rounds
-    at_heating_rank = annealing.heating.rounds > 0 or adapter_initiating
-    value_is_sought = annealing.feedback == "target" and annealing.target.value is None
-    if value_is_sought and not at_heating_rank:
-        yield Conflict(
-            ("annealing.target.value", "annealing.heating.rounds"),
-            "acceptance 'target' expects a number here, or heating.rounds above 0 to find it in",
-        )
-
-
 def _client_conflicts(recipe: Settings) -> Iterator[Conflict]:
     clients, partition = recipe.clients, recipe.data.partition
     if clients.local_steps is not None and clients.local_epochs is not None:
         yield Conflict(
             ("clients.local_epochs", "clients.local_steps"),
             "expected local_steps or local_epochs, got both",
+        )
+    horizon, warmup = clients.lr_schedule.horizon, clients.lr_schedule.warmup_rounds
+    if horizon is not None and horizon <= warmup:
+        yield Conflict(
+            ("clients.lr_schedule.horizon", "clients.lr_schedule.warmup_rounds"),
+            f"expected more than warmup_rounds ({warmup}), got {horizon}",
         )
     known = partition.kind != "column" and isinstance(clients.per_round, int)
     if known and clients.per_round > partition.clients:
@@ -219,17 +190,20 @@ def _rule_conflicts(recipe: Settings) -> Iterator[Conflict]:
             "'fold' needs clients that hold every direction that a cut folds; use residual drop, or"
             " no clients.ranks",
         )
-    if rule.restarts and annealing.feedback == "metropolis":
+    if rule.restarts and annealing.feedback == "energies":
         yield Conflict(
             (key, "annealing.acceptance"),
-            f"'{name}' starts LoRA anew each round: a lower rank cuts nothing that 'metropolis'"
-            " could evaluate; use acceptance always or target, or another rule",
+            f"'{name}' starts LoRA anew each round: a lower rank cuts nothing that"
+            f" '{annealing.accepts.name}' could evaluate; use acceptance always or target, or"
+            " another rule",
         )
-    if annealing.allocation == "spectral" and (rule.personal or rule.restarts):
+    shares = annealing.allocates.name
+    trained = rule.restarts and ALLOCATIONS[shares].needs_spectra
+    if (shares != "uniform" and rule.personal) or trained:
         reason = (
-            "needs one rank: 'spectral' would give each client another A, and A is shared"
+            f"needs one rank: '{shares}' would give each client another A, and A is shared"
             if rule.personal
-            else "starts LoRA anew each round: 'spectral' needs a trained adapter"
+            else f"starts LoRA anew each round: '{shares}' needs a trained adapter"
         )
         paths = (key, "annealing.allocation")
         yield Conflict(paths, f"'{name}' {reason}; use uniform, or another rule")
@@ -278,8 +252,9 @@ def _one_rank_conflicts(recipe: Settings, name: str, key: str) -> Iterator[Confl
             f"{keeps}, and needs one rank: expected annealing.mode fixed or full, or cooling.rank"
             f" equal to heating.rank ({annealing.heating.rank}), got {annealing.cooling.rank}",
         )
-    if annealing.allocation != "uniform":
-        message = f"{keeps}, and needs one rank: expected uniform, got {annealing.allocation!r}"
+    shares = annealing.allocates.name
+    if shares != "uniform":
+        message = f"{keeps}, and needs one rank: expected uniform, got {shares!r}"
         yield Conflict(("annealing.allocation", key), message)
     lowest = recipe.clients.lowest_rank
     if lowest is not None and lowest < annealing.heating.rank:

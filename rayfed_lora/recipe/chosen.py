@@ -8,8 +8,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from rayfed_lora.plugins.registry import Method
-from rayfed_lora.plugins.tables import METRICS
+from rayfed_lora.plugins.tables import ACCEPTANCES, ALLOCATIONS, METRICS, SHAPES
+from rayfed_lora.recipe.annealing import Annealing
 from rayfed_lora.recipe.fields import Choosing
+from rayfed_lora.recipe.model import Model
 from rayfed_lora.recipe.runtime import Evaluation
 
 
@@ -20,6 +22,14 @@ def chosen_methods(section: BaseModel) -> Iterator[Method[Any]]:
         yield table.method(getattr(section, key))
     if isinstance(section, Evaluation):
         yield from map(METRICS.method, section.metrics)
+    if isinstance(section, Model) and section.own is not None:
+        yield section.own
+    if isinstance(section, Annealing):
+        # Texts, where they have no options.
+        yield ACCEPTANCES.method(section.accepts.name)
+        yield ALLOCATIONS.method(section.allocates.name)
+        yield SHAPES.method(section.cooling.shape)
+        return
     for value in vars(section).values():
         if isinstance(value, BaseModel):
             yield from chosen_methods(value)

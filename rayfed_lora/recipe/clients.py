@@ -19,6 +19,7 @@ from rayfed_lora.recipe.fields import (
     Positive,
     PositiveFloat,
     Section,
+    also_plain,
     option,
     section,
     short_for,
@@ -90,11 +91,6 @@ def own_number(description: str, unit: str) -> Any:
     return Field(None, description=description, json_schema_extra=with_number)
 
 
-def also_plain(schema: dict[str, Any], *types: str) -> None:
-    """Let a section's schema accept plain values of these types too."""
-    schema["anyOf"] = [{"$ref": schema.pop("$ref")}, *({"type": kind} for kind in types)]
-
-
 class Network(Section):
     """The simulated network between the server and its clients."""
 
@@ -138,6 +134,12 @@ class LrSchedule(Section):
     )
     final_factor: Annotated[float, Field(gt=0.0, le=1.0)] = option(0.1, "factor in the last round")
     warmup_rounds: Count = option(0, "rounds of linear rise to 1 at the start", "rounds")
+    horizon: Positive | None = option(
+        None,
+        "the round in which the curve is at its end, and stays there; null: the last one. A run"
+        " that is to be lengthened later needs it",
+        "rounds",
+    )
 
 
 class Sampler(Choosing):
@@ -185,8 +187,14 @@ class Clients(Section):
     local_epochs: Positive | None = option(None, "passes over the client's own examples", "epochs")
     batch_size: Number = option(
         16,
-        "examples a step; a client with fewer uses all; a mapping: each client's own",
+        "examples of a micro-batch; a client with fewer uses all; a mapping: each client's own",
         "examples",
+    )
+    accumulate: Positive = option(
+        1,
+        "micro-batches a step: its gradient is that of one batch of batch_size * accumulate"
+        " examples, weighted by examples, or by tokens in language models",
+        "micro-batches",
     )
     optimizer: Optimizer = section(Optimizer, "local optimiser")
     objective: Annotated[Objective, short_for({str: "name"})] = Field(

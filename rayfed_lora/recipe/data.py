@@ -19,6 +19,7 @@ from rayfed_lora.recipe.fields import (
     Section,
     option,
     section,
+    short_for,
 )
 
 
@@ -60,8 +61,15 @@ Character = Annotated[str, Field(pattern=r"^[\x00-\x09\x0b\x0c\x0e-\x7f]$")]
 
 
 class TextFormat(Section):
-    """How text files (CSV, TSV, JSON) are written."""
+    """How rows stand for examples, and how text files (CSV, TSV, JSON) are written."""
 
+    kind: Literal["auto", "text", "instruction", "chat"] = option(
+        "auto",
+        "what a row holds (causal-lm): text | instruction: a prompt and its response (instruction,"
+        " input and output; prompt and response; question and answer) | chat: a list of messages"
+        " (messages of role and content, conversations of from and value); auto: told by the names"
+        " of the columns, text where text_column is given. `format: chat` is short for it",
+    )
     separator: Literal["auto", "tab"] | Character = option(
         "auto",
         "character between the values (CSV, TSV), or `tab`; auto: a tab in .tsv files; in .csv"
@@ -94,14 +102,33 @@ class Data(Section):
         "the examples to test on, written like `source`; they replace test_fraction and a test"
         " split of the source; null: none of its own",
     )
-    format: TextFormat = section(TextFormat, "separator, quotes and encoding of text files")
+    format: Annotated[TextFormat, short_for({str: "kind"})] = section(
+        TextFormat, "kind of the rows; separator, quotes and encoding of text files"
+    )
+    template: Annotated[str, Field(min_length=1)] = option(
+        "auto",
+        "how turns of instruction and chat data become a text; auto: the tokenizer's chat template,"
+        " else alpaca | alpaca | vicuna | a Jinja text, or a path or URI of a file with one, which"
+        " gets messages, bos_token, eos_token and add_generation_prompt as in transformers",
+    )
+    loss_on: Literal["response", "all"] = option(
+        "response",
+        "tokens of instruction and chat data that losses and metrics are over: response: those of"
+        " the assistant's turns with their end tokens | all",
+    )
+    packing: bool = option(
+        False,
+        "whether training examples of a client share a row of up to max_length tokens, without"
+        " seeing each other (causal-lm); batch_size and weights then count rows",
+    )
     test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = option(
         0.2, "share kept for testing without test_source and a test split of the source"
     )
     validation_fraction: Fraction | Auto = option(
         "auto",
-        "share of the training examples kept on the server for the annealing feedback;"
-        " auto: 0.1 when `annealing.acceptance` needs it (in a comparison: of any method), else 0",
+        "share of the training examples kept on the server for annealing feedback and selection;"
+        " auto: 0.1 when acceptance, early stopping or keep_best needs it (in a comparison: of any"
+        " method), else 0",
     )
     text_column: str | Auto = option("auto", "column of the text (text tasks)")
     image_column: str | Auto = option(

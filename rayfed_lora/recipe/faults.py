@@ -174,11 +174,13 @@ def _all_paths(node: Any = Recipe, prefix: str = "") -> list[str]:
 
 
 def _nearest_key(path: tuple[str, ...], siblings: list[str]) -> str | None:
-    """Return the known key meant: one beside it, else one of that name, the closest first."""
+    """Return the known key meant: the only one of that name, one beside it, or the closest."""
+    same_name = [p for p in _all_paths() if p.rsplit(".", 1)[-1] == path[-1]]
+    if len(same_name) == 1:
+        return same_name[0]
     here = closest(path[-1], siblings)
     if here is not None:
         return ".".join((*path[:-1], here))
-    same_name = [p for p in _all_paths() if p.rsplit(".", 1)[-1] == path[-1]]
     if same_name:
         return max(same_name, key=lambda p: p.split(".")[: len(path) - 1] == list(path[:-1]))
     written = ".".join(path)

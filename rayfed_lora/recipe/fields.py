@@ -49,7 +49,7 @@ ClassLabel = Annotated[
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NameIn:
     """Annotation of a key that names an entry of a table, such as a rule.
 
@@ -103,6 +103,11 @@ def short_for(stands_for: Mapping[type, str]) -> Any:
         return value if key is None else {key: value}
 
     return BeforeValidator(expanded)
+
+
+def also_plain(schema: dict[str, Any], *types: str) -> None:
+    """Let a section's schema accept plain values of these types too."""
+    schema["anyOf"] = [{"$ref": schema.pop("$ref")}, *({"type": kind} for kind in types)]
 
 
 class Section(BaseModel):
@@ -171,3 +176,31 @@ class Choosing(Section):
 def _unknown(key: str, value: Any, known: list[str]) -> InitErrorDetails:
     kind = PydanticCustomError("unknown_option", "", {"known": known})
     return InitErrorDetails(type=kind, loc=(key,), input=value)
+
+
+@dataclass(frozen=True, eq=False)
+class TextOr:
+    """Annotation of a key that names a method by a text, or by a section with its options.
+
+    The value is the text wherever the method has no options of its own.
+    """
+
+    section: type[Choosing]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        key, _ = self.section.choice
+        made = core_schema.no_info_before_validator_function(
+            lambda given: {key: given} if isinstance(given, str) else given,
+            handler.generate_schema(self.section),
+        )
+        return core_schema.no_info_after_validator_function(
+            lambda found: found if found.own_options else getattr(found, key),
+            made,
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda value: value if isinstance(value, str) else value.model_dump(mode="json")
+            ),
+        )
+
+    def of(self, value: Any) -> Any:
+        """Return the section that a value of the key stands for."""
+        return value if isinstance(value, self.section) else self.section(name=value)

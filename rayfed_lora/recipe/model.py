@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
+from rayfed_lora.plugins.registry import Method
+from rayfed_lora.plugins.tables import MODELS
 from rayfed_lora.recipe.fields import Auto, Fraction, PositiveFloat, Section, option
 from rayfed_lora.recipe.plain_values import unsupported
 
@@ -18,8 +22,16 @@ AUTO_CLASSES = {
 }
 
 
+# Keys of `config` that are not options of an own model.
+_OF_IMAGES = frozenset({"architecture", "image_size", "num_channels", "num_labels"})
+
+
 class Model(Section):
-    """The base model."""
+    """The base model.
+
+    An own model is a `source` with its options beside it; resolved recipes have it as the
+    `architecture` in `config`.
+    """
 
     task: Literal["image-classification", "text-classification", "causal-lm"] = option(
         "image-classification", "task that the model is trained for"
@@ -29,6 +41,11 @@ class Model(Section):
         "config (random initial weights), package:<name>[/<folder>] (a model inside an installed"
         " Python package), a local folder, or a hub id",
     )
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto",
+        "how the large frozen weights are kept: auto: as in the source on a GPU, float32 on a CPU;"
+        " arithmetic is that of runtime.precision, factors are float32",
+    )
     tokenizer: str | None = option(
         None, "source of the tokenizer, in the form of `source`; null: the model's own source"
     )
@@ -37,6 +54,48 @@ class Model(Section):
         description="for source config: `architecture` (vit, bert, ...) and transformers' own"
         " names; for other sources: values that override the model's configuration",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_own(cls, given: Any) -> Any:
+        source = given.get("source") if isinstance(given, Mapping) else None
+        if not isinstance(source, str) or source not in MODELS:
+            return given
+        fields, own = cls.model_fields, MODELS.method(source).options.model_fields
+        options = {key: value for key, value in given.items() if key not in fields and key in own}
+        kept = {key: value for key, value in given.items() if key not in options}
+        written = given.get("config") or {}
+        # That of a model that this one replaces.
+        of_another = (
+            not isinstance(written, Mapping) or written.get("architecture", source) != source
+        )
+        config = {**({} if of_another else written), **options, "architecture": source}
+        return {**kept, "source": "config", "config": config}
+
+    @property
+    def own(self) -> Method[Any] | None:
+        """The own model that is chosen, if any."""
+        name = self.config.get("architecture") if self.source == "config" else None
+        return MODELS.method(name) if isinstance(name, str) and name in MODELS else None
+
+    @model_validator(mode="after")
+    def _fits_own(self) -> Model:
+        if self.own is None:
+            return self
+        if self.task != "image-classification":
+            raise PydanticCustomError(
+                "own_model", f"expected task image-classification with own model {self.own.name!r}"
+            )
+        options = {key: v for key, v in self.config.items() if key not in _OF_IMAGES}
+        try:
+            self.own.options.model_validate(options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise PydanticCustomError(
+                "own_model", f"option {key} of own model {self.own.name!r}: {first['msg']}"
+            ) from None
+        return self
 
     @field_validator("config")
     @classmethod

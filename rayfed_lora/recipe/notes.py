@@ -172,10 +172,11 @@ def _idle_by_stages(annealing: Annealing) -> Iterator[_Reason]:
         yield "annealing.cooling.shape constant", (*rank, *residual, *_ACCEPTANCE)
     if cooling.shape != "step":
         yield f"annealing.cooling.shape {cooling.shape}", ("annealing.cooling.steps",)
-    if annealing.acceptance != "metropolis":
-        yield f"annealing.acceptance {annealing.acceptance}", _TEMPERATURE
-    if annealing.acceptance != "target":
-        yield f"annealing.acceptance {annealing.acceptance}", _TARGET
+    accepts = annealing.accepts.name
+    if annealing.feedback != "energies":
+        yield f"annealing.acceptance {accepts}", _TEMPERATURE
+    if annealing.feedback != "metric":
+        yield f"annealing.acceptance {accepts}", _TARGET
 
 
 def _idle_by_cohort(recipe: Recipe) -> Iterator[_Reason]:
@@ -201,7 +202,8 @@ def _idle_by_optimizers(recipe: Recipe) -> Iterator[_Reason]:
         yield f"clients.optimizer.name {local}", ("clients.optimizer.momentum",)
     schedule = recipe.clients.lr_schedule
     if schedule.shape == "constant":
-        yield "clients.lr_schedule.shape constant", ("clients.lr_schedule.final_factor",)
+        keys = _keys("clients.lr_schedule", "final_factor", "horizon")
+        yield "clients.lr_schedule.shape constant", keys
     if schedule.warmup_rounds >= recipe.annealing.total_rounds:
         warmup = f"clients.lr_schedule.warmup_rounds {schedule.warmup_rounds}"
         keys = _keys("clients.lr_schedule", "shape", "final_factor")
@@ -222,6 +224,11 @@ def _idle_by_data(recipe: Recipe) -> Iterator[_Reason]:
         yield "data.test_source", ("data.test_fraction",)
     texts = ("data.text_column", "data.max_length", "model.tokenizer")
     images = ("data.image_column", "data.resize")
+    turns = ("data.template", "data.loss_on")
+    if task != "causal-lm":
+        yield f"model.task {task}", turns
+    elif recipe.data.format.kind == "text":
+        yield "data.format text", turns
     yield f"model.task {task}", texts if task == "image-classification" else images
 
 

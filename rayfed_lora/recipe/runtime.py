@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from rayfed_lora.plugins.tables import METRICS
 from rayfed_lora.recipe.fields import (
@@ -22,11 +22,38 @@ from rayfed_lora.recipe.fields import (
 Label = Annotated[str, Field(min_length=1)]
 
 
+class EarlyStopping(Section):
+    """The end of a run that no longer improves on the validation split."""
+
+    metric: Annotated[str, NameIn(METRICS)] = option("loss", "metric on the validation split")
+    patience: Positive = option(
+        5, "the run ends after so many tests without an improvement", "tests"
+    )
+    min_delta: NonNegative = option(0.0, "a smaller change is no improvement")
+
+
+def _best_by(given: Any) -> Any:
+    return {True: "loss", False: None}[given] if isinstance(given, bool) else given
+
+
 class Evaluation(Section):
     """When and how the global model is tested."""
 
     metrics: list[Annotated[str, NameIn(METRICS)]] = option(
         [], "own metrics that are computed beside the built-in ones"
+    )
+    early_stopping: EarlyStopping | None = option(
+        None,
+        "end the run when it no longer improves on the validation split, which is tested together"
+        " with the test split; null: never",
+    )
+    keep_best: Annotated[
+        Annotated[str, NameIn(METRICS)] | None,
+        BeforeValidator(_best_by, json_schema_input_type=str | bool | None),
+    ] = option(
+        None,
+        "metric on the validation split by which the best model is kept and exported; true: loss |"
+        " null or false: the last model is exported",
     )
     every: Positive = option(1, "test after every n-th round, and after the last one", "rounds")
     batch_size: Positive = option(256, "examples in a forward pass", "examples")
@@ -40,6 +67,12 @@ class Evaluation(Section):
         None,
         "test clients after every n-th round, and after the last one; null: after the last only",
     )
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """The metrics that early stopping and the choice of the best model look at."""
+        stopping = () if self.early_stopping is None else (self.early_stopping.metric,)
+        return (*stopping, *(() if self.keep_best is None else (self.keep_best,)))
 
 
 class Runtime(Section):
@@ -72,6 +105,12 @@ class Runtime(Section):
         1, "torch threads for a block; with 1 results are bit-for-bit reproducible", "threads"
     )
     precision: Literal["fp32", "bf16"] = option("fp32", "fp32 | bf16: autocast")
+    checkpoint_activations: bool | Auto = option(
+        "auto",
+        "compute activations again in the backward pass instead of keeping them: a third more time"
+        " for a fraction of the memory, to the same values; auto: in language models, where those"
+        " of a block would take over 1 GB on a CPU, 8 GB on a GPU",
+    )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "auto: a GPU where the cluster has one, else the CPU | cuda: an error without a GPU"
     )

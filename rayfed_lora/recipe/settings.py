@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.recipe.annealing import Annealing
@@ -17,6 +18,7 @@ from rayfed_lora.recipe.fields import (
     Count,
     Fraction,
     NameIn,
+    Positive,
     PositiveFloat,
     Section,
     option,
@@ -64,9 +66,26 @@ class Aggregation(Choosing):
     server_optimizer: ServerOptimizer = section(ServerOptimizer, "the server's step")
 
 
+# Of recipes that this version writes; it reads this and older ones.
+RECIPE_VERSION = 1
+
+
+def _known_version(value: int) -> int:
+    if value > RECIPE_VERSION:
+        raise PydanticCustomError(
+            "newer",
+            "expected at most {version}: a newer rayfed-lora wrote this recipe; install that one",
+            {"version": RECIPE_VERSION},
+        )
+    return value
+
+
 class Settings(Section):
     """The sections of a recipe, and quantities that depend on several of them."""
 
+    version: Annotated[Positive, AfterValidator(_known_version)] = option(
+        RECIPE_VERSION, "of the keys of recipes; a recipe without one is of version 1"
+    )
     name: str = Field(
         "run", min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run"
     )
@@ -94,11 +113,12 @@ class Settings(Section):
 
     @property
     def validation_fraction(self) -> float:
-        """Share of the training examples that the server keeps for feedback."""
+        """Share of the training examples that the server keeps for feedback and selection."""
         fraction = self.data.validation_fraction
         if fraction != "auto":
             return fraction
-        return 0.0 if self.annealing.feedback == "always" else 0.1
+        needed = self.annealing.feedback != "nothing" or self.evaluation.watched
+        return 0.1 if needed else 0.0
 
     def cohort_size(self, clients: int) -> int:
         """Return the number of clients in a round out of `clients`, at least 1."""

@@ -6,7 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rayfed_lora.recipe.fields import Choosing, NameIn, PositiveFloat, Section, option, short_for
+from rayfed_lora.recipe.fields import (
+    Choosing,
+    NameIn,
+    PositiveFloat,
+    Section,
+    also_plain,
+    option,
+    short_for,
+)
 from rayfed_lora.wire.updates import ATTACKS, CODECS, UPDATES
 from rayfed_lora.wire.upload import Named
 
@@ -20,6 +28,12 @@ class Codec(Choosing):
         "float32", " | ".join(f"{name}: {codec.summary}" for name, codec in CODECS.items())
     )
 
+    error_feedback: bool = option(
+        False,
+        "each client adds to its update what the codec has lost of its earlier ones (wire.up; best"
+        " where all clients take part)",
+    )
+
     @property
     def named(self) -> Named:
         """Name and options, for the parts that know no recipe."""
@@ -27,10 +41,11 @@ class Codec(Choosing):
 
 
 def _codec(description: str) -> Any:
-    def with_name(schema: dict[str, Any]) -> None:
-        schema["anyOf"] = [{"$ref": schema.pop("$ref")}, {"type": "string"}]
-
-    return Field(default_factory=Codec, description=description, json_schema_extra=with_name)
+    return Field(
+        default_factory=Codec,
+        description=description,
+        json_schema_extra=lambda schema: also_plain(schema, "string"),
+    )
 
 
 class Wire(Section):

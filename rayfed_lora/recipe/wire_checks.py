@@ -35,6 +35,15 @@ def wire_conflicts(recipe: Settings) -> Iterator[_Found]:
 def _codec_conflicts(recipe: Settings) -> Iterator[_Found]:
     up, down, name = recipe.wire.up.name, recipe.wire.down.name, recipe.aggregation.rule
     adapters = recipe.annealing.mode != "full"
+    if recipe.wire.down.error_feedback:
+        yield (
+            ("wire.down.error_feedback",),
+            "expected false: the memory is a client's, of its uploads; set wire.up.error_feedback",
+        )
+    if recipe.wire.up.error_feedback and (UPDATES[up].lossless or recipe.privacy is not None):
+        why = f"'{up}' loses nothing" if UPDATES[up].lossless else "privacy bounds one update alone"
+        keys = ("wire.up.name",) if UPDATES[up].lossless else ("privacy",)
+        yield (("wire.up.error_feedback", *keys), f"expected false: {why}")
     lossy_up, lossy_down = not UPDATES[up].lossless, not UPDATES[down].lossless
     if not (lossy_up or lossy_down):
         return

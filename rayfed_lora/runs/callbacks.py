@@ -40,14 +40,15 @@ class Callbacks:
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         """Keep the callbacks; none is called yet."""
         self._callbacks = tuple(callbacks)
-        # The first that wants the run to end; it goes on until a round was tested.
-        self.stopped_by: str | None = None
+        # The first that wants the run to end; kept in checkpoints as `Selection.asked_by`.
+        self.asked_by: str | None = None
 
     def __bool__(self) -> bool:
-        return bool(self._callbacks)
+        """Return whether there is anything to call, or an end to wait for."""
+        return bool(self._callbacks) or self.asked_by is not None
 
-    def called(self, finished: Round, model: GlobalModel) -> bool:
-        """Call each with a finished round; return whether the run ends with it.
+    def called(self, finished: Round, model: GlobalModel) -> str | None:
+        """Call each with a finished round; return which of them ends the run with it, if any.
 
         Raises:
             RunError: a callback raised; names it and the round.
@@ -63,6 +64,6 @@ class Callbacks:
                     f"callback {name!r} failed after round {record.round + 1}:"
                     f"\n{traceback.format_exc()}"
                 ) from error
-            if ends and self.stopped_by is None:
-                self.stopped_by = name
-        return self.stopped_by is not None and record.accuracy is not None
+            if ends and self.asked_by is None:
+                self.asked_by = name
+        return None if record.accuracy is None else self.asked_by

@@ -29,7 +29,7 @@ from rayfed_lora.runs.client_memory import (
     read_memory,
 )
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.types import AdapterState, Base, Factors, FloatArray
+from rayfed_lora.types import AdapterState, Base, Factors, FloatArray, GlobalModel
 
 _FOLDER = "checkpoints"
 _FORMAT = 3
@@ -62,6 +62,7 @@ class Snapshot:
         history: (clients,) arrays of what samplers know of clients, by name; may be empty.
         memory: arrays of the objective, of each client that has taken part.
         shared: the server's arrays of the objective.
+        kept: the best model so far; its replaced base, if any, is `base`'s.
     """
 
     rounds: int
@@ -74,6 +75,7 @@ class Snapshot:
     history: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     memory: Mapping[int, Mapping[str, FloatArray]] = field(default_factory=dict)
     shared: Mapping[str, FloatArray] = field(default_factory=dict)
+    kept: GlobalModel | None = None
 
 
 @dataclass
@@ -139,6 +141,12 @@ def newest(folder: RunFolder, warn: Callable[[str], None]) -> Snapshot | None:
     return None
 
 
+def last_saved(folder: RunFolder) -> int:
+    """Return the number of rounds at the newest checkpoint, whole or not; 0 without one."""
+    numbers = [name.removeprefix("round-") for name in _names(folder)]
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
+
+
 def remove_later(folder: RunFolder, rounds: int) -> None:
     """Remove the checkpoints of later rounds, which `newest` has passed over.
 
@@ -200,27 +208,63 @@ def _beside(folder: RunFolder, name: str) -> list[str]:
 
 def _flat(snapshot: Snapshot) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     """Return all tensors by a flat name, and what safetensors cannot hold."""
-    state, base = snapshot.state, snapshot.base
     tensors: dict[str, npt.NDArray[Any]] = {f"held|{n}": v for n, v in snapshot.held.items()}
     tensors |= {f"history|{n}": v for n, v in snapshot.history.items()}
-    for name, factors in state.factors.items():
-        tensors |= {f"factors|{name}|a": factors.a, f"factors|{name}|b": factors.b}
-    tensors |= {f"dense|{name}": tensor for name, tensor in state.dense.items()}
-    tensors |= {f"merged|{name}": tensor for name, tensor in base.merged.items()}
+    own_model, facts = _flat_model(snapshot.state, snapshot.base)
+    tensors |= own_model
     for name, moments in snapshot.moments.items():
         tensors |= {f"moment|{i}|{name}": moment for i, moment in enumerate(moments)}
     tensors |= {f"shared|{name}": array for name, array in snapshot.shared.items()}
     for client, own in snapshot.personal.items():
         tensors |= {f"personal|{client}|{name}": b for name, b in own.items()}
-    facts = {
-        "rounds": snapshot.rounds,
+    facts["rounds"] = snapshot.rounds
+    if snapshot.kept is not None:
+        kept, of_kept = _flat_model(snapshot.kept.state, snapshot.kept.base)
+        tensors |= {f"kept|{name}": tensor for name, tensor in kept.items()}
+        facts["kept_model"] = {**of_kept, "trainable": snapshot.kept.trainable}
+    # Not `ascontiguousarray`, which gives a single number a dimension.
+    return {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}, facts
+
+
+def _flat_model(
+    state: AdapterState, base: Base
+) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    """Return a model's tensors by a flat name, its replaced base left out, and its facts."""
+    tensors: dict[str, npt.NDArray[Any]] = {}
+    for name, factors in state.factors.items():
+        tensors |= {f"factors|{name}|a": factors.a, f"factors|{name}|b": factors.b}
+    tensors |= {f"dense|{name}": tensor for name, tensor in state.dense.items()}
+    tensors |= {f"merged|{name}": tensor for name, tensor in base.merged.items()}
+    facts: dict[str, Any] = {
         "base_root": base.root,
         "base_merges": base.merges,
         "scales": {name: factors.scale for name, factors in state.factors.items()},
         "dense_order": list(state.dense),
     }
-    # Not `ascontiguousarray`, which gives a single number a dimension.
-    return {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}, facts
+    return tensors, facts
+
+
+def _model(
+    tensors: Mapping[str, Any], facts: Mapping[str, Any], saved: Mapping[str, FloatArray] | None
+) -> tuple[AdapterState, Base]:
+    """Return a model from its flat tensors; `saved` is its replaced base, if any."""
+    # Orders come from the JSON: safetensors keeps none.
+    factors = {
+        name: Factors(tensors[f"factors|{name}|a"], tensors[f"factors|{name}|b"], scale)
+        for name, scale in facts["scales"].items()
+    }
+    dense = {name: tensors[f"dense|{name}"] for name in facts["dense_order"]}
+    root, merges = int(facts["base_root"]), int(facts["base_merges"])
+    return AdapterState(factors, dense), Base(root, saved, merges, named(tensors, "merged"))
+
+
+def _kept(tensors: Mapping[str, Any], facts: Mapping[str, Any], base: Base) -> GlobalModel | None:
+    """Return the best model so far; `base` is that of the run."""
+    found = facts.get("kept_model")
+    if found is None:
+        return None
+    saved = base.tensors if found["base_root"] == base.root else None
+    return GlobalModel(*_model(named(tensors, "kept"), found, saved), found["trainable"])
 
 
 def _checked(folder: RunFolder, name: str, sha256: str) -> bytes:
@@ -240,22 +284,16 @@ def _read(folder: RunFolder, name: str) -> Snapshot:
     if type(rounds) is not int or not name.endswith(f"/{_round_name(rounds)}"):
         raise ValueError(f"it is of round {rounds!r}")
     tensors = load(contents["state.safetensors"])
-    # Orders come from the JSON: safetensors keeps none.
-    factors = {
-        name: Factors(tensors[f"factors|{name}|a"], tensors[f"factors|{name}|b"], scale)
-        for name, scale in facts["scales"].items()
-    }
-    dense = {name: tensors[f"dense|{name}"] for name in facts["dense_order"]}
     saved = None
     if manifest["base"] is not None:
         saved = load(_checked(folder, manifest["base"]["name"], manifest["base"]["sha256"]))
-    root, merges = int(facts["base_root"]), int(facts["base_merges"])
+    state, base = _model(tensors, facts, saved)
     moments = numbered(named(tensors, "moment"))
     names = dict.fromkeys(name for named in moments.values() for name in named)
     return Snapshot(
         rounds=rounds,
-        state=AdapterState(factors, dense),
-        base=Base(root, saved, merges, named(tensors, "merged")),
+        state=state,
+        base=base,
         held=named(tensors, "held"),
         facts=facts,
         moments={name: tuple(moments[i][name] for i in range(len(moments))) for name in names},
@@ -265,4 +303,5 @@ def _read(folder: RunFolder, name: str) -> Snapshot:
             _checked(folder, piece["name"], piece["sha256"]) for piece in manifest.get("memory", [])
         ),
         shared=named(tensors, "shared"),
+        kept=_kept(tensors, facts, base),
     )

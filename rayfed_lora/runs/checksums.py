@@ -22,8 +22,11 @@ SUMS_FILE = "SHA256SUMS"
 SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"
 # Key of summary.json that names the list; summaries of older versions lack the key.
+# Of run folders that this version writes; older ones, without it, are read too.
+FORMAT_KEY, FORMAT = "format", 1
 CHECKSUMS_KEY = "checksums"
 _SECTIONS = ("final", "best", "communication", "timing")
+_OPTIONAL_SECTIONS = ("kept", "early_stopping")
 _ENTRY = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
@@ -97,7 +100,13 @@ def read_summary(folder: RunFolder) -> dict[str, Any] | None:
         summary = json.loads(checked(folder, SUMMARY_FILE, sums or {}))
         if not isinstance(summary, dict):
             raise ValueError(f"expected an object, got {type(summary).__name__}")
-        if wrong := [name for name in _SECTIONS if not isinstance(summary.get(name), dict)]:
+        if summary.get(FORMAT_KEY, FORMAT) != FORMAT:
+            raise RunFolderError(
+                f"{folder.location}: expected a run folder of format {FORMAT}, got"
+                f" {summary[FORMAT_KEY]!r}: another version of rayfed-lora wrote it; use that one"
+            )
+        expected = [*_SECTIONS, *(name for name in _OPTIONAL_SECTIONS if name in summary)]
+        if wrong := [name for name in expected if not isinstance(summary.get(name), dict)]:
             raise ValueError(f"expected {', '.join(wrong)} with their values")
     except (OSError, ValueError, RecursionError) as error:
         raise damaged(folder, SUMMARY_FILE, f"it cannot be read: {error}") from None

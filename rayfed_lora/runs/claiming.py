@@ -11,12 +11,16 @@ from typing import Any
 from rayfed_lora.endpoints import unguarded
 from rayfed_lora.errors import RecipeError, RunFolderError
 from rayfed_lora.locations import child
+from rayfed_lora.plugins.modules import flags, missing
 from rayfed_lora.printable import echo
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.recipe.runtime import Runtime
 from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.runs import checksums, seals
+from rayfed_lora.runs.checkpoints import last_saved
+from rayfed_lora.runs.lengthened import check_past, is_lengthened
+from rayfed_lora.runs.outcome import ending
 from rayfed_lora.runs.ownership import Lease, Ticket, owner_of, take
 from rayfed_lora.runs.provenance import check_origins
 from rayfed_lora.runs.seals import is_rewritten
@@ -57,13 +61,16 @@ def _check_content(
     kept = kept_recipe(folder) if resume else None
     if kept is not None:
         changed = differences(kept, recipe)
-        if changed:
+        if is_lengthened(changed):
+            check_past(where, kept, recipe, last_saved(folder))
+        elif changed:
             raise RunFolderError(
                 f"{where} of another recipe; these keys differ: {', '.join(changed)}"
             )
     elif folder.exists("recipe.yaml"):
+        again = shlex.join([folder.location, "--resume", *flags(recipe.plugins)])
         raise RunFolderError(
-            f"{where} already; `rayfed-lora run {shlex.quote(folder.location)} --resume` continues"
+            f"{where} already; `rayfed-lora run {again}` continues"
             " it, --out starts another one elsewhere"
             if owner is None
             else f"{where}, owned by {owner}: choose another --out"
@@ -104,11 +111,19 @@ def check_unused(folder: RunFolder) -> None:
         )
 
 
-def kept_recipe(folder: RunFolder, endpoints: Collection[str] = ()) -> Recipe | None:
+def kept_recipe(
+    folder: RunFolder, endpoints: Collection[str] = (), *, model_only: bool = False
+) -> Recipe | None:
     """Return the recipe of the run in a folder, None where it holds no run.
 
-    `endpoints` are object stores that the user has named, as for `load_recipe`. Raises
-    RunFolderError where the recipe cannot be read.
+    Args:
+        folder: of the run.
+        endpoints: object stores that the user has named, as for `load_recipe`.
+        model_only: where the recipe names code that is not allowed here, return what it says of
+            model and data, all else as by default; the code is not imported.
+
+    Raises:
+        RunFolderError: the recipe cannot be read, or names code that is not allowed here.
     """
     if not folder.exists("recipe.yaml"):
         return None
@@ -116,10 +131,25 @@ def kept_recipe(folder: RunFolder, endpoints: Collection[str] = ()) -> Recipe | 
         raw = parse_yaml(folder.location, seals.text(folder, "recipe.yaml"))
         if not isinstance(raw, Mapping):
             raise ValueError(f"expected a mapping, got {type(raw).__name__}")
+        if model_only and missing([str(name) for name in raw.get("plugins") or ()]):
+            raw = {key: raw[key] for key in _OF_THE_MODEL if key in raw}
+            data = raw.get("data")
+            if isinstance(data, Mapping):
+                raw["data"] = {key: value for key, value in data.items() if key != "partition"}
         return load_recipe(raw, endpoints=endpoints)
     except (OSError, ValueError, RecipeError) as error:
         where = child(folder.location, "recipe.yaml")
         raise RunFolderError(f"{where} cannot be read: {error}") from None
+
+
+# The keys that an export needs.
+_OF_THE_MODEL = ("name", "method", "seed", "model", "adapter", "data")
+
+
+def lengthened(folder: RunFolder, recipe: Recipe) -> bool:
+    """Return whether a run folder, if it holds a run, has a schedule of another length."""
+    kept = kept_recipe(folder)
+    return kept is not None and is_lengthened(differences(kept, recipe))
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
@@ -141,21 +171,30 @@ def _differences(a: Any, b: Any, path: str = "") -> list[str]:
     return [] if a == b else [path]
 
 
-def complete(folder: RunFolder) -> dict[str, Any] | None:
+def complete(folder: RunFolder, recipe: Recipe) -> dict[str, Any] | None:
     """Return the summary of a finished and undamaged run; None where the run has to be resumed.
 
     A finished run with damaged files is not complete: it resumes from its last checkpoint, and
-    writes the summary and the exported model again. Raises RunFolderError where a damaged file
-    cannot be written again.
+    writes the summary and the exported model again. Nor is one whose schedule has another length
+    now. Raises RunFolderError where a damaged file cannot be written again.
     """
-    return inspected(folder)[0]
+    return inspected(folder, recipe)[0]
 
 
-def inspected(folder: RunFolder) -> tuple[dict[str, Any] | None, list[str]]:
+def inspected(folder: RunFolder, recipe: Recipe) -> tuple[dict[str, Any] | None, list[str]]:
     """Return what `complete` returns, raising as it does, and the files to be written again."""
     faults = checksums.faults(folder)
     if not faults:
-        return checksums.read_summary(folder), []
+        summary = checksums.read_summary(folder)
+        if summary is None or not lengthened(folder, recipe):
+            return summary, []
+        if (by := ending(summary)) is not None:
+            raise RunFolderError(
+                f"run folder {folder.location}: it was ended by {by}, and a longer schedule does"
+                " not change that; to go on, start another run from its adapter, --set"
+                f" model.adapter={shlex.quote(child(folder.location, 'adapter'))}"
+            )
+        return None, []
     for name, text in faults.items():
         if not is_rewritten(folder, name):
             raise RunFolderError(text)

@@ -26,7 +26,7 @@ Memory = Mapping[int, Mapping[str, FloatArray]]
 
 @dataclass
 class MemoryWriter:
-    """Writes the memory of clients, in this session's first checkpoint all of it."""
+    """Writes the memory of clients, in a process's first checkpoint all of it."""
 
     _written: dict[int, Mapping[str, FloatArray]] = field(default_factory=dict)
     _pieces: list[dict[str, str]] = field(default_factory=list)

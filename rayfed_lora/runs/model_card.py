@@ -13,6 +13,7 @@ from typing import Any
 
 from rayfed_lora.recipe.model import AUTO_CLASSES
 from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.runs.outcome import exported_scores
 
 CARD_FILE = "README.md"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -135,10 +136,11 @@ def _code(task: str, folder: Path, model: list[str], names: Collection[str]) -> 
 
 def _card(recipe: Recipe, summary: Mapping[str, Any], library: str, code: str, note: str) -> str:
     model, title = recipe.model, " ".join(recipe.name.split())
-    final = summary.get("final")
+    scores = exported_scores(summary)
+    of_round = "the round that was kept" if "kept" in summary else "the last round"
     metrics = {
         key.removeprefix("eval_"): value
-        for key, value in (final.items() if isinstance(final, dict) else ())
+        for key, value in scores.items()
         if key.startswith("eval_") and isinstance(value, (int, float))
     }
     source = "random weights" if model.source == "config" else f"`{model.source}`"
@@ -178,7 +180,7 @@ Trained by simulated federated learning with rayfed-lora: task {model.task}, bas
 
 {note}
 
-## Results of the last round
+## Results of {of_round}
 
 On the test split:
 

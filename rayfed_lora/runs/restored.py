@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 
 # Part of typing only from Python 3.12 on, as pydantic needs it.
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.errors import RunFolderError
@@ -17,14 +17,16 @@ from rayfed_lora.federation.evaluation import BUILT_IN
 from rayfed_lora.federation.ledger import Ledger, Totals
 from rayfed_lora.federation.run import Run, Timing
 from rayfed_lora.federation.sampling import ClientHistory
+from rayfed_lora.federation.selection import Kept, Selection
 from rayfed_lora.objectives.objective import Arrays, Part, trained_shapes
 from rayfed_lora.objectives.objectives import OBJECTIVES
+from rayfed_lora.objectives.remembered import of_objective
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checkpoints
 from rayfed_lora.runs.checkpoints import Snapshot
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tasks.engine import Population
-from rayfed_lora.types import GlobalModel
+from rayfed_lora.types import AdapterState, GlobalModel, ModelShape
 
 _Count = Annotated[int, Field(ge=0, lt=2**62)]
 
@@ -33,6 +35,14 @@ class _Ledger(TypedDict):
     steps: list[_Count]
     factors: dict[str, _Count]
     totals: Totals
+
+
+class _Selection(TypedDict):
+    kept: tuple[_Count, float] | None
+    best: float | None
+    waited: _Count
+    stopped_by: str | None
+    asked_by: NotRequired[str | None]
 
 
 class _Facts(TypedDict):
@@ -48,11 +58,15 @@ class _Facts(TypedDict):
     clock_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     tables: dict[str, _Count]
     data: dict[str, str]
+    # Absent from checkpoints of earlier versions.
+    selection: NotRequired[_Selection]
 
 
 _FACTS: TypeAdapter[_Facts] = TypeAdapter(_Facts)
 # Fields of a `Run` that are JSON values.
 _OF_RUN = ("rank", "validation", "best_at_heating", "timing", "clock_s")
+# The same of its `Selection`.
+_OF_SELECTION = ("best", "waited", "stopped_by", "asked_by")
 
 
 def snapshot(
@@ -65,6 +79,11 @@ def snapshot(
     booked, held = ledger.snapshot()
     facts = {name: getattr(run, name) for name in _OF_RUN} | {"timing": timing}
     facts |= {"trainable": run.model.trainable, "ledger": booked, "tables": tables, "data": data}
+    kept = run.selection.kept
+    facts["selection"] = {
+        "kept": None if kept is None else (kept.round, kept.value),
+        **{key: getattr(run.selection, key) for key in _OF_SELECTION},
+    }
     return Snapshot(
         rounds=run.rounds,
         state=run.model.state,
@@ -76,6 +95,7 @@ def snapshot(
         history={} if run.history is None else vars(run.history),
         memory=run.memory,
         shared=run.shared,
+        kept=None if kept is None else kept.model,
     )
 
 
@@ -118,6 +138,18 @@ def run_of(snapshot: Snapshot, ledger: Ledger) -> Run:
         history=ClientHistory(**snapshot.history) if snapshot.history else None,
         memory=snapshot.memory,
         shared=snapshot.shared,
+        selection=_selection(snapshot, facts.get("selection")),
+    )
+
+
+def _selection(snapshot: Snapshot, found: _Selection | None) -> Selection:
+    if found is None:
+        return Selection()
+    kept = None
+    if found["kept"] is not None and snapshot.kept is not None:
+        kept = Kept(*found["kept"], snapshot.kept)
+    return Selection(
+        kept, found["best"], found["waited"], found["stopped_by"], found.get("asked_by")
     )
 
 
@@ -158,23 +190,10 @@ def check(snapshot: Snapshot, recipe: Recipe, population: Population) -> None:
         _expect(f"history {name}", known, (population.clients,), kind)
     for kind, versions in snapshot.held.items():
         _expect(f"held {kind}", versions, (population.clients,), "i")
-    adapter = snapshot.facts["trainable"] == "adapter"
-    modules = population.shape.modules if adapter else {}
-    # Where all goes into the base there are none between two rounds.
-    stacked = RULES[recipe.aggregation.rule].restarts
-    if snapshot.state.factors or not stacked:
-        _expect_names("factors", snapshot.state.factors, modules)
-    shape, dense = population.shape, snapshot.state.dense
-    if adapter:
-        _expect_names("tensors", dense, shape.head)
-    values = sum(tensor.size for tensor in dense.values())
-    expected = shape.head_params if adapter else shape.total_params
-    if values != expected:
-        raise ValueError(f"tensors: expected {expected} values in all, got {values}")
-    for name, factors in snapshot.state.factors.items():
-        rank = factors.a.shape[0] if factors.a.ndim else 0
-        _expect(f"A of {name}", factors.a, (rank, modules[name].d_in), "f")
-        _expect(f"B of {name}", factors.b, (modules[name].d_out, rank), "f")
+    shape, stacked = population.shape, RULES[recipe.aggregation.rule].restarts
+    _check_state(snapshot.state, snapshot.facts["trainable"], shape, stacked)
+    if snapshot.kept is not None:
+        _check_state(snapshot.kept.state, snapshot.kept.trainable, shape, stacked)
     shapes = _own_shapes(snapshot, recipe)
     for client, own in snapshot.personal.items():
         if not 0 <= client < population.clients:
@@ -194,6 +213,27 @@ def _own_shapes(snapshot: Snapshot, recipe: Recipe) -> Mapping[str, tuple[int, .
     return {name: factors.b.shape for name, factors in snapshot.state.factors.items()}
 
 
+def _check_state(state: AdapterState, trainable: str, shape: ModelShape, stacked: bool) -> None:
+    """Check a model's arrays, or raise ValueError; `stacked`: whether rounds leave no factors."""
+    adapter = trainable == "adapter"
+    if not adapter and trainable != "full":
+        raise ValueError(f"trainable: expected full or adapter, got {trainable!r}")
+    modules = shape.modules if adapter else {}
+    # Where all goes into the base there are none between two rounds.
+    if state.factors or not stacked:
+        _expect_names("factors", state.factors, modules)
+    if adapter:
+        _expect_names("tensors", state.dense, shape.head)
+    values = sum(tensor.size for tensor in state.dense.values())
+    expected = shape.head_params if adapter else shape.total_params
+    if values != expected:
+        raise ValueError(f"tensors: expected {expected} values in all, got {values}")
+    for name, factors in state.factors.items():
+        rank = factors.a.shape[0] if factors.a.ndim else 0
+        _expect(f"A of {name}", factors.a, (rank, modules[name].d_in), "f")
+        _expect(f"B of {name}", factors.b, (modules[name].d_out, rank), "f")
+
+
 def _check_memory(snapshot: Snapshot, recipe: Recipe, clients: int) -> None:
     """Check what clients and server remember for the objective, or raise ValueError."""
     objective, rule = OBJECTIVES[recipe.clients.objective.name], RULES[recipe.aggregation.rule]
@@ -201,10 +241,14 @@ def _check_memory(snapshot: Snapshot, recipe: Recipe, clients: int) -> None:
     trained = trained_shapes(snapshot.state, rule.frozen(0) if adapter else None)
     # Zero-sized and frozen tensors are left out, and so is all before the first round.
     parts: list[tuple[str, Part, Arrays]] = [
-        (f"memory of client {client}", "memory", own) for client, own in snapshot.memory.items()
+        (f"memory of client {client}", "memory", own)
+        for client, kept in snapshot.memory.items()
+        if (own := of_objective(kept)) or not kept
     ]
     parts += [("shared arrays", "shared", snapshot.shared)] if snapshot.rounds > 0 else []
-    for client in snapshot.memory:
+    for client, kept in snapshot.memory.items():
+        for name, array in kept.items():
+            _expect(f"memory of client {client}, {name}", array, array.shape, "f")
         if not 0 <= client < clients:
             raise ValueError(f"memory: expected clients 0 to {clients - 1}, got {client}")
     for what, part, arrays in parts:

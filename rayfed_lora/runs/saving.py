@@ -29,12 +29,16 @@ from rayfed_lora.runs.model_card import (
 )
 from rayfed_lora.runs.restored import run_of, snapshot
 from rayfed_lora.runs.status import StatusBoard
-from rayfed_lora.runs.summary import client_summary, summary
+from rayfed_lora.runs.summary import client_summary, selection_summary, summary
 from rayfed_lora.runs.tables import PARTITION_FILE, Tables
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tasks.engine import Engine, Population
 from rayfed_lora.tasks.messages import Export
 
+_NONE_KEPT = (
+    "evaluation.keep_best: no test on the validation split gave a finite {}; the model of the last"
+    " round is exported"
+)
 # Makes a run's page from its folder and its summary.
 PageWriter = Callable[[RunFolder, Mapping[str, Any]], str]
 
@@ -118,21 +122,14 @@ class Saving:
         """Return the seconds so far, the wall time up to now."""
         return replace(run.timing, wall_s=self._wall_s + time.perf_counter() - self.began)
 
-    def finish(
-        self,
-        engine: Engine,
-        board: StatusBoard,
-        page: PageWriter | None,
-        stopped_by: str | None = None,
-    ) -> dict[str, Any]:
+    def finish(self, engine: Engine, board: StatusBoard, page: PageWriter | None) -> dict[str, Any]:
         """Export the model, close the engine and write the summary, which is returned.
 
-        `page` writes report.html; None: no page. `stopped_by` names the callback that has ended the
-        run, if any.
+        `page` writes report.html; None: no page.
         """
         run = self.save()
         board.phase("exporting")
-        folder, tables, model = self.folder, self.tables, run.model
+        folder, tables, model = self.folder, self.tables, run.result
         exported = engine.submit(Export(model)).result()
         # What follows needs no actors, and their memory may be others'.
         engine.close()
@@ -143,8 +140,9 @@ class Saving:
         tests = tables.last_tests(run.rounds - 1)
         if tests.num_rows > 0:
             result["clients"] = client_summary(tests)
-        if stopped_by is not None:
-            result["stopped_by"] = stopped_by
+        result |= selection_summary(self.recipe, tables.rounds, run.selection)
+        if self.recipe.evaluation.keep_best is not None and run.selection.kept is None:
+            board.note(_NONE_KEPT.format(self.recipe.evaluation.keep_best))
         result["labels"] = list(self.population.label_names)
         exported = _described(exported, folder.local or Path(), self.recipe, result)
         for name, content in exported.items():
@@ -153,6 +151,7 @@ class Saving:
             with optional_page(folder, board.note):
                 folder.write(REPORT_FILE, page(folder, result).encode())
         result[checksums.CHECKSUMS_KEY] = checksums.SUMS_FILE
+        result[checksums.FORMAT_KEY] = checksums.FORMAT
         content = json.dumps(_finite(result), indent=1, allow_nan=False).encode()
         recipe = folder.read("recipe.yaml")
         contents = {**exported, SUMMARY_FILE: content, "recipe.yaml": recipe}

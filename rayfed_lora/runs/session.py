@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import update_wrapper
 from typing import Any, ParamSpec
 
@@ -19,7 +20,7 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs import checksums, seals
 from rayfed_lora.runs.callbacks import Callback, Callbacks
 from rayfed_lora.runs.checkpoints import Snapshot
-from rayfed_lora.runs.claiming import inspected
+from rayfed_lora.runs.claiming import inspected, lengthened
 from rayfed_lora.runs.ownership import Lease, Ticket, owned
 from rayfed_lora.runs.provenance import record_origins
 from rayfed_lora.runs.recording import RunRecorder
@@ -86,7 +87,7 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
         stack.enter_context(closing(engine))
         stack.enter_context(tracking.told_of_the_end())
         # Another process may have finished it while its lease was watched.
-        done, damaged = inspected(own) if resume else (None, [])
+        done, damaged = inspected(own, recipe) if resume else (None, [])
         if done is not None:
             return done
         if resume:
@@ -98,17 +99,13 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
         board.step("loading data and model")
         population = engine.open()
         found = accepted(own, recipe, population, board.note) if resume else None
-        malicious = attackers(recipe, population.clients) if recipe.clients.attack else None
-        modules, own_metrics = list(population.shape.modules), recipe.evaluation.metrics
-        differing = ClientSettings.of(recipe, population.devices).own
-        names = population.client_names
-        tables = Tables(own, modules, names, own_metrics, malicious, differing)
+        tables = _tables(recipe, own, population)
         if found is not None:
             tables.first(found.rounds)
         _begin(own, recipe, population, board, found)
         for tracker in trackers(recipe, own, name or own.name):
             tracking.trackers.append(tracker)
-        recorder = RunRecorder(tables, board, tracking, names, keeps=bool(told))
+        recorder = RunRecorder(tables, board, tracking, population.client_names)
         server = Server(recipe, engine, population, recorder, lease.or_lost(should_stop))
         for note in _notes(recipe, population, server, lease):
             board.note(note)
@@ -118,13 +115,22 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
             board.resumed(run.rounds)
             recorder.running = run.rounds
         tracking.resumed(tables.rounds)
+        told.asked_by = run.selection.asked_by
+        recorder.keeps = bool(told)
         with saving.on_stop():
             for after in server.rounds(run):
-                saving.offer(after)
+                selection = after.selection
+                try:
+                    if told:
+                        ends = told.called(recorder.taken(), after.model)
+                        selection = replace(selection, stopped_by=ends or selection.stopped_by)
+                finally:
+                    selection = replace(selection, asked_by=told.asked_by)
+                    saving.offer(replace(after, selection=selection))
                 yield tables
-                if told and told.called(recorder.taken(), after.model):
+                if selection.stopped_by is not None:
                     break
-        return saving.finish(engine, board, page, told.stopped_by)
+        return saving.finish(engine, board, page)
 
 
 def _exhausted(
@@ -146,6 +152,18 @@ def _exhausted(
 simulate = _exhausted(simulate_rounds)
 
 
+def _tables(recipe: Recipe, folder: RunFolder, population: Population) -> Tables:
+    malicious = attackers(recipe, population.clients) if recipe.clients.attack else None
+    return Tables(
+        folder,
+        list(population.shape.modules),
+        population.client_names,
+        recipe.evaluation.metrics,
+        malicious,
+        ClientSettings.of(recipe, population.devices).own,
+    )
+
+
 def _begin(
     folder: RunFolder,
     recipe: Recipe,
@@ -157,9 +175,10 @@ def _begin(
 
     Called once data and checkpoint are accepted: a rejected run leaves its folder as it was.
     """
-    if not folder.exists("recipe.yaml"):
-        folder.write("recipe.yaml", seals.sealed_text(recipe_yaml(recipe)))
+    # Before a recipe of another length: the summary is of the one that is there.
     checksums.withdraw(folder)
+    if not folder.exists("recipe.yaml") or lengthened(folder, recipe):
+        folder.write("recipe.yaml", seals.sealed_text(recipe_yaml(recipe)))
     record_origins(folder, recipe, 0 if snapshot is None else snapshot.rounds)
     # After it: a folder without a recipe is nobody's run.
     if population.label_counts is None:

@@ -14,6 +14,7 @@ from rayfed_lora.federation.evaluation import BUILT_IN
 from rayfed_lora.federation.ledger import Totals
 from rayfed_lora.federation.privacy import Accountant
 from rayfed_lora.federation.run import Timing
+from rayfed_lora.federation.selection import EARLY_STOPPING, Selection
 from rayfed_lora.recipe.recipe import Recipe
 
 _PACKAGES = ("rayfed-lora", "ray", "torch", "peft", "transformers", "numpy", "pyarrow")
@@ -62,6 +63,36 @@ def summary(
         "adapter_sha256": adapter_sha256,
         "versions": versions(),
     }
+
+
+def selection_summary(recipe: Recipe, rounds: pa.Table, selection: Selection) -> dict[str, Any]:
+    """Return which model is exported where it is not the last one, and what ended the run.
+
+    `rounds` are the rows of rounds.parquet; the keys are absent where they do not apply:
+
+    * `kept`: metric and value by which the best model was chosen, and the scores of its round;
+    * `stopped_by`: early stopping or a callback's name, where rounds of the schedule are left;
+    * `early_stopping`: its metric, the round that it ended the run with, the best value, and the
+      number of tests since then.
+    """
+    settings, found = recipe.evaluation, dict[str, Any]()
+    if selection.kept is not None:
+        row = rounds.slice(selection.kept.round, 1).to_pylist()[0]
+        own = [f"eval_{metric}" for metric in settings.metrics]
+        chosen = {"by": settings.keep_best, "value": selection.kept.value}
+        found["kept"] = chosen | {key: row[key] for key in (*_METRICS, *own)}
+    left = recipe.annealing.total_rounds - rounds.num_rows
+    if selection.stopped_by is None or left == 0:
+        return found
+    found["stopped_by"] = selection.stopped_by
+    if selection.stopped_by == EARLY_STOPPING and settings.early_stopping is not None:
+        found["early_stopping"] = {
+            "metric": settings.early_stopping.metric,
+            "round": rounds.num_rows - 1,
+            "best": selection.best,
+            "tests": selection.waited,
+        }
+    return found
 
 
 def _privacy(recipe: Recipe, rounds: pa.Table, clients: int) -> dict[str, Any]:

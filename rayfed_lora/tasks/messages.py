@@ -189,9 +189,19 @@ class Evaluate:
         return [replace(self, shards=(shard,)) for shard in self.shards]
 
     def halves(self, reason: str | None) -> tuple[Evaluate, ...]:
-        """Return none: `evaluation.batch_size` decides."""
+        """Return evaluations of each shard, or of the halves of the only one; none of one row.
+
+        Metrics are computed over all rows in their order: no score depends on it.
+        """
         del reason
-        return ()
+        if len(self.shards) > 1:
+            return tuple(self.parts())
+        (rows,) = self.shards
+        middle = (rows.start + rows.stop) // 2
+        if middle == rows.start:
+            return ()
+        halves = (slice(rows.start, middle), slice(middle, rows.stop))
+        return tuple(replace(self, shards=(half,)) for half in halves)
 
     def joined(self, results: Sequence[tuple[Predictions, ...]]) -> tuple[Predictions, ...]:
         """Return the predictions by shard, in order."""
@@ -230,22 +240,24 @@ class TestClients:
         """Return the same tests of another model."""
         return replace(self, model=model)
 
+    def _of(self, block: Block) -> TestClients:
+        """Return the tests of fewer clients, with what sets them apart."""
+        limits = {k: self.limits[k] for k in block if k in self.limits}
+        personal = {k: self.personal[k] for k in block if k in self.personal}
+        return replace(self, blocks=(block,), limits=limits, personal=personal)
+
     def parts(self) -> list[TestClients]:
         """Return the tests of each block."""
-        return [
-            replace(
-                self,
-                blocks=(block,),
-                limits={k: self.limits[k] for k in block if k in self.limits},
-                personal={k: self.personal[k] for k in block if k in self.personal},
-            )
-            for block in self.blocks
-        ]
+        return [self._of(block) for block in self.blocks]
 
     def halves(self, reason: str | None) -> tuple[TestClients, ...]:
-        """Return none: `evaluation.batch_size` decides."""
+        """Return tests of each block, or of the halves of the only one; none of one client."""
         del reason
-        return ()
+        if len(self.blocks) > 1:
+            return tuple(self.parts())
+        (block,) = self.blocks
+        middle = len(block) // 2
+        return (self._of(block[:middle]), self._of(block[middle:])) if middle > 0 else ()
 
     def joined(self, results: Sequence[tuple[ClientScore, ...]]) -> tuple[ClientScore, ...]:
         """Return all scores, in order."""

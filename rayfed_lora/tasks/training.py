@@ -15,11 +15,12 @@ from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.errors import BlockMemoryError, ClientError, RunError
 from rayfed_lora.lora.stacked import A, B
 from rayfed_lora.objectives.objective import trained_tensors
+from rayfed_lora.objectives.remembered import LOST
 from rayfed_lora.plugins.tables import WEIGHTS
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.messages import Block, TestClients, Train, Trained
 from rayfed_lora.types import AdapterState, ClientReport, Factors, FloatArray
-from rayfed_lora.wire.upload import is_sent, uploaded
+from rayfed_lora.wire.upload import Lost, is_sent, uploaded
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def trained(
                 ids = [report.client for report in usable]
                 states = sent.states(ids, update.states)
                 means.add_all(sent.weights(usable, weigh), states, ids)
-                reports += told
+                reports += sent.with_lost(told)
                 break
             if not task.plan.tolerant:
                 raise failure
@@ -151,6 +152,7 @@ class _Sent:
 
     def __init__(self, task: Train, starts: Starts, *, own_b: bool) -> None:
         self._task, self._starts, self._own_b = task, starts, own_b
+        self._lost = Lost({k: task.remembered.lost_of(k) for k in task.clients})
         seen = task.model.sent
         self._exact = starts if seen is None else Starts(task, own_b=own_b, exact=True)
 
@@ -176,7 +178,19 @@ class _Sent:
             [self._starts.of(client) for client in clients],
             [self._exact.of(client) for client in clients],
             lambda name: is_sent(name, frozen, own_b),
+            lost=self._lost,
         )
+
+    def with_lost(self, reports: Sequence[ClientReport]) -> list[ClientReport]:
+        """Return reports with what the codec has lost of each client's update so far."""
+        return [self._with_lost(report) for report in reports]
+
+    def _with_lost(self, report: ClientReport) -> ClientReport:
+        lost = self._lost.after.get(report.client)
+        if lost is None:
+            return report
+        kept = {LOST + name: array for name, array in lost.items()}
+        return replace(report, memory={**(report.memory or {}), **kept})
 
 
 def _raised(error: ClientError) -> ClientReport:

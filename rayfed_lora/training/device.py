@@ -69,11 +69,18 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-@contextmanager
-def memory_watched(clients: Sequence[int]) -> Iterator[None]:
-    """Turn a shortage of memory, of a GPU or the host, into a BlockMemoryError of these clients.
+def too_many(clients: Sequence[int]) -> str:
+    """Return that clients do not fit into memory together."""
+    few = f"{len(clients)} clients ({clients[0]} to {clients[-1]})"
+    return f"{few} do not fit into memory together"
 
-    GPU memory that torch has cached is released then.
+
+@contextmanager
+def memory_watched(subject: str) -> Iterator[None]:
+    """Turn a shortage of memory, of a GPU or the host, into a BlockMemoryError.
+
+    GPU memory that torch has cached is released then. Its message begins with `subject`, which
+    says what does not fit.
     """
     try:
         yield
@@ -87,7 +94,4 @@ def memory_watched(clients: Sequence[int]) -> Iterator[None]:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise BlockMemoryError(
-            f"{len(clients)} clients ({clients[0]} to {clients[-1]}) do not fit into memory"
-            f" together: {reason}"
-        ) from error
+        raise BlockMemoryError(f"{subject}: {reason}") from error

@@ -89,6 +89,17 @@ class Drawing:
             yield {name: each[step] for name, each in parts.items()}, of
 
 
+def chosen(inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, rows: torch.Tensor) -> Tensors:
+    """Return some rows of a batch, cut to the longest text among them."""
+    rows = rows.to(labels.device)
+    found = {name: values[rows] for name, values in inputs.items()}
+    mask = found.get("attention_mask")
+    if mask is not None:
+        length = max(int(mask.sum(dim=1).max()), 1)
+        found = {name: values[:, :length] for name, values in found.items()}
+    return found, labels[rows]
+
+
 def tensors(examples: Batch, device: torch.device | str = "cpu") -> Tensors:
     """Return examples as tensors: what is not floating point as int64, as embeddings want it."""
     inputs = {}

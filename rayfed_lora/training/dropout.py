@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +32,32 @@ class ClientDropout(TorchFunctionMode):
     def step(self, examples: Sequence[int]) -> None:
         """Set how many of each client's rows are its own in the next pass; clients may be fewer."""
         self._examples = list(examples)
+
+    def contexts(self) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+        """Return what to enter around a layer and, later on, around its second computation.
+
+        The draws of the second one are those of the first one, and go on as if it had not been.
+        """
+        return nullcontext(), self._again(self._states(), self._examples)
+
+    def _states(self) -> list[torch.Tensor]:
+        return [stream.get_state() for stream in self._streams]
+
+    @contextmanager
+    def _again(self, states: list[torch.Tensor], examples: list[int]) -> Iterator[None]:
+        before = self._states(), self._examples
+        self._set(states, examples)
+        try:
+            # A backward pass on a GPU runs in a thread of its own.
+            with self:
+                yield
+        finally:
+            self._set(*before)
+
+    def _set(self, states: list[torch.Tensor], examples: list[int]) -> None:
+        for stream, state in zip(self._streams, states, strict=True):
+            stream.set_state(state)
+        self._examples = examples
 
     def __torch_function__(
         self,

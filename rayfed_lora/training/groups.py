@@ -32,12 +32,13 @@ class ClientTask:
     ) -> ClientTask:
         """Draw a client's batches of a round from (n,) the rows it holds."""
         rng = generator(seed, Purpose.BATCHES, plan.round, client)
-        size, steps, epochs = settings.batch_size, settings.steps, settings.local_epochs
+        steps, size, epochs = settings.steps, settings.batch_size, settings.local_epochs
         own = plan.own.get(client, LocalSettings())
         steps = steps if own.steps is None else own.steps
         size = size if own.batch_size is None else own.batch_size
         if isinstance(steps, Spread) or isinstance(size, Spread):
             raise ValueError("need the client's own number of steps and batch size, got none")
+        size *= settings.accumulate
         batches = batch_indices(examples, size, rng, steps=steps, epochs=epochs)
         return cls(client, len(examples), batches)
 
@@ -74,6 +75,25 @@ class GroupBatch:
         indices = np.concatenate(batches)[(starts[:, None] + place * own).ravel()]
         weights = (own / sizes).astype(np.float32)
         return cls(indices, weights, examples)
+
+    def parts(self, size: int) -> list[GroupBatch]:
+        """Return micro-batches of at most `size` examples of each client, with weights as here.
+
+        A client that has fewer examples than others only has padding in the last ones. `indices`
+        are places in this batch.
+
+        >>> joined = GroupBatch.of([np.array([4, 7, 9]), np.array([2])])
+        >>> [(part.indices.tolist(), part.examples) for part in joined.parts(2)]
+        [([0, 1, 3, 4], (2, 1)), ([2, 5], (1, 0))]
+        """
+        clients, rows = self.weights.shape
+        places = np.arange(clients * rows).reshape(clients, rows)
+        found = []
+        for low in range(0, rows, size):
+            part = slice(low, low + size)
+            own = tuple(min(max(count - low, 0), size) for count in self.examples)
+            found.append(GroupBatch(places[:, part].ravel(), self.weights[:, part], own))
+        return found
 
 
 @dataclass(frozen=True)

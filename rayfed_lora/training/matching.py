@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 from torch import nn
 
-from rayfed_lora.data.columns import IMAGE_TASK
-from rayfed_lora.data.dataset import LANGUAGE_TASK, Dataset
+from rayfed_lora.data.columns import IMAGE_TASK, LANGUAGE_TASK
+from rayfed_lora.data.dataset import Dataset
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import base_models
 from rayfed_lora.models.base_weights import LoadReport, class_tensors, load_report
@@ -22,6 +22,7 @@ from rayfed_lora.models.fit import fit_notes
 from rayfed_lora.models.image_processor import ImageProcessor
 from rayfed_lora.models.labels import HeadMatch, match_head
 from rayfed_lora.models.limits import check_size
+from rayfed_lora.models.packing import check_packing
 from rayfed_lora.models.tokenizer import (
     check_vocabulary,
     give_padding_token,
@@ -90,6 +91,8 @@ def match(recipe: Recipe, dataset: Dataset, *, local_only: bool) -> Match:
     net = tried(model, config, partial(_skeleton, recipe, here=not local_only))
     if language:
         check_causal(model, config)
+        if recipe.data.packing:
+            check_packing(model, config)
     else:
         if getattr(config, "problem_type", None) is not None:
             # The source may be for regression or several labels; here an example has one class.

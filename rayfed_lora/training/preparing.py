@@ -12,21 +12,24 @@ import pyarrow.compute as pc
 
 from rayfed_lora.data.client_numbers import check_settings
 from rayfed_lora.data.client_table import ClientTable, hold_out
-from rayfed_lora.data.dataset import LANGUAGE_TASK, Dataset, load, number_column
-from rayfed_lora.data.examples import PIXELS, Examples
+from rayfed_lora.data.columns import LANGUAGE_TASK
+from rayfed_lora.data.dataset import Dataset, load, number_column
+from rayfed_lora.data.examples import COUNTED, PIXELS, Examples
+from rayfed_lora.data.packing import packed
 from rayfed_lora.data.partition import client_names, deal
 from rayfed_lora.data.traces import read_trace
 from rayfed_lora.data.workload import Workload, with_fingerprint
 from rayfed_lora.errors import DataError
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.models.tokenizer import check_length, check_tokens, may_exceed
-from rayfed_lora.models.tokens import known_inputs, pad_with, tokenize, tokenize_whole
+from rayfed_lora.models.tokens import known_inputs, pad_with, padded, tokenize, tokenize_whole
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.recipe.spread_checks import WHOLE
 from rayfed_lora.training.image_inputs import image_inputs
 from rayfed_lora.training.matching import Match, match
 from rayfed_lora.training.proof import judged_without_weights
 from rayfed_lora.training.rehearsal import rehearse
+from rayfed_lora.training.texts import IDS, TextCounts, counted_of, ids_of, tokenised
 from rayfed_lora.types import AvailabilityTrace, DeviceFacts, ModelShape
 from rayfed_lora.wire.upload import malicious_clients
 
@@ -36,11 +39,15 @@ _FEW, _IMAGES = 32, 3
 
 @dataclass(frozen=True)
 class Outline:
-    """The sizes of a workload, known without tokenising a text or loading a weight.
+    """The sizes of a workload, known without loading a weight.
+
+    Of plain texts, a few are tokenised; of instruction and chat data, and to pack texts, all.
 
     Attributes:
         label_names: name of class i at index i.
         notes: on data and model, for the user, one line each.
+        validation_examples: training examples that the server keeps; 0 without such a split.
+        texts: what became of the rows of instruction or chat data.
     """
 
     shape: ModelShape
@@ -48,6 +55,8 @@ class Outline:
     test_examples: int
     label_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    validation_examples: int = 0
+    texts: TextCounts | None = None
 
 
 def outline(recipe: Recipe) -> Outline:
@@ -57,20 +66,28 @@ def outline(recipe: Recipe) -> Outline:
         DataError: the data cannot be read, or not be partitioned as the recipe says.
         ModelError: the model or its adapter does not fit.
     """
-    matched = _match(recipe, local_only=True)
-    dataset = matched.dataset
+    texts = tokenised(_match(recipe, local_only=True), recipe)
+    matched, dataset = texts.match, texts.match.dataset
     clients, held_out = _partition(recipe, dataset)
-    examples = _some_examples(dataset, matched, recipe)
-    devices = DeviceFacts(clients.counts, *_devices(recipe, dataset, clients))
-    net = rehearse(recipe, matched.config, examples, devices)
+    devices, trace = _devices(recipe, dataset, clients)
+    notes = _notes(recipe, dataset, held_out)
+    if recipe.data.packing:
+        train, clients, held_out = _training(matched, recipe, clients, held_out)
+        examples, notes = _longest(train), (*notes, _packing_note(dataset, train))
+    else:
+        examples = _some_examples(dataset, matched, recipe)
+    facts = DeviceFacts(clients.counts, devices, trace)
+    net = rehearse(recipe, matched.config, examples, facts)
     shape = model_shape(net, recipe)
     shape = judged_without_weights(shape, matched.config, examples, recipe)
     return Outline(
         shape=shape,
-        devices=devices,
+        devices=facts,
         test_examples=dataset.test.num_rows,
         label_names=dataset.label_names,
-        notes=(*dataset.notes, *_notes(recipe, dataset, held_out), *matched.notes, *shape.notes),
+        notes=(*dataset.notes, *notes, *matched.notes, *shape.notes),
+        validation_examples=0 if dataset.validation is None else dataset.validation.num_rows,
+        texts=texts.counts,
     )
 
 
@@ -81,14 +98,18 @@ def prepare(recipe: Recipe) -> Workload:
         DataError: the data cannot be read, or not be partitioned as the recipe says.
         ModelError: the model's configuration or tokenizer cannot be read, or does not fit the data.
     """
-    matched = _match(recipe, local_only=False)
+    texts = tokenised(_match(recipe, local_only=False), recipe)
+    matched = texts.match
     dataset, config = matched.dataset, matched.config
     clients, held_out = _partition(recipe, dataset)
     device_columns, trace = _devices(recipe, dataset, clients)
     names = _client_names(dataset)
     validated = dataset.test.slice(0, 0) if dataset.validation is None else dataset.validation
-    splits = [_examples(each, matched, recipe) for each in (dataset.train, dataset.test, validated)]
-    train, test, validation = splits
+    notes = _notes(recipe, dataset, held_out)
+    test, validation = (_examples(each, matched, recipe) for each in (dataset.test, validated))
+    train, clients, held_out = _training(matched, recipe, clients, held_out)
+    if recipe.data.packing:
+        notes = (*notes, _packing_note(dataset, train))
     train = _with_false_labels(train, clients, recipe, len(dataset.label_names))
     rehearse(recipe, config, train, DeviceFacts(clients.counts, device_columns))
     workload = Workload(
@@ -101,9 +122,10 @@ def prepare(recipe: Recipe) -> Workload:
         held_out=held_out,
         columns=device_columns,
         trace=trace,
-        notes=(*dataset.notes, *_notes(recipe, dataset, held_out), *matched.notes),
+        notes=(*dataset.notes, *notes, *matched.notes),
         client_names=None if names is None else pa.array(names, pa.string()),
         float_pixels=dataset.floats,
+        chat_template=texts.template,
     )
     return with_fingerprint(workload)
 
@@ -196,16 +218,49 @@ def _examples(table: pa.Table, matched: Match, recipe: Recipe) -> Examples:
     if not texts:
         return Examples.of({"input_ids": np.zeros((0, 1), np.int32)}, labels)
     config, language = matched.config, recipe.model.task == LANGUAGE_TASK
-    if language:
+    counted = None
+    if IDS in table.column_names:
+        rows = ids_of(table)
+        masks = [np.ones_like(ids) for ids in rows]
+        tokens = {"input_ids": padded(rows, least=1), "attention_mask": padded(masks, least=1)}
+        counted = counted_of(table, recipe.data)
+    elif language:
         tokens = tokenize_whole(matched.tokenizer, texts, recipe.data.max_length)
-        if tokens["attention_mask"][:, 1:].sum() == 0:
-            raise DataError(f"data.source {recipe.data.source!r}: need texts of two tokens or more")
     else:
         tokens = tokenize(matched.tokenizer, texts, recipe.data.max_length)
+    if language and tokens["attention_mask"][:, 1:].sum() == 0:
+        raise DataError(f"data.source {recipe.data.source!r}: need texts of two tokens or more")
     tokens = pad_with(tokens, None if language else config.get_text_config().pad_token_id)
     check_length(matched.net, config, tokens["input_ids"].shape[1])
     check_tokens(matched.net, matched.tokenizer, tokens, texts)
-    return Examples.of(known_inputs(matched.net, config, tokens), labels)
+    inputs = known_inputs(matched.net, config, tokens)
+    if counted is not None:
+        inputs[COUNTED] = padded(counted, least=1)
+    return Examples.of(inputs, labels)
+
+
+def _training(
+    matched: Match, recipe: Recipe, clients: ClientTable, held_out: ClientTable | None
+) -> tuple[Examples, ClientTable, ClientTable | None]:
+    """Return the training examples, packed where the recipe says so, and who holds them."""
+    train = _examples(matched.dataset.train, matched, recipe)
+    if not recipe.data.packing:
+        return train, clients, held_out
+    return packed(train, clients, held_out, recipe.data.max_length)
+
+
+def _packing_note(dataset: Dataset, train: Examples) -> str:
+    return (
+        f"data.packing: {dataset.train.num_rows:,} training texts are in {len(train):,} rows, which"
+        " clients.batch_size and the weights of clients count"
+    )
+
+
+def _longest(examples: Examples) -> Examples:
+    """Return a few rows, the longest first."""
+    lengths = examples.inputs["attention_mask"].sum(axis=1)
+    few = examples.rows(np.argsort(-lengths, kind="stable")[:_FEW])
+    return Examples.of(few.inputs, few.labels)
 
 
 def _with_false_labels(
@@ -229,9 +284,11 @@ def _some_examples(dataset: Dataset, matched: Match, recipe: Recipe) -> Examples
     if tokenizer is None:
         return _examples(dataset.train.slice(0, _IMAGES), matched, recipe)
     splits = (dataset.train, dataset.test, dataset.validation)
-    texts = pa.concat_tables(s.select(["text", "label"]) for s in splits if s is not None)
+    names = [n for n in ("text", "label", IDS, COUNTED) if n in dataset.train.column_names]
+    texts = pa.concat_tables(s.select(names) for s in splits if s is not None)
     if not may_exceed(matched.net, matched.config, tokenizer, recipe.data.max_length):
-        longest = np.argsort(-pc.utf8_length(texts["text"]).to_numpy(), kind="stable")[:_FEW]
+        sizes = pc.list_value_length(texts[IDS]) if IDS in names else pc.utf8_length(texts["text"])
+        longest = np.argsort(-sizes.to_numpy().astype(np.int64), kind="stable")[:_FEW]
         others = np.linspace(0, texts.num_rows - 1, _FEW).astype(np.int64)
         texts = texts.take(np.unique([*longest, *others]))
     return _examples(texts, matched, recipe)

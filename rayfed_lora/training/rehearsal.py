@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from rayfed_lora.data.client_numbers import ClientSettings
-from rayfed_lora.data.dataset import LANGUAGE_TASK
+from rayfed_lora.data.columns import LANGUAGE_TASK
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import base_models
 from rayfed_lora.models.causes import tried
+from rayfed_lora.models.language import model_inputs
 from rayfed_lora.models.shapes import no_padding_warning
 from rayfed_lora.models.wording import one_line, where
 from rayfed_lora.recipe.recipe import Recipe
@@ -69,16 +70,24 @@ def rehearse(recipe: Recipe, config: Any, examples: Examples, devices: DeviceFac
 
 
 def batch_sizes(counts: npt.NDArray[np.int64], settings: ClientSettings) -> tuple[int, int]:
-    """Return the sizes of the smallest and the largest training batch of any client.
+    """Return the sizes of the smallest and the largest micro-batch of any client in training.
 
     >>> batch_sizes(np.array([5, 8, 0]), ClientSettings(0.1, steps=None, batch_size=4))
     (1, 4)
     >>> batch_sizes(np.array([5, 8, 0]), ClientSettings(0.1, steps=1, batch_size=4))
     (4, 4)
+    >>> batch_sizes(np.array([5, 8, 0]), ClientSettings(0.1, 1, 4, accumulate=2))
+    (1, 4)
     """
-    held, sizes = counts[counts > 0], np.minimum(counts, settings.batch_size)[counts > 0]
-    smallest = sizes if settings.steps is not None else (held - 1) % sizes + 1
-    return int(smallest.min()), int(sizes.max())
+    held = counts[counts > 0]
+    step = np.broadcast_to(settings.step_examples, counts.shape)[counts > 0]
+    batches = [np.minimum(held, step)]
+    if settings.steps is None:
+        # The last one of an epoch.
+        batches.append((held - 1) % step + 1)
+    most = settings.most_examples
+    smallest = min(int(((each - 1) % most + 1).min()) for each in batches)
+    return smallest, int(np.minimum(batches[0], most).max())
 
 
 def _batches(examples: Examples, rows: int) -> list[dict[str, torch.Tensor]]:
@@ -106,7 +115,7 @@ def _compute(
     name, first = type(net).__name__, next(iter(inputs.values()))
     try:
         with torch.no_grad(), base_models.quiet(), no_padding_warning(net):
-            logits = net.train(training)(**inputs).logits
+            logits = net.train(training)(**model_inputs(inputs)).logits
     except Exception as error:  # of many types
         if isinstance(error, NotImplementedError) or _READS_VALUES.search(str(error)):
             return

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch.nn import functional
 
-from rayfed_lora.data.dataset import LANGUAGE_TASK
 from rayfed_lora.data.examples import Batch
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.models.adapted import AdaptedModel
+from rayfed_lora.models.language import LanguageLoss
 from rayfed_lora.models.recorded import RecordedPasses
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.messages import Evaluate, TestClients
 from rayfed_lora.tasks.training import Starts
+from rayfed_lora.training.device import memory_watched
 from rayfed_lora.training.drawing import tensors
 from rayfed_lora.types import ClientScore, Predictions
 
@@ -27,12 +26,24 @@ class Evaluator:
     """Tests states on the model that a trainer trains too, always in float32 arithmetic."""
 
     def __init__(
-        self, recipe: Recipe, workload: Workload, model: AdaptedModel, passes: RecordedPasses
+        self,
+        recipe: Recipe,
+        workload: Workload,
+        model: AdaptedModel,
+        passes: RecordedPasses,
+        language: LanguageLoss | None,
     ) -> None:
-        """Test on a model, loaded for each test, whose passes `passes` computes."""
+        """Test on a model, loaded for each test.
+
+        Args:
+            recipe: the run.
+            workload: its data.
+            model: with the trainer.
+            passes: compute it.
+            language: the loss of a language model; None: a classifier.
+        """
         self._recipe, self._workload = recipe, workload
-        self._model, self._passes = model, passes
-        self._language = recipe.model.task == LANGUAGE_TASK
+        self._model, self._passes, self._language = model, passes, language
 
     @torch.no_grad()
     def evaluate(self, task: Evaluate) -> list[Predictions]:
@@ -42,18 +53,20 @@ class Evaluator:
         for rows in task.shards:
             self._model.show(task.model)
             self._model.train(False)
-            found.append(self.predictions(held.rows(np.arange(len(held))[rows])))
+            chosen = np.arange(len(held))[rows]
+            with memory_watched(
+                f"{len(chosen)} examples of the {task.split} split do not fit into memory"
+            ):
+                found.append(self.predictions(held.rows(chosen)))
         return found
 
     def predictions(self, examples: Batch) -> Predictions:
         """Return the predictions of the loaded model, in evaluation mode."""
         know_threads()
+        if self._language is not None:
+            return self._of_texts(examples, self._language)
         inputs, labels = tensors(examples, self._model.device)
         logits = self._passes.logits(inputs).float()
-        if self._language:
-            each, tokens, correct = (part.cpu().numpy() for part in token_losses(logits, inputs))
-            none = np.full(len(examples.labels), -1)
-            return Predictions(none, each, correct, tokens, none)
         losses = functional.cross_entropy(logits, labels, reduction="none")
         classes = logits.argmax(dim=1)
         few = logits.shape[1] <= _MOST_CLASSES
@@ -65,6 +78,20 @@ class Evaluator:
             classes=classes.cpu().numpy(),
             probabilities=logits.softmax(dim=1).cpu().numpy() if few else None,
         )
+
+    def _of_texts(self, examples: Batch, loss: LanguageLoss) -> Predictions:
+        """Return the predictions of a language model: as many texts at once as it may take."""
+        inputs, _ = tensors(examples)
+        texts, length = inputs["input_ids"].shape
+        size = loss.most_texts(length, self._model.device)
+        parts = []
+        for low in range(0, texts, size):
+            part = {name: x[low : low + size].to(self._model.device) for name, x in inputs.items()}
+            found = loss(part, scored=True)
+            parts.append([each.cpu().numpy() for each in found if each is not None])
+        losses, tokens, right = (np.concatenate(each) for each in zip(*parts, strict=True))
+        none = np.full(texts, -1)
+        return Predictions(none, losses, right, tokens, none)
 
     @torch.no_grad()
     def test_clients(self, task: TestClients) -> tuple[ClientScore, ...]:
@@ -86,10 +113,13 @@ class Evaluator:
             self._model.load([state], task.model.base, task.model.trainable)
             rows = np.concatenate([table.examples(client) for client in group])
             size = self._recipe.evaluation.batch_size
-            parts = [
-                self.predictions(self._workload.train.rows(rows[i : i + size]))
-                for i in range(0, len(rows), size)
-            ]
+            with memory_watched(
+                f"{len(rows)} examples of {len(group)} clients do not fit into memory"
+            ):
+                parts = [
+                    self.predictions(self._workload.train.rows(rows[i : i + size]))
+                    for i in range(0, len(rows), size)
+                ]
             losses = np.concatenate([part.losses for part in parts]).astype(np.float64)
             right = np.concatenate([part.correct for part in parts])
             count = np.concatenate([part.predicted for part in parts])
@@ -107,25 +137,3 @@ class Evaluator:
 def know_threads() -> None:
     """Let torch read the number of threads of this thread: else the first products use all."""
     torch.get_num_threads()
-
-
-def token_losses(
-    logits: torch.Tensor, inputs: Mapping[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the loss of a causal language model by text, over its tokens from the second on.
-
-    Args:
-        logits: (texts, length, vocabulary).
-        inputs: with `input_ids` and `attention_mask`, (texts, length).
-
-    Returns:
-        Three tensors (texts,): sum of cross entropies, number of tokens, and number of tokens to
-        which the model gives the highest logit.
-
-    Source: as transformers' causal models compute it.
-    """
-    targets, present = inputs["input_ids"][:, 1:], inputs["attention_mask"][:, 1:] > 0
-    predictions = logits[:, :-1]
-    losses = functional.cross_entropy(predictions.transpose(1, 2), targets, reduction="none")
-    right = (predictions.argmax(dim=2) == targets) & present
-    return (losses * present).sum(dim=1), present.sum(dim=1), right.sum(dim=1)

@@ -23,27 +23,37 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from rayfed_lora.data.dataset import LANGUAGE_TASK
+from rayfed_lora.data.client_numbers import ClientSettings
+from rayfed_lora.data.columns import LANGUAGE_TASK
 from rayfed_lora.data.examples import PIXELS
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import BlockMemoryError, RunError
 from rayfed_lora.models import base_models, base_weights
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.attention import choose_attention
+from rayfed_lora.models.checkpointing import Checkpointing
 from rayfed_lora.models.first_token import read_first_token_only
+from rayfed_lora.models.language import language_loss
 from rayfed_lora.models.mixing import Verdict, drops
 from rayfed_lora.models.recorded import RecordedPasses
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.objectives.remembered import Remembered
+from rayfed_lora.recipe.memory import checkpoints
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import Task
 from rayfed_lora.tasks.messages import Block, Evaluate, Export, Initial, TestClients, Train
 from rayfed_lora.tasks.training import BlockUpdate, attributed, chosen_weight, trained
-from rayfed_lora.training.device import keep_freed_memory, memory_watched, return_freed_memory
+from rayfed_lora.training.device import (
+    keep_freed_memory,
+    memory_watched,
+    return_freed_memory,
+    too_many,
+)
 from rayfed_lora.training.drawing import Drawing, GroupWork, tensors
 from rayfed_lora.training.dropout import ClientDropout
 from rayfed_lora.training.finished import Finished, joined
-from rayfed_lora.training.hooks import LocalHooks, Loss
+from rayfed_lora.training.gradients import Gradients
+from rayfed_lora.training.hooks import LocalHooks
 from rayfed_lora.training.optimizing import (
     add_proximal_gradient,
     clip_by_client,
@@ -51,8 +61,8 @@ from rayfed_lora.training.optimizing import (
     fresh_optimizer,
 )
 from rayfed_lora.training.proof import judged, tried_on
-from rayfed_lora.training.testing import Evaluator, know_threads, token_losses
-from rayfed_lora.types import AdapterState, Base, GlobalModel, LocalPlan, ModelShape
+from rayfed_lora.training.testing import Evaluator, know_threads
+from rayfed_lora.types import AdapterState, Base, Device, GlobalModel, LocalPlan, ModelShape
 
 R = TypeVar("R")
 # Held by who draws from torch's own state, which is that of the whole process.
@@ -76,7 +86,7 @@ def built_weights(recipe: Recipe, workload: Workload) -> Weights:
     """Read or draw the weights of the source, and try them on a few examples.
 
     Args:
-        recipe: the run.
+        recipe: the run; `runtime.device` cuda: for actors with a GPU.
         workload: from `prepare`.
 
     Raises:
@@ -85,9 +95,14 @@ def built_weights(recipe: Recipe, workload: Workload) -> Weights:
     """
     config = base_models.restored(workload.config)
     # Faults of the adapter are found before the weights are read.
-    model_shape(base_models.skeleton(recipe.model, config), recipe)
-    net = base_weights.build(recipe.model, config, recipe.seed)
+    shape = model_shape(base_models.skeleton(recipe.model, config), recipe)
+    net = _kept(recipe, config, shape.head)
     return Weights(base_weights.arrays_of(net), tried_on(recipe, config, net, workload.train))
+
+
+def _kept(recipe: Recipe, config: Any, trained: Sequence[str]) -> nn.Module:
+    dtype = base_weights.kept_dtype(recipe.model, on_gpu=recipe.runtime.device == "cuda")
+    return base_weights.build_kept(recipe.model, config, recipe.seed, dtype, trained)
 
 
 class LocalTrainer:
@@ -120,6 +135,7 @@ class LocalTrainer:
         self._recipe = recipe
         self._workload = workload
         self._device = torch.device(device)
+        self._kind: Device = "cpu" if self._device.type == "cpu" else "cuda"
         config = base_models.restored(workload.config)
         self._shape = model_shape(base_models.skeleton(recipe.model, config), recipe)
         weights = weights or built_weights(recipe, workload)
@@ -128,24 +144,33 @@ class LocalTrainer:
         choose_attention(net, self._device)
         modules = list(self._shape.modules)
         self._model = AdaptedModel(net, recipe.adapter, device, self._shape.obstacle, modules)
-        self._language = recipe.model.task == LANGUAGE_TASK
-        if not self._language:
-            two = workload.train.rows(np.arange(min(2, len(workload.train))))
-            read_first_token_only(net, tensors(two, self._device)[0])
+        two = tensors(workload.train.rows(np.arange(min(2, len(workload.train)))), self._device)[0]
+        self._language = None
+        if recipe.model.task == LANGUAGE_TASK:
+            self._language = language_loss(net, two)
+        else:
+            read_first_token_only(net, two)
         self._weigh = chosen_weight(recipe)
         self._drops = recipe.adapter.dropout > 0 or drops(net)
         self._drawing = Drawing(recipe, workload, drops=self._drops)
+        self._checkpointing = Checkpointing(net)
         self._passes = RecordedPasses(self._model, recording=self._recordable())
-        self._testing = Evaluator(recipe, workload, self._model, self._passes)
+        self._most_examples = ClientSettings.of(recipe, workload.devices).most_examples
+        self._gradients = Gradients(
+            recipe, self._passes, self._language, self._device, self._most_examples
+        )
+        self._testing = Evaluator(recipe, workload, self._model, self._passes, self._language)
 
     def _recordable(self) -> bool:
         """Return whether the operations of a pass follow from shapes alone: not with masks."""
-        plain = self._recipe.runtime.precision == "fp32" and not self._drops
+        runtime = self._recipe.runtime
+        plain = runtime.precision == "fp32" and not self._drops
+        plain = plain and runtime.checkpoint_activations is not True
         return plain and [*self._workload.train.inputs] == [PIXELS] and self._device.type == "cpu"
 
     def _build(self) -> nn.Module:
         config = base_models.restored(self._workload.config)
-        return base_weights.build(self._recipe.model, config, self._recipe.seed)
+        return _kept(self._recipe, config, self._shape.head)
 
     def _assembled(self, weights: Weights) -> nn.Module | None:
         config = base_models.restored(self._workload.config)
@@ -189,7 +214,7 @@ class LocalTrainer:
         if len(block) > 1 and not alone:
             group = self._drawing.group(block, plan)
             try:
-                with memory_watched(block), self._taking_turns():
+                with memory_watched(too_many(block)), self._taking_turns():
                     return self._train_group(group, start_of, base, plan, task.remembered)
             except BlockMemoryError:
                 raise
@@ -199,7 +224,11 @@ class LocalTrainer:
         updates = []
         for client in block:
             group = self._drawing.group([client], plan)
-            with attributed(client, plan.round), memory_watched([client]), self._taking_turns():
+            with (
+                attributed(client, plan.round),
+                memory_watched(too_many([client])),
+                self._taking_turns(),
+            ):
                 own = {client: start_of[client]}
                 update = self._train_group(group, own, base, plan, task.remembered)
                 updates.append(update)
@@ -245,29 +274,23 @@ class LocalTrainer:
         clients = [task.client for task in group.tasks]
         optimizer = fresh_optimizer(parameters, settings, [plan.lr_of(k) for k in clients])
         dropout = ClientDropout(work.seeds, self._device) if self._drops else None
+        on = checkpoints(self._recipe, self._shape, len(starts), self._kind, self._most_examples)
+        self._checkpointing.switch(on=on, contexts=None if dropout is None else dropout.contexts)
         hooks = LocalHooks(remembered, self._model, clients, plan)
         keep = plan.proximal_weight > 0 or hooks.correcting
         received = [p.detach().clone() for p in parameters] if keep else []
         finished = Finished(self._model, starts)
         losses: list[torch.Tensor] = []
         read = self._drawing.batches(work, self._device)
-        for step, (batch, (inputs, labels)) in enumerate(zip(group.batches, read, strict=True)):
+        for step, (batch, own) in enumerate(zip(group.batches, read, strict=True)):
             if finished.leave(len(batch.examples)):
                 cut_to(optimizer, len(batch.examples))
-            if dropout is not None:
-                dropout.step(batch.examples)
             # What `optimizer.zero_grad` does, without its hooks: 0.2 ms a step.
             for parameter in parameters:
                 parameter.grad = None
-            weights = torch.from_numpy(batch.weights).to(self._device)
-            with dropout or nullcontext():
-                each = self._losses(inputs, labels, weights, hooks.loss)
-                if optimizer is not None:
-                    each.sum().backward()  # type: ignore[no-untyped-call]
-            # The graph ends here: one that lived on would hold the next one to the present number
-            # of clients.
-            losses.append(each.detach())
-            del each
+            losses.append(
+                self._gradients.add(batch, own, hooks.loss, dropout, learns=bool(parameters))
+            )
             if optimizer is None:
                 continue
             if plan.proximal_weight > 0:
@@ -280,26 +303,6 @@ class LocalTrainer:
         finished.leave(0)
         seconds = (time.perf_counter() - began) / len(starts)
         return finished.update(work.group.tasks, [*start_of], losses, seconds)
-
-    def _losses(
-        self,
-        inputs: Mapping[str, torch.Tensor],
-        labels: torch.Tensor,
-        weights: torch.Tensor,
-        loss: Loss,
-    ) -> torch.Tensor:
-        """Return the mean loss of each client on its part of a batch."""
-        bf16 = self._recipe.runtime.precision == "bf16"
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
-            logits = self._passes.logits(inputs)
-        if self._language:
-            # A mean over the tokens of a client, not over its texts.
-            each, tokens, _ = token_losses(logits.float(), inputs)
-            own = weights > 0
-            total = (each.view(weights.shape) * own).sum(dim=1)
-            return total / (tokens.view(weights.shape) * own).sum(dim=1).clamp(min=1)
-        each = loss(logits.float(), labels)
-        return (each.view(weights.shape) * weights).sum(dim=1)
 
     def _export(self, model: GlobalModel) -> dict[str, bytes]:
         """Return `adapter/...` and, where a user could not get the base elsewhere, `base/...`."""

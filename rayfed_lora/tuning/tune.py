@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayfed_lora.engines.factory import Factory, TorchFactory
 from rayfed_lora.errors import BadInputError
+from rayfed_lora.launching.in_memory import check_held, data_settings, with_held
 from rayfed_lora.launching.ray_session import ray_session
 from rayfed_lora.pages.search_page import SearchNews, Watch
 from rayfed_lora.recipe.loading import load_recipe, override_pairs
@@ -41,6 +42,7 @@ def tune(  # noqa: PLR0913 - options of a command
     address: str | None = None,
     watch: Watch | None = None,
     plugins: Sequence[Any] = (),
+    data: Any = None,
     factory: Factory | None = None,
 ) -> SearchResult:
     """Search a space with Ray Tune, one run a trial; write tables, best recipes and a report.
@@ -59,6 +61,7 @@ def tune(  # noqa: PLR0913 - options of a command
         address: of a running Ray cluster; default: $RAY_ADDRESS, or a new local Ray.
         watch: called with news of the search.
         plugins: own methods that may be used, as for `run`.
+        data: rows in memory in place of `data.source`, as for `run`.
         factory: makes workloads and trainers in the workers; for tests.
 
     Raises:
@@ -74,6 +77,9 @@ def tune(  # noqa: PLR0913 - options of a command
         objectives=None if objectives is None else dict(objectives),
     )
     given = load_recipe(recipe, settings, plugins=plugins)
+    if data is not None:
+        given = load_recipe(given, data_settings(data))
+    check_held([given])
     shared = _shared_recipe(given)
     if max_concurrent is not None and max_concurrent < 1:
         raise BadInputError(f"--max-concurrent: expected at least 1, got {max_concurrent}")
@@ -104,7 +110,8 @@ def tune(  # noqa: PLR0913 - options of a command
             ignored = _ignored_settings(space, settings)
             for note in (*unused(given), *given_way_in_search(given), *ignored):
                 watch(SearchNews(warning=note))
-            found = Search(space, shared, location, lease.ticket, factory or TorchFactory())
+            factory = with_held(factory or TorchFactory(), [given])
+            found = Search(space, shared, location, lease.ticket, factory)
             return run(found, folder, watch, limit, resume)
 
 

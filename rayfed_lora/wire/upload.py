@@ -45,6 +45,7 @@ class Upload:
             clipped again by the server.
         codec: of the message.
         uniform: whether all clients count the same, instead of by their examples.
+        error_feedback: whether a client adds to its update what the codec has lost before.
     """
 
     seed: int
@@ -53,6 +54,38 @@ class Upload:
     clip: float | None = None
     codec: Named = Named("float32")
     uniform: bool = False
+    error_feedback: bool = False
+
+
+@dataclass
+class Lost:
+    """What codecs have lost of clients' updates, by client and tensor (error feedback).
+
+    Source: Seide et al. 2014, "1-bit SGD"; Karimireddy et al., arXiv:1901.09847.
+
+    Attributes:
+        before: up to this round; a client that has sent nothing yet, and a tensor of another shape
+            (another rank), count as 0.
+        after: of the clients that have sent in this round.
+    """
+
+    before: Mapping[int, Mapping[str, FloatArray]]
+    after: dict[int, dict[str, FloatArray]] = field(default_factory=dict)
+
+    def added(self, tensors: Stacked, clients: Sequence[int]) -> Stacked:
+        """Return updates (clients, ...) plus what was lost of earlier ones."""
+        found = {name: x.copy() for name, x in tensors.items()}
+        for i, client in enumerate(clients):
+            for name, lost in self.before.get(client, {}).items():
+                if name in found and found[name].shape[1:] == lost.shape:
+                    found[name][i] += lost
+        return found
+
+    def note(self, wanted: Stacked, seen: Stacked, clients: Sequence[int]) -> None:
+        """Keep the difference between what was to be sent and what the server sees."""
+        rest = {name: x - seen[name] for name, x in wanted.items()}
+        for i, client in enumerate(clients):
+            self.after[client] = {name: x[i] for name, x in rest.items()}
 
 
 def rng_of(seed: int, purpose: str, round_index: int, client: int) -> np.random.Generator:
@@ -103,7 +136,7 @@ def downloaded(
     return _with(state, {**tensors, **{n: np.ascontiguousarray(x[0]) for n, x in seen.items()}})
 
 
-def uploaded(
+def uploaded(  # noqa: PLR0913 - the caller names them
     upload: Upload,
     round_index: int,
     clients: Sequence[int],
@@ -111,6 +144,8 @@ def uploaded(
     received: Sequence[AdapterState],
     exact: Sequence[AdapterState],
     sends: Callable[[str], bool],
+    *,
+    lost: Lost | None = None,
 ) -> Sequence[AdapterState]:
     """Return clients' states as the server sees them: its own state plus what it sees of updates.
 
@@ -124,8 +159,9 @@ def uploaded(
         received: that each started from.
         exact: the server's own, of which `received` is what the download left.
         sends: whether a tensor is sent; others stay as trained.
+        lost: of earlier updates; gets that of these ones.
     """
-    way = _Way(upload, round_index, sends)
+    way = _Way(upload, round_index, sends, lost or Lost({}))
     if isinstance(states, StackedStates) and len(states) > 1 and states.alike:
         rows = way.rows(states.rows, states.shapes, clients, _matrix(received), _matrix(exact))
         return replace(states, rows=rows)
@@ -140,8 +176,10 @@ def uploaded(
 class _Way:
     """Takes rows of clients' values through the steps of an upload."""
 
-    def __init__(self, upload: Upload, round_index: int, sends: Callable[[str], bool]) -> None:
-        self._upload, self._round, self._sends = upload, round_index, sends
+    def __init__(
+        self, upload: Upload, round_index: int, sends: Callable[[str], bool], lost: Lost
+    ) -> None:
+        self._upload, self._round, self._sends, self._lost = upload, round_index, sends, lost
         self._codec = upload.codec.method()
         self._attack = None if upload.attack is None else upload.attack.method()
 
@@ -173,8 +211,12 @@ class _Way:
             tensors = clipped(tensors, upload.clip)
         if codec.lossless or not tensors:
             return tensors
-        tensors = codec.seen(tensors, self._rngs(f"up {codec.name}", clients), self._round, clients)
-        return tensors if upload.clip is None else clipped(tensors, upload.clip)
+        if upload.error_feedback:
+            tensors = self._lost.added(tensors, clients)
+        seen = codec.seen(tensors, self._rngs(f"up {codec.name}", clients), self._round, clients)
+        if upload.error_feedback:
+            self._lost.note(tensors, seen, clients)
+        return seen if upload.clip is None else clipped(seen, upload.clip)
 
     def _attacked(self, tensors: Stacked, clients: Sequence[int]) -> Stacked:
         attack = self._attack

@@ -91,4 +91,4 @@ def test_a_finished_run_is_made_whole_by_resume(out: str, tmp_path: Path) -> Non
     assert f"{model}isdamaged" in refused("export", out, "--to", str(tmp_path / "b"))
     finish("run", str(recipe), "--out", out, "--resume", *LOCAL)
     finish("export", out, "--to", str(tmp_path / "c"))
-    assert (tmp_path / "c" / model).read_bytes() == adapter
+    assert (tmp_path / "c" / "adapter_model.safetensors").read_bytes() == adapter

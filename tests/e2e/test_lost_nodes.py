@@ -109,7 +109,7 @@ def test_a_run_that_loses_its_own_ray_ends_at_once_and_says_how_to_resume(recipe
     assert run.returncode == 1
     assert time.monotonic() - began < 60
     assert f"Ray was lost: its {lost} on this machine ended" in stderr
-    assert stderr.rstrip().endswith(f"resume with --resume --out {out}")
+    assert stderr.rstrip().endswith(f" run {out} --resume")
     for text in (stdout, stderr):
         assert "Traceback" not in text and "state-dump" not in text
 

@@ -38,6 +38,7 @@ def test_all_runs_share_the_actors_and_give_what_each_gives_in_one_process(tmp_p
     assert on_ray.runs["error"].isna().all()
 
 
+@pytest.mark.e2e
 def test_an_actor_that_dies_takes_no_run_with_it(tmp_path):
     marker = tmp_path / "marker"
     marker.touch()

@@ -612,6 +612,7 @@ def test_who_waits_does_not_keep_for_ever_what_another_one_waits_for():
     crew.close()
 
 
+@pytest.mark.e2e
 def test_the_object_store_does_not_grow_with_the_rounds(tmp_path):
     import ray
     from ray._private.internal_api import memory_summary

@@ -23,6 +23,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.e2e
 def test_a_run_on_ray_is_the_one_of_a_local_folder(bucket, tmp_path):
     recipe = rayfed_lora.load_recipe(RECIPE, ON_RAY)
     one = rayfed_lora.run(recipe, bucket.uri("runs/a"), factory=FakeFactory())

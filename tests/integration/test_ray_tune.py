@@ -91,6 +91,7 @@ def test_tables_front_and_report_are_written(whole, tmp_path):
         rayfed_lora.report([whole.location, whole.location])
 
 
+@pytest.mark.e2e
 def test_data_and_base_are_prepared_once_for_all_trials(whole, tmp_path):
     log = tmp_path / "prepared"
     log.touch()
@@ -132,6 +133,7 @@ def test_a_trial_whose_client_actor_dies_ends_as_if_it_had_not(whole, tmp_path):
     assert found.trials["warnings"].sum() == 1
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("scheduler", ["asha", pytest.param("median", marks=pytest.mark.e2e)])
 def test_trials_end_early_and_are_not_compared(scheduler, tmp_path):
     space = {
@@ -220,6 +222,7 @@ def test_optuna_searches_for_two_objectives(tmp_path):
     assert found.trials["status"].tolist() == ["finished"] * 3
 
 
+@pytest.mark.e2e
 def test_sigint_keeps_what_is_done_and_resume_finishes_it(whole, tmp_path):
     def interrupt(news: SearchNews) -> None:
         if news.ended is not None:
@@ -250,6 +253,7 @@ def test_a_trial_that_can_never_start_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.e2e
 def test_trials_share_gpus_by_fractions(tmp_path):
     shares = {"runtime.device": "auto", "runtime.gpus_per_actor": 0.5}
     found = searched(tmp_path, settings={**ON_RAY, **shares})

@@ -503,6 +503,7 @@ def test_a_client_that_raises_ends_the_run_with_its_name_round_and_traceback(
     assert_names_the_client(command("run", texts, "--out", "out"))
 
 
+@pytest.mark.e2e
 @pytest.mark.ray
 def test_on_ray_a_client_that_raises_gives_the_same_message_and_no_noise(texts: Path) -> None:
     sets = ["--set", "runtime.executor=ray", "runtime.client_actors=1"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from rayfed_lora.jobs.views import (
     exit_status,
     run_metadata,
 )
+from rayfed_lora.plugins import weight
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.runs.status import Status
@@ -79,6 +81,33 @@ def test_a_recipe_travels_as_a_file_and_the_shell_reads_fixed_text_only(tmp_path
     # Time to save the run, in place of Ray's three seconds.
     assert sent["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "120"}
     assert not Path(sent["runtime_env"]["working_dir"]).exists()
+
+
+def test_a_module_of_own_methods_travels_and_one_of_a_script_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten_methods: None
+) -> None:
+    source = (
+        "from rayfed_lora.plugins import weight\n\n@weight()\ndef twice(report):\n    return 2.0\n"
+    )
+    (tmp_path / "methods_of_a_job.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    client, settings = FakeClient(), {"clients.weight": "twice"}
+    jobs = Jobs(client=client)
+    done = jobs.submit(make_recipe(), "/shared/a", settings=settings, plugins=["methods_of_a_job"])
+    (sent,) = client.sent
+    assert sent["files"].pop("methods_of_a_job.py") == source
+    assert list(sent["files"]) == ["recipe.yaml"]
+    assert sent["entrypoint"] == "rayfed-lora run recipe.yaml --plugins methods_of_a_job"
+    assert not [note for note in done.notes if "methods_of_a_job" in note]
+
+    @weight()
+    def thrice(report):
+        return 3.0
+
+    with pytest.raises(BadInputError, match="weight 'thrice' is defined in a notebook, a script"):
+        jobs.submit(make_recipe(), "/shared/b", settings={"clients.weight": "thrice"})
+    assert len(client.sent) == 1
 
 
 def test_a_job_without_a_folder_gets_one_that_outlives_it_and_says_where_it_is() -> None:

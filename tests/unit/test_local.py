@@ -15,9 +15,10 @@ from rayfed_lora.engines.on_ray.actors import ClientActor, NotOpenError
 from rayfed_lora.engines.on_ray.messages import packed, unpacked
 from rayfed_lora.engines.threads import TrainerThreads
 from rayfed_lora.errors import BlockMemoryError, ClientError
+from rayfed_lora.federation.evaluation import joined, scores
 from rayfed_lora.launching.simulation_server import SimulationServer
 from rayfed_lora.tasks.engine import answer, runs
-from rayfed_lora.tasks.messages import Evaluate, Train
+from rayfed_lora.tasks.messages import Evaluate, TestClients, Train
 from rayfed_lora.types import AdapterState, Base, GlobalModel, LocalPlan
 from tests.fakes import Behaviour as Fake
 from tests.fakes import FakeTrainer
@@ -129,6 +130,33 @@ def test_what_has_no_halves_raises_what_the_trainer_raised():
 
     with pytest.raises(BlockMemoryError, match="no room"):
         answer(Full(), evaluation(1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fitting", [1, 2, 4])
+def test_a_test_that_does_not_fit_is_answered_in_halves_to_the_same_scores(fitting: int) -> None:
+    task = Evaluate(MODEL, "test", (slice(0, 5),))
+    small = FakeTrainer(Fake(rows_together=fitting), "cpu")
+    with pytest.raises(BlockMemoryError, match="5 rows do not fit"):
+        small.run(task)
+    found, whole = answer(small, task), answer(FakeTrainer(Fake(), "cpu"), task)
+    assert len(found) > len(whole) == 1
+    assert scores(found) == scores(whole)
+    np.testing.assert_array_equal(joined(found).losses, whole[0].losses)
+
+
+def test_clients_that_are_not_tested_together_are_tested_in_halves() -> None:
+    task = TestClients(MODEL, ((0, 1, 2), (3, 4)), limits={4: 1})
+    first, second = task.halves(None)
+    assert (first.blocks, second.blocks) == (((0, 1, 2),), ((3, 4),))
+    assert (first.limits, second.limits) == ({}, {4: 1})
+    assert [half.blocks for half in first.halves(None)] == [((0,),), ((1, 2),)]
+    small = FakeTrainer(Fake(together=1), "cpu")
+    assert answer(small, task) == answer(FakeTrainer(Fake(), "cpu"), task)
+
+
+def test_one_row_and_one_client_have_no_halves() -> None:
+    assert Evaluate(MODEL, "test", (slice(3, 4),)).halves(None) == ()
+    assert TestClients(MODEL, ((3,),)).halves(None) == ()
 
 
 def test_parts_are_blocks_with_what_sets_their_clients_apart():

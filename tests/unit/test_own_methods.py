@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -13,12 +14,15 @@ import pytest
 import yaml
 
 import rayfed_lora
+from rayfed_lora import plugins
 from rayfed_lora.errors import PluginError, RecipeError, RunError, RunFolderError
 from rayfed_lora.plugins import rule, sampler
 from rayfed_lora.plugins.modules import origin
 from rayfed_lora.plugins.registry import TABLES, method_of
 from rayfed_lora.plugins.tables import RULES
 from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
+from rayfed_lora.runs.claiming import kept_recipe
+from rayfed_lora.storage import RunFolder
 from tests.fakes import FakeFactory, make_recipe
 
 ADAPTER_ONLY = {
@@ -45,14 +49,7 @@ OWN = """
 """
 
 
-@pytest.fixture(autouse=True)
-def tables() -> Iterator[None]:
-    """Forget what a test has registered."""
-    before = {kind: set(table) for kind, table in TABLES.items()}
-    yield
-    for kind, table in TABLES.items():
-        for name in set(table) - before[kind]:
-            table.remove(name)
+pytestmark = pytest.mark.usefixtures("forgotten_methods")
 
 
 @pytest.fixture
@@ -303,3 +300,79 @@ def test_the_options_of_a_method_that_another_one_replaces_are_left_behind():
     # What the user writes for the new method is checked as ever.
     with pytest.raises(RecipeError, match=r"aggregation.share: unknown key"):
         load_recipe(trimmed.model_dump(), {"aggregation": {"rule": "median", "share": 0.3}})
+
+
+def registered(text: str, name: str) -> str:
+    """Return the hash of a class of a notebook, whose source no file has."""
+    scope = {"__name__": "__main__", "weight": plugins.weight}
+    exec(textwrap.dedent(text), scope)
+    found = origin(method_of(scope[name])).sha256
+    TABLES["weight"].remove(method_of(scope[name]).name)
+    return found
+
+
+def test_other_code_of_a_notebook_has_another_hash():
+    function = """
+        @weight()
+        def mine(report):
+            return {0}
+    """
+    cases = [registered(function.format(value), "mine") for value in ("1.0", "2.0", "1.0")]
+    assert cases[0] == cases[2] != cases[1]
+    a_class = """
+        @weight()
+        class Mine:
+            factor: float = 1.0
+            def __call__(self, report):
+                return {0}
+    """
+    cases = [registered(a_class.format(value), "Mine") for value in ("1.0", "2.0", "1.0")]
+    assert cases[0] == cases[2] != cases[1]
+
+
+def test_a_strangers_folder_is_read_and_exported_without_its_code(module, tmp_path, monkeypatch):
+    recipe = load_recipe(make_recipe(), base(aggregation__rule="largest"), plugins=[module])
+    out = tmp_path / "run"
+    rayfed_lora.run(recipe, str(out), factory=FakeFactory())
+    # As in another process, where nobody has allowed the module.
+    monkeypatch.setattr("rayfed_lora.plugins.registry._ALLOWED", set())
+    RULES.remove("largest")
+    del sys.modules[module]
+    (tmp_path / f"{module}.py").write_text("raise SystemExit('imported')")
+    rayfed_lora.report([str(out)], str(tmp_path / "page.html"))
+    assert rayfed_lora.Result.open(str(out)).rounds["round"].tolist() == [0, 1]
+    kept = kept_recipe(RunFolder(out), model_only=True)
+    assert (kept.name, kept.model, kept.plugins) == (recipe.name, recipe.model, [])
+    with pytest.raises(RunFolderError, match="code that is not allowed here"):
+        rayfed_lora.run(str(out), resume=True)
+    assert module not in sys.modules
+
+
+def test_an_installed_package_may_name_its_module_itself(tmp_path, monkeypatch):
+    package = tmp_path / "site"
+    facts = package / "fl_of_a_test-1.2.dist-info"
+    facts.mkdir(parents=True)
+    (package / "fl_of_a_test.py").write_text(textwrap.dedent(OWN))
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: fl-of-a-test\nVersion: 1.2\n")
+    (facts / "entry_points.txt").write_text("[rayfed_lora.plugins]\nown = fl_of_a_test\n")
+    (facts / "top_level.txt").write_text("fl_of_a_test\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(package)])
+    monkeypatch.setattr("rayfed_lora.plugins.registry._ALLOWED", set())
+    try:
+        values = base(aggregation__rule="largest", plugins=["fl_of_a_test"])
+        recipe = load_recipe(make_recipe(), values)
+        assert recipe.aggregation.rule == "largest"
+        assert origin(RULES.method("largest")).version == "1.2"
+    finally:
+        sys.modules.pop("fl_of_a_test", None)
+
+
+def test_the_order_of_the_built_in_methods_does_not_depend_on_what_is_imported_first():
+    code = "{}from rayfed_lora.recipe.loading import recipe_schema; print(recipe_schema())"
+    schemas = {
+        subprocess.run(
+            [sys.executable, "-c", code.format(first)], capture_output=True, text=True, check=True
+        ).stdout
+        for first in ("", "import rayfed_lora.aggregation.built_in.zero_pad; ")
+    }
+    assert len(schemas) == 1

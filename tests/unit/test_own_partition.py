@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,15 +16,7 @@ from rayfed_lora.recipe.data import Partition
 from tests.fakes import make_recipe
 
 LABELS = np.array([2, 0, 1, 0, 2, 1, 0], dtype=np.int64)
-
-
-@pytest.fixture(autouse=True)
-def tables() -> Iterator[None]:
-    """Forget what a test has registered."""
-    before = set(PARTITIONS)
-    yield
-    for name in set(PARTITIONS) - before:
-        PARTITIONS.remove(name)
+pytestmark = pytest.mark.usefixtures("forgotten_methods")
 
 
 def test_an_own_partition_gives_the_client_of_each_example_and_has_options():

@@ -63,7 +63,8 @@ def test_a_block_of_different_clients_gives_each_what_a_recipe_of_its_settings_g
     chosen: dict[str, Any],
 ) -> None:
     values = {f"clients__optimizer__{key}": value for key, value in chosen.items()}
-    trainer = image_trainer(make_recipe(**values))
+    # Micro-batches have as many examples as the largest batch.
+    trainer = image_trainer(make_recipe(clients__batch_size={"choices": [8]}, **values))
     state = adapter_state(trainer)
     together = train(trainer, [1, 2, 4], state, local_plan(own=OWN))
     for update in together:

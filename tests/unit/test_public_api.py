@@ -18,20 +18,21 @@ from rayfed_lora import plugins
 PACKAGE = {
     "Comparison": "runs methods rounds target",
     "Jobs": "address= client=",
-    "Recipe": "*name= *seed= *plugins= *method= *data= *model *adapter= *annealing= *aggregation="
-    " *clients= *network= *wire= *privacy= *evaluation= *runtime= *storage= *tracking=",
+    "Recipe": "*version= *name= *seed= *plugins= *method= *data= *model *adapter= *annealing="
+    " *aggregation= *clients= *network= *wire= *privacy= *evaluation= *runtime= *storage="
+    " *tracking=",
     "Result": "location summary",
     "SearchResult": "location trials best",
     "compare": "recipe methods out seeds= *settings= *target= *address= *watch= *plugins="
-    " *factory=",
+    " *data= *factory=",
     "doctor": "address= recipes= *storage= *probe=",
     "load_recipe": "source overrides= variant= *endpoints= *plugins=",
-    "plan": "recipe *plugins=",
+    "plan": "recipe *plugins= *data=",
     "report": "locations to=",
     "run": "recipe out= *resume= *address= *watch= *plugins= *accept_changed_plugins= *callbacks="
-    " *factory=",
+    " *data= *factory=",
     "tune": "space recipe out= *samples= *scheduler= *search= *objectives= *max_concurrent="
-    " *resume= *settings= *address= *watch= *plugins= *factory=",
+    " *resume= *settings= *address= *watch= *plugins= *data= *factory=",
 }
 PLUGINS = {
     "ClientHistory": "examples losses rounds",
@@ -40,8 +41,13 @@ PLUGINS = {
     "FinishedRound": "record clients bill model",
     "LocalStep": "parameters gradients received memory shared rates step",
     "ModelStep": "start mean shared arrived clients round",
+    "Offer": "round stage rank proposed ladder energy_current= energy_proposed= draw= temperature="
+    " metric= target= tolerance= higher_is_better=",
+    "acceptance": "name= *needs=",
+    "allocation": "name= *needs_spectra=",
     "joined": "parts",
     "metric": "name= *higher_is_better=",
+    "model": "name=",
     "objective": "name= *memory= *message= *shared= *plain_sgd= *summary= *source=",
     "optimizer": "name=",
     "partition": "name=",

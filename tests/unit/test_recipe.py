@@ -1055,3 +1055,10 @@ def test_a_client_error_survives_a_process_border_and_names_client_and_round():
     assert type(again) is ClientError
     assert (again.client, again.round_index, again.trace) == (7, 3, error.trace)
     assert str(again) == "client 7 failed in round 4:\nTraceback ...\nValueError: nan"
+
+
+def test_a_recipe_without_a_version_is_of_the_first_and_a_newer_one_is_refused():
+    assert load_recipe(VIT).version == 1
+    assert "version: 1" in recipe_yaml(load_recipe(VIT))
+    with pytest.raises(RecipeError, match="a newer rayfed-lora wrote this recipe; install that"):
+        load_recipe({**VIT, "version": 2})

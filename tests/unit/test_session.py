@@ -76,6 +76,20 @@ RECIPES: dict[str, dict[str, Any]] = {
         "annealing__cooling__rank": 3,
     },
     "correct": {"aggregation__rule": "correct"},
+    "error feedback": {
+        "wire": {"up": {"name": "top-k", "share": 0.3, "error_feedback": True}},
+        "clients__per_round": 5,
+    },
+    "the best one kept": {
+        "evaluation__keep_best": "loss",
+        "evaluation__early_stopping": {"metric": "accuracy", "patience": 5},
+        "annealing__cooling__residual": "fold",
+    },
+    "the best one kept, own B": {
+        "aggregation__rule": "share-a",
+        "annealing__mode": "fixed",
+        "evaluation__keep_best": "loss",
+    },
     "momentum": {"aggregation__server_optimizer": {"name": "momentum", "lr": 0.5}},
     "head only": {"method": "head-only"},
     "a rank that rises": {
@@ -144,6 +158,8 @@ def assert_same_run(location: Path, expected: Path) -> None:
     got, wanted = (json.loads(RunFolder(p).read("summary.json")) for p in (location, expected))
     for key in ("adapter_sha256", "communication", "final", "best", "rounds", "failed_clients"):
         assert got[key] == wanted[key]
+    for key in ("kept", "stopped_by", "early_stopping"):
+        assert got.get(key) == wanted.get(key)
     assert RunFolder(location).read("adapter/fake.json") == RunFolder(expected).read(
         "adapter/fake.json"
     )
@@ -817,3 +833,37 @@ def test_a_rejected_resume_leaves_a_finished_runs_summary(tmp_path):
     with pytest.raises(RunFolderError, match=r"rounds\.parquet"):
         run(make_recipe(), tmp_path, resume=True)
     assert (tmp_path / "summary.json").exists() and (tmp_path / "SHA256SUMS").exists()
+
+
+@pytest.mark.parametrize(("written", "said"), [(None, None), (2, "format 1, got 2: another")])
+def test_an_older_run_folder_is_read_and_a_newer_one_is_refused(written, said, tmp_path):
+    run(make_recipe(), tmp_path)
+    folder = RunFolder(tmp_path)
+    summary = json.loads(folder.read("summary.json"))
+    assert summary.pop("format") == 1
+    if written is not None:
+        summary["format"] = written
+    # As before there were checksums of folders, and versions of recipes.
+    folder.remove("SHA256SUMS")
+    del summary["checksums"]
+    folder.write("summary.json", json.dumps(summary).encode())
+    if said is None:
+        assert read_summary(folder) == summary
+    else:
+        with pytest.raises(RunFolderError, match=said):
+            read_summary(folder)
+
+
+def test_a_recipe_of_before_there_were_versions_is_resumed(tmp_path):
+    recipe = make_recipe()
+    with pytest.raises(Killed):
+        run(recipe, tmp_path, engine=KilledEngine(recipe, 3, 0))
+    folder = RunFolder(tmp_path)
+    old = [
+        line
+        for line in folder.read("recipe.yaml").decode().splitlines()[1:]
+        if not line.startswith(("version:", "plugins:", "privacy:"))
+    ]
+    folder.write("recipe.yaml", "\n".join(old).encode())
+    summary, _ = run(recipe, tmp_path, resume=True)
+    assert summary["rounds"] == 6

@@ -597,7 +597,7 @@ def test_an_optimiser_knows_nothing_of_a_block_that_failed(monkeypatch: pytest.M
     recipe = make_recipe(clients__optimizer={"name": "sgd", "momentum": 0.9})
     used, fresh = image_trainer(recipe), image_trainer(recipe)
     state, steps = adapter_state(fresh), []
-    compute = used._losses
+    compute = used._gradients.losses
 
     def fails(*args: Any) -> torch.Tensor:
         steps.append(1)
@@ -605,7 +605,7 @@ def test_an_optimiser_knows_nothing_of_a_block_that_failed(monkeypatch: pytest.M
             raise ValueError("a third step")
         return compute(*args)
 
-    monkeypatch.setattr(used, "_losses", fails)
+    monkeypatch.setattr(used._gradients, "losses", fails)
     with pytest.raises(ClientError, match="a third step"):
         train(used, [1], state, local_plan())
     found, expected = (only(train(t, [1], state, local_plan())) for t in (used, fresh))
@@ -846,7 +846,7 @@ def test_what_a_failed_client_has_made_is_gone_while_the_others_are_trained_agai
     recipe = make_recipe()
     rows = image_workload(recipe).clients.examples(3)
     trainer = image_trainer(recipe, spoilt(images(sum(SIZES), 1), "labels", rows, CLASSES + 4))
-    compute, made, alive = trainer._losses, [], []
+    compute, made, alive = trainer._gradients.losses, [], []
 
     def losses(*args: Any) -> torch.Tensor:
         gc.collect()
@@ -855,7 +855,7 @@ def test_what_a_failed_client_has_made_is_gone_while_the_others_are_trained_agai
         made.append(weakref.ref(tensor))
         return compute(*args)
 
-    monkeypatch.setattr(trainer, "_losses", losses)
+    monkeypatch.setattr(trainer._gradients, "losses", losses)
     found = train(trainer, [1, 3, 2], adapter_state(trainer), local_plan(tolerant=True))
     assert [update.usable for update in found] == [True, False, True]
     # Together, alone until the third client raises, and without it: five steps each.

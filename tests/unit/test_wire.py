@@ -17,7 +17,8 @@ from rayfed_lora.recipe.loading import load_recipe, recipe_yaml
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.recipe.yaml_text import parse_yaml
 from rayfed_lora.training.preparing import prepare
-from rayfed_lora.wire.upload import malicious_clients
+from rayfed_lora.types import AdapterState
+from rayfed_lora.wire.upload import Lost, Named, Upload, malicious_clients, uploaded
 from tests.fakes import Behaviour, FakeFactory, initial, local_engine, make_recipe
 from tests.unit.test_methods import Silent
 
@@ -205,3 +206,39 @@ def test_malicious_clients_train_with_mirrored_labels_and_others_do_not():
         np.testing.assert_array_equal(attacked.train.labels[rows], expected)
     np.testing.assert_array_equal(plain.test.labels, attacked.test.labels)
     assert plain.fingerprint != attacked.fingerprint
+
+
+def test_what_a_codec_has_lost_is_sent_with_the_next_update():
+    upload = Upload(0, codec=Named("top-k", {"share": 0.25}), error_feedback=True)
+    received = AdapterState({}, {"w": np.zeros(4, np.float32)})
+    # Client 3 sends one of four values a round: of (1, 4, 2, 3) the 4, then of (2, 4, 4, 6) the 6.
+    lost = Lost({})
+    for wanted, seen, left in (
+        ([1, 4, 2, 3], [0, 4, 0, 0], [1, 0, 2, 3]),
+        ([1, 4, 2, 3], [0, 0, 0, 6], [2, 4, 4, 0]),
+    ):
+        lost = Lost(lost.after)
+        state = AdapterState({}, {"w": np.array(wanted, np.float32)})
+        (found,) = uploaded(
+            upload, 0, [3], [state], [received], [received], lambda name: True, lost=lost
+        )
+        assert found.dense["w"].tolist() == seen
+        assert lost.after[3]["w"].tolist() == left
+    # Of another shape, that is of another rank: it begins anew.
+    other = AdapterState({}, {"w": np.ones(8, np.float32)})
+    start = AdapterState({}, {"w": np.zeros(8, np.float32)})
+    lost = Lost(lost.after)
+    uploaded(upload, 0, [3], [other], [start], [start], lambda name: True, lost=lost)
+    assert lost.after[3]["w"].sum() == 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"wire": {"up": {"error_feedback": True}}}, "'float32' loses nothing"),
+        ({"wire": {"down": {"name": "int8", "error_feedback": True}}}, "the memory is a client's"),
+    ],
+)
+def test_error_feedback_needs_a_codec_of_uploads_that_loses_something(settings, said):
+    with pytest.raises(RecipeError, match=said):
+        make_recipe(**settings)

@@ -126,6 +126,11 @@ class Crew:
         return actor.remote(self._plan.gpus, name, self._plan.trainers)
 
     @property
+    def gpus(self) -> float:
+        """GPU share of each of the actors."""
+        return self._plan.gpus
+
+    @property
     def trainers(self) -> int:
         """How many blocks each of the actors trains at once."""
         return self._plan.trainers

@@ -13,7 +13,7 @@ from uuid import uuid4
 import ray
 from ray.exceptions import ObjectLostError
 
-from rayfed_lora.engines.factory import Factory
+from rayfed_lora.engines.factory import Factory, on_device
 from rayfed_lora.engines.on_ray.calls import LOST, Job, PartsLostError, Work, result
 from rayfed_lora.engines.on_ray.crew import Crew
 from rayfed_lora.engines.on_ray.messages import Message, packed, sent, unpacked
@@ -81,6 +81,7 @@ class RayEngine:
         self._step("starting client actors")
         crew = self._crew or Crew.reserved(self._recipe, self._name, fewer=self._again)
         self._crew = crew
+        self._recipe = on_device(self._recipe, "cuda" if crew.gpus > 0 else "cpu")
         asked = self._recipe.runtime.client_actors
         if self._again and asked != "auto" and len(crew.actors) < asked:
             self._note(

@@ -58,6 +58,8 @@ def prepared_from(recipe: Recipe) -> str:
         "seed": recipe.seed,
         "data": recipe.data.model_dump(),
         "model": recipe.model.model_dump(),
+        # Decides the type of the weights.
+        "gpu": recipe.runtime.device == "cuda",
         "validation": recipe.validation_fraction,
         # Of malicious clients, the labels may be other ones.
         "attack": recipe.clients.attack and recipe.clients.attack.model_dump(),
