@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from rayfed_lora.data.client_table import ClientTable
 from rayfed_lora.data.examples import Examples
-from rayfed_lora.types import AvailabilityTrace, DeviceFacts
+from rayfed_lora.lora.states import sha256 as state_sha256
+from rayfed_lora.types import AdapterState, AvailabilityTrace, DeviceFacts
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Workload:
         float_pixels: whether the pixels of images are given as floats, and kept as they are.
         chat_template: the Jinja text of the template that turns were rendered with, where it is not
             the tokenizer's own.
+        start: the adapter that the run starts from; None: new factors.
         fingerprint: digest by part of the data; empty where none was computed.
     """
 
@@ -49,6 +51,7 @@ class Workload:
     client_names: pa.Array | None = None
     float_pixels: bool = False
     chat_template: str | None = None
+    start: AdapterState | None = None
     fingerprint: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -75,6 +78,8 @@ def with_fingerprint(workload: Workload) -> Workload:
         "examples of each client": _sha256(part for t in tables for part in (t.order, t.offsets)),
         "devices of clients": _sha256(devices),
     }
+    if workload.start is not None:
+        fingerprint["the adapter to start from"] = state_sha256(workload.start)
     return replace(workload, fingerprint=fingerprint)
 
 

@@ -151,6 +151,7 @@ def population(workload: Workload, trainer: Trainer, device: str) -> Population:
         notes=(*workload.notes, *shape.notes),
         client_names=None if names is None else tuple(names.to_pylist()),
         fingerprint=workload.fingerprint,
+        start=workload.start,
     )
 
 

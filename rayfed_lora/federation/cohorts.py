@@ -62,7 +62,8 @@ def new_ledger(recipe: Recipe, shape: ModelShape, clients: int) -> Ledger:
     lossless = up.lossless and down.lossless
     encoding = None if lossless else Encoding(shape, up, down, own_b=rule.personal)
     objective = OBJECTIVES[recipe.clients.objective.name]
-    return Ledger(shape, clients, rule, objective, encoding)
+    given = recipe.model.adapter is not None
+    return Ledger(shape, clients, rule, objective, encoding, given=given)
 
 
 class Cohorts:

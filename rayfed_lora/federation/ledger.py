@@ -205,6 +205,8 @@ class Ledger:
         rule: Rule,
         objective: Objective | None = None,
         encoding: Encoding | None = None,
+        *,
+        given: bool = False,
     ) -> None:
         """Start with no client holding any base.
 
@@ -214,6 +216,7 @@ class Ledger:
             rule: of aggregation.
             objective: of local training; None: one that sends nothing.
             encoding: of messages; None: float32.
+            given: whether factors and head are those of an adapter, which no client has.
         """
         self._encoding = encoding
         self._shape = shape
@@ -225,7 +228,7 @@ class Ledger:
         self._steps: list[int] = []
         # By version i, the sum of the steps before it.
         self._behind: list[int] = [0]
-        self._factors: dict[str, int] = {}
+        self._factors: dict[str, int] = dict.fromkeys(("a", "b", "head"), 1) if given else {}
         self.totals = Totals()
 
     def quote(self, facts: RoundFacts) -> Bill:

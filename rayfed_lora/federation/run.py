@@ -16,12 +16,12 @@ from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.privacy import noised
 from rayfed_lora.federation.sampling import ClientHistory
 from rayfed_lora.federation.selection import Selection
-from rayfed_lora.federation.transitions import Start, with_updates
+from rayfed_lora.federation.transitions import Start, started, with_updates
 from rayfed_lora.objectives.objective import Arrays, trained_shapes
 from rayfed_lora.objectives.objectives import OBJECTIVES
 from rayfed_lora.objectives.remembered import Memory, Remembered
 from rayfed_lora.recipe.recipe import Recipe
-from rayfed_lora.tasks.engine import Engine
+from rayfed_lora.tasks.engine import Engine, Population
 from rayfed_lora.tasks.messages import Initial, Personal
 from rayfed_lora.types import (
     AdapterState,
@@ -92,10 +92,12 @@ class Run:
         return self.model if self.selection.kept is None else self.selection.kept.model
 
 
-def fresh(recipe: Recipe, engine: Engine) -> Run:
+def fresh(recipe: Recipe, engine: Engine, population: Population) -> Run:
     """Return a run before its first round, from an opened engine."""
     trainable: Trainable = "full" if is_full(recipe.annealing, 0) else "adapter"
     dense = engine.submit(Initial(trainable)).result()
+    if population.start is not None:
+        return Run(0, started(recipe, population.shape, dense, population.start))
     return Run(0, GlobalModel(AdapterState({}, dense), Base(), trainable))
 
 

@@ -11,16 +11,25 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from rayfed_lora.aggregation.means import Product
+from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.aggregation.step import product
 from rayfed_lora.annealing import budget
-from rayfed_lora.annealing.stages import locate
+from rayfed_lora.annealing.stages import locate, scheduled_rank
 from rayfed_lora.lora import resize
 from rayfed_lora.lora.products import spectrum
 from rayfed_lora.plugins.calls import own_method
 from rayfed_lora.plugins.tables import ALLOCATIONS
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
-from rayfed_lora.types import AdapterState, Base, Factors, GlobalModel, ModelShape, RoundPlan
+from rayfed_lora.types import (
+    AdapterState,
+    Base,
+    Factors,
+    FloatArray,
+    GlobalModel,
+    ModelShape,
+    RoundPlan,
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,28 @@ def enter(recipe: Recipe, shape: ModelShape, model: GlobalModel, plan: RoundPlan
         base = with_updates(base, rest)
     same = state.version == old.version
     return Start(GlobalModel(state, base, "adapter"), resizing, unchanged=same)
+
+
+def started(
+    recipe: Recipe, shape: ModelShape, dense: Mapping[str, FloatArray], start: AdapterState
+) -> GlobalModel:
+    """Return the model before the first round of a run that starts from an adapter.
+
+    Its factors have the ranks of that round. Where rounds leave no factors they go into the base.
+
+    Args:
+        recipe: the run, without full-model rounds.
+        shape: of the model.
+        dense: the head as the source has it.
+        start: the adapter; its own head comes first.
+    """
+    state = AdapterState(start.factors, {**dense, **start.dense})
+    rank = scheduled_rank(recipe.annealing, 0)
+    state = resized_adapter(recipe, state, allocate(recipe, shape, state, 0, rank), 0)
+    if RULES[recipe.aggregation.rule].restarts:
+        updates = {name: product(f) for name, f in state.factors.items()}
+        return GlobalModel(replace(state, factors={}), with_updates(Base(), updates), "adapter")
+    return GlobalModel(state, Base(), "adapter")
 
 
 def planned(

@@ -101,6 +101,7 @@ def _sources(recipe: Recipe) -> list[tuple[str, str]]:
         "clients.availability.trace": recipe.clients.availability.trace,
         "model.source": recipe.model.source,
         "model.tokenizer": recipe.model.tokenizer,
+        "model.adapter": recipe.model.adapter,
     }
     return [(key, one) for key, value in values.items() for one in each(value)]
 

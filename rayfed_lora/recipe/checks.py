@@ -83,6 +83,7 @@ def _location_conflicts(recipe: Settings) -> Iterator[Conflict]:
         "data.template": None if "{" in recipe.data.template else recipe.data.template,
         "model.source": recipe.model.source,
         "model.tokenizer": recipe.model.tokenizer,
+        "model.adapter": recipe.model.adapter,
         "clients.availability.trace": recipe.clients.availability.trace,
         "storage.path": recipe.storage.path,
     }
@@ -169,6 +170,12 @@ def _rule_conflicts(recipe: Settings) -> Iterator[Conflict]:
             ("aggregation.server_optimizer.name", key),
             f"'{optimizer}' steps along A and B, rule '{name}' does not average them; expected sgd,"
             f" or one of the rules {fitting}",
+        )
+    if recipe.model.adapter is not None and rule.personal:
+        yield Conflict(
+            ("model.adapter", key),
+            f"expected null with rule '{name}', whose clients start from a B of their own, 0, got"
+            f" {recipe.model.adapter!r}",
         )
     lowest = recipe.clients.lowest_rank
     if not rule.mixed_ranks and lowest is not None and lowest < annealing.heating.rank:

@@ -22,6 +22,14 @@ def data_conflicts(recipe: Settings) -> Iterator[_Found]:
             ("model.config.architecture", "model.config", "model.source"),
             "model source 'config' needs a transformers model type such as vit or bert",
         )
+    annealing = recipe.annealing
+    first = annealing.initiating_rounds > 0 and annealing.initiating.trainable == "full"
+    if model.adapter is not None and (annealing.mode == "full" or first):
+        yield (
+            ("model.adapter", "annealing.mode", "annealing.initiating.trainable", "method"),
+            "expected null with full-model rounds, which train no adapter, got"
+            f" {model.adapter!r}; annealing.initiating.trainable may be adapter or none",
+        )
     if model.task == "causal-lm" and recipe.adapter.train_head:
         yield (
             ("adapter.train_head", "model.task", "method"),

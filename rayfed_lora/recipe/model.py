@@ -49,6 +49,10 @@ class Model(Section):
     tokenizer: str | None = option(
         None, "source of the tokenizer, in the form of `source`; null: the model's own source"
     )
+    adapter: str | None = option(
+        None,
+        "folder of a PEFT adapter to start from, or of a run that has one; null: new factors",
+    )
     config: dict[str, Any] = Field(
         default_factory=dict,
         description="for source config: `architecture` (vit, bert, ...) and transformers' own"

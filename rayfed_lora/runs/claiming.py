@@ -192,7 +192,7 @@ def inspected(folder: RunFolder, recipe: Recipe) -> tuple[dict[str, Any] | None,
             raise RunFolderError(
                 f"run folder {folder.location}: it was ended by {by}, and a longer schedule does"
                 " not change that; to go on, start another run from its adapter, --set"
-                f" model.adapter={shlex.quote(child(folder.location, 'adapter'))}"
+                f" model.adapter={shlex.quote(folder.location)}"
             )
         return None, []
     for name, text in faults.items():

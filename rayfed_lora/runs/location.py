@@ -67,7 +67,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     changed = {
         "clients": recipe.clients.model_copy(update={"availability": availability}),
         "data": _with_absolute(recipe.data, "source", "test_source"),
-        "model": _with_absolute(recipe.model, "source", "tokenizer"),
+        "model": _with_absolute(recipe.model, "source", "tokenizer", "adapter"),
     }
     return recipe.model_copy(update=changed)
 

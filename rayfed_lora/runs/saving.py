@@ -67,7 +67,7 @@ class Saving:
         self._checkpoints = CheckpointWriter(self.folder, self.recipe.storage.keep)
         if found is None:
             self.tables.begin()
-            run = fresh(self.recipe, engine)
+            run = fresh(self.recipe, engine, self.population)
         else:
             run = run_of(found, self.ledger)
             checkpoints.remove_later(self.folder, run.rounds)

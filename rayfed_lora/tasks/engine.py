@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rayfed_lora.errors import BlockMemoryError
-from rayfed_lora.types import Device, DeviceFacts, GlobalModel, ModelShape, Split
+from rayfed_lora.types import AdapterState, Device, DeviceFacts, GlobalModel, ModelShape, Split
 
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
@@ -173,6 +173,7 @@ class Population:
         notes: what the user should know of data and model before the first round, one line each.
         client_names: (clients,) what the data call each client; None where they do not.
         fingerprint: digest by part of the data, empty where none was made.
+        start: the adapter that the run starts from; None: new factors.
     """
 
     shape: ModelShape
@@ -185,6 +186,7 @@ class Population:
     notes: tuple[str, ...] = ()
     client_names: tuple[str, ...] | None = None
     fingerprint: Mapping[str, str] = field(default_factory=dict)
+    start: AdapterState | None = None
 
 
 def runs(task: Task[R]) -> list[Sequence[Task[R]]]:

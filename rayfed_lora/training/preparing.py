@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rayfed_lora.annealing.stages import scheduled_rank
 from rayfed_lora.data.client_numbers import check_settings
 from rayfed_lora.data.client_table import ClientTable, hold_out
 from rayfed_lora.data.columns import LANGUAGE_TASK
@@ -30,7 +32,7 @@ from rayfed_lora.training.matching import Match, match
 from rayfed_lora.training.proof import judged_without_weights
 from rayfed_lora.training.rehearsal import rehearse
 from rayfed_lora.training.texts import IDS, TextCounts, counted_of, ids_of, tokenised
-from rayfed_lora.types import AvailabilityTrace, DeviceFacts, ModelShape
+from rayfed_lora.types import AdapterState, AvailabilityTrace, DeviceFacts, ModelShape
 from rayfed_lora.wire.upload import malicious_clients
 
 # Texts that a plan tokenises (the longest, and as many others), and images that it prepares.
@@ -79,6 +81,7 @@ def outline(recipe: Recipe) -> Outline:
     facts = DeviceFacts(clients.counts, devices, trace)
     net = rehearse(recipe, matched.config, examples, facts)
     shape = model_shape(net, recipe)
+    notes = (*notes, *_start(recipe, matched.config, shape)[1])
     shape = judged_without_weights(shape, matched.config, examples, recipe)
     return Outline(
         shape=shape,
@@ -111,7 +114,11 @@ def prepare(recipe: Recipe) -> Workload:
     if recipe.data.packing:
         notes = (*notes, _packing_note(dataset, train))
     train = _with_false_labels(train, clients, recipe, len(dataset.label_names))
-    rehearse(recipe, config, train, DeviceFacts(clients.counts, device_columns))
+    net = rehearse(recipe, config, train, DeviceFacts(clients.counts, device_columns))
+    start = None
+    if recipe.model.adapter is not None:
+        start, of_start = _start(recipe, config, model_shape(net, recipe))
+        notes = (*notes, *of_start)
     workload = Workload(
         train=train,
         validation=_by_length(validation),
@@ -126,8 +133,20 @@ def prepare(recipe: Recipe) -> Workload:
         client_names=None if names is None else pa.array(names, pa.string()),
         float_pixels=dataset.floats,
         chat_template=texts.template,
+        start=start,
     )
     return with_fingerprint(workload)
+
+
+def _start(recipe: Recipe, config: Any, shape: ModelShape) -> tuple[AdapterState | None, list[str]]:
+    """Return the adapter that the run starts from, if any, and notes on it."""
+    if recipe.model.adapter is None:
+        return None, []
+    # Here, as it imports peft.
+    from rayfed_lora.models.start import read_start, start_note
+
+    start = read_start(recipe.model, config, shape)
+    return start, start_note(recipe.model, start, scheduled_rank(recipe.annealing, 0))
 
 
 def _match(recipe: Recipe, *, local_only: bool) -> Match:

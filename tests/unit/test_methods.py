@@ -37,8 +37,9 @@ def progresses(**overrides: Any) -> list[Run]:
     """Return a run after each of its rounds."""
     recipe = make_recipe(**overrides)
     engine = local_engine(recipe)
-    server = Server(recipe, engine, engine.open(), Silent(), lambda: False)
-    begun = fresh(recipe, engine)
+    population = engine.open()
+    server = Server(recipe, engine, population, Silent(), lambda: False)
+    begun = fresh(recipe, engine, population)
     return [begun, *server.rounds(begun)]
 
 

@@ -47,8 +47,9 @@ def uncounted(monkeypatch):
 
 def models(recipe: Recipe, behaviour: Behaviour | None = None) -> list[Any]:
     engine = local_engine(recipe, *([] if behaviour is None else [behaviour]))
-    loop = Server(recipe, engine, engine.open(), Silent(), lambda: False)
-    return [run.model.state for run in loop.rounds(fresh(recipe, engine))]
+    population = engine.open()
+    loop = Server(recipe, engine, population, Silent(), lambda: False)
+    return [run.model.state for run in loop.rounds(fresh(recipe, engine, population))]
 
 
 @pytest.mark.usefixtures("uncounted")

@@ -38,8 +38,9 @@ def fixed(**overrides: Any) -> Recipe:
 
 def models(recipe: Recipe) -> list[Any]:
     engine = local_engine(recipe)
-    server = Server(recipe, engine, engine.open(), Silent(), lambda: False)
-    return [run.model.state for run in server.rounds(fresh(recipe, engine))]
+    population = engine.open()
+    server = Server(recipe, engine, population, Silent(), lambda: False)
+    return [run.model.state for run in server.rounds(fresh(recipe, engine, population))]
 
 
 def run(recipe: Recipe, folder: Any, **options: Any) -> Any:
@@ -109,8 +110,9 @@ def test_the_simulated_clock_takes_the_bytes_as_sent():
     def seconds(**wire: Any) -> float:
         recipe = fixed(**slow, **wire)
         engine = local_engine(recipe)
-        server = Server(recipe, engine, engine.open(), Silent(), lambda: False)
-        return next(server.rounds(fresh(recipe, engine))).clock_s
+        population = engine.open()
+        server = Server(recipe, engine, population, Silent(), lambda: False)
+        return next(server.rounds(fresh(recipe, engine, population))).clock_s
 
     assert seconds() == pytest.approx(57 * 4 / 100)
     assert seconds(wire__up="float16") == pytest.approx(57 * 2 / 100)

@@ -16,9 +16,9 @@ from rayfed_lora.types import AdapterState
 
 
 def messages(sizes: AdapterRound) -> Traffic:
-    """Return nothing both ways."""
+    """Return nothing both ways; a client that starts from a given adapter is sent that once."""
     nothing = np.zeros(len(sizes.limits), np.int64)
-    return Traffic(nothing, nothing)
+    return Traffic(nothing, nothing, frozen={**sizes.whole("a", "b"), "head": sizes.head})
 
 
 @rule(
