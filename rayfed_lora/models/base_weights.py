@@ -103,8 +103,10 @@ def kept_dtype(model: Model, *, on_gpu: bool) -> torch.dtype:
 
 def build_kept(
     model: Model, config: Any, seed: int, dtype: torch.dtype, trained: Collection[str]
-) -> nn.Module:
+) -> tuple[nn.Module, frozenset[str]]:
     """Return the model with its large weights in a type, all else in float32.
+
+    And the names of its random tensors, as `build_and_list_random` does.
 
     Weights that the source has in 16 bits are not read as float32 on the way.
 
@@ -119,10 +121,10 @@ def build_kept(
         ModelError: as of `build_and_list_random`.
     """
     if dtype == torch.float32:
-        return build(model, config, seed)
-    net, _ = build_and_list_random(model, config, seed, as_stored=True)
+        return build_and_list_random(model, config, seed)
+    net, random = build_and_list_random(model, config, seed, as_stored=True)
     shorten(net, dtype, trained)
-    return net
+    return net, random
 
 
 def build(model: Model, config: Any, seed: int, *, keep_head: bool = False) -> nn.Module:

@@ -9,7 +9,7 @@ import copy
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,31 +49,41 @@ _MODEL_FILES = ("adapter_", "config.json", "generation_config.json", "model", "R
 
 
 def trained_files(
-    recipe: Recipe, workload: Workload, model: GlobalModel, everything: Mapping[str, FloatArray]
+    recipe: Recipe,
+    workload: Workload,
+    model: GlobalModel,
+    net: nn.Module,
+    random: Collection[str],
+    everything: Mapping[str, FloatArray],
 ) -> dict[str, bytes]:
     """Return the files `adapter/...` and, where the source does not provide the base, `base/...`.
 
     A PEFT adapter needs modules: where none are adapted, `base/` alone is the trained model.
-    `everything` has every parameter of the plain model, without factors, by name.
+
+    Args:
+        recipe: the run.
+        workload: its data.
+        model: what is written.
+        net: the plain model as its source has it; its parameters are replaced, not written to.
+        random: names of its tensors that are not the source's.
+        everything: every parameter of the plain model, without factors, by name.
     """
     state, base = model.state, model.base
     no_adapter = model.trainable == "full" or not state.factors
-    config = base_models.restored(workload.config)
-    net, random = base_weights.build_and_list_random(recipe.model, config, recipe.seed)
+    config = net.config
     keep_base = (
         no_adapter
         or base.version > (0, 0)
         or recipe.adapter.train_biases
         or _is_configured(recipe.model, workload.config)
         # Random tensors outside of the adapter exist nowhere else.
-        or not random <= set(state.dense)
+        or not set(random) <= set(state.dense)
     )
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if keep_base:
-            with torch.no_grad(), base_models.quiet():
-                for name, parameter in net.named_parameters():
-                    parameter.copy_(torch.tensor(everything[name]))
+            _replace(net, everything)
+            with base_models.quiet():
                 net.save_pretrained(str(folder / "base"))  # type: ignore[operator]
         if not no_adapter:
             source = "base" if keep_base else base_models.location(recipe.model.source)
@@ -116,9 +126,7 @@ def write_adapter(
         name, f = next(iter(state.factors.items()))
         factors = {name: pad(Factors(f.a, f.b, 1.0), 1)}
     config = _lora_config(factors, net, recipe.adapter, recipe.model.task)
-    with torch.no_grad():
-        for name, values in state.dense.items():
-            net.get_parameter(name).copy_(torch.tensor(values))
+    _replace(net, state.dense)
     # PEFT itself says which tensors a file must have: also the buffers of a head, and modules that
     # it counts as one by their names. A copy, since it changes the configuration.
     with _no_peft_warnings():
@@ -132,6 +140,16 @@ def write_adapter(
     config.save_pretrained(str(folder))
     copies = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     save_file(copies, str(folder / _WEIGHTS), metadata={"format": "pt"})
+
+
+def _replace(net: nn.Module, values: Mapping[str, FloatArray]) -> None:
+    """Give parameters other values; the memory of their former ones, which others may use, stays.
+
+    Tied parameters have one name in `values`, and stay tied.
+    """
+    for name, parameter in net.named_parameters():
+        if name in values:
+            parameter.data = torch.tensor(values[name])
 
 
 def _lora_config(

@@ -76,10 +76,12 @@ class Weights:
     Attributes:
         arrays: the weights of the source, by parameter and buffer name.
         verdict: whether the model computes examples together as it does alone.
+        random: names of the tensors that are not the source's, but drawn.
     """
 
     arrays: Mapping[str, npt.NDArray[Any]]
     verdict: Verdict
+    random: frozenset[str]
 
 
 def built_weights(recipe: Recipe, workload: Workload) -> Weights:
@@ -96,11 +98,12 @@ def built_weights(recipe: Recipe, workload: Workload) -> Weights:
     config = base_models.restored(workload.config)
     # Faults of the adapter are found before the weights are read.
     shape = model_shape(base_models.skeleton(recipe.model, config), recipe)
-    net = _kept(recipe, config, shape.head)
-    return Weights(base_weights.arrays_of(net), tried_on(recipe, config, net, workload.train))
+    net, random = _kept(recipe, config, shape.head)
+    verdict = tried_on(recipe, config, net, workload.train)
+    return Weights(base_weights.arrays_of(net), verdict, random)
 
 
-def _kept(recipe: Recipe, config: Any, trained: Sequence[str]) -> nn.Module:
+def _kept(recipe: Recipe, config: Any, trained: Sequence[str]) -> tuple[nn.Module, frozenset[str]]:
     dtype = base_weights.kept_dtype(recipe.model, on_gpu=recipe.runtime.device == "cuda")
     return base_weights.build_kept(recipe.model, config, recipe.seed, dtype, trained)
 
@@ -140,7 +143,8 @@ class LocalTrainer:
         self._shape = model_shape(base_models.skeleton(recipe.model, config), recipe)
         weights = weights or built_weights(recipe, workload)
         self._shape = judged(self._shape, weights.verdict, recipe)
-        net = self._assembled(weights) or self._build()
+        self._weights = weights
+        net = self._assembled()
         choose_attention(net, self._device)
         modules = list(self._shape.modules)
         self._model = AdaptedModel(net, recipe.adapter, device, self._shape.obstacle, modules)
@@ -168,13 +172,11 @@ class LocalTrainer:
         plain = plain and runtime.checkpoint_activations is not True
         return plain and [*self._workload.train.inputs] == [PIXELS] and self._device.type == "cpu"
 
-    def _build(self) -> nn.Module:
+    def _assembled(self) -> nn.Module:
+        """Return the plain model on the shared arrays, or another one where that cannot be."""
         config = base_models.restored(self._workload.config)
-        return _kept(self._recipe, config, self._shape.head)
-
-    def _assembled(self, weights: Weights) -> nn.Module | None:
-        config = base_models.restored(self._workload.config)
-        return base_weights.assembled(self._recipe.model, config, weights.arrays)
+        net = base_weights.assembled(self._recipe.model, config, self._weights.arrays)
+        return net or _kept(self._recipe, config, self._shape.head)[0]
 
     def shape(self) -> ModelShape:
         """Return the model's sizes."""
@@ -312,8 +314,9 @@ class LocalTrainer:
         from rayfed_lora.models import export
 
         self._model.load([model.state], model.base, model.trainable)
-        everything = self._model.tensors("full")
-        return export.trained_files(self._recipe, self._workload, model, everything)
+        everything, random = self._model.tensors("full"), self._weights.random
+        net = self._assembled()
+        return export.trained_files(self._recipe, self._workload, model, net, random, everything)
 
 
 def _seed(seed: int, device: torch.device) -> None:
