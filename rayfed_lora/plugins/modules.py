@@ -142,6 +142,8 @@ def missing(wanted: Sequence[str]) -> list[str]:
     An installed package allows the modules that its entry points of the group
     `rayfed_lora.plugins` name; these are imported here.
     """
+    if not wanted:
+        return []
     installed = {point.module for point in metadata.entry_points(group=GROUP)}
     for name in wanted:
         if name in installed:

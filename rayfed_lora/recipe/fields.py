@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -155,10 +156,8 @@ class Choosing(Section):
             raise ValidationError.from_exception_data(
                 cls.__name__, [_unknown(option, others[option], expected) for option in unknown]
             )
-        fields = model.model_fields.items()
-        left: Any = {option: (f.annotation, f) for option, f in fields if option in known}
-        beside = create_model(model.__name__, __base__=Options, **left)
-        return beside.model_validate(dict(others)).model_dump(mode="json")
+        beside = _left(model, tuple(known))
+        return beside.model_validate(dict(others)).model_dump(mode="json") if known else {}
 
     @property
     def own_options(self) -> dict[str, Any]:
@@ -171,6 +170,15 @@ class Choosing(Section):
     def options(self) -> dict[str, Any]:
         """The values that options of the method take: keys beside the name of the method."""
         return {**dict(self), **(self.__pydantic_extra__ or {})}
+
+
+@lru_cache(maxsize=256)  # a millisecond each, for many values of each recipe
+def _left(model: type[BaseModel], names: tuple[str, ...]) -> type[BaseModel]:
+    """Return the model of some options of a method."""
+    kept: Any = {
+        name: (model.model_fields[name].annotation, model.model_fields[name]) for name in names
+    }
+    return create_model(model.__name__, __base__=Options, **kept)
 
 
 def _unknown(key: str, value: Any, known: list[str]) -> InitErrorDetails:
