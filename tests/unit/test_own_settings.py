@@ -26,6 +26,7 @@ from rayfed_lora.plugins.optimizers import optimizer
 from rayfed_lora.plugins.tables import OPTIMIZERS
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.training import preparing
+from rayfed_lora.training.rehearsal import batch_sizes
 from rayfed_lora.types import DeviceFacts, LocalSettings
 from tests import fakes
 from tests.tasks import local_plan, train
@@ -81,6 +82,40 @@ def test_a_block_of_different_clients_gives_each_what_a_recipe_of_its_settings_g
         (single,) = train(trainer, [update.client], state, local_plan(own=OWN))
         assert_same_bits(single.state, alone.state)
     assert largest_difference(together[0].state, together[1].state) > 1e-3
+
+
+def test_a_step_accumulates_over_batches_of_the_clients_own_size() -> None:
+    """Client 1, of 12 examples: two micro-batches of its own 3 are one batch of 6."""
+    spread, own = {"choices": [8]}, {1: OWN[1], 2: OWN[2]}
+    twice = image_trainer(make_recipe(clients__batch_size=spread, clients__accumulate=2))
+    state = adapter_state(twice)
+    together = train(twice, [1, 2], state, local_plan(own=own))
+    like_that = image_trainer(make_recipe(clients__local_steps=2, clients__batch_size=6))
+    (alone,) = train(like_that, [1], state, local_plan(lr=0.2))
+    assert_close(together[0].state, alone.state)
+    once = image_trainer(make_recipe(clients__batch_size=spread))
+    (without,) = train(once, [1], state, local_plan(own=own))
+    assert largest_difference(without.state, alone.state) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("steps", "sizes", "accumulate", "smallest", "largest"),
+    [
+        # Steps of 3, 4 and 2 examples; at most 4 at once.
+        (1, [3, 4, 2], 1, 2, 4),
+        # Steps of 6, 7 (of its 7 examples) and 4; in micro-batches of at most 4: 4 + 2, 4 + 3, 4.
+        (1, [3, 4, 2], 2, 2, 4),
+        # Epochs: 10 = 3 + 3 + 3 + 1.
+        (None, [3, 4, 2], 1, 1, 4),
+        # 10 = 6 + 4, 7 = 7, 8 = 4 + 4; the first one's 6 are 4 + 2.
+        (None, [3, 4, 2], 2, 2, 4),
+    ],
+)
+def test_the_smallest_and_the_largest_micro_batch_are_those_of_the_clients_own_sizes(
+    steps: int | None, sizes: list[int], accumulate: int, smallest: int, largest: int
+) -> None:
+    settings = ClientSettings(0.1, steps, np.array(sizes), accumulate)
+    assert batch_sizes(np.array([10, 7, 8]), settings) == (smallest, largest)
 
 
 def test_rates_that_differ_only_in_other_clients_change_no_bit_of_a_client() -> None:
@@ -180,6 +215,12 @@ def test_the_simulated_clock_uses_each_clients_own_steps_and_batches() -> None:
     found = clock.turnout(0, tuple(range(6)), bill, full=False, now=0.0)
     # Steps times examples a step, at one a second; client 0 has 10 examples only.
     assert found.seconds.tolist() == [10, 32, 24, 32, 20, 24]
+    twice = recipe.with_({"clients.accumulate": 2})
+    found = SimulatedClock(twice, DeviceFacts(SIZES, columns)).turnout(
+        0, tuple(range(6)), bill, full=False, now=0.0
+    )
+    # Client 1 has 20 examples for steps of 32.
+    assert found.seconds.tolist() == [10, 40, 48, 64, 40, 48]
 
 
 def test_the_schedule_multiplies_each_clients_rate_and_a_stages_rate_replaces_it() -> None:
