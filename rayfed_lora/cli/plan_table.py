@@ -11,6 +11,7 @@ import numpy as np
 from rayfed_lora.annealing.stages import schedule
 from rayfed_lora.cli.console import PlainConsole
 from rayfed_lora.cli.run_display import bill
+from rayfed_lora.launching.memory_plan import CARDS
 from rayfed_lora.plugins.tables import ALLOCATIONS
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.units import duration, megabytes
@@ -69,8 +70,30 @@ def show_plan(console: PlainConsole, recipe: Recipe, plan: Plan) -> None:
     console.print(bill(plan.totals.communication()))
     for need in plan.needs:
         console.print_line(need)
+    _print_memory(console, plan)
     for note in plan.notes:
         console.warn(note)
+
+
+def _print_memory(console: PlainConsole, plan: Plan) -> None:
+    """Print what an actor's memory holds while it trains adapters, by estimate."""
+    if not plan.memory:
+        return
+    console.print_line("memory of an actor that trains adapters, by estimate:")
+    rows = [
+        {
+            "on a": {"cpu": "CPU", "cuda": "GPU"}[each.device],
+            "base": megabytes(each.base),
+            "client's factors": megabytes(each.trained),
+            "client's activations": megabytes(each.activations),
+            "logits": megabytes(each.logits),
+            "clients": str(each.clients),
+            "in all": megabytes(each.total),
+            **{f"fit in {name}": str(each.fitting(size)) for name, size in CARDS.items()},
+        }
+        for each in plan.memory
+    ]
+    console.print_rows(rows, optional=("logits", "client's factors", "client's activations"))
 
 
 def _print_selection(console: PlainConsole, recipe: Recipe, validated: int) -> None:

@@ -14,10 +14,11 @@ from rayfed_lora.federation.cohorts import Cohort, Cohorts, new_ledger
 from rayfed_lora.federation.learning_rate import learning_rate, rate_warning
 from rayfed_lora.federation.ledger import Bill, Totals
 from rayfed_lora.federation.privacy import Accountant, check_privacy
-from rayfed_lora.federation.sampling import block_size
+from rayfed_lora.federation.sampling import BlockSize, block_size
 from rayfed_lora.federation.traffic import trained_values
 from rayfed_lora.federation.transitions import planned
 from rayfed_lora.launching.in_memory import data_settings
+from rayfed_lora.launching.memory_plan import ActorMemory, actor_memory
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.notes import unused
 from rayfed_lora.recipe.recipe import Recipe
@@ -71,6 +72,8 @@ class Plan:
         outline: sizes of data and model.
         needs: what it needs of the cluster, one line each.
         actor_mb: memory of an actor, without activations.
+        memory: of an actor in adapter rounds, on each kind of device that may be used; empty where
+            there are none.
         notes: warnings to the user, e.g. of an implausible learning rate, one line each.
     """
 
@@ -80,6 +83,7 @@ class Plan:
     needs: tuple[str, ...]
     actor_mb: float
     notes: tuple[str, ...] = ()
+    memory: tuple[ActorMemory, ...] = ()
 
 
 def plan(
@@ -131,7 +135,15 @@ def plan(
     )
     doubtful = rate_warning(recipe)
     notes = (*sizes.notes, *unused(recipe), *([] if doubtful is None else [doubtful]))
-    return Plan(tuple(rounds), ledger.totals, sizes, needs, _PROCESS_MB + training_mb, notes)
+    return Plan(
+        tuple(rounds),
+        ledger.totals,
+        sizes,
+        needs,
+        _PROCESS_MB + training_mb,
+        notes,
+        tuple(_memory(recipe, sizes, rounds, settings.most_examples)),
+    )
 
 
 def _privacy(recipe: Recipe, accountant: Accountant) -> Iterator[str]:
@@ -198,15 +210,34 @@ def _blocks(
 
     `batch` is the largest batch size of a client.
     """
+    found = _block_sizes(recipe, sizes, rounds, batch).values()
+    for reason in dict.fromkeys(size.reason for size in found):
+        yield f"trained together: {reason}"
+
+
+def _block_sizes(
+    recipe: Recipe, sizes: Outline, rounds: list[PlannedRound], batch: int
+) -> dict[Device, BlockSize]:
+    """Return the block of each kind of device that may be used; none without adapter rounds."""
     cohorts = [planned.clients for planned in rounds if planned.trainable == "adapter"]
     # Poisson sampling may draw no client.
     cohort = next((clients for clients in cohorts if clients > 0), None)
     if cohort is None:
-        return
+        return {}
     runtime = recipe.runtime
     devices: list[Device] = ["cpu"] if runtime.device != "cuda" else []
     if runtime.executor == "ray" and runtime.device != "cpu" and runtime.gpus_per_actor != 0:
         devices.append("cuda")
-    sizes_by_device = [block_size(recipe, sizes.shape, cohort, device, batch) for device in devices]
-    for reason in dict.fromkeys(size.reason for size in sizes_by_device):
-        yield f"trained together: {reason}"
+    return {device: block_size(recipe, sizes.shape, cohort, device, batch) for device in devices}
+
+
+def _memory(
+    recipe: Recipe, sizes: Outline, rounds: list[PlannedRound], batch: int
+) -> Iterator[ActorMemory]:
+    """Yield the memory of an actor in the adapter rounds that train most."""
+    adapters = [r.trainable_params for r in rounds if r.trainable == "adapter"]
+    for device, size in _block_sizes(recipe, sizes, rounds, batch).items():
+        most, short = max(adapters), sizes.short
+        yield actor_memory(
+            recipe, sizes.shape, most, size.clients, device, short=short, batch=batch
+        )

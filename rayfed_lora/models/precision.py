@@ -23,6 +23,11 @@ from rayfed_lora.models.linear import is_transposed
 _SHORT = (torch.bfloat16, torch.float16)
 
 
+def is_short(dtype: object) -> bool:
+    """Return whether a configuration's type is one of 16 bits; a text, torch's, or None."""
+    return str(dtype).removeprefix("torch.") in ("bfloat16", "float16")
+
+
 def shorten(net: nn.Module, dtype: torch.dtype, trained: Collection[str] = ()) -> None:
     """Keep the large weights of a plain model in a type, and all else in float32; in place.
 

@@ -326,8 +326,10 @@ def _actor_conflicts(runtime: Runtime) -> Iterator[Conflict]:
         )
     if share == "auto":
         return
-    if share > 1 and share != int(share):
-        yield Conflict((key,), f"above 1 expected a whole number, got {share:g}")
+    if share > 1:
+        yield Conflict(
+            (key,), f"expected at most 1, since an actor trains on one GPU, got {share:g}"
+        )
     if abs(share * 1e4 - round(share * 1e4)) > 1e-6:
         yield Conflict((key,), f"expected steps of 0.0001, got {share:g}")
     if runtime.device == "cuda" and share == 0:

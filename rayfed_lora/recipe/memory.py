@@ -13,7 +13,7 @@ from rayfed_lora.types import Device, ModelShape
 
 # Logits of a language model that are computed at once, float32, and the copies of them in a step.
 LOGIT_BYTES: Mapping[Device, int] = {"cpu": 1 << 24, "cuda": 1 << 28}
-_LOGIT_COPIES = 4
+LOGIT_COPIES = 4
 # Texts of a test that are computed at once: tokens times vocabulary, float32. Where logits are made
 # in chunks they are never there together, but the activations of so many tokens are.
 TESTED_LOGIT_BYTES: Mapping[Device, int] = {"cpu": 1 << 30, "cuda": 1 << 32}
@@ -68,7 +68,7 @@ def step_bytes(
 
 def room_bytes(shape: ModelShape, device: Device) -> float:
     """Return what a block's activations may take: less the logits of a language model."""
-    logits = _LOGIT_COPIES * LOGIT_BYTES[device] if shape.logit_bytes > 0 else 0
+    logits = LOGIT_COPIES * LOGIT_BYTES[device] if shape.logit_bytes > 0 else 0
     return BLOCK_BYTES[device] - logits
 
 

@@ -90,7 +90,9 @@ class Runtime(Section):
         "actors",
     )
     gpus_per_actor: NonNegative | Auto = option(
-        "auto", "auto: 1 where the cluster has GPUs, else 0; fractions share a GPU", "GPUs"
+        "auto",
+        "auto: 1 where the cluster has GPUs, else 0; fractions share a GPU; at most 1",
+        "GPUs",
     )
     cpus_per_actor: PositiveFloat = option(
         1.0,
@@ -148,6 +150,11 @@ class Storage(Section):
     )
     checkpoint_every: Positive = option(1, "save after every n-th round", "rounds")
     keep: Positive = option(2, "number of newest checkpoints to keep", "checkpoints")
+    adapters_every: Positive | None = option(
+        None,
+        "keep the PEFT adapter after every n-th round, in adapters/round-...; null: the last alone",
+        "rounds",
+    )
 
 
 class Tracking(Section):

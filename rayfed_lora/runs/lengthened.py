@@ -1,6 +1,6 @@
 """More rounds on a run: a longer schedule whose past is the one that was run.
 
-Source: this project (docs/method.md, "More rounds").
+Source: this project (docs/reference.md, "More rounds, and a start from an adapter").
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from rayfed_lora.runs.model_card import (
     describe_model,
 )
 from rayfed_lora.runs.restored import run_of, snapshot
+from rayfed_lora.runs.round_adapters import is_due, keep_adapter, kept_sums
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.runs.summary import client_summary, selection_summary, summary
 from rayfed_lora.runs.tables import PARTITION_FILE, Tables
@@ -61,9 +62,11 @@ class Saving:
     _saved: int = field(default=0, init=False)
     _run: Run = field(init=False)
     _checkpoints: CheckpointWriter = field(init=False)
+    _engine: Engine = field(init=False)
 
     def begin(self, found: Snapshot | None, engine: Engine) -> Run:
         """Return the run before its next round, and bring the tables to it."""
+        self._engine = engine
         self._checkpoints = CheckpointWriter(self.folder, self.recipe.storage.keep)
         if found is None:
             self.tables.begin()
@@ -99,8 +102,13 @@ class Saving:
             ) from stop
 
     def offer(self, run: Run) -> None:
-        """Take the run after one more round, and save it where that is due."""
+        """Take the run after one more round, and save it, or its adapter, where that is due."""
         self._run = run
+        if is_due(self.recipe, run):
+            last = self.tables.rounds.slice(run.rounds - 1).to_pylist()[0]
+            labels = list(self.population.label_names)
+            facts = {"final": last, "rounds": run.rounds, "labels": labels}
+            keep_adapter(self.folder, self.recipe, self._engine, run, facts)
         if run.rounds % self.recipe.storage.checkpoint_every == 0:
             self.save()
 
@@ -156,6 +164,7 @@ class Saving:
         recipe = folder.read("recipe.yaml")
         contents = {**exported, SUMMARY_FILE: content, "recipe.yaml": recipe}
         sums = {name: checksums.sha256(content) for name, content in contents.items()}
+        sums |= dict(kept_sums(folder))
         for name in (*tables.rows(run.rounds), PARTITION_FILE):
             if name != PARTITION_FILE or folder.exists(name):
                 sums[name] = checksums.table_sha256(folder, name)

@@ -22,6 +22,7 @@ from rayfed_lora.data.partition import client_names, deal
 from rayfed_lora.data.traces import read_trace
 from rayfed_lora.data.workload import Workload, with_fingerprint
 from rayfed_lora.errors import DataError
+from rayfed_lora.models.precision import is_short
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.models.tokenizer import check_length, check_tokens, may_exceed
 from rayfed_lora.models.tokens import known_inputs, pad_with, padded, tokenize, tokenize_whole
@@ -50,6 +51,7 @@ class Outline:
         notes: on data and model, for the user, one line each.
         validation_examples: training examples that the server keeps; 0 without such a split.
         texts: what became of the rows of instruction or chat data.
+        short: whether the source has its weights in 16 bits.
     """
 
     shape: ModelShape
@@ -59,6 +61,7 @@ class Outline:
     notes: tuple[str, ...] = ()
     validation_examples: int = 0
     texts: TextCounts | None = None
+    short: bool = False
 
 
 def outline(recipe: Recipe) -> Outline:
@@ -91,6 +94,7 @@ def outline(recipe: Recipe) -> Outline:
         notes=(*dataset.notes, *notes, *matched.notes, *shape.notes),
         validation_examples=0 if dataset.validation is None else dataset.validation.num_rows,
         texts=texts.counts,
+        short=recipe.model.source != "config" and is_short(matched.config.dtype),
     )
 
 

@@ -346,3 +346,10 @@ def test_a_plan_tells_the_range_of_what_differs() -> None:
     (line,) = [need for need in found.needs if "own settings" in need]
     assert "clients.local_steps 2 to 7" in line
     assert not [n for n in plan("digits-vit").needs if "own settings" in n]
+
+
+def test_the_memory_of_a_plan_is_that_of_the_largest_batch() -> None:
+    own = load_recipe("digits-vit", {"clients.batch_size": {"choices": [4, 8]}})
+    largest = load_recipe("digits-vit", {"clients.batch_size": 8})
+    assert len(plan(own).memory) > 0
+    assert plan(own).memory == plan(largest).memory

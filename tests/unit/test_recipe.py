@@ -157,7 +157,7 @@ def test_every_key_of_the_contract_is_accepted_as_it_stands_there(tmp_path):
         ("clients.optimizer.lr", [1, 0.001]),
         ("runtime.executor", ["ray", "local"]),
         ("runtime.client_actors", ["auto", 1]),
-        ("runtime.gpus_per_actor", ["auto", 0, 0.25, 0.0001, 1, 2.0]),
+        ("runtime.gpus_per_actor", ["auto", 0, 0.25, 0.0001, 1]),
         ("runtime.cpus_per_actor", [0.5, 4]),
         ("runtime.cohort_size", ["auto", 1]),
         ("runtime.precision", ["fp32", "bf16"]),
@@ -443,7 +443,7 @@ def test_an_unknown_key_that_resembles_nothing_lists_the_keys_known_there():
     fault = faults(with_values(("xyzzyq", 1)))["xyzzyq"]
     assert fault.nearest is None
     fault = faults(with_values(("storage.xyzzyq", 1)))["storage.xyzzyq"]
-    assert fault.expected == "unknown key; known here: path, checkpoint_every, keep"
+    assert fault.expected == "unknown key; known here: path, checkpoint_every, keep, adapters_every"
 
 
 def test_an_unknown_key_is_not_answered_with_the_section_that_it_stands_in():
@@ -486,7 +486,7 @@ def test_a_missing_model_is_named():
         (
             [("runtime.gpus_per_actor", 1.5)],
             "runtime.gpus_per_actor",
-            ["gpus_per_actor", "whole", "1.5"],
+            ["gpus_per_actor", "at most 1", "1.5"],
         ),
         (
             [("runtime.gpus_per_actor", 0.00015)],

@@ -119,6 +119,4 @@ def _capacity(node: Node, cpus: float, gpus: float) -> int:
     by_cpu = math.floor(node.cpus / cpus + _ROUNDING)
     if gpus == 0:
         return by_cpu
-    if gpus > 1:
-        return min(by_cpu, math.floor(node.gpus / gpus + _ROUNDING))
     return min(by_cpu, math.floor(node.gpus) * math.floor(1 / gpus + _ROUNDING))
