@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 from uuid import uuid4
 
@@ -184,13 +184,29 @@ class RoundPlan:
 
 
 @dataclass(frozen=True)
+class LocalSettings:
+    """A client's own settings of local training; None: as all clients have it.
+
+    Attributes:
+        lr: local learning rate.
+        steps: number of local steps.
+        batch_size: examples a step.
+    """
+
+    lr: float | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True)
 class LocalPlan:
     """What the clients of a round need to know beside the state they train from.
 
     Attributes:
-        lr: local learning rate.
+        lr: local learning rate; the mean of all clients where they have their own.
         frozen: the factor of every module that is not trained, if any.
         tolerant: whether a client that raises is left out, instead of ending the run.
+        own: settings of clients that differ.
     """
 
     round: int
@@ -199,6 +215,18 @@ class LocalPlan:
     proximal_weight: float
     frozen: Frozen | None = None
     tolerant: bool = False
+    own: Mapping[int, LocalSettings] = field(default_factory=dict)
+
+    def lr_of(self, client: int) -> float:
+        """Return a client's learning rate."""
+        own = self.own.get(client)
+        return self.lr if own is None or own.lr is None else own.lr
+
+    def of(self, clients: Iterable[int]) -> LocalPlan:
+        """Return the same with the own settings of some clients alone."""
+        if not self.own:
+            return self
+        return replace(self, own={k: self.own[k] for k in clients if k in self.own})
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def train(
     """
     model = GlobalModel(state, base or Base(), plan.trainable)
     task = Train(model, plan, "keep", (tuple(clients),), **values)
-    rules = {"keep": SimpleNamespace(means=_Kept, personal=False)}
+    rules = {"keep": SimpleNamespace(means=_Kept, personal=False, alone=False)}
     with patch("rayfed_lora.tasks.training.RULES", rules):
         found: Any = trainer.run(task)
     usable = [report for report in found.reports if report.usable]

@@ -44,6 +44,8 @@ class Rule:
         mixed_ranks: whether clients may have different ranks.
         optimizers: whether server optimisers beside sgd make sense: the step is one of A and B.
         personal: whether each client keeps its own B, and sends A only.
+        alone: whether each client keeps all that it trains and sends nothing; the global state
+            stays the common start.
         restarts: whether each round merges the whole mean into the base and starts LoRA anew.
         mean_only: whether the next state depends on clients by the mean of their sent tensors
             alone, so that noise on that mean protects them.
@@ -60,6 +62,7 @@ class Rule:
     mixed_ranks: bool = False
     optimizers: bool = False
     personal: bool = False
+    alone: bool = False
     restarts: bool = False
     mean_only: bool = False
 

@@ -123,7 +123,7 @@ def compare(  # noqa: PLR0913, PLR0917 - options
         Option(
             help="Presets, separated by commas: sa-fedlora, fedavg, fedprox, fedlora, flexlora,"
             " flora, fedex-lora, ffa-lora, rolora, hetlora, fedsa-lora, lora-fair, spd-cfl,"
-            " head-only, bitfit, scaffold.",
+            " head-only, bitfit, scaffold, feddyn, local-only.",
             autocompletion=complete_methods,
         ),
     ],

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rayfed_lora.data.client_numbers import ClientSettings
 from rayfed_lora.diagnosis.findings import Finding
 from rayfed_lora.engines.factory import Factory, TorchFactory
 from rayfed_lora.engines.on_ray.placement import Node, layout, nodes_of, wanted
@@ -154,7 +155,8 @@ def _probed(recipe: Recipe, nodes: Sequence[Node]) -> Finding:
             return Finding("skipped", subject, "its actors use no GPU")
         planned = plan(recipe)
         cohort = max(each.clients for each in planned.rounds)
-        block = block_size(recipe, planned.outline.shape, cohort, "cuda").clients
+        batch = ClientSettings.of(recipe, planned.outline.devices).most_examples
+        block = block_size(recipe, planned.outline.shape, cohort, "cuda", batch).clients
         short = shortened(recipe, min(block, cohort))
     except ResourceError:
         return Finding("skipped", subject, "none of its actors fits")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from rayfed_lora.aggregation.means import Means
 from rayfed_lora.aggregation.rules import RULES
+from rayfed_lora.data.client_numbers import ClientSettings
 from rayfed_lora.errors import ClientError, InterruptedRunError, RunError
 from rayfed_lora.federation import sampling
 from rayfed_lora.federation.cohorts import Cohort
@@ -70,19 +72,24 @@ class ClientTraining:
         self._should_stop = should_stop
         self._tell = tell
         self._malicious = sampling.attackers(recipe, population.clients)
-        cohort = recipe.cohort_size(population.clients)
+        self._settings = ClientSettings.of(recipe, population.devices)
+        cohort, batch = recipe.cohort_size(population.clients), self._settings.most_examples
         # Of an adapter round.
-        self.block_size = sampling.block_size(recipe, population.shape, cohort, population.device)
+        self.block_size = sampling.block_size(
+            recipe, population.shape, cohort, population.device, batch
+        )
 
     def local_plan(self, plan: RoundPlan, cohort: Cohort) -> LocalPlan:
         """Return the settings that the clients of a round are sent."""
+        rate = partial(learning_rate, self._recipe, plan.round)
         return LocalPlan(
             plan.round,
             plan.trainable,
-            learning_rate(self._recipe, plan.round),
+            rate(self._settings.mean_lr),
             plan.proximal_weight,
             cohort.facts.frozen,
             tolerant=self._recipe.most_failed(len(cohort.clients)) > 0,
+            own=self._settings.by_client(cohort.clients, rate),
         )
 
     def task(
@@ -120,7 +127,7 @@ class ClientTraining:
         make_read_only(start.model.state)
         return Train(
             model,
-            local,
+            local.of(cohort.present),
             self._recipe.aggregation.rule,
             tuple(sampling.blocks(cohort.present, size)),
             {} if limits is None else {k: int(limits[k]) for k in cohort.present},

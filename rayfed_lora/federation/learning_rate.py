@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from rayfed_lora.annealing.stages import is_full, locate
-from rayfed_lora.recipe.clients import LrSchedule
+from rayfed_lora.recipe.clients import LrSchedule, Spread
 from rayfed_lora.recipe.recipe import Recipe
 
 
@@ -32,11 +32,24 @@ def factor(schedule: LrSchedule, t: int, rounds: int) -> float:
     return 1.0
 
 
-def learning_rate(recipe: Recipe, t: int) -> float:
-    """Return the local learning rate of round `t`: the stage's own times the schedule's factor."""
+def learning_rate(recipe: Recipe, t: int, usual: float | None = None) -> float:
+    """Return the local learning rate of round `t`: the stage's own times the schedule's factor.
+
+    Args:
+        recipe: the run.
+        t: index of the round.
+        usual: a client's own rate; None: the recipe's.
+
+    Raises:
+        ValueError: the rate differs between clients, and no client's is given.
+    """
     stage, _ = locate(recipe.annealing, t)
-    own = recipe.annealing.initiating.lr if stage == "initiating" else None
-    lr = recipe.clients.optimizer.lr if own is None else own
+    lr = recipe.annealing.initiating.lr if stage == "initiating" else None
+    if lr is None:
+        given = recipe.clients.optimizer.lr if usual is None else usual
+        if isinstance(given, Spread):
+            raise ValueError("need a client's learning rate: they differ")
+        lr = given
     return lr * factor(recipe.clients.lr_schedule, t, recipe.annealing.total_rounds)
 
 
@@ -51,8 +64,10 @@ def rate_warning(recipe: Recipe) -> str | None:
     own = recipe.model.source == "config" or annealing.initiating.lr is not None
     if not full or own or recipe.clients.optimizer.name != "adamw":
         return None
+    lr = recipe.clients.optimizer.lr
+    rate = "each client's own" if isinstance(lr, Spread) else f"{lr:g}"
     return (
         "full-model rounds (and FedAvg, in a comparison) train at the rate of the factors,"
-        f" clients.optimizer.lr ({recipe.clients.optimizer.lr:g}): pre-trained weights mostly need"
+        f" clients.optimizer.lr ({rate}): pre-trained weights mostly need"
         " a smaller one, annealing.initiating.lr"
     )

@@ -185,6 +185,8 @@ class ClientRecord:
         seconds: its local training time.
         simulated_s: by the simulated clock, from the start of the round until its update arrived or
             the server stopped waiting for it; None where no time is simulated.
+        lr, local_steps, batch_size: its own settings; columns of the table only where they differ
+            between clients, None where they do not.
     """
 
     round: Count
@@ -197,12 +199,19 @@ class ClientRecord:
     bytes_down: int
     seconds: float
     simulated_s: float | None = None
+    lr: float | None = None
+    local_steps: int | None = None
+    batch_size: int | None = None
 
 
 def client_records(finished: Round) -> list[ClientRecord]:
     """Return the row of every client of a round."""
     reports, bill, turnout = finished.reports, finished.bill, finished.cohort.turnout
     times = [None] * len(reports) if turnout is None else turnout.seconds.tolist()
+    own: dict[int, dict[str, Any]] = {
+        k: {"lr": each.lr, "local_steps": each.steps, "batch_size": each.batch_size}
+        for k, each in finished.local.own.items()
+    }
     rows = zip(reports, bill.sent_up.tolist(), bill.sent_down.tolist(), times, strict=True)
     return [
         ClientRecord(
@@ -216,6 +225,7 @@ def client_records(finished: Round) -> list[ClientRecord]:
             bytes_down=down,
             seconds=report.seconds,
             simulated_s=simulated_s,
+            **own.get(report.client, {}),
         )
         for report, up, down, simulated_s in rows
     ]

@@ -23,7 +23,15 @@ from rayfed_lora.objectives.remembered import Memory, Remembered
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import Engine, Population
 from rayfed_lora.tasks.messages import Initial, Personal
-from rayfed_lora.types import AdapterState, Base, ClientReport, GlobalModel, RoundPlan, Trainable
+from rayfed_lora.types import (
+    AdapterState,
+    Base,
+    ClientReport,
+    GlobalModel,
+    LocalPlan,
+    RoundPlan,
+    Trainable,
+)
 
 
 @dataclass(frozen=True)
@@ -167,6 +175,27 @@ def after(
         personal=_personal(run.personal, updates.reports),
         history=cohort.history and cohort.history.after(plan.round, updates.reports),
     )
+
+
+def with_memory(
+    new: Run, known: Remembered, start: Start, local: LocalPlan, updates: Updates, clients: int
+) -> Run:
+    """Return the run after a round with what its objective remembers, and steps.
+
+    Args:
+        new: as of `after`.
+        known: the objective, with what it remembered before the round.
+        start: of the round.
+        local: the round.
+        updates: of its clients.
+        clients: number of all clients of the run.
+    """
+    memory, shared = known.after_round(updates.reports, clients, local.round)
+    if not known.objective.steps_model:
+        return replace(new, memory=memory, shared=shared)
+    arrived, mean = sum(updates.usable), new.model.state
+    state, shared = known.model_after(start.model.state, mean, local, arrived, clients)
+    return replace(new, memory=memory, shared=shared, model=replace(new.model, state=state))
 
 
 def _personal(before: Personal, reports: Sequence[ClientReport]) -> Personal:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from rayfed_lora.plugins.calls import own_method
 from rayfed_lora.plugins.tables import SAMPLERS
-from rayfed_lora.recipe.memory import checkpoints, room_bytes, step_bytes
+from rayfed_lora.recipe.memory import checkpoints, largest_batch, room_bytes, step_bytes
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.tasks.messages import Block
@@ -231,12 +231,15 @@ def blocks(cohort: tuple[int, ...], size: BlockSize) -> list[Block]:
     return [cohort[low:high] for low, high in pairwise(edges)]
 
 
-def block_size(recipe: Recipe, shape: ModelShape, clients: int, device: Device) -> BlockSize:
+def block_size(
+    recipe: Recipe, shape: ModelShape, clients: int, device: Device, batch: int | None = None
+) -> BlockSize:
     """Return how many clients of a cohort of `clients` are trained together, and why.
 
     `runtime.cohort_size` or, with `auto`, as many as give each linear layer enough work in one step
     to outweigh the cost of a call, as far as their activations fit, and no more than leave a few
-    blocks for several actors to share. A full-model round trains one client at a time.
+    blocks for several actors to share. A full-model round trains one client at a time. `batch` is
+    the largest batch size of a client; None: that of all.
     """
     wanted = recipe.runtime.cohort_size
     if shape.obstacle is not None:
@@ -245,10 +248,10 @@ def block_size(recipe: Recipe, shape: ModelShape, clients: int, device: Device) 
         return BlockSize(wanted, False, f"{wanted} clients a block (runtime.cohort_size)")
     if shape.linear_flops == 0:
         return BlockSize(1, True, "one client at a time: the model's work could not be traced")
-    batch, limits = recipe.clients.batch_size, _LIMITS[device]
+    limits, batch = _LIMITS[device], largest_batch(recipe, batch)
     work = shape.linear_flops * batch
     by_work = math.ceil(limits.linear_flops / work)
-    held, room = step_bytes(recipe, shape, device), room_bytes(shape, device)
+    held, room = step_bytes(recipe, shape, device, batch), room_bytes(shape, device)
     by_memory = max(1, math.floor(room / held))
     most = min(by_work, by_memory, limits.clients)
     fitting, shared = math.ceil(clients / most), min(clients, _BLOCKS_TO_SHARE)
@@ -263,7 +266,7 @@ def block_size(recipe: Recipe, shape: ModelShape, clients: int, device: Device) 
         f" {limits.linear_flops / 1e6:.3g}) and holds about {held / 1e6:.3g} MB (a block may hold"
         f" {room / 1e6:.4g})"
     )
-    if checkpoints(recipe, shape, 1, device):
+    if checkpoints(recipe, shape, 1, device, batch):
         reason += "; activations are computed again (runtime.checkpoint_activations)"
     if fitting < shared:
         reason += (

@@ -18,7 +18,7 @@ from rayfed_lora.federation.cohorts import Cohorts, new_ledger
 from rayfed_lora.federation.model_tests import Tester
 from rayfed_lora.federation.privacy import Accountant
 from rayfed_lora.federation.records import Round
-from rayfed_lora.federation.run import Run, after, aggregate, remembered
+from rayfed_lora.federation.run import Run, after, aggregate, remembered, with_memory
 from rayfed_lora.federation.transitions import enter
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import Engine, Population
@@ -94,8 +94,7 @@ class Server:
                 updates = self.clients.collect(training, cohort, t)
                 step = aggregate(recipe, run, start, updates, cohort)
                 new = after(run, plan, start, cohort, updates, step)
-                memory, shared = known.after_round(updates.reports, self._clients, t)
-                new = replace(new, memory=memory, shared=shared)
+                new = with_memory(new, known, start, local, updates, self._clients)
                 trained = time.perf_counter()
                 tests = self._tester.start(new)
                 error = step.result.measure()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from rayfed_lora.data.client_numbers import ClientSettings, numbers_of
 from rayfed_lora.errors import RunError
 from rayfed_lora.federation import sampling
 from rayfed_lora.federation.ledger import Bill
@@ -55,22 +56,16 @@ class SimulatedClock:
         self._recipe = recipe
         self._facts = facts
         network = recipe.network
+        self._settings = ClientSettings.of(recipe, facts)
         self._speed = self._drawn(recipe.clients.speed, 0)
         self._up = self._drawn(network.up_mbps, 1) * _BYTES_PER_MEGABIT
         self._down = self._drawn(network.down_mbps, 2) * _BYTES_PER_MEGABIT
 
     def _drawn(self, spread: Spread | None, stream: int) -> Times:
         """Return each client's number, (clients,); infinite where there is none."""
-        clients = len(self._facts.sizes)
-        rng = generator(self._recipe.seed, Purpose.DEVICES, stream)
         if spread is None:
-            return np.full(clients, np.inf)
-        if spread.column is not None:
-            return self._facts.columns[spread.column]
-        if spread.low is not None and spread.high is not None:
-            return rng.uniform(spread.low, spread.high, clients)
-        middle = spread.median if spread.median is not None else np.inf
-        return middle * np.exp(spread.sigma * rng.standard_normal(clients))
+            return np.full(len(self._facts.sizes), np.inf)
+        return numbers_of(spread, self._facts, self._recipe.seed, stream)
 
     def cohort(
         self, t: int, now: float, history: ClientHistory | None = None
@@ -164,10 +159,8 @@ class SimulatedClock:
 
     def _examples(self, k: Clients) -> Clients:
         """Return how many examples each client trains on, repeats included."""
-        settings, sizes = self._recipe.clients, self._facts.sizes[k]
-        if settings.steps is None:
-            return sizes * (settings.local_epochs or 1)
-        return settings.steps * np.minimum(settings.step_examples, sizes)
+        epochs = self._recipe.clients.local_epochs or 1
+        return self._settings.examples_trained_on(k, self._facts.sizes[k], epochs)
 
     def _departures(self, rng: np.random.Generator, whole: Times) -> Times:
         """Return when each client leaves of its own accord; infinite where it does not."""

@@ -57,7 +57,14 @@ class ActorMemory:
 
 
 def actor_memory(
-    recipe: Recipe, shape: ModelShape, trained: int, clients: int, device: Device, *, short: bool
+    recipe: Recipe,
+    shape: ModelShape,
+    trained: int,
+    clients: int,
+    device: Device,
+    *,
+    short: bool,
+    batch: int | None = None,
 ) -> ActorMemory:
     """Return the planned memory of an actor.
 
@@ -68,6 +75,7 @@ def actor_memory(
         clients: number of clients trained together.
         device: kind of device.
         short: whether the source has its weights in 16 bits.
+        batch: the largest batch size of a client; None: that of all.
     """
     optimizer = recipe.clients.optimizer
     states = _OPTIMIZER_STATES.get(optimizer.name, 2)
@@ -77,7 +85,7 @@ def actor_memory(
         device,
         base_bytes(recipe, shape, device, short=short),
         trained * BYTES_PER_VALUE * (2 + states),
-        step_bytes(recipe, shape, device),
+        step_bytes(recipe, shape, device, batch),
         logits,
         clients,
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.annealing.stages import schedule
+from rayfed_lora.data.client_numbers import ClientSettings
 from rayfed_lora.federation.cohorts import Cohort, Cohorts, new_ledger
 from rayfed_lora.federation.learning_rate import learning_rate, rate_warning
 from rayfed_lora.federation.ledger import Bill, Totals
@@ -105,6 +106,7 @@ def plan(
     clients = len(sizes.devices.sizes)
     ledger = new_ledger(recipe, sizes.shape, clients)
     cohorts = Cohorts(recipe, sizes.devices, clients, ledger)
+    settings = ClientSettings.of(recipe, sizes.devices)
     accountant = Accountant(recipe, clients)
     anew = RULES[recipe.aggregation.rule].restarts
     rounds: list[PlannedRound] = []
@@ -113,7 +115,8 @@ def plan(
         resizing = planned(recipe, sizes.shape, None if anew else rank, scheduled)
         cohort = cohorts.draw(scheduled, resizing, clock_s)
         bill = ledger.book(cohort.facts)
-        found = _planned_round(recipe, sizes.shape, scheduled, cohort, bill)
+        lr = learning_rate(recipe, scheduled.round, settings.mean_lr)
+        found = _planned_round(lr, sizes.shape, scheduled, cohort, bill)
         rounds.append(replace(found, epsilon=accountant.epsilon(scheduled.round + 1)))
         clock_s, rank = cohort.clock_s, rounds[-1].rank
     full = any(planned.trainable == "full" for planned in rounds)
@@ -122,7 +125,8 @@ def plan(
     state = ", gradients and optimiser state" if full else ""
     needs = (
         _actors(recipe, rounds),
-        *_blocks(recipe, sizes, rounds),
+        *_blocks(recipe, sizes, rounds, settings.most_examples),
+        *_own_settings(recipe, settings),
         f"memory: about {_PROCESS_MB + training_mb:.0f} MB an actor"
         f" ({_PROCESS_MB} MB of Python and torch, {training_mb:.0f} MB of model{state}),"
         " without activations",
@@ -138,7 +142,7 @@ def plan(
         needs,
         _PROCESS_MB + training_mb,
         notes,
-        tuple(_memory(recipe, sizes, rounds)),
+        tuple(_memory(recipe, sizes, rounds, settings.most_examples)),
     )
 
 
@@ -153,7 +157,7 @@ def _privacy(recipe: Recipe, accountant: Accountant) -> Iterator[str]:
 
 
 def _planned_round(
-    recipe: Recipe, shape: ModelShape, scheduled: RoundPlan, cohort: Cohort, bill: Bill
+    lr: float, shape: ModelShape, scheduled: RoundPlan, cohort: Cohort, bill: Bill
 ) -> PlannedRound:
     full, facts = scheduled.trainable == "full", cohort.facts
     return PlannedRound(
@@ -162,7 +166,7 @@ def _planned_round(
         trainable=scheduled.trainable,
         rank=None if full else scheduled.rank,
         trainable_params=trained_values(shape, facts),
-        learning_rate=learning_rate(recipe, scheduled.round),
+        learning_rate=lr,
         clients=len(cohort.clients),
         arriving=bill.arrived,
         bytes_up=int(bill.sent_up.sum()),
@@ -189,15 +193,30 @@ def _actors(recipe: Recipe, rounds: list[PlannedRound]) -> str:
     return f"{where}, each {runtime.cpus_per_actor:g} CPU{gpu}{at_once}"
 
 
-def _blocks(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> Iterator[str]:
-    """Yield how many clients are trained together, on each kind of device that may be used."""
-    found = _block_sizes(recipe, sizes, rounds).values()
+def _own_settings(recipe: Recipe, settings: ClientSettings) -> Iterator[str]:
+    """Yield the line about settings that differ between clients, if any."""
+    ranges = [
+        f"{key} {values.min():.4g} to {values.max():.4g}"
+        for key, values in zip(recipe.own_settings, settings.own.values(), strict=True)
+    ]
+    if ranges:
+        yield f"clients' own settings: {', '.join(ranges)}; trained together all the same"
+
+
+def _blocks(
+    recipe: Recipe, sizes: Outline, rounds: list[PlannedRound], batch: int
+) -> Iterator[str]:
+    """Yield how many clients are trained together, on each kind of device that may be used.
+
+    `batch` is the largest batch size of a client.
+    """
+    found = _block_sizes(recipe, sizes, rounds, batch).values()
     for reason in dict.fromkeys(size.reason for size in found):
         yield f"trained together: {reason}"
 
 
 def _block_sizes(
-    recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]
+    recipe: Recipe, sizes: Outline, rounds: list[PlannedRound], batch: int
 ) -> dict[Device, BlockSize]:
     """Return the block of each kind of device that may be used; none without adapter rounds."""
     cohorts = [planned.clients for planned in rounds if planned.trainable == "adapter"]
@@ -209,12 +228,16 @@ def _block_sizes(
     devices: list[Device] = ["cpu"] if runtime.device != "cuda" else []
     if runtime.executor == "ray" and runtime.device != "cpu" and runtime.gpus_per_actor != 0:
         devices.append("cuda")
-    return {device: block_size(recipe, sizes.shape, cohort, device) for device in devices}
+    return {device: block_size(recipe, sizes.shape, cohort, device, batch) for device in devices}
 
 
-def _memory(recipe: Recipe, sizes: Outline, rounds: list[PlannedRound]) -> Iterator[ActorMemory]:
+def _memory(
+    recipe: Recipe, sizes: Outline, rounds: list[PlannedRound], batch: int
+) -> Iterator[ActorMemory]:
     """Yield the memory of an actor in the adapter rounds that train most."""
     adapters = [r.trainable_params for r in rounds if r.trainable == "adapter"]
-    for device, size in _block_sizes(recipe, sizes, rounds).items():
+    for device, size in _block_sizes(recipe, sizes, rounds, batch).items():
         most, short = max(adapters), sizes.short
-        yield actor_memory(recipe, sizes.shape, most, size.clients, device, short=short)
+        yield actor_memory(
+            recipe, sizes.shape, most, size.clients, device, short=short, batch=batch
+        )

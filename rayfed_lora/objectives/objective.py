@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rayfed_lora.errors import PluginError
+from rayfed_lora.errors import PluginError, RunError
 from rayfed_lora.lora.stacked import A, B, named
 from rayfed_lora.plugins.tables import OBJECTIVES
 from rayfed_lora.types import AdapterState, FloatArray, Frozen
@@ -23,7 +23,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 # One tensor for each trained one, of its name and shape; or tensors of fixed shapes, by name.
 Declared = Literal["trained"] | Shapes
 Part = Literal["memory", "message", "shared"]
-_HOOKS = ("loss", "gradient", "after", "server")
+_HOOKS = ("loss", "gradient", "after", "server", "model")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LocalStep:
         received: values at the start of the round.
         memory: of the clients; 0 for those that have none yet.
         shared: of the server.
-        lr: local learning rate.
+        rates: local learning rate of each client.
         step: index of the local step, from 0.
     """
 
@@ -48,8 +48,22 @@ class LocalStep:
     received: Mapping[str, Any]
     memory: Mapping[str, Any]
     shared: Mapping[str, Any]
-    lr: float
+    rates: tuple[float, ...]
     step: int
+
+    @property
+    def lr(self) -> float:
+        """The local learning rate of all clients.
+
+        Raises:
+            RunError: they have their own.
+        """
+        if any(rate != self.rates[0] for rate in self.rates):
+            raise RunError(
+                "local.lr: expected one learning rate, the clients have their own: use local.rates,"
+                " one a client"
+            )
+        return self.rates[0]
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,27 @@ class Done:
     examples: int
 
 
+@dataclass(frozen=True)
+class ModelStep:
+    """What the server has after a round's aggregation, in read-only float32 arrays.
+
+    Attributes:
+        start: the trained tensors that the clients started from.
+        mean: the same after the rule's step, the weighted mean of the clients' tensors.
+        shared: of before the round.
+        arrived: number of clients whose update was used, >= 1.
+        clients: number of all clients of the run.
+        round: index, from 0.
+    """
+
+    start: Arrays
+    mean: Arrays
+    shared: Arrays
+    arrived: int
+    clients: int
+    round: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """What local training minimises, and what clients and server remember for it.
@@ -89,7 +124,8 @@ class Objective:
         target: the decorated class.
         options: its options.
         memory, message, shared: tensors that a client keeps between its rounds, sends up beside
-            its update, and is sent beside the model.
+            its update, and is sent beside the model; with a hook `model`, what is shared stays on
+            the server.
         plain_sgd: whether `(start - end) / (steps * lr)` has to be the mean gradient: sgd without
             momentum, no clipping.
     """
@@ -117,9 +153,19 @@ class Objective:
         return hasattr(self.target, name)
 
     def hook(self, name: str) -> Callable[..., Any] | None:
-        """Return one of the hooks loss, gradient, after and server; None where it has none."""
+        """Return one of the hooks; None where it has none."""
         found: Callable[..., Any] | None = getattr(self._hooks, name, None)
         return found
+
+    @property
+    def steps_model(self) -> bool:
+        """Whether it steps the server's model; what is shared then stays on the server."""
+        return self.has("model")
+
+    @property
+    def sends(self) -> bool:
+        """Whether anything is sent beside the update and the model."""
+        return bool(self.message) or (bool(self.shared) and not self.steps_model)
 
     @property
     def one_rank(self) -> bool:
@@ -133,6 +179,8 @@ class Objective:
 
     def values(self, part: Part, trained: int) -> int:
         """Return the number of values that it keeps or sends, given that of the trained ones."""
+        if part == "shared" and self.steps_model:
+            return 0
         declared: Declared = getattr(self, part)
         if declared == "trained":
             return trained
@@ -180,7 +228,10 @@ def objective(
     * `after(done)`: from one client's `Done` to (memory, message), arrays by name.
     * `server(shared, messages, clients)`: from the shared arrays, the messages of this round's
       clients, (n, ...) by name in the order of the cohort, and the number of all clients, to the
-      shared arrays of the next round. Both begin as zeros.
+      shared arrays of the next round. They begin as zeros.
+    * `model(step)`, in place of `server`: from a `ModelStep` to (model, shared), the trained
+      tensors of the next model, in place of the mean, and the next shared arrays. These stay on the
+      server: clients do not get them, and they are not billed.
 
     A client's memory is kept in the run's state and in checkpoints: a client that failed, left or
     came too late keeps the old one. What is declared is what has to be returned; messages and
@@ -226,15 +277,17 @@ def _check_hooks(target: type, declared: Mapping[str, Declared | None]) -> None:
     if not isinstance(target, type):
         raise PluginError(f"{where}: expected a class whose methods are hooks")
     for part, shapes in declared.items():
-        hook = "server" if part == "shared" else "after"
-        if shapes is not None and not hasattr(target, hook):
+        hooks = ("server", "model") if part == "shared" else ("after",)
+        if shapes is not None and not any(hasattr(target, hook) for hook in hooks):
             raise PluginError(
-                f"{where}: declares {part}, expected a method {hook!r} that returns it"
+                f"{where}: declares {part}, expected a method {hooks[0]!r} that returns it"
             )
         if isinstance(shapes, str) and shapes != "trained":
             raise PluginError(
                 f"{where}: {part}: expected 'trained' or shapes by name, got {shapes!r}"
             )
+    if hasattr(target, "server") and hasattr(target, "model"):
+        raise PluginError(f"{where}: expected a method 'server' or 'model', got both")
     if hasattr(target, "server") and declared["shared"] is None:
         raise PluginError(f"{where}: has a method 'server', expected shared to be declared")
     public = [

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from rayfed_lora.errors import RunError
+from rayfed_lora.lora.stacked import A, B
 from rayfed_lora.objectives.checks import checked, read_only
 from rayfed_lora.objectives.objective import (
     Arrays,
     Done,
+    ModelStep,
     Objective,
     Part,
     Shapes,
@@ -57,10 +59,11 @@ class Remembered:
         return OBJECTIVES.with_options(self.name, self.options)
 
     def of(self, clients: Iterable[int]) -> Remembered:
-        """Return the same with the memory of some clients alone."""
+        """Return the same with the memory of some clients alone, as they get it."""
+        known = replace(self, shared={}) if self.objective.steps_model else self
         if not self.memory:
-            return self
-        return replace(self, memory={k: self.memory[k] for k in clients if k in self.memory})
+            return known
+        return replace(known, memory={k: self.memory[k] for k in clients if k in self.memory})
 
     def memory_of(self, client: int, trained: Shapes) -> Arrays:
         """Return a client's memory, 0 where it has none yet."""
@@ -93,7 +96,7 @@ class Remembered:
             memory=read_only(self.memory_of(client, trained)),
             shared=read_only(self.shared),
             steps=report.steps,
-            lr=plan.lr,
+            lr=plan.lr_of(client),
             examples=report.examples,
         )
         found = after(done)
@@ -108,6 +111,49 @@ class Remembered:
             for part, given in zip(parts, found, strict=True)
         )
         return replace(report, memory=memory or None, message=message or None)
+
+    def model_after(
+        self,
+        start: AdapterState,
+        mean: AdapterState,
+        plan: LocalPlan,
+        arrived: int,
+        clients: int,
+    ) -> tuple[AdapterState, Arrays]:
+        """Return the server's next state, and the shared arrays where its hook steps the model.
+
+        Args:
+            start: the state that clients started from.
+            mean: the state after the rule's step.
+            plan: the round.
+            arrived: number of clients whose update was used.
+            clients: number of all clients of the run.
+
+        Raises:
+            RunError: the hook returned something else than declared.
+        """
+        model = self.objective.hook("model")
+        if model is None or arrived == 0:
+            return mean, self.shared
+        begun, now = (trained_tensors(state, plan.frozen) for state in (start, mean))
+        begun, now, shared = read_only(begun), read_only(now), read_only(self.shared)
+        found = model(ModelStep(begun, now, shared, arrived, clients, plan.round))
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise RunError(
+                f"objective {self.name!r} in round {plan.round + 1}: expected model() to return"
+                f" (model, shared), got {type(found).__name__}"
+            )
+        shapes = {name: array.shape for name, array in now.items()}
+        where = f"objective {self.name!r}, model in round {plan.round + 1}"
+        stepped = checked(where, found[0], shapes)
+        factors = {
+            name: replace(f, a=stepped.get(A + name, f.a), b=stepped.get(B + name, f.b))
+            for name, f in mean.factors.items()
+        }
+        dense = {name: stepped.get(name, tensor) for name, tensor in mean.dense.items()}
+        kept = {name: array.shape for name, array in self.shared.items()}
+        new = checked(self._where("shared", plan.round), found[1], kept)
+        return AdapterState(factors, dense), new
 
     def after_round(
         self, reports: Sequence[ClientReport], clients: int, round_index: int

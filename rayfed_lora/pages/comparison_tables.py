@@ -196,7 +196,9 @@ def _row(
     for name, (section, key) in _FROM_SUMMARY.items():
         # Missing where clients are not tested.
         row[name] = (summary.get(section) or {}).get(key)
-    row["accuracy_per_mb"] = row["final_accuracy"] / (row["total_bytes"] / 1e6)
+    megabytes = row["total_bytes"] / 1e6
+    # Of a method that sends nothing there is none.
+    row["accuracy_per_mb"] = row["final_accuracy"] / megabytes if megabytes else None
     row |= dict.fromkeys(_TO_TARGET)
     reached = rounds[rounds["eval_accuracy"] >= target]
     if not reached.empty:

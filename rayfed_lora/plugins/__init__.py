@@ -17,6 +17,7 @@ from typing import Any
 _HOMES = {
     "Done": "rayfed_lora.objectives.objective",
     "LocalStep": "rayfed_lora.objectives.objective",
+    "ModelStep": "rayfed_lora.objectives.objective",
     "objective": "rayfed_lora.objectives.objective",
     "rule": "rayfed_lora.aggregation.rule",
     "shape": "rayfed_lora.annealing.schedules",
@@ -41,6 +42,7 @@ __all__ = [
     "Done",
     "FinishedRound",
     "LocalStep",
+    "ModelStep",
     "Offer",
     "acceptance",
     "allocation",

@@ -12,11 +12,11 @@ from rayfed_lora.plugins.registry import KEYS, TABLES
 from rayfed_lora.plugins.tables import ALLOCATIONS
 from rayfed_lora.recipe.annealing import Annealing
 from rayfed_lora.recipe.chosen import chosen_methods
-from rayfed_lora.recipe.clients import Spread
 from rayfed_lora.recipe.data_checks import data_conflicts
 from rayfed_lora.recipe.feedback_checks import feedback_conflicts
 from rayfed_lora.recipe.runtime import Runtime
 from rayfed_lora.recipe.settings import Settings
+from rayfed_lora.recipe.spread_checks import spread_conflicts
 from rayfed_lora.recipe.wire_checks import wire_conflicts
 
 # Each round is a row of a table, in memory and in files that are rewritten many times.
@@ -156,6 +156,12 @@ def _rule_conflicts(recipe: Settings) -> Iterator[Conflict]:
             ("annealing.heating.rank", "adapter.train_head"),
             "rank 0 leaves nothing to train; expected train_head, train_biases or a higher rank",
         )
+    if rule.alone and annealing.mode != "fixed":
+        yield Conflict(
+            ("annealing.mode", key),
+            f"'{name}' sends nothing, neither ranks nor full models: expected fixed, got"
+            f" {annealing.mode}",
+        )
     if annealing.mode == "full":
         return
     if optimizer != "sgd" and not rule.optimizers:
@@ -232,6 +238,13 @@ def _objective_conflicts(recipe: Settings) -> Iterator[Conflict]:
         if clients.max_grad_norm is not None:
             message = f"{reads}: expected null (no clipping), got {clients.max_grad_norm:g}"
             yield Conflict(("clients.max_grad_norm", key), message)
+    server = recipe.aggregation.server_optimizer
+    if objective.steps_model and (server.name, server.lr) != ("sgd", 1.0):
+        yield Conflict(
+            ("aggregation.server_optimizer", key),
+            f"{name!r} steps from the mean of the clients' models by itself: expected sgd with lr"
+            f" 1, got {server.name} with lr {server.lr:g}",
+        )
     if objective.one_rank and recipe.annealing.mode != "full":
         yield from _one_rank_conflicts(recipe, name, key)
 
@@ -254,7 +267,9 @@ def _one_rank_conflicts(recipe: Settings, name: str, key: str) -> Iterator[Confl
     if lowest is not None and lowest < annealing.heating.rank:
         message = f"{keeps}, and needs one rank: expected no limit below {annealing.heating.rank}"
         yield Conflict(("clients.ranks", key), f"{message}, got {lowest}")
-    if rule.frozen(0) != rule.frozen(1):
+    if rule.alone:
+        reason = "trains each client alone"
+    elif rule.frozen(0) != rule.frozen(1):
         reason = "trains A and B in turns"
     elif rule.personal:
         reason = "leaves each client a B of its own, in other coordinates than the others'"
@@ -282,8 +297,7 @@ def _has_several_ranks(annealing: Annealing) -> bool:
 
 def _device_conflicts(recipe: Settings) -> Iterator[Conflict]:
     clients, evaluation, spreads = recipe.clients, recipe.evaluation, recipe.spreads
-    for path, spread in spreads.items():
-        yield from _spread_conflicts(path, spread)
+    yield from (Conflict(*found) for found in spread_conflicts(recipe))
     if clients.deadline_s is not None and recipe.network.latency_s == 0 and not spreads:
         yield Conflict(
             ("clients.deadline_s", "clients.speed", "network"),
@@ -300,23 +314,6 @@ def _device_conflicts(recipe: Settings) -> Iterator[Conflict]:
             "evaluation.clients_every needs examples to test clients on: expected a share above 0,"
             " got 0",
         )
-
-
-def _spread_conflicts(path: str, spread: Spread) -> Iterator[Conflict]:
-    given = [key for key in ("median", "low", "high", "column") if getattr(spread, key) is not None]
-    expected = {"lognormal": ["median"], "uniform": ["low", "high"]}[spread.distribution]
-    if given not in (expected, ["column"]):
-        yield Conflict(
-            (path,),
-            f"distribution '{spread.distribution}' expects {' and '.join(expected)}, or a column"
-            f" instead, got {', '.join(given) or 'none of them'}",
-        )
-    elif spread.low is not None and spread.high is not None and spread.low > spread.high:
-        message = f"expected at most high ({spread.high:g}), got {spread.low:g}"
-        yield Conflict((f"{path}.low", f"{path}.high"), message)
-    elif spread.sigma > 0 and spread.median is None:
-        message = f"expected 0 without a lognormal distribution's median, got {spread.sigma:g}"
-        yield Conflict((f"{path}.sigma", path), message)
 
 
 def _actor_conflicts(runtime: Runtime) -> Iterator[Conflict]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, Tag, field_validator
 
 from rayfed_lora.plugins.tables import OBJECTIVES, OPTIMIZERS, SAMPLERS, WEIGHTS
 from rayfed_lora.recipe.fields import (
+    MEMBERS,
+    NUMBER_OR_MAPPING,
     Choosing,
     Count,
     Fraction,
@@ -40,8 +42,16 @@ class Spread(Section):
     )
     low: PositiveFloat | None = option(None, "smallest value (uniform)")
     high: PositiveFloat | None = option(None, "largest value (uniform)")
+    choices: Annotated[list[PositiveFloat], Field(min_length=1)] | None = option(
+        None, "values to draw from instead"
+    )
+    shares: Annotated[list[PositiveFloat], Field(min_length=1)] | None = option(
+        None, "share of clients with each of `choices`, in any unit; null: all the same"
+    )
     column: str | None = option(
-        None, "column of the data to use instead: the mean over a client's examples"
+        None,
+        "column of the data to use instead: the mean over a client's examples; for settings of"
+        " local training, a value that all of a client's examples have",
     )
 
 
@@ -61,6 +71,14 @@ class Availability(Section):
 
 
 OwnNumber = Annotated[Spread | None, short_for({float: "median"})]
+# A number for all clients, or numbers that differ between them.
+Rate = Annotated[
+    Annotated[PositiveFloat, Tag(MEMBERS[0])] | Annotated[Spread, Tag(MEMBERS[1])],
+    NUMBER_OR_MAPPING,
+]
+Number = Annotated[
+    Annotated[Positive, Tag(MEMBERS[0])] | Annotated[Spread, Tag(MEMBERS[1])], NUMBER_OR_MAPPING
+]
 
 
 def own_number(description: str, unit: str) -> Any:
@@ -91,7 +109,9 @@ class Optimizer(Choosing):
         "sgd | adamw | adam, adamax, nadam, radam, adagrad, adadelta, rmsprop, rprop, asgd: as of"
         " torch.optim",
     )
-    lr: PositiveFloat = option(0.05, "learning rate")
+    lr: Rate = option(
+        0.05, "learning rate; a mapping: one of each client's own, from a distribution or a column"
+    )
     momentum: Fraction = option(0.0, "momentum (sgd, rmsprop)")
     weight_decay: NonNegative = option(0.0, "weight decay (decoupled for adamw)")
 
@@ -158,12 +178,17 @@ class Clients(Section):
         description="how much a client's update counts; a text: the weight's name",
         json_schema_extra=lambda schema: also_plain(schema, "string"),
     )
-    local_steps: Positive | None = option(
-        None, "optimiser steps a round (default 5 where local_epochs is not given)", "steps"
+    local_steps: Number | None = option(
+        None,
+        "optimiser steps a round (default 5 where local_epochs is not given); a mapping: each"
+        " client's own",
+        "steps",
     )
     local_epochs: Positive | None = option(None, "passes over the client's own examples", "epochs")
-    batch_size: Positive = option(
-        16, "examples of a micro-batch; a client with fewer uses all", "examples"
+    batch_size: Number = option(
+        16,
+        "examples of a micro-batch; a client with fewer uses all; a mapping: each client's own",
+        "examples",
     )
     accumulate: Positive = option(
         1,
@@ -227,14 +252,9 @@ class Clients(Section):
         }
 
     @property
-    def steps(self) -> int | None:
+    def steps(self) -> int | Spread | None:
         """Local steps a round, or None where the length is given in epochs."""
         return (self.local_steps or 5) if self.local_epochs is None else None
-
-    @property
-    def step_examples(self) -> int:
-        """Most examples of an optimiser step."""
-        return self.batch_size * self.accumulate
 
     @property
     def lowest_rank(self) -> int | None:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from rayfed_lora.errors import Fault, RecipeError
 from rayfed_lora.recipe.checks import ConflictError
-from rayfed_lora.recipe.fields import ENDPOINTS
+from rayfed_lora.recipe.fields import ENDPOINTS, MEMBERS
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.recipe.yaml_text import MOST_SHOWN, shortened
 
@@ -61,6 +61,15 @@ def fields_of(node: Any) -> dict[str, Any] | None:
     node = members[0] if len(members) == 1 else node
     if isinstance(node, type) and issubclass(node, BaseModel):
         return {key: info.annotation for key, info in node.model_fields.items()}
+    return None
+
+
+def _fields_beside_a_number(node: Any) -> dict[str, Any] | None:
+    """Return the annotations of a section's keys where a number may stand in its place."""
+    for member in typing.get_args(node):
+        found = fields_of(member) or _fields_beside_a_number(member)
+        if found is not None:
+            return found
     return None
 
 
@@ -136,7 +145,9 @@ def _location(loc: Sequence[int | str]) -> tuple[str, ...]:
     path: list[str] = []
     node: Any = Recipe
     for part in loc:
-        fields = fields_of(node)
+        fields = fields_of(node) or _fields_beside_a_number(node)
+        if fields is not None and part in MEMBERS:
+            continue
         if fields is None or not isinstance(part, str):
             break
         path.append(part)
@@ -149,7 +160,8 @@ def known_keys(path: Sequence[str]) -> list[str]:
     """Return the keys of the section at a path, without options of methods."""
     fields = fields_of(Recipe) or {}
     for part in path:
-        fields = fields_of(fields.get(part)) or {}
+        node = fields.get(part)
+        fields = fields_of(node) or _fields_beside_a_number(node) or {}
     return list(fields)
 
 

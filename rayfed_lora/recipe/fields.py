@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     JsonValue,
     ModelWrapValidatorHandler,
@@ -80,6 +81,18 @@ def option(default: Any, description: str, unit: str | None = None) -> Any:
 def section(kind: type[BaseModel], description: str) -> Any:
     """Return a field that holds a sub-section with that section's defaults."""
     return Field(default_factory=kind, description=description)
+
+
+# Tags of a number and of a section that may stand in its place, in pydantic's places of faults.
+MEMBERS = ("number", "mapping")
+
+
+def _member(value: Any) -> str:
+    return MEMBERS[isinstance(value, (Mapping, BaseModel))]
+
+
+# Annotation of a union of the two, each with its tag: a fault is of the one that was meant.
+NUMBER_OR_MAPPING = Discriminator(_member)
 
 
 def short_for(stands_for: Mapping[type, str]) -> Any:

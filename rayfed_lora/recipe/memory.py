@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from rayfed_lora.recipe.clients import Spread
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.types import Device, ModelShape
 
@@ -23,24 +24,46 @@ HELD_PER_LINEAR_OUTPUT = 3
 BLOCK_BYTES: Mapping[Device, float] = {"cpu": 1e9, "cuda": 8e9}
 
 
-def checkpoints(recipe: Recipe, shape: ModelShape, clients: int, device: Device) -> bool:
+def largest_batch(recipe: Recipe, batch: int | None = None) -> int:
+    """Return `batch`, the largest batch size of a client; None: that of all.
+
+    Raises:
+        ValueError: clients have batch sizes of their own, and the largest is not given.
+    """
+    size_of_all = recipe.clients.batch_size
+    if batch is not None:
+        return batch
+    if isinstance(size_of_all, Spread):
+        raise ValueError("need the largest batch size: clients have their own")
+    return size_of_all
+
+
+def checkpoints(
+    recipe: Recipe, shape: ModelShape, clients: int, device: Device, batch: int | None = None
+) -> bool:
     """Return whether a block of `clients` recomputes its activations in the backward pass.
 
     `runtime.checkpoint_activations` or, with `auto`, in language models whose activations would
-    take more than `BLOCK_BYTES`: the longest texts are assumed.
+    take more than `BLOCK_BYTES`: the longest texts are assumed. `batch` as of `largest_batch`.
     """
     wanted = recipe.runtime.checkpoint_activations
     if wanted != "auto":
         return wanted
     able = shape.logit_bytes > 0 and shape.checkpointed_bytes > 0
-    return able and clients * _kept(recipe, shape) > BLOCK_BYTES[device]
+    return able and clients * _kept(shape, largest_batch(recipe, batch)) > BLOCK_BYTES[device]
 
 
-def step_bytes(recipe: Recipe, shape: ModelShape, device: Device) -> float:
-    """Return the estimated memory of one client's activations in a step (a micro-batch)."""
-    if shape.checkpointed_bytes > 0 and checkpoints(recipe, shape, 1, device):
-        return float(shape.checkpointed_bytes * recipe.clients.batch_size)
-    return _kept(recipe, shape)
+def step_bytes(
+    recipe: Recipe, shape: ModelShape, device: Device, batch: int | None = None
+) -> float:
+    """Return the estimated memory of one client's activations in a step (a micro-batch).
+
+    `batch` as of `largest_batch`.
+    """
+    batch = largest_batch(recipe, batch)
+    if shape.checkpointed_bytes > 0 and checkpoints(recipe, shape, 1, device, batch):
+        return float(shape.checkpointed_bytes * batch)
+    return _kept(shape, batch)
 
 
 def room_bytes(shape: ModelShape, device: Device) -> float:
@@ -49,7 +72,7 @@ def room_bytes(shape: ModelShape, device: Device) -> float:
     return BLOCK_BYTES[device] - logits
 
 
-def _kept(recipe: Recipe, shape: ModelShape) -> float:
+def _kept(shape: ModelShape, batch: int) -> float:
     """Return the estimate for one client where all activations are kept."""
     kept = shape.activation_bytes - shape.logit_bytes
-    return float(HELD_PER_LINEAR_OUTPUT * kept * recipe.clients.batch_size)
+    return float(HELD_PER_LINEAR_OUTPUT * kept * batch)

@@ -45,7 +45,7 @@ _ADAM = _keys("aggregation.server_optimizer", "beta1", "beta2", "tau")
 
 def unused(recipe: Recipe) -> tuple[str, ...]:
     """Return a line for each setting of a recipe that will not be applied as written."""
-    notes = [*recipe.overruled, *_without_credentials(recipe)]
+    notes = [*recipe.overruled, *_without_credentials(recipe), *_untested(recipe)]
     left = _chosen(recipe)
     for reason, keys in _idle_keys(recipe):
         sections = tuple(key for key in keys if key.endswith("."))
@@ -56,6 +56,15 @@ def unused(recipe: Recipe) -> tuple[str, ...]:
     if "clients.ranks" in left:
         notes += _spare_ranks(recipe)
     return tuple(notes)
+
+
+def _untested(recipe: Recipe) -> Iterator[str]:
+    rule = recipe.aggregation.rule
+    if RULES[rule].alone and recipe.evaluation.client_fraction == 0:
+        yield (
+            f"aggregation.rule {rule} trains no global model, and the clients' own models are not"
+            " tested: set evaluation.client_fraction above 0"
+        )
 
 
 def given_way_in_comparison(recipe: Recipe, seeds: Sequence[int]) -> Iterator[str]:

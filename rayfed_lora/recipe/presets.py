@@ -44,6 +44,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         if rule.method is not None
     },
     "scaffold": _method("full", aggregation=_AVERAGED, clients={"objective": {"name": "scaffold"}}),
+    "feddyn": _method("full", aggregation=_AVERAGED, clients={"objective": {"name": "feddyn"}}),
     "spd-cfl": _method("staged", {**_ADAPTER_FIRST, "acceptance": "target"}),
     "head-only": _method("fixed", _NO_FACTORS, adapter={"train_head": True, "train_biases": False}),
     "bitfit": _method("fixed", _NO_FACTORS, adapter={"train_head": True, "train_biases": True}),

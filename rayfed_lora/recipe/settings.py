@@ -141,6 +141,16 @@ class Settings(Section):
         return {path: spread for path, spread in named.items() if spread is not None}
 
     @property
+    def own_settings(self) -> dict[str, Spread]:
+        """The settings of local training that differ between clients, by key path."""
+        named = {
+            "clients.optimizer.lr": self.clients.optimizer.lr,
+            "clients.local_steps": self.clients.local_steps,
+            "clients.batch_size": self.clients.batch_size,
+        }
+        return {path: value for path, value in named.items() if isinstance(value, Spread)}
+
+    @property
     def simulates_time(self) -> bool:
         """Whether clients arrive, leave or take time by the simulated clock."""
         own = self.clients
@@ -150,8 +160,8 @@ class Settings(Section):
 
     @property
     def device_columns(self) -> tuple[str, ...]:
-        """Columns of the data that describe clients' devices."""
-        named = (spread.column for spread in self.spreads.values())
+        """Columns of the data that describe clients' devices, or are settings of their training."""
+        named = (spread.column for spread in (self.spreads | self.own_settings).values())
         return tuple(dict.fromkeys(name for name in named if name is not None))
 
     def most_failed(self, cohort: int) -> int:

@@ -48,7 +48,7 @@ def _codec_conflicts(recipe: Settings) -> Iterator[_Found]:
     if not (lossy_up or lossy_down):
         return
     objective = OBJECTIVES[recipe.clients.objective.name]
-    if objective.message or objective.shared:
+    if objective.sends:
         yield (
             ("wire.up" if lossy_up else "wire.down", "clients.objective.name"),
             f"objective {objective.name!r} sends tensors beside the update, which no codec encodes;"
@@ -139,11 +139,17 @@ def _privacy_conflicts(recipe: Settings) -> Iterator[_Found]:
             f" {clients.weight.name!r}",
         )
     objective = OBJECTIVES[clients.objective.name]
-    if objective.message or objective.shared:
+    if objective.sends:
         yield (
             ("privacy", "clients.objective.name"),
             f"objective {objective.name!r} sends tensors beside the update, which are not clipped"
             " and get no noise; expected another objective",
+        )
+    if objective.steps_model:
+        yield (
+            ("privacy", "clients.objective.name"),
+            f"objective {objective.name!r} steps the model by the number of updates that arrived,"
+            " which gets no noise; expected another objective",
         )
     if recipe.simulates_time:
         yield (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -50,6 +50,8 @@ def _arrow(hint: Any) -> pa.DataType | None:
 CLIENT_NAME = "client_name"
 # Where some clients are malicious: whether the client is one of them.
 MALICIOUS = "malicious"
+# Where settings differ between clients: the client's own.
+OWN = ("lr", "local_steps", "batch_size")
 NOTES_FILE = "notes.parquet"
 CLIENT_METRICS_FILE = "client_metrics.parquet"
 _ROW_GROUP = 65_536
@@ -71,6 +73,7 @@ class ClientRows:
         record: type,
         client_names: Sequence[str] | None = None,
         malicious: frozenset[int] | None = None,
+        own: Collection[str] = (),
     ) -> None:
         """Start with no rows, whatever is in the folder.
 
@@ -80,10 +83,12 @@ class ClientRows:
             record: type of the rows, with a field `round`; each field is a column.
             client_names: (clients,) names, written to a further column `client_name`.
             malicious: ids of malicious clients, for a further column `malicious`; None: no column.
+            own: those of the columns `OWN` that there are.
         """
         self._folder = folder
         self.name = name
-        self._schema = pa.schema(list(columns(record).items()))
+        kept = {name: of for name, of in columns(record).items() if name not in OWN or name in own}
+        self._schema = pa.schema(list(kept.items()))
         self._columns = self._schema.names
         self._client_names = client_names
         if client_names is not None:

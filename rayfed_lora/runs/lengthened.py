@@ -11,6 +11,7 @@ from typing import Any
 from rayfed_lora.annealing.stages import is_full, ladder, locate, scheduled_rank, temperature
 from rayfed_lora.errors import RunFolderError
 from rayfed_lora.federation.learning_rate import learning_rate
+from rayfed_lora.recipe.clients import Spread
 from rayfed_lora.recipe.recipe import Recipe
 
 # What a schedule may be lengthened by.
@@ -59,11 +60,12 @@ def check_past(where: str, kept: Recipe, recipe: Recipe, rounds: int) -> None:
                 f"{where} whose round {t + 1} was {_told(before)}, it would be {_told(now)};"
                 f" {_REMEDY}"
             )
-        if learning_rate(kept, t) != learning_rate(recipe, t):
+        had, would_have = _rate(kept, t), _rate(recipe, t)
+        if had != would_have:
             horizon = kept.clients.lr_schedule.horizon or kept.annealing.total_rounds
             raise RunFolderError(
-                f"{where} whose round {t + 1} had learning rate {learning_rate(kept, t):g}, it"
-                f" would have {learning_rate(recipe, t):g}; {_RATES.format(horizon)}"
+                f"{where} whose round {t + 1} had learning rate {had:g}, it would"
+                f" have {would_have:g}{_whose(kept)}; {_RATES.format(horizon)}"
             )
     steps = kept.annealing.mode == "staged" and kept.annealing.accepts.name != "always"
     if rounds > 0 and steps and ladder(kept.annealing) != ladder(recipe.annealing):
@@ -80,6 +82,19 @@ def _planned(recipe: Recipe, t: int) -> tuple[Any, ...]:
     rank = None if is_full(annealing, t) else scheduled_rank(annealing, t)
     heat = temperature(annealing, t) if annealing.feedback == "energies" else None
     return stage, i, rank, heat
+
+
+def _rate(recipe: Recipe, t: int) -> float:
+    """Return the learning rate of round `t`; of a client whose own is 1, where they have theirs."""
+    return learning_rate(recipe, t, 1.0 if _own_rates(recipe) else None)
+
+
+def _own_rates(recipe: Recipe) -> bool:
+    return isinstance(recipe.clients.optimizer.lr, Spread)
+
+
+def _whose(recipe: Recipe) -> str:
+    return " (of a client whose own is 1)" if _own_rates(recipe) else ""
 
 
 def _told(planned: tuple[Any, ...]) -> str:

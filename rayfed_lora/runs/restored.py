@@ -194,14 +194,23 @@ def check(snapshot: Snapshot, recipe: Recipe, population: Population) -> None:
     _check_state(snapshot.state, snapshot.facts["trainable"], shape, stacked)
     if snapshot.kept is not None:
         _check_state(snapshot.kept.state, snapshot.kept.trainable, shape, stacked)
+    shapes = _own_shapes(snapshot, recipe)
     for client, own in snapshot.personal.items():
         if not 0 <= client < population.clients:
             last = population.clients - 1
             raise ValueError(f"own factors: expected clients 0 to {last}, got {client}")
-        _expect_names(f"own factors of client {client}", own, snapshot.state.factors)
-        for name, b in own.items():
-            _expect(f"B of {name} of client {client}", b, snapshot.state.factors[name].b.shape, "f")
+        _expect_names(f"own factors of client {client}", own, shapes)
+        for name, tensor in own.items():
+            _expect(f"own {name} of client {client}", tensor, shapes[name], "f")
     _check_memory(snapshot, recipe, population.clients)
+
+
+def _own_shapes(snapshot: Snapshot, recipe: Recipe) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes of what each client keeps: all that it trains, or its B by module."""
+    rule = RULES[recipe.aggregation.rule]
+    if rule.alone:
+        return trained_shapes(snapshot.state, rule.frozen(0))
+    return {name: factors.b.shape for name, factors in snapshot.state.factors.items()}
 
 
 def _check_state(state: AdapterState, trainable: str, shape: ModelShape, stacked: bool) -> None:

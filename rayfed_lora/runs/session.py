@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import update_wrapper
 from typing import Any, ParamSpec
 
+from rayfed_lora.data.client_numbers import ClientSettings
 from rayfed_lora.federation.learning_rate import rate_warning
 from rayfed_lora.federation.privacy import check_privacy
 from rayfed_lora.federation.sampling import attackers
@@ -98,9 +99,7 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
         board.step("loading data and model")
         population = engine.open()
         found = accepted(own, recipe, population, board.note) if resume else None
-        malicious = attackers(recipe, population.clients) if recipe.clients.attack else None
-        modules, own_metrics = list(population.shape.modules), recipe.evaluation.metrics
-        tables = Tables(own, modules, population.client_names, own_metrics, malicious)
+        tables = _tables(recipe, own, population)
         if found is not None:
             tables.first(found.rounds)
         _begin(own, recipe, population, board, found)
@@ -151,6 +150,18 @@ def _exhausted(
 
 
 simulate = _exhausted(simulate_rounds)
+
+
+def _tables(recipe: Recipe, folder: RunFolder, population: Population) -> Tables:
+    malicious = attackers(recipe, population.clients) if recipe.clients.attack else None
+    return Tables(
+        folder,
+        list(population.shape.modules),
+        population.client_names,
+        recipe.evaluation.metrics,
+        malicious,
+        ClientSettings.of(recipe, population.devices).own,
+    )
 
 
 def _begin(

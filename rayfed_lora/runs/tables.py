@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,7 @@ class Tables:
         client_names: Sequence[str] | None = None,
         metrics: Sequence[str] = (),
         malicious: frozenset[int] | None = None,
+        own: Collection[str] = (),
     ) -> None:
         """Start empty.
 
@@ -96,13 +97,14 @@ class Tables:
             client_names: (clients,) names in the data; None where the clients have none.
             metrics: beside the built-in ones.
             malicious: ids of malicious clients; None where the recipe has no attack.
+            own: columns of clients.parquet for settings that differ between clients.
         """
         self._folder = folder
         self._metrics = metrics
         self._schema = round_schema(modules, metrics)
         self._rounds = self._schema.empty_table()
         self._new_rounds: list[dict[str, Any]] = []
-        self._clients = ClientRows(folder, CLIENTS_FILE, ClientRecord, client_names, malicious)
+        self._clients = ClientRows(folder, CLIENTS_FILE, ClientRecord, client_names, malicious, own)
         self._tests = ClientRows(folder, CLIENT_METRICS_FILE, ClientTest, client_names)
         self._notes = ClientRows(folder, NOTES_FILE, Note)
         self._files = (self._clients, self._tests, self._notes)

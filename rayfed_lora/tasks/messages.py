@@ -107,7 +107,8 @@ class Train:
         limits = {k: self.limits[k] for k in part.clients if k in self.limits}
         personal = {k: self.personal[k] for k in part.clients if k in self.personal}
         remembered = self.remembered.of(part.clients)
-        return replace(part, limits=limits, personal=personal, remembered=remembered)
+        plan = self.plan.of(part.clients)
+        return replace(part, plan=plan, limits=limits, personal=personal, remembered=remembered)
 
     def parts(self) -> list[Train]:
         """Return a training for each block, or for runs of blocks where there are very many.

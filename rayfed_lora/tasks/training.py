@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +13,13 @@ import numpy as np
 
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.errors import BlockMemoryError, ClientError, RunError
+from rayfed_lora.lora.stacked import A, B
+from rayfed_lora.objectives.objective import trained_tensors
 from rayfed_lora.objectives.remembered import LOST
 from rayfed_lora.plugins.tables import WEIGHTS
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.messages import Block, TestClients, Train, Trained
-from rayfed_lora.types import AdapterState, ClientReport, Factors
+from rayfed_lora.types import AdapterState, ClientReport, Factors, FloatArray
 from rayfed_lora.wire.upload import Lost, is_sent, uploaded
 
 
@@ -203,8 +205,8 @@ def _reports(
     Raises:
         ClientError: a hook of the objective raised, or returned something else than declared.
     """
-    own_b, remembered = RULES[task.rule].personal, task.remembered
-    if not own_b and remembered.objective.hook("after") is None:
+    rule, remembered = RULES[task.rule], task.remembered
+    if not (rule.personal or rule.alone) and remembered.objective.hook("after") is None:
         return list(update.reports)
     ends = iter(update.states)
     reports = []
@@ -212,8 +214,10 @@ def _reports(
         new = report
         if report.usable:
             end = next(ends)
-            if own_b:
+            if rule.personal:
                 new = replace(new, personal={n: f.b for n, f in end.factors.items()} or None)
+            elif rule.alone:
+                new = replace(new, personal=trained_tensors(end, task.plan.frozen) or None)
             with attributed(report.client, task.plan.round):
                 new = remembered.reported(new, start, end, task.plan)
         reports.append(new)
@@ -224,8 +228,8 @@ class Starts:
     """The states that clients start a round from, or are tested with.
 
     A limited client gets the first rows of A and columns of B: HetLoRA's cut, and the best
-    approximation of its rank where B is 0 or the factors come from an SVD. A client with a B of
-    its own has that in place of the global one.
+    approximation of its rank where B is 0 or the factors come from an SVD. A client with tensors
+    of its own, such as its B, has those in place of the global ones.
     """
 
     def __init__(
@@ -251,8 +255,7 @@ class Starts:
         """Return a client's state; of the same `version` for clients of the same rank."""
         own = self._task.personal.get(client)
         if own is not None:
-            factors = {n: replace(f, b=own[n]) for n, f in self._state.factors.items()}
-            return replace(self._state, factors=factors)
+            return _with_own(self._state, own)
         limit = self._task.limits.get(client)
         if limit is None:
             return self._state
@@ -260,6 +263,17 @@ class Starts:
             factors = {n: _leading(f, limit) for n, f in self._state.factors.items()}
             self._cut[limit] = replace(self._state, factors=factors)
         return self._cut[limit]
+
+
+def _with_own(state: AdapterState, own: Mapping[str, FloatArray]) -> AdapterState:
+    """Return a state with a client's own tensors, by `named`, or with its own B by module."""
+    factors = {
+        n: replace(f, a=own.get(A + n, f.a), b=own.get(n, own.get(B + n, f.b)))
+        for n, f in state.factors.items()
+    }
+    return replace(
+        state, factors=factors, dense={n: own.get(n, tensor) for n, tensor in state.dense.items()}
+    )
 
 
 def _leading(f: Factors, rank: int) -> Factors:

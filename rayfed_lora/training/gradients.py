@@ -28,6 +28,7 @@ class Gradients:
         passes: RecordedPasses,
         language: LanguageLoss | None,
         device: torch.device,
+        size: int,
     ) -> None:
         """Compute with the model of a trainer.
 
@@ -36,8 +37,9 @@ class Gradients:
             passes: of the model.
             language: the loss of a language model; None: a classifier.
             device: of the model.
+            size: most examples of a client in a micro-batch.
         """
-        self._size, self._bf16 = recipe.clients.batch_size, recipe.runtime.precision == "bf16"
+        self._size, self._bf16 = size, recipe.runtime.precision == "bf16"
         self._passes, self._language, self._device = passes, language, device
 
     def add(
@@ -54,7 +56,7 @@ class Gradients:
         No graph stays: one that lived on would hold the next one to the present number of clients.
 
         Args:
-            batch: of one optimiser step; computed in micro-batches of `clients.batch_size`.
+            batch: of one optimiser step; computed in micro-batches.
             read: its inputs and labels, in the order of `batch.indices`.
             loss: of a classifier, by example.
             dropout: draws by client; None: the model draws nothing.

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayfed_lora.data.client_table import IndexArray, batch_indices
-from rayfed_lora.recipe.clients import Clients
+from rayfed_lora.recipe.clients import Clients, Spread
 from rayfed_lora.seeds import Purpose, generator
-from rayfed_lora.types import FloatArray, LocalPlan
+from rayfed_lora.types import FloatArray, LocalPlan, LocalSettings
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,13 @@ class ClientTask:
     ) -> ClientTask:
         """Draw a client's batches of a round from (n,) the rows it holds."""
         rng = generator(seed, Purpose.BATCHES, plan.round, client)
-        size, steps, epochs = settings.step_examples, settings.steps, settings.local_epochs
+        steps, size, epochs = settings.steps, settings.batch_size, settings.local_epochs
+        own = plan.own.get(client, LocalSettings())
+        steps = steps if own.steps is None else own.steps
+        size = size if own.batch_size is None else own.batch_size
+        if isinstance(steps, Spread) or isinstance(size, Spread):
+            raise ValueError("need the client's own number of steps and batch size, got none")
+        size *= settings.accumulate
         batches = batch_indices(examples, size, rng, steps=steps, epochs=epochs)
         return cls(client, len(examples), batches)
 

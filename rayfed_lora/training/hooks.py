@@ -44,7 +44,7 @@ class LocalHooks:
         """
         objective = remembered.objective
         self._where = f"objective {remembered.name!r} in round {plan.round + 1}"
-        self._model, self._lr = model, plan.lr
+        self._model, self._rates = model, tuple(map(plan.lr_of, clients))
         own_loss, self._gradient = objective.hook("loss"), objective.hook("gradient")
         self.loss: Loss = _cross_entropy if own_loss is None else partial(self._own_loss, own_loss)
         self._memory: dict[str, torch.Tensor] = {}
@@ -100,7 +100,7 @@ class LocalHooks:
             received=MappingProxyType(anchors),
             memory=_first(self._memory, clients),
             shared=_first(self._shared, clients),
-            lr=self._lr,
+            rates=self._rates[:clients],
             step=step,
         )
         with torch.no_grad():

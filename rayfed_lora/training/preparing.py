@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayfed_lora.annealing.stages import scheduled_rank
+from rayfed_lora.data.client_numbers import check_settings
 from rayfed_lora.data.client_table import ClientTable, hold_out
 from rayfed_lora.data.columns import LANGUAGE_TASK
 from rayfed_lora.data.dataset import Dataset, load, number_column
@@ -26,6 +27,7 @@ from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.models.tokenizer import check_length, check_tokens, may_exceed
 from rayfed_lora.models.tokens import known_inputs, pad_with, padded, tokenize, tokenize_whole
 from rayfed_lora.recipe.recipe import Recipe
+from rayfed_lora.recipe.spread_checks import WHOLE
 from rayfed_lora.training.image_inputs import image_inputs
 from rayfed_lora.training.matching import Match, match
 from rayfed_lora.training.proof import judged_without_weights
@@ -72,20 +74,21 @@ def outline(recipe: Recipe) -> Outline:
     texts = tokenised(_match(recipe, local_only=True), recipe)
     matched, dataset = texts.match, texts.match.dataset
     clients, held_out = _partition(recipe, dataset)
-    devices = _devices(recipe, dataset, clients)
+    devices, trace = _devices(recipe, dataset, clients)
     notes = _notes(recipe, dataset, held_out)
     if recipe.data.packing:
         train, clients, held_out = _training(matched, recipe, clients, held_out)
         examples, notes = _longest(train), (*notes, _packing_note(dataset, train))
     else:
         examples = _some_examples(dataset, matched, recipe)
-    net = rehearse(recipe, matched.config, examples, clients.counts)
+    facts = DeviceFacts(clients.counts, devices, trace)
+    net = rehearse(recipe, matched.config, examples, facts)
     shape = model_shape(net, recipe)
     notes = (*notes, *_start(recipe, matched.config, shape)[1])
     shape = judged_without_weights(shape, matched.config, examples, recipe)
     return Outline(
         shape=shape,
-        devices=DeviceFacts(clients.counts, *devices),
+        devices=facts,
         test_examples=dataset.test.num_rows,
         label_names=dataset.label_names,
         notes=(*dataset.notes, *notes, *matched.notes, *shape.notes),
@@ -115,7 +118,7 @@ def prepare(recipe: Recipe) -> Workload:
     if recipe.data.packing:
         notes = (*notes, _packing_note(dataset, train))
     train = _with_false_labels(train, clients, recipe, len(dataset.label_names))
-    net = rehearse(recipe, config, train, clients.counts)
+    net = rehearse(recipe, config, train, DeviceFacts(clients.counts, device_columns))
     start = None
     if recipe.model.adapter is not None:
         start, of_start = _start(recipe, config, model_shape(net, recipe))
@@ -161,16 +164,21 @@ def _devices(
 ) -> tuple[Mapping[str, npt.NDArray[np.float64]], AvailabilityTrace | None]:
     """Return the device figures of clients by column, and the trace of their availability."""
     figures = {}
+    names = _client_names(dataset)
     for name in recipe.device_columns:
         values = dataset.train[number_column(name)].to_numpy()
         if (clients.counts == 0).any():
             raise DataError(f"column {name!r}: expected an example of each client, some have none")
-        sums = np.add.reduceat(values[clients.order], clients.offsets[:-1])
-        figures[name] = sums / clients.counts
+        ordered, first = values[clients.order], clients.offsets[:-1]
+        figures[name] = np.add.reduceat(ordered, first) / clients.counts
+        for key, spread in recipe.own_settings.items():
+            if spread.column == name:
+                check_settings(key, name, ordered, clients, names, whole=key in WHOLE)
+                figures[name] = ordered[first]
     availability = recipe.clients.availability
     if availability.trace is None:
         return figures, None
-    names, known = _client_names(dataset), dataset.clients or ()
+    known = dataset.clients or ()
     trace = read_trace(availability.trace, clients.clients, availability.period_s, names, known)
     return figures, trace
 

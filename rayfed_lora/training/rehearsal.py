@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from rayfed_lora.data.client_numbers import ClientSettings
 from rayfed_lora.data.columns import LANGUAGE_TASK
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.errors import ModelError
@@ -23,9 +24,9 @@ from rayfed_lora.models.causes import tried
 from rayfed_lora.models.language import model_inputs
 from rayfed_lora.models.shapes import no_padding_warning
 from rayfed_lora.models.wording import one_line, where
-from rayfed_lora.recipe.clients import Clients
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.drawing import tensors
+from rayfed_lora.types import DeviceFacts
 
 # Examples of the largest batch that is computed: more of them change nothing.
 _MOST_EXAMPLES = 8
@@ -35,16 +36,14 @@ _READS_VALUES = re.compile(r"\bmeta\b|data-dependent")
 _ALONE = "Expected more than 1 value per channel"
 
 
-def rehearse(
-    recipe: Recipe, config: Any, examples: Examples, counts: npt.NDArray[np.int64]
-) -> nn.Module:
+def rehearse(recipe: Recipe, config: Any, examples: Examples, devices: DeviceFacts) -> nn.Module:
     """Compute batches as in training and testing, and write the configuration as an export does.
 
     Args:
         recipe: the run.
         config: of the model.
         examples: some of the data, the longest text among them.
-        counts: (clients,) examples of each client.
+        devices: numbers of the clients' examples, and what settings of theirs follow from.
 
     Returns:
         The model, on the meta device.
@@ -52,7 +51,8 @@ def rehearse(
     Raises:
         ModelError: the model cannot compute a batch, or its configuration cannot be written.
     """
-    smallest, largest = batch_sizes(counts, recipe.clients)
+    settings = ClientSettings.of(recipe, devices)
+    smallest, largest = batch_sizes(devices.sizes, settings)
     kinds = {(min(largest, _MOST_EXAMPLES), True), (smallest, True)}
     kinds.add((min(recipe.evaluation.batch_size, _MOST_EXAMPLES), False))
 
@@ -69,21 +69,25 @@ def rehearse(
     return tried(recipe.model, config, attempt)
 
 
-def batch_sizes(counts: npt.NDArray[np.int64], settings: Clients) -> tuple[int, int]:
+def batch_sizes(counts: npt.NDArray[np.int64], settings: ClientSettings) -> tuple[int, int]:
     """Return the sizes of the smallest and the largest micro-batch of any client in training.
 
-    >>> batch_sizes(np.array([5, 8, 0]), Clients(local_epochs=1, batch_size=4))
+    >>> batch_sizes(np.array([5, 8, 0]), ClientSettings(0.1, steps=None, batch_size=4))
     (1, 4)
-    >>> batch_sizes(np.array([5, 8, 0]), Clients(local_steps=1, batch_size=4))
+    >>> batch_sizes(np.array([5, 8, 0]), ClientSettings(0.1, steps=1, batch_size=4))
     (4, 4)
-    >>> batch_sizes(np.array([5, 8, 0]), Clients(local_steps=1, batch_size=4, accumulate=2))
+    >>> batch_sizes(np.array([5, 8, 0]), ClientSettings(0.1, 1, 4, accumulate=2))
     (1, 4)
     """
     held = counts[counts > 0]
-    sizes = np.minimum(held, settings.batch_size)
-    stepped = np.minimum(held, settings.step_examples)
-    smallest = (stepped if settings.local_epochs is None else held) - 1
-    return int((smallest % sizes + 1).min()), int(sizes.max())
+    step = np.broadcast_to(settings.step_examples, counts.shape)[counts > 0]
+    batches = [np.minimum(held, step)]
+    if settings.steps is None:
+        # The last one of an epoch.
+        batches.append((held - 1) % step + 1)
+    most = settings.most_examples
+    smallest = min(int(((each - 1) % most + 1).min()) for each in batches)
+    return smallest, int(np.minimum(batches[0], most).max())
 
 
 def _batches(examples: Examples, rows: int) -> list[dict[str, torch.Tensor]]:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from rayfed_lora.data.client_numbers import ClientSettings
 from rayfed_lora.data.columns import LANGUAGE_TASK
 from rayfed_lora.data.examples import PIXELS
 from rayfed_lora.data.workload import Workload
@@ -160,7 +161,10 @@ class LocalTrainer:
         self._drawing = Drawing(recipe, workload, drops=self._drops)
         self._checkpointing = Checkpointing(net)
         self._passes = RecordedPasses(self._model, recording=self._recordable())
-        self._gradients = Gradients(recipe, self._passes, self._language, self._device)
+        self._most_examples = ClientSettings.of(recipe, workload.devices).most_examples
+        self._gradients = Gradients(
+            recipe, self._passes, self._language, self._device, self._most_examples
+        )
         self._testing = Evaluator(recipe, workload, self._model, self._passes, self._language)
 
     def _recordable(self) -> bool:
@@ -271,13 +275,12 @@ class LocalTrainer:
         _seed(work.seeds[0], self._device)
         self._model.train(True)
         parameters = self._model.trained
-        optimizer = fresh_optimizer(parameters, settings, plan.lr)
+        clients = [task.client for task in group.tasks]
+        optimizer = fresh_optimizer(parameters, settings, [plan.lr_of(k) for k in clients])
         dropout = ClientDropout(work.seeds, self._device) if self._drops else None
-        self._checkpointing.switch(
-            on=checkpoints(self._recipe, self._shape, len(starts), self._kind),
-            contexts=None if dropout is None else dropout.contexts,
-        )
-        hooks = LocalHooks(remembered, self._model, [task.client for task in group.tasks], plan)
+        on = checkpoints(self._recipe, self._shape, len(starts), self._kind, self._most_examples)
+        self._checkpointing.switch(on=on, contexts=None if dropout is None else dropout.contexts)
+        hooks = LocalHooks(remembered, self._model, clients, plan)
         keep = plan.proximal_weight > 0 or hooks.correcting
         received = [p.detach().clone() for p in parameters] if keep else []
         finished = Finished(self._model, starts)

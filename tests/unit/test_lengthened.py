@@ -40,6 +40,7 @@ LONGER = {"annealing__holding__rounds": 5}
             "clients__lr_schedule__horizon": 6,
         },
         {"aggregation__server_optimizer__name": "adam"},
+        {"clients__optimizer__lr": {"choices": [0.1, 0.2]}, "clients__local_steps": {"median": 2}},
         {"clients__objective": "scaffold", "annealing__mode": "fixed"},
     ],
 )
@@ -86,6 +87,11 @@ def test_the_command_line_lengthens_a_run_by_its_folder(tmp_path: Path) -> None:
             {"clients__lr_schedule__shape": "linear"},
             LONGER,
             r"round 2 had learning rate .*clients.lr_schedule.horizon=6 keeps",
+        ),
+        (
+            {"clients__lr_schedule__shape": "linear", "clients__optimizer__lr": {"median": 0.1}},
+            LONGER,
+            r"had learning rate 0\.\d+, it would have 0\.\d+ \(of a client whose own is 1\)",
         ),
         ({}, {**LONGER, "seed": 5}, r"another recipe; these keys differ: .*seed"),
     ],

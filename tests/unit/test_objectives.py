@@ -74,8 +74,9 @@ def played(recipe: Recipe) -> tuple[list[Run], list[tuple[int, ...]]]:
     """Return the run after each round, and the cohorts."""
     engine = LocalEngine(lambda: in_process(recipe, TinyFactory(), "cpu"))
     seen = Cohorts()
-    server = Server(recipe, engine, engine.open(), seen, lambda: False)
-    return list(server.rounds(fresh(recipe, engine))), seen.cohorts
+    population = engine.open()
+    server = Server(recipe, engine, population, seen, lambda: False)
+    return list(server.rounds(fresh(recipe, engine, population))), seen.cohorts
 
 
 def plain_federated(

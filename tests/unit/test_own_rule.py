@@ -76,8 +76,9 @@ def test_settings_that_the_facts_of_the_rule_exclude_are_conflicts():
 def test_the_rule_aggregates_each_round_of_a_run():
     recipe = own_recipe()
     engine = local_engine(recipe)
-    server = Server(recipe, engine, engine.open(), Silent(), lambda: False)
-    first, second = server.rounds(fresh(recipe, engine))
+    population = engine.open()
+    server = Server(recipe, engine, population, Silent(), lambda: False)
+    first, second = server.rounds(fresh(recipe, engine, population))
     # Client k has weight k + 1 and adds k + t to every value: sum (k + 1) (k + t) / 21 = 70/21 + t.
     moves = (70 / 21 / 2, (70 / 21 + 1) / 2)
     head = initial("head")

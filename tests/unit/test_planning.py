@@ -56,7 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
         f"sa-fedlora {rule}": {"aggregation.rule": rule}
         # The other rules send what factor-average does, or go with one rank only.
         for rule, entry in RULES.items()
-        if entry.messages is not trained_factors and not entry.personal
+        if entry.messages is not trained_factors and not (entry.personal or entry.alone)
     },
     "alternate fold": {
         "aggregation.rule": "alternate",

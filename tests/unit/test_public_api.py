@@ -39,7 +39,8 @@ PLUGINS = {
     "ClientUpdates": "clients weights tensors",
     "Done": "client round start end memory shared steps lr examples",
     "FinishedRound": "record clients bill model",
-    "LocalStep": "parameters gradients received memory shared lr step",
+    "LocalStep": "parameters gradients received memory shared rates step",
+    "ModelStep": "start mean shared arrived clients round",
     "Offer": "round stage rank proposed ladder energy_current= energy_proposed= draw= temperature="
     " metric= target= tolerance= higher_is_better=",
     "acceptance": "name= *needs=",

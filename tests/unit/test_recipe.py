@@ -794,8 +794,10 @@ def test_every_shipped_recipe_is_sound_and_found_by_its_name(name):
 
 
 def test_every_method_has_a_preset_with_known_keys_only():
-    rules = "fedlora ffa-lora flora flexlora hetlora fedex-lora rolora fedsa-lora lora-fair"
-    others = "sa-fedlora fedavg fedprox scaffold spd-cfl head-only bitfit"
+    rules = (
+        "fedlora ffa-lora flora flexlora hetlora fedex-lora rolora fedsa-lora lora-fair local-only"
+    )
+    others = "sa-fedlora fedavg fedprox scaffold feddyn spd-cfl head-only bitfit"
     assert set(PRESETS) == {*rules.split(), *others.split()}
     for method in PRESETS:
         assert load_recipe({**VIT, "method": method}).method == method
@@ -818,6 +820,7 @@ def test_every_method_has_a_preset_with_known_keys_only():
         ),
         ("spd-cfl", {"annealing.mode": "staged", "annealing.acceptance": "target"}),
         ("scaffold", {"annealing.mode": "full", "clients.objective.name": "scaffold"}),
+        ("feddyn", {"annealing.mode": "full", "clients.objective.name": "feddyn"}),
     ],
 )
 def test_a_preset_fills_in_what_sets_its_method_apart(method, filled):

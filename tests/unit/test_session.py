@@ -69,6 +69,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "zero-pad of mixed ranks": {"aggregation__rule": "zero-pad", "clients__ranks": [1, 2, 3]},
     "share-a": {"method": "fedsa-lora"},
     "scaffold": {"method": "scaffold"},
+    "feddyn": {"method": "feddyn"},
+    "local-only": {"method": "local-only"},
     "scaffold of factors": {
         "clients__objective": "scaffold",
         "annealing__cooling__rank": 3,

@@ -94,7 +94,7 @@ class RayEngine:
         runtime = self._recipe.runtime
         timeout = max(runtime.start_timeout_s, runtime.scale_up_s or 0.0)
         # Blocks of equally many steps may be sent ahead; others go to the first free actor.
-        ahead = 0 if self._recipe.clients.local_steps is None else 1
+        ahead = 1 if isinstance(self._recipe.clients.local_steps, int) else 0
         revival = Revival(self._open, crew.renewed, self._prepare_again)
         self._pool = ActorPool(
             crew.actors,

@@ -66,6 +66,8 @@ def prepared_from(recipe: Recipe) -> str:
         "cohort": recipe.clients.per_round,
         "held out": recipe.evaluation.client_fraction,
         "device columns": recipe.device_columns,
+        # Their values are checked by what they are for.
+        "own settings": {key: own.column for key, own in recipe.own_settings.items()},
         "trace": recipe.clients.availability.model_dump(exclude={"dropout"}),
     }
     return json.dumps(parts, sort_keys=True)
