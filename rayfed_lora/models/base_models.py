@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from rayfed_lora.errors import ModelError
 from rayfed_lora.locations import check_name
+from rayfed_lora.models.gguf_files import SUFFIX, converted
 from rayfed_lora.models.limits import check_numbers, few_modules
 from rayfed_lora.models.own import register_all
 from rayfed_lora.models.wording import one_line, where
@@ -77,12 +78,16 @@ def location(source: str) -> str:
     """Return the folder or hub id that transformers loads a source from.
 
     `package:<name>` is the only model folder (config.json and safetensors) inside an installed
-    package, found without importing the package; `package:<name>/<folder>` names the folder.
+    package, found without importing the package; `package:<name>/<folder>` names the folder. A
+    GGUF file, on its own or in a package, is read into a folder once.
 
     Raises:
-        ModelError: the package is not installed, or contains no model or several.
+        ModelError: the package is not installed, or contains no model or several, or a GGUF file
+            cannot be read.
     """
     if not source.startswith("package:"):
+        if source.endswith(SUFFIX) and Path(source).expanduser().is_file():
+            return converted(Path(source).expanduser(), f"model.source {source!r}")
         return source
     name, _, folder = source.removeprefix("package:").partition("/")
     module = name.replace("-", "_")
@@ -96,6 +101,8 @@ def location(source: str) -> str:
             check_name(folder)
         except ValueError as error:
             raise ModelError(f"model.source {source!r}: {error}") from None
+        if folder.endswith(SUFFIX) and (root / folder).is_file():
+            return converted(root / folder, f"model.source {source!r}")
         found = [root / folder] if (root / folder / "config.json").is_file() else []
     else:
         configured = (path.parent for path in root.rglob("config.json"))

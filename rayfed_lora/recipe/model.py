@@ -39,7 +39,8 @@ class Model(Section):
     source: str = option(
         "config",
         "config (random initial weights), package:<name>[/<folder>] (a model inside an installed"
-        " Python package), a local folder, or a hub id",
+        " Python package), a local folder, a .gguf file, alone or as package:<name>/<file>.gguf, or"
+        " a hub id",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
