@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from rayfed_lora.errors import ModelError
-from rayfed_lora.models.base_models import quiet
+from rayfed_lora.models.quiet import quiet
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.preparing import outline, prepare
 from tests.fakes import make_recipe

@@ -14,7 +14,22 @@ import pyarrow as pa
 from rayfed_lora.data.client_table import ClientTable
 from rayfed_lora.data.examples import Examples
 from rayfed_lora.lora.states import sha256 as state_sha256
-from rayfed_lora.types import AdapterState, AvailabilityTrace, DeviceFacts
+from rayfed_lora.types import AdapterState, AvailabilityTrace, DeviceFacts, PromptFacts
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of `evaluation.generate`.
+
+    Attributes:
+        ids: tokens of each prompt, (n,) int32.
+        responses: tokens of the data's response to each, with its end token.
+        facts: whose they are.
+    """
+
+    ids: tuple[npt.NDArray[np.int32], ...]
+    responses: tuple[npt.NDArray[np.int32], ...]
+    facts: PromptFacts
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,7 @@ class Workload:
         chat_template: the Jinja text of the template that turns were rendered with, where it is not
             the tokenizer's own.
         start: the adapter that the run starts from; None: new factors.
+        prompts: that the trained model answers; None: none are asked.
         fingerprint: digest by part of the data; empty where none was computed.
     """
 
@@ -52,6 +68,7 @@ class Workload:
     float_pixels: bool = False
     chat_template: str | None = None
     start: AdapterState | None = None
+    prompts: Prompts | None = None
     fingerprint: Mapping[str, str] = field(default_factory=dict)
 
     @property

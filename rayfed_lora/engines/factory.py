@@ -152,6 +152,7 @@ def population(workload: Workload, trainer: Trainer, device: str) -> Population:
         client_names=None if names is None else tuple(names.to_pylist()),
         fingerprint=workload.fingerprint,
         start=workload.start,
+        prompts=None if workload.prompts is None else workload.prompts.facts,
     )
 
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from rayfed_lora.annealing.stages import Feedback, proposed_rank
-from rayfed_lora.federation import evaluation, sampling, transitions
+from rayfed_lora.federation import evaluation, generation, sampling, transitions
 from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.run import Run
 from rayfed_lora.federation.selection import Selection
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
-from rayfed_lora.tasks.engine import Engine, IndexArray, Population, Running
-from rayfed_lora.tasks.messages import Evaluate, TestClients
-from rayfed_lora.types import ClientScore, GlobalModel, Predictions, RoundPlan, Split
+from rayfed_lora.tasks.engine import Engine, IndexArray, Population, Running, Task
+from rayfed_lora.tasks.messages import Evaluate, Generate, TestClients
+from rayfed_lora.types import Answer, ClientScore, GlobalModel, Predictions, RoundPlan, Split
 
 _Evaluation = Running[tuple[Predictions, ...]]
+# Prompts that are answered in one batch.
+_ANSWERED_TOGETHER = 16
 _ClientTest = Running[tuple[ClientScore, ...]]
 
 
@@ -29,12 +32,14 @@ class TestResults:
         validation: on the validation split, where annealing or selection uses it.
         clients: on clients' own examples, where that was due.
         own: of the same clients with their own factors, where they have some.
+        answers: to prompts of the test split, where that was due.
     """
 
     test: Scores | None
     validation: Scores | None
     clients: Sequence[ClientScore] = ()
     own: Sequence[ClientScore] = ()
+    answers: Sequence[Answer] = ()
 
 
 @dataclass(frozen=True)
@@ -48,16 +53,22 @@ class RunningTests:
     validation: _Evaluation | None
     clients: _ClientTest | None
     own: _ClientTest | None
+    answers: Running[tuple[Answer, ...]] | None = None
     metrics: Sequence[str] = ()
     round: int = 0
 
     def result(self) -> TestResults:
         """Wait for all tests; raises RunError where an own metric fails."""
+        answers = () if self.answers is None else self.answers.result()
+        test = self._scores(self.test)
+        if answers:
+            test = {**(test or {}), **generation.scores(answers)}
         return TestResults(
-            self._scores(self.test),
+            test,
             self._scores(self.validation),
             () if self.clients is None else self.clients.result(),
             () if self.own is None else self.own.result(),
+            answers,
         )
 
     def _scores(self, running: _Evaluation | None) -> Scores | None:
@@ -89,11 +100,17 @@ class Tester:
             clients, own = self._start_on_clients(run)
         due = last or run.rounds % settings.every == 0
         watched = annealing.feedback == "metric" or (due and bool(settings.watched))
+        asked = settings.generate
+        answering = asked is not None and (
+            last or (asked.every is not None and run.rounds % asked.every == 0)
+        )
+        due = due or answering
         return RunningTests(
             test=self._evaluation("test", run.model) if due else None,
             validation=self._evaluation("validation", run.model) if watched else None,
             clients=clients,
             own=own,
+            answers=self.answering(run.model) if answering else None,
             metrics=settings.metrics,
             round=run.rounds - 1,
         )
@@ -113,6 +130,16 @@ class Tester:
     def _evaluation(self, split: Split, model: GlobalModel) -> _Evaluation:
         rows, size = self._population.examples[split], self._recipe.evaluation.batch_size
         return self._engine.submit(Evaluate(model, split, evaluation.shards(rows, size)))
+
+    def answering(self, model: GlobalModel) -> Running[tuple[Answer, ...]]:
+        """Start the answers of a model to the prompts."""
+        facts = self._population.prompts
+        if facts is None:
+            raise ValueError("need prompts, evaluation.generate has none")
+        size = min(self._recipe.evaluation.batch_size, _ANSWERED_TOGETHER)
+        shards = evaluation.shards(facts.count, size)
+        task: Task[tuple[Answer, ...]] = cast(Any, Generate(model, "test", shards))
+        return self._engine.submit(task)
 
     def _energy(self, model: GlobalModel) -> float | None:
         return evaluation.scores(self._evaluation("validation", model).result())["loss"]

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rayfed_lora.models.base_models import quiet
+from rayfed_lora.models.quiet import quiet
 
 # Up to this length, torch's attention kernel for the CPU is slower than three plain products.
 _SHORT = 32

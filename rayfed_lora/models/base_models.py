@@ -19,13 +19,13 @@ from huggingface_hub.errors import (
 )
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-from transformers.utils import logging as transformers_logging
 
 from rayfed_lora.errors import ModelError
 from rayfed_lora.locations import check_name
 from rayfed_lora.models.gguf_files import SUFFIX, converted
 from rayfed_lora.models.limits import check_numbers, few_modules
 from rayfed_lora.models.own import register_all
+from rayfed_lora.models.quiet import quiet
 from rayfed_lora.models.wording import one_line, where
 from rayfed_lora.recipe.model import AUTO_CLASSES, Model
 
@@ -38,21 +38,6 @@ _LOADER_ARGUMENTS = frozenset(
 # The rest of the package reads logits by name, and nothing else of an output.
 _OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Suppress transformers' warnings, load reports and progress bars; errors still raise."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

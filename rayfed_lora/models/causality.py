@@ -15,6 +15,7 @@ from torch import nn
 
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import base_models
+from rayfed_lora.models.quiet import quiet
 from rayfed_lora.recipe.model import Model
 
 # Names of the switch that makes a model causal (XLM's kind: `causal`).
@@ -95,7 +96,7 @@ def _later_tokens_matter(net: nn.Module) -> bool:
     changed[:, _CHANGED:] = first + (ids[:, _CHANGED:] - first + 1) % (last - first)
     mask = torch.ones_like(ids)
     net.eval()
-    with torch.no_grad(), base_models.quiet():
+    with torch.no_grad(), quiet():
         before, after = (
             net(input_ids=each, attention_mask=mask).logits[:, :_CHANGED] for each in (ids, changed)
         )

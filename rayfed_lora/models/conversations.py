@@ -12,7 +12,7 @@ import numpy.typing as npt
 from rayfed_lora.data.place import Place
 from rayfed_lora.data.raw_tables import opened
 from rayfed_lora.errors import DataError, ModelError, did_you_mean
-from rayfed_lora.models.base_models import quiet
+from rayfed_lora.models.quiet import quiet
 from rayfed_lora.models.templates import ALPACA, BUILT_IN, ChatTemplate, Rendered, Turns
 from rayfed_lora.models.wording import one_line
 from rayfed_lora.recipe.data import Data

@@ -28,6 +28,7 @@ from rayfed_lora.models import base_models, base_weights
 from rayfed_lora.models.heads import head_modules
 from rayfed_lora.models.image_processor import write_image_processor
 from rayfed_lora.models.linear import is_transposed
+from rayfed_lora.models.quiet import quiet
 from rayfed_lora.models.tokenizer import (
     give_padding_token,
     read_tokenizer,
@@ -83,7 +84,7 @@ def trained_files(
         folder = Path(scratch)
         if keep_base:
             _replace(net, everything)
-            with base_models.quiet():
+            with quiet():
                 net.save_pretrained(str(folder / "base"))  # type: ignore[operator]
         if not no_adapter:
             source = "base" if keep_base else base_models.location(recipe.model.source)
@@ -231,7 +232,7 @@ def write_model(folder: Path, net: Any, model: Model, dtype: Any, beside: Path |
     """
     if folder.exists() and any(folder.iterdir()):
         raise BadInputError(f"--to: expected a new or empty folder, {folder} has files in it")
-    with base_models.quiet():
+    with quiet():
         (net if dtype is None else net.to(dtype)).save_pretrained(str(folder))
     if beside is not None:
         for file in beside.iterdir():

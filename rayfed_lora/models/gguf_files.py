@@ -22,6 +22,7 @@ import transformers
 from huggingface_hub import constants
 
 from rayfed_lora.errors import ModelError
+from rayfed_lora.models.quiet import quiet
 from rayfed_lora.models.wording import one_line
 from rayfed_lora.printable import echo
 
@@ -79,8 +80,6 @@ def _sha256(file: str, size: int, changed: int) -> str:
 
 def _convert(file: Path, folder: Path, subject: str) -> None:
     """Write the folder, whole or not at all; another process may do the same."""
-    from rayfed_lora.models.base_models import quiet
-
     scratch = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
     try:
         # Its progress bars go where nobody looks.

@@ -16,6 +16,7 @@ from transformers.utils import PROCESSOR_NAME, cached_file
 
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import base_models
+from rayfed_lora.models.quiet import quiet
 from rayfed_lora.models.wording import one_line, where
 from rayfed_lora.recipe.model import Model
 
@@ -114,7 +115,7 @@ def read_image_processor(
     name = f"{where(model)}: its image processor ({file})"
     load = partial(AutoImageProcessor.from_pretrained, trust_remote_code=False, backend="pil")
     try:
-        with base_models.quiet():
+        with quiet():
             processor = load(place)
     except Exception as error:  # of many types
         raise ModelError(f"{name} cannot be read: {one_line(error)}{_to_install(error)}") from error
@@ -168,7 +169,7 @@ def _to_install(error: Exception) -> str:
 def _is_processor(place: str, name: str) -> bool:
     """Return whether a file of a source describes an image processor."""
     silent = dict.fromkeys(_SILENT, False)
-    with base_models.quiet():
+    with quiet():
         path = cached_file(place, name, **silent)
     if path is None or name == _FILE:
         return path is not None

@@ -12,10 +12,10 @@ import torch
 
 from rayfed_lora.data.examples import POSITIONS
 from rayfed_lora.errors import ModelError
-from rayfed_lora.models import base_models
 from rayfed_lora.models.causality import small_copy
 from rayfed_lora.models.language import model_inputs
 from rayfed_lora.models.linear import nearly_equal
+from rayfed_lora.models.quiet import quiet
 from rayfed_lora.models.wording import one_line, where
 from rayfed_lora.recipe.model import Model
 
@@ -60,7 +60,7 @@ def _as_alone(net: Any) -> bool:
     ids = low + torch.arange(_FIRST + _SECOND)[None] % (vocabulary - low)
     positions = torch.cat([torch.arange(_FIRST), torch.arange(_SECOND)])[None]
     net.eval()
-    with torch.no_grad(), base_models.quiet():
+    with torch.no_grad(), quiet():
         row = net(**model_inputs({"input_ids": ids, POSITIONS: positions})).logits
         parts = [ids[:, :_FIRST], ids[:, _FIRST:]]
         alone = [net(input_ids=x, attention_mask=torch.ones_like(x)).logits for x in parts]

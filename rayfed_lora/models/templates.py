@@ -13,7 +13,7 @@ from typing import Any
 
 from rayfed_lora.data.turns import ASSISTANT
 from rayfed_lora.errors import ModelError
-from rayfed_lora.models.base_models import quiet
+from rayfed_lora.models.quiet import quiet
 from rayfed_lora.models.wording import one_line
 
 Turns = Sequence[Mapping[str, str]]

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models import base_models
+from rayfed_lora.models.quiet import quiet
 from rayfed_lora.models.tokens import Tokens
 from rayfed_lora.recipe.model import Model
 
@@ -60,7 +61,7 @@ def write_tokenizer(folder: Path, model: Model, chat_template: str | None = None
         give_padding_token(tokenizer)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
-    with base_models.quiet():
+    with quiet():
         tokenizer.save_pretrained(str(folder))
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from torch import nn
 
 from rayfed_lora.errors import ModelError
-from rayfed_lora.models.base_models import quiet
+from rayfed_lora.models.quiet import quiet
 
 _Array = npt.NDArray[np.int32]
 Tokens = dict[str, _Array]

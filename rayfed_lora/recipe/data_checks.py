@@ -42,6 +42,13 @@ def data_conflicts(recipe: Settings) -> Iterator[_Found]:
 def _turn_conflicts(recipe: Settings) -> Iterator[_Found]:
     """Yield settings of instruction and chat data, and of packing, that others rule out."""
     data, task = recipe.data, recipe.model.task
+    responds = task == "causal-lm" and data.format.kind != "text"
+    if recipe.evaluation.generate is not None and not responds:
+        yield (
+            ("evaluation.generate", "model.task", "data.format.kind"),
+            "expected null but with instruction or chat data of a causal-lm, which have responses"
+            f" to compare with, got model.task {task!r} and data.format {data.format.kind!r}",
+        )
     turned, kind = data.format.kind in ("instruction", "chat"), data.format.kind
     if turned and task != "causal-lm":
         yield (

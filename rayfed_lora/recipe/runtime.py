@@ -32,6 +32,19 @@ class EarlyStopping(Section):
     min_delta: NonNegative = option(0.0, "a smaller change is no improvement")
 
 
+class Generate(Section):
+    """Greedy answers of a language model to prompts of the test split."""
+
+    max_new_tokens: Positive = option(64, "longest answer", "tokens")
+    examples: Positive | Literal["all"] = option(
+        100, "number of test rows whose prompts are asked, drawn from the seed, or all", "examples"
+    )
+    every: Positive | None = option(
+        None, "after every n-th round, and after the last one; null: after the last only", "rounds"
+    )
+    base: bool = option(True, "ask the model before training too, to compare with")
+
+
 def _best_by(given: Any) -> Any:
     return {True: "loss", False: None}[given] if isinstance(given, bool) else given
 
@@ -57,6 +70,11 @@ class Evaluation(Section):
     )
     every: Positive = option(1, "test after every n-th round, and after the last one", "rounds")
     batch_size: Positive = option(256, "examples in a forward pass", "examples")
+    generate: Generate | None = option(
+        None,
+        "exact match and ROUGE-L of a language model's answers to the test split's prompts; null:"
+        " none are generated",
+    )
     client_fraction: Fraction = option(
         0.0, "share of each client's examples that is held out to test that client; 0: none"
     )
@@ -67,6 +85,12 @@ class Evaluation(Section):
         None,
         "test clients after every n-th round, and after the last one; null: after the last only",
     )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The metrics beside the built-in ones that rounds have a column `eval_<name>` of."""
+        generated = () if self.generate is None else ("exact_match", "rouge_l")
+        return (*self.metrics, *generated)
 
     @property
     def watched(self) -> tuple[str, ...]:

@@ -14,7 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from rayfed_lora.errors import BlockMemoryError
-from rayfed_lora.types import AdapterState, Device, DeviceFacts, GlobalModel, ModelShape, Split
+from rayfed_lora.types import (
+    AdapterState,
+    Device,
+    DeviceFacts,
+    GlobalModel,
+    ModelShape,
+    PromptFacts,
+    Split,
+)
 
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
@@ -174,6 +182,7 @@ class Population:
         client_names: (clients,) what the data call each client; None where they do not.
         fingerprint: digest by part of the data, empty where none was made.
         start: the adapter that the run starts from; None: new factors.
+        prompts: that the trained model answers; None: none are asked.
     """
 
     shape: ModelShape
@@ -187,6 +196,7 @@ class Population:
     client_names: tuple[str, ...] | None = None
     fingerprint: Mapping[str, str] = field(default_factory=dict)
     start: AdapterState | None = None
+    prompts: PromptFacts | None = None
 
 
 def runs(task: Task[R]) -> list[Sequence[Task[R]]]:

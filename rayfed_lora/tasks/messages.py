@@ -209,6 +209,19 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Generate(Evaluate):
+    """Answer prompts of the test split; a shard of them in each part.
+
+    The result is the answers in order.
+    """
+
+    @property
+    def kind(self) -> str:
+        """What it does."""
+        return "generate"
+
+
+@dataclass(frozen=True)
 class TestClients:
     """Test the model on clients' own held-out examples.
 

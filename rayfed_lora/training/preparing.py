@@ -20,7 +20,7 @@ from rayfed_lora.data.examples import COUNTED, PIXELS, Examples
 from rayfed_lora.data.packing import packed
 from rayfed_lora.data.partition import client_names, deal
 from rayfed_lora.data.traces import read_trace
-from rayfed_lora.data.workload import Workload, with_fingerprint
+from rayfed_lora.data.workload import Prompts, Workload, with_fingerprint
 from rayfed_lora.errors import DataError
 from rayfed_lora.models.precision import is_short
 from rayfed_lora.models.shapes import model_shape
@@ -85,6 +85,7 @@ def outline(recipe: Recipe) -> Outline:
     net = rehearse(recipe, matched.config, examples, facts)
     shape = model_shape(net, recipe)
     notes = (*notes, *_start(recipe, matched.config, shape)[1])
+    _prompts(recipe, dataset)
     shape = judged_without_weights(shape, matched.config, examples, recipe)
     return Outline(
         shape=shape,
@@ -138,6 +139,7 @@ def prepare(recipe: Recipe) -> Workload:
         float_pixels=dataset.floats,
         chat_template=texts.template,
         start=start,
+        prompts=_prompts(recipe, dataset),
     )
     return with_fingerprint(workload)
 
@@ -151,6 +153,19 @@ def _start(recipe: Recipe, config: Any, shape: ModelShape) -> tuple[AdapterState
 
     start = read_start(recipe.model, config, shape)
     return start, start_note(recipe.model, start, scheduled_rank(recipe.annealing, 0))
+
+
+def _prompts(recipe: Recipe, dataset: Dataset) -> Prompts | None:
+    """Return the prompts of `evaluation.generate`, if any are asked."""
+    if recipe.evaluation.generate is None:
+        return None
+    if IDS not in dataset.test.column_names:
+        raise DataError(
+            "evaluation.generate: expected instruction or chat data, the rows are plain texts"
+        )
+    from rayfed_lora.training.generating import prompts_of
+
+    return prompts_of(dataset.test, recipe)
 
 
 def _match(recipe: Recipe, *, local_only: bool) -> Match:

@@ -22,6 +22,7 @@ from rayfed_lora.errors import ModelError
 from rayfed_lora.models import base_models
 from rayfed_lora.models.causes import tried
 from rayfed_lora.models.language import model_inputs
+from rayfed_lora.models.quiet import quiet
 from rayfed_lora.models.shapes import no_padding_warning
 from rayfed_lora.models.wording import one_line, where
 from rayfed_lora.recipe.recipe import Recipe
@@ -114,7 +115,7 @@ def _compute(
     """Compute a batch; a model that reads values is left to `training.proof`."""
     name, first = type(net).__name__, next(iter(inputs.values()))
     try:
-        with torch.no_grad(), base_models.quiet(), no_padding_warning(net):
+        with torch.no_grad(), quiet(), no_padding_warning(net):
             logits = net.train(training)(**model_inputs(inputs)).logits
     except Exception as error:  # of many types
         if isinstance(error, NotImplementedError) or _READS_VALUES.search(str(error)):

@@ -125,6 +125,11 @@ def ids_of(table: pa.Table) -> list[npt.NDArray[np.int32]]:
     return _arrays(table[IDS], np.int32)
 
 
+def masks_of(table: pa.Table) -> list[npt.NDArray[np.int32]]:
+    """Return, for each row, 1 on the tokens of responses."""
+    return _arrays(table[COUNTED], np.int32)
+
+
 def _arrays(column: pa.ChunkedArray, kind: Any) -> list[Any]:
     return [np.asarray(row.values.to_numpy(), kind) for row in column]
 

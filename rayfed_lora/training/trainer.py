@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import Lock
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,15 @@ from rayfed_lora.objectives.remembered import Remembered
 from rayfed_lora.recipe.memory import checkpoints
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.engine import Task
-from rayfed_lora.tasks.messages import Block, Evaluate, Export, Initial, TestClients, Train
+from rayfed_lora.tasks.messages import (
+    Block,
+    Evaluate,
+    Export,
+    Generate,
+    Initial,
+    TestClients,
+    Train,
+)
 from rayfed_lora.tasks.training import BlockUpdate, attributed, chosen_weight, trained
 from rayfed_lora.training.device import (
     keep_freed_memory,
@@ -64,7 +72,10 @@ from rayfed_lora.training.optimizing import (
 )
 from rayfed_lora.training.proof import judged, tried_on
 from rayfed_lora.training.testing import Evaluator, know_threads
-from rayfed_lora.types import AdapterState, Base, Device, GlobalModel, LocalPlan, ModelShape
+from rayfed_lora.types import AdapterState, Answer, Base, Device, GlobalModel, LocalPlan, ModelShape
+
+if TYPE_CHECKING:
+    from rayfed_lora.training.generating import Generating
 
 R = TypeVar("R")
 # Held by who draws from torch's own state, which is that of the whole process.
@@ -146,6 +157,7 @@ class LocalTrainer:
         weights = weights or built_weights(recipe, workload)
         self._shape = judged(self._shape, weights.verdict, recipe)
         self._weights = weights
+        self._generating: Generating | None = None
         net = self._assembled()
         choose_attention(net, self._device)
         modules = list(self._shape.modules)
@@ -195,6 +207,8 @@ class LocalTrainer:
         found: Any
         if isinstance(task, Train):
             found = trained(task, partial(self._train_block, task), self._weigh)
+        elif isinstance(task, Generate):
+            found = self._answers(task)
         elif isinstance(task, Evaluate):
             found = tuple(self._testing.evaluate(task))
         elif isinstance(task, TestClients):
@@ -308,6 +322,16 @@ class LocalTrainer:
         seconds = (time.perf_counter() - began) / len(starts)
         update = finished.update(work.group.tasks, [*start_of], losses, seconds)
         return update if self._language is None else self._measured(update, work.group)
+
+    def _answers(self, task: Generate) -> tuple[Answer, ...]:
+        if self._generating is None:
+            # Here: it imports transformers' generation.
+            from rayfed_lora.training.generating import Generating
+
+            if self._workload.prompts is None:
+                raise ValueError("need prompts to answer, evaluation.generate has none")
+            self._generating = Generating(self._recipe, self._workload.prompts, self._model)
+        return self._generating.answers(task)
 
     def _measured(self, update: BlockUpdate, group: GroupTask) -> BlockUpdate:
         """Return the update of a language model's clients with tokens and memory."""

@@ -16,6 +16,7 @@ from torch import nn
 from rayfed_lora.models import base_models, base_weights
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.export import write_adapter
+from rayfed_lora.models.quiet import quiet
 from rayfed_lora.models.shapes import image_shape, model_shape
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.types import AdapterState, Base, Factors, ModelShape
@@ -103,7 +104,7 @@ def exported(task: str, name: str, folder: Path) -> tuple[Recipe, Any]:
     with torch.no_grad():
         expected, plain = model.net(**inputs).logits, net.eval()(**inputs).logits
     assert (expected - plain).abs().max() > 1e-3
-    with base_models.quiet():
+    with quiet():
         net.save_pretrained(folder / "base")
     write_adapter(folder / "adapter", state, net, recipe, str(folder / "base"))
     return recipe, (inputs, expected)
@@ -111,7 +112,7 @@ def exported(task: str, name: str, folder: Path) -> tuple[Recipe, Any]:
 
 def assert_equal_logits(load: Callable[[], Any], logits: Any) -> None:
     inputs, expected = logits
-    with base_models.quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         found = load().eval()(**inputs).logits
     scale = float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * scale)

@@ -16,8 +16,8 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from rayfed_lora.errors import ModelError
-from rayfed_lora.models.base_models import quiet
 from rayfed_lora.models.image_processor import ImageProcessor
+from rayfed_lora.models.quiet import quiet
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.preparing import outline, prepare
 from tests.fakes import make_recipe

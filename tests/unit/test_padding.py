@@ -28,8 +28,9 @@ from transformers import (
 import rayfed_lora
 from rayfed_lora.errors import ModelError
 from rayfed_lora.launching.exporting import export_run
-from rayfed_lora.models.base_models import quiet, restored
+from rayfed_lora.models.base_models import restored
 from rayfed_lora.models.base_weights import build
+from rayfed_lora.models.quiet import quiet
 from rayfed_lora.models.tokens import pad_with
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.drawing import tensors

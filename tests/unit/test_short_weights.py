@@ -15,6 +15,7 @@ from rayfed_lora.engines.factory import on_device
 from rayfed_lora.models import base_models, base_weights
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.precision import shorten
+from rayfed_lora.models.quiet import quiet
 from rayfed_lora.recipe.model import Adapter
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.preparing import prepare
@@ -133,7 +134,7 @@ def source(texts: Path, tmp_path: Path) -> Path:  # noqa: F811
     config = AutoConfig.for_model("llama", **SHAPE | {"dtype": "bfloat16"})
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config).bfloat16()
-    with base_models.quiet():
+    with quiet():
         model.save_pretrained(tmp_path / "source")
     return tmp_path / "source"
 
