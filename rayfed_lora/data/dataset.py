@@ -20,6 +20,8 @@ from rayfed_lora.recipe.data import Data
 
 LANGUAGE_TASK = columns.LANGUAGE_TASK
 _PLAIN = turns.Format("text", {})
+# The column of instruction and chat data whose values answers are scored by.
+_DOMAIN = "domain"
 # The only class of texts without labels.
 _UNLABELLED = classes.Classes(("text",), ("text",))
 # Counters of the split stream.
@@ -144,7 +146,11 @@ def _official_test(
         if other.kind != form.kind:
             raise DataError(f"{where}: need rows of {form.kind} like the training rows")
         form = other
-    test = _select(raw.test, where, data, task, form, typed=raw.test_typed or texts)
+    names = () if raw.test is None else raw.test.column_names
+    named = data.partition.kind == "column" and data.partition.column in names
+    by_column = form.kind != "text" and named
+    typed = raw.test_typed or texts
+    test = _select(raw.test, where, data, task, form, by_column, typed)
     return _numbered(test, found, data.labels is not None, where)
 
 
@@ -172,6 +178,9 @@ def _select(
     if task != LANGUAGE_TASK or _uses_labels(data):
         labels = columns.find(table, data, "label_column", where)
         selected["label"] = columns.as_labels(*labels, typed)
+    if form.kind != "text" and _DOMAIN in table.column_names:
+        column, place = columns.pick(table, (_DOMAIN,), "format", where)
+        selected[_DOMAIN] = columns.as_client_names(column, place, typed)
     name = data.partition.column
     if with_client and name is not None:
         found = columns.pick(table, (name,), "partition.column", where)

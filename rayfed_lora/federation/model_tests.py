@@ -77,6 +77,20 @@ class RunningTests:
         return evaluation.scores(running.result(), self.metrics, self.round)
 
 
+def answering(
+    recipe: Recipe, engine: Engine, population: Population, model: GlobalModel
+) -> Running[tuple[Answer, ...]]:
+    """Start the answers of a model to the prompts of `evaluation.generate`."""
+    facts = population.prompts
+    if facts is None:
+        raise ValueError("need prompts, evaluation.generate has none")
+    size = min(recipe.evaluation.batch_size, _ANSWERED_TOGETHER)
+    task: Task[tuple[Answer, ...]] = cast(
+        Any, Generate(model, "test", evaluation.shards(facts.count, size))
+    )
+    return engine.submit(task)
+
+
 class Tester:
     """Has an engine test global models."""
 
@@ -101,16 +115,18 @@ class Tester:
         due = last or run.rounds % settings.every == 0
         watched = annealing.feedback == "metric" or (due and bool(settings.watched))
         asked = settings.generate
-        answering = asked is not None and (
+        asking = asked is not None and (
             last or (asked.every is not None and run.rounds % asked.every == 0)
         )
-        due = due or answering
+        due = due or asking
         return RunningTests(
             test=self._evaluation("test", run.model) if due else None,
             validation=self._evaluation("validation", run.model) if watched else None,
             clients=clients,
             own=own,
-            answers=self.answering(run.model) if answering else None,
+            answers=answering(self._recipe, self._engine, self._population, run.model)
+            if asking
+            else None,
             metrics=settings.metrics,
             round=run.rounds - 1,
         )
@@ -130,16 +146,6 @@ class Tester:
     def _evaluation(self, split: Split, model: GlobalModel) -> _Evaluation:
         rows, size = self._population.examples[split], self._recipe.evaluation.batch_size
         return self._engine.submit(Evaluate(model, split, evaluation.shards(rows, size)))
-
-    def answering(self, model: GlobalModel) -> Running[tuple[Answer, ...]]:
-        """Start the answers of a model to the prompts."""
-        facts = self._population.prompts
-        if facts is None:
-            raise ValueError("need prompts, evaluation.generate has none")
-        size = min(self._recipe.evaluation.batch_size, _ANSWERED_TOGETHER)
-        shards = evaluation.shards(facts.count, size)
-        task: Task[tuple[Answer, ...]] = cast(Any, Generate(model, "test", shards))
-        return self._engine.submit(task)
 
     def _energy(self, model: GlobalModel) -> float | None:
         return evaluation.scores(self._evaluation("validation", model).result())["loss"]

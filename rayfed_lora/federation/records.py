@@ -10,12 +10,21 @@ from typing import Annotated, Any, Literal
 from rayfed_lora.federation.client_training import Updates
 from rayfed_lora.federation.cohorts import Cohort
 from rayfed_lora.federation.evaluation import Scores
+from rayfed_lora.federation.generation import exact_match, rouge_l
 from rayfed_lora.federation.ledger import Bill
 from rayfed_lora.federation.model_tests import TestResults
 from rayfed_lora.federation.run import Aggregated
 from rayfed_lora.federation.transitions import Start
 from rayfed_lora.lora.states import dense_params, factor_params
-from rayfed_lora.types import ClientReport, LocalPlan, Proposal, RoundPlan, Stage
+from rayfed_lora.types import (
+    Answer,
+    ClientReport,
+    LocalPlan,
+    PromptFacts,
+    Proposal,
+    RoundPlan,
+    Stage,
+)
 from rayfed_lora.wire.update import BYTES_PER_VALUE
 
 # Kept as 32 bits in the tables; a plain int has 64.
@@ -253,6 +262,51 @@ def client_tests(finished: Round) -> list[ClientTest]:
     return [
         ClientTest(finished.plan.round, *astuple(score), *own.get(score.client, (None, None)))
         for score in finished.tested.clients
+    ]
+
+
+@dataclass(frozen=True)
+class AnswerRecord:
+    """A row of answers.parquet: a language model's answer to a prompt of the test split.
+
+    Attributes:
+        round: index from 0.
+        example: place of the prompt among those that are asked.
+        client, domain: whose row it is, where the data say so.
+        prompt, response: of the data.
+        generated: the answer, without its end token.
+        exact_match: whether it is the response but for white space at its ends.
+        rouge_l: against the response, in [0, 1].
+    """
+
+    round: Count
+    example: int
+    client: str | None
+    domain: str | None
+    prompt: str
+    response: str
+    generated: str
+    exact_match: bool
+    rouge_l: float
+
+
+def answer_records(
+    round_index: int, answers: Sequence[Answer], facts: PromptFacts
+) -> list[AnswerRecord]:
+    """Return the rows of the answers after a round."""
+    return [
+        AnswerRecord(
+            round=round_index,
+            example=each.example,
+            client=None if facts.clients is None else facts.clients[each.example],
+            domain=None if facts.domains is None else facts.domains[each.example],
+            prompt=each.prompt,
+            response=each.response,
+            generated=each.generated,
+            exact_match=exact_match(each),
+            rouge_l=rouge_l(each.generated, each.response),
+        )
+        for each in answers
     ]
 
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayfed_lora.errors import RunFolderError
-from rayfed_lora.federation.records import ClientRecord, ClientTest, Count, Note
+from rayfed_lora.federation.records import AnswerRecord, ClientRecord, ClientTest, Count, Note
 from rayfed_lora.locations import child
 from rayfed_lora.runs import seals
 from rayfed_lora.runs.seals import damaged
@@ -54,6 +54,7 @@ MALICIOUS = "malicious"
 OWN = ("lr", "local_steps", "batch_size")
 NOTES_FILE = "notes.parquet"
 CLIENT_METRICS_FILE = "client_metrics.parquet"
+ANSWERS_FILE = "answers.parquet"
 _ROW_GROUP = 65_536
 # Most rows in memory between two checkpoints, 70 bytes each.
 _WAITING = 4 * _ROW_GROUP
@@ -101,7 +102,7 @@ class ClientRows:
         # Number of rows of each round, in the file or not.
         self._counts: Counter[int] = Counter()
 
-    def add(self, records: Sequence[ClientRecord | ClientTest | Note]) -> None:
+    def add(self, records: Sequence[ClientRecord | ClientTest | Note | AnswerRecord]) -> None:
         """Add rows; many waiting rows are saved, which may raise as `save` does."""
         new = {name: [getattr(record, name) for record in records] for name in self._columns}
         if self._client_names is not None:

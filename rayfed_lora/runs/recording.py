@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rayfed_lora.federation.records import Round, RoundRecord, client_records, client_tests
+from rayfed_lora.federation.records import (
+    Round,
+    RoundRecord,
+    answer_records,
+    client_records,
+    client_tests,
+)
 from rayfed_lora.printable import client_label
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.runs.tables import Tables
 from rayfed_lora.runs.trackers import Tracking
-from rayfed_lora.types import ClientReport, RoundPlan
+from rayfed_lora.types import ClientReport, PromptFacts, RoundPlan
 
 
 @dataclass
@@ -19,7 +25,7 @@ class RunRecorder:
 
     `client_names`, (clients,), are what the data call the clients, if anything; `running` is the
     round that is running, to which new notes belong. With `keeps` the last round is kept until
-    `taken` returns it.
+    `taken` returns it. `prompts` are what is known of those that are asked, if any.
     """
 
     tables: Tables
@@ -28,6 +34,7 @@ class RunRecorder:
     client_names: Sequence[str] | None
     running: int = 0
     keeps: bool = False
+    prompts: PromptFacts | None = None
     _notes_seen: int = 0
     _last: Round | None = None
 
@@ -52,6 +59,9 @@ class RunRecorder:
         self._last = finished if self.keeps else None
         record, clients = RoundRecord.of(finished), client_records(finished)
         self.tables.add_tests(client_tests(finished))
+        if self.prompts is not None:
+            answers = finished.tested.answers
+            self.tables.add_answers(answer_records(record.round, answers, self.prompts))
         self.tables.add(record, clients)
         self._keep_notes()
         self.board.round_done(record)

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rayfed_lora.errors import ClientError, InterruptedRunError
+from rayfed_lora.federation.generation import scored
 from rayfed_lora.federation.ledger import Ledger
+from rayfed_lora.federation.model_tests import answering
 from rayfed_lora.federation.run import Run, Timing, fresh
 from rayfed_lora.lora.states import sha256
 from rayfed_lora.printable import client_label
@@ -130,6 +132,24 @@ class Saving:
         """Return the seconds so far, the wall time up to now."""
         return replace(run.timing, wall_s=self._wall_s + time.perf_counter() - self.began)
 
+    def _answers(self, run: Run, engine: Engine) -> dict[str, Any]:
+        """Return `generation`: scores of the exported model's answers and of the base's, if asked.
+
+        `run` is the saved one.
+        """
+        settings, facts = self.recipe.evaluation.generate, self.population.prompts
+        if settings is None or facts is None:
+            return {}
+        found = [] if run.selection.kept else self.tables.last_answers(run.rounds - 1)
+        if not found:
+            found = [*answering(self.recipe, engine, self.population, run.result).result()]
+        result = scored(found, facts)
+        if settings.base:
+            first = fresh(self.recipe, engine, self.population).model
+            base = answering(self.recipe, engine, self.population, first).result()
+            result["base"] = scored(base, facts)
+        return {"generation": result}
+
     def finish(self, engine: Engine, board: StatusBoard, page: PageWriter | None) -> dict[str, Any]:
         """Export the model, close the engine and write the summary, which is returned.
 
@@ -138,6 +158,7 @@ class Saving:
         run = self.save()
         board.phase("exporting")
         folder, tables, model = self.folder, self.tables, run.result
+        answers = self._answers(run, engine)
         exported = engine.submit(Export(model)).result()
         # What follows needs no actors, and their memory may be others'.
         engine.close()
@@ -148,6 +169,7 @@ class Saving:
         tests = tables.last_tests(run.rounds - 1)
         if tests.num_rows > 0:
             result["clients"] = client_summary(tests)
+        result |= answers
         result |= selection_summary(self.recipe, tables.rounds, run.selection)
         if self.recipe.evaluation.keep_best is not None and run.selection.kept is None:
             board.note(_NONE_KEPT.format(self.recipe.evaluation.keep_best))

@@ -105,7 +105,9 @@ def simulate_rounds(  # noqa: PLR0913 - the callers name them
         _begin(own, recipe, population, board, found)
         for tracker in trackers(recipe, own, name or own.name):
             tracking.trackers.append(tracker)
-        recorder = RunRecorder(tables, board, tracking, population.client_names)
+        recorder = RunRecorder(
+            tables, board, tracking, population.client_names, prompts=population.prompts
+        )
         server = Server(recipe, engine, population, recorder, lease.or_lost(should_stop))
         for note in _notes(recipe, population, server, lease):
             board.note(note)
@@ -158,7 +160,7 @@ def _tables(recipe: Recipe, folder: RunFolder, population: Population) -> Tables
         folder,
         list(population.shape.modules),
         population.client_names,
-        recipe.evaluation.metrics,
+        recipe.evaluation.columns,
         malicious,
         ClientSettings.of(recipe, population.devices).own,
     )

@@ -39,7 +39,7 @@ def summary(
     tested = [row for row in rounds.to_pylist() if row["eval_accuracy"] is not None]
     best = max(tested, key=lambda row: row["eval_accuracy"])
     training = timing.training_s
-    own = [f"eval_{metric}" for metric in recipe.evaluation.metrics]
+    own = [f"eval_{metric}" for metric in recipe.evaluation.columns]
     shown = (*_METRICS, *own)
     return {
         "name": recipe.name,
@@ -78,7 +78,7 @@ def selection_summary(recipe: Recipe, rounds: pa.Table, selection: Selection) ->
     settings, found = recipe.evaluation, dict[str, Any]()
     if selection.kept is not None:
         row = rounds.slice(selection.kept.round, 1).to_pylist()[0]
-        own = [f"eval_{metric}" for metric in settings.metrics]
+        own = [f"eval_{metric}" for metric in settings.columns]
         chosen = {"by": settings.keep_best, "value": selection.kept.value}
         found["kept"] = chosen | {key: row[key] for key in (*_METRICS, *own)}
     left = recipe.annealing.total_rounds - rounds.num_rows

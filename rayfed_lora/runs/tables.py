@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayfed_lora.federation.evaluation import BUILT_IN
-from rayfed_lora.federation.records import ClientRecord, ClientTest, Note, RoundRecord
+from rayfed_lora.federation.records import AnswerRecord, ClientRecord, ClientTest, Note, RoundRecord
 from rayfed_lora.runs import seals
 from rayfed_lora.runs.client_rows import (
+    ANSWERS_FILE,
     CLIENT_METRICS_FILE,
     CLIENT_NAME,
     NOTES_FILE,
@@ -24,6 +26,7 @@ from rayfed_lora.runs.client_rows import (
 )
 from rayfed_lora.runs.seals import damaged
 from rayfed_lora.storage import RunFolder
+from rayfed_lora.types import Answer
 
 PARTITION_FILE = "partition.parquet"
 ROUNDS_FILE = "rounds.parquet"
@@ -107,7 +110,8 @@ class Tables:
         self._clients = ClientRows(folder, CLIENTS_FILE, ClientRecord, client_names, malicious, own)
         self._tests = ClientRows(folder, CLIENT_METRICS_FILE, ClientTest, client_names)
         self._notes = ClientRows(folder, NOTES_FILE, Note)
-        self._files = (self._clients, self._tests, self._notes)
+        self._answers = ClientRows(folder, ANSWERS_FILE, AnswerRecord)
+        self._files = (self._clients, self._tests, self._notes, self._answers)
 
     @property
     def rounds(self) -> pa.Table:
@@ -126,6 +130,11 @@ class Tables:
         if tests:
             self._tests.add(tests)
 
+    def add_answers(self, answers: Sequence[AnswerRecord]) -> None:
+        """Add answers to prompts, if any; raises as `add` does."""
+        if answers:
+            self._answers.add(answers)
+
     def add_notes(self, t: int, texts: Sequence[str]) -> None:
         """Add notes of a round; raises as `add` does."""
         if texts:
@@ -139,6 +148,12 @@ class Tables:
     def last_tests(self, t: int) -> pa.Table:
         """Return the tests on clients after a round, read from the file: save first."""
         return self._tests.of_round(t)
+
+    def last_answers(self, t: int) -> list[Answer]:
+        """Return the answers after a round, read from the file: save first."""
+        rows = self._answers.of_round(t).to_pylist()
+        names = [each.name for each in fields(Answer)]
+        return [Answer(**{name: row[name] for name in names}) for row in rows]
 
     def save(self) -> None:
         """Write the files, each whole or not at all; tests and notes where there are any."""

@@ -96,7 +96,7 @@ def test_tensors_of_another_size_are_refused(snapshot):
     [
         (6, "qv", 6, "own factors: expected clients 0 to 5, got 6"),
         (2, "q", 6, "expected own factors of client 2 of q, v, got q"),
-        (2, "qv", 5, r"B of q of client 2: expected shape \(6, 3\)"),
+        (2, "qv", 5, r"own q of client 2: expected shape \(6, 3\)"),
     ],
 )
 def test_own_factors_of_no_client_or_of_another_shape_are_refused(
