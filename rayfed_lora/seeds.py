@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     DEVICES = 11
     DEPARTURES = 12
     UPDATE = 13
+    DATA = 14
 
 
 def sequence(seed: int, purpose: Purpose, *key: int) -> np.random.SeedSequence:

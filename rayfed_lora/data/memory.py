@@ -46,16 +46,21 @@ def source_of(data: Any) -> str:
     Raises:
         DataError: something else, or a column that pyarrow cannot hold.
     """
-    held = _held(data)
+    held = as_held(data)
+    source = MEMORY_PREFIX + digest_of(held)[:32]
+    _HELD[source] = held
+    return source
+
+
+def digest_of(held: Held) -> str:
+    """Return the SHA-256 of rows and names of classes, however they are cut into chunks."""
     digest = hashlib.sha256()
     for table in (held.train, held.test):
         digest.update(b"table" if table is not None else b"none")
         if table is not None:
             _update(digest, table)
     digest.update(repr(sorted((k, list(v)) for k, v in held.class_names.items())).encode())
-    source = MEMORY_PREFIX + digest.hexdigest()[:32]
-    _HELD[source] = held
-    return source
+    return digest.hexdigest()
 
 
 def held_for(sources: Iterable[str | Sequence[str] | None]) -> dict[str, Held]:
@@ -79,7 +84,11 @@ def read_memory(source: str, labels: Sequence[str]) -> RawData:
     Raises:
         DataError: this process was not handed them.
     """
-    held = _found(source)
+    return as_raw(_found(source), labels)
+
+
+def as_raw(held: Held, labels: Sequence[str]) -> RawData:
+    """Return rows as a source gives them; `labels` as for `read_memory`."""
     column = next((name for name in labels if name in held.train.column_names), None)
     names = held.class_names.get(column or "")
     return RawData(held.train, held.test, None if names is None else tuple(names))
@@ -95,7 +104,8 @@ def _found(source: str) -> Held:
     return held
 
 
-def _held(data: Any) -> Held:
+def as_held(data: Any) -> Held:
+    """Return the rows of what `source_of` takes; raises DataError as it does."""
     if isinstance(data, tuple) and len(data) == 2:
         (train, names), (test, _) = map(_table, data)
         return Held(train, test, names)
@@ -106,7 +116,7 @@ def _held(data: Any) -> Held:
                 f"data: expected the splits train and, where there is one, test, got {list(data)}"
             )
         test = data.get("test")
-        return _held(data["train"] if test is None else (data["train"], test))
+        return as_held(data["train"] if test is None else (data["train"], test))
     table, names = _table(data)
     return Held(table, None, names)
 

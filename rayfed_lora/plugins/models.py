@@ -13,9 +13,9 @@ def model(name: str | None = None) -> Callable[[Callable[..., Any]], Any]:
 
     It returns a `torch.nn.Module` that computes (batch, classes) logits of (batch, channels,
     height, width) pixels. It is called under the run's seed, and on torch's meta device, too.
-    Keyword-only parameters are its options: keys of the recipe's section `model`. Names of modules
-    in recipes begin with `net.`; the head is the last linear layer with an output for each class,
-    if there is one.
+    Images need not be square: rows of n numbers are images of 1 x n floats. Keyword-only parameters
+    are its options: keys of the recipe's section `model`. Names of modules in recipes begin with
+    `net.`; the head is the last linear layer with an output for each class, if there is one.
 
     Args:
         name: value of `model.source`; default: the function's, with hyphens.

@@ -29,5 +29,7 @@ OPTIMIZERS: Table[Callable[..., Any]] = Table("optimizer", "rayfed_lora.plugins.
 MODELS: Table[Callable[..., Any]] = Table("model")
 OBJECTIVES: Table[Any] = Table("objective", "rayfed_lora.objectives.objectives")
 UPDATES: Table[Any] = Table("update", "rayfed_lora.wire.updates")
+# A `Source`; see `data.source.data`.
+DATA: Table[Any] = Table("data", "rayfed_lora.data.source")
 # (labels, clients, rng) -> client of each example; see `data.partitions.partition`.
 PARTITIONS: Table[Callable[..., Any]] = Table("partition", "rayfed_lora.data.partitions")

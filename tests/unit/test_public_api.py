@@ -44,6 +44,7 @@ PLUGINS = {
     " metric= target= tolerance= higher_is_better=",
     "acceptance": "name= *needs=",
     "allocation": "name= *needs_spectra=",
+    "data": "name= *task=",
     "joined": "parts",
     "metric": "name= *higher_is_better=",
     "model": "name=",
