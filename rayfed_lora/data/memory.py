@@ -18,8 +18,8 @@ from rayfed_lora.locations import each
 
 MEMORY_PREFIX = "memory:"
 _EXPECTED = (
-    "a pandas DataFrame, a datasets.Dataset or DatasetDict, a pyarrow Table, or (train, test) of"
-    " them"
+    "a pandas DataFrame, a datasets.Dataset or DatasetDict, a pyarrow Table, a list of dicts, or"
+    " (train, test) of them"
 )
 
 
@@ -41,7 +41,8 @@ def source_of(data: Any) -> str:
 
     Args:
         data: a pandas DataFrame, a `datasets.Dataset` or `DatasetDict` (splits train and test), a
-            pyarrow Table, or a pair (train, test) of them. Columns as for files.
+            pyarrow Table, a list of rows as dicts by column, or a pair (train, test) of them.
+            Columns as for files.
 
     Raises:
         DataError: something else, or a column that pyarrow cannot hold.
@@ -126,6 +127,8 @@ def _table(data: Any) -> tuple[pa.Table, Mapping[str, Sequence[str]]]:
     names: dict[str, Sequence[str]] = {}
     package = type(data).__module__.partition(".")[0]
     try:
+        if isinstance(data, list) and all(isinstance(row, dict) for row in data):
+            return _table(_frame(data))
         if isinstance(data, pa.Table):
             table = data
         elif package == "pandas" and hasattr(data, "columns"):
@@ -148,6 +151,13 @@ def _table(data: Any) -> tuple[pa.Table, Mapping[str, Sequence[str]]]:
         for column in table.columns
     ]
     return pa.table(plain, names=table.column_names), names
+
+
+def _frame(rows: list[dict[str, Any]]) -> Any:
+    """Return rows as a DataFrame, whose cells may be arrays."""
+    import pandas as pd
+
+    return pd.DataFrame(rows)
 
 
 def _with_lists(frame: Any) -> Any:

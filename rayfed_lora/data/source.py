@@ -7,13 +7,12 @@ Source: this project.
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from rayfed_lora import seeds
 from rayfed_lora.errors import DataError
@@ -31,7 +30,7 @@ class Source:
 
     Attributes:
         name: value of `data.source`.
-        function: of a numpy generator, and of the options.
+        function: of the options, and of a numpy generator where it has a positional parameter.
         task: of the models that the rows are for; None: whichever their columns fit.
         options: as validated.
     """
@@ -44,6 +43,8 @@ class Source:
     def rows(self, seed: int) -> Any:
         """Return what the function returns under a run's seed; raises DataError where it fails."""
         try:
+            if not _draws(self.function):
+                return self.function(**self.options)
             return self.function(seeds.generator(seed, seeds.Purpose.DATA), **self.options)
         except DataError:
             raise
@@ -76,13 +77,14 @@ class Source:
 def data(
     name: str | None = None, *, task: str | None = None
 ) -> Callable[[Callable[..., Any]], Any]:
-    """Register a data set: a function of (rng) that returns rows.
+    """Register a data set: a function of () or (rng) that returns rows.
 
-    It returns a pandas DataFrame, a `datasets.Dataset` or `DatasetDict`, a pyarrow Table, or a pair
-    (train, test) of them, with columns as files have (`data.text_column` and so on). `rng` is a
-    numpy generator of the run's seed. It is called once for a run, in the process that prepares
-    the data, and again by a plan and by a resume: rows that are not those of the finished rounds
-    end the latter. Keyword-only parameters are its options: keys of the recipe's section `data`.
+    It returns a pandas DataFrame, a `datasets.Dataset` or `DatasetDict`, a pyarrow Table, a list of
+    dicts, or a pair (train, test) of them, with columns as files have (`data.text_column` and so
+    on). A positional parameter gets a numpy generator of the run's seed. The function is called
+    once for a run, in the process that prepares the data, and again by a plan and by a resume:
+    rows that are not those of the finished rounds end the latter. Keyword-only parameters are its
+    options: keys of the recipe's section `data`.
 
     Args:
         name: value of `data.source`; default: the function's, with hyphens.
@@ -99,6 +101,12 @@ def data(
     return register
 
 
+def _draws(function: Callable[..., Any]) -> bool:
+    """Return whether a function takes the generator: it has a positional parameter."""
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    return any(p.kind is not keyword_only for p in inspect.signature(function).parameters.values())
+
+
 def _source(name: str, function: Callable[..., Any], task: str | None) -> Source:
     return Source(name, function, task)
 
@@ -108,36 +116,32 @@ def _with_options(source: Source, options: Mapping[str, Any]) -> Source:
 
 
 @data(task="image-classification")
-def digits(rng: np.random.Generator) -> RawData:
+def digits() -> RawData:
     """Handwritten digits of 8 x 8 pixels (UCI optical digits, the copy in scikit-learn)."""
     from rayfed_lora.data.builtin import read_digits
 
-    del rng
     return read_digits()
 
 
 @data(task="text-classification")
-def trec(rng: np.random.Generator) -> RawData:
+def trec() -> RawData:
     """Questions by what they ask for (TREC, Li and Roth 2002)."""
     from rayfed_lora.data.builtin import read_trec
 
-    del rng
     return read_trec()
 
 
 @data(task="text-classification")
-def vader(rng: np.random.Generator) -> RawData:
+def vader() -> RawData:
     """Snippets of four domains, positive or negative (Hutto and Gilbert 2014, ICWSM)."""
     from rayfed_lora.data.builtin import read_vader
 
-    del rng
     return read_vader()
 
 
 @data(task="image-classification")
-def fashion_mnist(rng: np.random.Generator) -> RawData:
+def fashion_mnist() -> RawData:
     """Clothes of 28 x 28 pixels with a test split (Xiao et al. 2017, arXiv:1708.07747)."""
     from rayfed_lora.data.builtin import read_fashion_mnist
 
-    del rng
     return read_fashion_mnist()
