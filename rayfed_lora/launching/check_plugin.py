@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load
 
-from rayfed_lora.data.memory import as_held, digest_of
+from rayfed_lora.data.memory import as_held, digest_of, source_of
 from rayfed_lora.engines.factory import TorchFactory
 from rayfed_lora.errors import PluginError
 from rayfed_lora.launching.this_process import local_engine
@@ -99,25 +99,50 @@ def _outcomes(method: Method[Any], module: str) -> Iterator[tuple[str, str]]:
     else:
         own = settings_of(method, {})
     mode = {"annealing.mode": "fixed"} if method.kind == "objective" else {}
-    recipe = load_recipe("digits-vit", {**_BASE, **mode, **own}, plugins=[module])
-
-    def changed(**runtime: Any) -> Recipe:
-        keys = {f"runtime.{key}": value for key, value in runtime.items()}
-        return load_recipe(recipe, keys)
 
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
+        if method.kind == "model" and method.value.task != "image-classification":
+            mode = _texts(place, method)
+        recipe = load_recipe("digits-vit", {**_BASE, **mode, **own}, plugins=[module])
         first, weights = _run(recipe, place / "once")
         for way, other in (
             ("one trainer again", _run(recipe, place / "again")),
-            ("two trainers", _run(changed(client_actors=2), place / "two")),
+            ("two trainers", _run(_changed(recipe, client_actors=2), place / "two")),
             ("stop and resume", _run(recipe, place / "resumed", stop_after=2)),
         ):
             yield way, "equal" if other[0] == first else f"SHA-256 {other[0]} in place of {first}"
-        _, blocks = _run(changed(cohort_size=2), place / "blocks")
+        _, blocks = _run(_changed(recipe, cohort_size=2), place / "blocks")
         apart = max((_distance(blocks[n], w) for n, w in weights.items()), default=0.0)
         equal = f"equal up to rounding ({apart:.1e})"
         yield "smaller blocks", equal if apart <= _ROUNDING else f"weights {apart:.1e} apart"
+
+
+def _changed(recipe: Recipe, **runtime: Any) -> Recipe:
+    return load_recipe(recipe, {f"runtime.{key}": value for key, value in runtime.items()})
+
+
+def _texts(folder: Path, method: Method[Any]) -> dict[str, Any]:
+    """Return a recipe's values for texts of drawn words, with a tokenizer of these in a folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [f"w{i}" for i in range(20)]
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]"
+    ).save_pretrained(str(folder / "tokenizer"))
+    drawn = np.random.default_rng(0).integers(len(words), size=(300, 8))
+    rows = [{"text": " ".join(words[i] for i in row), "label": int(row[0] % 2)} for row in drawn]
+    return {
+        "data.source": source_of(rows),
+        "data.max_length": 8,
+        "model.task": method.value.task,
+        "model.tokenizer": str(folder / "tokenizer"),
+        "adapter.train_head": method.value.task != "causal-lm",
+    }
 
 
 def _distance(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:

@@ -69,7 +69,10 @@ def _register(method: Method[Any]) -> None:
             outputs = config.vocab_size if task == "causal-lm" else config.num_labels
             self.own_head = _of_size(self.net, nn.Linear, "out_features", outputs)[-1:]
             self._tied_weights_keys = _tied(self.net)
+            config.tie_word_embeddings = bool(self._tied_weights_keys)
             self.post_init()
+            if self.can_generate():
+                self.generation_config.use_cache = False
 
         def _init_weights(self, module: nn.Module) -> None:
             """Keep the weights that the builder drew."""
