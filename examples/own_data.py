@@ -19,15 +19,16 @@ def rings(rng, *, rows: int = 600, noise: float = 0.2):
 
 @model()
 def perceptron(channels, height, width, classes, *, hidden: int = 32):
-    """Two linear layers."""
-    inside = nn.Linear(width, hidden)
-    return nn.Sequential(nn.Flatten(), inside, nn.ReLU(), nn.Linear(hidden, classes))
+    """Three linear layers; `net.3` gets the factors, `net.5` is the head."""
+    first, inside = nn.Linear(channels * height * width, hidden), nn.Linear(hidden, hidden)
+    last = nn.Linear(hidden, classes)
+    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), inside, nn.ReLU(), last)
 
 
 if __name__ == "__main__":
     chosen = [rings(noise=0.3), perceptron()]
     recipe = rayfed_lora.Recipe.load("examples/small.yaml", plugins=chosen).with_(
-        {"adapter.target_modules": ["net.1"], "clients.optimizer.lr": 0.1}
+        {"adapter.target_modules": ["net.3"], "data.partition.kind": "iid"}
     )
     result = rayfed_lora.run(recipe)
     print(result.rounds[["round", "stage", "rank", "eval_accuracy"]])

@@ -91,15 +91,14 @@ def check_plugin(module: str) -> list[Check]:
 def _outcomes(method: Method[Any], module: str) -> Iterator[tuple[str, str]]:
     if method.kind == "data":
         # The recipe below is for images of one size: rows are only read.
-        one, other = (digest_of(as_held(method.value.rows(seed=0))) for _ in range(2))
-        yield "read again", "equal" if one == other else f"SHA-256 {other} in place of {one}"
+        once, again = (digest_of(as_held(method.value.rows(seed=0))) for _ in range(2))
+        yield "read again", "equal" if once == again else f"SHA-256 {again} in place of {once}"
         return
     if method.kind == "metric":
         own: Mapping[str, Any] = {"evaluation.metrics": [method.name]}
     else:
         own = settings_of(method, {})
     mode = {"annealing.mode": "fixed"} if method.kind == "objective" else {}
-
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         if method.kind == "model" and method.value.task != "image-classification":
@@ -124,16 +123,11 @@ def _changed(recipe: Recipe, **runtime: Any) -> Recipe:
 
 def _texts(folder: Path, method: Method[Any]) -> dict[str, Any]:
     """Return a recipe's values for texts of drawn words, with a tokenizer of these in a folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    # Here, as it imports transformers.
+    from rayfed_lora.models.word_tokenizer import write_word_tokenizer
 
     words = [f"w{i}" for i in range(20)]
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]"
-    ).save_pretrained(str(folder / "tokenizer"))
+    write_word_tokenizer(folder / "tokenizer", words)
     drawn = np.random.default_rng(0).integers(len(words), size=(300, 8))
     rows = [{"text": " ".join(words[i] for i in row), "label": int(row[0] % 2)} for row in drawn]
     return {

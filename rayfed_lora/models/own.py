@@ -82,7 +82,8 @@ def _register(method: Method[Any]) -> None:
             found = _of_size(self.net, nn.Embedding, "num_embeddings", size)
             if not found:
                 raise NotImplementedError
-            return self.get_submodule(found[0])
+            table: nn.Module = self.get_submodule(found[0])
+            return table
 
         def get_output_embeddings(self) -> nn.Module | None:
             found = self.own_head if task == "causal-lm" else []

@@ -42,6 +42,7 @@ class Builder:
 
     def build(self, config: Any) -> Any:
         """Return the module for a configuration with the entries of `FACTS` and `num_labels`."""
+        sizes: tuple[Any, ...]
         if self.task == "image-classification":
             size = config.image_size
             height, width = (size, size) if isinstance(size, int) else size

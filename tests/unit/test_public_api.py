@@ -47,7 +47,7 @@ PLUGINS = {
     "data": "name= *task=",
     "joined": "parts",
     "metric": "name= *higher_is_better=",
-    "model": "name=",
+    "model": "name= *task=",
     "objective": "name= *memory= *message= *shared= *plain_sgd= *summary= *source=",
     "optimizer": "name=",
     "partition": "name=",
