@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pandas as pd
@@ -11,11 +12,16 @@ import pytest
 
 import rayfed_lora
 from rayfed_lora.data.dataset import load
+from rayfed_lora.data.memory import source_of
 from rayfed_lora.errors import DataError, PluginError, RecipeError, RunFolderError
-from rayfed_lora.plugins import data
+from rayfed_lora.launching.exporting import export_run
+from rayfed_lora.plugins import data, registry
+from rayfed_lora.plugins.tables import DATA
 from rayfed_lora.recipe.data import Data
 from rayfed_lora.recipe.loading import load_recipe
+from rayfed_lora.runs.claiming import kept_recipe
 from rayfed_lora.runs.location import with_absolute_paths
+from rayfed_lora.storage import RunFolder
 
 pytestmark = pytest.mark.usefixtures("forgotten_methods")
 TEXTS, IMAGES = "text-classification", "image-classification"
@@ -124,6 +130,70 @@ def test_rows_may_be_any_table_or_a_pair_of_them():
     assert found.official_test
 
 
+def test_a_list_of_rows_is_a_table_and_a_function_needs_no_generator():
+    @data()
+    def listed(*, count: int = 6):
+        return [{"text": f"t{i}", "label": "xy"[i % 2]} for i in range(count)]
+
+    @data()
+    def split(*, count: int = 6):
+        found = [{"text": f"t{i}", "label": i % 2} for i in range(count)]
+        return found[2:], found[:2]
+
+    chosen = Data.model_validate({"source": "listed", "count": 8, "test_fraction": 0.5})
+    found = load(chosen, TEXTS, 0, 0.0)
+    texts = {*found.train["text"].to_pylist(), *found.test["text"].to_pylist()}
+    assert (texts, found.label_names) == ({f"t{i}" for i in range(8)}, ("x", "y"))
+    found = load(Data(source="split"), TEXTS, 0, 0.0)
+    assert found.test["text"].to_pylist() == ["t0", "t1"]
+    # The same rows have the same hash, however they are handed over.
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": 2}]
+    assert source_of(rows) == source_of(pd.DataFrame(rows)) != source_of(rows[::-1])
+
+
+def test_a_plan_of_a_function_is_that_of_its_rows_in_memory():
+    images = with_images()
+    recipe = load_recipe(SMALL | {"name": "own"}, plugins=[images(rows=32)])
+    by_name = rayfed_lora.plan(recipe)
+    rows = images.__wrapped__(None, rows=32)
+    in_memory = rayfed_lora.plan(load_recipe(SMALL | {"name": "own"}), data=rows)
+    assert by_name.rounds == in_memory.rounds
+    # 32 rows, a quarter of them for tests.
+    assert by_name.outline.test_examples == 8
+    assert int(by_name.outline.devices.sizes.sum()) == 24
+
+
+def test_a_finished_run_is_exported_where_its_function_is_not_known(tmp_path, monkeypatch):
+    (tmp_path / "rows_of_a_module.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    out, name = str(tmp_path / "run"), "rows_of_a_module"
+    settings = {"data.source": f"{name}:rows_of_a_module", "data.rows": 24, "plugins": [name]}
+    recipe = load_recipe(SMALL | {"name": "own"}, settings, plugins=[name])
+    rayfed_lora.run(recipe, out, plugins=[name])
+    stored = load_recipe(f"{out}/recipe.yaml").data
+    assert stored.options["rows"] == 24
+    DATA.remove("rows-of-a-module")
+    # As in another process, where nobody has allowed the module.
+    monkeypatch.setattr(registry, "_ALLOWED", set())
+    assert kept_recipe(RunFolder(out), model_only=True).data.source == stored.source
+    written = list(export_run(out, tmp_path / "to", merge=False))
+    assert written and (tmp_path / "to" / "adapter_model.safetensors").exists()
+    with pytest.raises(RunFolderError, match="rows_of_a_module"):
+        kept_recipe(RunFolder(out))
+
+
+MODULE = """
+import numpy as np
+from rayfed_lora.plugins import data
+
+@data()
+def rows_of_a_module(*, rows: int = 40):
+    pixels = np.zeros((rows, 4, 4), np.uint8)
+    return [{"image": image, "label": i % 2} for i, image in enumerate(pixels)]
+"""
+
+
 def test_rows_that_are_drawn_follow_the_seed_of_the_run():
     @data()
     def drawn(rng):
@@ -222,7 +292,6 @@ def test_a_resume_is_rejected_where_the_function_returns_other_rows(tmp_path):
 def _stop_after_a_round(recipe, out):
     """Begin a run in a folder; end it, as a kill does, after the first round's checkpoint."""
     from rayfed_lora.launching.check_plugin import _rounds
-    from rayfed_lora.storage import RunFolder
 
     rounds = _rounds(recipe, RunFolder(out), resume=False)
     next(rounds)
