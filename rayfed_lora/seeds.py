@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     DEPARTURES = 12
     UPDATE = 13
     GENERATION = 14
+    DATA = 15
 
 
 def sequence(seed: int, purpose: Purpose, *key: int) -> np.random.SeedSequence:

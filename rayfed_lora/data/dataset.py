@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from rayfed_lora import seeds
-from rayfed_lora.data import builtin, classes, columns, images, naming, sources, turns
+from rayfed_lora.data import classes, columns, images, naming, sources, turns
 from rayfed_lora.data.columns import IMAGE_TASK
 from rayfed_lora.data.place import Place
 from rayfed_lora.data.raw_tables import RawData
 from rayfed_lora.errors import DataError
+from rayfed_lora.plugins.tables import DATA
 from rayfed_lora.recipe.data import Data
 
 LANGUAGE_TASK = columns.LANGUAGE_TASK
@@ -71,7 +72,7 @@ def load(
     Raises:
         DataError: the source cannot be found, read or used as the recipe asks.
     """
-    raw = sources.read(data, task, numbers)
+    raw = sources.read(data, task, numbers, seed)
     where = sources.place("data.source", data.source, raw.files)
     form = _PLAIN
     if task == LANGUAGE_TASK:
@@ -119,7 +120,8 @@ def load(
 
 
 def _are_floats(table: pa.Table, source: str | Sequence[str], data: Data, task: str) -> bool:
-    if task != IMAGE_TASK or (isinstance(source, str) and source in builtin.BUILTIN):
+    built_in = isinstance(source, str) and source in DATA and DATA.method(source).built_in
+    if task != IMAGE_TASK or built_in:
         return False
     column, _ = columns.find(table, data, "image_column", Place(""))
     return images.are_floats(column.type)

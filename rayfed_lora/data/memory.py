@@ -18,8 +18,8 @@ from rayfed_lora.locations import each
 
 MEMORY_PREFIX = "memory:"
 _EXPECTED = (
-    "a pandas DataFrame, a datasets.Dataset or DatasetDict, a pyarrow Table, or (train, test) of"
-    " them"
+    "a pandas DataFrame, a datasets.Dataset or DatasetDict, a pyarrow Table, a list of dicts, or"
+    " (train, test) of them"
 )
 
 
@@ -41,21 +41,27 @@ def source_of(data: Any) -> str:
 
     Args:
         data: a pandas DataFrame, a `datasets.Dataset` or `DatasetDict` (splits train and test), a
-            pyarrow Table, or a pair (train, test) of them. Columns as for files.
+            pyarrow Table, a list of rows as dicts by column, or a pair (train, test) of them.
+            Columns as for files.
 
     Raises:
         DataError: something else, or a column that pyarrow cannot hold.
     """
-    held = _held(data)
+    held = as_held(data)
+    source = MEMORY_PREFIX + digest_of(held)[:32]
+    _HELD[source] = held
+    return source
+
+
+def digest_of(held: Held) -> str:
+    """Return the SHA-256 of rows and names of classes, however they are cut into chunks."""
     digest = hashlib.sha256()
     for table in (held.train, held.test):
         digest.update(b"table" if table is not None else b"none")
         if table is not None:
             _update(digest, table)
     digest.update(repr(sorted((k, list(v)) for k, v in held.class_names.items())).encode())
-    source = MEMORY_PREFIX + digest.hexdigest()[:32]
-    _HELD[source] = held
-    return source
+    return digest.hexdigest()
 
 
 def held_for(sources: Iterable[str | Sequence[str] | None]) -> dict[str, Held]:
@@ -79,7 +85,11 @@ def read_memory(source: str, labels: Sequence[str]) -> RawData:
     Raises:
         DataError: this process was not handed them.
     """
-    held = _found(source)
+    return as_raw(_found(source), labels)
+
+
+def as_raw(held: Held, labels: Sequence[str]) -> RawData:
+    """Return rows as a source gives them; `labels` as for `read_memory`."""
     column = next((name for name in labels if name in held.train.column_names), None)
     names = held.class_names.get(column or "")
     return RawData(held.train, held.test, None if names is None else tuple(names))
@@ -95,7 +105,8 @@ def _found(source: str) -> Held:
     return held
 
 
-def _held(data: Any) -> Held:
+def as_held(data: Any) -> Held:
+    """Return the rows of what `source_of` takes; raises DataError as it does."""
     if isinstance(data, tuple) and len(data) == 2:
         (train, names), (test, _) = map(_table, data)
         return Held(train, test, names)
@@ -106,7 +117,7 @@ def _held(data: Any) -> Held:
                 f"data: expected the splits train and, where there is one, test, got {list(data)}"
             )
         test = data.get("test")
-        return _held(data["train"] if test is None else (data["train"], test))
+        return as_held(data["train"] if test is None else (data["train"], test))
     table, names = _table(data)
     return Held(table, None, names)
 
@@ -116,6 +127,8 @@ def _table(data: Any) -> tuple[pa.Table, Mapping[str, Sequence[str]]]:
     names: dict[str, Sequence[str]] = {}
     package = type(data).__module__.partition(".")[0]
     try:
+        if isinstance(data, list) and all(isinstance(row, dict) for row in data):
+            return _table(_frame(data))
         if isinstance(data, pa.Table):
             table = data
         elif package == "pandas" and hasattr(data, "columns"):
@@ -138,6 +151,13 @@ def _table(data: Any) -> tuple[pa.Table, Mapping[str, Sequence[str]]]:
         for column in table.columns
     ]
     return pa.table(plain, names=table.column_names), names
+
+
+def _frame(rows: list[dict[str, Any]]) -> Any:
+    """Return rows as a DataFrame, whose cells may be arrays."""
+    import pandas as pd
+
+    return pd.DataFrame(rows)
 
 
 def _with_lists(frame: Any) -> Any:

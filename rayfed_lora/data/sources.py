@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,21 +13,13 @@ from pathlib import PurePosixPath
 
 import pyarrow as pa
 
-from rayfed_lora.data import (
-    builtin,
-    columns,
-    folders,
-    hub,
-    image_files,
-    memory,
-    raw_tables,
-    turns,
-)
+from rayfed_lora.data import columns, folders, hub, image_files, memory, raw_tables, turns
 from rayfed_lora.data.folders import Located
 from rayfed_lora.data.hub import TEST_OPTION, Wanted
 from rayfed_lora.data.place import Place
 from rayfed_lora.data.raw_tables import RawData
 from rayfed_lora.errors import DataError
+from rayfed_lora.plugins.tables import DATA
 from rayfed_lora.recipe.data import Data
 
 # Name and number of rows of each file.
@@ -51,19 +44,19 @@ _ADVICE = {
 }
 
 
-def read(data: Data, task: str, numbers: Sequence[str] = ()) -> RawData:
+def read(data: Data, task: str, numbers: Sequence[str] = (), seed: int = 0) -> RawData:
     """Read `data.source` and, if set, `data.test_source`, whose rows are the test rows.
 
     Paths in image columns are replaced by the images' bytes. `numbers` are further columns
-    that the recipe names.
+    that the recipe names, `seed` is that of the run.
 
     Raises:
         DataError: a source cannot be found or read, or the two share a file.
     """
-    raw = _read(data.source, "data.source", data, task, numbers)
+    raw = _read(data.source, "data.source", data, task, numbers, seed)
     if data.test_source is None:
         return raw
-    other = _read(data.test_source, TEST_OPTION, data, task, ())
+    other = _read(data.test_source, TEST_OPTION, data, task, (), seed)
     where = place(TEST_OPTION, data.test_source, ())
     test, typed, files = other.train, other.typed, other.files
     if other.test is not None:
@@ -95,7 +88,12 @@ def place(option: str, source: str | Sequence[str], files: Files) -> Place:
 
 
 def _read(
-    source: str | Sequence[str], option: str, data: Data, task: str, numbers: Sequence[str]
+    source: str | Sequence[str],
+    option: str,
+    data: Data,
+    task: str,
+    numbers: Sequence[str],
+    seed: int,
 ) -> RawData:
     wanted = Wanted(
         option,
@@ -103,8 +101,12 @@ def _read(
         columns.candidates(data, "image_column") if task == columns.IMAGE_TASK else (),
     )
     if isinstance(source, str):
-        if source in builtin.BUILTIN:
-            return _builtin(source, task)
+        if source in DATA:
+            # Options beside `source` are those of the method that it names.
+            values = data.options if option == "data.source" else {}
+            chosen = DATA.with_options(source, values)
+            chosen.check_task(task, option)
+            return _as_files(source, chosen.read(seed, wanted.labels))
         if source.startswith(memory.MEMORY_PREFIX):
             return memory.read_memory(source, wanted.labels)
         if source.startswith(hub.HUB_PREFIX):
@@ -136,8 +138,7 @@ def _read(
     return RawData(train, test, None, typed, test_typed, files, test_files, notes)
 
 
-def _builtin(source: str, task: str) -> RawData:
-    raw = builtin.read(source, task)
+def _as_files(source: str, raw: RawData) -> RawData:
     if raw.test is None:
         return replace(raw, files=((source, raw.train.num_rows),))
     return replace(raw, test_files=((f"{source}, test split", raw.test.num_rows),))
@@ -147,10 +148,12 @@ def _check_form(location: str, option: str) -> None:
     """Reject a location that can be no table, pattern or folder."""
     if location and (raw_tables.is_table(location) or folders.is_folder_or_pattern(location)):
         return
-    near = difflib.get_close_matches(location, builtin.BUILTIN, n=1)
+    near = difflib.get_close_matches(location, DATA, n=1)
     advice = _ADVICE.get(PurePosixPath(location).suffix.lower())
+    if re.fullmatch(r"[\w.]+:\w+", location):
+        advice = "an own method of a module needs --plugins MODULE, or run(plugins=[MODULE])"
     raise DataError(
-        f"{option} {location!r}: need a built-in name ({', '.join(builtin.BUILTIN)}), a path or URI"
+        f"{option} {location!r}: need a name ({', '.join(DATA)}), a path or URI"
         f" ending in {' '.join(raw_tables.READERS)} (or {' '.join(raw_tables.COMPRESSIONS)} after"
         " it), a pattern such as FOLDER/*.csv, a folder that is there, or hf:<id>"
         + (f" (did you mean {near[0]!r}?)" if near else "")

@@ -11,6 +11,7 @@ from rayfed_lora.data.memory import MEMORY_PREFIX
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.locations import each
 from rayfed_lora.plugins.modules import folder_of
+from rayfed_lora.plugins.tables import DATA
 from rayfed_lora.recipe.chosen import chosen_methods
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.runs.location import with_absolute_paths
@@ -85,7 +86,7 @@ def files_named(recipe: Recipe) -> list[tuple[str, str]]:
     for (key, written), (_, path) in zip(_sources(recipe), absolute, strict=True):
         if path.startswith("/"):
             found.append((key, path))
-        elif _is_relative_path(key, written):
+        elif written not in DATA and _is_relative_path(key, written):
             raise BadInputError(
                 f"{key}: {written!r} is not here, and a job runs in another folder: give a URI, or"
                 " an absolute path that every node of the cluster sees"

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load
 
+from rayfed_lora.data.memory import as_held, digest_of, source_of
 from rayfed_lora.engines.factory import TorchFactory
 from rayfed_lora.errors import PluginError
 from rayfed_lora.launching.this_process import local_engine
@@ -70,7 +71,7 @@ def check_plugin(module: str) -> list[Check]:
     """Run each method of a module on a small recipe in several ways, and compare the results.
 
     One trainer twice, two trainers, and a stop and resume after half of the rounds have to give
-    the same bits; blocks of another size, the same up to rounding.
+    the same bits; blocks of another size, the same up to rounding. Data sets are read twice.
 
     Raises:
         PluginError: the module cannot be imported, or has no method that a recipe can name.
@@ -88,30 +89,54 @@ def check_plugin(module: str) -> list[Check]:
 
 
 def _outcomes(method: Method[Any], module: str) -> Iterator[tuple[str, str]]:
+    if method.kind == "data":
+        # The recipe below is for images of one size: rows are only read.
+        once, again = (digest_of(as_held(method.value.rows(seed=0))) for _ in range(2))
+        yield "read again", "equal" if once == again else f"SHA-256 {again} in place of {once}"
+        return
     if method.kind == "metric":
         own: Mapping[str, Any] = {"evaluation.metrics": [method.name]}
     else:
         own = settings_of(method, {})
     mode = {"annealing.mode": "fixed"} if method.kind == "objective" else {}
-    recipe = load_recipe("digits-vit", {**_BASE, **mode, **own}, plugins=[module])
-
-    def changed(**runtime: Any) -> Recipe:
-        keys = {f"runtime.{key}": value for key, value in runtime.items()}
-        return load_recipe(recipe, keys)
-
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
+        if method.kind == "model" and method.value.task != "image-classification":
+            mode = _texts(place, method)
+        recipe = load_recipe("digits-vit", {**_BASE, **mode, **own}, plugins=[module])
         first, weights = _run(recipe, place / "once")
         for way, other in (
             ("one trainer again", _run(recipe, place / "again")),
-            ("two trainers", _run(changed(client_actors=2), place / "two")),
+            ("two trainers", _run(_changed(recipe, client_actors=2), place / "two")),
             ("stop and resume", _run(recipe, place / "resumed", stop_after=2)),
         ):
             yield way, "equal" if other[0] == first else f"SHA-256 {other[0]} in place of {first}"
-        _, blocks = _run(changed(cohort_size=2), place / "blocks")
+        _, blocks = _run(_changed(recipe, cohort_size=2), place / "blocks")
         apart = max((_distance(blocks[n], w) for n, w in weights.items()), default=0.0)
         equal = f"equal up to rounding ({apart:.1e})"
         yield "smaller blocks", equal if apart <= _ROUNDING else f"weights {apart:.1e} apart"
+
+
+def _changed(recipe: Recipe, **runtime: Any) -> Recipe:
+    return load_recipe(recipe, {f"runtime.{key}": value for key, value in runtime.items()})
+
+
+def _texts(folder: Path, method: Method[Any]) -> dict[str, Any]:
+    """Return a recipe's values for texts of drawn words, with a tokenizer of these in a folder."""
+    # Here, as it imports transformers.
+    from rayfed_lora.models.word_tokenizer import write_word_tokenizer
+
+    words = [f"w{i}" for i in range(20)]
+    write_word_tokenizer(folder / "tokenizer", words)
+    drawn = np.random.default_rng(0).integers(len(words), size=(300, 8))
+    rows = [{"text": " ".join(words[i] for i in row), "label": int(row[0] % 2)} for row in drawn]
+    return {
+        "data.source": source_of(rows),
+        "data.max_length": 8,
+        "model.task": method.value.task,
+        "model.tokenizer": str(folder / "tokenizer"),
+        "adapter.train_head": method.value.task != "causal-lm",
+    }
 
 
 def _distance(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:

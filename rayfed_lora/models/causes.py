@@ -45,7 +45,9 @@ def tried(model: Model, config: Any, attempt: Callable[[Any], R]) -> R:
 
 def _causes(model: Model, config: Any, attempt: Callable[[Any], object]) -> dict[str, Any]:
     """Return the keys of which another value lets the attempt succeed, each with that value."""
-    facts = {name: getattr(config, name) for name in _FROM_DATA if hasattr(config, name)}
+    # `data.max_length` of own models for texts.
+    known = (*_FROM_DATA, *(() if model.own is None else ("max_position_embeddings",)))
+    facts = {name: getattr(config, name) for name in known if hasattr(config, name)}
     found = {}
     for key in model.config:
         if key == "architecture":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
@@ -114,7 +114,7 @@ class Comparison:
     Attributes:
         runs: one row per run: method, seed, location, error (None where it finished), metrics,
             bytes, accuracy per MB sent, rounds, bytes and simulated seconds to the target (missing
-            where not reached), times.
+            where not reached), times, SHA-256 of the examples and of the adapter.
         methods: one row per method: number of finished runs, and of the columns of `runs` the mean
             and sample standard deviation over seeds (missing with one seed).
         rounds: rounds.parquet of all runs, with method, seed and `bytes_so_far`, up and down.
@@ -149,6 +149,8 @@ class Comparison:
         if not found:
             reasons = "\n".join(f"{location}: {why}" for location, why in failed.items())
             raise RunError(f"no run of the comparison finished\n{reasons}")
+        for line in _changed_data([(cell, summary) for cell, summary, _ in found]):
+            say(line)
         rounds = pd.concat([table for _, _, table in found], ignore_index=True)
         best = float(rounds["eval_accuracy"].max())
         target = _TARGET_SHARE * best if target is None else target
@@ -185,6 +187,26 @@ def _read(cell: Cell) -> tuple[Mapping[str, Any], pd.DataFrame]:
     return summary, rounds
 
 
+def _changed_data(found: Sequence[tuple[Cell, Mapping[str, Any]]]) -> Iterator[str]:
+    """Yield a line for each run whose examples are not those of an earlier run of the same data.
+
+    Rows in files, and those that own methods return, may change while a comparison grows.
+    """
+    first: dict[str, tuple[Cell, str]] = {}
+    for cell, summary in found:
+        digest = summary.get("data_sha256")  # earlier versions have none
+        if digest is None:
+            continue
+        same = repr((cell.seed, cell.recipe.data, cell.recipe.model))
+        earlier, expected = first.setdefault(same, (cell, digest))
+        if digest != expected:
+            yield (
+                f"{cell.location}: its examples (data_sha256 {digest[:12]}) are not those of"
+                f" {earlier.location} ({expected[:12]}), and their results cannot be compared:"
+                " the source has changed in between; delete the older run and compare again"
+            )
+
+
 def _key(cell: Cell, error: str | None) -> dict[str, Any]:
     return {"method": cell.method, "seed": cell.seed, "location": cell.location, "error": error}
 
@@ -208,6 +230,7 @@ def _row(
         # Missing where no time is simulated.
         row["simulated_s_to_target"] = first["simulated_so_far"]
     row["wall_s"] = summary["timing"]["wall_s"]
+    row["data_sha256"] = summary.get("data_sha256")
     return row | {name: summary[name] for name in ("failed_clients", "adapter_sha256")}
 
 

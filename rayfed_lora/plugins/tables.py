@@ -25,9 +25,11 @@ WEIGHTS: Table[Callable[..., float]] = Table("weight", "rayfed_lora.tasks.traini
 METRICS: Table[Any] = Table("metric", "rayfed_lora.federation.evaluation")
 # (parameters, lr) -> a torch optimiser.
 OPTIMIZERS: Table[Callable[..., Any]] = Table("optimizer", "rayfed_lora.plugins.optimizers")
-# (channels, height, width, classes) -> nn.Module; none is built in.
-MODELS: Table[Callable[..., Any]] = Table("model")
+# A `Builder`; see `plugins.models.model`; none is built in.
+MODELS: Table[Any] = Table("model")
 OBJECTIVES: Table[Any] = Table("objective", "rayfed_lora.objectives.objectives")
 UPDATES: Table[Any] = Table("update", "rayfed_lora.wire.updates")
+# A `Source`; see `data.source.data`.
+DATA: Table[Any] = Table("data", "rayfed_lora.data.source")
 # (labels, clients, rng) -> client of each example; see `data.partitions.partition`.
 PARTITIONS: Table[Callable[..., Any]] = Table("partition", "rayfed_lora.data.partitions")

@@ -8,8 +8,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from rayfed_lora.plugins.registry import Method
-from rayfed_lora.plugins.tables import ACCEPTANCES, ALLOCATIONS, METRICS, SHAPES
+from rayfed_lora.plugins.tables import ACCEPTANCES, ALLOCATIONS, DATA, METRICS, SHAPES
 from rayfed_lora.recipe.annealing import Annealing
+from rayfed_lora.recipe.data import Data
 from rayfed_lora.recipe.fields import Choosing
 from rayfed_lora.recipe.model import Model
 from rayfed_lora.recipe.runtime import Evaluation
@@ -18,8 +19,10 @@ from rayfed_lora.recipe.runtime import Evaluation
 def chosen_methods(section: BaseModel) -> Iterator[Method[Any]]:
     """Yield the methods that a section and those inside it choose, in the order of the keys."""
     if isinstance(section, Choosing):
-        key, table = section.choice
-        yield table.method(getattr(section, key))
+        yield from () if section.chosen is None else (section.chosen,)
+    if isinstance(section, Data) and isinstance(section.test_source, str):
+        if section.test_source in DATA:
+            yield DATA.method(section.test_source)
     if isinstance(section, Evaluation):
         yield from map(METRICS.method, section.metrics)
     if isinstance(section, Model) and section.own is not None:

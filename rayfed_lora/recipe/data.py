@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_core import InitErrorDetails
 
-from rayfed_lora.plugins.tables import PARTITIONS
+from rayfed_lora.plugins.tables import DATA, PARTITIONS
 from rayfed_lora.recipe.fields import (
     Auto,
     Choosing,
@@ -87,12 +89,31 @@ class TextFormat(Section):
     )
 
 
-class Data(Section):
-    """Where the examples come from and how they are split."""
+class Data(Choosing):
+    """Where the examples come from and how they are split.
+
+    Options of a method that `source` names stand beside it.
+    """
+
+    choice = ("source", DATA)
+
+    @classmethod
+    def _checked(cls, name: str, others: Mapping[Any, Any]) -> dict[str, Any]:
+        """Return the options of the method that `source` names, if it names one that has any."""
+        if others and not (name in DATA and DATA.method(name).options.model_fields):
+            raise ValidationError.from_exception_data(
+                cls.__name__,
+                [
+                    InitErrorDetails(type="extra_forbidden", loc=(key,), input=value)
+                    for key, value in others.items()
+                ],
+            )
+        return super()._checked(name, others)
 
     source: Sources = option(
         "digits",
-        "a built-in name (digits, trec, vader, fashion-mnist); a path or URI of a .parquet, .csv,"
+        "a built-in name (digits, trec, vader, fashion-mnist) or that of an own method, whose"
+        " options stand beside it; a path or URI of a .parquet, .csv,"
         " .tsv, .jsonl, .json or .arrow file, also packed (.csv.gz), a pattern (rows-*.csv), or a"
         " list of them; a folder of such files, of images by class, or of datasets.save_to_disk; or"
         " hf:ID, hf:ID:CONFIGURATION or hf:ID:CONFIGURATION:SPLIT of a Hugging Face data set",

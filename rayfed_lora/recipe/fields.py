@@ -28,7 +28,7 @@ from pydantic_core import (
 )
 
 from rayfed_lora.plugins.options import Options
-from rayfed_lora.plugins.registry import Table
+from rayfed_lora.plugins.registry import Method, Table
 from rayfed_lora.recipe.plain_values import plain
 
 Auto = Literal["auto"]
@@ -148,7 +148,7 @@ class Choosing(Section):
     def _checked(cls, name: str, others: Mapping[Any, Any]) -> dict[str, Any]:
         """Return the values of all options of a method that are no keys of the section."""
         _, table = cls.choice
-        model = table.method(name).options
+        model = table.method(name).options if name in table else Options
         known = [option for option in model.model_fields if option not in cls.model_fields]
         unknown = [option for option in others if option not in known]
         if unknown:
@@ -160,10 +160,18 @@ class Choosing(Section):
         return beside.model_validate(dict(others)).model_dump(mode="json") if known else {}
 
     @property
+    def chosen(self) -> Method[Any] | None:
+        """The method; None where the key may hold something else, and does."""
+        key, table = self.choice
+        name = getattr(self, key)
+        return table.method(name) if isinstance(name, str) and name in table else None
+
+    @property
     def own_options(self) -> dict[str, Any]:
         """The values of the method's options alone."""
-        key, table = self.choice
-        known, found = table.method(getattr(self, key)).options.model_fields, self.options
+        if self.chosen is None:
+            return {}
+        known, found = self.chosen.options.model_fields, self.options
         return {name: found[name] for name in known if name in found}
 
     @property

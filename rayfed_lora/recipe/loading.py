@@ -220,10 +220,16 @@ def _without_old_options(before: Mapping[str, Any], content: dict[str, Any]) -> 
         if kind not in TABLES or not isinstance(old, Mapping) or not isinstance(new, Mapping):
             continue
         names, table = (old.get(choice), new.get(choice)), TABLES[kind]
-        if names[0] == names[1] or not all(isinstance(n, str) and n in table for n in names):
+        if names[0] == names[1]:
             continue
-        gone, kept = (set(table.method(str(n)).options.model_fields) for n in names)
-        gone -= kept | set(known_keys(section))
+        # A source of data may be a file in place of a method.
+        gone, kept = (
+            set(table.method(n).options.model_fields)
+            if isinstance(n, str) and n in table
+            else set()
+            for n in names
+        )
+        gone = gone - kept - set(known_keys(section))
         stale = {option for option in gone if option in old and new.get(option) == old[option]}
         inner: Any = {option: value for option, value in new.items() if option not in stale}
         for part in reversed(section[1:]):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from rayfed_lora.plugins.models import FACTS
 from rayfed_lora.plugins.registry import Method
 from rayfed_lora.plugins.tables import MODELS
 from rayfed_lora.recipe.fields import Auto, Fraction, PositiveFloat, Section, option
@@ -20,10 +21,6 @@ AUTO_CLASSES = {
     "text-classification": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
 }
-
-
-# Keys of `config` that are not options of an own model.
-_OF_IMAGES = frozenset({"architecture", "image_size", "num_channels", "num_labels"})
 
 
 class Model(Section):
@@ -39,8 +36,8 @@ class Model(Section):
     source: str = option(
         "config",
         "config (random initial weights), package:<name>[/<folder>] (a model inside an installed"
-        " Python package), a local folder, a .gguf file, alone or as package:<name>/<file>.gguf, or"
-        " a hub id",
+        " Python package), a local folder, a .gguf file, alone or as package:<name>/<file>.gguf, a"
+        " hub id, or an own model, whose options stand beside it",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
@@ -66,7 +63,8 @@ class Model(Section):
         source = given.get("source") if isinstance(given, Mapping) else None
         if not isinstance(source, str) or source not in MODELS:
             return given
-        fields, own = cls.model_fields, MODELS.method(source).options.model_fields
+        method = MODELS.method(source)
+        fields, own = cls.model_fields, method.options.model_fields
         options = {key: value for key, value in given.items() if key not in fields and key in own}
         kept = {key: value for key, value in given.items() if key not in options}
         written = given.get("config") or {}
@@ -75,7 +73,8 @@ class Model(Section):
             not isinstance(written, Mapping) or written.get("architecture", source) != source
         )
         config = {**({} if of_another else written), **options, "architecture": source}
-        return {**kept, "source": "config", "config": config}
+        named = {"task": method.value.task, **kept}
+        return {**named, "source": "config", "config": config}
 
     @property
     def own(self) -> Method[Any] | None:
@@ -87,11 +86,13 @@ class Model(Section):
     def _fits_own(self) -> Model:
         if self.own is None:
             return self
-        if self.task != "image-classification":
+        task = self.own.value.task
+        if self.task != task:
             raise PydanticCustomError(
-                "own_model", f"expected task image-classification with own model {self.own.name!r}"
+                "own_model", f"expected task {task} with own model {self.own.name!r}"
             )
-        options = {key: v for key, v in self.config.items() if key not in _OF_IMAGES}
+        others = {"architecture", "num_labels", *FACTS[task]}
+        options = {key: v for key, v in self.config.items() if key not in others}
         try:
             self.own.options.model_validate(options)
         except ValidationError as error:

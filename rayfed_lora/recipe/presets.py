@@ -15,6 +15,7 @@ from typing import Any
 
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.endpoints import guarded_in
+from rayfed_lora.plugins.tables import MODELS
 from rayfed_lora.recipe.plain_values import excess, merged, plain, value_at
 
 
@@ -108,5 +109,8 @@ def method_of(raw: Mapping[str, Any]) -> Any:
 
 def task_defaults(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the defaults that differ for a recipe's task: a language model has no head."""
-    language = value_at(raw, "model", "task") == "causal-lm"
+    task, source = value_at(raw, "model", "task"), value_at(raw, "model", "source")
+    if task is None and isinstance(source, str) and source in MODELS:
+        task = MODELS[source].task
+    language = task == "causal-lm"
     return {"adapter": {"train_head": False}} if language else {}

@@ -13,6 +13,7 @@ from rayfed_lora.errors import RecipeError, RunFolderError
 from rayfed_lora.locations import child
 from rayfed_lora.plugins.modules import flags, missing
 from rayfed_lora.printable import echo
+from rayfed_lora.recipe.data import Data
 from rayfed_lora.recipe.loading import load_recipe
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.recipe.runtime import Runtime
@@ -135,7 +136,9 @@ def kept_recipe(
             raw = {key: raw[key] for key in _OF_THE_MODEL if key in raw}
             data = raw.get("data")
             if isinstance(data, Mapping):
-                raw["data"] = {key: value for key, value in data.items() if key != "partition"}
+                # Not the options of an own data set.
+                known = set(Data.model_fields) - {"partition"}
+                raw["data"] = {key: value for key, value in data.items() if key in known}
         return load_recipe(raw, endpoints=endpoints)
     except (OSError, ValueError, RecipeError) as error:
         where = child(folder.location, "recipe.yaml")

@@ -11,9 +11,9 @@ from uuid import uuid4
 
 from pydantic import BaseModel
 
-from rayfed_lora.data.builtin import BUILTIN
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.locations import each, is_uri, pattern_start
+from rayfed_lora.plugins.tables import DATA
 from rayfed_lora.recipe.data import Data
 from rayfed_lora.recipe.recipe import Recipe
 
@@ -90,7 +90,7 @@ def _absolute(source: str, is_data: bool) -> str:
         return os.path.join(os.path.abspath(folder), *parts) if os.path.isdir(folder) else source
     if os.path.exists(os.path.expanduser(source)):
         source = os.path.expanduser(source)
-    # A folder that happens to have a built-in name does not hide that name.
-    is_folder = source not in BUILTIN if is_data else Path(source, "config.json").is_file()
+    # A folder that happens to have the name of a data set does not hide that name.
+    is_folder = source not in DATA if is_data else Path(source, "config.json").is_file()
     is_path = Path(source).suffix or os.sep in source or is_folder
     return os.path.abspath(source) if is_path and os.path.exists(source) else source

@@ -32,7 +32,7 @@ from rayfed_lora.runs.model_card import (
 from rayfed_lora.runs.restored import run_of, snapshot
 from rayfed_lora.runs.round_adapters import is_due, keep_adapter, kept_sums
 from rayfed_lora.runs.status import StatusBoard
-from rayfed_lora.runs.summary import client_summary, selection_summary, summary
+from rayfed_lora.runs.summary import client_summary, data_summary, selection_summary, summary
 from rayfed_lora.runs.tables import PARTITION_FILE, Tables
 from rayfed_lora.storage import RunFolder
 from rayfed_lora.tasks.engine import Engine, Population
@@ -166,6 +166,7 @@ class Saving:
         totals, timing = self.ledger.totals, self._timing(run)
         clients = self.population.clients
         result = summary(self.recipe, tables.rounds, totals, timing, digest, clients)
+        result |= data_summary(self.population.fingerprint)
         tests = tables.last_tests(run.rounds - 1)
         if tests.num_rows > 0:
             result["clients"] = client_summary(tests)

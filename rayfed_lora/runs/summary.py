@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -20,6 +22,8 @@ from rayfed_lora.recipe.recipe import Recipe
 _PACKAGES = ("rayfed-lora", "ray", "torch", "peft", "transformers", "numpy", "pyarrow")
 # What the global model is tested for, in rounds.parquet; missing where it is not measured.
 TESTED = tuple(f"eval_{metric}" for metric in BUILT_IN)
+# Parts of the data's fingerprint that do not depend on clients.
+_ROWS = ("training examples", "validation examples", "test examples", "names of classes")
 _METRICS = ("round", *TESTED, "train_loss")
 
 
@@ -63,6 +67,17 @@ def summary(
         "adapter_sha256": adapter_sha256,
         "versions": versions(),
     }
+
+
+def data_summary(fingerprint: Mapping[str, str]) -> dict[str, str]:
+    """Return `data_sha256`, of a run's examples as the model gets them, in all splits.
+
+    Dealing them to clients does not change it. Nothing is returned without a fingerprint.
+    """
+    if not fingerprint:
+        return {}
+    content = json.dumps([fingerprint.get(part) for part in _ROWS])
+    return {"data_sha256": hashlib.sha256(content.encode()).hexdigest()}
 
 
 def selection_summary(recipe: Recipe, rounds: pa.Table, selection: Selection) -> dict[str, Any]:

@@ -124,9 +124,13 @@ def _facts(recipe: Recipe, dataset: Dataset, tokenizer: Any) -> dict[str, Any]:
     facts = {} if language else base_models.label_facts(dataset.label_names)
     if recipe.model.source == "config" and tokenizer is not None:
         facts |= token_facts(tokenizer, padding=not language)
+        if recipe.model.own is not None:
+            facts["max_position_embeddings"] = recipe.data.max_length
     if recipe.model.source == "config" and recipe.model.task == IMAGE_TASK:
-        channels, height, _ = dataset.test["image"].type.shape
-        facts |= {"num_channels": channels, "image_size": height}
+        channels, height, width = dataset.test["image"].type.shape
+        # Own models may be for rows of numbers, and other images that are not square.
+        size = height if height == width or recipe.model.own is None else [height, width]
+        facts |= {"num_channels": channels, "image_size": size}
     return facts
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import rayfed_lora
 from rayfed_lora.data.memory import read_memory
-from rayfed_lora.plugins import objective, rule, sampler
+from rayfed_lora.plugins import data, model, objective, rule, sampler
 from tests.fakes import RECIPE, FakeFactory
 
 pytestmark = [
@@ -123,6 +123,56 @@ def test_a_search_draws_the_option_of_an_own_method(module, tmp_path):
         )
         assert alone.summary["final"]["eval_loss"] == row["eval_loss"]
     assert result.trials["eval_loss"].nunique() == 2
+
+
+def own_rows_and_model() -> list[object]:
+    """Return a data set and a model that no module can be imported for."""
+
+    @data("rows-of-a-test")
+    def rows(rng, *, count: int = 60):
+        pixels = rng.integers(256, size=(count, 4, 4)).astype(np.uint8)
+        return pd.DataFrame({"image": list(pixels), "label": np.arange(count) % 3})
+
+    @model("linear-of-a-test")
+    def linear(channels, height, width, classes, *, hidden: int = 5):
+        from torch import nn
+
+        pixels = channels * height * width
+        return nn.Sequential(nn.Flatten(), nn.Linear(pixels, hidden), nn.Linear(hidden, classes))
+
+    return [rows(count=48), linear(hidden=6)]
+
+
+def test_own_rows_and_an_own_model_give_on_one_and_two_actors_what_they_give_here(tmp_path):
+    plugins = own_rows_and_model()
+    values = {
+        "name": "own",
+        "data": {"partition": {"kind": "iid", "clients": 4}},
+        "adapter": {"target_modules": ["net.1"]},
+        "annealing": {
+            "initiating": {"rounds": 1},
+            "heating": {"rounds": 1, "rank": 2},
+            "cooling": {"rounds": 1, "rank": 1},
+            "holding": {"rounds": 0},
+        },
+        "clients": {"per_round": 3, "local_steps": 2, "batch_size": 4},
+    }
+    recipe = rayfed_lora.load_recipe(values, HERE, plugins=plugins)
+    frame = pd.DataFrame(
+        {"image": [np.full((4, 4), i, np.uint8) for i in range(60)], "label": np.arange(60) % 3}
+    )
+    for data_name, rows in {"own": None, "frame": frame}.items():
+        hashes = {}
+        for way, settings in {
+            "thread": {"runtime.executor": "local", "runtime.client_actors": 1},
+            "threads": {"runtime.executor": "local", "runtime.client_actors": 2},
+            "one actor": {**ON_RAY, "runtime.client_actors": 1},
+            "two actors": ON_RAY,
+        }.items():
+            place = str(tmp_path / data_name / way)
+            run = rayfed_lora.run(recipe.with_(settings), place, plugins=plugins, data=rows)
+            hashes[way] = run.summary["adapter_sha256"]
+        assert len(set(hashes.values())) == 1, hashes
 
 
 class Reading(FakeFactory):

