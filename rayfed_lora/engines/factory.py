@@ -17,7 +17,7 @@ from rayfed_lora.tasks.engine import Population, Trainer
 if TYPE_CHECKING:
     from rayfed_lora.data.memory import Held
     from rayfed_lora.data.workload import Workload
-    from rayfed_lora.training.trainer import Weights
+    from rayfed_lora.training.weights import Weights
 
 
 class Factory(Protocol):
@@ -81,7 +81,7 @@ class TorchFactory:
 
     def weights(self, recipe: Recipe, workload: Workload) -> Weights:
         """Read the base model's weights."""
-        from rayfed_lora.training.trainer import built_weights
+        from rayfed_lora.training.weights import built_weights
 
         return built_weights(recipe, workload)
 

@@ -13,28 +13,26 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import nn
 
 from rayfed_lora.data.client_numbers import ClientSettings
 from rayfed_lora.data.columns import LANGUAGE_TASK
 from rayfed_lora.data.examples import PIXELS
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import BlockMemoryError, RunError
-from rayfed_lora.models import base_models, base_weights
+from rayfed_lora.models import base_models
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.attention import choose_attention
 from rayfed_lora.models.checkpointing import Checkpointing
 from rayfed_lora.models.first_token import read_first_token_only
 from rayfed_lora.models.language import language_loss
-from rayfed_lora.models.mixing import Verdict, drops
+from rayfed_lora.models.mixing import drops
 from rayfed_lora.models.recorded import RecordedPasses
 from rayfed_lora.models.shapes import model_shape
 from rayfed_lora.objectives.remembered import Remembered
@@ -70,8 +68,9 @@ from rayfed_lora.training.optimizing import (
     cut_to,
     fresh_optimizer,
 )
-from rayfed_lora.training.proof import judged, tried_on
+from rayfed_lora.training.proof import judged
 from rayfed_lora.training.testing import Evaluator, know_threads
+from rayfed_lora.training.weights import Weights, assembled, built_weights
 from rayfed_lora.types import AdapterState, Answer, Base, Device, GlobalModel, LocalPlan, ModelShape
 
 if TYPE_CHECKING:
@@ -80,45 +79,6 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 # Held by who draws from torch's own state, which is that of the whole process.
 _DRAWING = Lock()
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A base model, the same for all trainers of a run; depends on data and model only.
-
-    Attributes:
-        arrays: the weights of the source, by parameter and buffer name.
-        verdict: whether the model computes examples together as it does alone.
-        random: names of the tensors that are not the source's, but drawn.
-    """
-
-    arrays: Mapping[str, npt.NDArray[Any]]
-    verdict: Verdict
-    random: frozenset[str]
-
-
-def built_weights(recipe: Recipe, workload: Workload) -> Weights:
-    """Read or draw the weights of the source, and try them on a few examples.
-
-    Args:
-        recipe: the run; `runtime.device` cuda: for actors with a GPU.
-        workload: from `prepare`.
-
-    Raises:
-        ModelError: they cannot be read, the model cannot compute an example, or the adapter does
-            not fit it.
-    """
-    config = base_models.restored(workload.config)
-    # Faults of the adapter are found before the weights are read.
-    shape = model_shape(base_models.skeleton(recipe.model, config), recipe)
-    net, random = _kept(recipe, config, shape.head)
-    verdict = tried_on(recipe, config, net, workload.train)
-    return Weights(base_weights.arrays_of(net), verdict, random)
-
-
-def _kept(recipe: Recipe, config: Any, trained: Sequence[str]) -> tuple[nn.Module, frozenset[str]]:
-    dtype = base_weights.kept_dtype(recipe.model, on_gpu=recipe.runtime.device == "cuda")
-    return base_weights.build_kept(recipe.model, config, recipe.seed, dtype, trained)
 
 
 class LocalTrainer:
@@ -158,7 +118,7 @@ class LocalTrainer:
         self._shape = judged(self._shape, weights.verdict, recipe)
         self._weights = weights
         self._generating: Generating | None = None
-        net = self._assembled()
+        net = assembled(recipe, workload, weights)
         choose_attention(net, self._device)
         modules = list(self._shape.modules)
         self._model = AdaptedModel(net, recipe.adapter, device, self._shape.obstacle, modules)
@@ -185,12 +145,6 @@ class LocalTrainer:
         plain = runtime.precision == "fp32" and not self._drops
         plain = plain and runtime.checkpoint_activations is not True
         return plain and [*self._workload.train.inputs] == [PIXELS] and self._device.type == "cpu"
-
-    def _assembled(self) -> nn.Module:
-        """Return the plain model on the shared arrays, or another one where that cannot be."""
-        config = base_models.restored(self._workload.config)
-        net = base_weights.assembled(self._recipe.model, config, self._weights.arrays)
-        return net or _kept(self._recipe, config, self._shape.head)[0]
 
     def shape(self) -> ModelShape:
         """Return the model's sizes."""
@@ -351,7 +305,7 @@ class LocalTrainer:
 
         self._model.load([model.state], model.base, model.trainable)
         everything, random = self._model.tensors("full"), self._weights.random
-        net = self._assembled()
+        net = assembled(self._recipe, self._workload, self._weights)
         return export.trained_files(self._recipe, self._workload, model, net, random, everything)
 
 

@@ -17,6 +17,7 @@ from rayfed_lora.errors import DataError
 from rayfed_lora.launching.planning import plan
 from rayfed_lora.training.preparing import prepare
 from rayfed_lora.training.trainer import LocalTrainer
+from rayfed_lora.training.weights import assembled
 from rayfed_lora.types import AdapterState, Base, LocalPlan
 from tests.chats import (
     CHATML,
@@ -123,7 +124,7 @@ def test_losses_are_those_of_transformers_with_other_labels_hidden(
     trainer._model.train(False)
     rows = np.arange(len(workload.test))
     found = trainer._testing.predictions(workload.test.rows(rows))
-    net, responses = trainer._assembled().eval(), loss_on == "response"
+    net, responses = assembled(recipe, workload, trainer._weights).eval(), loss_on == "response"
     expected = plain_loss(net, masked.test.rows(rows).inputs, responses=responses)
     assert found.losses.sum() / found.predicted.sum() == pytest.approx(expected, abs=1e-6)
     # Accuracy is over the same tokens.
@@ -142,7 +143,7 @@ def test_a_client_trains_on_its_responses_alone_or_beside_others(chats: Path) ->
     workload = prepare(recipe)
     trainer = LocalTrainer(recipe, workload)
     updates = train(trainer, [0, 1, 2], zeros(trainer), LocalPlan(0, "adapter", 0.1, 0.0))
-    net = trainer._assembled().train()
+    net = assembled(recipe, workload, trainer._weights).train()
     for client, update in enumerate(updates):
         # A batch of all examples: their order does not matter.
         rows = workload.train.rows(workload.clients.examples(client))

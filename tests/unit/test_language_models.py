@@ -29,7 +29,8 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.training.groups import ClientTask
 from rayfed_lora.training.preparing import prepare
-from rayfed_lora.training.trainer import LocalTrainer, built_weights
+from rayfed_lora.training.trainer import LocalTrainer
+from rayfed_lora.training.weights import assembled, built_weights
 from rayfed_lora.types import AdapterState, Factors, LocalPlan
 from tests.tasks import initial_tensors, train
 
@@ -130,7 +131,7 @@ def test_a_client_trains_as_a_plain_loop_on_transformers_loss_does(texts: Path) 
     for client, update in zip([2, 0], updates, strict=True):
         torch.manual_seed(0)
         # In float64: of the two computations in float32 this was the less exact one.
-        net = LocalTrainer(recipe, workload)._assembled().double()
+        net = assembled(recipe, workload, built_weights(recipe, workload)).double()
         net.requires_grad_(False)
         learned = {}
         for name, f in state.factors.items():

@@ -22,7 +22,8 @@ from rayfed_lora.models.tokens import pad_with
 from rayfed_lora.training import proof
 from rayfed_lora.training.preparing import prepare
 from rayfed_lora.training.proof import examined, judged_without_weights
-from rayfed_lora.training.trainer import LocalTrainer, built_weights
+from rayfed_lora.training.trainer import LocalTrainer
+from rayfed_lora.training.weights import built_weights
 from rayfed_lora.types import ModelShape
 from tests.fakes import make_recipe
 

@@ -19,7 +19,8 @@ from rayfed_lora.models.quiet import quiet
 from rayfed_lora.recipe.model import Adapter
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.training.preparing import prepare
-from rayfed_lora.training.trainer import LocalTrainer, built_weights
+from rayfed_lora.training.trainer import LocalTrainer
+from rayfed_lora.training.weights import built_weights
 from rayfed_lora.types import AdapterState, Base, Factors
 from tests.unit.test_checkpointing import language, trained
 from tests.unit.test_language_models import texts  # noqa: F401 - a fixture

@@ -19,7 +19,8 @@ from transformers import (
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.tasks.messages import Export
 from rayfed_lora.training.preparing import outline, prepare
-from rayfed_lora.training.trainer import LocalTrainer, built_weights
+from rayfed_lora.training.trainer import LocalTrainer
+from rayfed_lora.training.weights import built_weights
 from rayfed_lora.types import AdapterState, Base, GlobalModel
 from tests.fakes import make_recipe
 from tests.small_sources import (

@@ -21,7 +21,7 @@ from transformers import (
 from rayfed_lora.errors import ModelError
 from rayfed_lora.models.quiet import quiet
 from rayfed_lora.training.preparing import outline, prepare
-from rayfed_lora.training.trainer import built_weights
+from rayfed_lora.training.weights import built_weights
 from tests.small_sources import (
     CLASSES,
     Tensors,

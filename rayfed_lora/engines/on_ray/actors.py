@@ -20,7 +20,7 @@ from rayfed_lora.tasks.engine import Population, Reduces, Task
 
 if TYPE_CHECKING:
     from rayfed_lora.data.workload import Workload
-    from rayfed_lora.training.trainer import Weights
+    from rayfed_lora.training.weights import Weights
 
 
 def calls_at_once(trainers: int) -> int:
