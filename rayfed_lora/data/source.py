@@ -12,7 +12,9 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from rayfed_lora import seeds
 from rayfed_lora.errors import DataError
@@ -145,3 +147,15 @@ def fashion_mnist() -> RawData:
     from rayfed_lora.data.builtin import read_fashion_mnist
 
     return read_fashion_mnist()
+
+
+@data(task="causal-lm")
+def short_tasks(
+    *,
+    train: Annotated[int, Field(ge=1, le=500)] = 50,
+    test: Annotated[int, Field(ge=1, le=500)] = 10,
+) -> RawData:
+    """Instructions of six domains with answers of a few tokens; so many tasks a domain."""
+    from rayfed_lora.data.short_tasks import read_short_tasks
+
+    return read_short_tasks(train, test)

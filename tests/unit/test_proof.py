@@ -228,7 +228,7 @@ def test_trainers_that_share_weights_share_the_verdict(monkeypatch: pytest.Monke
     def unexpected(*_: Any) -> Verdict:
         raise AssertionError("tried again")
 
-    monkeypatch.setattr("rayfed_lora.training.trainer.tried_on", unexpected)
+    monkeypatch.setattr("rayfed_lora.training.weights.tried_on", unexpected)
     assert LocalTrainer(recipe, workload, weights=weights).shape().obstacle is None
     query = next(iter(LocalTrainer(recipe, workload, weights=weights).shape().modules))
     for verdict, obstacle, notes in (
