@@ -194,6 +194,14 @@ def test_a_key_without_effect_is_told_with_the_reason(settings, why, keys):
     assert sorted(told.split(", ")) == sorted(keys)
 
 
+# Language models have no head, and these methods train one.
+WITH_HEAD = ("head-only", "bitfit")
+
+
+def fits(name, method):
+    return load_recipe(name).model.task != "causal-lm" or method not in WITH_HEAD
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_recipes_of_a_method_alone_are_without_notes(method):
     assert unused(make_recipe()) == ()
@@ -202,7 +210,8 @@ def test_recipes_of_a_method_alone_are_without_notes(method):
     # Neither are recipes that are compared under it, nor are those resolved.
     for name in shipped_names():
         assert unused(load_recipe(name)) == ()
-        assert unused(load_recipe(name, {"method": method})) == ()
+        if fits(name, method):
+            assert unused(load_recipe(name, {"method": method})) == ()
         assert unused(load_recipe(parse_yaml("kept", recipe_yaml(load_recipe(name))))) == ()
 
 
@@ -269,8 +278,10 @@ def test_a_resolved_recipe_says_nothing_of_keys_without_effect():
     assert note == "no effect with annealing.mode fixed: annealing.cooling.shape"
 
 
-@pytest.mark.parametrize("name", shipped_names())
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, method) for name in shipped_names() for method in METHODS if fits(name, method)],
+)
 def test_another_method_brings_no_notes_by_any_door(name, method):
     loaded = load_recipe(name)
     renamed = loaded.model_copy(update={"method": method})
