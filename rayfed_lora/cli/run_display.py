@@ -139,6 +139,8 @@ def show_summary(console: PlainConsole, summary: Mapping[str, Any], location: st
         loss = {"train loss": _metric(row["train_loss"])}
         rows.append({"model": f"{name}, round {row['round'] + 1}", **numbers, **loss})
     console.print_rows(rows, optional=("train loss", "test perplexity"))
+    if "generation" in summary:
+        console.print_rows(answer_rows(summary["generation"]))
     console.print(bill(summary["communication"]))
     rate = timing["client_updates_per_s"]
     console.print_line(
@@ -155,6 +157,24 @@ def show_summary(console: PlainConsole, summary: Mapping[str, Any], location: st
     facts = {"exported": kept_model(summary), "stopped by": ending(summary)}
     console.print_facts({key: text for key, text in facts.items() if text is not None})
     console.print_facts(after_run(location))
+
+
+def answer_rows(generation: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return a table of answers to prompts: of all, by domain or client, beside the base's."""
+    base = generation.get("base")
+    groups = "by_domain" if "by_domain" in generation else "by_client"
+    named = [("all", generation, base)]
+    for name, own in generation.get(groups, {}).items():
+        named.append((name, own, None if base is None else base[groups][name]))
+    rows = []
+    for name, own, before in named:
+        row = {"answers": name, "prompts": str(own["examples"])}
+        for key, title in (("exact_match", "exact match"), ("rouge_l", "ROUGE-L")):
+            row[title] = f"{own[key]:.3f}"
+            if before is not None:
+                row[f"{title} of the base"] = f"{before[key]:.3f}"
+        rows.append(row)
+    return rows
 
 
 def _metric(value: float | None) -> str:

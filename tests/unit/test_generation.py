@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import rayfed_lora
+from rayfed_lora.cli.run_display import answer_rows
 from rayfed_lora.errors import DataError, RecipeError, RunError
 from rayfed_lora.federation.generation import exact_match, rouge_l, scored
 from rayfed_lora.training.preparing import prepare
@@ -204,3 +205,21 @@ def test_plain_texts_have_no_prompts(chats: Path, tmp_path: Path) -> None:
     plain = recipe(chats, data__source=str(texts), clients__per_round=1)
     with pytest.raises(DataError, match="expected instruction or chat data"):
         rayfed_lora.plan(plain)
+
+
+def test_the_terminal_shows_answers_by_domain_beside_the_base() -> None:
+    own = {"examples": 2, "exact_match": 0.5, "rouge_l": 0.75}
+    base = {"examples": 2, "exact_match": 0.0, "rouge_l": 0.25}
+    found = {**own, "by_domain": {"dates": own}, "base": {**base, "by_domain": {"dates": base}}}
+    rows = answer_rows(found)
+    assert [row["answers"] for row in rows] == ["all", "dates"]
+    assert rows[1] == {
+        "answers": "dates",
+        "prompts": "2",
+        "exact match": "0.500",
+        "exact match of the base": "0.000",
+        "ROUGE-L": "0.750",
+        "ROUGE-L of the base": "0.250",
+    }
+    alone = answer_rows({**own, "by_client": {"k": own}})
+    assert [*alone[1]] == ["answers", "prompts", "exact match", "ROUGE-L"]
