@@ -21,7 +21,11 @@ def show_methods(console: PlainConsole) -> None:
     """Print the methods of each kind with options, sources and where they come from."""
     for kind, table in TABLES.items():
         console.print_line(f"{kind} ({_NAMED_BY.get(kind) or KEYS[kind].removesuffix('.name')})")
-        console.print_rows([_row(method) for method in table.methods()], prose="options, summary")
+        rows = [_row(method) for method in table.methods()]
+        if rows:
+            console.print_rows(rows, prose="options, summary")
+        else:
+            console.print_line("none but those of plug-ins")
 
 
 def _row(method: Method[Any]) -> dict[str, str]:
