@@ -122,6 +122,8 @@ class ModelShape:
             the backward pass; 0 where that is not possible, or unknown.
         notes: for the user, on how recipe and model were matched, one line each.
         tensors: shapes of all parameters of the model, by name, adapters not; empty: not known.
+        stored_base_bytes: of the frozen base, where `model.dtype` says how it is kept; None: 4 a
+            value.
     """
 
     modules: Mapping[str, ModuleShape]
@@ -135,6 +137,7 @@ class ModelShape:
     checkpointed_bytes: int = 0
     notes: tuple[str, ...] = ()
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    stored_base_bytes: int | None = None
 
     @property
     def base_params(self) -> int:

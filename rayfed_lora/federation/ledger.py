@@ -6,7 +6,7 @@ Source: docs/method.md, "The communication ledger".
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import accumulate
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from rayfed_lora.aggregation.messages import Counts, Traffic
 from rayfed_lora.aggregation.rule import Rule
+from rayfed_lora.federation.bills import Bill, Totals
 from rayfed_lora.federation.encoding import Encoding
 from rayfed_lora.federation.traffic import Mask, RoundFacts, traffic, with_objective
 from rayfed_lora.objectives.objective import Objective
@@ -22,117 +23,6 @@ from rayfed_lora.types import ModelShape
 from rayfed_lora.wire.update import BYTES_PER_VALUE
 
 _NEVER = -1
-
-
-@dataclass(frozen=True)
-class Bill:
-    """What one round sent, in values.
-
-    Attributes:
-        up: (cohort,) each client's upload, 0 where none arrived.
-        down: (cohort,) each client's download, base not included.
-        base: (cohort,) the frozen base, and frozen factors, that each client was sent.
-        arrived: number of uploads.
-        fedavg: values that FedAvg would have sent both ways with the same clients and shares.
-        up_bytes, down_bytes: (cohort,) the messages in bytes, as encoded; None: 4 a value.
-        fedavg_bytes: what FedAvg would have sent under the same codecs; None: 4 a value.
-    """
-
-    up: Counts
-    down: Counts
-    base: Counts
-    arrived: int
-    fedavg: int = 0
-    up_bytes: Counts | None = None
-    down_bytes: Counts | None = None
-    fedavg_bytes: int | None = None
-
-    @property
-    def sent_up(self) -> Counts:
-        """(cohort,) bytes of each client's upload."""
-        return self.up * BYTES_PER_VALUE if self.up_bytes is None else self.up_bytes
-
-    @property
-    def sent_down(self) -> Counts:
-        """(cohort,) bytes of each client's download, base not included."""
-        return self.down * BYTES_PER_VALUE if self.down_bytes is None else self.down_bytes
-
-    @property
-    def params_up(self) -> int:
-        """Values sent by the cohort."""
-        return int(self.up.sum())
-
-    @property
-    def params_down(self) -> int:
-        """Values sent to the cohort, base not included."""
-        return int(self.down.sum())
-
-    @property
-    def base_params(self) -> int:
-        """Values of frozen base sent to the cohort."""
-        return int(self.base.sum())
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Bytes of a run so far; `later`, `later_*`: of the rounds after the initiating stage.
-
-    `encoded`: FedAvg's under the same codecs; None: as `fedavg`, which is in float32.
-    """
-
-    bytes_up: int = 0
-    bytes_down: int = 0
-    bytes_base: int = 0
-    fedavg: int = 0
-    later: int = 0
-    later_base: int = 0
-    later_fedavg: int = 0
-    encoded: int | None = None
-
-    def communication(self) -> dict[str, float | int | None]:
-        """Return the summary's `communication`; a reduction without rounds behind it is None.
-
-        reduction = 1 - (up + down) / FedAvg's, with the same clients, rounds and participation.
-        """
-        total = self.bytes_up + self.bytes_down
-        encoded = self.fedavg if self.encoded is None else self.encoded
-        return {
-            "bytes_up": self.bytes_up,
-            "bytes_down": self.bytes_down,
-            "bytes_base": self.bytes_base,
-            "total_bytes": total,
-            "fedavg_total_bytes": self.fedavg,
-            "fedavg_total_bytes_same_codec": encoded,
-            "reduction_vs_fedavg": _reduction(total, self.fedavg),
-            "reduction_vs_fedavg_same_codec": _reduction(total, encoded),
-            "reduction_vs_fedavg_with_base": _reduction(total + self.bytes_base, self.fedavg),
-            "reduction_vs_fedavg_after_initiating": _reduction(self.later, self.later_fedavg),
-            "reduction_vs_fedavg_with_base_after_initiating": _reduction(
-                self.later + self.later_base, self.later_fedavg
-            ),
-        }
-
-    def plus(self, bill: Bill, after_initiating: bool) -> Totals:
-        """Return the totals after one more round."""
-        up, down = int(bill.sent_up.sum()), int(bill.sent_down.sum())
-        base, fedavg = bill.base_params * BYTES_PER_VALUE, bill.fedavg * BYTES_PER_VALUE
-        encoded = self.encoded
-        if bill.fedavg_bytes is not None:
-            encoded = (self.fedavg if encoded is None else encoded) + bill.fedavg_bytes
-        return Totals(
-            bytes_up=self.bytes_up + up,
-            bytes_down=self.bytes_down + down,
-            bytes_base=self.bytes_base + base,
-            fedavg=self.fedavg + fedavg,
-            later=self.later + (up + down) * after_initiating,
-            later_base=self.later_base + base * after_initiating,
-            later_fedavg=self.later_fedavg + fedavg * after_initiating,
-            encoded=encoded,
-        )
-
-
-def _reduction(sent: int, fedavg: int) -> float | None:
-    return None if fedavg == 0 else 1.0 - sent / fedavg
 
 
 def _brings_result(messages: Traffic) -> bool:
@@ -151,9 +41,16 @@ def _reached(facts: RoundFacts, messages: Traffic) -> tuple[Mask, Mask]:
 
 
 def _bill(
-    facts: RoundFacts, messages: Traffic, base: Counts, total_params: int, encoding: Encoding | None
+    facts: RoundFacts,
+    messages: Traffic,
+    base: tuple[Counts, Counts],
+    total_params: int,
+    encoding: Encoding | None,
 ) -> Bill:
-    """Return what was sent of the messages of a round; `encoding` None: 4 bytes a value."""
+    """Return what was sent of the messages of a round; `base` in values and in bytes.
+
+    `encoding` None: 4 bytes a value.
+    """
     arrived, sent = facts.arrived, facts.sent
     whole = np.full(len(arrived), total_params, np.int64)
 
@@ -172,7 +69,9 @@ def _bill(
 
     down = received(messages.down)
     fedavg = int(uploaded(whole).sum() + downloaded(whole).sum())
-    bill = Bill(uploaded(messages.up), down, downloaded(base), int(arrived.sum()), fedavg)
+    values, stored = map(downloaded, base)
+    count = int(arrived.sum())
+    bill = Bill(uploaded(messages.up), down, values, count, fedavg, base_bytes=stored)
     if encoding is None:
         return bill
     up_bytes, down_bytes = encoding.messages(facts, messages)
@@ -230,16 +129,19 @@ class Ledger:
         self._behind: list[int] = [0]
         self._factors: dict[str, int] = dict.fromkeys(("a", "b", "head"), 1) if given else {}
         self.totals = Totals()
+        # Whether full-model rounds have replaced the source's base.
+        self._replaced = False
 
     def quote(self, facts: RoundFacts) -> Bill:
         """Return the bill of a round without booking it."""
         kept = dict(self._factors), self._held, self.totals
-        steps = len(self._steps)
+        steps, replaced = len(self._steps), self._replaced
         self._held = {kind: versions.copy() for kind, versions in self._held.items()}
         try:
             return self.book(facts)
         finally:
             self._factors, self._held, self.totals = kept
+            self._replaced = replaced
             # Booking only adds steps: taking them off again does not copy all the earlier ones.
             del self._steps[steps:], self._behind[steps + 1 :]
 
@@ -260,11 +162,12 @@ class Ledger:
             # Nothing is aggregated: what the round starts from stays as it is.
             messages = replace(messages, merge=0, renewed=())
         members = np.asarray(facts.cohort, dtype=np.int64)
-        base = np.zeros_like(members)
+        base, stored = np.zeros_like(members), np.zeros_like(members)
         began, served = _reached(facts, messages)
         if facts.trainable == "adapter":
-            base += self._catch_up(members, len(self._steps) - (folded > 0))
-            base += self._missing_factors(facts, members, began, messages)
+            base, stored = self._catch_up(members, len(self._steps) - (folded > 0))
+            missing = self._missing_factors(facts, members, began, messages)
+            base, stored = base + missing, stored + missing * BYTES_PER_VALUE
             self._renew(members[served], messages)
         self._held["base"][members[began]] = len(self._steps)
         if messages.merge:
@@ -272,8 +175,10 @@ class Ledger:
         self._held["base"][members[served]] = len(self._steps)
         if facts.trainable == "full" and facts.arrived.any():
             self._step(self._shape.base_params)
+            self._replaced = True
             self._factors["head"] = self._factors.get("head", 0) + 1
-        bill = _bill(facts, messages, base, self._shape.total_params, self._encoding)
+        total = self._shape.total_params
+        bill = _bill(facts, messages, (base, stored), total, self._encoding)
         self.totals = self.totals.plus(bill, facts.after_initiating)
         return bill
 
@@ -321,14 +226,22 @@ class Ledger:
             self._factors[kind] = self._factors.get(kind, 0) + 1
             self._held[kind][served] = self._factors[kind]
 
-    def _catch_up(self, members: Counts, version: int) -> Counts:
-        """Return the values each member must be sent to hold a base version."""
+    def _catch_up(self, members: Counts, version: int) -> tuple[Counts, Counts]:
+        """Return the values each member must be sent to hold a base version, and their bytes.
+
+        The source's base is sent as it is stored, one that full-model rounds left in float32.
+        """
         whole = self._shape.base_params
+        bytes_of_whole = whole * BYTES_PER_VALUE
+        if self._shape.stored_base_bytes is not None and not self._replaced:
+            bytes_of_whole = self._shape.stored_base_bytes
         held = self._held["base"][members]
         # Only the members' own versions are looked up: a run may have very many of them.
         behind = np.array([self._behind[i] for i in np.maximum(held, 0).tolist()], dtype=np.int64)
         missed = np.maximum(self._behind[version] - behind, 0)
-        return np.where(held == _NEVER, whole, np.minimum(missed, whole))
+        values = np.where(held == _NEVER, whole, np.minimum(missed, whole))
+        rest = np.minimum(values * BYTES_PER_VALUE, bytes_of_whole)
+        return values, np.where(held == _NEVER, bytes_of_whole, rest)
 
     def snapshot(self) -> tuple[dict[str, object], dict[str, Counts]]:
         """Return what a checkpoint keeps: JSON values, and by kind the (clients,) held versions."""
@@ -340,6 +253,7 @@ class Ledger:
         """Go back to a snapshot, whose `totals` may be a `Totals` already."""
         self._steps, self._factors = list(facts["steps"]), dict(facts["factors"])
         self._behind = [0, *accumulate(self._steps)]
+        self._replaced = self._shape.base_params in self._steps
         totals = facts["totals"]
         self.totals = totals if isinstance(totals, Totals) else Totals(**totals)
         self._held = {kind: versions.copy() for kind, versions in held.items()}

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
+from rayfed_lora.federation.bills import Bill
 from rayfed_lora.federation.client_training import Updates
 from rayfed_lora.federation.cohorts import Cohort
 from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.generation import exact_match, rouge_l
-from rayfed_lora.federation.ledger import Bill
 from rayfed_lora.federation.model_tests import TestResults
 from rayfed_lora.federation.run import Aggregated
 from rayfed_lora.federation.transitions import Start
@@ -25,7 +25,6 @@ from rayfed_lora.types import (
     RoundPlan,
     Stage,
 )
-from rayfed_lora.wire.update import BYTES_PER_VALUE
 
 # Kept as 32 bits in the tables; a plain int has 64.
 Count = Annotated[int, 32]
@@ -148,7 +147,7 @@ class RoundRecord:
     params_down: int = column(lambda r: r.bill.params_down)
     bytes_up: int = column(lambda r: int(r.bill.sent_up.sum()))
     bytes_down: int = column(lambda r: int(r.bill.sent_down.sum()))
-    bytes_base: int = column(lambda r: r.bill.base_params * BYTES_PER_VALUE)
+    bytes_base: int = column(lambda r: int(r.bill.sent_base.sum()))
     seconds: float = column(lambda r: r.seconds)
     learning_rate: float = column(lambda r: r.local.lr)
     validation_accuracy: float | None = column(

@@ -13,14 +13,13 @@ import numpy.typing as npt
 from rayfed_lora.data.client_numbers import ClientSettings, numbers_of
 from rayfed_lora.errors import RunError
 from rayfed_lora.federation import sampling
-from rayfed_lora.federation.ledger import Bill
+from rayfed_lora.federation.bills import Bill
 from rayfed_lora.federation.sampling import ClientHistory
 from rayfed_lora.federation.traffic import Sent
 from rayfed_lora.recipe.clients import Spread
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.types import TRACE_DIGITS, Absence, AvailabilityTrace, DeviceFacts
-from rayfed_lora.wire.update import BYTES_PER_VALUE
 
 Times = npt.NDArray[np.float64]
 Clients = npt.NDArray[np.int64]
@@ -130,7 +129,7 @@ class SimulatedClock:
         """
         k = np.asarray(cohort, np.int64)
         latency = self._recipe.network.latency_s
-        down = (bill.sent_down + bill.base * BYTES_PER_VALUE) / self._down[k]
+        down = (bill.sent_down + bill.sent_base) / self._down[k]
         train = self._examples(k) * (_FULL_MODEL_WORK if full else 1.0) / self._speed[k]
         up = bill.sent_up / self._up[k]
         sending = down + latency + train

@@ -10,9 +10,9 @@ from typing import Any
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.annealing.stages import schedule
 from rayfed_lora.data.client_numbers import ClientSettings
+from rayfed_lora.federation.bills import Bill, Totals
 from rayfed_lora.federation.cohorts import Cohort, Cohorts, new_ledger
 from rayfed_lora.federation.learning_rate import learning_rate, rate_warning
-from rayfed_lora.federation.ledger import Bill, Totals
 from rayfed_lora.federation.privacy import Accountant, check_privacy
 from rayfed_lora.federation.sampling import BlockSize, block_size
 from rayfed_lora.federation.traffic import trained_values
@@ -171,7 +171,7 @@ def _planned_round(
         arriving=bill.arrived,
         bytes_up=int(bill.sent_up.sum()),
         bytes_down=int(bill.sent_down.sum()),
-        bytes_base=bill.base_params * BYTES_PER_VALUE,
+        bytes_base=int(bill.sent_base.sum()),
         simulated_s=cohort.lasted_s,
     )
 

@@ -28,13 +28,10 @@ def is_short(dtype: object) -> bool:
     return str(dtype).removeprefix("torch.") in ("bfloat16", "float16")
 
 
-def shorten(net: nn.Module, dtype: torch.dtype, trained: Collection[str] = ()) -> None:
-    """Keep the large weights of a plain model in a type, and all else in float32; in place.
+def shortened(net: nn.Module, trained: Collection[str] = ()) -> frozenset[str]:
+    """Return the names of the parameters that `shorten` keeps in 16 bits.
 
-    Args:
-        net: the plain model, in any type.
-        dtype: torch.float32, torch.bfloat16 or torch.float16.
-        trained: names of parameters that stay float32, since they are trained.
+    These are the matrices of linear layers and embeddings, as far as no other layer uses them.
     """
     users: dict[int, list[bool]] = defaultdict(list)
     for name, module in net.named_modules():
@@ -43,9 +40,21 @@ def shorten(net: nn.Module, dtype: torch.dtype, trained: Collection[str] = ()) -
                 own = f"{name}.{key}" if name else key
                 known = type(module) in (nn.Linear, Conv1D) or isinstance(module, nn.Embedding)
                 users[id(parameter)].append(known and key == "weight" and own not in trained)
-    for parameter in net.parameters():
-        short = dtype in _SHORT and parameter.dim() == 2 and all(users[id(parameter)])
-        parameter.data = parameter.data.to(dtype if short else torch.float32)
+    named = net.named_parameters()
+    return frozenset(name for name, p in named if p.dim() == 2 and all(users[id(p)]))
+
+
+def shorten(net: nn.Module, dtype: torch.dtype, trained: Collection[str] = ()) -> None:
+    """Keep the large weights of a plain model in a type, and all else in float32; in place.
+
+    Args:
+        net: the plain model, in any type.
+        dtype: torch.float32, torch.bfloat16 or torch.float16.
+        trained: names of parameters that stay float32, since they are trained.
+    """
+    short = shortened(net, trained) if dtype in _SHORT else frozenset()
+    for name, parameter in net.named_parameters():
+        parameter.data = parameter.data.to(dtype if name in short else torch.float32)
     for module in net.modules():
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():

@@ -6,7 +6,7 @@ Source: this project.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from rayfed_lora.errors import ModelError
 from rayfed_lora.models.checkpointing import can_checkpoint, check_checkpointing, is_recomputed
 from rayfed_lora.models.heads import head_modules, head_notes, head_parameters
 from rayfed_lora.models.linear import is_linear, sides
+from rayfed_lora.models.precision import shortened
 from rayfed_lora.models.targets import Targets, choose_targets
 from rayfed_lora.recipe.memory import HELD_PER_LINEAR_OUTPUT
 from rayfed_lora.recipe.model import Adapter
@@ -63,7 +64,17 @@ def model_shape(net: nn.Module, recipe: Recipe) -> ModelShape:
         checkpointed_bytes=trace.checkpointed_bytes,
         notes=(*head_notes(net, recipe.adapter), *targets.notes),
         tensors={name: tuple(p.shape) for name, p in net.named_parameters()},
+        stored_base_bytes=_stored_bytes(net, recipe, head),
     )
+
+
+def _stored_bytes(net: nn.Module, recipe: Recipe, head: Collection[str]) -> int | None:
+    """Return the bytes of the frozen base under `model.dtype`; None: of float32, or unknown."""
+    if recipe.model.dtype != "bfloat16":
+        return None
+    short = shortened(net, head)
+    frozen = [(name, p.numel()) for name, p in net.named_parameters() if name not in set(head)]
+    return sum(count * (2 if name in short else 4) for name, count in frozen)
 
 
 def _targets(net: nn.Module, adapter: Adapter, rank: int, unused: frozenset[str]) -> Targets:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayfed_lora.errors import RunError
-from rayfed_lora.federation.ledger import Bill
+from rayfed_lora.federation.bills import Bill
 from rayfed_lora.federation.records import ClientRecord, Round, RoundRecord, client_records
 from rayfed_lora.types import GlobalModel
 

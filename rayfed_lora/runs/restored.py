@@ -13,8 +13,9 @@ from typing_extensions import NotRequired, TypedDict
 
 from rayfed_lora.aggregation.rules import RULES
 from rayfed_lora.errors import RunFolderError
+from rayfed_lora.federation.bills import Totals
 from rayfed_lora.federation.evaluation import BUILT_IN
-from rayfed_lora.federation.ledger import Ledger, Totals
+from rayfed_lora.federation.ledger import Ledger
 from rayfed_lora.federation.run import Run, Timing
 from rayfed_lora.federation.sampling import ClientHistory
 from rayfed_lora.federation.selection import Kept, Selection

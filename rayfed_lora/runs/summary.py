@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from rayfed_lora.federation.bills import Totals
 from rayfed_lora.federation.evaluation import BUILT_IN
-from rayfed_lora.federation.ledger import Totals
 from rayfed_lora.federation.privacy import Accountant
 from rayfed_lora.federation.run import Timing
 from rayfed_lora.federation.selection import EARLY_STOPPING, Selection

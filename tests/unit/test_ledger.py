@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayfed_lora.aggregation.rules import RULES
-from rayfed_lora.federation.ledger import Bill, Ledger, Totals
+from rayfed_lora.federation.bills import Bill, Totals
+from rayfed_lora.federation.ledger import Ledger
 from rayfed_lora.federation.traffic import RoundFacts, Sent
 from rayfed_lora.federation.transitions import Resizing
 from rayfed_lora.types import ModelShape, ModuleShape, Trainable
@@ -618,3 +619,23 @@ def test_a_round_in_which_nobody_arrives_renews_nothing(rule):
     book(ledger, "adapter", RANKS, (0, 1), 2, frozen=RULES[rule].frozen(0))
     book(ledger, "adapter", RANKS, (0,), 0, frozen=RULES[rule].frozen(1))
     assert book(ledger, "adapter", RANKS, (0, 1), 2, frozen=RULES[rule].frozen(1)).base_params == 0
+
+
+def test_a_base_in_two_bytes_is_billed_so_until_full_rounds_leave_one_in_float32():
+    """BASE values, all but one of them in two bytes; the merge of 6 + 4 values is float32."""
+    stored = 2 * (BASE - 1) + 4
+    ledger = Ledger(replace(SHAPE, stored_base_bytes=stored), 4, RULES["factor-average"])
+    bill = book(ledger, "adapter", RANKS, (0, 1), 2)
+    assert bill.base.tolist() == [BASE, BASE]
+    assert bill.sent_base.tolist() == [stored, stored]
+    assert ledger.totals.bytes_base == 2 * stored
+    folded = book(ledger, "adapter", RANKS, (0, 2), 2, ranks_before=RANKS, folded=10)
+    again = book(ledger, "adapter", RANKS, (1,), 1)
+    # Client 2 gets the whole base; client 1 what it missed.
+    assert folded.sent_base.tolist()[1] == stored
+    assert again.sent_base.tolist() == [10 * 4]
+    kept, held = ledger.snapshot()
+    book(ledger, "full", {}, (3,), 1)
+    assert book(ledger, "adapter", RANKS, (1,), 1).sent_base.tolist() == [BASE * 4]
+    ledger.restore(kept, held)
+    assert book(ledger, "adapter", RANKS, (3,), 1).sent_base.tolist() == [stored]

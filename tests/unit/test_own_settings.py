@@ -17,8 +17,8 @@ from rayfed_lora.data.client_numbers import ClientSettings
 from rayfed_lora.data.client_table import ClientTable
 from rayfed_lora.data.dataset import Dataset, number_column
 from rayfed_lora.errors import DataError, RecipeError, RunError
+from rayfed_lora.federation.bills import Bill
 from rayfed_lora.federation.learning_rate import learning_rate
-from rayfed_lora.federation.ledger import Bill
 from rayfed_lora.federation.simulated_clock import SimulatedClock
 from rayfed_lora.launching.planning import plan
 from rayfed_lora.objectives.objective import LocalStep

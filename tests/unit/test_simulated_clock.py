@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayfed_lora.errors import RunError
-from rayfed_lora.federation.ledger import Bill
+from rayfed_lora.federation.bills import Bill
 from rayfed_lora.federation.simulated_clock import SimulatedClock, Turnout
 from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.types import AvailabilityTrace, DeviceFacts
