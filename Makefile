@@ -54,9 +54,9 @@ coverage: setup
 # Whole commands in fresh processes, killed and resumed, and clusters of machines made on this one:
 # minutes, not part of CI.
 e2e: setup
-	# W&B and MLflow are extras, without which their tests are left out.
+	# W&B, MLflow and lm-evaluation-harness are extras, without which their tests are left out.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		"torch" --editable ".[dev,wandb,mlflow]"
+		"torch" --editable ".[dev,wandb,mlflow,harness]"
 	$(BIN)/python -m pytest -m e2e
 
 # Beside Flower, pfl and plain loops on the same work; makes their environments: an hour or more.

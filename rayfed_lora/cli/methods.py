@@ -1,14 +1,15 @@
-"""The commands that show recipes and methods, and check own methods. No logic."""
+"""The commands that show recipes and methods, check own methods and test models. No logic."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer import Argument, Option
 
-from rayfed_lora.cli.completion import complete_recipes
+from rayfed_lora.cli.completion import complete_recipes, paths
 from rayfed_lora.cli.console import PlainConsole
 from rayfed_lora.cli.options import PluginsOption, examples
 
@@ -61,3 +62,33 @@ def check_plugin(
             console.print_line(f"  {way}: {outcome}")
     if not all(each.passed for each in found):
         raise typer.Exit(1)
+
+
+@app.command(
+    epilog=examples(
+        "evaluate runs/a --tasks hellaswag", "evaluate runs/a --tasks my_task --include tasks"
+    )
+)
+def evaluate(
+    folder: Annotated[
+        str, Argument(metavar="DIR", help="A finished run's folder.", autocompletion=paths)
+    ],
+    tasks: Annotated[str, Option(help="Tasks of lm-evaluation-harness, separated by commas.")],
+    include: Annotated[Path | None, Option(help="A folder with tasks of your own (YAML).")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Most examples of a task.")] = None,
+    few_shot: Annotated[int | None, Option(min=0, help="Examples in the prompt.")] = None,
+    batch_size: Annotated[int, Option(min=1, help="Examples in a forward pass.")] = 8,
+) -> None:
+    """Test a trained language model on tasks of lm-evaluation-harness."""
+    from rayfed_lora.launching.harness import evaluate_run
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    found = evaluate_run(
+        folder, names, include=include, limit=limit, few_shot=few_shot, batch_size=batch_size
+    )
+    rows = [
+        {"task": task, "metric": name, "value": f"{value:.4f}"}
+        for task, values in found.items()
+        for name, value in values.items()
+    ]
+    PlainConsole().print_rows(rows)

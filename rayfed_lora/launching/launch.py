@@ -94,6 +94,10 @@ def run(  # noqa: PLR0913 - the user-facing API
     if done is not None:
         return Result(location, done)
     check_held([recipe])
+    if recipe.evaluation.harness:
+        from rayfed_lora.launching.harness import check_installed
+
+        check_installed("evaluation.harness")
     watch, factory = watch or (lambda status: None), factory or TorchFactory()
     with claimed(folder, recipe, resume) as lease:
         ticket = lease.ticket
@@ -112,7 +116,7 @@ def run(  # noqa: PLR0913 - the user-facing API
                     ticket=ticket,
                     callbacks=callbacks,
                 )
-            return Result(location, summary)
+            return _tested(recipe, Result(location, summary))
         where = absolute(folder)
         watch(Status(step="starting Ray", rounds=recipe.annealing.total_rounds))
         with ray_session(address), reporting(recipe, where, watch) as report:
@@ -124,7 +128,17 @@ def run(  # noqa: PLR0913 - the user-facing API
                 recipe, where, resume=resume, factory=factory, ticket=ticket, callbacks=callbacks
             )
             again = f"resume with --resume --out {shlex.quote(location)}"
-            return Result(location, follow(server, status_poll(server, report), again))
+            result = Result(location, follow(server, status_poll(server, report), again))
+        return _tested(recipe, result)
+
+
+def _tested(recipe: Recipe, result: Result) -> Result:
+    """Test a finished run on the tasks of `evaluation.harness`, if any."""
+    if recipe.evaluation.harness:
+        from rayfed_lora.launching.harness import evaluate_run
+
+        evaluate_run(result.location, recipe.evaluation.harness)
+    return result
 
 
 def start(

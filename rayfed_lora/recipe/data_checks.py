@@ -42,6 +42,11 @@ def data_conflicts(recipe: Settings) -> Iterator[_Found]:
 def _turn_conflicts(recipe: Settings) -> Iterator[_Found]:
     """Yield settings of instruction and chat data, and of packing, that others rule out."""
     data, task = recipe.data, recipe.model.task
+    if recipe.evaluation.harness and task != "causal-lm":
+        yield (
+            ("evaluation.harness", "model.task"),
+            f"expected none with model.task {task!r}: the harness tests language models",
+        )
     responds = task == "causal-lm" and data.format.kind != "text"
     if recipe.evaluation.generate is not None and not responds:
         yield (

@@ -75,6 +75,11 @@ class Evaluation(Section):
         "exact match and ROUGE-L of a language model's answers to the test split's prompts; null:"
         " none are generated",
     )
+    harness: list[Annotated[str, Field(min_length=1)]] = option(
+        [],
+        "tasks of lm-evaluation-harness (pip install 'rayfed-lora[harness]') on which the exported"
+        " language model is tested by the process that started the run",
+    )
     client_fraction: Fraction = option(
         0.0, "share of each client's examples that is held out to test that client; 0: none"
     )
