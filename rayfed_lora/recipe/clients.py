@@ -81,6 +81,11 @@ Number = Annotated[
 ]
 
 
+def _or_text(schema: dict[str, Any]) -> None:
+    """Let the schema of a section or null accept a text too."""
+    schema["anyOf"].append({"type": "string"})
+
+
 def own_number(description: str, unit: str) -> Any:
     """Return a field of a number that differs between clients; null by default."""
 
@@ -236,8 +241,10 @@ class Clients(Section):
         "rank",
     )
 
-    attack: Annotated[Attack | None, short_for({str: "name"})] = option(
-        None, "malicious clients; a text: name of the attack; null: none"
+    attack: Annotated[Attack | None, short_for({str: "name"})] = Field(
+        None,
+        description="malicious clients; a text: name of the attack; null: none",
+        json_schema_extra=_or_text,
     )
 
     @field_validator("ranks", mode="before")

@@ -19,6 +19,7 @@ from rayfed_lora.recipe.fields import (
     Positive,
     PositiveFloat,
     Section,
+    also_plain,
     option,
     section,
     short_for,
@@ -123,8 +124,11 @@ class Data(Choosing):
         "the examples to test on, written like `source`; they replace test_fraction and a test"
         " split of the source; null: none of its own",
     )
-    format: Annotated[TextFormat, short_for({str: "kind"})] = section(
-        TextFormat, "kind of the rows; separator, quotes and encoding of text files"
+    format: Annotated[TextFormat, short_for({str: "kind"})] = Field(
+        default_factory=TextFormat,
+        description="kind of the rows; separator, quotes and encoding of text files; a text: the"
+        " kind",
+        json_schema_extra=lambda schema: also_plain(schema, "string"),
     )
     template: Annotated[str, Field(min_length=1)] = option(
         "auto",
