@@ -137,6 +137,7 @@ def test_an_actor_of_two_trainers_is_lost_with_both_of_its_blocks_and_the_result
     assert_same_result(summary, tmp_path / "run", tmp_path / "local")
 
 
+@pytest.mark.e2e
 def test_a_block_that_takes_too_long_is_run_again_on_a_new_process(tmp_path):
     expected_summary(tmp_path / "local")
     marker = tmp_path / "marker"

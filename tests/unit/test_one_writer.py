@@ -35,7 +35,7 @@ class Faulty(FakeFactory):
         raise DataError("no data")
 
 
-@pytest.fixture(params=["mounted", "s3"])
+@pytest.fixture(params=["mounted", pytest.param("s3", marks=pytest.mark.e2e)])
 def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "mounted":
         return str(tmp_path / "run")

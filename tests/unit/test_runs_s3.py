@@ -102,6 +102,7 @@ def test_the_python_interface_runs_reports_and_reads_tables(bucket):
     assert b"fake" in RunFolder(bucket.uri("elsewhere")).read("r.html")
 
 
+@pytest.mark.e2e
 def test_a_comparison_is_written_goes_on_and_is_reported(bucket):
     out, methods = bucket.uri("comparisons/c"), ["sa-fedlora", "fedavg"]
     first = compare(RECIPE, methods, out, factory=FakeFactory())

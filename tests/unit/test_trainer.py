@@ -840,6 +840,7 @@ def test_one_value_is_enough_not_to_be_finite(value: float, other: float) -> Non
     assert not all_finite(values)
 
 
+@pytest.mark.e2e
 def test_what_a_failed_client_has_made_is_gone_while_the_others_are_trained_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
