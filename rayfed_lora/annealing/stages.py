@@ -6,6 +6,7 @@ formulas are this project's (docs/method.md), the paper's own are not public.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from rayfed_lora.annealing import acceptance, schedules
+from rayfed_lora.errors import RunError
 from rayfed_lora.plugins.calls import own_method
-from rayfed_lora.plugins.tables import ACCEPTANCES
+from rayfed_lora.plugins.tables import ACCEPTANCES, SHAPES
 from rayfed_lora.recipe.annealing import Annealing
 from rayfed_lora.types import Proposal, RoundPlan, Stage
 
@@ -103,12 +105,24 @@ def scheduled_rank(annealing: Annealing, t: int) -> int:
         return high if annealing.cooling.shape == "constant" else low
     settings = annealing.cooling
     value = schedules.cooling(settings.shape, high, low, settings.rounds, settings.options)
-    return schedules.to_rank(value(i), high, low)
+    with own_method("shape", settings.shape, t):
+        found = float(value(i))
+        if not math.isfinite(found):
+            raise RunError(
+                f"shape {settings.shape!r} in round {t + 1}: expected a finite number, got {found}"
+            )
+        return schedules.to_rank(found, high, low)
+
+
+def ladder(annealing: Annealing) -> tuple[int, ...]:
+    """Return the distinct ranks from the heating rank down that target acceptance steps on."""
+    return _ladder(annealing, SHAPES.method(annealing.cooling.shape))
 
 
 @lru_cache(maxsize=16)  # every round needs it, and it looks at all rounds
-def ladder(annealing: Annealing) -> tuple[int, ...]:
-    """Return the distinct ranks from the heating rank down that target acceptance steps on."""
+def _ladder(annealing: Annealing, shape: object) -> tuple[int, ...]:
+    """Return the ladder under a shape: a notebook may give its name to another one."""
+    del shape
     start = stage_lengths(annealing)["initiating"] + stage_lengths(annealing)["heating"]
     rounds = range(start, annealing.total_rounds)
     ranks = {annealing.heating.rank, *(scheduled_rank(annealing, t) for t in rounds)}

@@ -41,6 +41,8 @@ _PLAIN = {
     "layer_replication": (None,),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (False,),
     # The others change the base, too.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }

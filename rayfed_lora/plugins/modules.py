@@ -21,6 +21,7 @@ from typing import Any
 from rayfed_lora.errors import PluginError
 from rayfed_lora.plugins.registry import (
     KEYS,
+    TABLES,
     Choice,
     Decorated,
     Method,
@@ -78,16 +79,18 @@ def permit(things: Iterable[Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
     Raises:
         PluginError: a module cannot be imported, or a thing is no method.
     """
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.append(here)
     names: list[str] = []
     chosen: dict[str, Any] = {}
+    given: dict[tuple[str, str], Method[Any]] = {}
     for thing in things:
         if isinstance(thing, (str, ModuleType)):
             names.append(thing if isinstance(thing, str) else thing.__name__)
             continue
         method = thing.method if isinstance(thing, Choice) else _method(thing)
+        if given.setdefault((method.kind, method.name), method) is not method:
+            raise PluginError(f"plugins: expected one {method.kind} {method.name!r}, got two")
+        # Another one of its name may have been made since.
+        TABLES[method.kind].restore(method)
         if not method.by_value and not method.built_in:
             names.append(method.module)
         if isinstance(thing, Choice):
@@ -95,6 +98,9 @@ def permit(things: Iterable[Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
         elif not isinstance(thing, (type, Decorated)):
             chosen |= settings_of(method, _fields(thing))
     names = [*dict.fromkeys(names)]
+    # Not without need: what lies there could stand in for a package that is not installed.
+    if names and (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
     for name in names:
         _imported(name)
     return tuple(names), chosen
@@ -153,6 +159,16 @@ def missing(wanted: Sequence[str]) -> list[str]:
 
 def _imported(name: str) -> None:
     """Import a module and let recipes name its methods."""
+    if name == "__main__":
+        raise PluginError(
+            "plugins: expected the methods of this notebook or script themselves, such as"
+            " plugins=[my_rule], got the module '__main__'"
+        )
+    if "/" in name or name.endswith(".py"):
+        raise PluginError(
+            f"plug-in {name!r}: expected the name of a module, such as"
+            f" {Path(name).stem!r}, in the working directory, or of an installed one"
+        )
     try:
         import_module(name)
     except Exception as error:
@@ -177,10 +193,14 @@ def _method(thing: Any) -> Method[Any]:
 def folder_of(name: str) -> str | None:
     """Return where a module that is not installed is found; None for an installed one."""
     spec = find_spec(name.partition(".")[0])
-    if spec is None or spec.origin is None or "site-packages" in spec.origin:
+    if spec is None:
         return None
-    file = Path(spec.origin).resolve()
-    return str(file.parent.parent if spec.submodule_search_locations else file.parent)
+    # A package without __init__.py has no file of its own.
+    package = next(iter(spec.submodule_search_locations or ()), None)
+    place = package or spec.origin
+    if place is None or "site-packages" in place:
+        return None
+    return str(Path(place).resolve().parent)
 
 
 @dataclass(frozen=True)

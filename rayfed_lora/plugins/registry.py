@@ -8,8 +8,6 @@ Source: this project.
 
 from __future__ import annotations
 
-import dis
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from pydantic import BaseModel
 
 from rayfed_lora.errors import PluginError
 from rayfed_lora.plugins.options import options_of
+from rayfed_lora.plugins.sources import source_of
 
 T = TypeVar("T")
 Kind = Literal[
@@ -267,6 +266,11 @@ class Table(Mapping[str, T]):
         found = self._methods.values()
         return tuple(sorted(found, key=lambda m: (not m.built_in, m.module if m.built_in else "")))
 
+    def restore(self, method: Method[T]) -> None:
+        """Let the name of a method that no import finds stand for it again."""
+        if method.by_value:
+            self._methods[method.name] = method
+
     def remove(self, name: str) -> None:
         """Forget a method, e.g. one of a test."""
         del self._methods[name]
@@ -313,20 +317,7 @@ def _keep_source(target: Any) -> None:
     """Note the source of what no import finds, once: in other processes there is none."""
     hidden = target.__module__ == "__main__" or "<locals>" in target.__qualname__
     if hidden and not _by_value(target):
-        setattr(target, _SOURCE, _source(target))
-
-
-def _source(target: Any) -> str:
-    """Return the source of a function or class; its bytecode where nothing has the source."""
-    try:
-        return inspect.getsource(inspect.unwrap(target))
-    except (OSError, TypeError):
-        pass
-    if isinstance(target, type):
-        # Of a class of a notebook inspect knows no file, but of its methods it does.
-        parts = [_source(part) for part in vars(target).values() if inspect.isfunction(part)]
-        return "\n".join([repr(inspect.get_annotations(target)), *parts])
-    return dis.Bytecode(target).dis()
+        setattr(target, _SOURCE, source_of(target))
 
 
 def _path(target: Any) -> str:

@@ -153,6 +153,11 @@ def test_frozen_factors_and_a_head_that_rounds_do_not_send_are_billed_once(
         ({"use_dora": True}, "expected plain LoRA, use_dora False"),
         ({"bias": "all"}, "expected plain LoRA, bias 'none'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights True .* got 'pissa'"),
+        (
+            {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},
+            "expected plain LoRA, alora_invocation_tokens None",
+        ),
+        ({"use_qalora": True}, "expected plain LoRA, use_qalora False"),
         ({"peft_type": "IA3"}, "model.adapter"),
         ({"target_modules": ["key"]}, "model.adapter"),
         ({"r": 3}, r"expected shape \(3, 16\).* got \(2, 16\)"),
