@@ -361,7 +361,7 @@ def test_the_adapter_rounds_before_a_late_round_are_known_without_a_look_at_the_
 
 def test_the_ladder_of_a_run_is_made_once():
     schedule = target()
-    stages.ladder.cache_clear()
+    stages._ladder.cache_clear()
     for metric in (0.0, 1.0) * 5:
         stages.plan_round(schedule, 5, Feedback(rank=9, metric=metric))
-    assert stages.ladder.cache_info().misses == 1
+    assert stages._ladder.cache_info().misses == 1
