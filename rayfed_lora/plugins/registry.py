@@ -15,7 +15,7 @@ from functools import partial, update_wrapper
 from importlib import import_module
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from rayfed_lora.errors import PluginError
 from rayfed_lora.plugins.options import options_of
@@ -287,11 +287,19 @@ def method_of(thing: object) -> Method[Any] | None:
 
 
 def choice_of(thing: Any, options: Mapping[str, Any]) -> Choice:
-    """Return a method with options, checked; raises pydantic's ValidationError."""
+    """Return a method with options, checked; raises PluginError."""
     method = method_of(thing)
     if method is None:
         raise PluginError(f"expected a decorated method, got {thing!r}")
-    checked = method.options.model_validate(dict(options))
+    try:
+        checked = method.options.model_validate(dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        known = ", ".join(method.options.model_fields) or "none"
+        raise PluginError(
+            f"{method.kind} {method.name!r}: option {'.'.join(map(str, first['loc']))}:"
+            f" {first['msg']}, got {first['input']!r}; its options are {known}"
+        ) from None
     return Choice(method, checked.model_dump(mode="json", exclude_unset=True))
 
 

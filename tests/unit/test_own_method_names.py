@@ -111,3 +111,18 @@ def test_a_package_without_init_is_sent_along(
 def test_what_is_no_name_of_a_module_is_told_so(name: str, message: str) -> None:
     with pytest.raises(PluginError, match=message):
         permit([name])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"share": "x"}, r"rule 'trimmed-mean': option share: .* got 'x'; its options are share"),
+        ({"shares": 0.1}, r"rule 'trimmed-mean': option shares: .*; its options are share"),
+        ({"share": 0.9}, r"option share: .* less than .* got 0.9"),
+    ],
+)
+def test_an_option_that_a_method_does_not_take_is_told(options: dict[str, Any], told: str) -> None:
+    from rayfed_lora.aggregation.built_in.trimmed_mean import trimmed_mean
+
+    with pytest.raises(PluginError, match=told):
+        trimmed_mean(**options)
