@@ -9,6 +9,7 @@ from datetime import date, timedelta
 import pyarrow as pa
 
 from rayfed_lora.data.raw_tables import RawData
+from rayfed_lora.errors import DataError
 
 _WORDS = (
     "apple bread cloud drum eagle flute grape horse island jacket kettle lemon mirror needle ocean"
@@ -16,6 +17,8 @@ _WORDS = (
     " engine feather garden hammer insect jungle ladder market nephew orange pepper rabbit silver"
     " tunnel valley walnut basket cotton desert finger guitar helmet"
 ).split()
+# There are no more lists of numbers.
+_MOST = 300
 _Task = Callable[[random.Random], tuple[str, str]]
 
 
@@ -66,6 +69,11 @@ def read_short_tasks(train: int, test: int) -> RawData:
 
     `train` and `test` are the numbers of tasks of each domain; no instruction is there twice.
     """
+    if train + test > _MOST:
+        raise DataError(
+            f"data.source 'short-tasks': expected train + test of at most {_MOST} tasks a domain,"
+            f" got {train} + {test}"
+        )
     tables: tuple[dict[str, list[str]], ...] = tuple(
         {"domain": [], "instruction": [], "output": []} for _ in range(2)
     )

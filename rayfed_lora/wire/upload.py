@@ -82,10 +82,14 @@ class Lost:
         return found
 
     def note(self, wanted: Stacked, seen: Stacked, clients: Sequence[int]) -> None:
-        """Keep the difference between what was to be sent and what the server sees."""
+        """Keep the difference between what was to be sent and what the server sees.
+
+        Tensors that are not sent in this round keep what was lost before.
+        """
         rest = {name: x - seen[name] for name, x in wanted.items()}
         for i, client in enumerate(clients):
-            self.after[client] = {name: x[i] for name, x in rest.items()}
+            new = {name: x[i] for name, x in rest.items()}
+            self.after[client] = {**self.before.get(client, {}), **new}
 
 
 def rng_of(seed: int, purpose: str, round_index: int, client: int) -> np.random.Generator:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from datetime import datetime
 
 import pyarrow as pa
+import pytest
 
 from rayfed_lora.data.dataset import load
 from rayfed_lora.data.short_tasks import read_short_tasks
+from rayfed_lora.errors import DataError
 from rayfed_lora.recipe.data import Data
 
 
@@ -51,3 +53,9 @@ def test_options_say_how_many() -> None:
     assert (found.train.num_rows, found.test.num_rows) == (24, 12)
     assert len(found.clients or ()) == 6
     assert found.test["client"].to_pylist() == found.test["domain"].to_pylist()
+
+
+def test_more_tasks_than_there_are_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"at most 300 tasks a domain, got 291 [+] 10"):
+        read_short_tasks(291, 10)
+    assert read_short_tasks(290, 10).train.num_rows == 6 * 290

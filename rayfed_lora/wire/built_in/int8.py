@@ -43,6 +43,10 @@ def int8(tensors: Stacked, rngs: Sequence[np.random.Generator]) -> tuple[Stacked
     seen, sent = {}, 0
     for name, x in tensors.items():
         shape = x.shape[1:]
+        if x.size == 0:
+            # Of a module of rank 0.
+            seen[name] = x
+            continue
         rows, matrix = _rows(shape), x.reshape(len(x), *(shape[:1] or (1,)), -1)
         across = len(shape) > 1 and rows < shape[0]
         if len(shape) < 2:
