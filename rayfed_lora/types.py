@@ -297,37 +297,6 @@ class Predictions:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a language model generated for a prompt.
-
-    Attributes:
-        example: place of the prompt among those that are asked.
-        prompt, response: of the data, as texts.
-        generated: by the model, without its end token.
-    """
-
-    example: int
-    prompt: str
-    response: str
-    generated: str
-
-
-@dataclass(frozen=True)
-class PromptFacts:
-    """What is known of the prompts that are asked, by their place.
-
-    Attributes:
-        count: number of prompts.
-        clients: whose rows they are; None where the data do not say.
-        domains: of column `domain`; None where there is none.
-    """
-
-    count: int
-    clients: tuple[str, ...] | None = None
-    domains: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
 class ClientScore:
     """Accuracy and mean cross entropy (nats) of a model on one client's own held-out examples."""
 

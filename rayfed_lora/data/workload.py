@@ -13,23 +13,9 @@ import pyarrow as pa
 
 from rayfed_lora.data.client_table import ClientTable
 from rayfed_lora.data.examples import Examples
+from rayfed_lora.data.prompts import Prompts
 from rayfed_lora.lora.states import sha256 as state_sha256
-from rayfed_lora.types import AdapterState, AvailabilityTrace, DeviceFacts, PromptFacts
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """The prompts of `evaluation.generate`.
-
-    Attributes:
-        ids: tokens of each prompt, (n,) int32.
-        responses: tokens of the data's response to each, with its end token.
-        facts: whose they are.
-    """
-
-    ids: tuple[npt.NDArray[np.int32], ...]
-    responses: tuple[npt.NDArray[np.int32], ...]
-    facts: PromptFacts
+from rayfed_lora.types import AdapterState, AvailabilityTrace, DeviceFacts
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rayfed_lora.types import Answer, PromptFacts
+from rayfed_lora.data.prompts import Answer, PromptFacts
 
 _WORD = re.compile(r"[^\W_]+")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from rayfed_lora.annealing.stages import Feedback, proposed_rank
+from rayfed_lora.data.prompts import Answer
 from rayfed_lora.federation import evaluation, generation, sampling, transitions
 from rayfed_lora.federation.evaluation import Scores
 from rayfed_lora.federation.run import Run
@@ -15,7 +16,7 @@ from rayfed_lora.recipe.recipe import Recipe
 from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.tasks.engine import Engine, IndexArray, Population, Running, Task
 from rayfed_lora.tasks.messages import Evaluate, Generate, TestClients
-from rayfed_lora.types import Answer, ClientScore, GlobalModel, Predictions, RoundPlan, Split
+from rayfed_lora.types import ClientScore, GlobalModel, Predictions, RoundPlan, Split
 
 _Evaluation = Running[tuple[Predictions, ...]]
 # Prompts that are answered in one batch.

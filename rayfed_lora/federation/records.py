@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
+from rayfed_lora.data.prompts import Answer, PromptFacts
 from rayfed_lora.federation.bills import Bill
 from rayfed_lora.federation.client_training import Updates
 from rayfed_lora.federation.cohorts import Cohort
@@ -16,15 +17,7 @@ from rayfed_lora.federation.model_tests import TestResults
 from rayfed_lora.federation.run import Aggregated
 from rayfed_lora.federation.transitions import Start
 from rayfed_lora.lora.states import dense_params, factor_params
-from rayfed_lora.types import (
-    Answer,
-    ClientReport,
-    LocalPlan,
-    PromptFacts,
-    Proposal,
-    RoundPlan,
-    Stage,
-)
+from rayfed_lora.types import ClientReport, LocalPlan, Proposal, RoundPlan, Stage
 
 # Kept as 32 bits in the tables; a plain int has 64.
 Count = Annotated[int, 32]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rayfed_lora.data.prompts import PromptFacts
 from rayfed_lora.federation.records import (
     Round,
     RoundRecord,
@@ -16,7 +17,7 @@ from rayfed_lora.printable import client_label
 from rayfed_lora.runs.status import StatusBoard
 from rayfed_lora.runs.tables import Tables
 from rayfed_lora.runs.trackers import Tracking
-from rayfed_lora.types import ClientReport, PromptFacts, RoundPlan
+from rayfed_lora.types import ClientReport, RoundPlan
 
 
 @dataclass

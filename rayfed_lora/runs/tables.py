@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rayfed_lora.data.prompts import Answer
 from rayfed_lora.federation.evaluation import BUILT_IN
 from rayfed_lora.federation.records import AnswerRecord, ClientRecord, ClientTest, Note, RoundRecord
 from rayfed_lora.runs import seals
@@ -26,7 +27,6 @@ from rayfed_lora.runs.client_rows import (
 )
 from rayfed_lora.runs.seals import damaged
 from rayfed_lora.storage import RunFolder
-from rayfed_lora.types import Answer
 
 PARTITION_FILE = "partition.parquet"
 ROUNDS_FILE = "rounds.parquet"

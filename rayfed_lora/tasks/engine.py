@@ -13,16 +13,9 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from rayfed_lora.data.prompts import PromptFacts
 from rayfed_lora.errors import BlockMemoryError
-from rayfed_lora.types import (
-    AdapterState,
-    Device,
-    DeviceFacts,
-    GlobalModel,
-    ModelShape,
-    PromptFacts,
-    Split,
-)
+from rayfed_lora.types import AdapterState, Device, DeviceFacts, GlobalModel, ModelShape, Split
 
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)

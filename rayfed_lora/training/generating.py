@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from rayfed_lora.data.workload import Prompts
+from rayfed_lora.data.prompts import Answer, PromptFacts, Prompts
 from rayfed_lora.errors import DataError
 from rayfed_lora.models.adapted import AdaptedModel
 from rayfed_lora.models.answering import greedy
@@ -24,7 +24,6 @@ from rayfed_lora.seeds import Purpose, generator
 from rayfed_lora.tasks.messages import Generate
 from rayfed_lora.training.device import memory_watched
 from rayfed_lora.training.texts import ids_of, masks_of
-from rayfed_lora.types import Answer, PromptFacts
 
 IntArray = npt.NDArray[np.int32]
 

@@ -19,8 +19,9 @@ from rayfed_lora.data.dataset import Dataset, load, number_column
 from rayfed_lora.data.examples import COUNTED, PIXELS, Examples
 from rayfed_lora.data.packing import packed
 from rayfed_lora.data.partition import client_names, deal
+from rayfed_lora.data.prompts import Prompts
 from rayfed_lora.data.traces import read_trace
-from rayfed_lora.data.workload import Prompts, Workload, with_fingerprint
+from rayfed_lora.data.workload import Workload, with_fingerprint
 from rayfed_lora.errors import DataError
 from rayfed_lora.models.precision import is_short
 from rayfed_lora.models.shapes import model_shape

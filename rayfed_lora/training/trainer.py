@@ -24,6 +24,7 @@ import torch
 from rayfed_lora.data.client_numbers import ClientSettings
 from rayfed_lora.data.columns import LANGUAGE_TASK
 from rayfed_lora.data.examples import PIXELS
+from rayfed_lora.data.prompts import Answer
 from rayfed_lora.data.workload import Workload
 from rayfed_lora.errors import BlockMemoryError, RunError
 from rayfed_lora.models import base_models
@@ -71,7 +72,7 @@ from rayfed_lora.training.optimizing import (
 from rayfed_lora.training.proof import judged
 from rayfed_lora.training.testing import Evaluator, know_threads
 from rayfed_lora.training.weights import Weights, assembled, built_weights
-from rayfed_lora.types import AdapterState, Answer, Base, Device, GlobalModel, LocalPlan, ModelShape
+from rayfed_lora.types import AdapterState, Base, Device, GlobalModel, LocalPlan, ModelShape
 
 if TYPE_CHECKING:
     from rayfed_lora.training.generating import Generating

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 import rayfed_lora
 from rayfed_lora.cli.run_display import answer_rows
+from rayfed_lora.data.prompts import Answer, PromptFacts
 from rayfed_lora.errors import DataError, RecipeError, RunError
 from rayfed_lora.federation.generation import exact_match, rouge_l, scored
 from rayfed_lora.training.preparing import prepare
-from rayfed_lora.types import Answer, PromptFacts
 from tests.chats import character_tokenizer, chat_recipe, short_tasks, user, write_formats
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
