@@ -107,7 +107,7 @@ def run(  # noqa: PLR0913, PLR0917 - options
             watch=watch,
             accept_changed_plugins=accept_changed_plugins,
         )
-    show_summary(console, result.summary, result.location)
+    show_summary(console, result.summary, result.location, result.harness)
 
 
 @app.command(

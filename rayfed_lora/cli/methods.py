@@ -77,18 +77,23 @@ def evaluate(
     include: Annotated[Path | None, Option(help="A folder with tasks of your own (YAML).")] = None,
     limit: Annotated[int | None, Option(min=1, help="Most examples of a task.")] = None,
     few_shot: Annotated[int | None, Option(min=0, help="Examples in the prompt.")] = None,
+    chat_template: Annotated[
+        bool, Option("--chat-template", help="Ask prompts as a user's turns.")
+    ] = False,
     batch_size: Annotated[int, Option(min=1, help="Examples in a forward pass.")] = 8,
 ) -> None:
     """Test a trained language model on tasks of lm-evaluation-harness."""
+    from rayfed_lora.cli.run_display import harness_rows
     from rayfed_lora.launching.harness import evaluate_run
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     found = evaluate_run(
-        folder, names, include=include, limit=limit, few_shot=few_shot, batch_size=batch_size
+        folder,
+        names,
+        include=include,
+        limit=limit,
+        few_shot=few_shot,
+        chat_template=chat_template,
+        batch_size=batch_size,
     )
-    rows = [
-        {"task": task, "metric": name, "value": f"{value:.4f}"}
-        for task, values in found.items()
-        for name, value in values.items()
-    ]
-    PlainConsole().print_rows(rows)
+    PlainConsole().print_rows(harness_rows(found))

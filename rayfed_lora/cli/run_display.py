@@ -122,8 +122,16 @@ def _detail(status: Status, width: int) -> str:
     return fitted(width, [part for part in parts if part[1]])
 
 
-def show_summary(console: PlainConsole, summary: Mapping[str, Any], location: str) -> None:
-    """Print a finished run's metrics, its bill, its folder, and the next command."""
+def show_summary(
+    console: PlainConsole,
+    summary: Mapping[str, Any],
+    location: str,
+    harness: Mapping[str, Any] | None = None,
+) -> None:
+    """Print a finished run's metrics, its bill, its folder, and the next command.
+
+    `harness` has the metrics by task of lm-evaluation-harness, if any.
+    """
     from rayfed_lora.runs.outcome import ending, kept_model
 
     final, best, timing = summary["final"], summary["best"], summary["timing"]
@@ -141,6 +149,8 @@ def show_summary(console: PlainConsole, summary: Mapping[str, Any], location: st
     console.print_rows(rows, optional=("train loss", "test perplexity"))
     if "generation" in summary:
         console.print_rows(answer_rows(summary["generation"]))
+    if harness:
+        console.print_rows(harness_rows(harness))
     console.print(bill(summary["communication"]))
     rate = timing["client_updates_per_s"]
     console.print_line(
@@ -175,6 +185,20 @@ def answer_rows(generation: Mapping[str, Any]) -> list[dict[str, str]]:
                 row[f"{title} of the base"] = f"{before[key]:.3f}"
         rows.append(row)
     return rows
+
+
+def harness_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return a table of metrics by task of lm-evaluation-harness; counts stay whole numbers."""
+    return [
+        {
+            "task": task,
+            "metric": name,
+            "value": f"{value:.4f}" if isinstance(value, float) else f"{value}",
+        }
+        for task, values in found.items()
+        for name, value in values.items()
+        if name not in ("limit", "few_shot", "chat_template")
+    ]
 
 
 def _metric(value: float | None) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rayfed_lora.engines.factory import Factory, TorchFactory
 from rayfed_lora.errors import RunFolderError
+from rayfed_lora.launching import harness
 from rayfed_lora.launching.cells import Methods, cells_of
 from rayfed_lora.launching.comparison_server import ComparisonServer, run_name
 from rayfed_lora.launching.in_memory import check_held, data_settings, with_held
@@ -72,6 +73,9 @@ def compare(  # noqa: PLR0913 - the user-facing API
             raise RunFolderError(f"{folder.location}: {found}")
     for cell in cells:
         claim(RunFolder(cell.location), cell.recipe, resume=True)
+    harness.check_recipes(
+        cell.recipe for cell in cells if not harness.has_results(RunFolder(cell.location))
+    )
     factory, watch = factory or TorchFactory(), watch or (lambda standing: None)
     unfinished: list[Cell] = []
     failed: dict[str, str] = {}
@@ -91,6 +95,9 @@ def compare(  # noqa: PLR0913 - the user-facing API
                     failed[ended.cell.location] = ended.error
         comparison = Comparison.of(cells, failed, target)
         comparison.write(folder)
+        for cell in cells:
+            if cell.location not in failed:
+                harness.test(cell.recipe, cell.location)
         return comparison
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rayfed_lora.engines.factory import Factory, TorchFactory
 from rayfed_lora.errors import BadInputError
 from rayfed_lora.jobs.reporting import reporting
+from rayfed_lora.launching import harness
 from rayfed_lora.launching.in_memory import (
     check_held,
     data_settings,
@@ -91,13 +92,12 @@ def run(  # noqa: PLR0913 - the user-facing API
     folder = RunFolder(location)
     claim(folder, recipe, resume, accept_changed_plugins=accept_changed_plugins)
     done = complete(folder, recipe) if resume else None
+    if not harness.has_results(folder):
+        harness.check_recipes([recipe])
     if done is not None:
+        harness.test(recipe, location)
         return Result(location, done)
     check_held([recipe])
-    if recipe.evaluation.harness:
-        from rayfed_lora.launching.harness import check_installed
-
-        check_installed("evaluation.harness")
     watch, factory = watch or (lambda status: None), factory or TorchFactory()
     with claimed(folder, recipe, resume) as lease:
         ticket = lease.ticket
@@ -116,7 +116,8 @@ def run(  # noqa: PLR0913 - the user-facing API
                     ticket=ticket,
                     callbacks=callbacks,
                 )
-            return _tested(recipe, Result(location, summary))
+            harness.test(recipe, location)
+            return Result(location, summary)
         where = absolute(folder)
         watch(Status(step="starting Ray", rounds=recipe.annealing.total_rounds))
         with ray_session(address), reporting(recipe, where, watch) as report:
@@ -129,16 +130,8 @@ def run(  # noqa: PLR0913 - the user-facing API
             )
             again = f"resume with --resume --out {shlex.quote(location)}"
             result = Result(location, follow(server, status_poll(server, report), again))
-        return _tested(recipe, result)
-
-
-def _tested(recipe: Recipe, result: Result) -> Result:
-    """Test a finished run on the tasks of `evaluation.harness`, if any."""
-    if recipe.evaluation.harness:
-        from rayfed_lora.launching.harness import evaluate_run
-
-        evaluate_run(result.location, recipe.evaluation.harness)
-    return result
+        harness.test(recipe, location)
+        return result
 
 
 def start(
@@ -164,6 +157,7 @@ def start(
             " a cluster on this machine is started by `ray start --head`"
         )
     refuse_held(recipe, "--detach")
+    harness.refuse(recipe, "--detach")
     folder = RunFolder(location)
     claim(folder, recipe, resume)
     with claimed(folder, recipe, resume) as lease, ray_session(address):

@@ -17,6 +17,7 @@ from rayfed_lora.federation.privacy import Accountant, check_privacy
 from rayfed_lora.federation.sampling import BlockSize, block_size
 from rayfed_lora.federation.traffic import trained_values
 from rayfed_lora.federation.transitions import planned
+from rayfed_lora.launching.harness import check_recipes
 from rayfed_lora.launching.in_memory import data_settings
 from rayfed_lora.launching.memory_plan import ActorMemory, actor_memory
 from rayfed_lora.recipe.loading import load_recipe
@@ -99,9 +100,11 @@ def plan(
     Raises:
         DataError: the data cannot be read or dealt as asked.
         ModelError: the model or its adapter does not fit.
+        BadInputError: a task of `evaluation.harness` is not known here.
     """
     recipe = load_recipe(recipe, data_settings(data), plugins=plugins)
     check_privacy(recipe)
+    check_recipes([recipe])
     sizes = outline(recipe)
     clients = len(sizes.devices.sizes)
     ledger = new_ledger(recipe, sizes.shape, clients)

@@ -64,6 +64,13 @@ class Result:
             return pd.DataFrame({"round": [], "text": []})
         return self._table(NOTES_FILE)
 
+    @property
+    def harness(self) -> dict[str, Any]:
+        """harness.json, metrics by task of lm-evaluation-harness; empty where none was computed."""
+        from rayfed_lora.launching.harness import kept
+
+        return kept(RunFolder(self.location))
+
     def _table(self, name: str) -> pd.DataFrame:
         from rayfed_lora.runs.checked import table
 

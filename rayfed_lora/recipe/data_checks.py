@@ -42,10 +42,16 @@ def data_conflicts(recipe: Settings) -> Iterator[_Found]:
 def _turn_conflicts(recipe: Settings) -> Iterator[_Found]:
     """Yield settings of instruction and chat data, and of packing, that others rule out."""
     data, task = recipe.data, recipe.model.task
-    if recipe.evaluation.harness and task != "causal-lm":
+    harness = recipe.evaluation.harness
+    if harness.tasks and task != "causal-lm":
         yield (
-            ("evaluation.harness", "model.task"),
+            ("evaluation.harness.tasks", "model.task"),
             f"expected none with model.task {task!r}: the harness tests language models",
+        )
+    if not harness.tasks and harness != type(harness)():
+        yield (
+            ("evaluation.harness.tasks",),
+            "expected one task or more beside other keys of evaluation.harness, got none",
         )
     responds = task == "causal-lm" and data.format.kind != "text"
     if recipe.evaluation.generate is not None and not responds:

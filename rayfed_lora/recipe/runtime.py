@@ -10,13 +10,16 @@ from pydantic import BeforeValidator, Field
 from rayfed_lora.plugins.tables import METRICS
 from rayfed_lora.recipe.fields import (
     Auto,
+    Count,
     Fraction,
     NameIn,
     NonNegative,
     Positive,
     PositiveFloat,
     Section,
+    also_plain,
     option,
+    short_for,
 )
 
 Label = Annotated[str, Field(min_length=1)]
@@ -43,6 +46,19 @@ class Generate(Section):
         None, "after every n-th round, and after the last one; null: after the last only", "rounds"
     )
     base: bool = option(True, "ask the model before training too, to compare with")
+
+
+class Harness(Section):
+    """Tasks of lm-evaluation-harness, on which the exported language model is tested."""
+
+    tasks: list[Label] = option([], "names of tasks or groups (pip install 'rayfed-lora[harness]')")
+    include: Label | None = option(None, "folder with tasks of your own (YAML)")
+    limit: Positive | None = option(None, "most examples of a task; null: all", "examples")
+    few_shot: Count | None = option(
+        None, "solved examples in the prompt; null: as each task says", "examples"
+    )
+    chat_template: bool = option(False, "ask prompts as a user's turns, as a chat model expects")
+    batch_size: Positive = option(8, "examples in a forward pass", "examples")
 
 
 def _best_by(given: Any) -> Any:
@@ -75,10 +91,11 @@ class Evaluation(Section):
         "exact match and ROUGE-L of a language model's answers to the test split's prompts; null:"
         " none are generated",
     )
-    harness: list[Annotated[str, Field(min_length=1)]] = option(
-        [],
-        "tasks of lm-evaluation-harness (pip install 'rayfed-lora[harness]') on which the exported"
-        " language model is tested by the process that started the run",
+    harness: Annotated[Harness, short_for({list: "tasks"})] = Field(
+        default_factory=Harness,
+        description="tests of the exported language model by lm-evaluation-harness, in the process"
+        " that started the run; a list: its tasks",
+        json_schema_extra=lambda schema: also_plain(schema, "array"),
     )
     client_fraction: Fraction = option(
         0.0, "share of each client's examples that is held out to test that client; 0: none"

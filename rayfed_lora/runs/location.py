@@ -64,7 +64,11 @@ def refuse_relative(location: str) -> None:
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """Make the paths of local files and folders absolute: workers may run in another folder."""
     availability = _with_absolute(recipe.clients.availability, "trace")
+    harness, include = recipe.evaluation.harness, recipe.evaluation.harness.include
+    if include is not None:
+        harness = harness.model_copy(update={"include": absolute_place(include)})
     changed = {
+        "evaluation": recipe.evaluation.model_copy(update={"harness": harness}),
         "clients": recipe.clients.model_copy(update={"availability": availability}),
         "data": _with_absolute(recipe.data, "source", "test_source"),
         "model": _with_absolute(recipe.model, "source", "tokenizer", "adapter"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayfed_lora.engines.factory import Factory, TorchFactory
 from rayfed_lora.errors import BadInputError
+from rayfed_lora.launching.harness import refuse
 from rayfed_lora.launching.in_memory import check_held, data_settings, with_held
 from rayfed_lora.launching.ray_session import ray_session
 from rayfed_lora.pages.search_page import SearchNews, Watch
@@ -80,6 +81,7 @@ def tune(  # noqa: PLR0913 - options of a command
     if data is not None:
         given = load_recipe(given, data_settings(data))
     check_held([given])
+    refuse(given, "a search")
     shared = _shared_recipe(given)
     if max_concurrent is not None and max_concurrent < 1:
         raise BadInputError(f"--max-concurrent: expected at least 1, got {max_concurrent}")

@@ -90,7 +90,7 @@ def test_the_methods_of_recipes_and_results_are_these():
         kind, _, name = path.partition(".")
         found[path] = parameters(getattr(getattr(rayfed_lora, kind), name))
     assert found == METHODS
-    for name in ("rounds", "clients", "notes"):
+    for name in ("rounds", "clients", "notes", "harness"):
         assert isinstance(vars(rayfed_lora.Result)[name], property)
 
 

@@ -32,7 +32,7 @@ def test_the_shipped_schema_is_what_the_recipe_says():
         "network: {up_mbps: 3}",
         "annealing: {acceptance: metropolis, allocation: spectral}",
         "evaluation: {keep_best: true, generate: {examples: all}, harness: [hellaswag]}",
-        "evaluation: {keep_best: accuracy}",
+        "evaluation: {keep_best: accuracy, harness: {tasks: [hellaswag], few_shot: 10}}",
         "data: {source: [a.csv, b.csv]}",
     ],
 )
